@@ -1,0 +1,127 @@
+"""The canonical adapter: what every file format is read into. Immutable and framework-neutral."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
+from molehill.kernels.policy import Constant, Policy
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A MoLE or LoRA adapter.
+
+    kind: the method (`lora`, `dora`, `mixlora`, `mola`, `loramoe`, `dynmole`).
+    sites: mixtures by the base model's module, without its leading `model.`:
+        `layers.3.self_attn.q_proj` is a LinearMixture, `layers.3.mlp` an FfnMixture.
+        Tensors are float32 on the CPU; scaling is folded into `b`.
+    base_model: what the adapter says it was trained on, or None.
+    warnings: oddities that do not stop it from being served.
+    """
+
+    kind: str
+    sites: Mapping[str, Mixture]
+    base_model: str | None = None
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by a canonical name, sites in natural order."""
+        for site in sorted(self.sites, key=natural_key):
+            for name, tensor in site_tensors(self.sites[site]):
+                yield f"{site}.{name}", tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors in canonical float32."""
+        return sum(tensor.nbytes for _, tensor in self.tensors())
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of all that decides its output: kind, policies, ranks and tensor bytes."""
+        sha = hashlib.sha256(json.dumps(describe(self), sort_keys=True).encode())
+        for name, tensor in self.tensors():
+            sha.update(f"\0{name}{list(tensor.shape)}".encode())
+            sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+
+def natural_key(name: str) -> list[str | int]:
+    """Sorts `layers.10` after `layers.9`."""
+    return [f"{int(part):08d}" if part.isdigit() else part for part in name.split(".")]
+
+
+def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one site: router, magnitude, and `a`, `b` (by projection in an FFN)."""
+    if mixture.router is not None:
+        yield "router", mixture.router
+    if isinstance(mixture, LinearMixture):
+        if mixture.magnitude is not None:
+            yield "magnitude", mixture.magnitude
+        yield "a", mixture.experts.a
+        yield "b", mixture.experts.b
+        return
+    for projection, experts in sorted(mixture.experts.items()):
+        yield f"{projection}.a", experts.a
+        yield f"{projection}.b", experts.b
+
+
+def describe_policy(policy: Policy) -> dict[str, Any]:
+    """A policy as plain JSON: its class name under `policy`, and its fields."""
+    return {"policy": type(policy).__name__, **dataclasses.asdict(policy)}
+
+
+def describe_mixture(mixture: Mixture) -> dict[str, Any]:
+    """All of one site but its tensors, as plain JSON."""
+    policy = describe_policy(mixture.policy)
+    if isinstance(mixture, LinearMixture):
+        return {"shape": "linear", "routing": policy, "ranks": list(mixture.experts.ranks)}
+    ranks = {name: list(experts.ranks) for name, experts in mixture.experts.items()}
+    return {
+        "shape": "ffn",
+        "routing": policy,
+        "ranks": ranks,
+        "activation": mixture.activation,
+    }
+
+
+def describe(adapter: Adapter) -> dict[str, Any]:
+    """All of an adapter but its tensors, base name and warnings, as plain JSON."""
+    sites = {name: describe_mixture(mixture) for name, mixture in adapter.sites.items()}
+    return {"kind": adapter.kind, "sites": sites}
+
+
+def is_static(mixture: Mixture) -> str | None:
+    """Why the gate of a linear mixture cannot depend on the token; None if it can.
+
+    A one-expert mixture is static only if its policy gives that expert one fixed weight, which
+    holds for every policy here: the softmax of one logit is 1.
+    """
+    if isinstance(mixture, FfnMixture):
+        return None
+    if isinstance(mixture.policy, Constant) or mixture.router is None:
+        return "no router"
+    if mixture.num_experts == 1:
+        return "one expert"
+    if not bool(mixture.router.any()):
+        return "router of zeros"
+    return None
+
+
+__all__ = [
+    "Adapter",
+    "Experts",
+    "describe",
+    "describe_mixture",
+    "describe_policy",
+    "is_static",
+    "natural_key",
+    "site_tensors",
+]

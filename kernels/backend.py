@@ -1,0 +1,168 @@
+"""The interface of the backends, and the data that they share.
+
+The engine registers each adapted linear and FFN once, stores an adapter's weights under a slot, and
+tells before every step which rows of the batch belong to which slot. A model's forward then calls
+the two ops of `molehill.kernels.ops`. Whatever layout, packing or device memory a backend wants is
+its own business.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from molehill.kernels.mixture import Experts
+from molehill.kernels.policy import Policy
+
+# The slot of rows whose adapter is not at hand. Raising inside a step would kill the engine and the
+# base's answer would be a lie, so their outputs are set to zero.
+UNSERVED = -2
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One (possibly fused) linear of the base model, as this rank sees it.
+
+    reduce: sums router logits over the tensor-parallel ranks in place of each rank's part, for
+    linears whose input is sharded; None elsewhere.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    reduce: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class FfnShape:
+    """A gated FFN: `gate_up` and `down` are handles of its linears, `intermediate` this rank's width."""
+
+    name: str
+    gate_up: int
+    down: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class LinearPiece:
+    """One original projection of a fused linear, cut to this rank.
+
+    experts.a `[R, in_local]`, experts.b `[out_local, R]` go to columns `[start, start + out_local)`.
+    router: float32 `[E, in_local]` or None for constant weights.
+    output_scale: float32 `[E, out_local]`: the base output (less its bias) is multiplied by
+    sum_e w_e output_scale[e] (DoRA; experts.b carries the same factor already).
+    bias: float32 `[out_local]`, the base bias that this rank adds; only read with an output_scale.
+    """
+
+    site: str
+    start: int
+    experts: Experts
+    policy: Policy
+    router: Tensor | None = None
+    output_scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FfnPiece:
+    """An FFN mixture cut to this rank: `gate` and `up` write `intermediate` columns, `down` reads them.
+
+    router: float32 `[E, d]` (its input is never sharded). activation: a key of ACTIVATIONS.
+    bias: float32 `[d]` of the base down_proj, or None.
+    """
+
+    site: str
+    policy: Policy
+    router: Tensor
+    activation: str
+    gate: Experts | None
+    up: Experts | None
+    down: Experts | None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SlotWeights:
+    """All that one adapter brings to this rank, by the handles of registered linears and FFNs."""
+
+    linears: Mapping[int, Sequence[LinearPiece]]
+    ffns: Mapping[int, FfnPiece]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows `[start, stop)` of the batch that belong to one slot."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+@dataclass
+class SiteCounters:
+    """Routing figures of one site. One decision is one token at one router.
+
+    expert_tokens: decisions that chose each expert, `[E]`.
+    """
+
+    decisions: int = 0
+    soft: int = 0
+    entropy: float = 0.0
+    expert_tokens: list[int] = field(default_factory=list)
+
+
+@dataclass
+class SlotCounters:
+    """Routing figures of one adapter: `tokens` that ran through it, and each routed site."""
+
+    tokens: int = 0
+    sites: dict[str, SiteCounters] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the router of one site decided for `rows` of a step: probabilities, weights, entropy."""
+
+    site: str
+    probabilities: Tensor
+    weights: Tensor
+    entropy: Tensor
+
+
+class Backend(Protocol):
+    """Applies the mixtures of all slots to a batch. One instance per worker."""
+
+    name: str
+
+    def register_linear(self, shape: LinearShape) -> int:
+        """Handle of a linear; called once per linear, before any weights are stored."""
+
+    def register_ffn(self, shape: FfnShape) -> int:
+        """Handle of an FFN whose linears are registered."""
+
+    def store(self, slot: int, weights: SlotWeights) -> None:
+        """Puts an adapter into an empty slot; on error the slot stays empty."""
+
+    def erase(self, slot: int) -> None:
+        """Frees a slot and its memory."""
+
+    def resident_bytes(self, slot: int) -> int:
+        """Bytes that the slot's serving copy takes."""
+
+    def begin_step(self, runs: Sequence[Run]) -> None:
+        """Announces the runs of the next forward; rows in no run belong to the base. Never raises."""
+
+    def linear(self, out: Tensor, x: Tensor, handle: int) -> None:
+        """Adds to `out [T, out]` what the mixtures of this step make of `x [T, in]`. For the
+        gate_up linear of an FFN mixture: routes, and keeps the shrunk input for `ffn`."""
+
+    def ffn(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
+        """Overwrites the FFN mixtures' rows of `h [T, I]` with sum_e w_e u_e, from the base's
+        pre-activations `gate_up [T, 2 I]`, and keeps the shrunk u_e for the down linear."""
+
+    def counters(self, slot: int) -> SlotCounters:
+        """Figures since the slot was stored."""
+
+    def trace(self, enabled: bool) -> list[Trace]:
+        """Returns what was recorded since tracing was switched on; for tests and debugging."""

@@ -1,0 +1,73 @@
+"""The formulas, written down plainly: what every backend must compute.
+
+Expert by expert, in float32, with no thought of speed. Tests compare the backends against this, and
+`molehill.engine.reference` runs it on a Transformers model.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from molehill.kernels.activation import ACTIVATIONS
+from molehill.kernels.mixture import FfnMixture, LinearMixture
+from molehill.kernels.policy import Policy, Routing
+
+
+def probabilities(x: Tensor, router: Tensor) -> Tensor:
+    """p = softmax(x G^T) in float32. x `[T, in]`, router `[E, in]`: `[T, E]`."""
+    return torch.softmax(x.float() @ router.float().T, dim=-1)
+
+
+def route(x: Tensor, router: Tensor | None, policy: Policy, experts: int) -> Routing:
+    """Gate weights of every token; a mixture without a router has a constant policy."""
+    if router is None:
+        return policy.route(x.new_full((x.shape[0], experts), 1 / experts, dtype=torch.float32))
+    return policy.route(probabilities(x, router))
+
+
+def linear_mixture(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mixture: LinearMixture
+) -> tuple[Tensor, Routing]:
+    """y and the routing of one projection. x `[T, in]`, weight `[out, in]`: y `[T, out]` float32.
+
+    FORMATS: LoRA, rsLoRA, DoRA (PEFT; the bias is outside the magnitude), MoLA, LoRAMoE, DynMoLE.
+    """
+    x, weight = x.float(), weight.float()
+    routing = route(x, mixture.router, mixture.policy, mixture.num_experts)
+    y = x @ weight.T
+    for e, (a, b) in enumerate(mixture.experts.split()):
+        y = y + routing.weights[:, e : e + 1] * (x @ a.float().T @ b.float().T)
+    if mixture.magnitude is not None:
+        adapted = weight + mixture.experts.b.float() @ mixture.experts.a.float()
+        y = y * (mixture.magnitude.float() / adapted.norm(dim=1))
+    return (y if bias is None else y + bias.float()), routing
+
+
+def ffn_mixture(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    biases: dict[str, Tensor | None],
+    activation: str,
+    mixture: FfnMixture,
+) -> tuple[Tensor, Routing]:
+    """y and the routing of one gated FFN, expert by expert, W_down too. x `[T, d]`: y `[T, d]`.
+
+    activation: the base model's, used when the mixture names none.
+    """
+    x = x.float()
+    routing = route(x, mixture.router, mixture.policy, mixture.num_experts)
+    act = ACTIVATIONS[mixture.activation or activation]
+
+    def project(name: str, e: int, value: Tensor) -> Tensor:
+        bias = biases[name]
+        y = F.linear(value, weights[name].float(), None if bias is None else bias.float())
+        if name in mixture.experts:
+            a, b = mixture.experts[name].split()[e]
+            y = y + value @ a.float().T @ b.float().T
+        return y
+
+    y = torch.zeros_like(x)
+    for e in range(mixture.num_experts):
+        hidden = act(project("gate_proj", e, x)) * project("up_proj", e, x)
+        y = y + routing.weights[:, e : e + 1] * project("down_proj", e, hidden)
+    return y, routing

@@ -1,0 +1,74 @@
+"""The two shapes that serve every method, as data.
+
+Tensors are in `nn.Linear` layout (out, in), float32 unless a backend's serving copy says
+otherwise. Scaling (alpha / r) is folded into `b`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molehill.kernels.policy import Policy
+
+
+@dataclass(frozen=True)
+class Experts:
+    """E low-rank pairs for one linear, stacked: expert e owns `ranks[e]` consecutive rank rows.
+
+    a: `[R, in]`, b: `[out, R]`, R = sum(ranks).
+    """
+
+    a: Tensor
+    b: Tensor
+    ranks: tuple[int, ...]
+
+    @property
+    def expert_of_row(self) -> Tensor:
+        """int64 `[R]`: the expert that owns each rank row."""
+        return torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
+
+    def split(self) -> list[tuple[Tensor, Tensor]]:
+        """The pairs (A_e `[r_e, in]`, B_e `[out, r_e]`) one by one."""
+        return list(zip(self.a.split(self.ranks), self.b.split(self.ranks, dim=1), strict=True))
+
+
+@dataclass(frozen=True)
+class LinearMixture:
+    """y = W x + bias + sum_e w_e B_e A_e x, for one original projection.
+
+    router: `[E, in]` float32; None when the gate weights are constant.
+    magnitude: `[out]`, DoRA's; then y = m / ||W + BA|| * (W x + B A x) + bias.
+    """
+
+    experts: Experts
+    policy: Policy
+    router: Tensor | None = None
+    magnitude: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts.ranks)
+
+
+@dataclass(frozen=True)
+class FfnMixture:
+    """y = sum_e w_e FFN_e(x): one router `[E, d]` per FFN, experts inside the non-linearity.
+
+    experts: by projection (`gate_proj`, `up_proj`, `down_proj`); one that is missing uses W alone.
+    activation: name as in a Transformers config (`silu`, `gelu_pytorch_tanh`, ...); None is the
+    base model's own.
+    """
+
+    experts: Mapping[str, Experts]
+    policy: Policy
+    router: Tensor
+    activation: str | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.shape[0]
+
+
+Mixture = LinearMixture | FfnMixture
