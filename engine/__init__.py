@@ -1,1 +1,1 @@
-"""Adapters, their file formats, validation and plan; and, in `molehill.engine.vllm`, serving them."""
+"""Adapters: formats, validation, plan; and, in `molehill.engine.vllm`, serving them."""

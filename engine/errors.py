@@ -1,4 +1,4 @@
-"""What can be wrong with an adapter. Each error names where, what was found and what was expected."""
+"""What can be wrong with an adapter: where, what was found, what was expected."""
 
 from pathlib import Path
 from typing import Any

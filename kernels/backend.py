@@ -36,7 +36,7 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class FfnShape:
-    """A gated FFN: `gate_up` and `down` are handles of its linears, `intermediate` this rank's width."""
+    """A gated FFN: `gate_up`, `down` are its linears' handles, `intermediate` this rank's width."""
 
     name: str
     gate_up: int
@@ -48,7 +48,7 @@ class FfnShape:
 class LinearPiece:
     """One original projection of a fused linear, cut to this rank.
 
-    experts.a `[R, in_local]`, experts.b `[out_local, R]` go to columns `[start, start + out_local)`.
+    experts.a `[R, in_local]`, experts.b `[out_local, R]` write columns `start` onwards.
     router: float32 `[E, in_local]` or None for constant weights.
     output_scale: float32 `[E, out_local]`: the base output (less its bias) is multiplied by
     sum_e w_e output_scale[e] (DoRA; experts.b carries the same factor already).
@@ -66,7 +66,7 @@ class LinearPiece:
 
 @dataclass(frozen=True)
 class FfnPiece:
-    """An FFN mixture cut to this rank: `gate` and `up` write `intermediate` columns, `down` reads them.
+    """An FFN mixture cut to this rank: `gate` and `up` write the intermediate, `down` reads it.
 
     router: float32 `[E, d]` (its input is never sharded). activation: a key of ACTIVATIONS.
     bias: float32 `[d]` of the base down_proj, or None.
@@ -151,7 +151,7 @@ class Backend(Protocol):
         """Bytes that the slot's serving copy takes."""
 
     def begin_step(self, runs: Sequence[Run]) -> None:
-        """Announces the runs of the next forward; rows in no run belong to the base. Never raises."""
+        """Announces the next forward; rows in no run belong to the base. Never raises."""
 
     def linear(self, out: Tensor, x: Tensor, handle: int) -> None:
         """Adds to `out [T, out]` what the mixtures of this step make of `x [T, in]`. For the

@@ -145,15 +145,12 @@ class DynMoLE:
 
     def _sparse_mask(self, values: Tensor) -> Tensor:
         total = values.cumsum(-1)
-        if self.include_crossing:
-            keep = (total - values) < self.top_p
-        else:
-            keep = total <= self.top_p
+        keep = total - values < self.top_p if self.include_crossing else total <= self.top_p
         keep[..., : self.keep_top_k] = True
         return keep
 
     def entropy(self, probabilities: Tensor) -> Tensor:
-        """Entropy of `[..., E]` by type and index: `[...]`, over its maximum unless switched off."""
+        """Entropy of `[..., E]` by type and index: `[...]`, over its maximum if normalised."""
         experts = probabilities.shape[-1]
         if experts == 1:
             return torch.zeros_like(probabilities[..., 0])
