@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy
+
+CPU = torch.device("cpu")
 
 # The slot of rows whose adapter is not at hand. Raising inside a step would kill the engine and the
 # base's answer would be a lie, so their outputs are set to zero.
@@ -24,6 +27,7 @@ UNSERVED = -2
 class LinearShape:
     """One (possibly fused) linear of the base model, as this rank sees it.
 
+    dtype: of its activations; the serving copies of A and B are kept in it, routers in float32.
     reduce: sums router logits over the tensor-parallel ranks in place of each rank's part, for
     linears whose input is sharded; None elsewhere.
     """
@@ -31,6 +35,8 @@ class LinearShape:
     name: str
     in_features: int
     out_features: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
     reduce: Callable[[Tensor], Tensor] | None = None
 
 
@@ -131,9 +137,15 @@ class Trace:
 
 
 class Backend(Protocol):
-    """Applies the mixtures of all slots to a batch. One instance per worker."""
+    """Applies the mixtures of all slots to a batch. One instance per worker.
+
+    linear_op(out, x, handle), ffn_op(h, gate_up, handle): what a model's forward calls, torch ops
+    that end in `linear` and `ffn`; the handle is a one-element int64 CPU tensor.
+    """
 
     name: str
+    linear_op: Callable[[Tensor, Tensor, Tensor], None]
+    ffn_op: Callable[[Tensor, Tensor, Tensor], None]
 
     def register_linear(self, shape: LinearShape) -> int:
         """Handle of a linear; called once per linear, before any weights are stored."""

@@ -1,7 +1,7 @@
-"""The two custom ops that a model's forward calls, and the backend behind them.
+"""The two custom ops in front of a Python backend, which a model's forward calls.
 
 Opaque to torch.compile. The layer is named by a one-element int64 CPU tensor, not by a Python
-number, so that the graphs of all layers are the same graph.
+number, so that the graphs of all layers are the same graph. A backend may bring ops of its own.
 """
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 from molehill.kernels.backend import Backend
 
 _active: list[Backend] = []
+_library = torch.library.Library("molehill", "DEF")
+_library.define("linear(Tensor(a!) out, Tensor x, Tensor handle) -> ()")
+_library.define("ffn(Tensor(a!) h, Tensor gate_up, Tensor handle) -> ()")
 
 
 def install(backend: Backend) -> None:
@@ -17,21 +20,18 @@ def install(backend: Backend) -> None:
     _active[:] = [backend]
 
 
-@torch.library.custom_op("molehill::linear", mutates_args=("out",))
-def linear(out: Tensor, x: Tensor, handle: Tensor) -> None:
-    """Backend.linear as an op."""
+def _linear(out: Tensor, x: Tensor, handle: Tensor) -> None:
     _active[0].linear(out, x, int(handle))
 
 
-@torch.library.custom_op("molehill::ffn", mutates_args=("h",))
-def ffn(h: Tensor, gate_up: Tensor, handle: Tensor) -> None:
-    """Backend.ffn as an op."""
+def _ffn(h: Tensor, gate_up: Tensor, handle: Tensor) -> None:
     _active[0].ffn(h, gate_up, int(handle))
 
 
-@linear.register_fake
-def _(out: Tensor, x: Tensor, handle: Tensor) -> None: ...
+def _nothing(out: Tensor, x: Tensor, handle: Tensor) -> None:
+    """What a traced graph sees: `out` changes, nothing is returned."""
 
 
-@ffn.register_fake
-def _(h: Tensor, gate_up: Tensor, handle: Tensor) -> None: ...
+for _name, _body in (("linear", _linear), ("ffn", _ffn)):
+    _library.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"molehill::{_name}", _nothing, lib=_library)
