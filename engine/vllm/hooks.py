@@ -1,0 +1,61 @@
+"""Puts the backend's ops into a vLLM model: after each linear's GEMM and each FFN's activation.
+
+The base GEMMs run as before and exactly once. A linear is hooked through its `quant_method`, before
+the tensor-parallel collectives, so modules keep their names and types.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase
+
+from molehill.engine.vllm.layers import Ffn
+
+Op = Callable[[Tensor, Tensor, Tensor], None]
+
+
+@cache
+def _hooked(method: type) -> type:
+    """A subclass of a quant method whose `apply` also applies the mixtures."""
+
+    def apply(self: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out: Tensor = method.apply(self, layer, x, bias)  # type: ignore[attr-defined]
+        layer.molehill_op(out.flatten(0, -2), x.flatten(0, -2), layer.molehill_handle)
+        return out
+
+    return type(f"Molehill{method.__name__}", (method,), {"apply": apply})
+
+
+def hook_linear(module: LinearBase, handle: int, op: Op) -> None:
+    """Runs `op(out, x, handle)` after `module`'s GEMM."""
+    method = module.quant_method
+    hooked = object.__new__(_hooked(type(method)))
+    hooked.__dict__ = method.__dict__
+    module.molehill_op = op
+    module.molehill_handle = torch.tensor([handle])
+    module.requires_unquantized_input = True
+    module.quant_method = hooked
+
+
+class MixedActivation(nn.Module):
+    """An FFN's activation, whose rows of FFN mixtures `op(h, gate_up, handle)` then overwrites."""
+
+    def __init__(self, activation: nn.Module, handle: int, op: Op) -> None:
+        super().__init__()
+        self.activation = activation
+        self.op = op
+        self.handle = torch.tensor([handle])
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        h: Tensor = self.activation(gate_up)
+        self.op(h.flatten(0, -2), gate_up.flatten(0, -2), self.handle)
+        return h
+
+
+def hook_ffn(ffn: Ffn, handle: int, op: Op) -> None:
+    """Replaces the FFN's activation by a MixedActivation around it."""
+    activation = getattr(ffn.module, ffn.activation_child)
+    setattr(ffn.module, ffn.activation_child, MixedActivation(activation, handle, op))

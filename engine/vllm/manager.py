@@ -1,0 +1,258 @@
+"""The adapters of one worker: what vLLM's model runner takes for its LoRA manager."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import count, groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group, get_world_group
+from vllm.logger import init_logger
+from vllm.lora.layers.utils import LoRAMapping
+from vllm.lora.request import LoRARequest
+
+from molehill.engine import formats
+from molehill.engine.adapter import Adapter
+from molehill.engine.base import BaseModel
+from molehill.engine.validation import validate
+from molehill.engine.vllm import backends, layers, shards
+from molehill.engine.vllm.hooks import hook_ffn, hook_linear
+from molehill.engine.vllm.settings import Settings
+from molehill.kernels.backend import (
+    UNSERVED,
+    FfnShape,
+    LinearPiece,
+    LinearShape,
+    Run,
+    SlotWeights,
+)
+from molehill.kernels.mixture import FfnMixture, LinearMixture
+
+logger = init_logger("vllm.molehill")
+
+
+class AdapterManager:
+    """Loads adapters into the backend's slots and tells it whose rows a step holds.
+
+    vLLM's contract (v1/worker/lora_model_runner_mixin.py) is duck-typed. The adapter of a
+    LoRARequest is known by its `lora_int_id`.
+    """
+
+    def __init__(self, config: VllmConfig, device: torch.device, model: nn.Module) -> None:
+        self.settings = Settings.from_config(config.additional_config)
+        self.backend = backends.choose(self.settings.backend, device)
+        self._tp = get_tp_group()
+        self._linears = layers.find_linears(model)
+        self._ffns = layers.find_ffns(self._linears, model)
+        if not self._linears:
+            raise RuntimeError(f"{type(model).__name__} has no linear that molehill can hook")
+        self._projections = {
+            projection.site: (handle, projection)
+            for handle, linear in enumerate(self._linears)
+            for projection in linear.projections
+        }
+        self._by_name = {linear.name: linear for linear in self._linears}
+        self._ffn_handles: dict[str, int] = {}
+        self._install(config.model_config.dtype, device)
+        self.base = self._describe_base(config)
+        self._slots: dict[int, int] = {}
+        self._refused: set[int] = set()
+
+    def _install(self, dtype: torch.dtype, device: torch.device) -> None:
+        handles = {}
+        for linear in self._linears:
+            reduce = self._sum_over_ranks if linear.input_is_sharded else None
+            shape = LinearShape(
+                linear.name, linear.in_features, linear.out_features, dtype, device, reduce
+            )
+            handles[linear.name] = self.backend.register_linear(shape)
+            hook_linear(linear.module, handles[linear.name], self.backend.linear_op)
+        for ffn in self._ffns:
+            width = self._by_name[ffn.down].in_features
+            shape = FfnShape(ffn.site, handles[ffn.gate_up], handles[ffn.down], width)
+            self._ffn_handles[ffn.site] = self.backend.register_ffn(shape)
+            hook_ffn(ffn, self._ffn_handles[ffn.site], self.backend.ffn_op)
+        logger.info(
+            "molehill: %d linears and %d FFNs hooked, %s backend",
+            len(self._linears),
+            len(self._ffns),
+            self.backend.name,
+        )
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self._tp.all_reduce(tensor)
+        return total
+
+    def _describe_base(self, config: VllmConfig) -> BaseModel:
+        """Shapes of the whole model: pipeline stages hold different layers, so they are united."""
+        own = (
+            {
+                site: (projection.in_features, projection.out_features)
+                for site, (_, projection) in self._projections.items()
+            },
+            {ffn.site: ffn.activation for ffn in self._ffns},
+        )
+        world = get_world_group()
+        everyone: list[Any] = [own] * world.world_size
+        if world.world_size > 1:
+            torch.distributed.all_gather_object(everyone, own, group=world.cpu_group)
+        return BaseModel(
+            name=config.model_config.model,
+            architecture=config.model_config.architectures[0],
+            linears={site: shape for linears, _ in everyone for site, shape in linears.items()},
+            ffns={site: name for _, ffns in everyone for site, name in ffns.items()},
+        )
+
+    # vLLM's contract: adapters
+
+    def add_adapter(self, request: LoRARequest) -> bool:
+        """Reads, checks and stores an adapter; a second call for the same id is a no-op.
+
+        Raises AdapterError, or RuntimeError when another tensor-parallel rank refused; then no rank
+        keeps anything.
+        """
+        if request.lora_int_id in self._slots:
+            return True
+        slot = next(slot for slot in count() if slot not in self._slots.values())
+        with self._all_ranks_or_none():
+            adapter = formats.read(Path(request.lora_path), self.settings.limits)
+            validate(adapter, self.base, self.settings.limits)
+        weights = self._cut(adapter)
+        with self._all_ranks_or_none(undo=slot):
+            self.backend.store(slot, weights)
+        self._slots[request.lora_int_id] = slot
+        self._refused.discard(request.lora_int_id)
+        logger.info("molehill: adapter %s stored in slot %d", request.lora_name, slot)
+        return True
+
+    @contextmanager
+    def _all_ranks_or_none(self, undo: int | None = None) -> Iterator[None]:
+        """Either the body succeeds on every tensor-parallel rank, or it raises on every one.
+
+        undo: a slot to erase where the body succeeded but another rank failed.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failed = torch.tensor([error is not None], dtype=torch.int32)
+        if self._tp.world_size > 1:
+            torch.distributed.all_reduce(failed, group=self._tp.cpu_group)
+        if error is not None:
+            raise error
+        if failed.item():
+            if undo is not None:
+                self.backend.erase(undo)
+            raise RuntimeError("another tensor-parallel rank could not load the adapter")
+
+    def _cut(self, adapter: Adapter) -> SlotWeights:
+        """This rank's share of an adapter; sites of other pipeline stages are left out."""
+        linears: dict[int, list[LinearPiece]] = {}
+        ffns = {}
+        for site, mixture in adapter.sites.items():
+            if isinstance(mixture, FfnMixture):
+                if site in self._ffn_handles:
+                    ffns[self._ffn_handles[site]] = self._cut_ffn(site, mixture)
+            elif site in self._projections:
+                handle, piece = self._cut_linear(site, mixture)
+                linears.setdefault(handle, []).append(piece)
+        return SlotWeights(linears, ffns)
+
+    def _cut_linear(self, site: str, mixture: LinearMixture) -> tuple[int, LinearPiece]:
+        handle, projection = self._projections[site]
+        linear = self._linears[handle]
+        return handle, shards.cut_linear(mixture, linear, projection, self._sum_over_ranks)
+
+    def _cut_ffn(self, site: str, mixture: FfnMixture) -> Any:
+        ffn = next(ffn for ffn in self._ffns if ffn.site == site)
+        gate_up, down = self._by_name[ffn.gate_up], self._by_name[ffn.down]
+        return shards.cut_ffn(mixture, ffn, gate_up, down, self._tp.rank_in_group == 0)
+
+    def remove_adapter(self, lora_id: int) -> bool:
+        self._refused.discard(lora_id)
+        slot = self._slots.pop(lora_id, None)
+        if slot is None:
+            return False
+        self.backend.erase(slot)
+        return True
+
+    def remove_all_adapters(self) -> None:
+        for lora_id in list(self._slots):
+            self.remove_adapter(lora_id)
+
+    def list_adapters(self) -> set[int]:
+        return set(self._slots)
+
+    def pin_adapter(self, lora_id: int) -> bool:
+        """Stored adapters are never evicted, so every one is pinned."""
+        return lora_id in self._slots
+
+    # vLLM's contract: steps
+
+    def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
+        """Called before every forward. Never raises: that would end the engine."""
+        for request in requests:
+            if request.lora_int_id not in self._slots:
+                self._add_late(request)
+        if mapping is not None:
+            self.backend.begin_step(self._runs(mapping.index_mapping))
+
+    def _add_late(self, request: LoRARequest) -> None:
+        """Loads an adapter that nobody announced with `add_lora`, as plain `LLM.generate` does."""
+        if request.lora_int_id in self._refused:
+            return
+        try:
+            self.add_adapter(request)
+        except Exception as error:
+            # The base's answer in the adapter's name would be worse than none.
+            self._refused.add(request.lora_int_id)
+            logger.error(
+                "molehill: adapter %s cannot be served, its outputs are zeroed. Load adapters with "
+                "add_lora first to get this error there. %s",
+                request.lora_name,
+                error,
+            )
+
+    def _runs(self, ids: Sequence[int]) -> list[Run]:
+        runs, start = [], 0
+        for lora_id, group in groupby(ids):
+            stop = start + sum(1 for _ in group)
+            if lora_id > 0:
+                runs.append(Run(self._slots.get(lora_id, UNSERVED), start, stop))
+            start = stop
+        return runs
+
+    # vLLM's contract: profiling. Dummy adapters would cost nothing on this backend: none are made.
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        yield
+
+    def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:
+        return True
+
+    def get_dummy_lora_warmup_rank(self, default: int) -> int:
+        return default
+
+    def supports_tower_connector_lora(self) -> bool:
+        return False
+
+    # What molehill's API asks for
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self.base)
+
+    def stats(self) -> dict[int, dict[str, Any]]:
+        """Counters and resident bytes by `lora_int_id`."""
+        return {
+            lora_id: {
+                **asdict(self.backend.counters(slot)),
+                "bytes": self.backend.resident_bytes(slot),
+            }
+            for lora_id, slot in self._slots.items()
+        }

@@ -1,0 +1,28 @@
+"""molehill's settings on a worker. They travel as vLLM's `additional_config["molehill"]`."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from molehill.engine.base import Limits
+
+
+@dataclass(frozen=True)
+class Settings:
+    """backend: `auto` (the fastest that runs here), `torch` or `cpu`. limits: see Limits."""
+
+    backend: str = "auto"
+    limits: Limits = field(default_factory=Limits)
+
+    def to_config(self) -> dict[str, Any]:
+        """The value for `additional_config`."""
+        return {"molehill": asdict(self)}
+
+    @classmethod
+    def from_config(cls, additional_config: Any) -> "Settings":
+        """Reads `additional_config`; raises ValueError on a setting that does not exist."""
+        given = dict((additional_config or {}).get("molehill", {}))
+        unknown = set(given) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"additional_config['molehill']: unknown settings {sorted(unknown)}")
+        limits = given.pop("limits", {})
+        return cls(**given, limits=limits if isinstance(limits, Limits) else Limits(**limits))

@@ -1,0 +1,113 @@
+"""Cuts a canonical mixture to what this tensor-parallel rank computes.
+
+Column-parallel linears split B's outputs and see the whole input. Row-parallel ones split the
+input of A and router, keep B whole, and their partial outputs are summed by vLLM; their router
+logits are summed before the softmax (LinearShape.reduce).
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from molehill.engine.vllm.layers import Ffn, Linear, Projection
+from molehill.kernels.backend import FfnPiece, LinearPiece
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
+
+IDENTITY_ROWS = 1024
+
+
+def cut_experts(experts: Experts, projection: Projection) -> Experts:
+    """This rank's inputs of A and outputs of B."""
+    b = torch.cat([experts.b[part.start : part.stop] for part in projection.outputs])
+    return Experts(_cut_inputs(experts.a, projection), b, experts.ranks)
+
+
+def _cut_inputs(rows: Tensor, projection: Projection) -> Tensor:
+    return rows[:, projection.inputs.start : projection.inputs.stop]
+
+
+def cut_linear(
+    mixture: LinearMixture,
+    linear: Linear,
+    projection: Projection,
+    total: Callable[[Tensor], Tensor],
+) -> LinearPiece:
+    """total: sums a tensor over the ranks that share the linear's input (for DoRA's norm)."""
+    piece = LinearPiece(
+        projection.site,
+        projection.start,
+        cut_experts(mixture.experts, projection),
+        mixture.policy,
+        None if mixture.router is None else _cut_inputs(mixture.router, projection),
+    )
+    if mixture.magnitude is None:
+        return piece
+    return _with_magnitude(piece, mixture.magnitude, linear, projection, total)
+
+
+def _with_magnitude(
+    piece: LinearPiece,
+    magnitude: Tensor,
+    linear: Linear,
+    projection: Projection,
+    total: Callable[[Tensor], Tensor],
+) -> LinearPiece:
+    """DoRA: the factor m / ||W + B A|| on the base output and on B, computed once, in float32."""
+    experts = piece.experts
+    columns = slice(piece.start, piece.start + experts.b.shape[0])
+    adapted = _base_weight(linear)[columns] + experts.b @ experts.a
+    norm = adapted.square().sum(1)
+    norm = (total(norm) if linear.input_is_sharded else norm).sqrt()
+    own = torch.cat([magnitude[part.start : part.stop] for part in projection.outputs])
+    scale = own / norm
+    bias = getattr(linear.module, "bias", None)
+    if linear.input_is_sharded and linear.module.tp_rank > 0:
+        bias = None  # vLLM adds a row-parallel bias on the first rank alone
+    return dataclasses.replace(
+        piece,
+        experts=Experts(experts.a, experts.b * scale[:, None], experts.ranks),
+        output_scale=scale.expand(len(experts.ranks), -1).contiguous(),
+        bias=None if bias is None else bias.detach().float().cpu()[columns],
+    )
+
+
+def _base_weight(linear: Linear) -> Tensor:
+    """W `[out, in]` float32 on the CPU, read through the layer's own GEMM: vLLM may have packed or
+    quantised the weight, and what the layer multiplies by is what counts."""
+    module = linear.module
+    parameter = next(module.parameters())
+    dtype = module.params_dtype
+    rows = []
+    for start in range(0, linear.in_features, IDENTITY_ROWS):
+        size = min(IDENTITY_ROWS, linear.in_features - start)
+        x = torch.zeros(size, linear.in_features, dtype=dtype, device=parameter.device)
+        x[:, start : start + size] = torch.eye(size, dtype=dtype, device=parameter.device)
+        unhooked = type(module.quant_method).__mro__[1]
+        rows.append(unhooked.apply(module.quant_method, module, x, None).float().cpu())
+    return torch.cat(rows).T
+
+
+def cut_ffn(
+    mixture: FfnMixture, ffn: Ffn, gate_up: Linear, down: Linear, first_rank: bool
+) -> FfnPiece:
+    """first_rank: whether this rank adds down_proj's bias."""
+    gate, up = gate_up.projections
+    (out,) = down.projections
+    cut = {
+        name: cut_experts(mixture.experts[name], projection)
+        for name, projection in (("gate_proj", gate), ("up_proj", up), ("down_proj", out))
+        if name in mixture.experts
+    }
+    bias = getattr(down.module, "bias", None) if first_rank else None
+    return FfnPiece(
+        site=ffn.site,
+        policy=mixture.policy,
+        router=mixture.router,
+        activation=mixture.activation or ffn.activation,
+        gate=cut.get("gate_proj"),
+        up=cut.get("up_proj"),
+        down=cut.get("down_proj"),
+        bias=None if bias is None else bias.detach().float().cpu(),
+    )
