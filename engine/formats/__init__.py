@@ -1,0 +1,60 @@
+"""Adapter files into canonical adapters: finds out the format and hands over to its reader."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from molehill.engine.adapter import Adapter
+from molehill.engine.base import Limits
+from molehill.engine.errors import UnsupportedError
+from molehill.engine.formats import files, moepeft, native, peft
+from molehill.engine.formats.fields import Fields
+from molehill.engine.formats.policies import STRATEGIES
+from molehill.engine.validation import check
+
+DEFAULT_LIMITS = Limits()
+
+# By `peft_type`. A reader parses one on-disk format.
+READERS: dict[str, Callable[[Path, Fields, Limits], Adapter]] = {
+    "LORA": peft.read,
+    "MIXLORA": moepeft.read,
+    "MOLA": moepeft.read,
+    "LORAMOE": moepeft.read,
+    "DYNMOLE": moepeft.read,
+}
+
+
+def read(path: Path, limits: Limits = DEFAULT_LIMITS) -> Adapter:
+    """The adapter in a directory, self-consistent and within the limits, for any base model.
+
+    Raises an AdapterError that names the file and the tensor or field.
+    """
+    files.check_directory(path)
+    if (path / native.CONFIG).exists():
+        adapter = native.read(path, limits)
+    else:
+        config = files.read_config(path)
+        kind = peft_type(config)
+        fields = Fields(config.where, {**config.values, "peft_type": kind})
+        adapter = READERS[kind](path, fields, limits)
+    check(adapter, limits)
+    return adapter
+
+
+def peft_type(config: Fields) -> str:
+    """By `peft_type`, else by `routing_strategy`, else LORA, as MoE-PEFT chooses.
+
+    Raises ConfigError, UnsupportedError.
+    """
+    kind = config.text("peft_type")
+    strategy = config.text("routing_strategy")
+    if kind is None and strategy is not None:
+        if strategy not in STRATEGIES:
+            known = ", ".join(STRATEGIES)
+            where = f"{config.where}: routing_strategy"
+            raise UnsupportedError(where, strategy, f"one of {known}")
+        kind = strategy.split("-")[0].upper()
+    kind = kind or "LORA"
+    if kind not in READERS:
+        known = ", ".join(READERS)
+        raise UnsupportedError(f"{config.where}: peft_type", kind, f"one of {known}")
+    return kind

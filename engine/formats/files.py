@@ -1,0 +1,178 @@
+"""The files of an adapter directory: a JSON config and a file of tensors.
+
+Each file is read once, whole and within a bound, so that what was checked is what is used. Pickles
+go through `torch.load(weights_only=True)` only.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from molehill.engine.base import Limits
+from molehill.engine.errors import (
+    AdapterNotFoundError,
+    ConfigError,
+    CorruptFileError,
+    LimitError,
+    MissingTensorError,
+    NonFiniteError,
+    ShapeError,
+    UnsupportedError,
+)
+from molehill.engine.formats.fields import Fields
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+
+_CONFIG_BYTES = 16 << 20
+_NAME_CHARACTERS = 512
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one file by their names in it: finite, dense, on the CPU, float32."""
+
+    file: str
+    tensors: Mapping[str, Tensor]
+
+    def where(self, name: str) -> str:
+        return f"{self.file}: {name}"
+
+    def tensor(self, name: str, dimensions: int) -> Tensor:
+        """Raises MissingTensorError, ShapeError."""
+        if name not in self.tensors:
+            raise MissingTensorError(self.where(name), "no such tensor", "one")
+        tensor = self.tensors[name]
+        if tensor.ndim != dimensions or 0 in tensor.shape:
+            expected = f"{dimensions} dimensions, none of them empty"
+            raise ShapeError(self.where(name), list(tensor.shape), expected)
+        return tensor
+
+
+def read_config(directory: Path, name: str = CONFIG) -> Fields:
+    """The JSON object in `directory / name`. Raises ConfigError, LimitError."""
+    try:
+        values = json.loads(_read(directory / name, _CONFIG_BYTES))
+    except FileNotFoundError:
+        raise ConfigError(name, "no such file", "a JSON object") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, LimitError | CorruptFileError):
+            raise
+        raise ConfigError(name, f"malformed JSON ({error})", "a JSON object") from None
+    if not isinstance(values, dict):
+        raise ConfigError(name, type(values).__name__, "a JSON object")
+    return Fields(name, values)
+
+
+def read_weights(directory: Path, limits: Limits) -> Weights:
+    """The weights beside an adapter_config.json; safetensors if there are both.
+
+    Raises CorruptFileError, LimitError, MissingTensorError, NonFiniteError, UnsupportedError.
+    """
+    for name in (SAFETENSORS, PICKLE):
+        if (directory / name).exists():
+            return read_tensors(directory / name, limits)
+    raise MissingTensorError(directory.name, "no weights", f"{SAFETENSORS} or {PICKLE}")
+
+
+def read_tensors(path: Path, limits: Limits) -> Weights:
+    """Every tensor of one file. Raises as `read_weights` does."""
+    data = _read(path, limits.adapter_bytes)
+    load = _load_safetensors if path.suffix == ".safetensors" else _load_pickle
+    tensors = load(path.name, data, limits)
+    _check_size(path.name, tensors, limits)
+    return Weights(path.name, {name: _float32(path.name, name, t) for name, t in tensors.items()})
+
+
+def _read(path: Path, limit: int) -> bytes:
+    if path.exists() and not path.is_file():
+        raise CorruptFileError(path.name, "something else", "a regular file")
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CorruptFileError(path.name, error.strerror or error, "a readable file") from None
+    if len(data) > limit:
+        raise LimitError(path.name, f"{path.stat().st_size} bytes", f"at most {limit} bytes")
+    return data
+
+
+def _load_safetensors(file: str, data: bytes, limits: Limits) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:
+        raise CorruptFileError(file, error, "a complete safetensors file") from None
+
+
+def _load_pickle(file: str, data: bytes, limits: Limits) -> dict[str, Tensor]:
+    _check_archive(file, data, limits)
+    try:
+        values: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise CorruptFileError(file, first, "tensors saved by torch.save") from None
+    if not isinstance(values, dict):
+        raise CorruptFileError(file, type(values).__name__, "a dict of tensors")
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            found = f"{type(name).__name__} to {type(value).__name__}"
+            raise CorruptFileError(f"{file}: {str(name)[:80]}", found, "a name to a tensor")
+    return values
+
+
+def _check_archive(file: str, data: bytes, limits: Limits) -> None:
+    """A compressed record could be far larger than the file that was measured."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            unpacked = sum(record.file_size for record in archive.infolist())
+    except Exception as error:
+        raise CorruptFileError(file, error, "a zip archive of torch.save") from None
+    if unpacked > limits.adapter_bytes:
+        raise LimitError(file, f"{unpacked} bytes unpacked", f"at most {limits.adapter_bytes}")
+
+
+def _check_size(file: str, tensors: Mapping[str, Tensor], limits: Limits) -> None:
+    """A pickled tensor's strides may repeat few bytes many times: count elements, not bytes."""
+    if not tensors:
+        raise MissingTensorError(file, "no tensors", "an adapter's")
+    total = 4 * sum(tensor.numel() for tensor in tensors.values())
+    if total > limits.adapter_bytes:
+        expected = f"at most {limits.adapter_bytes} bytes"
+        raise LimitError(file, f"{total} bytes in float32", expected)
+
+
+def _float32(file: str, name: str, tensor: Tensor) -> Tensor:
+    where = f"{file}: {name[:_NAME_CHARACTERS]}"
+    if len(name) > _NAME_CHARACTERS:
+        raise CorruptFileError(where, f"a name of {len(name)} characters", f"{_NAME_CHARACTERS}")
+    if tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        found = f"a {tensor.device.type} tensor of layout {tensor.layout} and {tensor.dtype}"
+        raise CorruptFileError(where, found, "a dense tensor with its values")
+    if tensor.dtype not in _DTYPES:
+        expected = ", ".join(str(dtype) for dtype in _DTYPES)
+        raise UnsupportedError(where, tensor.dtype, f"one of {expected}")
+    converted = tensor.detach().to(torch.float32).contiguous()
+    bad = int((~torch.isfinite(converted)).sum())
+    if bad:
+        raise NonFiniteError(where, f"{bad} of {converted.numel()} values NaN or Inf", "finite")
+    return converted
+
+
+def check_directory(path: Path) -> None:
+    """Raises AdapterNotFoundError."""
+    if not path.exists():
+        raise AdapterNotFoundError(path, "nothing", "an adapter directory")
+    if not path.is_dir():
+        raise AdapterNotFoundError(path, "a file", "an adapter directory")

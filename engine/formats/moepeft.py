@@ -1,0 +1,224 @@
+"""MixLoRA, MoLA, LoRAMoE and DynMoLE as MoE-PEFT and the official DynMoLE code write them.
+
+Keys: `{method}.layers.{i}.{block}.{proj}.` with `lora_A.weight`, `lora_B.weight` (plain LoRA) or
+`experts.{e}.lora_A.weight`, `.lora_B.weight`, and `moe_gate.weight` `[E, in]` on the linear
+(on `mlp` for MixLoRA).
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from molehill.engine.adapter import Adapter
+from molehill.engine.base import Limits
+from molehill.engine.errors import (
+    MissingTensorError,
+    ShapeError,
+    UnsupportedError,
+)
+from molehill.engine.formats import files, targets
+from molehill.engine.formats.fields import Fields
+from molehill.engine.formats.files import Weights
+from molehill.engine.formats.lowrank import (
+    Pair,
+    Scaling,
+    build_experts,
+    read_router,
+    read_scaling,
+)
+from molehill.engine.formats.policies import STRATEGIES
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
+from molehill.kernels.policy import Constant, Policy
+
+_KEY = re.compile(
+    r"(?P<module>layers\.(?:0|[1-9]\d{0,4})\.\w+(?:\.\w+)?)\."
+    r"(?:(?P<gate>moe_gate)|(?:experts\.(?P<expert>0|[1-9]\d{0,5})\.)?lora_(?P<half>[AB]))\.weight"
+)
+_FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class _Module:
+    """The names, in the file, of one module's tensors; a plain LoRA's pair has no expert."""
+
+    gate: str | None = None
+    halves: dict[tuple[int | None, str], str] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> list[int]:
+        return sorted({expert for expert, _ in self.halves if expert is not None})
+
+    @property
+    def plain(self) -> bool:
+        return any(expert is None for expert, _ in self.halves)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What building a site needs: the file, its prefix and what the config says."""
+
+    weights: Weights
+    prefix: str
+    plain: Scaling
+    expert: Scaling
+    policy: Policy
+    num_experts: int | None
+
+
+def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
+    """Raises an AdapterError for whatever cannot be served exactly."""
+    method = str(config.values["peft_type"]).lower()
+    policy = STRATEGIES[_strategy(config, method)](config)
+    scaling = read_scaling(config)
+    expert_scaling = _expert_scaling(config, scaling)
+    wanted = targets.read_targets(config)
+    weights = files.read_weights(directory, limits)
+    modules = _group(weights, f"{method}.")
+    num_experts = config.integer("num_experts") if config.has("num_experts") else None
+    source = _Source(weights, f"{method}.", scaling, expert_scaling, policy, num_experts)
+    adapted = [name for name, module in modules.items() if module.halves]
+    targets.check_targeted(weights.file, adapted, wanted)
+    targets.check_every_layer(weights.file, adapted)
+    warnings = targets.unused(wanted, adapted) + _dora_warnings(config)
+    if method == "mixlora":
+        sites, more = _mixlora_sites(source, modules, config.text("act_fn"))
+        warnings += more
+    else:
+        sites = {name: _linear(source, name, module) for name, module in modules.items()}
+    return Adapter(method, sites, config.text("base_model_name_or_path"), warnings)
+
+
+def _strategy(config: Fields, method: str) -> str:
+    if not config.has("routing_strategy") and method != "mixlora":
+        return method
+    known = [name for name in STRATEGIES if name.split("-")[0] == method]
+    strategy = config.text("routing_strategy")
+    if strategy is None:
+        raise config.error("routing_strategy", f"one of {', '.join(known)}")
+    if strategy not in known:
+        expected = f"one of {', '.join(known)} for peft_type {method.upper()}"
+        raise UnsupportedError(f"{config.where}: routing_strategy", strategy, expected)
+    return strategy
+
+
+def _expert_scaling(config: Fields, scaling: Scaling) -> Scaling:
+    """MixLoRA's `expert_lora` is a LoRA config of its own, for the experts only."""
+    return read_scaling(config.object("expert_lora")) if config.has("expert_lora") else scaling
+
+
+def _dora_warnings(config: Fields) -> tuple[str, ...]:
+    """Without saved magnitudes the trainer starts from the adapted weight's norm: a factor of 1."""
+    if config.flag("use_dora") or config.object("expert_lora").flag("use_dora"):
+        return ("use_dora is set but no magnitudes are saved: served as plain LoRA",)
+    return ()
+
+
+def _group(weights: Weights, prefix: str) -> dict[str, _Module]:
+    modules: dict[str, _Module] = {}
+    for key in weights.tensors:
+        if key == "classifier":
+            expected = "a causal language model's adapter"
+            raise UnsupportedError(weights.where(key), "a classification head", expected)
+        match = _KEY.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if match is None:
+            expected = f"{prefix}layers.N... moe_gate, experts.E.lora_A or lora_B"
+            raise UnsupportedError(weights.where(key), "an unknown tensor", expected)
+        module = modules.setdefault(match["module"], _Module())
+        if match["gate"]:
+            module.gate = key
+        else:
+            expert = None if match["expert"] is None else int(match["expert"])
+            module.halves[expert, match["half"]] = key
+    return modules
+
+
+def _linear(source: _Source, name: str, module: _Module) -> LinearMixture:
+    if module.plain and module.gate is None and not module.experts:
+        return _plain(source, name)
+    gate = f"{source.prefix}{name}.moe_gate.weight"
+    if module.plain:
+        where = source.weights.where(f"{source.prefix}{name}")
+        raise UnsupportedError(where, "a plain LoRA beside experts", "one of the two")
+    experts = _experts(source, name, module, gate)
+    return LinearMixture(
+        experts, source.policy, read_router(source.weights, gate, experts.a.shape[1])
+    )
+
+
+def _plain(source: _Source, name: str) -> LinearMixture:
+    stem = f"{source.prefix}{name}"
+    pair = Pair(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight")
+    return LinearMixture(build_experts(source.weights, [pair], source.plain), Constant((1.0,)))
+
+
+def _experts(source: _Source, name: str, module: _Module, gate: str) -> Experts:
+    """As many experts as the gate has rows, numbered from 0."""
+    weights = source.weights
+    rows = weights.tensor(gate, 2).shape[0]
+    if source.num_experts not in (None, rows):
+        raise ShapeError(
+            weights.where(gate), f"{rows} experts", f"num_experts {source.num_experts}"
+        )
+    if module.experts and module.experts[-1] >= rows:
+        where = weights.where(f"{source.prefix}{name}.experts.{module.experts[-1]}")
+        raise ShapeError(where, f"expert {module.experts[-1]}", f"the gate's {rows} experts")
+    pairs = []
+    for e in range(rows):
+        stem = f"{source.prefix}{name}.experts.{e}"
+        if e not in module.experts:
+            raise MissingTensorError(weights.where(stem), "no tensors", f"experts 0 to {rows - 1}")
+        pairs.append(Pair(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"))
+    return build_experts(weights, pairs, source.expert)
+
+
+def _mixlora_sites(
+    source: _Source, modules: dict[str, _Module], activation: str | None
+) -> tuple[dict[str, Mixture], tuple[str, ...]]:
+    """FFN experts under one gate each, plain LoRA elsewhere."""
+    sites: dict[str, Mixture] = {}
+    ffns: dict[str, dict[str, _Module]] = {}
+    for name, module in modules.items():
+        block, _, projection = name.rpartition(".")
+        if module.gate is not None and module.halves:
+            where = source.weights.where(module.gate)
+            raise UnsupportedError(where, "a gate on a linear", "one gate per FFN (MixLoRA)")
+        if module.gate is not None:
+            ffns.setdefault(name, {})
+        elif module.experts:
+            ffns.setdefault(block, {})[projection] = module
+        else:
+            sites[name] = _plain(source, name)
+    targeted = [name for name in ffns if ffns[name]]
+    if ffns and not targeted:
+        return sites, ("gates without experts (no FFN linear is targeted) have no effect",)
+    for name in ffns:
+        sites[name] = _ffn(source, name, ffns[name], activation)
+    return sites, ()
+
+
+def _ffn(
+    source: _Source, name: str, modules: dict[str, _Module], activation: str | None
+) -> FfnMixture:
+    gate = f"{source.prefix}{name}.moe_gate.weight"
+    experts: dict[str, Experts] = {}
+    for projection, module in modules.items():
+        where = source.weights.where(f"{source.prefix}{name}.{projection}")
+        if projection not in _FFN_PROJECTIONS:
+            expected = f"one of {', '.join(_FFN_PROJECTIONS)}"
+            raise UnsupportedError(where, "experts in a fused or ungated FFN", expected)
+        if module.plain:
+            raise UnsupportedError(where, "a plain LoRA beside experts", "one of the two")
+        experts[projection] = _experts(source, f"{name}.{projection}", module, gate)
+    if not experts:
+        where = source.weights.where(gate)
+        raise MissingTensorError(where, "a gate without experts", "experts, as other layers have")
+    inputs = source.weights.tensor(gate, 2).shape[1]
+    router = read_router(source.weights, gate, _ffn_inputs(experts, inputs))
+    return FfnMixture(experts, source.policy, router, activation)
+
+
+def _ffn_inputs(experts: dict[str, Experts], default: int) -> int:
+    for projection in ("gate_proj", "up_proj"):
+        if projection in experts:
+            return experts[projection].a.shape[1]
+    return experts["down_proj"].b.shape[0] if "down_proj" in experts else default

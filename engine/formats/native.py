@@ -1,0 +1,124 @@
+"""molehill's own layout: the canonical adapter as it is, one JSON and one safetensors file.
+
+`molehill.json` holds all of the adapter but its tensors, with its digest; `molehill.safetensors`
+the tensors by their canonical names.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from molehill.engine.adapter import Adapter, describe
+from molehill.engine.base import Limits
+from molehill.engine.errors import CorruptFileError, ShapeError, UnsupportedError
+from molehill.engine.formats import files
+from molehill.engine.formats.fields import Fields
+from molehill.engine.formats.files import Weights
+from molehill.engine.formats.policies import parse_policy
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
+
+CONFIG = "molehill.json"
+WEIGHTS = "molehill.safetensors"
+FORMAT_VERSION = 1
+
+
+def write(adapter: Adapter, directory: Path) -> None:
+    """Writes the adapter to a new directory, which appears whole or not at all.
+
+    Raises FileExistsError if there is a directory with files in it already.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        tensors = {name: tensor.clone().contiguous() for name, tensor in adapter.tensors()}
+        safetensors.torch.save_file(tensors, partial / WEIGHTS)
+        (partial / CONFIG).write_text(json.dumps(_document(adapter), indent=1, allow_nan=False))
+        partial.chmod(0o755)
+        _rename(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rename(partial: Path, directory: Path) -> None:
+    try:
+        partial.rename(directory)
+    except OSError:
+        if directory.exists():
+            raise FileExistsError(f"{directory} exists") from None
+        raise
+
+
+def _document(adapter: Adapter) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "digest": adapter.digest,
+        "base_model": adapter.base_model,
+        "warnings": list(adapter.warnings),
+        **describe(adapter),
+    }
+
+
+def read(directory: Path, limits: Limits) -> Adapter:
+    """What `write` wrote, with its digest checked.
+
+    Raises CorruptFileError, LimitError, MissingTensorError, ShapeError.
+    """
+    config = files.read_config(directory, CONFIG)
+    version = config.integer("format_version")
+    if version != FORMAT_VERSION:
+        where = f"{CONFIG}: format_version"
+        raise UnsupportedError(where, version, f"{FORMAT_VERSION}, this version's")
+    if not (directory / WEIGHTS).exists():
+        raise CorruptFileError(WEIGHTS, "no such file", "the tensors of molehill.json")
+    weights = files.read_tensors(directory / WEIGHTS, limits)
+    sites = config.object("sites")
+    warnings = config.values.get("warnings") or []
+    if not isinstance(warnings, list) or not all(isinstance(text, str) for text in warnings):
+        raise config.error("warnings", "a list of strings")
+    adapter = Adapter(
+        kind=config.text("kind") or "",
+        sites={site: _mixture(weights, site, sites.object(site)) for site in sites.values},
+        base_model=config.text("base_model"),
+        warnings=tuple(warnings),
+    )
+    _check(adapter, weights, config)
+    return adapter
+
+
+def _check(adapter: Adapter, weights: Weights, config: Fields) -> None:
+    unknown = set(weights.tensors) - {name for name, _ in adapter.tensors()}
+    if unknown:
+        expected = "only the tensors of molehill.json"
+        raise UnsupportedError(weights.where(min(unknown)), "an unknown tensor", expected)
+    if adapter.digest != config.text("digest"):
+        raise CorruptFileError(WEIGHTS, adapter.digest, f"the digest {config.text('digest')}")
+
+
+def _mixture(weights: Weights, site: str, fields: Fields) -> Mixture:
+    shape = fields.choice("shape", ("linear", "ffn"))
+    policy = parse_policy(fields.object("routing"))
+    router = weights.tensors.get(f"{site}.router")
+    if shape == "linear":
+        experts = _experts(weights, site, fields, "ranks")
+        magnitude = weights.tensors.get(f"{site}.magnitude")
+        return LinearMixture(experts, policy, router, magnitude)
+    ranks = fields.object("ranks")
+    stacks = {name: _experts(weights, f"{site}.{name}", ranks, name) for name in ranks.values}
+    return FfnMixture(
+        stacks, policy, weights.tensor(f"{site}.router", 2), fields.text("activation")
+    )
+
+
+def _experts(weights: Weights, stem: str, fields: Fields, name: str) -> Experts:
+    ranks = fields.values.get(name)
+    if not isinstance(ranks, list) or not all(type(r) is int and r > 0 for r in ranks):
+        raise fields.error(name, "a list of ranks")
+    a, b = weights.tensor(f"{stem}.a", 2), weights.tensor(f"{stem}.b", 2)
+    for half, rows in (("a", a.shape[0]), ("b", b.shape[1])):
+        if rows != sum(ranks):
+            raise ShapeError(weights.where(f"{stem}.{half}"), rows, f"the ranks' sum {sum(ranks)}")
+    return Experts(a, b, tuple(ranks))

@@ -1,0 +1,237 @@
+"""Whether an adapter can be served: by itself, and on a given base model.
+
+Runs before anything is allocated for serving.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from molehill.engine.adapter import Adapter, natural_key
+from molehill.engine.base import BaseModel, Limits
+from molehill.engine.errors import (
+    AdapterError,
+    BaseMismatchError,
+    LimitError,
+    NonFiniteError,
+    NothingBoundError,
+    ShapeError,
+    UnknownTargetError,
+    UnsupportedError,
+)
+from molehill.kernels.activation import ACTIVATIONS
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
+from molehill.kernels.policy import DynMoLE, Policy, Soft, TopK
+
+
+def validate(adapter: Adapter, base: BaseModel, limits: Limits) -> None:
+    """Raises the first of `problems`."""
+    for problem in problems(adapter, base, limits):
+        raise problem
+
+
+def check(adapter: Adapter, limits: Limits) -> None:
+    """Raises the first problem that no choice of base model can mend."""
+    for problem in own_problems(adapter, limits):
+        raise problem
+
+
+def problems(adapter: Adapter, base: BaseModel, limits: Limits) -> list[AdapterError]:
+    """All that stands against serving the adapter on this base, the most telling first.
+
+    LimitError, NonFiniteError, NothingBoundError, ShapeError, UnsupportedError from the adapter
+    itself; UnknownTargetError and ShapeError where it does not fit the base; ahead of those, a
+    BaseMismatchError if most sites do not.
+    """
+    misfits = [
+        problem
+        for site in sorted(adapter.sites, key=natural_key)
+        for problem in _misfits(site, adapter.sites[site], base)
+    ]
+    return [*own_problems(adapter, limits), *_mismatch(adapter, base, misfits), *misfits]
+
+
+def own_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
+    """The problems that need no base model to be seen."""
+    found: list[AdapterError] = []
+    if adapter.num_bytes > limits.adapter_bytes:
+        found.append(
+            LimitError(
+                "adapter", f"{adapter.num_bytes} bytes", f"at most {limits.adapter_bytes} bytes"
+            )
+        )
+    for site in sorted(adapter.sites, key=natural_key):
+        mixture = adapter.sites[site]
+        found += [*_inconsistent(site, mixture), *_over_limits(site, mixture, limits)]
+        found += _unservable(site, mixture, adapter.sites)
+    for name, tensor in adapter.tensors():
+        if not bool(torch.isfinite(tensor).all()):
+            found.append(NonFiniteError(name, "NaN or Inf", "finite values"))
+    if not found and not any(_acts(mixture) for mixture in adapter.sites.values()):
+        sites = len(adapter.sites)
+        found.append(NothingBoundError("adapter", f"{sites} sites, no effect", "at least one"))
+    return found
+
+
+def _stacks(site: str, mixture: Mixture) -> list[tuple[str, Experts]]:
+    if isinstance(mixture, LinearMixture):
+        return [(site, mixture.experts)]
+    return [(f"{site}.{name}", experts) for name, experts in sorted(mixture.experts.items())]
+
+
+def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
+    for stem, experts in _stacks(site, mixture):
+        rows = sum(experts.ranks)
+        yield from _expect(f"{stem}.a", experts.a, [rows, experts.a.shape[-1]])
+        yield from _expect(f"{stem}.b", experts.b, [experts.b.shape[0], rows])
+        if len(experts.ranks) != mixture.num_experts:
+            found = f"{len(experts.ranks)} experts"
+            yield ShapeError(stem, found, f"the router's {mixture.num_experts}")
+    if isinstance(mixture, FfnMixture):
+        yield from _inconsistent_widths(site, mixture)
+        return
+    a, b = mixture.experts.a, mixture.experts.b
+    if mixture.router is not None:
+        yield from _expect(f"{site}.router", mixture.router, [mixture.num_experts, a.shape[-1]])
+    if mixture.magnitude is not None:
+        yield from _expect(f"{site}.magnitude", mixture.magnitude, [b.shape[0]])
+
+
+def _inconsistent_widths(site: str, mixture: FfnMixture) -> Iterator[AdapterError]:
+    """Gate and up read the router's input and write what down reads."""
+    width, inner = mixture.router.shape[-1], None
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        if name not in mixture.experts:
+            continue
+        a, b = mixture.experts[name].a, mixture.experts[name].b
+        reads, writes = (b, a) if name == "down_proj" else (a, b)
+        outer_half, outer = ("b", reads.shape[0]) if name == "down_proj" else ("a", reads.shape[1])
+        if outer != width:
+            where = f"{site}.{name}.{outer_half}"
+            yield ShapeError(where, f"width {outer}", f"the router's {width}")
+        inside = writes.shape[1] if name == "down_proj" else writes.shape[0]
+        inner = inner or inside
+        if inside != inner:
+            where = f"{site}.{name}.{'a' if name == 'down_proj' else 'b'}"
+            yield ShapeError(where, f"width {inside}", f"the FFN's inner width {inner}")
+
+
+def _expect(where: str, tensor: Tensor, shape: list[int]) -> Iterator[AdapterError]:
+    if list(tensor.shape) != shape:
+        yield ShapeError(where, list(tensor.shape), shape)
+
+
+def _over_limits(site: str, mixture: Mixture, limits: Limits) -> Iterator[AdapterError]:
+    stacks = [experts for _, experts in _stacks(site, mixture)]
+    figures = {
+        "experts": (mixture.num_experts, limits.experts),
+        "rank": (max((max(e.ranks, default=0) for e in stacks), default=0), limits.rank),
+        "rank rows": (sum(sum(e.ranks) for e in stacks), limits.total_rank),
+    }
+    for name, (found, limit) in figures.items():
+        if found > limit:
+            yield LimitError(site, f"{name} {found}", f"at most {limit}")
+
+
+def _unservable(
+    site: str, mixture: Mixture, sites: Mapping[str, Mixture]
+) -> Iterator[AdapterError]:
+    if not isinstance(mixture, FfnMixture):
+        return
+    if mixture.activation is not None and mixture.activation not in ACTIVATIONS:
+        expected = f"one of {', '.join(ACTIVATIONS)}"
+        yield UnsupportedError(f"{site}.activation", mixture.activation, expected)
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        if f"{site}.{projection}" in sites:
+            where = f"{site}.{projection}"
+            yield UnsupportedError(where, "a linear inside an FFN mixture", "one of the two")
+
+
+def sums_to_one(policy: Policy) -> bool:
+    """Whether a router's weights sum to 1 for every token."""
+    normalized = isinstance(policy, TopK) and policy.normalize
+    return (
+        isinstance(policy, Soft)
+        or normalized
+        or (isinstance(policy, DynMoLE) and policy.normalize_weights)
+    )
+
+
+def _acts(mixture: Mixture) -> bool:
+    """Whether the output can differ from the base's. Weights that do not sum to 1 scale a whole
+    FFN even if every B is zero."""
+    if isinstance(mixture, LinearMixture):
+        return mixture.magnitude is not None or _nonzero(mixture.experts)
+    return not sums_to_one(mixture.policy) or any(map(_nonzero, mixture.experts.values()))
+
+
+def _nonzero(experts: Experts) -> bool:
+    return bool((experts.a.any(dim=1) & experts.b.any(dim=0)).any())
+
+
+def _misfits(site: str, mixture: Mixture, base: BaseModel) -> Iterator[AdapterError]:
+    if isinstance(mixture, LinearMixture):
+        if site not in base.linears:
+            yield _unknown(site, "linear", list(base.linears))
+        else:
+            yield from _misfit(site, mixture.experts, base.linears[site])
+        return
+    if site not in base.ffns:
+        yield _unknown(site, "gated FFN", list(base.ffns))
+        return
+    inputs = base.linears[f"{site}.gate_proj"][0]
+    yield from _expect(f"{site}.router", mixture.router, [mixture.num_experts, inputs])
+    if mixture.activation is None and base.ffns[site] not in ACTIVATIONS:
+        expected = f"one of {', '.join(ACTIVATIONS)}"
+        yield UnsupportedError(f"{site}: the base's activation", base.ffns[site], expected)
+    for projection, experts in sorted(mixture.experts.items()):
+        name = f"{site}.{projection}"
+        if name not in base.linears:
+            yield _unknown(name, "linear", list(base.linears))
+        else:
+            yield from _misfit(name, experts, base.linears[name])
+
+
+def _misfit(name: str, experts: Experts, shape: tuple[int, int]) -> Iterator[AdapterError]:
+    inputs, outputs = shape
+    yield from _expect(f"{name}.a", experts.a, [experts.a.shape[0], inputs])
+    yield from _expect(f"{name}.b", experts.b, [outputs, experts.b.shape[1]])
+
+
+def _unknown(site: str, noun: str, known: list[str]) -> UnknownTargetError:
+    """With some of the base's names, of the same layer if it has it."""
+    layer = ".".join(site.split(".")[:2])
+    near = [name for name in known if name.startswith(f"{layer}.")] or known
+    examples = ", ".join(near[:4]) or f"a base with a {noun}"
+    return UnknownTargetError(site, f"no such {noun} in the base model", f"e.g. {examples}")
+
+
+def _layer(site: str) -> int | None:
+    head, _, rest = site.partition(".")
+    number = rest.split(".")[0]
+    return int(number) if head == "layers" and number.isdigit() else None
+
+
+def _mismatch(adapter: Adapter, base: BaseModel, misfits: list[AdapterError]) -> list[AdapterError]:
+    """A base of another size: most sites are of other widths or in layers it does not have."""
+    layers = 1 + max(
+        (layer for name in base.linears if (layer := _layer(name)) is not None), default=-1
+    )
+    beyond = [site for site in adapter.sites if (_layer(site) or 0) >= layers]
+    wide = [
+        site
+        for site in adapter.sites
+        if any(isinstance(p, ShapeError) and p.where.startswith(f"{site}.") for p in misfits)
+    ]
+    strange = len(beyond) + len(wide)
+    if strange < 2 or 2 * strange <= len(adapter.sites):
+        return []
+    first = next(p for p in misfits if isinstance(p, ShapeError | UnknownTargetError))
+    return [
+        BaseMismatchError(
+            f"adapter for {adapter.base_model or 'an unnamed base model'}",
+            f"{strange} of {len(adapter.sites)} sites of other widths or layers ({first})",
+            f"the shapes of {base.name} ({base.architecture}, {layers} layers)",
+        )
+    ]
