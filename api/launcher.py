@@ -1,0 +1,130 @@
+"""Starts vLLM's own server with molehill's worker and routes in place."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from molehill.api.options import Options
+from molehill.engine.errors import AdapterError
+from molehill.engine.vllm.settings import Settings
+
+PLUGIN = "molehill"
+WORKER = "molehill.engine.vllm.worker.Worker"
+
+# Engine slots are bookkeeping: an adapter's memory is taken when it loads, not per slot.
+MAX_LORAS = 32
+
+# The settings under which vLLM would serve something else than the model that a client names, or
+# load adapters past the registry.
+UNSAFE_ENVIRONMENT = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens vLLM's own adapter loading; use --adapter-root",
+    "VLLM_SKIP_MODEL_NAME_VALIDATION": "lets the base model answer for unknown model names",
+    "VLLM_USE_RUST_FRONTEND": "replaces the API server that molehill extends",
+}
+
+
+class LaunchError(ValueError):
+    """A combination of options or settings that molehill does not serve."""
+
+
+def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
+    """Serves until stopped. Raises LaunchError before, AdapterError if a start adapter is bad."""
+    for name, why in UNSAFE_ENVIRONMENT.items():
+        if os.environ.get(name, "0").lower() not in ("", "0", "false"):
+            raise LaunchError(f"{name} is set, which {why}")
+    os.environ["VLLM_PLUGINS"] = allow_plugin(os.environ.get("VLLM_PLUGINS"))
+
+    from molehill.engine.vllm import compat
+
+    try:
+        compat.check_version()
+        args = parse(vllm_arguments)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise LaunchError(str(error)) from error
+    run(prepare(args, options))
+
+
+def allow_plugin(allowed: str | None) -> str:
+    """Value of VLLM_PLUGINS that adds molehill's routes to the plugins that would load anyway.
+
+    Unset, vLLM loads all plugins but those that add routes, which it wants named.
+    """
+    if allowed is not None:
+        names = [name for name in allowed.split(",") if name]
+    else:
+        names = [
+            entry.name
+            for distribution in distributions()
+            for entry in distribution.entry_points
+            if entry.group.startswith("vllm.") and entry.group != "vllm.endpoint_plugins"
+        ]
+    return ",".join(dict.fromkeys([*names, PLUGIN]))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses vLLM's options, with the defaults that molehill needs."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+
+    parser = FlexibleArgumentParser(prog="molehill")
+    commands = parser.add_subparsers(dest="subparser")
+    serve = make_arg_parser(commands.add_parser("serve", prog="molehill serve"))
+    serve.set_defaults(worker_cls=WORKER, enable_lora=True, max_lora_rank=8, max_loras=MAX_LORAS)
+    args: argparse.Namespace = parser.parse_args(["serve", *arguments])
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
+    """Refuses what molehill cannot serve, and puts `options` where the plugin finds them."""
+    for refused, why in (
+        (args.worker_cls != WORKER, "--worker-cls: molehill brings its own worker"),
+        (not args.enable_lora, "--no-enable-lora: adapters need it"),
+        (args.api_server_count not in (None, 1), "--api-server-count: one process must know all"),
+        (args.grpc, "--grpc: molehill serves over HTTP"),
+        (args.data_parallel_multi_port_external_lb, "--data-parallel-multi-port-external-lb"),
+        (args.default_mm_loras, "--default-mm-loras"),
+    ):
+        if refused:
+            raise LaunchError(f"cannot be used with molehill serve: {why}")
+    modules = [module_path(module) for module in args.lora_modules or ()]
+    args.lora_modules = None
+    args.api_server_count = None
+    settings = Settings(options.backend, options.limits)
+    args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
+    args.molehill = replace(options, adapters=(*options.adapters, *modules))
+    return args
+
+
+def module_path(module: Any) -> tuple[str, Path]:
+    """An entry of vLLM's --lora-modules as an adapter to load at start."""
+    path = Path(module.path).expanduser()
+    if not path.is_dir():
+        raise LaunchError(f"--lora-modules {module.name}: found no directory at {module.path!r}")
+    return module.name, path
+
+
+def run(args: argparse.Namespace) -> None:
+    import uvloop
+    from vllm.entrypoints.cli.serve import run_headless
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+
+    if args.headless:
+        args.api_server_count = 0
+        run_headless(args)
+    else:
+        uvloop.run(run_server(args))
+
+
+__all__ = ["AdapterError", "LaunchError", "launch"]

@@ -1,0 +1,78 @@
+"""Where clients may load adapters from."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from molehill.api.errors import BadPathError, ForbiddenPathError
+from molehill.engine.errors import AdapterError, AdapterNotFoundError
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter's directory (resolved), and what to call it before clients."""
+
+    directory: Path
+    label: str
+
+    def relabel(self, message: str) -> str:
+        """`message` with the label in place of the server's path."""
+        return message.replace(str(self.directory), self.label)
+
+    def relabel_error(self, error: AdapterError) -> AdapterError:
+        """The same error with the label in place of the server's path."""
+        parts = (error.where, error.found, error.expected)
+        return type(error)(*(self.relabel(part) for part in parts))
+
+
+def operator_source(path: Path) -> Source:
+    """Any directory that the operator names."""
+    return Source(path.resolve(), str(path))
+
+
+class AdapterRoots:
+    """The directories below which clients may name adapters, resolved once at start."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = [root.resolve(strict=True) for root in roots]
+
+    def resolve(self, text: str) -> Source:
+        """The directory that a client means: below a root, or relative to the first that has it.
+
+        Raises BadPathError, ForbiddenPathError if the path or an entry below it leads out of the
+        root (by `..`, an absolute path or a symbolic link) or is no regular file, and
+        AdapterNotFoundError. What lies outside is refused whether it exists or not.
+        """
+        if not text or "\0" in text:
+            raise BadPathError("lora_path: found an empty path or a zero byte")
+        if not self._roots:
+            raise ForbiddenPathError("lora_path: this server was started without --adapter-root")
+        inside = self._candidates(text)
+        if not inside:
+            raise ForbiddenPathError(f"lora_path: {text!r} leads out of the adapter roots")
+        for root, directory in inside:
+            if directory.is_dir():
+                source = Source(directory, text)
+                check_entries(source, root)
+                return source
+        raise AdapterNotFoundError(text, "no such directory", "an adapter below an adapter root")
+
+    def _candidates(self, text: str) -> list[tuple[Path, Path]]:
+        # An absolute `text` replaces the root in `root / text`.
+        resolved = [(root, Path(os.path.realpath(root / text))) for root in self._roots]
+        return [(root, path) for root, path in resolved if path.is_relative_to(root)]
+
+
+def check_entries(source: Source, root: Path) -> None:
+    """Raises ForbiddenPathError for a link that leaves `root`, or for a pipe, socket or device."""
+    for folder, directories, files in os.walk(source.directory):
+        for name in (*directories, *files):
+            path = Path(folder, name)
+            target = path.resolve()
+            if not target.is_relative_to(root):
+                raise ForbiddenPathError(
+                    f"{source.relabel(str(path))}: a link that leads out of the adapter root"
+                )
+            if target.exists() and not (target.is_dir() or target.is_file()):
+                raise ForbiddenPathError(f"{source.relabel(str(path))}: not a regular file")

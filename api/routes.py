@@ -1,0 +1,135 @@
+"""The routes that molehill puts in the place of vLLM's."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ConfigDict
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from molehill.api import errors, metrics
+from molehill.api.metrics import WorkerStats
+from molehill.api.paths import AdapterRoots
+from molehill.api.registry import AdapterRegistry, Generation
+from molehill.engine.errors import AdapterError
+
+router = APIRouter()
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the routes work with. models: vLLM's OpenAIServingModels."""
+
+    registry: AdapterRegistry
+    roots: AdapterRoots
+    stats: WorkerStats
+    models: Any
+
+
+def services(request: Request) -> Services:
+    found: Services = request.app.state.molehill
+    return found
+
+
+Injected = Annotated[Services, Depends(services)]
+
+
+class StrictBody(BaseModel):
+    """A misspelt field is an error, not a default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class LoadRequest(StrictBody):
+    """vLLM's fields. `is_3d_lora_weight` has no meaning here, so only its default is taken."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadRequest(StrictBody):
+    """vLLM takes, and ignores, an id beside the name; here the name alone decides."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+Handler = Callable[..., Awaitable[Response]]
+
+
+def answering_errors(handler: Handler) -> Handler:
+    """Turns refusals into error bodies. Not an exception handler of the app: vLLM has its own."""
+
+    @wraps(handler)
+    async def wrapped(*args: Any, **kwargs: Any) -> Response:
+        try:
+            return await handler(*args, **kwargs)
+        except (errors.RequestError, AdapterError) as error:
+            status = errors.status_of(error)
+            return JSONResponse(errors.body(str(error), error.kind, status), status.value)
+
+    return wrapped
+
+
+@router.post("/v1/load_lora_adapter", dependencies=[Depends(validate_json_request)])
+@answering_errors
+async def load_adapter(body: LoadRequest, found: Injected) -> Response:
+    """200 means that the adapter serves."""
+    source = found.roots.resolve(body.lora_path)
+    loaded = await found.registry.load(body.lora_name, source, replace=body.load_inplace)
+    return JSONResponse({"status": loaded.status, **summary(loaded.generation)})
+
+
+@router.post("/v1/unload_lora_adapter", dependencies=[Depends(validate_json_request)])
+@answering_errors
+async def unload_adapter(body: UnloadRequest, found: Injected) -> Response:
+    """200 means that no new request gets the adapter; running ones finish on it."""
+    generation = await found.registry.unload(body.lora_name)
+    running = {"requests_in_flight": generation.in_flight}
+    return JSONResponse({"status": "unloaded", **summary(generation), **running})
+
+
+def summary(generation: Generation) -> dict[str, Any]:
+    return {
+        "lora_name": generation.name,
+        "kind": generation.kind,
+        "digest": generation.digest,
+        "bytes": generation.num_bytes,
+        "warnings": list(generation.warnings),
+    }
+
+
+@router.get("/v1/models")
+async def list_models(found: Injected) -> Response:
+    """The base model's cards as vLLM writes them, and one per adapter, without server paths."""
+    listed = await found.models.registry.show_available_models()
+    cards = [card.model_dump() for card in listed.data]
+    base = cards[0]
+    for card in cards:
+        card["root"] = card["id"]
+    for generation in found.registry:
+        cards.append(
+            {
+                **base,
+                "id": generation.name,
+                "root": generation.name,
+                "parent": base["id"],
+                "created": generation.created,
+            }
+        )
+    return JSONResponse({"object": "list", "data": cards})
+
+
+@router.get("/metrics")
+async def show_metrics(found: Injected) -> Response:
+    """vLLM's metrics and molehill's."""
+    workers = await found.stats.refresh()
+    ours = metrics.exposition(found.registry, workers)
+    text = generate_latest(get_prometheus_registry()) + ours
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

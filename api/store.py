@@ -1,0 +1,48 @@
+"""Canonical copies of the loaded adapters, by content digest.
+
+Workers load from here, so what they load is what was validated, whatever happens to the client's
+files meanwhile. vLLM keys its prefix cache by an adapter's name and path: other weights have
+another path, so they never meet old KV entries.
+"""
+
+import shutil
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+from molehill.engine.adapter import Adapter
+from molehill.engine.formats import native
+
+
+class AdapterStore:
+    """Directories `<root>/<digest>`, each as long as somebody holds it. Thread-safe.
+
+    Without a root of its own choice it uses a temporary directory that goes with the process.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="molehill-") if root is None else None
+        self.root = Path(self._temporary.name) if self._temporary else Path(root or "").resolve()
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._holders: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def acquire(self, adapter: Adapter) -> Path:
+        """The adapter's directory, written if nobody holds it yet. Raises OSError."""
+        directory = self.root / adapter.digest
+        with self._lock:
+            if not self._holders[adapter.digest]:
+                # Of an earlier server that was killed.
+                shutil.rmtree(directory, ignore_errors=True)
+                native.write(adapter, directory)
+            self._holders[adapter.digest] += 1
+        return directory
+
+    def release(self, digest: str) -> None:
+        """Lets go of a directory; the last holder deletes it."""
+        with self._lock:
+            self._holders[digest] -= 1
+            if not self._holders[digest]:
+                del self._holders[digest]
+                shutil.rmtree(self.root / digest, ignore_errors=True)
