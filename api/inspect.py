@@ -137,11 +137,15 @@ def _routing(policy: Policy) -> str:
 
 
 def _table(sites: Sequence[SitePlan]) -> Table:
-    table = Table("sites", "shape", "routing", "experts", "ranks", "size", "gate")
-    for group in groups(sites):
+    rows = {_name(group): group for group in groups(sites)}
+    table = Table()
+    table.add_column("sites", no_wrap=True, min_width=max(map(len, rows), default=0))
+    for name in ("shape", "routing", "experts", "ranks", "size", "gate"):
+        table.add_column(name)
+    for name, group in rows.items():
         site = group.plan
         table.add_row(
-            escape(group.pattern.replace("*", _spans(group.layers), 1)),
+            escape(name),
             site.shape,
             type(site.policy).__name__,
             str(site.experts),
@@ -165,6 +169,10 @@ def groups(sites: Iterable[SitePlan]) -> list[Group]:
         if match:
             group.layers.append(int(match[1]))
     return list(found.values())
+
+
+def _name(group: Group) -> str:
+    return group.pattern.replace("*", _spans(group.layers), 1)
 
 
 def _spans(layers: Sequence[int]) -> str:
