@@ -16,7 +16,7 @@ from vllm.lora.layers.utils import LoRAMapping
 from vllm.lora.request import LoRARequest
 
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter
+from molehill.engine.adapter import Adapter, natural_key
 from molehill.engine.base import BaseModel
 from molehill.engine.validation import validate
 from molehill.engine.vllm import backends, layers, shards
@@ -154,7 +154,9 @@ class AdapterManager:
         """This rank's share of an adapter; sites of other pipeline stages are left out."""
         linears: dict[int, list[LinearPiece]] = {}
         ffns = {}
-        for site, mixture in adapter.sites.items():
+        # In one order on all ranks: DoRA's norms are summed over them on the way.
+        for site in sorted(adapter.sites, key=natural_key):
+            mixture = adapter.sites[site]
             if isinstance(mixture, FfnMixture):
                 if site in self._ffn_handles:
                     ffns[self._ffn_handles[site]] = self._cut_ffn(site, mixture)

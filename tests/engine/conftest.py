@@ -1,0 +1,13 @@
+"""One engine for all tests of a module."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from engines import engine
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[Any]:
+    with engine() as llm:
+        yield llm

@@ -1,0 +1,145 @@
+"""The golden cases through the vLLM engine, used as any vLLM user would."""
+
+from typing import Any
+
+import pytest
+import torch
+from asking import LOGIT_TOLERANCE, Reply, ask, assert_golden, every_prompt, request
+from golden import SERVED, Case, greatest_difference
+
+ROUTER_TOLERANCE = 1e-5
+# Alone and in company the same GEMMs run over other shapes: rounding of float32, not more.
+BATCH_TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def replies(llm: Any) -> dict[str, list[Reply]]:
+    """Every case in ONE batch: base, LoRA and every mixture together."""
+    prompts = every_prompt()
+    found: dict[str, list[Reply]] = {}
+    for prompt, reply in zip(prompts, ask(llm, prompts), strict=True):
+        found.setdefault(prompt.case, []).append(reply)
+    return found
+
+
+@pytest.mark.parametrize("case", ["base", *SERVED])
+def test_mixed_batch_matches_the_reference(replies: dict[str, list[Reply]], case: str) -> None:
+    assert_golden(replies[case], Case(case).prompts)
+
+
+@pytest.mark.parametrize("case", ["base", *SERVED])
+def test_alone_gives_what_the_mixed_batch_gives(
+    llm: Any, replies: dict[str, list[Reply]], case: str
+) -> None:
+    for prompt, mixed in zip(Case(case).prompts, replies[case], strict=True):
+        (alone,) = ask(llm, [prompt])
+        assert alone.tokens == mixed.tokens
+        assert greatest_difference(alone.logits, mixed.logits) < BATCH_TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["base", *SERVED])
+def test_every_position_matches_the_reference(llm: Any, case: str) -> None:
+    llm.reset_prefix_cache()
+    (reply,) = ask(llm, Case(case).prompts[:1], prompt_logits=True)
+    expected = Case(case).tensors["prompt0.logits"]
+    assert reply.prompt_logits is not None
+    assert greatest_difference(reply.prompt_logits, expected[:-1]) < LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("case", [name for name in SERVED if Case(name).routes()])
+def test_router_weights_match_the_reference(llm: Any, case: str) -> None:
+    llm.reset_prefix_cache()
+    llm.collective_rpc("molehill_trace", args=(True,))
+    ask(llm, Case(case).prompts[:1], tokens=1)
+    (traces,) = llm.collective_rpc("molehill_trace", args=(False,))
+    found = {site: figures for site, *figures in traces}
+    expected = Case(case).routes()
+    assert expected.keys() <= found.keys()
+    for site, route in expected.items():
+        probabilities, weights, entropy = (torch.tensor(figure) for figure in found[site])
+        assert greatest_difference(probabilities, route["p"]) < ROUTER_TOLERANCE, site
+        assert greatest_difference(weights, route["w"]) < ROUTER_TOLERANCE, site
+        if "entropy" in route:
+            assert greatest_difference(entropy, route["entropy"]) < ROUTER_TOLERANCE, site
+
+
+def test_prefix_cache_never_crosses_adapters(llm: Any) -> None:
+    """One prompt under every adapter, cold and warm: the cache hits only its own adapter."""
+    llm.reset_prefix_cache()
+    longest = {name: Case(name).prompts[3] for name in ("base", *SERVED)}
+    assert len({prompt.ids for prompt in longest.values()}) == 1
+    prompts = [prompt for prompt in longest.values() for _ in ("cold", "warm")]
+    replies = [ask(llm, [prompt])[0] for prompt in prompts]
+    assert_golden(replies, prompts)
+    assert {reply.cached for reply in replies[::2]} == {0}
+    assert {reply.cached for reply in replies[1::2]} == {32}
+
+
+def test_counters_are_what_the_reference_chose(llm: Any) -> None:
+    """Figures of one known prompt, by difference of two readings."""
+    from vllm.lora.request import LoRARequest
+
+    llm.reset_prefix_cache()
+    case = Case("dynmole-default")
+    fresh = LoRARequest("counted", 90, str(case.path))
+    llm.llm_engine.add_lora(fresh)
+    from vllm import SamplingParams
+
+    llm.generate(
+        [{"prompt_token_ids": list(case.prompts[0].ids)}],
+        SamplingParams(temperature=0, max_tokens=1),
+        lora_request=fresh,
+        use_tqdm=False,
+    )
+    (stats,) = llm.collective_rpc("molehill_stats")
+    figures = stats[90]
+    assert figures["tokens"] == len(case.prompts[0].ids)
+    for site, route in case.routes().items():
+        counted = figures["sites"][site]
+        assert counted["decisions"] == len(case.prompts[0].ids)
+        assert counted["expert_tokens"] == (route["w"] > 0).sum(0).tolist()
+        assert counted["soft"] == int((route["entropy"] > 0.9).sum())
+        assert counted["entropy"] == pytest.approx(route["entropy"].sum().item(), abs=1e-4)
+    llm.llm_engine.remove_lora(90)
+
+
+def test_removing_an_adapter_frees_it(llm: Any) -> None:
+    from vllm.lora.request import LoRARequest
+
+    path = str(Case("mixlora").path)
+    llm.llm_engine.add_lora(LoRARequest("short-lived", 91, path))
+    (before,) = llm.collective_rpc("molehill_stats")
+    assert before[91]["bytes"] > 0
+    assert llm.llm_engine.remove_lora(91)
+    (after,) = llm.collective_rpc("molehill_stats")
+    assert 91 not in after
+    assert 91 not in llm.llm_engine.list_loras()
+
+
+def test_a_bad_adapter_is_refused_by_add_lora_and_the_engine_lives(llm: Any, tmp_path: Any) -> None:
+    from vllm.lora.request import LoRARequest
+
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(Exception, match=r"adapter_config\.json"):
+        llm.llm_engine.add_lora(LoRARequest("bad", 92, str(tmp_path)))
+    assert 92 not in llm.llm_engine.list_loras()
+    prompts = Case("mola").prompts
+    assert_golden(ask(llm, prompts), prompts)
+
+
+def test_a_bad_adapter_met_in_a_step_never_answers_as_the_base(llm: Any, tmp_path: Any) -> None:
+    """Plain `generate` with an adapter that cannot be loaded: its output is void, no other is."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    base, mola = Case("base").prompts[0], Case("mola").prompts[0]
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(ids)} for ids in (base.ids, base.ids, mola.ids)],
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+        lora_request=[LoRARequest("nothing", 93, str(tmp_path)), None, request("mola")],
+        use_tqdm=False,
+    )
+    void, plain, mixed = (tuple(output.outputs[0].token_ids) for output in outputs)
+    assert void != base.greedy
+    assert plain == base.greedy
+    assert mixed == mola.greedy
