@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from molehill.engine import formats
@@ -23,6 +24,7 @@ from molehill.engine.validation import problems
 from molehill.kernels.policy import Constant, Policy
 
 _SHOWN_PROBLEMS = 20
+_WIDEST = 240
 
 
 @dataclass
@@ -95,8 +97,11 @@ def _unreadable(error: AdapterError, *, as_json: bool) -> int:
 def _print(adapter: Adapter, found: Sequence[AdapterError], model: str | None) -> None:
     console = Console()
     sites = plan(adapter)
+    table = _table(sites)
+    wide = console.options.update(max_width=_WIDEST)
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
     console.print(_summary(adapter, sites))
-    console.print(_table(sites))
+    console.print(table)
     for warning in adapter.warnings:
         console.print(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)
     for error in found[:_SHOWN_PROBLEMS]:
@@ -138,10 +143,7 @@ def _routing(policy: Policy) -> str:
 
 def _table(sites: Sequence[SitePlan]) -> Table:
     rows = {_name(group): group for group in groups(sites)}
-    table = Table()
-    table.add_column("sites", no_wrap=True, min_width=max(map(len, rows), default=0))
-    for name in ("shape", "routing", "experts", "ranks", "size", "gate"):
-        table.add_column(name)
+    table = Table("sites", "shape", "routing", "experts", "ranks", "size", "gate")
     for name, group in rows.items():
         site = group.plan
         table.add_row(

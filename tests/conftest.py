@@ -1,7 +1,10 @@
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -10,3 +13,39 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def golden() -> Path:
     """`tiny-llama` and `cases/<name>`."""
     return Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture
+def edited(golden, tmp_path):
+    """Copies a golden case with changes: `edited(case, config={...}, tensors={...})`.
+
+    A value of None removes the field or tensor; a callable gets the old tensor.
+    """
+
+    def edit(case, config=None, tensors=None, safetensors=False):
+        source, target = golden / "cases" / case, tmp_path / "edited"
+        fields = json.loads((source / "adapter_config.json").read_text())
+        values = weights(source)
+        for name, value in (config or {}).items():
+            fields[name] = value
+            if value is None:
+                del fields[name]
+        for name, value in (tensors or {}).items():
+            values[name] = value(values[name]) if callable(value) else value
+            if value is None:
+                del values[name]
+        target.mkdir()
+        (target / "adapter_config.json").write_text(json.dumps(fields))
+        if safetensors:
+            save_file(values, target / "adapter_model.safetensors")
+        else:
+            torch.save(values, target / "adapter_model.bin")
+        return target
+
+    return edit
+
+
+def weights(directory):
+    if (directory / "adapter_model.safetensors").exists():
+        return load_file(directory / "adapter_model.safetensors")
+    return torch.load(directory / "adapter_model.bin", weights_only=True)
