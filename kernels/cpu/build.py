@@ -1,0 +1,179 @@
+"""The backend's shared library: shipped beside this file, or compiled once into a cache.
+
+`python -m molehill.kernels.cpu.build [DIRECTORY]` compiles it beside this file (or into DIRECTORY),
+for images whose users have no compiler.
+"""
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+SOURCES = HERE / "csrc"
+COMMON = ["-std=gnu++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-w"]
+# One object per instruction set: a library that runs on any processor must not be compiled for
+# the newest one as a whole.
+X86_ISAS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx512bf16"],
+}
+
+
+class BuildError(RuntimeError):
+    """The library is neither shipped nor can it be compiled; the message says why."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """Where the loaded library lies, and whether this process compiled it."""
+
+    path: Path
+    compiled: bool
+
+
+_loaded: list[Library] = []
+
+
+def load() -> Library:
+    """Makes `torch.ops.molehill_cpu` available. Raises BuildError; safe in many processes at once.
+
+    Looks beside this file, then in `$MOLEHILL_CACHE_DIR` (default: `molehill` in the user's cache).
+    """
+    if not _loaded:
+        library = _find_or_compile()
+        try:
+            torch.ops.load_library(str(library.path))
+        except OSError as error:
+            raise BuildError(f"{library.path}: {error}") from error
+        _loaded.append(library)
+    return _loaded[0]
+
+
+def compile_into(directory: Path) -> Path:
+    """Compiles the library into `directory` and returns its path. Raises BuildError."""
+    compiler = _compiler()
+    target = directory / library_name()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            objects = [_compile(compiler, unit, Path(scratch)) for unit in _units()]
+            linked = Path(scratch) / "linked.so"
+            _run([compiler, "-shared", *map(str, objects), "-o", str(linked), *_link_flags()])
+            linked.replace(target)
+    except OSError as error:
+        raise BuildError(f"cannot write the C++ backend to {directory}: {error}") from error
+    return target
+
+
+def library_name() -> str:
+    """File name that changes with the sources, the flags, torch's version and ABI."""
+    sha = hashlib.sha256(repr((COMMON, X86_ISAS, torch.compiled_with_cxx11_abi())).encode())
+    for path in sorted(SOURCES.iterdir()):
+        sha.update(path.name.encode() + path.read_bytes())
+    return f"molehill_cpu-{torch.__version__}-{platform.machine()}-{sha.hexdigest()[:16]}.so"
+
+
+def _find_or_compile() -> Library:
+    name = library_name()
+    cache = _cache_directory()
+    for directory in (HERE, cache):
+        if (directory / name).exists():
+            return Library(directory / name, compiled=False)
+    try:
+        with _locked(cache):
+            if (cache / name).exists():
+                return Library(cache / name, compiled=False)
+            return Library(compile_into(cache), compiled=True)
+    except OSError as error:
+        raise BuildError(f"no cache directory for the C++ backend: {error}") from error
+
+
+def _cache_directory() -> Path:
+    chosen = os.environ.get("MOLEHILL_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "molehill"
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True)
+class _Unit:
+    source: str
+    name: str
+    flags: list[str]
+
+
+def _units() -> list[_Unit]:
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    define = ["-DMOLEHILL_X86"] if x86 else []
+    isas = {"portable": [], **(X86_ISAS if x86 else {})}
+    kernels = [
+        _Unit("kernels.cpp", isa, ["-O3", "-ffp-contract=fast", f"-DMOLEHILL_ISA={isa}", *flags])
+        for isa, flags in isas.items()
+    ]
+    logic = [_Unit(f"{name}.cpp", name, ["-O2"]) for name in ("policy", "state", "linear", "ffn")]
+    return [*kernels, *logic, _Unit("ops.cpp", "ops", ["-O1", *define, *_torch_flags()])]
+
+
+def _torch() -> Path:
+    return Path(torch.__file__).parent
+
+
+def _torch_flags() -> list[str]:
+    abi = int(torch.compiled_with_cxx11_abi())
+    return [
+        f"-I{_torch()}/include",
+        f"-I{_torch()}/include/torch/csrc/api/include",
+        f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
+    ]
+
+
+def _link_flags() -> list[str]:
+    # OpenMP is not linked: its symbols must come from the runtime that torch has loaded, or there
+    # would be two pools of threads.
+    return [f"-L{_torch()}/lib", "-lc10", "-ltorch_cpu"]
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path:
+            return path
+    raise BuildError("no C++ compiler: looked for $CXX, g++, c++ and clang++")
+
+
+def _compile(compiler: str, unit: _Unit, directory: Path) -> Path:
+    target = directory / f"{unit.name}.o"
+    source = str(SOURCES / unit.source)
+    _run([compiler, *COMMON, *unit.flags, "-c", source, "-o", str(target)])
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()[:20]
+        raise BuildError("\n".join(["compiling the C++ backend failed:", *lines]))
+
+
+if __name__ == "__main__":
+    print(compile_into(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE))

@@ -1,0 +1,469 @@
+// One linear: route, shrink (A x, times the gate weights), expand (+= z B^T), over all runs.
+#include <algorithm>
+#include <cstring>
+
+#include "state.h"
+#include "team.h"
+
+namespace molehill {
+namespace {
+
+// One low-rank pair applied to one routed chunk.
+struct Product {
+  const LowRank* pair;
+  Routing routing;
+  void* z;             // operands [rows][ranks]
+  bool shrinks;        // z is to be computed here, not by the FFN before
+  bool weighted;       // gate weights go into z
+  int start;           // first column of the output, or -1: z is kept for the FFN
+  const float* scale;  // [E, out], DoRA
+  const float* bias;
+  const float* shift;  // + factor[row] * shift[column]
+  const float* factor;
+};
+
+// A chunk with all that is done to it: ranges of the call's routings and products.
+struct Work {
+  Chunk chunk;
+  int first_routing, last_routing, first_product, last_product;
+  int logits_row;
+};
+
+class LinearCall {
+ public:
+  LinearCall(Backend& backend, int handle, Rows out, Rows x)
+      : backend_(backend),
+        linear_(backend.linears[handle]),
+        kernels_(*linear_.kernels),
+        handle_(handle),
+        out_(out),
+        x_(x),
+        inputs_((linear_.in + kPanelInputs - 1) / kPanelInputs * kPanelInputs),
+        threads_(team_size()) {}
+
+  void run(Reduce* reduce) {
+    backend_.scratch.reset();
+    if (linear_.ffn_in >= 0) forget_ffn();
+    for (const Run& run : backend_.runs) plan(run);
+    if (linear_.ffn_out >= 0 && linear_.ffn_out == backend_.ffn_of_state) plan_down();
+    if (works_.empty()) return;
+    stage();
+    if (linear_.reduced && reduce != nullptr && logits_columns_ > 0) reduce_logits(*reduce);
+    if (chunks_are_balanced())
+      share_chunks();
+    else
+      share_weights();
+    if (backend_.tracing) record();
+  }
+
+ private:
+  void forget_ffn() {
+    backend_.ffn_scratch.reset();
+    backend_.ffn_states.clear();
+    backend_.ffn_of_state = linear_.ffn_in;
+  }
+
+  void plan(const Run& run) {
+    const int stop = std::min(run.stop, x_.rows);
+    if (run.start >= stop) return;
+    if (run.slot == nullptr) return clear(run.start, stop);
+    const auto pieces = run.slot->linears.find(handle_);
+    const auto ffn = run.slot->ffns.find(linear_.ffn_in);
+    const bool has_pieces = pieces != run.slot->linears.end();
+    const bool has_ffn = ffn != run.slot->ffns.end();
+    if (!has_pieces && !has_ffn) return;
+    for (int row = run.start; row < stop; row += kChunkRows) {
+      open({run.slot, row, std::min(kChunkRows, stop - row)});
+      if (has_pieces)
+        for (const LinearPiece& piece : pieces->second) plan_piece(piece);
+      if (has_ffn) plan_gate_up(ffn->second);
+      close();
+    }
+  }
+
+  void clear(int start, int stop) {
+    const size_t bytes = size_t(linear_.out) * kernels_.element;
+    for (int row = start; row < stop; ++row) std::memset(element(out_, row, 0), 0, bytes);
+  }
+
+  void open(const Chunk& chunk) {
+    works_.push_back({chunk, int(routings_.size()), 0, int(products_.size()), 0, logits_rows_});
+    chunk_columns_ = 0;
+  }
+
+  void close() {
+    Work& work = works_.back();
+    work.last_routing = int(routings_.size());
+    work.last_product = int(products_.size());
+    logits_columns_ = std::max(logits_columns_, chunk_columns_);
+    if (chunk_columns_ > 0) logits_rows_ += work.chunk.rows;
+  }
+
+  const Routing& plan_site(const Site& site, Arena& arena) {
+    const int rows = works_.back().chunk.rows;
+    const size_t entries = size_t(rows) * site.experts;
+    Routing routing{&site, int(works_.size()) - 1, arena.take<float>(entries),
+                    arena.take<uint16_t>(entries), arena.take<uint16_t>(rows)};
+    if (site.routed && backend_.tracing) {
+      routing.probabilities = arena.take<float>(entries);
+      routing.entropy = arena.take<float>(rows);
+    }
+    if (site.routed && linear_.reduced) {
+      routing.logits_column = chunk_columns_;
+      chunk_columns_ += site.experts;
+    }
+    routings_.push_back(routing);
+    return routings_.back();
+  }
+
+  void* operands(const LowRank& pair, Arena& arena) {
+    return arena.take<char>(size_t(works_.back().chunk.rows) * pair.ranks() * kernels_.operand);
+  }
+
+  void plan_piece(const LinearPiece& piece) {
+    Arena& arena = backend_.scratch;
+    const Routing& routing = plan_site(piece.site, arena);
+    products_.push_back({&piece.experts, routing, operands(piece.experts, arena), true, true,
+                         piece.start, piece.output_scale.as<float>(), piece.bias.as<float>(),
+                         nullptr, nullptr});
+  }
+
+  void plan_gate_up(const FfnPiece& piece) {
+    Arena& arena = backend_.ffn_scratch;
+    const Chunk& chunk = works_.back().chunk;
+    const Routing& routing = plan_site(piece.site, arena);
+    FfnState state{&piece, chunk, routing, nullptr, nullptr, operands(piece.down, arena),
+                   arena.take<float>(chunk.rows)};
+    for (auto [pair, z] : {std::pair{&piece.gate, &state.gate}, {&piece.up, &state.up}}) {
+      if (pair->ranks() == 0) continue;
+      *z = operands(*pair, arena);
+      products_.push_back({pair, routing, *z, true, false, -1, nullptr, nullptr, nullptr, nullptr});
+    }
+    backend_.ffn_states.push_back(state);
+  }
+
+  void plan_down() {
+    for (const FfnState& state : backend_.ffn_states) {
+      const bool nothing = state.piece->down.ranks() == 0 && state.piece->bias.bytes() == 0;
+      if (nothing || state.chunk.start + state.chunk.rows > x_.rows) continue;
+      open(state.chunk);
+      products_.push_back({&state.piece->down, state.routing, state.down, false, true, 0, nullptr,
+                           nullptr, state.piece->bias.as<float>(), state.factor});
+      close();
+    }
+  }
+
+  // Rows as the dot products want them: operands, whole groups of inputs.
+  void stage() {
+    operands_ = x_;
+    if (routings_.empty()) return;
+    if (kernels_.operand != kernels_.element || inputs_ != linear_.in) {
+      const size_t bytes = size_t(x_.rows) * inputs_ * kernels_.operand;
+      operands_ = {backend_.scratch.take<char>(bytes), inputs_, x_.rows};
+      std::memset(operands_.data, 0, bytes);
+      Tickets tickets;
+      team(works_.size() < 2 ? 1 : threads_, [&](int) {
+        for (size_t w; (w = tickets.next()) < works_.size();) stage_chunk(works_[w].chunk);
+      });
+    }
+    if (kernels_.operand != int(sizeof(float)))
+      widened_ = backend_.scratch.take<float>(size_t(threads_) * kBlockRows * inputs_);
+  }
+
+  void stage_chunk(const Chunk& chunk) {
+    for (int row = chunk.start; row < chunk.start + chunk.rows; ++row)
+      kernels_.stage(element(x_, row, 0), operand(row), linear_.in);
+  }
+
+  // Up to kBlockRows rows as floats, in memory of this thread.
+  void widen(int row, int rows, int thread, const float** pointers) {
+    for (int i = 0; i < rows; ++i) {
+      if (widened_ == nullptr) {
+        pointers[i] = static_cast<const float*>(operand(row + i));
+        continue;
+      }
+      float* wide = widened_ + (size_t(thread) * kBlockRows + i) * inputs_;
+      kernels_.widen(element(x_, row + i, 0), wide, linear_.in);
+      std::fill(wide + linear_.in, wide + inputs_, 0.0f);
+      pointers[i] = wide;
+    }
+  }
+
+  void reduce_logits(Reduce& reduce) {
+    logits_ = backend_.scratch.take<float>(size_t(logits_rows_) * logits_columns_);
+    std::fill_n(logits_, size_t(logits_rows_) * logits_columns_, 0.0f);
+    Tickets tickets;
+    team(threads_, [&](int thread) {
+      for (size_t w; (w = tickets.next()) < works_.size();) {
+        const Work& work = works_[w];
+        for (int row = 0; row < work.chunk.rows; row += kBlockRows) {
+          const int rows = std::min(kBlockRows, work.chunk.rows - row);
+          const float* x[kBlockRows];
+          widen(work.chunk.start + row, rows, thread, x);
+          for (int r = work.first_routing; r < work.last_routing; ++r)
+            if (routings_[r].site->routed)
+              compute_logits(*routings_[r].site, x, rows, reduced_logits(work, r, row),
+                             logits_columns_);
+        }
+      }
+    });
+    reduce(logits_, logits_rows_, logits_columns_);
+  }
+
+  float* reduced_logits(const Work& work, int r, int row) {
+    return logits_ + size_t(work.logits_row + row) * logits_columns_ + routings_[r].logits_column;
+  }
+
+  void compute_logits(const Site& site, const float* const* x, int rows, float* logits,
+                      ptrdiff_t stride) {
+    for (int panel = 0; panel < site.panels(); ++panel) {
+      float sums[kBlockRows * kPanelRows];
+      const float* weights = site.router.as<float>() + size_t(panel) * inputs_ * kPanelRows;
+      kernels_.route(x, rows, weights, inputs_ / kPanelInputs, sums);
+      const int first = panel * kPanelRows, count = std::min(kPanelRows, site.experts - first);
+      for (int i = 0; i < rows; ++i)
+        std::copy_n(sums + i * kPanelRows, count, logits + i * stride + first);
+    }
+  }
+
+  // Decides for up to kBlockRows rows at some of the chunk's sites.
+  void route(const Work& work, int first_routing, int last_routing, int row, int rows, int thread) {
+    const float* x[kBlockRows];
+    bool wide = false;
+    for (int r = first_routing; r < last_routing; ++r) {
+      const Routing& routing = routings_[r];
+      const Site& site = *routing.site;
+      if (!site.routed) {
+        for (int i = 0; i < rows; ++i) choose(routing, row + i, site.policy.weights.data());
+        continue;
+      }
+      float block[kBlockRows * kMaxExperts];
+      float* logits = block;
+      ptrdiff_t stride = site.experts;
+      if (logits_ != nullptr && routing.logits_column >= 0) {
+        logits = reduced_logits(work, r, row);
+        stride = logits_columns_;
+      } else {
+        if (!wide) widen(work.chunk.start + row, rows, thread, x);
+        wide = true;
+        compute_logits(site, x, rows, logits, stride);
+      }
+      decide_rows(routing, logits, stride, row, rows);
+    }
+  }
+
+  void decide_rows(const Routing& routing, float* logits, ptrdiff_t stride, int row, int rows) {
+    const Site& site = *routing.site;
+    float weights[kMaxExperts];
+    double entropy = 0;
+    int64_t soft = 0;
+    for (int i = 0; i < rows; ++i) {
+      float* p = logits + i * stride;
+      softmax(p, site.experts);
+      const Decision decision = decide(site.policy, p, site.experts, weights);
+      entropy += decision.entropy;
+      soft += decision.soft;
+      choose(routing, row + i, weights);
+      if (routing.probabilities == nullptr) continue;
+      std::copy_n(p, site.experts, routing.probabilities + size_t(row + i) * site.experts);
+      routing.entropy[row + i] = decision.entropy;
+    }
+    count(routing, row, rows, entropy, soft);
+  }
+
+  void choose(const Routing& routing, int row, const float* weights) {
+    const int experts = routing.site->experts, rows = works_[routing.chunk].chunk.rows;
+    uint16_t* list = routing.experts + size_t(row) * experts;
+    int chosen = 0;
+    for (int e = 0; e < experts; ++e) {
+      routing.weights[size_t(e) * rows + row] = weights[e];
+      list[chosen] = uint16_t(e);
+      chosen += weights[e] != 0;
+    }
+    routing.counts[row] = uint16_t(chosen);
+  }
+
+  void count(const Routing& routing, int row, int rows, double entropy, int64_t soft) {
+    Counters& counters = routing.site->counters;
+#pragma omp atomic
+    counters.decisions += rows;
+#pragma omp atomic
+    counters.soft += soft;
+#pragma omp atomic
+    counters.entropy += entropy;
+    const int all_rows = works_[routing.chunk].chunk.rows;
+    for (int e = 0; e < routing.site->experts; ++e) {
+      int64_t tokens = 0;
+      for (int i = row; i < row + rows; ++i)
+        tokens += routing.weights[size_t(e) * all_rows + i] != 0;
+#pragma omp atomic
+      counters.expert_tokens[e] += tokens;
+    }
+  }
+
+  void shrink(const Product& product, int panel) {
+    const LowRank& pair = *product.pair;
+    const Chunk& chunk = works_[product.routing.chunk].chunk;
+    const int e = pair.panel_expert[panel];
+    kernels_.shrink({product.routing.weights + size_t(e) * chunk.rows, chunk.rows, product.weighted,
+                     operand(chunk.start), operands_.stride,
+                     pair.a.as<char>() + panel * pair.panel_elements() * kernels_.element,
+                     inputs_ / kPanelInputs,
+                     static_cast<char*>(product.z) + size_t(panel) * kPanelRows * kernels_.operand,
+                     pair.ranks()});
+  }
+
+  void expand(const Work& work, const Product& product, int tile) {
+    const LowRank& pair = *product.pair;
+    const int column = tile * kTileColumns;
+    const auto at = [&](const float* table) { return table ? table + column : nullptr; };
+    kernels_.expand({product.routing.choice(work.chunk.rows),
+                     element(out_, work.chunk.start, product.start + column), out_.stride,
+                     std::min(kTileColumns, columns(product) - column), product.z, pair.ranks(),
+                     pair.first_rank.data(),
+                     pair.b.as<char>() + size_t(column) * pair.ranks() * kernels_.element,
+                     at(product.scale), columns(product), at(product.bias), at(product.shift),
+                     product.factor});
+  }
+
+  int columns(const Product& product) const {
+    return product.pair->out > 0 ? product.pair->out : linear_.out;
+  }
+
+  int tiles(const Product& product) const {
+    if (product.start < 0) return 0;
+    return (columns(product) + kTileColumns - 1) / kTileColumns;
+  }
+
+  int panels(const Product& product) const {
+    return product.shrinks ? int(product.pair->panel_expert.size()) : 0;
+  }
+
+  // Enough chunks for all threads, and none that the others would wait for.
+  bool chunks_are_balanced() const {
+    int rows = 0, most = 0;
+    for (const Work& work : works_) {
+      rows += work.chunk.rows;
+      most = std::max(most, work.chunk.rows);
+    }
+    return threads_ == 1 || (int(works_.size()) >= 2 * threads_ && most * threads_ <= rows);
+  }
+
+  // Each thread takes whole chunks: no waiting, every thread reads all weights.
+  void share_chunks() {
+    Tickets tickets;
+    team(threads_, [&](int thread) {
+      for (size_t w; (w = tickets.next()) < works_.size();) {
+        const Work& work = works_[w];
+        for (int row = 0; row < work.chunk.rows; row += kBlockRows)
+          route(work, work.first_routing, work.last_routing, row,
+                std::min(kBlockRows, work.chunk.rows - row), thread);
+        for (int p = work.first_product; p < work.last_product; ++p) {
+          const Product& product = products_[p];
+          for (int panel = 0; panel < panels(product); ++panel) shrink(product, panel);
+          for (int tile = 0; tile < tiles(product); ++tile) expand(work, product, tile);
+        }
+      }
+    });
+  }
+
+  // Few rows: the threads share the weights, each of which is read once, and wait for each other
+  // after every stage.
+  void share_weights() {
+    struct Unit {
+      int work, item, index;
+    };
+    std::vector<Unit> routes, shrinks, expands;
+    for (int w = 0; w < int(works_.size()); ++w) {
+      const Work& work = works_[w];
+      for (int r = work.first_routing; r < work.last_routing; ++r)
+        for (int row = 0; row < work.chunk.rows; row += block_rows(work))
+          routes.push_back({w, r, row});
+      for (int p = work.first_product; p < work.last_product; ++p) {
+        for (int panel = 0; panel < panels(products_[p]); ++panel) shrinks.push_back({w, p, panel});
+        for (int tile = 0; tile < tiles(products_[p]); ++tile) expands.push_back({w, p, tile});
+      }
+    }
+    Tickets route_tickets, shrink_tickets, expand_tickets;
+    team(threads_, [&](int thread) {
+      for (size_t i; (i = route_tickets.next()) < routes.size();) {
+        const Work& work = works_[routes[i].work];
+        const int row = routes[i].index, r = routes[i].item;
+        route(work, r, r + 1, row, std::min(block_rows(work), work.chunk.rows - row), thread);
+      }
+      if (!routes.empty()) barrier();
+      for (size_t i; (i = shrink_tickets.next()) < shrinks.size();)
+        shrink(products_[shrinks[i].item], shrinks[i].index);
+      if (!shrinks.empty()) barrier();
+      for (size_t i; (i = expand_tickets.next()) < expands.size();)
+        expand(works_[expands[i].work], products_[expands[i].item], expands[i].index);
+    });
+  }
+
+  // Rows that one thread routes at a time, so that no thread idles.
+  int block_rows(const Work& work) const {
+    return std::clamp((work.chunk.rows + threads_ - 1) / threads_, 1, kBlockRows);
+  }
+
+  // Chunks of one run and site become one record.
+  void record() {
+    const size_t before = backend_.trace.size();
+    for (const Routing& routing : routings_) {
+      if (!routing.site->routed) continue;
+      const Chunk& chunk = works_[routing.chunk].chunk;
+      const auto same = std::find_if(
+          backend_.trace.begin() + before, backend_.trace.end(), [&](const TraceRecord& record) {
+            return record.site == routing.site->id && record.start + record.rows == chunk.start;
+          });
+      if (same != backend_.trace.end()) {
+        append(*same, routing, chunk.rows);
+        continue;
+      }
+      backend_.trace.push_back(
+          {routing.site->id, chunk.start, 0, routing.site->experts, {}, {}, {}});
+      append(backend_.trace.back(), routing, chunk.rows);
+    }
+  }
+
+  static void append(TraceRecord& record, const Routing& routing, int rows) {
+    const int experts = routing.site->experts;
+    record.rows += rows;
+    record.probabilities.insert(record.probabilities.end(), routing.probabilities,
+                                routing.probabilities + size_t(rows) * experts);
+    record.entropy.insert(record.entropy.end(), routing.entropy, routing.entropy + rows);
+    for (int row = 0; row < rows; ++row)
+      for (int e = 0; e < experts; ++e)
+        record.weights.push_back(routing.weights[size_t(e) * rows + row]);
+  }
+
+  void* element(const Rows& rows, int row, int column) const {
+    return static_cast<char*>(rows.data) + (row * rows.stride + column) * kernels_.element;
+  }
+
+  void* operand(int row) const {
+    return static_cast<char*>(operands_.data) + row * operands_.stride * kernels_.operand;
+  }
+
+  Backend& backend_;
+  const Linear& linear_;
+  const Kernels& kernels_;
+  const int handle_;
+  const Rows out_, x_;
+  const int inputs_;  // in, rounded up to whole groups
+  const int threads_;
+  std::vector<Work> works_;
+  std::vector<Routing> routings_;
+  std::vector<Product> products_;
+  Rows operands_{};
+  float* widened_ = nullptr;  // [threads][kBlockRows][inputs], where operands are no floats
+  float* logits_ = nullptr;   // [rows][columns], reduced over the ranks
+  int logits_rows_ = 0, logits_columns_ = 0, chunk_columns_ = 0;
+};
+
+}  // namespace
+
+void apply_linear(Backend& backend, int linear, Rows out, Rows x, Reduce* reduce) {
+  if (!backend.runs.empty()) LinearCall(backend, linear, out, x).run(reduce);
+}
+
+}  // namespace molehill

@@ -1,0 +1,164 @@
+// The two products of a low-rank pair, for a type of weights: A x ("dot") and B z ("columns").
+#pragma once
+#include "kernels.h"
+#include "vector.h"
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace molehill::MOLEHILL_ISA {
+namespace {
+
+// How many rows of the batch share a load of the weights: as many as the registers hold.
+#if defined(__AVX512F__)
+constexpr int kFloatRows = 8;
+#elif defined(__AVX2__)
+constexpr int kFloatRows = 2;
+#else
+constexpr int kFloatRows = 1;
+#endif
+
+INLINE Floats four_times(const float* p) {
+#ifdef __AVX512F__
+  return (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#else
+  return Floats{p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3],
+                p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3]};
+#endif
+}
+
+// Weights of type T times floats, in float.
+template <class T>
+struct FloatMath {
+  using Element = T;
+  using Operand = float;
+  static constexpr int kRanksPerStep = 1;
+
+  template <int R>
+  static INLINE void dot_rows(const float* const* x, const T* panel, int steps, float* sums) {
+    Floats low[R] = {}, high[R] = {};
+    for (int s = 0; s < steps; ++s) {
+      const Floats a = load(panel + s * 32), b = load(panel + s * 32 + 16);
+      for (int r = 0; r < R; ++r) {
+        const Floats v = four_times(x[r] + s * 4);
+        low[r] += a * v;
+        high[r] += b * v;
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < 4; ++i) {
+        sums[r * 8 + i] = low[r][4 * i] + low[r][4 * i + 1] + low[r][4 * i + 2] + low[r][4 * i + 3];
+        sums[r * 8 + 4 + i] =
+            high[r][4 * i] + high[r][4 * i + 1] + high[r][4 * i + 2] + high[r][4 * i + 3];
+      }
+  }
+
+  static void dot(const float* const* x, int rows, const T* panel, int steps, float* sums) {
+    int r = 0;
+    if constexpr (kFloatRows >= 8)
+      for (; r + 8 <= rows; r += 8) dot_rows<8>(x + r, panel, steps, sums + r * 8);
+    if constexpr (kFloatRows >= 4)
+      for (; r + 4 <= rows; r += 4) dot_rows<4>(x + r, panel, steps, sums + r * 8);
+    if constexpr (kFloatRows >= 2)
+      for (; r + 2 <= rows; r += 2) dot_rows<2>(x + r, panel, steps, sums + r * 8);
+    for (; r < rows; ++r) dot_rows<1>(x + r, panel, steps, sums + r * 8);
+  }
+
+  // One tile of B z, summed expert by expert.
+  struct Columns {
+    Floats sums[4] = {};
+
+    INLINE void add(const float* z, const T* tile, int ranks) {
+      for (int k = 0; k < ranks; ++k)
+        for (int c = 0; c < 4; ++c) sums[c] += z[k] * load(tile + k * kTileColumns + c * 16);
+    }
+
+    INLINE Floats get(int c) const { return sums[c]; }
+  };
+};
+
+#ifdef __AVX512BF16__
+
+// bfloat16 weights times bfloat16 operands, in float (VDPBF16PS sums two products per lane).
+struct Bf16Math {
+  using Element = bf16;
+  using Operand = bf16;
+  static constexpr int kRanksPerStep = 2;
+
+  static INLINE __m512bh weights(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+  static INLINE __m512bh four_times(const bf16* p) {
+    int64_t bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return (__m512bh)_mm512_set1_epi64(bits);
+  }
+
+  static INLINE __m512bh two_times(const bf16* p) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return (__m512bh)_mm512_set1_epi32(bits);
+  }
+
+  // U sums per row hide the instruction's latency when there are few rows.
+  template <int R, int U>
+  static INLINE void dot_rows(const bf16* const* x, const bf16* panel, int steps, float* sums) {
+    __m512 acc[R][U];
+    for (int r = 0; r < R; ++r)
+      for (int u = 0; u < U; ++u) acc[r][u] = _mm512_setzero_ps();
+    int s = 0;
+    for (; s + U <= steps; s += U)
+      for (int u = 0; u < U; ++u) {
+        const __m512bh a = weights(panel + (s + u) * 32);
+        for (int r = 0; r < R; ++r)
+          acc[r][u] = _mm512_dpbf16_ps(acc[r][u], a, four_times(x[r] + (s + u) * 4));
+      }
+    for (; s < steps; ++s)
+      for (int r = 0; r < R; ++r)
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], weights(panel + s * 32), four_times(x[r] + s * 4));
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+    for (int r = 0; r < R; ++r) {
+      for (int u = 1; u < U; ++u) acc[r][0] = _mm512_add_ps(acc[r][0], acc[r][u]);
+      const __m512 pairs = _mm512_add_ps(acc[r][0], _mm512_movehdup_ps(acc[r][0]));
+      _mm256_storeu_ps(sums + r * 8, _mm512_castps512_ps256(_mm512_permutexvar_ps(even, pairs)));
+    }
+  }
+
+  static void dot(const bf16* const* x, int rows, const bf16* panel, int steps, float* sums) {
+    switch (rows) {
+      case 8: return dot_rows<8, 1>(x, panel, steps, sums);
+      case 7: return dot_rows<7, 1>(x, panel, steps, sums);
+      case 6: return dot_rows<6, 2>(x, panel, steps, sums);
+      case 5: return dot_rows<5, 2>(x, panel, steps, sums);
+      case 4: return dot_rows<4, 2>(x, panel, steps, sums);
+      case 3: return dot_rows<3, 4>(x, panel, steps, sums);
+      case 2: return dot_rows<2, 4>(x, panel, steps, sums);
+      case 1: return dot_rows<1, 8>(x, panel, steps, sums);
+    }
+  }
+
+  struct Columns {
+    __m512 even[4], odd[4];
+
+    INLINE Columns() {
+      for (int c = 0; c < 4; ++c) even[c] = odd[c] = _mm512_setzero_ps();
+    }
+
+    // Ranks come in whole panels, so an even number of pairs.
+    INLINE void add(const bf16* z, const bf16* tile, int ranks) {
+      for (int k = 0; k < ranks; k += 4) {
+        const __m512bh first = two_times(z + k), second = two_times(z + k + 2);
+        const bf16* b = tile + k * kTileColumns;
+        for (int c = 0; c < 4; ++c) even[c] = _mm512_dpbf16_ps(even[c], weights(b + c * 32), first);
+        b += 2 * kTileColumns;
+        for (int c = 0; c < 4; ++c) odd[c] = _mm512_dpbf16_ps(odd[c], weights(b + c * 32), second);
+      }
+    }
+
+    INLINE Floats get(int c) const { return (Floats)_mm512_add_ps(even[c], odd[c]); }
+  };
+};
+
+#endif
+
+}  // namespace
+}  // namespace molehill::MOLEHILL_ISA

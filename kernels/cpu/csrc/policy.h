@@ -1,0 +1,37 @@
+// Routing policies: what molehill.kernels.policy defines, for one row at a time.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace molehill {
+
+enum class PolicyKind { constant, soft, top_k, top_p, dynmole };
+
+// The fields of the policy's dataclass; those of other kinds are not read.
+struct Policy {
+  PolicyKind kind = PolicyKind::soft;
+  std::vector<float> weights;  // constant
+  int k = 0;                   // top_k
+  bool normalize = true;
+  float top_p = 0;  // top_p, dynmole
+  float temperature = 0;
+  int keep_top_k = 0;  // dynmole
+  float entropy_threshold = 1, entropy_eps = 0;
+  double entropy_index = 1;
+  bool renyi = false, normalize_weights = false, include_crossing = false, normalize_entropy = true;
+};
+
+struct Decision {
+  float entropy;
+  bool soft;
+};
+
+// Softmax in place, in float.
+void softmax(float* logits, int experts);
+
+// weights[e] of one row from its probabilities; zero for an expert that is not chosen.
+Decision decide(const Policy& policy, const float* probabilities, int experts, float* weights);
+
+constexpr int kMaxExperts = 1024;
+
+}  // namespace molehill

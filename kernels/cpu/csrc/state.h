@@ -1,0 +1,194 @@
+// What lives between calls: slots with packed weights, linears, FFNs, the step's runs.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "policy.h"
+
+namespace molehill {
+
+// Bytes aligned to a cache line.
+class Buffer {
+ public:
+  Buffer() = default;
+  // Zeroed.
+  explicit Buffer(size_t bytes);
+  size_t bytes() const { return bytes_; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> data_;
+  size_t bytes_ = 0;
+};
+
+// Memory of one step's intermediate results: taken piece by piece, given back all at once.
+class Arena {
+ public:
+  void reset();
+  template <class T>
+  T* take(size_t count) {
+    return static_cast<T*>(take_bytes(count * sizeof(T)));
+  }
+
+ private:
+  void* take_bytes(size_t bytes);
+  std::vector<Buffer> blocks_;
+  size_t used_ = 0;
+};
+
+// Dense [rows, columns] weights of `element` bytes each, as they come from Python.
+struct Dense {
+  const void* data;
+  int rows, columns, element;
+};
+
+// E pairs A_e [r_e, in], B_e [out, r_e]. Every expert's ranks are padded to whole panels by zeros.
+struct LowRank {
+  int in = 0, out = 0;
+  std::vector<int> first_rank;         // [E + 1], padded
+  std::vector<uint16_t> panel_expert;  // whose panel it is
+  Buffer a, b;
+
+  // No ranks: a projection that is not adapted.
+  explicit LowRank(int experts = 0) : first_rank(experts + 1) {}
+  LowRank(const Dense& a, const Dense& b, const std::vector<int>& ranks, int ranks_per_step);
+  int ranks() const { return first_rank.back(); }
+  int experts() const { return int(first_rank.size()) - 1; }
+  ptrdiff_t panel_elements() const;
+  size_t bytes() const { return a.bytes() + b.bytes(); }
+};
+
+struct Counters {
+  int64_t decisions = 0, soft = 0;
+  double entropy = 0;
+  std::vector<int64_t> expert_tokens;
+};
+
+// One router and its policy, or constant weights where there is no router.
+struct Site {
+  int64_t id = 0;
+  int experts = 0;
+  bool routed = false;
+  Policy policy;
+  Buffer router;  // float panels of 8 experts
+  mutable Counters counters;
+
+  int panels() const { return (experts + kPanelRows - 1) / kPanelRows; }
+};
+
+struct LinearPiece {
+  Site site;
+  int start = 0;
+  LowRank experts;
+  Buffer output_scale;  // float [E, out], or empty
+  Buffer bias;          // float [out], or empty
+};
+
+struct FfnPiece {
+  Site site;
+  Activation activation = Activation::silu;
+  LowRank gate, up, down;  // no ranks where the projection is not adapted
+  Buffer bias;             // float [d], or empty
+};
+
+struct Slot {
+  int64_t tokens = 0;
+  std::map<int, std::vector<LinearPiece>> linears;
+  std::map<int, FfnPiece> ffns;
+  size_t bytes() const;
+};
+
+struct Linear {
+  const Kernels* kernels = nullptr;  // for the type of its activations
+  int in = 0, out = 0;
+  bool reduced = false;         // router logits are summed over tensor-parallel ranks
+  int ffn_in = -1, ffn_out = -1;  // the FFN whose gate_up or down this is
+};
+
+struct Ffn {
+  int gate_up = 0, down = 0, intermediate = 0;
+};
+
+struct Run {
+  const Slot* slot;  // null: rows whose adapter is not at hand
+  int start, stop;
+};
+
+// Rows of one slot that one thread may process alone.
+struct Chunk {
+  const Slot* slot;
+  int start, rows;
+};
+
+// What one site decided for one chunk.
+struct Routing {
+  const Site* site;
+  int chunk;
+  float* weights;     // [experts][rows]
+  uint16_t* experts;  // [rows][experts], chosen ones first
+  uint16_t* counts;   // [rows]
+  float* probabilities = nullptr;  // [rows][experts], traced steps only
+  float* entropy = nullptr;        // [rows], likewise
+  int logits_column = -1;          // in the reduced logits
+  Choice choice(int rows) const { return {weights, experts, counts, rows, site->experts}; }
+};
+
+// What an FFN mixture keeps of one chunk from its gate_up linear until its down linear.
+struct FfnState {
+  const FfnPiece* piece;
+  Chunk chunk;
+  Routing routing;
+  void *gate, *up, *down;  // shrunk operands [rows][ranks]
+  float* factor;           // sum of weights - 1, [rows]
+};
+
+struct TraceRecord {
+  int64_t site;
+  int start, rows, experts;
+  std::vector<float> probabilities, weights, entropy;
+};
+
+struct Backend {
+  std::map<int, Slot> slots;
+  std::vector<Linear> linears;
+  std::vector<Ffn> ffns;
+  std::vector<Run> runs;
+  Arena scratch, ffn_scratch;
+  int ffn_of_state = -1;
+  std::vector<FfnState> ffn_states;
+  bool tracing = false;
+  std::vector<TraceRecord> trace;
+};
+
+Buffer pack_router(const float* router, int experts, int in);
+Buffer copy_floats(const float* values, size_t count);
+
+// Rows of a matrix whose columns are contiguous; the stride counts elements.
+struct Rows {
+  void* data;
+  ptrdiff_t stride;
+  int rows;
+};
+
+// Sums the router logits [rows, columns] over the tensor-parallel ranks, in place.
+struct Reduce {
+  virtual void operator()(float* logits, int rows, int columns) = 0;
+};
+
+void apply_linear(Backend& backend, int linear, Rows out, Rows x, Reduce* reduce);
+void apply_ffn(Backend& backend, int ffn, Rows h, Rows gate_up);
+
+}  // namespace molehill

@@ -1,0 +1,111 @@
+// Sixteen floats at a time, in the compiler's own vector types: every instruction set from one text.
+#pragma once
+#include <cstdint>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace molehill::MOLEHILL_ISA {
+namespace {
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+INLINE Floats splat(float x) { return x - Floats{}; }
+
+INLINE Floats load(const float* p) {
+  Floats v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE Floats load(const bf16* p) {
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (Floats)(__builtin_convertvector(h, Words) << 16);
+}
+
+INLINE void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// Rounds to nearest even. A NaN must not round up into an infinity, so it becomes the quiet NaN.
+INLINE void store(bf16* p, Floats v) {
+  const Words bits = (Words)v;
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words nan = (Words)(v != v);
+  const Halves h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// Sixteen elements of which only `count` exist.
+template <class T>
+INLINE Floats load_some(const T* p, int count) {
+  if (count >= 16) return load(p);
+  T padded[16] = {};
+  for (int i = 0; i < count; ++i) padded[i] = p[i];
+  return load(padded);
+}
+
+template <class T>
+INLINE void store_some(T* p, Floats v, int count) {
+  if (count >= 16) return store(p, v);
+  T padded[16];
+  store(padded, v);
+  for (int i = 0; i < count; ++i) p[i] = padded[i];
+}
+
+INLINE Floats smaller(Floats a, Floats b) { return a > b ? b : a; }
+INLINE Floats larger(Floats a, Floats b) { return a < b ? b : a; }
+
+// e^x by e^x = 2^n e^r, |r| <= ln 2 / 2, and the Taylor polynomial of degree 7 (error < 1e-8).
+// Saturates beyond the range of float.
+INLINE Floats exponential(Floats x) {
+  x = smaller(larger(x, splat(-87.0f)), splat(88.0f));
+  const Floats shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats n = (x * 1.44269504f + shifter) - shifter;
+  const Floats r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  Floats y = r * (1.0f / 5040) + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  return (Floats)((Ints)y + (__builtin_convertvector(n, Ints) << 23));
+}
+
+INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Abramowitz and Stegun, 7.1.26: |error| <= 1.5e-7.
+INLINE Floats error_function(Floats x) {
+  const Floats size = larger(x, -x);
+  const Floats t = 1.0f / (1.0f + 0.3275911f * size);
+  Floats y = t * 1.061405429f - 1.453152027f;
+  y = y * t + 1.421413741f;
+  y = y * t - 0.284496736f;
+  y = y * t + 0.254829592f;
+  y = 1.0f - y * t * exponential(-size * size);
+  return x < 0.0f ? -y : y;
+}
+
+INLINE Floats activate(Activation activation, Floats x) {
+  switch (activation) {
+    case Activation::silu:
+      return x * sigmoid(x);
+    case Activation::gelu:
+      return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
+    case Activation::gelu_tanh:
+      // 1 + tanh(v) = 2 sigmoid(2 v)
+      return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+    case Activation::relu:
+      return larger(x, Floats{});
+  }
+  return x;
+}
+
+}  // namespace
+}  // namespace molehill::MOLEHILL_ISA
