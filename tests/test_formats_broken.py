@@ -5,13 +5,18 @@ import pickle
 import shutil
 import struct
 import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from molehill.engine import formats
 from molehill.engine.base import Limits
 from molehill.engine.errors import (
+    AdapterError,
     AdapterNotFoundError,
     ConfigError,
     CorruptFileError,
@@ -502,6 +507,11 @@ def test_magnitudes_without_use_dora(edited):
     assert "magnitude" in refusal(UnsupportedError, edited("dora", {"use_dora": False})).where
 
 
+def test_a_module_that_lacks_the_magnitude_that_others_have(edited):
+    name = "base_model.model.model.layers.2.mlp.down_proj.lora_magnitude_vector"
+    assert name in refusal(MissingTensorError, edited("dora", tensors={name: None})).where
+
+
 def test_two_spellings_of_one_module(golden, edited):
     tensors = torch.load(golden / "cases" / "lora" / "adapter_model.bin", weights_only=True)
     double = {NAME.replace("model.model.layers", "model.layers"): tensors[NAME]}
@@ -540,3 +550,33 @@ def test_mixlora_of_zeros_acts_only_if_its_weights_do_not_sum_to_1(golden, edite
 def test_gates_alone_bind_nothing(golden, edited):
     directory = edited("mixlora", {"target_modules": []}, without(golden, "mixlora", ".experts."))
     assert refusal(NothingBoundError, directory).found == "0 sites, no effect"
+
+
+# Damage
+
+
+DAMAGE = st.tuples(st.integers(0, 2**16), st.integers(0, 8), st.binary(max_size=4))
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    file=st.sampled_from(["adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"]),
+    damage=st.lists(DAMAGE, min_size=1, max_size=3),
+)
+def test_damaged_bytes_give_an_adapter_or_a_typed_error(golden, file, damage):
+    source = golden / "cases" / ("dora" if file.endswith(".safetensors") else "dynmole-k1")
+    with TemporaryDirectory() as name:
+        directory = Path(name)
+        for original in source.glob("adapter_*"):
+            shutil.copy(original, directory)
+        data = bytearray((directory / file).read_bytes())
+        for place, length, replacement in damage:
+            at = place % max(len(data), 1)
+            data[at : at + length] = replacement
+        (directory / file).write_bytes(data)
+        try:
+            adapter = formats.read(directory)
+        except AdapterError as error:
+            assert error.where
+        else:
+            assert adapter.sites

@@ -89,6 +89,8 @@ def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     if not config.has("layers_to_transform") and wanted and not any("." in t for t in wanted):
         targets.check_siblings(weights.file, names)
     dora = config.flag("use_dora")
+    if dora:
+        _check_magnitudes(weights, modules)
     sites = {
         name.removeprefix("model."): _mixture(weights, name, module, scalings.of(name), dora)
         for name, module in modules.items()
@@ -165,6 +167,14 @@ def _group(weights: Weights) -> dict[str, _Module]:
         if f"model.{name}" in modules:
             raise CorruptFileError(weights.where(name), "two spellings of one module", "one")
     return modules
+
+
+def _check_magnitudes(weights: Weights, modules: dict[str, _Module]) -> None:
+    """MoE-PEFT saves no magnitude at all; PEFT saves one for every module."""
+    without = [name for name, module in modules.items() if module.magnitude is None]
+    if without and len(without) < len(modules):
+        where = weights.where(f"base_model.model.{without[0]}.lora_magnitude_vector")
+        raise MissingTensorError(where, "no such tensor", "one, as other modules have")
 
 
 def _mixture(
