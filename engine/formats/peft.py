@@ -14,6 +14,7 @@ from molehill.engine.base import Limits
 from molehill.engine.errors import (
     ConfigError,
     CorruptFileError,
+    MissingTensorError,
     ShapeError,
     UnsupportedError,
 )
