@@ -198,7 +198,8 @@ class AdapterManager:
 
     def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
         """Called before every forward. Never raises: that would end the engine."""
-        for request in requests:
+        # A set's order differs between processes; loading meets collectives.
+        for request in sorted(requests, key=lambda request: request.lora_int_id):
             if request.lora_int_id not in self._slots:
                 self._add_late(request)
         if mapping is not None:
