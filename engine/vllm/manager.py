@@ -24,6 +24,7 @@ from molehill.engine.vllm.hooks import hook_ffn, hook_linear
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.backend import (
     UNSERVED,
+    FfnPiece,
     FfnShape,
     LinearPiece,
     LinearShape,
@@ -50,12 +51,13 @@ class AdapterManager:
         self._ffns = layers.find_ffns(self._linears, model)
         if not self._linears:
             raise RuntimeError(f"{type(model).__name__} has no linear that molehill can hook")
+        self._by_name = {linear.name: linear for linear in self._linears}
         self._projections = {
-            projection.site: (handle, projection)
-            for handle, linear in enumerate(self._linears)
+            projection.site: (linear, projection)
+            for linear in self._linears
             for projection in linear.projections
         }
-        self._by_name = {linear.name: linear for linear in self._linears}
+        self._handles: dict[str, int] = {}
         self._ffn_handles: dict[str, int] = {}
         self._install(config.model_config.dtype, device)
         self.base = self._describe_base(config)
@@ -63,7 +65,7 @@ class AdapterManager:
         self._refused: set[int] = set()
 
     def _install(self, dtype: torch.dtype, device: torch.device) -> None:
-        handles = {}
+        handles = self._handles
         for linear in self._linears:
             reduce = self._sum_over_ranks if linear.input_is_sharded else None
             shape = LinearShape(
@@ -166,11 +168,12 @@ class AdapterManager:
         return SlotWeights(linears, ffns)
 
     def _cut_linear(self, site: str, mixture: LinearMixture) -> tuple[int, LinearPiece]:
-        handle, projection = self._projections[site]
-        linear = self._linears[handle]
-        return handle, shards.cut_linear(mixture, linear, projection, self._sum_over_ranks)
+        linear, projection = self._projections[site]
+        return self._handles[linear.name], shards.cut_linear(
+            mixture, linear, projection, self._sum_over_ranks
+        )
 
-    def _cut_ffn(self, site: str, mixture: FfnMixture) -> Any:
+    def _cut_ffn(self, site: str, mixture: FfnMixture) -> FfnPiece:
         ffn = next(ffn for ffn in self._ffns if ffn.site == site)
         gate_up, down = self._by_name[ffn.gate_up], self._by_name[ffn.down]
         return shards.cut_ffn(mixture, ffn, gate_up, down, self._tp.rank_in_group == 0)
