@@ -15,25 +15,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["serve"]:
         return serve(arguments[1:])
-    args = _parser().parse_args(arguments)
-    if args.command == "inspect":
-        from molehill.api import inspect
-
-        return inspect.run(args)
+    if arguments[:1] == ["inspect"]:
+        return inspect(arguments[1:])
+    top_parser().parse_args(arguments)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def top_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="molehill", description="Serve mixtures of LoRA experts on vLLM."
     )
     parser.add_argument("--version", action="version", version=f"molehill {version('molehill')}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("serve", help="start the server", add_help=False)
-    from molehill.api import inspect
-
-    inspect.add_arguments(commands.add_parser("inspect", help="show what an adapter holds"))
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands.add_parser("serve", help="start the server")
+    commands.add_parser("inspect", help="show what an adapter holds, and what is wrong with it")
     return parser
+
+
+def inspect(arguments: Sequence[str]) -> int:
+    """`molehill inspect`."""
+    # Imports torch, which other commands need not wait for.
+    from molehill.api import inspect as command
+
+    parser = argparse.ArgumentParser(prog="molehill inspect")
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
 
 
 def serve_parser() -> argparse.ArgumentParser:

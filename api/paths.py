@@ -48,20 +48,26 @@ class AdapterRoots:
             raise BadPathError("lora_path: found an empty path or a zero byte")
         if not self._roots:
             raise ForbiddenPathError("lora_path: this server was started without --adapter-root")
-        inside = self._candidates(text)
-        if not inside:
-            raise ForbiddenPathError(f"lora_path: {text!r} leads out of the adapter roots")
-        for root, directory in inside:
-            if directory.is_dir():
-                source = Source(directory, text)
+        try:
+            return self._first_directory(text)
+        except OSError as error:
+            raise BadPathError(f"lora_path: {error.strerror}") from error
+
+    def _first_directory(self, text: str) -> Source:
+        # An absolute `text` replaces the root in `root / text`.
+        paths = [Path(os.path.realpath(root / text)) for root in self._roots]
+        for path in paths:
+            root = self._root_of(path)
+            if root is not None and path.is_dir():
+                source = Source(path, text)
                 check_entries(source, root)
                 return source
+        if any(self._root_of(path) is None for path in paths):
+            raise ForbiddenPathError(f"lora_path: {text!r} leads out of the adapter roots")
         raise AdapterNotFoundError(text, "no such directory", "an adapter below an adapter root")
 
-    def _candidates(self, text: str) -> list[tuple[Path, Path]]:
-        # An absolute `text` replaces the root in `root / text`.
-        resolved = [(root, Path(os.path.realpath(root / text))) for root in self._roots]
-        return [(root, path) for root, path in resolved if path.is_relative_to(root)]
+    def _root_of(self, path: Path) -> Path | None:
+        return next((root for root in self._roots if path.is_relative_to(root)), None)
 
 
 def check_entries(source: Source, root: Path) -> None:
@@ -69,7 +75,7 @@ def check_entries(source: Source, root: Path) -> None:
     for folder, directories, files in os.walk(source.directory):
         for name in (*directories, *files):
             path = Path(folder, name)
-            target = path.resolve()
+            target = Path(os.path.realpath(path))
             if not target.is_relative_to(root):
                 raise ForbiddenPathError(
                     f"{source.relabel(str(path))}: a link that leads out of the adapter root"

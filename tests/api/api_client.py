@@ -1,0 +1,95 @@
+"""The golden set, and a client of a real server."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import torch
+from torch import Tensor
+
+TESTS = Path(__file__).resolve().parents[1]
+GOLDEN = TESTS / "data" / "golden"
+BASE = "tiny"
+KEY = "a-test-key"
+
+
+def oracle(case: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((GOLDEN / "cases" / case / "oracle.json").read_text())
+    return found
+
+
+def copy_adapter(case: str, target: Path) -> Path:
+    """The files of a golden adapter, without its oracle."""
+    ignored = shutil.ignore_patterns("oracle.*")
+    shutil.copytree(GOLDEN / "cases" / case, target, ignore=ignored)
+    return target
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    path = folder / "adapter_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    change(tensors)
+    torch.save(tensors, path)
+
+
+@dataclass
+class Api:
+    """A client of the shared server. root: its adapter root. store: its adapter store."""
+
+    url: str
+    root: Path
+    store: Path
+
+    def __post_init__(self) -> None:
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+    def load(self, name: str, path: str, **more: Any) -> httpx.Response:
+        body = {"lora_name": name, "lora_path": path, **more}
+        return self.http.post("/v1/load_lora_adapter", json=body)
+
+    def unload(self, name: str) -> httpx.Response:
+        return self.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+    def error(self, response: httpx.Response) -> tuple[int, str, str]:
+        """Status, type and message, after a check of the OpenAI shape."""
+        error = response.json()["error"]
+        assert error["code"] == response.status_code
+        return response.status_code, error["type"], error["message"]
+
+    def complete(self, model: str, prompt: list[int], tokens: int = 12, **more: Any) -> Any:
+        return self.openai.completions.create(
+            model=model,
+            prompt=prompt,
+            max_tokens=tokens,
+            temperature=0,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+            **more,
+        )
+
+    def greedy(self, model: str, prompt: list[int], tokens: int = 12) -> list[int]:
+        token_ids: list[int] = self.complete(model, prompt, tokens).choices[0].token_ids
+        return token_ids
+
+    def models(self) -> dict[str, Any]:
+        return {model.id: model for model in self.openai.models.list()}
+
+    def metrics(self) -> dict[str, float]:
+        """molehill's samples by `name{labels}`."""
+        lines = self.http.get("/metrics").text.splitlines()
+        samples = [line.rsplit(" ", 1) for line in lines if line.startswith("molehill_")]
+        return {name: float(value) for name, value in samples}
+
+    def of_adapter(self, name: str, metric: str) -> float:
+        return self.metrics()[f'molehill_{metric}{{adapter="{name}"}}']

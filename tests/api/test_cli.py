@@ -1,0 +1,140 @@
+"""The command line: help, errors, and what is handed to vLLM."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from api_client import BASE, GOLDEN
+from server import TINY, serve
+
+from molehill.api import cli, launcher, options
+from molehill.api.launcher import LaunchError, allow_plugin
+from molehill.engine.base import Limits
+
+TINY_LLAMA = GOLDEN / "tiny-llama"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"molehill {version('molehill')}\n"
+
+
+def test_help_shows_our_options_without_importing_vllm() -> None:
+    code = (
+        "import sys; from molehill.api.cli import main; main(['serve', '--help']); "
+        "assert 'vllm' not in sys.modules and 'torch' not in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for option in ("--adapter NAME=PATH", "--adapter-root DIR", "--max-adapter-rank N"):
+        assert option in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adapter", "nonsense"], "found 'nonsense', expected NAME=PATH"),
+        (["--adapter", "=x"], "expected NAME=PATH"),
+        (["--adapter", "x=/no/such"], "found no directory at '/no/such'"),
+        (["--adapter-root", "/no/such"], "found no directory at '/no/such'"),
+        (["--max-adapter-rank", "0"], "expected a positive integer"),
+        (["--max-adapter-bytes", "8GB"], "expected a positive integer"),
+    ],
+)
+def test_bad_values_are_one_clear_error(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["serve", "m", *arguments])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(launcher.UNSAFE_ENVIRONMENT))
+def test_unsafe_settings_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert cli.main(["serve", "m"]) == 2
+    assert capsys.readouterr().err.startswith(f"molehill serve: {name} is set")
+
+
+def test_the_plugin_joins_those_that_load_anyway() -> None:
+    unset = allow_plugin(None).split(",")
+    assert unset[-1] == "molehill"
+    # vLLM's own, which load as long as nobody sets VLLM_PLUGINS.
+    assert "lora_filesystem_resolver" in unset
+    assert allow_plugin("") == "molehill"
+    assert allow_plugin("a,b") == "a,b,molehill"
+    assert allow_plugin("molehill,a") == "molehill,a"
+
+
+def prepared(*arguments: str, ours: options.Options | None = None) -> object:
+    args = launcher.parse([str(TINY_LLAMA), *arguments])
+    return launcher.prepare(args, ours or options.Options())
+
+
+def test_vllm_gets_our_worker_and_defaults() -> None:
+    args = vars(prepared("--port", "1234"))
+    assert args["model"] == str(TINY_LLAMA)
+    assert args["port"] == 1234
+    assert args["worker_cls"] == "molehill.engine.vllm.worker.Worker"
+    assert args["enable_lora"] is True
+    assert args["max_loras"] == 32
+    assert args["api_server_count"] is None
+
+
+def test_a_users_own_max_loras_holds() -> None:
+    assert vars(prepared("--max-loras", "3"))["max_loras"] == 3
+
+
+def test_limits_reach_the_workers_beside_other_settings() -> None:
+    ours = options.Options(backend="torch", limits=Limits(rank=16))
+    args = vars(prepared("--additional-config", '{"x": 1}', ours=ours))
+    assert args["additional_config"]["x"] == 1
+    assert args["additional_config"]["molehill"]["backend"] == "torch"
+    assert args["additional_config"]["molehill"]["limits"]["rank"] == 16
+
+
+def test_lora_modules_become_start_adapters() -> None:
+    path = GOLDEN / "cases" / "lora"
+    args = vars(prepared("--lora-modules", f"a={path}", ours=options.Options((("b", path),))))
+    assert args["lora_modules"] is None
+    assert args["molehill"].adapters == (("b", path), ("a", path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--worker-cls", "mine"], "--worker-cls"),
+        (["--no-enable-lora"], "--no-enable-lora"),
+        (["--api-server-count", "2"], "--api-server-count"),
+        (["--grpc"], "--grpc"),
+        (["--lora-modules", "a=/no/such"], "found no directory"),
+    ],
+)
+def test_what_molehill_cannot_serve_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        prepared(*arguments)
+
+
+def test_a_bad_start_adapter_ends_the_start_with_its_error(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{")
+    log = tmp_path / "log"
+    good = ("--adapter", f"good={GOLDEN / 'cases' / 'lora'}")
+    arguments = [*TINY, *good, "--adapter", f"bad={folder}"]
+    with (
+        pytest.raises(RuntimeError, match="the server ended with 2"),
+        serve(TINY_LLAMA, log, arguments),
+    ):
+        pass
+    lines = [line for line in log.read_text().splitlines() if line.startswith("molehill serve: ")]
+    assert len(lines) == 1
+    assert "adapter_config.json" in lines[0]
+    assert "Traceback" not in log.read_text()
+    assert BASE not in lines[0]

@@ -1,0 +1,199 @@
+"""Loading, replacing and unloading over HTTP, under traffic."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from api_client import BASE, Api, oracle
+
+PATIENCE_SECONDS = 60
+
+# Enough for a request to run on for seconds while a test does something else.
+MANY_TOKENS = 1500
+
+
+def eventually(condition: Any) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+class Running:
+    """A streamed request whose tokens are collected in a thread."""
+
+    def __init__(self, api: Api, model: str, prompt: list[int], tokens: int) -> None:
+        self.tokens: list[int] = []
+        self._stream = api.complete(model, prompt, tokens, stream=True)
+        self._chunks: Iterator[Any] = iter(self._stream)
+        self._take(next(self._chunks))
+        self._thread = threading.Thread(target=self._collect)
+
+    def _take(self, chunk: Any) -> None:
+        if chunk.choices:
+            self.tokens += chunk.choices[0].token_ids or []
+
+    def _collect(self) -> None:
+        for chunk in self._chunks:
+            self._take(chunk)
+
+    def start_reading(self) -> None:
+        self._thread.start()
+
+    def finish(self) -> list[int]:
+        self._thread.join(PATIENCE_SECONDS)
+        assert not self._thread.is_alive()
+        return self.tokens
+
+    def disconnect(self) -> None:
+        self._stream.close()
+
+
+def test_a_load_answers_with_what_serves(clean: Api) -> None:
+    answer = clean.load("m", "mixlora").json()
+    assert answer["status"] == "loaded"
+    assert answer["lora_name"] == "m"
+    assert answer["kind"] == "mixlora"
+    assert len(answer["digest"]) == 64
+    # 4 layers x 4 experts x rank 2: gate and up 64 -> 176, down back; and a router [4, 64].
+    assert answer["bytes"] == 4 * 4 * (4 * 2 * 3 * (64 + 176) + 4 * 64)
+
+
+def test_the_same_bytes_again_change_nothing(clean: Api) -> None:
+    first = clean.load("m", "lora").json()
+    again = clean.load("m", "lora", load_inplace=True).json()
+    assert again == {**first, "status": "unchanged"}
+    assert clean.load("m", "lora").json()["status"] == "unchanged"
+
+
+def test_other_bytes_under_a_loaded_name_need_load_inplace(clean: Api) -> None:
+    assert clean.load("m", "lora").status_code == 200
+    status, kind, message = clean.error(clean.load("m", "mixlora"))
+    assert (status, kind) == (400, "already_loaded")
+    assert "load_inplace" in message
+    prompt = oracle("lora")["prompts"][0]
+    assert clean.greedy("m", prompt["prompt_token_ids"]) == prompt["greedy_token_ids"]
+
+
+def test_a_reload_never_meets_the_old_prefix_cache(clean: Api) -> None:
+    old, new = (oracle(case)["prompts"][3] for case in ("lora", "mixlora"))
+    assert old["prompt_token_ids"] == new["prompt_token_ids"]
+    prompt = old["prompt_token_ids"]
+
+    def ask() -> tuple[list[int], int]:
+        response = clean.complete("m", prompt)
+        details = response.usage.prompt_tokens_details
+        return response.choices[0].token_ids, details.cached_tokens if details else 0
+
+    assert clean.load("m", "lora").status_code == 200
+    assert ask() == (old["greedy_token_ids"], 0)
+    assert ask() == (old["greedy_token_ids"], 32)
+    assert clean.load("m", "mixlora", load_inplace=True).json()["status"] == "replaced"
+    assert ask() == (new["greedy_token_ids"], 0)
+    assert ask() == (new["greedy_token_ids"], 32)
+    assert clean.load("m", "lora", load_inplace=True).json()["status"] == "replaced"
+    assert ask() == (old["greedy_token_ids"], 32)
+
+
+PROMPT = oracle("mola")["prompts"][1]["prompt_token_ids"]
+
+
+@pytest.fixture(scope="module")
+def quiet(api: Api) -> list[int]:
+    """What MoLA answers to PROMPT when nothing else goes on."""
+    assert api.load("quiet", "mola").status_code == 200
+    tokens = api.greedy("quiet", PROMPT, MANY_TOKENS)
+    assert api.unload("quiet").status_code == 200
+    return tokens
+
+
+def test_loads_and_unloads_do_not_change_a_running_request(clean: Api, quiet: list[int]) -> None:
+    assert clean.load("m", "mola").status_code == 200
+    running = Running(clean, "m", PROMPT, MANY_TOKENS)
+    for case in ("mixlora", "dynmole-soft", "lora"):
+        assert clean.load(case, case).status_code == 200
+        expected = oracle(case)["prompts"][0]
+        assert clean.greedy(case, expected["prompt_token_ids"]) == expected["greedy_token_ids"]
+        assert clean.unload(case).status_code == 200
+    assert clean.unload("m").json()["requests_in_flight"] == 1
+    running.start_reading()
+    assert running.finish() == quiet
+
+
+def test_unloading_lets_running_requests_finish_and_then_frees_the_memory(
+    clean: Api, quiet: list[int]
+) -> None:
+    assert clean.load("m", "mola").status_code == 200
+    running = Running(clean, "m", PROMPT, MANY_TOKENS)
+    assert clean.of_adapter("m", "adapter_requests_in_flight") == 1
+    assert clean.unload("m").json()["requests_in_flight"] == 1
+    assert "m" not in clean.models()
+    with pytest.raises(openai.NotFoundError):
+        clean.greedy("m", PROMPT)
+    assert clean.of_adapter("m", "adapter_resident_bytes") > 0
+    running.start_reading()
+    assert running.finish() == quiet
+    assert eventually(lambda: not any('"m"' in sample for sample in clean.metrics()))
+
+
+def test_replacing_lets_running_requests_finish_on_the_old_weights(
+    clean: Api, quiet: list[int]
+) -> None:
+    assert clean.load("m", "mola").status_code == 200
+    running = Running(clean, "m", PROMPT, MANY_TOKENS)
+    assert clean.load("m", "lora", load_inplace=True).json()["status"] == "replaced"
+    new = oracle("lora")["prompts"][1]
+    assert new["prompt_token_ids"] == PROMPT
+    assert clean.greedy("m", PROMPT) == new["greedy_token_ids"]
+    assert clean.of_adapter("m", "adapter_requests_in_flight") == 1
+    running.start_reading()
+    assert running.finish() == quiet
+    assert clean.greedy("m", PROMPT) == new["greedy_token_ids"]
+
+
+def test_a_client_that_goes_away_is_no_longer_in_flight(clean: Api) -> None:
+    assert clean.load("m", "lora").status_code == 200
+    running = Running(clean, "m", PROMPT, MANY_TOKENS)
+    assert clean.of_adapter("m", "adapter_requests_in_flight") == 1
+    running.disconnect()
+    assert eventually(lambda: clean.of_adapter("m", "adapter_requests_in_flight") == 0)
+
+
+def test_unloading_an_unknown_name_is_not_found(api: Api) -> None:
+    assert api.error(api.unload("nobody"))[:2] == (404, "adapter_not_loaded")
+    assert api.error(api.unload(BASE))[:2] == (404, "adapter_not_loaded")
+
+
+def test_an_unloaded_name_can_be_loaded_again(clean: Api) -> None:
+    for case in ("lora", "mixlora"):
+        assert clean.load("m", case).status_code == 200
+        prompt = oracle(case)["prompts"][2]
+        assert clean.greedy("m", prompt["prompt_token_ids"]) == prompt["greedy_token_ids"]
+        assert clean.unload("m").status_code == 200
+
+
+def test_the_store_holds_what_is_loaded_and_nothing_else(clean: Api) -> None:
+    before = {path.name for path in clean.store.iterdir()}
+    first = clean.load("m", "lora").json()["digest"]
+    assert clean.load("n", "lora").json()["digest"] == first
+    assert {path.name for path in clean.store.iterdir()} == before | {first}
+    assert clean.unload("m").status_code == 200
+    assert {path.name for path in clean.store.iterdir()} == before | {first}
+    assert clean.unload("n").status_code == 200
+    assert {path.name for path in clean.store.iterdir()} == before
+
+
+def test_many_cycles_leave_nothing_behind(clean: Api) -> None:
+    before = clean.metrics()["molehill_adapters_loaded"], sorted(clean.store.iterdir())
+    sizes = set()
+    for _ in range(50):
+        assert clean.load("m", "mixlora").status_code == 200
+        sizes.add(clean.of_adapter("m", "adapter_resident_bytes"))
+        assert clean.unload("m").status_code == 200
+    assert len(sizes) == 1
+    assert before == (clean.metrics()["molehill_adapters_loaded"], sorted(clean.store.iterdir()))

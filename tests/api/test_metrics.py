@@ -1,0 +1,160 @@
+"""Per-adapter metrics: the sums, and a real server's figures against the oracle's routing."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from api_client import GOLDEN, Api, copy_adapter, edit_config, edit_tensors, oracle
+from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file
+
+from molehill.api import metrics
+from molehill.api.metrics import WorkerStats, figures
+
+
+def site(decisions: int, soft: int, entropy: float, expert_tokens: list[int]) -> dict[str, Any]:
+    return {
+        "decisions": decisions,
+        "soft": soft,
+        "entropy": entropy,
+        "expert_tokens": expert_tokens,
+    }
+
+
+def test_tensor_parallel_workers_count_once_but_their_memory_adds_up() -> None:
+    worker = {7: {"tokens": 5, "bytes": 100, "sites": {"a": site(5, 1, 2.5, [5, 4])}}}
+    total = figures([worker, worker], 7)
+    assert (total.tokens, total.decisions, total.soft, total.entropy) == (5, 5, 1, 2.5)
+    assert total.expert_tokens == Counter({0: 5, 1: 4})
+    assert total.bytes == 200
+
+
+def test_pipeline_stages_add_their_own_sites() -> None:
+    stages = [
+        {7: {"tokens": 5, "bytes": 100, "sites": {"a": site(5, 1, 2.5, [5, 4])}}},
+        {7: {"tokens": 5, "bytes": 50, "sites": {"b": site(5, 0, 1.0, [0, 0, 5])}}},
+    ]
+    total = figures(stages, 7)
+    assert (total.tokens, total.decisions, total.soft, total.entropy) == (5, 10, 1, 3.5)
+    assert total.expert_tokens == Counter({0: 5, 1: 4, 2: 5})
+    assert total.bytes == 150
+
+
+def test_an_adapter_that_no_worker_knows_has_figures_of_zero() -> None:
+    assert figures([{}], 7) == metrics.Figures()
+
+
+class SlowWorkers:
+    """Answers when told to."""
+
+    def __init__(self) -> None:
+        self.questions = 0
+        self.release = asyncio.Event()
+
+    async def collective_rpc(self, method: str) -> list[Any]:
+        assert method == "molehill_stats"
+        self.questions += 1
+        await self.release.wait()
+        return [self.questions]
+
+
+def test_busy_workers_are_asked_once_and_the_last_figures_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metrics, "PATIENCE_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        workers = SlowWorkers()
+        stats = WorkerStats(workers)
+        assert await stats.refresh() == []
+        assert await stats.refresh() == []
+        assert workers.questions == 1
+        workers.release.set()
+        assert await stats.refresh() == [1]
+        assert await stats.refresh() == [2]
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_engine_leaves_the_last_figures() -> None:
+    class DeadWorkers:
+        async def collective_rpc(self, method: str) -> list[Any]:
+            raise RuntimeError("engine dead")
+
+    assert asyncio.run(WorkerStats(DeadWorkers()).refresh()) == []
+
+
+def first_router_only(folder: Path) -> str:
+    """Leaves one module to a golden adapter: the first, whose input the others do not change."""
+    module = "layers.0.self_attn.q_proj"
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if module not in name]:
+            del tensors[name]
+
+    edit_config(folder, target_modules=["q_proj"])
+    edit_tensors(folder, cut)
+    return module
+
+
+def test_figures_are_the_oracles_routing(clean: Api) -> None:
+    module = first_router_only(copy_adapter("dynmole-soft", clean.root / "first-router"))
+    assert clean.load("m", "first-router").status_code == 200
+    prompt = oracle("dynmole-soft")["prompts"][0]["prompt_token_ids"]
+    clean.complete("m", prompt, 1)
+
+    tensors = load_file(GOLDEN / "cases" / "dynmole-soft" / "oracle.safetensors")
+    chosen = tensors[f"route.prompt0.{module}.w"] > 0
+    entropy = tensors[f"route.prompt0.{module}.entropy"]
+    # The case's threshold is 0.5; the prompt has tokens on either side of it.
+    soft = int((entropy > 0.5).sum())
+    assert 0 < soft < len(prompt)
+    assert clean.of_adapter("m", "adapter_tokens_total") == len(prompt)
+    assert clean.of_adapter("m", "router_decisions_total") == len(prompt)
+    assert clean.of_adapter("m", "experts_activated_total") == int(chosen.sum())
+    assert clean.of_adapter("m", "soft_routed_total") == soft
+    found = clean.of_adapter("m", "router_entropy_sum")
+    assert found == pytest.approx(float(entropy.sum()), abs=1e-4)
+    samples = clean.metrics()
+    for expert, expected in enumerate(chosen.sum(dim=0).tolist()):
+        labels = f'{{adapter="m",expert="{expert}"}}'
+        assert samples[f"molehill_expert_tokens_total{labels}"] == expected
+
+
+def test_figures_grow_with_what_is_sent_and_end_at_unload(clean: Api) -> None:
+    assert clean.load("m", "mixlora").status_code == 200
+    assert clean.of_adapter("m", "adapter_tokens_total") == 0
+    prompts = [prompt["prompt_token_ids"] for prompt in oracle("mixlora")["prompts"][:3]]
+    for prompt in prompts:
+        clean.complete("m", prompt, 12)
+    # The last token of each answer is never read.
+    tokens = sum(len(prompt) + 11 for prompt in prompts)
+    assert clean.of_adapter("m", "adapter_tokens_total") == tokens
+    assert clean.of_adapter("m", "router_decisions_total") == 4 * tokens
+    assert clean.of_adapter("m", "experts_activated_total") == 2 * 4 * tokens
+    assert clean.of_adapter("m", "soft_routed_total") == 0
+    assert clean.of_adapter("m", "adapter_requests_in_flight") == 0
+    loaded = clean.metrics()["molehill_adapters_loaded"]
+    assert clean.unload("m").status_code == 200
+    samples = clean.metrics()
+    assert samples["molehill_adapters_loaded"] == loaded - 1
+    assert not [sample for sample in samples if '"m"' in sample]
+
+
+def test_base_requests_count_for_no_adapter(api: Api) -> None:
+    before = api.of_adapter("started", "adapter_tokens_total")
+    api.greedy("tiny", [5, 6, 7])
+    assert api.of_adapter("started", "adapter_tokens_total") == before
+
+
+def test_the_exposition_parses_and_holds_vllms_families(api: Api) -> None:
+    response = api.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    assert families["molehill_expert_tokens"].type == "counter"
+    assert families["molehill_router_entropy"].type == "summary"
+    assert families["molehill_adapter_resident_bytes"].type == "gauge"
+    assert "vllm:num_requests_running" in families

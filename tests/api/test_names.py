@@ -1,0 +1,42 @@
+"""Which names adapters may have."""
+
+import pytest
+
+from molehill.api import names
+from molehill.api.errors import BadNameError
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "org/model-8b:v2", "x" * 128, "v1.2", "name@rev", "größe", "a/b/c"]
+)
+def test_good_names_pass(name: str) -> None:
+    names.check(name, {"base"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "x" * 129,
+        "/a",
+        "a/",
+        "a//b",
+        "..",
+        ".",
+        "a/../b",
+        "a/./b",
+        "a b",
+        "a\n",
+        "a\0",
+        "\x1b[31m",
+        "a\u202eb",
+        'a"b',
+        "a\\b",
+        "base",
+    ],
+)
+def test_bad_names_are_refused_and_shown_escaped(name: str) -> None:
+    with pytest.raises(BadNameError) as refusal:
+        names.check(name, {"base"})
+    assert str(refusal.value).isascii()
+    assert str(refusal.value).isprintable()
