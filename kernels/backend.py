@@ -8,7 +8,7 @@ its own business.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -144,8 +144,8 @@ class Backend(Protocol):
     """
 
     name: str
-    linear_op: Callable[[Tensor, Tensor, Tensor], None]
-    ffn_op: Callable[[Tensor, Tensor, Tensor], None]
+    linear_op: Callable[..., Any]
+    ffn_op: Callable[..., Any]
 
     def register_linear(self, shape: LinearShape) -> int:
         """Handle of a linear; called once per linear, before any weights are stored."""

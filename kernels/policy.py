@@ -31,7 +31,8 @@ def shannon(probabilities: Tensor) -> Tensor:
     experts = probabilities.shape[-1]
     if experts == 1:
         return torch.zeros_like(probabilities[..., 0])
-    return torch.special.entr(probabilities).sum(-1) / math.log(experts)
+    total: Tensor = torch.special.entr(probabilities).sum(-1)
+    return total / math.log(experts)
 
 
 def _never_soft(probabilities: Tensor) -> Tensor:
@@ -156,6 +157,7 @@ class DynMoLE:
             return torch.zeros_like(probabilities[..., 0])
         p = probabilities + self.entropy_eps if self.normalize_entropy else probabilities
         index = self.entropy_index
+        value: Tensor
         if index == 1.0:
             value, most = torch.special.entr(p).sum(-1), math.log(experts)
         elif self.entropy_type == "tsallis":

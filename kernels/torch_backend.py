@@ -4,7 +4,8 @@ Vectorised per segment (all rows of one adapter in a step): no loop over tokens 
 weights gathered per token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from molehill.kernels.backend import (
     FfnShape,
     LinearShape,
     Run,
+    SiteCounters,
     SlotCounters,
     SlotWeights,
     Trace,
@@ -54,8 +56,8 @@ class TorchBackend:
         self._tokens: dict[int, int] = {}
         self._segments: list[tuple[int, Rows]] = []
         self._traces: list[Trace] | None = None
-        self.linear_op = torch.ops.molehill.linear
-        self.ffn_op = torch.ops.molehill.ffn
+        self.linear_op: Callable[..., Any] = torch.ops.molehill.linear.default
+        self.ffn_op: Callable[..., Any] = torch.ops.molehill.ffn.default
         ops.install(self)
 
     def register_linear(self, shape: LinearShape) -> int:
@@ -146,7 +148,7 @@ class TorchBackend:
                 h[rows] = ffn.tables[slot].mix(gate_up[rows], ffn.states[slot])
 
     def counters(self, slot: int) -> SlotCounters:
-        sites = {}
+        sites: dict[str, SiteCounters] = {}
         for layer in self._linears:
             if slot in layer.tables:
                 for router in layer.tables[slot].routers:

@@ -4,7 +4,7 @@ The base GEMMs run as before and exactly once. A linear is hooked through its `q
 the tensor-parallel collectives, so modules keep their names and types.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
 
@@ -14,25 +14,27 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from molehill.engine.vllm.layers import Ffn
 
-Op = Callable[[Tensor, Tensor, Tensor], None]
+Op = Callable[..., Any]
 
 
 @cache
-def _hooked(method: type) -> type:
+def _hooked(method: Hashable) -> type:
     """A subclass of a quant method whose `apply` also applies the mixtures."""
 
+    parent: Any = method
+
     def apply(self: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        out: Tensor = method.apply(self, layer, x, bias)  # type: ignore[attr-defined]
+        out: Tensor = parent.apply(self, layer, x, bias)
         layer.molehill_op(out.flatten(0, -2), x.flatten(0, -2), layer.molehill_handle)
         return out
 
-    return type(f"Molehill{method.__name__}", (method,), {"apply": apply})
+    return type(f"Molehill{parent.__name__}", (parent,), {"apply": apply})
 
 
 def hook_linear(module: LinearBase, handle: int, op: Op) -> None:
     """Runs `op(out, x, handle)` after `module`'s GEMM."""
-    method = module.quant_method
-    hooked = object.__new__(_hooked(type(method)))
+    method: Any = module.quant_method
+    hooked: Any = object.__new__(_hooked(type(method)))
     hooked.__dict__ = method.__dict__
     module.molehill_op = op
     module.molehill_handle = torch.tensor([handle])

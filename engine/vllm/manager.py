@@ -75,9 +75,11 @@ class AdapterManager:
             hook_linear(linear.module, handles[linear.name], self.backend.linear_op)
         for ffn in self._ffns:
             width = self._by_name[ffn.down].in_features
-            shape = FfnShape(ffn.site, handles[ffn.gate_up], handles[ffn.down], width)
-            self._ffn_handles[ffn.site] = self.backend.register_ffn(shape)
-            hook_ffn(ffn, self._ffn_handles[ffn.site], self.backend.ffn_op)
+            handle = self.backend.register_ffn(
+                FfnShape(ffn.site, handles[ffn.gate_up], handles[ffn.down], width)
+            )
+            self._ffn_handles[ffn.site] = handle
+            hook_ffn(ffn, handle, self.backend.ffn_op)
         logger.info(
             "molehill: %d linears and %d FFNs hooked, %s backend",
             len(self._linears),

@@ -7,6 +7,7 @@ logits are summed before the softmax (LinearShape.reduce).
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def _base_weight(linear: Linear) -> Tensor:
         size = min(IDENTITY_ROWS, linear.in_features - start)
         x = torch.zeros(size, linear.in_features, dtype=dtype, device=parameter.device)
         x[:, start : start + size] = torch.eye(size, dtype=dtype, device=parameter.device)
-        unhooked = type(module.quant_method).__mro__[1]
+        unhooked: Any = type(module.quant_method).__mro__[1]
         rows.append(unhooked.apply(module.quant_method, module, x, None).float().cpu())
     return torch.cat(rows).T
 
