@@ -49,8 +49,8 @@ class CpuBackend:
         _offer_reduce()
         self._ops = torch.ops.molehill_cpu
         self.isa = self._choose_isa(isa or os.environ.get("MOLEHILL_CPU_ISA"))
-        self.linear_op = self._ops.linear.default
-        self.ffn_op = self._ops.ffn.default
+        self.linear_op: Callable[..., Any] = self._ops.linear.default
+        self.ffn_op: Callable[..., Any] = self._ops.ffn.default
         self._id: int = self._ops.create(self.isa)
         self._linears: dict[int, LinearShape] = {}
         self._ffns: dict[int, FfnShape] = {}

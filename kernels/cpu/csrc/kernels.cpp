@@ -8,10 +8,9 @@ namespace {
 
 template <class From, class To>
 void convert(const void* x, void* y, size_t count) {
-  for (size_t i = 0; i < count; i += 16) {
-    const int some = count - i < 16 ? int(count - i) : 16;
-    store_some((To*)y + i, load_some((const From*)x + i, some), some);
-  }
+  size_t i = 0;
+  for (; i + 16 <= count; i += 16) store((To*)y + i, load((const From*)x + i));
+  if (i < count) store_some((To*)y + i, load_some((const From*)x + i, int(count - i)), int(count - i));
 }
 
 template <class T>
@@ -26,6 +25,33 @@ void narrow(const float* x, void* y, size_t count) {
 
 void route(const float* const* x, int rows, const float* panel, int steps, float* logits) {
   FloatMath<float>::dot(x, rows, panel, steps, logits);
+}
+
+void exponentials(float* values, size_t count) {
+  for (size_t i = 0; i < count; i += 16) {
+    const int some = count - i < 16 ? int(count - i) : 16;
+    const Floats x = load_some(values + i, some);
+    // exponential() saturates where a probability is as good as zero.
+    store_some(values + i, x < -87.0f ? Floats{} : exponential(x), some);
+  }
+}
+
+void powers(const float* values, float exponent, float* results, size_t count) {
+  for (size_t i = 0; i < count; i += 16) {
+    const int some = count - i < 16 ? int(count - i) : 16;
+    const Floats x = load_some(values + i, some);
+    // 0^p is 0 for p > 0; exponential() would saturate above it.
+    const Floats y = exponential(exponent * logarithm(x));
+    store_some(results + i, x > 0.0f ? y : Floats{}, some);
+  }
+}
+
+void entropies(const float* values, float* results, size_t count) {
+  for (size_t i = 0; i < count; i += 16) {
+    const int some = count - i < 16 ? int(count - i) : 16;
+    const Floats x = load_some(values + i, some);
+    store_some(results + i, x > 0.0f ? -x * logarithm(x) : Floats{}, some);
+  }
 }
 
 INLINE void store_panel(float* z, const float* sums, float weight) {
@@ -75,44 +101,79 @@ INLINE Floats rescale(const ExpandJob& job, int row, int column, int some, Float
   return (y - bias) * scale + bias;
 }
 
-template <class M>
-INLINE void add_experts(typename M::Columns& sums, const Choice& choice, int row, const void* z,
-                        int ranks, const int* first_rank, const void* tile) {
-  const auto* operands = (const typename M::Operand*)z + ptrdiff_t(row) * ranks;
-  for (int i = 0; i < choice.counts[row]; ++i) {
-    const int e = choice.experts[row * choice.max_experts + i], first = first_rank[e];
-    const auto* weights = (const typename M::Element*)tile + ptrdiff_t(first) * kTileColumns;
-    sums.add(operands + first, weights, first_rank[e + 1] - first);
-  }
+template <class T>
+INLINE Floats base_column(const ExpandJob& job, int row, int column, int some) {
+  Floats y = load_some((const T*)job.out + row * job.out_stride + column, some);
+  if (job.scale) y = rescale(job, row, column, some, y);
+  if (job.shift) y += job.factor[row] * load_some(job.shift + column, some);
+  return y;
 }
 
-template <class M>
-void expand(const ExpandJob& job) {
+// N tiles of all rows. `plain`: whole tiles, to which only B z is added; the common case, which the
+// compiler must see by itself to keep the sums in registers.
+template <class M, int N, bool plain>
+void expand_tiles(const ExpandJob& job, int column) {
   using T = typename M::Element;
-  for (int row = 0; row < job.choice.rows; ++row) {
-    typename M::Columns sums;
-    add_experts<M>(sums, job.choice, row, job.z, job.ranks, job.first_rank, job.tile);
-    T* out = (T*)job.out + row * job.out_stride;
-    for (int c = 0; c < 4; ++c) {
-      const int some = job.columns - c * 16;
-      if (some <= 0) break;
-      Floats y = load_some(out + c * 16, some);
-      if (job.scale) y = rescale(job, row, c * 16, some, y);
-      if (job.shift) y += job.factor[row] * load_some(job.shift + c * 16, some);
-      store_some(out + c * 16, y + sums.get(c), some);
+  const Choice choice = job.choice;
+  const ptrdiff_t ranks = job.ranks, tile_stride = ranks * kTileColumns, out_stride = job.out_stride;
+  const int* first_rank = job.first_rank;
+  const T* tiles = (const T*)job.tiles + column * ranks;
+  const auto* z = (const typename M::Operand*)job.z;
+  T* out = (T*)job.out + column;
+  for (ptrdiff_t row = 0; row < choice.rows; ++row, z += ranks, out += out_stride) {
+    typename M::template Columns<N> columns;
+#pragma GCC unroll 8
+    for (int c = 0; c < 4 * N; ++c) {
+      const int some = plain ? 16 : job.columns - column - c * 16;
+      if constexpr (plain)
+        columns.sums[c / 4][c % 4] = load(out + c * 16);
+      else
+        columns.sums[c / 4][c % 4] =
+            some > 0 ? base_column<T>(job, int(row), column + c * 16, some) : Floats{};
+    }
+    const uint16_t* expert = choice.experts + row * choice.max_experts;
+    for (const uint16_t* end = expert + choice.counts[row]; expert != end; ++expert) {
+      const ptrdiff_t first = first_rank[*expert];
+      columns.add(z + first, tiles + first * kTileColumns, tile_stride,
+                  int(first_rank[*expert + 1] - first));
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < 4 * N; ++c) {
+      const int some = plain ? 16 : job.columns - column - c * 16;
+      if constexpr (plain)
+        store(out + c * 16, columns.sums[c / 4][c % 4]);
+      else if (some > 0)
+        store_some(out + c * 16, columns.sums[c / 4][c % 4], some);
     }
   }
 }
 
 template <class M>
-INLINE void add_side(Floats* values, int row, int e, const FfnSide& side) {
+void expand(const ExpandJob& job) {
+  const bool plain = !job.scale && !job.shift;
+  int column = 0;
+  for (int step; column < job.columns; column += step) {
+    const int left = job.columns - column;
+    step = plain && left >= kTilesAtOnce * kTileColumns ? kTilesAtOnce * kTileColumns : kTileColumns;
+    if (step > kTileColumns)
+      expand_tiles<M, kTilesAtOnce, true>(job, column);
+    else if (plain && left >= kTileColumns)
+      expand_tiles<M, 1, true>(job, column);
+    else
+      expand_tiles<M, 1, false>(job, column);
+  }
+}
+
+template <class M>
+using Tile = typename M::template Columns<1>;
+
+template <class M>
+INLINE void add_side(Tile<M>& tile, int row, int e, const FfnSide& side) {
   if (!side.z) return;
-  typename M::Columns sums;
   const int first = side.first_rank[e];
-  sums.add((const typename M::Operand*)side.z + ptrdiff_t(row) * side.ranks + first,
-           (const typename M::Element*)side.tile + ptrdiff_t(first) * kTileColumns,
+  tile.add((const typename M::Operand*)side.z + ptrdiff_t(row) * side.ranks + first,
+           (const typename M::Element*)side.tile + ptrdiff_t(first) * kTileColumns, 0,
            side.first_rank[e + 1] - first);
-  for (int c = 0; c < 4; ++c) values[c] += sums.get(c);
 }
 
 template <class M>
@@ -141,18 +202,19 @@ void ffn(const FfnJob& job) {
     for (int i = 0; i < choice.counts[row]; ++i) {
       const int e = choice.experts[row * choice.max_experts + i];
       const float weight = choice.weights[e * choice.rows + row];
-      Floats gate[4] = {}, up[4] = {};
+      Tile<M> gate = {}, up = {};
       for (int c = 0; c < 4 && c * 16 < job.columns; ++c) {
-        gate[c] = load_some(base_gate + c * 16, job.columns - c * 16);
-        up[c] = load_some(base_up + c * 16, job.columns - c * 16);
+        gate.sums[0][c] = load_some(base_gate + c * 16, job.columns - c * 16);
+        up.sums[0][c] = load_some(base_up + c * 16, job.columns - c * 16);
       }
       add_side<M>(gate, row, e, job.gate_side);
       add_side<M>(up, row, e, job.up_side);
+      Floats u[4];
       for (int c = 0; c < 4; ++c) {
-        gate[c] = activate(job.activation, gate[c]) * up[c];
-        h[c] += weight * gate[c];
+        u[c] = activate(job.activation, gate.sums[0][c]) * up.sums[0][c];
+        h[c] += weight * u[c];
       }
-      if (job.down) shrink_down<M>(job, row, e, gate);
+      if (job.down) shrink_down<M>(job, row, e, u);
     }
     T* out = (T*)job.h + row * job.h_stride;
     for (int c = 0; c < 4 && c * 16 < job.columns; ++c)
@@ -164,8 +226,8 @@ template <class M>
 constexpr Kernels table(const char* name) {
   using T = typename M::Element;
   using Z = typename M::Operand;
-  return {name,      sizeof(T), sizeof(Z),  M::kRanksPerStep, widen<T>, convert<T, Z>,
-          narrow<Z>, route,     shrink<M>, expand<M>,        ffn<M>};
+  return {name,      sizeof(T),    sizeof(Z), M::kRanksPerStep, widen<T>,  convert<T, Z>, narrow<Z>,
+          route,     exponentials, powers,    entropies,        shrink<M>, expand<M>,     ffn<M>};
 }
 
 }  // namespace

@@ -40,19 +40,19 @@ struct ShrinkJob {
   int ranks;
 };
 
-// out[:, tile] += z B^T, for one tile of columns.
+// out[:, columns] += z B^T, for the columns of neighbouring tiles.
 struct ExpandJob {
   Choice choice;
-  void* out;  // at the tile's first column
+  void* out;  // at the first column
   ptrdiff_t out_stride;
   int columns;
   const void* z;  // operands [rows][ranks], gate weights folded in
   int ranks;
   const int* first_rank;   // [experts + 1]
-  const void* tile;        // packed B
-  const float* scale;      // DoRA: [experts][scale_stride] at the tile's first column, or null
+  const void* tiles;       // packed B
+  const float* scale;      // DoRA: [experts][scale_stride] at the first column, or null
   ptrdiff_t scale_stride;
-  const float* bias;       // the base's, at the tile's first column; only read with a scale
+  const float* bias;       // the base's, at the first column; only read with a scale
   const float* shift;      // out += factor[row] * shift[column], or null
   const float* factor;
 };
@@ -94,6 +94,10 @@ struct Kernels {
   void (*narrow)(const float* x, void* y, size_t count);
   // logits[row][8] = panel x_row, for up to kBlockRows rows.
   void (*route)(const float* const* x, int rows, const float* panel, int steps, float* logits);
+  // In place e^x; x^exponent; -x ln x (0 where x is 0).
+  void (*exponentials)(float* values, size_t count);
+  void (*powers)(const float* values, float exponent, float* results, size_t count);
+  void (*entropies)(const float* values, float* results, size_t count);
   void (*shrink)(const ShrinkJob& job);
   void (*expand)(const ExpandJob& job);
   void (*ffn)(const FfnJob& job);

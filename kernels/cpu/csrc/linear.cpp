@@ -8,6 +8,9 @@
 namespace molehill {
 namespace {
 
+// Columns of the output that one unit of work writes.
+constexpr int kUnitColumns = 2 * kTileColumns;
+
 // One low-rank pair applied to one routed chunk.
 struct Product {
   const LowRank* pair;
@@ -226,7 +229,7 @@ class LinearCall {
     }
   }
 
-  // Decides for up to kBlockRows rows at some of the chunk's sites.
+  // Routes up to kBlockRows rows at some of the chunk's sites.
   void route(const Work& work, int first_routing, int last_routing, int row, int rows, int thread) {
     const float* x[kBlockRows];
     bool wide = false;
@@ -237,30 +240,30 @@ class LinearCall {
         for (int i = 0; i < rows; ++i) choose(routing, row + i, site.policy.weights.data());
         continue;
       }
-      float block[kBlockRows * kMaxExperts];
-      float* logits = block;
-      ptrdiff_t stride = site.experts;
+      float logits[kBlockRows * kMaxExperts];
       if (logits_ != nullptr && routing.logits_column >= 0) {
-        logits = reduced_logits(work, r, row);
-        stride = logits_columns_;
+        for (int i = 0; i < rows; ++i)
+          std::copy_n(reduced_logits(work, r, row + i), site.experts, logits + i * site.experts);
       } else {
         if (!wide) widen(work.chunk.start + row, rows, thread, x);
         wide = true;
-        compute_logits(site, x, rows, logits, stride);
+        compute_logits(site, x, rows, logits, site.experts);
       }
-      decide_rows(routing, logits, stride, row, rows);
+      decide_rows(routing, logits, row, rows);
     }
   }
 
-  void decide_rows(const Routing& routing, float* logits, ptrdiff_t stride, int row, int rows) {
+  void decide_rows(const Routing& routing, float* probabilities, int row, int rows) {
     const Site& site = *routing.site;
-    float weights[kMaxExperts];
+    float weights[kMaxExperts], terms[kBlockRows * kMaxExperts];
     double entropy = 0;
     int64_t soft = 0;
+    softmax(kernels_, probabilities, rows, site.experts);
+    entropy_terms(kernels_, site.policy, probabilities, rows, site.experts, terms);
     for (int i = 0; i < rows; ++i) {
-      float* p = logits + i * stride;
-      softmax(p, site.experts);
-      const Decision decision = decide(site.policy, p, site.experts, weights);
+      const float* p = probabilities + i * site.experts;
+      const Decision decision =
+          decide(site.policy, p, terms + i * site.experts, site.experts, weights);
       entropy += decision.entropy;
       soft += decision.soft;
       choose(routing, row + i, weights);
@@ -313,13 +316,13 @@ class LinearCall {
                      pair.ranks()});
   }
 
-  void expand(const Work& work, const Product& product, int tile) {
+  void expand(const Work& work, const Product& product, int unit) {
     const LowRank& pair = *product.pair;
-    const int column = tile * kTileColumns;
+    const int column = unit * kUnitColumns;
     const auto at = [&](const float* table) { return table ? table + column : nullptr; };
     kernels_.expand({product.routing.choice(work.chunk.rows),
                      element(out_, work.chunk.start, product.start + column), out_.stride,
-                     std::min(kTileColumns, columns(product) - column), product.z, pair.ranks(),
+                     std::min(kUnitColumns, columns(product) - column), product.z, pair.ranks(),
                      pair.first_rank.data(),
                      pair.b.as<char>() + size_t(column) * pair.ranks() * kernels_.element,
                      at(product.scale), columns(product), at(product.bias), at(product.shift),
@@ -330,9 +333,9 @@ class LinearCall {
     return product.pair->out > 0 ? product.pair->out : linear_.out;
   }
 
-  int tiles(const Product& product) const {
+  int units(const Product& product) const {
     if (product.start < 0) return 0;
-    return (columns(product) + kTileColumns - 1) / kTileColumns;
+    return (columns(product) + kUnitColumns - 1) / kUnitColumns;
   }
 
   int panels(const Product& product) const {
@@ -361,7 +364,7 @@ class LinearCall {
         for (int p = work.first_product; p < work.last_product; ++p) {
           const Product& product = products_[p];
           for (int panel = 0; panel < panels(product); ++panel) shrink(product, panel);
-          for (int tile = 0; tile < tiles(product); ++tile) expand(work, product, tile);
+          for (int unit = 0; unit < units(product); ++unit) expand(work, product, unit);
         }
       }
     });
@@ -381,7 +384,7 @@ class LinearCall {
           routes.push_back({w, r, row});
       for (int p = work.first_product; p < work.last_product; ++p) {
         for (int panel = 0; panel < panels(products_[p]); ++panel) shrinks.push_back({w, p, panel});
-        for (int tile = 0; tile < tiles(products_[p]); ++tile) expands.push_back({w, p, tile});
+        for (int unit = 0; unit < units(products_[p]); ++unit) expands.push_back({w, p, unit});
       }
     }
     Tickets route_tickets, shrink_tickets, expand_tickets;

@@ -9,13 +9,17 @@
 namespace molehill::MOLEHILL_ISA {
 namespace {
 
-// How many rows of the batch share a load of the weights: as many as the registers hold.
+// How many rows of the batch share a load of the weights, and how many tiles one of its operands:
+// as many as the registers hold.
 #if defined(__AVX512F__)
 constexpr int kFloatRows = 8;
+constexpr int kTilesAtOnce = 2;
 #elif defined(__AVX2__)
 constexpr int kFloatRows = 2;
+constexpr int kTilesAtOnce = 1;
 #else
 constexpr int kFloatRows = 1;
+constexpr int kTilesAtOnce = 1;
 #endif
 
 INLINE Floats four_times(const float* p) {
@@ -64,16 +68,18 @@ struct FloatMath {
     for (; r < rows; ++r) dot_rows<1>(x + r, panel, steps, sums + r * 8);
   }
 
-  // One tile of B z, summed expert by expert.
+  // N tiles of an output row, to which B z is added expert by expert.
+  template <int N>
   struct Columns {
-    Floats sums[4] = {};
+    Floats sums[N][4];
 
-    INLINE void add(const float* z, const T* tile, int ranks) {
+    INLINE void add(const float* z, const T* tile, ptrdiff_t tile_stride, int ranks) {
       for (int k = 0; k < ranks; ++k)
-        for (int c = 0; c < 4; ++c) sums[c] += z[k] * load(tile + k * kTileColumns + c * 16);
+        for (int n = 0; n < N; ++n) {
+          const T* b = tile + n * tile_stride + k * kTileColumns;
+          for (int c = 0; c < 4; ++c) sums[n][c] += z[k] * load(b + c * 16);
+        }
     }
-
-    INLINE Floats get(int c) const { return sums[c]; }
   };
 };
 
@@ -136,25 +142,20 @@ struct Bf16Math {
     }
   }
 
+  template <int N>
   struct Columns {
-    __m512 even[4], odd[4];
+    Floats sums[N][4];
 
-    INLINE Columns() {
-      for (int c = 0; c < 4; ++c) even[c] = odd[c] = _mm512_setzero_ps();
-    }
-
-    // Ranks come in whole panels, so an even number of pairs.
-    INLINE void add(const bf16* z, const bf16* tile, int ranks) {
-      for (int k = 0; k < ranks; k += 4) {
-        const __m512bh first = two_times(z + k), second = two_times(z + k + 2);
-        const bf16* b = tile + k * kTileColumns;
-        for (int c = 0; c < 4; ++c) even[c] = _mm512_dpbf16_ps(even[c], weights(b + c * 32), first);
-        b += 2 * kTileColumns;
-        for (int c = 0; c < 4; ++c) odd[c] = _mm512_dpbf16_ps(odd[c], weights(b + c * 32), second);
+    INLINE void add(const bf16* z, const bf16* tile, ptrdiff_t tile_stride, int ranks) {
+      for (int k = 0; k < ranks; k += 2) {
+        const __m512bh pair = two_times(z + k);
+        for (int n = 0; n < N; ++n) {
+          const bf16* b = tile + n * tile_stride + k * kTileColumns;
+          for (int c = 0; c < 4; ++c)
+            sums[n][c] = (Floats)_mm512_dpbf16_ps((__m512)sums[n][c], pair, weights(b + c * 32));
+        }
       }
     }
-
-    INLINE Floats get(int c) const { return (Floats)_mm512_add_ps(even[c], odd[c]); }
   };
 };
 

@@ -138,6 +138,7 @@ Site make_site(int64_t id, int64_t experts, const std::string& policy, const Num
   site.id = id;
   site.experts = int(experts);
   site.policy = parse_policy(policy, numbers);
+  site.policy.entropy_unit = entropy_unit(site.policy, int(experts));
   site.routed = router.has_value();
   site.counters.expert_tokens.resize(experts);
   if (site.routed)

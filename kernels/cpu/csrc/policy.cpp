@@ -6,14 +6,18 @@
 namespace molehill {
 namespace {
 
-// Falling probability, ties by index. An insertion sort: rows are short, and no comparison of NaNs
-// can lead it out of bounds.
+// Falling probability, ties by index. A count of those ahead instead of a sort: it has no branch to
+// mispredict, and no comparison of NaNs can lead it out of bounds.
 void rank(const float* values, int experts, uint16_t* order) {
-  for (int e = 0; e < experts; ++e) {
-    int at = e;
-    for (; at > 0 && values[order[at - 1]] < values[e]; --at) order[at] = order[at - 1];
-    order[at] = static_cast<uint16_t>(e);
-  }
+  uint16_t ahead[kMaxExperts];
+  std::fill_n(ahead, experts, uint16_t(0));
+  for (int e = 1; e < experts; ++e)
+    for (int before = 0; before < e; ++before) {
+      const bool loses = values[e] > values[before];
+      ahead[before] += loses;
+      ahead[e] += !loses;
+    }
+  for (int e = 0; e < experts; ++e) order[ahead[e]] = uint16_t(e);
 }
 
 // Running sums as torch makes them on a CPU: added in double, rounded to float at each rank.
@@ -22,38 +26,19 @@ struct RunningSum {
   float add(float value) { return static_cast<float>(total += value); }
 };
 
-float shannon_sum(const float* p, int experts) {
-  double sum = 0;
-  for (int e = 0; e < experts; ++e)
-    if (p[e] > 0) sum -= p[e] * std::log(p[e]);
-  return static_cast<float>(sum);
+bool is_shannon(const Policy& policy) {
+  return policy.kind != PolicyKind::dynmole || policy.entropy_index == 1;
 }
 
-float shannon(const float* p, int experts) {
-  return experts == 1 ? 0 : shannon_sum(p, experts) / std::log(static_cast<float>(experts));
-}
-
-float dynmole_entropy(const Policy& policy, const float* probabilities, int experts) {
+// Terms are summed in double: 1 - sum p^q loses most of its digits.
+float entropy(const Policy& policy, const float* terms, int experts) {
   if (experts == 1) return 0;
-  const double index = policy.entropy_index;
-  const float eps = policy.normalize_entropy ? policy.entropy_eps : 0;
-  float p[kMaxExperts];
-  for (int e = 0; e < experts; ++e) p[e] = probabilities[e] + eps;
-  if (index == 1) {
-    const float value = shannon_sum(p, experts);
-    return policy.normalize_entropy ? value / std::log(static_cast<float>(experts)) : value;
-  }
   double sum = 0;
-  for (int e = 0; e < experts; ++e) sum += std::pow(p[e], static_cast<float>(index));
-  double value = 0, most = 0;
-  if (policy.renyi) {
-    value = std::log(sum + 1e-10) / (1 - index);
-    most = std::log(static_cast<double>(experts));
-  } else {
-    value = (1 - sum) / (index - 1);
-    most = (1 - std::pow(experts, 1 - index)) / (index - 1);
-  }
-  return static_cast<float>(policy.normalize_entropy ? value / most : value);
+  for (int e = 0; e < experts; ++e) sum += terms[e];
+  const double index = policy.entropy_index;
+  if (!is_shannon(policy))
+    sum = policy.renyi ? std::log(sum + 1e-10) / (1 - index) : (1 - sum) / (index - 1);
+  return static_cast<float>(sum / policy.entropy_unit);
 }
 
 void divide_by_sum(float* weights, int experts) {
@@ -84,8 +69,8 @@ void keep_top_p(const Policy& policy, const float* probabilities, int experts, f
   }
 }
 
-Decision keep_by_entropy(const Policy& policy, const float* p, int experts, float* weights) {
-  const float entropy = dynmole_entropy(policy, p, experts);
+bool keep_by_entropy(const Policy& policy, float entropy, const float* p, int experts,
+                     float* weights) {
   const bool soft = policy.entropy_threshold < 1 && entropy > policy.entropy_threshold;
   uint16_t order[kMaxExperts];
   rank(p, experts, order);
@@ -97,19 +82,42 @@ Decision keep_by_entropy(const Policy& policy, const float* p, int experts, floa
     weights[order[i]] = soft || below || i < policy.keep_top_k ? value : 0;
   }
   if (policy.normalize_weights) divide_by_sum(weights, experts);
-  return {entropy, soft};
+  return soft;
 }
 
 }  // namespace
 
-void softmax(float* logits, int experts) {
-  const float most = *std::max_element(logits, logits + experts);
-  double sum = 0;
-  for (int e = 0; e < experts; ++e) sum += logits[e] = std::exp(logits[e] - most);
-  for (int e = 0; e < experts; ++e) logits[e] /= static_cast<float>(sum);
+double entropy_unit(const Policy& policy, int experts) {
+  if (policy.kind == PolicyKind::dynmole && !policy.normalize_entropy) return 1;
+  const double index = policy.entropy_index;
+  if (is_shannon(policy) || policy.renyi) return std::log(experts);
+  return (1 - std::pow(experts, 1 - index)) / (index - 1);
 }
 
-Decision decide(const Policy& policy, const float* probabilities, int experts, float* weights) {
+void softmax(const Kernels& kernels, float* logits, int rows, int experts) {
+  for (float* row = logits; row < logits + rows * experts; row += experts) {
+    const float most = *std::max_element(row, row + experts);
+    for (int e = 0; e < experts; ++e) row[e] -= most;
+  }
+  kernels.exponentials(logits, size_t(rows) * experts);
+  for (float* row = logits; row < logits + rows * experts; row += experts) divide_by_sum(row, experts);
+}
+
+void entropy_terms(const Kernels& kernels, const Policy& policy, const float* probabilities,
+                   int rows, int experts, float* terms) {
+  const size_t count = size_t(rows) * experts;
+  const bool shifted = policy.kind == PolicyKind::dynmole && policy.normalize_entropy;
+  for (size_t i = 0; i < count; ++i)
+    terms[i] = probabilities[i] + (shifted ? policy.entropy_eps : 0);
+  if (is_shannon(policy))
+    kernels.entropies(terms, terms, count);
+  else
+    kernels.powers(terms, static_cast<float>(policy.entropy_index), terms, count);
+}
+
+Decision decide(const Policy& policy, const float* probabilities, const float* terms, int experts,
+                float* weights) {
+  Decision decision{entropy(policy, terms, experts), false};
   switch (policy.kind) {
     case PolicyKind::constant:
       std::copy_n(policy.weights.begin(), experts, weights);
@@ -124,9 +132,10 @@ Decision decide(const Policy& policy, const float* probabilities, int experts, f
       keep_top_p(policy, probabilities, experts, weights);
       break;
     case PolicyKind::dynmole:
-      return keep_by_entropy(policy, probabilities, experts, weights);
+      decision.soft = keep_by_entropy(policy, decision.entropy, probabilities, experts, weights);
+      break;
   }
-  return {shannon(probabilities, experts), false};
+  return decision;
 }
 
 }  // namespace molehill

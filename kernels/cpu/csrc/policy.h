@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels.h"
+
 namespace molehill {
 
 enum class PolicyKind { constant, soft, top_k, top_p, dynmole };
@@ -18,6 +20,7 @@ struct Policy {
   int keep_top_k = 0;  // dynmole
   float entropy_threshold = 1, entropy_eps = 0;
   double entropy_index = 1;
+  double entropy_unit = 1;  // what entropies are divided by
   bool renyi = false, normalize_weights = false, include_crossing = false, normalize_entropy = true;
 };
 
@@ -26,11 +29,19 @@ struct Decision {
   bool soft;
 };
 
-// Softmax in place, in float.
-void softmax(float* logits, int experts);
+// The largest entropy of so many experts, or 1 where the policy does not normalise.
+double entropy_unit(const Policy& policy, int experts);
 
-// weights[e] of one row from its probabilities; zero for an expert that is not chosen.
-Decision decide(const Policy& policy, const float* probabilities, int experts, float* weights);
+// Softmax of `rows` rows of logits, in place.
+void softmax(const Kernels& kernels, float* logits, int rows, int experts);
+
+// The terms whose sum over the experts is the policy's entropy, before it is normalised.
+void entropy_terms(const Kernels& kernels, const Policy& policy, const float* probabilities,
+                   int rows, int experts, float* terms);
+
+// weights[e] of one row from its probabilities and terms; zero for an expert that is not chosen.
+Decision decide(const Policy& policy, const float* probabilities, const float* terms, int experts,
+                float* weights);
 
 constexpr int kMaxExperts = 1024;
 

@@ -1,6 +1,9 @@
 // Sixteen floats at a time, in the compiler's own vector types: every instruction set from one text.
 #pragma once
 #include <cstdint>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -25,12 +28,31 @@ INLINE Floats load(const float* p) {
 }
 
 INLINE Floats load(const bf16* p) {
+#if defined(__AVX512BW__)
+  // One shuffle instead of a widening and a shift, which would compete with the multiplications.
+  const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  const __m512i halves = (__m512i)(Words{0x00000000, 0x00010000, 0x00020000, 0x00030000,
+                                         0x00040000, 0x00050000, 0x00060000, 0x00070000,
+                                         0x00080000, 0x00090000, 0x000a0000, 0x000b0000,
+                                         0x000c0000, 0x000d0000, 0x000e0000, 0x000f0000});
+  return (Floats)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, halves, words);
+#else
   Halves h;
   __builtin_memcpy(&h, p, sizeof h);
   return (Floats)(__builtin_convertvector(h, Words) << 16);
+#endif
 }
 
 INLINE void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+
+#ifdef __AVX512BF16__
+
+INLINE void store(bf16* p, Floats v) {
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+#else
 
 // Rounds to nearest even. A NaN must not round up into an infinity, so it becomes the quiet NaN.
 INLINE void store(bf16* p, Floats v) {
@@ -40,6 +62,8 @@ INLINE void store(bf16* p, Floats v) {
   const Halves h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
   __builtin_memcpy(p, &h, sizeof h);
 }
+
+#endif
 
 // Sixteen elements of which only `count` exist.
 template <class T>
@@ -76,6 +100,21 @@ INLINE Floats exponential(Floats x) {
   y = y * r + 1.0f;
   y = y * r + 1.0f;
   return (Floats)((Ints)y + (__builtin_convertvector(n, Ints) << 23));
+}
+
+// ln x of positive normal x: x = 2^n m with m in [1/sqrt 2, sqrt 2), and ln m = 2 artanh s,
+// s = (m - 1) / (m + 1), by its series to s^11 (error < 1e-8).
+INLINE Floats logarithm(Floats x) {
+  const Ints bits = (Ints)x;
+  const Ints n = (bits - 0x3f3504f3) >> 23;
+  const Floats m = (Floats)(bits - (n << 23));
+  const Floats s = (m - 1.0f) / (m + 1.0f), q = s * s;
+  Floats y = q * (2.0f / 11) + 2.0f / 9;
+  y = y * q + 2.0f / 7;
+  y = y * q + 2.0f / 5;
+  y = y * q + 2.0f / 3;
+  y = y * q * s + 2.0f * s;
+  return __builtin_convertvector(n, Floats) * 0.69314718f + y;
 }
 
 INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
