@@ -1,0 +1,142 @@
+"""Compiles the Triton kernels for CUDA architectures on a machine without a GPU.
+
+Registers, spills, stack and shared memory are what ptxas reports for the code that would run.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from molehill.kernels.triton.blocks import Limits, blocks_for
+from molehill.kernels.triton.expand import expand_kernel
+from molehill.kernels.triton.ffn import ffn_kernel
+from molehill.kernels.triton.shrink import shrink_kernel
+
+# A step of each kind, tokens: a decode step and a prefill step.
+STEPS = {"decode": 32, "prefill": 4096}
+ELEMENTS = {"bf16": 2, "fp16": 2, "fp32": 4}
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One kernel for one dtype, kind of step and number of splits."""
+
+    kernel: Any
+    dtype: str
+    step: str
+    features: int
+    limits: Limits
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__).removesuffix("_kernel")
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        tokens = STEPS[self.step]
+        blocks = blocks_for(tokens, self.limits)
+        precise = self.dtype == "fp32"
+        shared = {
+            "MAX_RANK": blocks.max_rank,
+            "MAX_GATES": blocks.max_gates,
+            "SPLITS": blocks.splits(tokens, self.features),
+            "LIST": blocks.tile_list,
+            "TILE": blocks.tile,
+            "PRECISION": "ieee" if precise else "tf32",
+        }
+        if self.kernel is shrink_kernel:
+            return shared | {
+                "BLOCK_IN": blocks.inputs,
+                "BLOCK_RANK": blocks.rank,
+                "BLOCK_GATES": blocks.gates,
+                "ROUTER_PRECISION": "ieee" if precise else "tf32x3",
+            }
+        own = {"MAX_EXPERTS": blocks.max_experts, "TRACE": False}
+        if self.kernel is expand_kernel:
+            return shared | own | {"BLOCK_RANK": blocks.rank, "BLOCK_OUT": blocks.columns}
+        return shared | own | {"BLOCK_RANK": 16, "BLOCK": blocks.columns}
+
+
+# Pointers by argument name; every other argument is a 32-bit integer.
+SERVING = {"x", "out", "h", "gate_up", "weights"}
+POINTERS = {
+    **dict.fromkeys(("heads", "pieces", "records", "counters"), "*i64"),
+    **dict.fromkeys(("steps", "owners", "ints"), "*i32"),
+    **dict.fromkeys(
+        ("routers", "mixed", "rows", "logits", "floats", "parameters", "strips", "trace"), "*fp32"
+    ),
+}
+# Integers that are no multiple of 16.
+ODD = {"tokens"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ptxas says. Shared memory and spills in bytes per program, registers per thread."""
+
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+
+
+def specialisations(limits: Limits, features: int = 4096) -> Iterator[Specialisation]:
+    for kernel in (shrink_kernel, expand_kernel, ffn_kernel):
+        for step in STEPS:
+            for dtype in ("bf16", "fp16", "fp32"):
+                yield Specialisation(kernel, dtype, step, features, limits)
+
+
+def compile_for(own: Specialisation, architecture: int) -> Compiled:
+    """Raises whatever Triton or ptxas raise when the kernel does not compile."""
+    constants = own.constants
+    names = [name for name in own.kernel.arg_names if name not in constants]
+    signature = {name: _type(name, own.dtype) for name in names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    indices = {name: i for i, name in enumerate(own.kernel.arg_names)}
+    attributes = {(indices[name],): [["tt.divisibility", 16]] for name in names if name not in ODD}
+    source = ASTSource(
+        own.kernel,
+        signature,
+        {(indices[name],): value for name, value in constants.items()},
+        attributes,
+    )
+    # The launchers' num_stages.
+    stages = 3 if own.kernel is shrink_kernel else 2
+    warps = blocks_for(STEPS[own.step], own.limits).warps
+    target = GPUTarget("cuda", architecture, 32)
+    built = triton.compile(
+        source, target=target, options={"num_warps": warps, "num_stages": stages}
+    )
+    report = _ptxas(built.asm["ptx"], architecture)
+    numbers = [
+        int(found.group(1)) if (found := re.search(pattern, report)) else 0
+        for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack")
+    ]
+    return Compiled(*numbers, shared=built.metadata.shared)
+
+
+def _type(name: str, dtype: str) -> str:
+    return f"*{dtype}" if name in SERVING else POINTERS.get(name, "i32")
+
+
+def _ptxas(ptx: str, architecture: int) -> str:
+    """ptxas's verbose report. The version that Triton brings, chosen as Triton does."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        target = sm_arch_from_capability(architecture)
+        command = [get_ptxas(architecture).path, "-v", f"-arch={target}", source.name]
+        done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return done.stderr

@@ -1,0 +1,1 @@
+"""The Triton backend: mixtures on CUDA GPUs."""

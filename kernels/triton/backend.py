@@ -1,0 +1,186 @@
+"""The Triton backend: mixtures on CUDA GPUs, safe to capture in CUDA graphs.
+
+Two launches per fused linear and one more per FFN. What is launched, and with which grid, depends
+on the number of tokens and on whether the step has any adapter at all (the key by which vLLM picks
+a graph too); everything else is read from device memory. Tracing reads back, so it is for eager
+runs only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from molehill.kernels import ops
+from molehill.kernels.backend import (
+    FfnShape,
+    LinearShape,
+    Run,
+    SiteCounters,
+    SlotCounters,
+    SlotWeights,
+    Trace,
+)
+from molehill.kernels.triton import layout as at
+from molehill.kernels.triton.blocks import Limits, Scratch, ScratchMemory, StripMemory, blocks_for
+from molehill.kernels.triton.expand import expand
+from molehill.kernels.triton.ffn import ffn as launch_ffn
+from molehill.kernels.triton.shrink import shrink
+from molehill.kernels.triton.table import SlotTable
+from molehill.kernels.triton.tiles import buffer_size, table
+
+
+class TritonBackend:
+    """See molehill.kernels.backend.Backend. `device` holds the arena and all tables."""
+
+    name = "triton"
+
+    def __init__(self, device: torch.device, limits: Limits) -> None:
+        self.limits = limits
+        self._device = device
+        self._linears: list[LinearShape] = []
+        self._ffns: list[FfnShape] = []
+        self._ffn_of_gate_up: dict[int, int] = {}
+        self._ffn_of_down: dict[int, int] = {}
+        self._table: SlotTable | None = None
+        self._tokens: dict[int, int] = {}
+        self._runs: list[Run] = []
+        self._traces: list[Trace] | None = None
+        size = buffer_size(limits.tokens, limits.adapters + 1)
+        self._steps = torch.zeros(size, dtype=torch.int32, device=device)
+        self.linear_op = torch.ops.molehill.linear
+        self.ffn_op = torch.ops.molehill.ffn
+        ops.install(self)
+
+    def register_linear(self, shape: LinearShape) -> int:
+        assert self._table is None, "linears are registered before adapters are stored"
+        self._linears.append(shape)
+        return len(self._linears) - 1
+
+    def register_ffn(self, shape: FfnShape) -> int:
+        assert self._table is None, "FFNs are registered before adapters are stored"
+        self._ffns.append(shape)
+        handle = len(self._ffns) - 1
+        self._ffn_of_gate_up[shape.gate_up] = self._ffn_of_down[shape.down] = handle
+        return handle
+
+    @property
+    def table(self) -> SlotTable:
+        """The slot table. The first use allocates all device memory; before any graph capture."""
+        if self._table is None:
+            self._table = SlotTable(self._linears, self._ffns, self.limits, self._device)
+            # The scratch of a gate_up linear is read again by its FFN, after others have run.
+            self._scratch = ScratchMemory(self.limits, self._device)
+            self._gate_up = self._scratch
+            if self._ffns:
+                self._gate_up = ScratchMemory(self.limits, self._device)
+                self._strips = StripMemory(self.limits, self._device)
+        return self._table
+
+    def store(self, slot: int, weights: SlotWeights) -> None:
+        self.table.store(slot, weights)
+        self._tokens[slot] = 0
+
+    def erase(self, slot: int) -> None:
+        self.table.erase(slot)
+        self._tokens.pop(slot, None)
+
+    def resident_bytes(self, slot: int) -> int:
+        return sum(extent.size for extent in self.table.extents.get(slot, ()))
+
+    def begin_step(self, runs: Sequence[Run]) -> None:
+        """One copy to the device, ordered on the stream; nothing waits for it."""
+        if not runs and not self._runs:
+            return
+        self._runs = list(runs)
+        stored = self.table.extents
+        for run in runs:
+            if run.slot in stored:
+                self._tokens[run.slot] += run.stop - run.start
+        steps = table(runs, stored, self.limits.adapters, self.limits.tokens)
+        if self._steps.is_cuda:
+            steps = steps.pin_memory()
+        self._steps[: len(steps)].copy_(steps, non_blocking=True)
+
+    def linear(self, out: Tensor, x: Tensor, handle: int) -> None:
+        if not self._runs or not len(x):
+            return
+        tokens, shape = len(x), self._linears[handle]
+        slots, blocks = self.table, blocks_for(tokens, self.limits)
+        heads = slots.heads[:, handle]
+        scratch = self._scratch_of(handle, tokens)
+        mixed = None
+        if handle in self._ffn_of_down:
+            width = self._ffns[self._ffn_of_down[handle]].intermediate
+            mixed = self._strips.of(tokens, width)
+        floats, ints = slots.arena.view(torch.float32), slots.arena.view(torch.int32)
+        weights = slots.arena.view(x.dtype)
+        shrink(x, self._steps, heads, (weights, floats), scratch, blocks, mixed)
+        if shape.reduce is not None:
+            scratch = replace(scratch, logits=shape.reduce(scratch.logits))
+        records = (
+            heads,
+            slots.pieces[:, handle],
+            slots.parameters[:, handle],
+            slots.counters[:, handle],
+        )
+        trace = self._trace_buffer(tokens)
+        expand(out, self._steps, records, (weights, floats, ints), scratch, blocks, trace)
+        self._record(trace, handle, is_ffn=False)
+
+    def ffn(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
+        if not self._runs or not len(h):
+            return
+        tokens, shape = len(h), self._ffns[handle]
+        slots, blocks = self.table, blocks_for(tokens, self.limits)
+        records = (
+            slots.ffns[:, handle],
+            slots.ffn_parameters[:, handle],
+            slots.ffn_counters[:, handle],
+        )
+        arena = (slots.arena.view(h.dtype), slots.arena.view(torch.int32))
+        scratch = self._scratch_of(shape.gate_up, tokens)
+        strips = self._strips.of(tokens, shape.intermediate)
+        trace = self._trace_buffer(tokens)
+        launch_ffn(h, gate_up, self._steps, records, arena, scratch, strips, blocks, trace)
+        self._record(trace, handle, is_ffn=True)
+
+    def _scratch_of(self, handle: int, tokens: int) -> Scratch:
+        memory = self._gate_up if handle in self._ffn_of_gate_up else self._scratch
+        return memory.of(tokens, self._linears[handle].in_features)
+
+    def counters(self, slot: int) -> SlotCounters:
+        """Waits for the device: call it between steps."""
+        figures = SlotCounters(self._tokens[slot])
+        linears, ffns = self.table.counters[slot].tolist(), self.table.ffn_counters[slot].tolist()
+        for site in self.table.sites[slot]:
+            row = ffns[site.handle] if site.piece is None else linears[site.handle][site.piece]
+            decisions, soft, entropy = row[-at.FIGURES.value :]
+            figures.sites[site.name] = SiteCounters(
+                decisions, soft, entropy / at.ENTROPY_UNIT.value, row[: site.experts]
+            )
+        return figures
+
+    def trace(self, enabled: bool) -> list[Trace]:
+        traces, self._traces = self._traces, [] if enabled else None
+        return traces or []
+
+    def _trace_buffer(self, tokens: int) -> Tensor | None:
+        if self._traces is None:
+            return None
+        gates = blocks_for(tokens, self.limits).max_gates
+        return torch.zeros(tokens, 2 * gates, device=self._device)
+
+    def _record(self, buffer: Tensor | None, handle: int, is_ffn: bool) -> None:
+        """Probabilities and weights are the kernel's; the entropy is worked out from them."""
+        if buffer is None or self._traces is None:
+            return
+        for run in self._runs:
+            for site in self.table.sites.get(run.slot, ()):
+                if site.handle == handle and (site.piece is None) == is_ffn:
+                    p, w = (
+                        half[run.start : run.stop, site.gate : site.gate + site.experts].clone()
+                        for half in buffer.chunk(2, dim=1)
+                    )
+                    self._traces.append(Trace(site.name, p, w, site.policy.route(p).entropy))

@@ -1,0 +1,295 @@
+"""FFN mixture: h = sum_e w_e u_e with u_e = act(W_gate x + d_gate,e) * (W_up x + d_up,e).
+
+d_gate,e = B_gate,e A_gate,e x; the shrunk inputs A x and the logits come from the gate_up linear's
+shrink. The same launch computes w_e A_down,e u_e for the down linear, in strips of the
+intermediate: each program has a strip of its own, molehill.kernels.triton.shrink adds them up.
+"""
+
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from molehill.kernels.triton import layout as at
+from molehill.kernels.triton.blocks import Blocks, Scratch
+from molehill.kernels.triton.expand import gate_weights
+from molehill.kernels.triton.shrink import load_tile
+
+
+@triton.jit
+def activated(x: tl.tensor, kind: tl.tensor) -> tl.tensor:
+    y = x
+    if kind == at.SILU:
+        y = x * tl.sigmoid(x)
+    elif kind == at.GELU:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif kind == at.GELU_TANH:
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        y = tl.maximum(x, 0.0)
+    return y
+
+
+@triton.jit
+def add_delta(
+    y: tl.tensor,
+    rows: tl.tensor,
+    weights: tl.tensor,
+    starts: tl.tensor,
+    token: tl.tensor,
+    own: tl.tensor,
+    tokens: tl.tensor,
+    column: tl.tensor,
+    width: tl.tensor,
+    MAX_RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """y + B_e rows_e `[T, columns]`; `starts` points at expert e's first rank row."""
+    pitch = tl.multiple_of(tl.cdiv(width, at.PITCH) * at.PITCH, at.PITCH)
+    stop = tl.load(starts + 1)
+    for start in range(tl.load(starts), stop, BLOCK_RANK):
+        row = start + tl.arange(0, BLOCK_RANK)
+        where = own[:, None] & (row < stop)[None, :]
+        sums = tl.zeros((token.shape[0], BLOCK_RANK), dtype=tl.float32)
+        for split in range(SPLITS):
+            source = (split * tokens + token)[:, None] * MAX_RANK + row[None, :]
+            sums += tl.load(rows + source, mask=where, other=0.0)
+        b = tl.load(
+            weights + row.to(tl.int64)[:, None] * pitch + column[None, :],
+            mask=(row < stop)[:, None] & (column < width)[None, :],
+            other=0.0,
+        )
+        y = tl.dot(sums.to(b.dtype), b, y, input_precision=PRECISION)
+    return y
+
+
+@triton.jit
+def add_down(
+    u: tl.tensor,
+    w_e: tl.tensor,
+    strip: tl.tensor,
+    weights: tl.tensor,
+    starts: tl.tensor,
+    own: tl.tensor,
+    column: tl.tensor,
+    width: tl.tensor,
+    BLOCK_RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Adds w_e A_down,e u_e to this program's strip; `strip` points at its tokens' rows."""
+    pitch = tl.multiple_of(tl.cdiv(width, at.PITCH) * at.PITCH, at.PITCH)
+    stop = tl.load(starts + 1)
+    for start in range(tl.load(starts), stop, BLOCK_RANK):
+        row = start + tl.arange(0, BLOCK_RANK)
+        where = own[:, None] & (row < stop)[None, :]
+        a = tl.load(
+            weights + row.to(tl.int64)[None, :] * pitch + column[:, None],
+            mask=(row < stop)[None, :] & (column < width)[:, None],
+            other=0.0,
+        )
+        sums = tl.dot(u.to(a.dtype), a, input_precision=PRECISION) * w_e[:, None]
+        target = strip + row[None, :]
+        sums += tl.load(target, mask=where, other=0.0)
+        tl.store(target, sums, mask=where)
+
+
+@triton.jit
+def clear_strip(
+    strip: tl.tensor,
+    record: tl.tensor,
+    w: tl.tensor,
+    own: tl.tensor,
+    first: tl.tensor,
+    BLOCK_RANK: tl.constexpr,
+) -> None:
+    """Zeros for this program's sums; the row of a bias is (sum_e w_e - 1), in strip 0."""
+    rank = tl.load(record + at.DOWN_RANK).to(tl.int32)
+    total = rank + tl.load(record + at.DOWN_BIAS).to(tl.int32)
+    surplus = tl.where(first, tl.sum(w, axis=1) - 1.0, 0.0)[:, None]
+    for start in range(0, total, BLOCK_RANK):
+        row = (start + tl.arange(0, BLOCK_RANK))[None, :]
+        value = tl.where(row == rank, surplus, 0.0)
+        tl.store(strip + row, value, mask=own[:, None] & (row < total))
+
+
+@triton.jit
+def ffn_kernel(
+    h: tl.tensor,
+    gate_up: tl.tensor,
+    steps: tl.tensor,
+    records: tl.tensor,
+    parameters: tl.tensor,
+    counters: tl.tensor,
+    rows: tl.tensor,
+    logits: tl.tensor,
+    strips: tl.tensor,
+    weights: tl.tensor,
+    ints: tl.tensor,
+    trace: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    h_stride: tl.tensor,
+    gate_up_stride: tl.tensor,
+    record_stride: tl.tensor,
+    parameter_stride: tl.tensor,
+    counter_stride: tl.tensor,
+    MAX_RANK: tl.constexpr,
+    MAX_GATES: tl.constexpr,
+    MAX_EXPERTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LIST: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TRACE: tl.constexpr,
+) -> None:
+    slot, token, own = load_tile(steps, tokens, LIST, TILE)
+    if slot < 0:
+        return
+    slot = slot.to(tl.int64)
+    record = records + slot * record_stride
+    experts = tl.load(record + at.EXPERTS).to(tl.int32)
+    if experts == 0:
+        return
+    number = tl.program_id(1)
+    w = gate_weights(
+        logits,
+        record,
+        parameters + slot * parameter_stride,
+        counters + slot * counter_stride,
+        trace,
+        token,
+        own,
+        tokens,
+        number == 0,
+        MAX_GATES,
+        MAX_EXPERTS,
+        SPLITS,
+        TRACE,
+    )
+    strip = (strips + (number * tokens + token) * MAX_RANK)[:, None]
+    clear_strip(strip, record, w, own, number == 0, BLOCK_RANK)
+    expert = tl.arange(0, MAX_EXPERTS)[None, :]
+    starts = ints + tl.load(record + at.STARTS)
+    kind = tl.load(record + at.ACTIVATION)
+    gate_rows = rows + tl.load(record + at.GATE_ROW)
+    up_rows = rows + tl.load(record + at.UP_ROW)
+    gate_b = weights + tl.multiple_of(tl.load(record + at.GATE_B), at.PITCH)
+    up_b = weights + tl.multiple_of(tl.load(record + at.UP_B), at.PITCH)
+    down_a = weights + tl.multiple_of(tl.load(record + at.DOWN_A), at.PITCH)
+    span = tl.cdiv(tl.cdiv(width, tl.num_programs(1)), BLOCK) * BLOCK
+    for begin in range(number * span, tl.minimum((number + 1) * span, width), BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = own[:, None] & (column < width)[None, :]
+        source = gate_up + (token * gate_up_stride)[:, None] + column[None, :]
+        gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
+        total = tl.zeros((TILE, BLOCK), dtype=tl.float32)
+        for e in range(experts):
+            w_e = tl.sum(tl.where((expert == e) & own[:, None], w, 0.0), axis=1)
+            if tl.max(tl.abs(w_e), axis=0) > 0:
+                first = starts + e
+                g = add_delta(
+                    gate,
+                    gate_rows,
+                    gate_b,
+                    first,
+                    token,
+                    own,
+                    tokens,
+                    column,
+                    width,
+                    MAX_RANK,
+                    SPLITS,
+                    BLOCK_RANK,
+                    PRECISION,
+                )
+                u = add_delta(
+                    up,
+                    up_rows,
+                    up_b,
+                    first + experts + 1,
+                    token,
+                    own,
+                    tokens,
+                    column,
+                    width,
+                    MAX_RANK,
+                    SPLITS,
+                    BLOCK_RANK,
+                    PRECISION,
+                )
+                u = activated(g, kind) * u
+                total += w_e[:, None] * u
+                # The strip is this program's own, but other threads wrote what is read next.
+                tl.debug_barrier()
+                add_down(
+                    u,
+                    w_e,
+                    strip,
+                    down_a,
+                    first + 2 * (experts + 1),
+                    own,
+                    column,
+                    width,
+                    BLOCK_RANK,
+                    PRECISION,
+                )
+        target = h + (token * h_stride)[:, None] + column[None, :]
+        tl.store(target, total.to(h.dtype.element_ty), mask=inside)
+
+
+def ffn(
+    h: Tensor,
+    gate_up: Tensor,
+    steps: Tensor,
+    records: tuple[Tensor, Tensor, Tensor],
+    arena: tuple[Tensor, Tensor],
+    scratch: Scratch,
+    strips: Tensor,
+    blocks: Blocks,
+    trace: Tensor | None,
+) -> None:
+    """Overwrites the FFN mixtures' rows of h `[T, I]` from gate_up `[T, 2 I]`; fills `strips`.
+
+    records: the FFN's records `[slots, FFN]`, parameters `[slots, POLICY]` and counters. arena: its
+    flat views in the serving dtype and in int32. scratch: what the gate_up linear's shrink left.
+    """
+    tokens, width = h.shape
+    ffns, parameters, counters = records
+    weights, ints = arena
+    ffn_kernel[(blocks.tiles(tokens), strips.shape[0])](
+        h,
+        gate_up,
+        steps,
+        ffns,
+        parameters,
+        counters,
+        scratch.rows,
+        scratch.logits,
+        strips,
+        weights,
+        ints,
+        scratch.logits if trace is None else trace,
+        tokens,
+        width,
+        h.stride(0),
+        gate_up.stride(0),
+        ffns.stride(0),
+        parameters.stride(0),
+        counters.stride(0),
+        MAX_RANK=blocks.max_rank,
+        MAX_GATES=blocks.max_gates,
+        MAX_EXPERTS=blocks.max_experts,
+        SPLITS=scratch.splits,
+        LIST=blocks.tile_list,
+        TILE=blocks.tile,
+        BLOCK_RANK=16,
+        BLOCK=blocks.columns,
+        PRECISION="ieee" if h.element_size() == 4 else "tf32",
+        TRACE=trace is not None,
+        num_warps=blocks.warps,
+        num_stages=2,
+    )

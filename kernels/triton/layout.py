@@ -1,0 +1,102 @@
+"""The slot table's layout, shared by the kernels and by the code that fills it.
+
+Device tensors at fixed addresses, one record per (slot, linear), (slot, linear, piece) and
+(slot, FFN). Integers are int64; offsets into the arena count elements of the type that they point
+at. A record of zeros is an empty one, and every kernel returns at once on it.
+
+Rank rows and router rows of all pieces of a (slot, linear) are stacked, so that one program reads
+the input once for all of them; `ROW` and `GATE` say where a piece's own begin.
+"""
+
+from triton import language as tl
+
+# Multiple of elements between the starts of stored rows: vectorised reads stay aligned.
+PITCH = tl.constexpr(16)
+
+# Linear record: stacked rank rows and their matrix A, stacked router rows and their matrix, rank
+# rows that an FFN mixture's kernel computes for its down linear, pieces.
+HEAD = tl.constexpr(8)
+HEAD_RANK = tl.constexpr(0)
+HEAD_A = tl.constexpr(1)
+HEAD_GATES = tl.constexpr(2)
+HEAD_ROUTERS = tl.constexpr(3)
+HEAD_MIXED = tl.constexpr(4)
+HEAD_PIECES = tl.constexpr(5)
+
+# What pieces and FFNs have in common: first router row, experts (0: no router), policy.
+GATE = tl.constexpr(0)
+EXPERTS = tl.constexpr(1)
+KEEP = tl.constexpr(2)
+NUCLEUS = tl.constexpr(3)
+NORMALIZE = tl.constexpr(4)
+ENTROPY = tl.constexpr(5)
+
+# Piece record: output columns, rank rows, B transposed `[rank, pitch]`, int32 expert of each rank
+# row, float32 output scale `[max(experts, 1), pitch]` and bias `[width]`, -1 where there is none.
+PIECE = tl.constexpr(16)
+START = tl.constexpr(6)
+WIDTH = tl.constexpr(7)
+ROW = tl.constexpr(8)
+RANK = tl.constexpr(9)
+B = tl.constexpr(10)
+OWNER = tl.constexpr(11)
+SCALE = tl.constexpr(12)
+BIAS = tl.constexpr(13)
+
+# FFN record: first rank rows of gate and up among those of the gate_up linear, B of both, A of
+# down, int32 `[3, experts + 1]` of the experts' first rows in each, activation, rank rows of down,
+# whether one more carries (sum of weights - 1) for down's bias.
+FFN = tl.constexpr(16)
+GATE_ROW = tl.constexpr(6)
+UP_ROW = tl.constexpr(7)
+GATE_B = tl.constexpr(8)
+UP_B = tl.constexpr(9)
+DOWN_A = tl.constexpr(10)
+STARTS = tl.constexpr(11)
+ACTIVATION = tl.constexpr(12)
+DOWN_RANK = tl.constexpr(13)
+DOWN_BIAS = tl.constexpr(14)
+
+# Policy parameters, float32.
+POLICY = tl.constexpr(8)
+DIVISOR = tl.constexpr(0)
+TOP_P = tl.constexpr(1)
+THRESHOLD = tl.constexpr(2)
+INDEX = tl.constexpr(3)
+EPS = tl.constexpr(4)
+MOST = tl.constexpr(5)
+
+# Values of NUCLEUS: which experts are kept beside the first KEEP, by what runs up to them.
+NO_NUCLEUS = tl.constexpr(0)
+BEFORE_AT_MOST = tl.constexpr(1)
+WITH_AT_MOST = tl.constexpr(2)
+BEFORE_UNDER = tl.constexpr(3)
+
+# Values of ENTROPY.
+SHANNON = tl.constexpr(0)
+TSALLIS = tl.constexpr(1)
+RENYI = tl.constexpr(2)
+
+# Values of ACTIVATION.
+SILU = tl.constexpr(0)
+GELU = tl.constexpr(1)
+GELU_TANH = tl.constexpr(2)
+RELU = tl.constexpr(3)
+
+# Counters, int64 `[experts + 3]`: tokens per expert, then these. Entropy in units of 2^-24, so that
+# sums are exact and do not depend on the order of the programs.
+DECISIONS = tl.constexpr(0)
+SOFT = tl.constexpr(1)
+TOTAL_ENTROPY = tl.constexpr(2)
+FIGURES = tl.constexpr(3)
+ENTROPY_UNIT = tl.constexpr(1 << 24)
+
+# The steps buffer, int32: number and place of the small tiles, of the large tiles, place of the
+# token order; then the tiles as (slot, first place in the order, tokens) and the order itself.
+SMALL = tl.constexpr(0)
+LARGE = tl.constexpr(2)
+ORDER = tl.constexpr(4)
+STEP_HEAD = tl.constexpr(8)
+TILE = tl.constexpr(3)
+
+UNSERVED = tl.constexpr(-2)

@@ -1,0 +1,90 @@
+"""Device code of the routing policies: gate weights of a tile of tokens.
+
+p = softmax(logits); q = p / temperature. With the experts by falling q, ties by index, an expert is
+kept if it is among the first `keep`, or by what the q before it (and with it) sum to, or if the
+token is soft: entropy(p) > threshold. w = q where kept, else 0; w / sum(w) if normalised. Every
+class of molehill.kernels.policy is one choice of these parameters (molehill.kernels.triton.policy).
+"""
+
+import triton
+from triton import language as tl
+
+from molehill.kernels.triton import layout as at
+
+
+@triton.jit
+def entropy_of(p: tl.tensor, own: tl.tensor, kind: tl.tensor, parameters: tl.tensor) -> tl.tensor:
+    """Shannon, Tsallis or Renyi entropy of p + eps over `most`. p `[T, E]`: `[T]`."""
+    index = tl.load(parameters + at.INDEX)
+    p += tl.load(parameters + at.EPS)
+    own = own & (p > 0)
+    log_p = tl.log(tl.where(own, p, 1.0))
+    if kind == at.SHANNON:
+        value = -tl.sum(tl.where(own, p * log_p, 0.0), axis=1)
+    else:
+        power = tl.sum(tl.where(own, tl.exp(index * log_p), 0.0), axis=1)
+        if kind == at.TSALLIS:
+            value = (1.0 - power) / (index - 1.0)
+        else:
+            value = tl.log(power + 1e-10) / (1.0 - index)
+    return value / tl.load(parameters + at.MOST)
+
+
+@triton.jit
+def sparse_mask(q: tl.tensor, experts: tl.tensor, record: tl.tensor, top_p: tl.tensor) -> tl.tensor:
+    """Which experts the first `keep` and the nucleus hold. q `[T, E]`: bool `[T, E]`."""
+    expert = tl.arange(0, q.shape[1])[None, :]
+    place = tl.zeros_like(q)
+    before = tl.zeros_like(q)
+    for other in range(experts):
+        v = tl.sum(tl.where(expert == other, q, 0.0), axis=1)[:, None]
+        precedes = (v > q) | ((v == q) & (other < expert))
+        place += tl.where(precedes, 1.0, 0.0)
+        before += tl.where(precedes, v, 0.0)
+    nucleus = tl.load(record + at.NUCLEUS)
+    kept = place < tl.load(record + at.KEEP).to(tl.float32)
+    if nucleus == at.BEFORE_AT_MOST:
+        kept = kept | (before <= top_p)
+    elif nucleus == at.WITH_AT_MOST:
+        kept = kept | (before + q <= top_p)
+    elif nucleus == at.BEFORE_UNDER:
+        kept = kept | (before < top_p)
+    return kept
+
+
+@triton.jit
+def route(
+    logits: tl.tensor, experts: tl.tensor, record: tl.tensor, parameters: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """logits float32 `[T, E]`, of which `experts` columns count: p, w `[T, E]`, entropy, soft."""
+    own = (tl.arange(0, logits.shape[1]) < experts)[None, :]
+    logits = tl.where(own, logits, float("-inf"))
+    p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    p = p / tl.sum(p, axis=1)[:, None]
+    entropy = entropy_of(p, own, tl.load(record + at.ENTROPY), parameters)
+    soft = entropy > tl.load(parameters + at.THRESHOLD)
+    q = p / tl.load(parameters + at.DIVISOR)
+    kept = own & (q >= 0)
+    if tl.load(record + at.KEEP) < experts:
+        kept = kept & sparse_mask(q, experts, record, tl.load(parameters + at.TOP_P))
+        kept = kept | (own & soft[:, None])
+    w = tl.where(kept, q, 0.0)
+    if tl.load(record + at.NORMALIZE) != 0:
+        w = w / tl.sum(w, axis=1)[:, None]
+    return p, w, entropy, soft
+
+
+@triton.jit
+def count(
+    counters: tl.tensor, w: tl.tensor, entropy: tl.tensor, soft: tl.tensor, own: tl.tensor
+) -> None:
+    """Adds a tile's decisions to a site's counters `[E + FIGURES]`. own: bool `[T]`."""
+    expert = tl.arange(0, w.shape[1])
+    chosen = tl.sum(tl.where((w > 0) & own[:, None], 1, 0), axis=0).to(tl.int64)
+    tl.atomic_add(counters + expert, chosen, mask=chosen > 0, sem="relaxed")
+    figures = counters + w.shape[1]
+    tl.atomic_add(figures + at.DECISIONS, tl.sum(own.to(tl.int64)), sem="relaxed")
+    softs = tl.sum((soft & own).to(tl.int64))
+    tl.atomic_add(figures + at.SOFT, softs, sem="relaxed")
+    units = tl.where(own, entropy * at.ENTROPY_UNIT, 0.0).to(tl.int64)
+    tl.atomic_add(figures + at.TOTAL_ENTROPY, tl.sum(units), sem="relaxed")
