@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from molehill.api import options
+from molehill.api.errors import RequestError
+from molehill.engine.errors import AdapterError
 
 USER_ERROR = 2
+
+# As shells report a process that SIGINT ended.
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +74,9 @@ def serve(arguments: Sequence[str]) -> int:
 
     try:
         launcher.launch(options.from_namespace(ours), vllm_arguments)
-    except (launcher.LaunchError, launcher.AdapterError) as error:
+    except (launcher.LaunchError, AdapterError, RequestError) as error:
         print(f"molehill serve: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0

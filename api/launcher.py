@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import distributions
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from molehill.api.options import Options
-from molehill.engine.errors import AdapterError
 from molehill.engine.vllm.settings import Settings
 
 PLUGIN = "molehill"
@@ -32,16 +32,20 @@ class LaunchError(ValueError):
 
 
 def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
-    """Serves until stopped. Raises LaunchError before, AdapterError if a start adapter is bad."""
+    """Serves until stopped.
+
+    Raises LaunchError, and for a start adapter AdapterError or RequestError.
+    """
     for name, why in UNSAFE_ENVIRONMENT.items():
         if os.environ.get(name, "0").lower() not in ("", "0", "false"):
             raise LaunchError(f"{name} is set, which {why}")
     os.environ["VLLM_PLUGINS"] = allow_plugin(os.environ.get("VLLM_PLUGINS"))
 
-    from molehill.engine.vllm import compat
+    from molehill.engine.vllm import compat, compilation
 
     try:
         compat.check_version()
+        compilation.lift_gate()
         args = parse(vllm_arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise LaunchError(str(error)) from error
@@ -81,6 +85,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     args: argparse.Namespace = parser.parse_args(["serve", *arguments])
     if args.model_tag is not None:
         args.model = args.model_tag
+    elif args.model == serve.get_default("model"):
+        raise LaunchError("no MODEL given")
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args
@@ -99,11 +105,15 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         if refused:
             raise LaunchError(f"cannot be used with molehill serve: {why}")
     modules = [module_path(module) for module in args.lora_modules or ()]
+    adapters = (*options.adapters, *modules)
+    twice = [name for name, count in Counter(name for name, _ in adapters).items() if count > 1]
+    if twice:
+        raise LaunchError(f"--adapter {twice[0]}: the name is given twice")
     args.lora_modules = None
     args.api_server_count = None
     settings = Settings(options.backend, options.limits)
     args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
-    args.molehill = replace(options, adapters=(*options.adapters, *modules))
+    args.molehill = replace(options, adapters=adapters)
     return args
 
 
@@ -125,6 +135,3 @@ def run(args: argparse.Namespace) -> None:
         run_headless(args)
     else:
         uvloop.run(run_server(args))
-
-
-__all__ = ["AdapterError", "LaunchError", "launch"]

@@ -82,7 +82,11 @@ def figures(workers: Iterable[Mapping[Any, Mapping[str, Any]]], lora_int_id: int
 
 
 class WorkerStats:
-    """The workers' counters, refreshed when asked for."""
+    """The workers' counters, refreshed when asked for.
+
+    With data parallelism vLLM hands on the answer of the first engine only, so the figures are that
+    engine's.
+    """
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers

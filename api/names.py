@@ -16,12 +16,12 @@ def check(name: str, base_models: Collection[str]) -> None:
     shown = ascii(name[:MAX_LENGTH])
     if not name or len(name) > MAX_LENGTH:
         raise BadNameError(
-            f"lora_name: found {len(name)} characters, expected between 1 and {MAX_LENGTH}"
+            f"adapter name: found {len(name)} characters, expected between 1 and {MAX_LENGTH}"
         )
     if not PATTERN.fullmatch(name) or any(set(part) == {"."} for part in name.split("/")):
         raise BadNameError(
-            f"lora_name: found {shown}, expected letters, digits and any of . _ : @ + -, "
+            f"adapter name: found {shown}, expected letters, digits and any of . _ : @ + -, "
             "in parts joined by single slashes"
         )
     if name in base_models:
-        raise BadNameError(f"lora_name: found {shown}, which is the name of the base model")
+        raise BadNameError(f"adapter name: found {shown}, which is the name of the base model")

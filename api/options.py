@@ -4,6 +4,8 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from molehill.api import names
+from molehill.api.errors import BadNameError
 from molehill.engine.base import Limits
 
 
@@ -29,6 +31,10 @@ def named_path(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if not (separator and name and path):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected NAME=PATH")
+    try:
+        names.check(name, base_models=())
+    except BadNameError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return name, existing_directory(path)
 
 

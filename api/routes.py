@@ -1,9 +1,10 @@
 """The routes that molehill puts in the place of vLLM's."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
@@ -51,6 +52,7 @@ class LoadRequest(StrictBody):
     lora_name: str
     lora_path: str
     load_inplace: bool = False
+    is_3d_lora_weight: Literal[False] = False
 
 
 class UnloadRequest(StrictBody):
@@ -81,7 +83,7 @@ def answering_errors(handler: Handler) -> Handler:
 @answering_errors
 async def load_adapter(body: LoadRequest, found: Injected) -> Response:
     """200 means that the adapter serves."""
-    source = found.roots.resolve(body.lora_path)
+    source = await asyncio.to_thread(found.roots.resolve, body.lora_path)
     loaded = await found.registry.load(body.lora_name, source, replace=body.load_inplace)
     return JSONResponse({"status": loaded.status, **summary(loaded.generation)})
 

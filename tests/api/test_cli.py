@@ -38,6 +38,7 @@ def test_help_shows_our_options_without_importing_vllm() -> None:
     [
         (["--adapter", "nonsense"], "found 'nonsense', expected NAME=PATH"),
         (["--adapter", "=x"], "expected NAME=PATH"),
+        (["--adapter", "../x=/tmp"], "adapter name: found '../x'"),
         (["--adapter", "x=/no/such"], "found no directory at '/no/such'"),
         (["--adapter-root", "/no/such"], "found no directory at '/no/such'"),
         (["--max-adapter-rank", "0"], "expected a positive integer"),
@@ -104,6 +105,17 @@ def test_lora_modules_become_start_adapters() -> None:
     args = vars(prepared("--lora-modules", f"a={path}", ours=options.Options((("b", path),))))
     assert args["lora_modules"] is None
     assert args["molehill"].adapters == (("b", path), ("a", path))
+
+
+def test_vllms_default_model_is_not_served_by_accident() -> None:
+    with pytest.raises(LaunchError, match="no MODEL given"):
+        launcher.parse(["--port", "1234"])
+
+
+def test_a_name_given_twice_is_refused() -> None:
+    path = GOLDEN / "cases" / "lora"
+    with pytest.raises(LaunchError, match="--adapter a: the name is given twice"):
+        prepared("--lora-modules", f"a={path}", ours=options.Options((("a", path),)))
 
 
 @pytest.mark.parametrize(

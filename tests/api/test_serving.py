@@ -110,6 +110,24 @@ def test_chat_renders_the_template_and_runs_on_the_adapter(api: Api) -> None:
     assert answers["started"] != answers[BASE]
 
 
+def test_the_responses_route_runs_on_the_adapter(api: Api) -> None:
+    text = "The lamp and the map"
+    answers = {}
+    for model in ("started", BASE):
+        response = api.openai.responses.create(
+            model=model, input=text, max_output_tokens=12, temperature=0
+        )
+        chat = api.openai.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": text}],
+            max_tokens=12,
+            temperature=0,
+        )
+        answers[model] = response.output_text
+        assert answers[model] == chat.choices[0].message.content
+    assert answers["started"] != answers[BASE]
+
+
 def structured(api: Api, **constraint: object) -> str:
     response = api.openai.chat.completions.create(
         model="started",
