@@ -34,7 +34,8 @@ def _hooked(method: Hashable) -> type:
 def hook_linear(module: LinearBase, handle: int, op: Op) -> None:
     """Runs `op(out, x, handle)` after `module`'s GEMM."""
     method: Any = module.quant_method
-    hooked: Any = object.__new__(_hooked(type(method)))
+    kind: Any = type(method)
+    hooked: Any = object.__new__(_hooked(kind))
     hooked.__dict__ = method.__dict__
     module.molehill_op = op
     module.molehill_handle = torch.tensor([handle])
