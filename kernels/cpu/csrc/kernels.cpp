@@ -14,11 +14,6 @@ void convert(const void* x, void* y, size_t count) {
 }
 
 template <class T>
-void widen(const void* x, float* y, size_t count) {
-  convert<T, float>(x, y, count);
-}
-
-template <class T>
 void narrow(const float* x, void* y, size_t count) {
   convert<float, T>(x, y, count);
 }
@@ -51,6 +46,21 @@ void entropies(const float* values, float* results, size_t count) {
     const int some = count - i < 16 ? int(count - i) : 16;
     const Floats x = load_some(values + i, some);
     store_some(results + i, x > 0.0f ? -x * logarithm(x) : Floats{}, some);
+  }
+}
+
+// Counts those ahead of each expert instead of sorting: no branches to mispredict.
+void rank(const float* values, int experts, uint16_t* order) {
+  for (int e = 0; e < experts; ++e) order[e] = uint16_t(e);
+  Ints expert{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int first = 0; first < experts; first += 16, expert += 16) {
+    const Floats own = load_some(values + first, experts - first);
+    Ints ahead = {};
+    for (int other = 0; other < experts; ++other) {
+      const Floats value = splat(values[other]);
+      ahead -= (value > own) | ((value == own) & (expert > other));
+    }
+    for (int i = 0; i < 16 && first + i < experts; ++i) order[ahead[i]] = uint16_t(first + i);
   }
 }
 
@@ -185,49 +195,79 @@ INLINE void shrink_down(const FfnJob& job, int row, int e, const Floats* u) {
     const auto* panel =
         (const typename M::Element*)job.down + ptrdiff_t(k / kPanelRows) * job.panel_stride;
     float sums[kPanelRows];
-    M::dot(&x, 1, panel, (job.columns + kPanelInputs - 1) / kPanelInputs, sums);
+    M::dot_row(&x, panel, (job.columns + kPanelInputs - 1) / kPanelInputs, sums);
     float* total = job.down_sums + ptrdiff_t(row) * job.down_ranks + k;
     for (int i = 0; i < kPanelRows; ++i) total[i] += sums[i];
   }
 }
 
-template <class M>
-void ffn(const FfnJob& job) {
+// One row of one tile; `full` as `plain` above.
+template <class M, bool full>
+INLINE void ffn_row(const FfnJob& job, ptrdiff_t row) {
   using T = typename M::Element;
   const Choice& choice = job.choice;
-  for (int row = 0; row < choice.rows; ++row) {
-    const T* base_gate = (const T*)job.gate + row * job.gate_up_stride;
-    const T* base_up = (const T*)job.up + row * job.gate_up_stride;
-    Floats h[4] = {};
-    for (int i = 0; i < choice.counts[row]; ++i) {
-      const int e = choice.experts[row * choice.max_experts + i];
-      const float weight = choice.weights[e * choice.rows + row];
-      Tile<M> gate = {}, up = {};
-      for (int c = 0; c < 4 && c * 16 < job.columns; ++c) {
-        gate.sums[0][c] = load_some(base_gate + c * 16, job.columns - c * 16);
-        up.sums[0][c] = load_some(base_up + c * 16, job.columns - c * 16);
-      }
-      add_side<M>(gate, row, e, job.gate_side);
-      add_side<M>(up, row, e, job.up_side);
-      Floats u[4];
-      for (int c = 0; c < 4; ++c) {
-        u[c] = activate(job.activation, gate.sums[0][c]) * up.sums[0][c];
-        h[c] += weight * u[c];
-      }
-      if (job.down) shrink_down<M>(job, row, e, u);
+  const T* base_gate = (const T*)job.gate + row * job.gate_up_stride;
+  const T* base_up = (const T*)job.up + row * job.gate_up_stride;
+  T* out = (T*)job.h + row * job.h_stride;
+  Floats h[4] = {};
+  for (int i = 0; i < choice.counts[row]; ++i) {
+    const int e = choice.experts[row * choice.max_experts + i];
+    const float weight = choice.weights[ptrdiff_t(e) * choice.rows + row];
+    Tile<M> gate, up;
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const int some = full ? 16 : larger(job.columns - c * 16, 0);
+      gate.sums[0][c] = full ? load(base_gate + c * 16) : load_some(base_gate + c * 16, some);
+      up.sums[0][c] = full ? load(base_up + c * 16) : load_some(base_up + c * 16, some);
     }
-    T* out = (T*)job.h + row * job.h_stride;
-    for (int c = 0; c < 4 && c * 16 < job.columns; ++c)
-      store_some(out + c * 16, h[c], job.columns - c * 16);
+    add_side<M>(gate, int(row), e, job.gate_side);
+    add_side<M>(up, int(row), e, job.up_side);
+    Floats u[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      u[c] = activate(job.activation, gate.sums[0][c]) * up.sums[0][c];
+      h[c] += weight * u[c];
+    }
+    if (job.down) shrink_down<M>(job, int(row), e, u);
   }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const int some = full ? 16 : larger(job.columns - c * 16, 0);
+    if (full)
+      store(out + c * 16, h[c]);
+    else
+      store_some(out + c * 16, h[c], some);
+  }
+}
+
+template <class M>
+void ffn(const FfnJob& job) {
+  for (int row = 0; row < job.choice.rows; ++row)
+    if (job.columns >= kTileColumns)
+      ffn_row<M, true>(job, row);
+    else
+      ffn_row<M, false>(job, row);
 }
 
 template <class M>
 constexpr Kernels table(const char* name) {
   using T = typename M::Element;
   using Z = typename M::Operand;
-  return {name,      sizeof(T),    sizeof(Z), M::kRanksPerStep, widen<T>,  convert<T, Z>, narrow<Z>,
-          route,     exponentials, powers,    entropies,        shrink<M>, expand<M>,     ffn<M>};
+  return {.name = name,
+          .element = sizeof(T),
+          .operand = sizeof(Z),
+          .ranks_per_step = M::kRanksPerStep,
+          .widen = convert<T, float>,
+          .stage = convert<T, Z>,
+          .narrow = narrow<Z>,
+          .route = route,
+          .exponentials = exponentials,
+          .powers = powers,
+          .entropies = entropies,
+          .rank = rank,
+          .shrink = shrink<M>,
+          .expand = expand<M>,
+          .ffn = ffn<M>};
 }
 
 }  // namespace

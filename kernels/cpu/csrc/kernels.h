@@ -89,7 +89,7 @@ struct Kernels {
   int operand;         // bytes of what the dot products multiply: 2 where bfloat16 is multiplied
   int ranks_per_step;  // P
   // Activations as floats; as operands; floats as operands.
-  void (*widen)(const void* x, float* y, size_t count);
+  void (*widen)(const void* x, void* y, size_t count);
   void (*stage)(const void* x, void* y, size_t count);
   void (*narrow)(const float* x, void* y, size_t count);
   // logits[row][8] = panel x_row, for up to kBlockRows rows.
@@ -98,6 +98,8 @@ struct Kernels {
   void (*exponentials)(float* values, size_t count);
   void (*powers)(const float* values, float exponent, float* results, size_t count);
   void (*entropies)(const float* values, float* results, size_t count);
+  // Experts by falling value, ties by index. NaNs spoil the order, but every entry is an expert.
+  void (*rank)(const float* values, int experts, uint16_t* order);
   void (*shrink)(const ShrinkJob& job);
   void (*expand)(const ExpandJob& job);
   void (*ffn)(const FfnJob& job);

@@ -11,6 +11,9 @@ namespace {
 // Columns of the output that one unit of work writes.
 constexpr int kUnitColumns = 2 * kTileColumns;
 
+// Multiplications (all experts counted) for which another thread is worth waking.
+constexpr int64_t kWorkPerThread = 1 << 18;
+
 // One low-rank pair applied to one routed chunk.
 struct Product {
   const LowRank* pair;
@@ -42,7 +45,7 @@ class LinearCall {
         out_(out),
         x_(x),
         inputs_((linear_.in + kPanelInputs - 1) / kPanelInputs * kPanelInputs),
-        threads_(team_size()) {}
+        threads_(1) {}
 
   void run(Reduce* reduce) {
     backend_.scratch.reset();
@@ -50,6 +53,7 @@ class LinearCall {
     for (const Run& run : backend_.runs) plan(run);
     if (linear_.ffn_out >= 0 && linear_.ffn_out == backend_.ffn_of_state) plan_down();
     if (works_.empty()) return;
+    threads_ = worthwhile_threads();
     stage();
     if (linear_.reduced && reduce != nullptr && logits_columns_ > 0) reduce_logits(*reduce);
     if (chunks_are_balanced())
@@ -154,6 +158,20 @@ class LinearCall {
                            nullptr, state.piece->bias.as<float>(), state.factor});
       close();
     }
+  }
+
+  // Waking a thread costs some microseconds: it must get as much work as that.
+  int worthwhile_threads() const {
+    int64_t work = 0;
+    for (const Work& w : works_) {
+      int64_t per_row = 0;
+      for (int r = w.first_routing; r < w.last_routing; ++r)
+        per_row += int64_t(routings_[r].site->experts) * linear_.in;
+      for (int p = w.first_product; p < w.last_product; ++p)
+        per_row += int64_t(products_[p].pair->ranks()) * (linear_.in + columns(products_[p]));
+      work += per_row * w.chunk.rows;
+    }
+    return int(std::clamp<int64_t>(work / kWorkPerThread, 1, team_size()));
   }
 
   // Rows as the dot products want them: operands, whole groups of inputs.
@@ -263,7 +281,7 @@ class LinearCall {
     for (int i = 0; i < rows; ++i) {
       const float* p = probabilities + i * site.experts;
       const Decision decision =
-          decide(site.policy, p, terms + i * site.experts, site.experts, weights);
+          decide(kernels_, site.policy, p, terms + i * site.experts, site.experts, weights);
       entropy += decision.entropy;
       soft += decision.soft;
       choose(routing, row + i, weights);
@@ -453,7 +471,7 @@ class LinearCall {
   const int handle_;
   const Rows out_, x_;
   const int inputs_;  // in, rounded up to whole groups
-  const int threads_;
+  int threads_;
   std::vector<Work> works_;
   std::vector<Routing> routings_;
   std::vector<Product> products_;

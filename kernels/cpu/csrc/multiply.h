@@ -57,6 +57,10 @@ struct FloatMath {
       }
   }
 
+  static INLINE void dot_row(const float* const* x, const T* panel, int steps, float* sums) {
+    dot_rows<1>(x, panel, steps, sums);
+  }
+
   static void dot(const float* const* x, int rows, const T* panel, int steps, float* sums) {
     int r = 0;
     if constexpr (kFloatRows >= 8)
@@ -127,6 +131,10 @@ struct Bf16Math {
       const __m512 pairs = _mm512_add_ps(acc[r][0], _mm512_movehdup_ps(acc[r][0]));
       _mm256_storeu_ps(sums + r * 8, _mm512_castps512_ps256(_mm512_permutexvar_ps(even, pairs)));
     }
+  }
+
+  static INLINE void dot_row(const bf16* const* x, const bf16* panel, int steps, float* sums) {
+    dot_rows<1, 4>(x, panel, steps, sums);
   }
 
   static void dot(const bf16* const* x, int rows, const bf16* panel, int steps, float* sums) {

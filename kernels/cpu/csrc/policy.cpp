@@ -6,20 +6,6 @@
 namespace molehill {
 namespace {
 
-// Falling probability, ties by index. A count of those ahead instead of a sort: it has no branch to
-// mispredict, and no comparison of NaNs can lead it out of bounds.
-void rank(const float* values, int experts, uint16_t* order) {
-  uint16_t ahead[kMaxExperts];
-  std::fill_n(ahead, experts, uint16_t(0));
-  for (int e = 1; e < experts; ++e)
-    for (int before = 0; before < e; ++before) {
-      const bool loses = values[e] > values[before];
-      ahead[before] += loses;
-      ahead[e] += !loses;
-    }
-  for (int e = 0; e < experts; ++e) order[ahead[e]] = uint16_t(e);
-}
-
 // Running sums as torch makes them on a CPU: added in double, rounded to float at each rank.
 struct RunningSum {
   double total = 0;
@@ -47,20 +33,21 @@ void divide_by_sum(float* weights, int experts) {
   for (int e = 0; e < experts; ++e) weights[e] /= static_cast<float>(sum);
 }
 
-void keep_top_k(const Policy& policy, const float* p, int experts, float* weights) {
+void keep_top_k(const Kernels& kernels, const Policy& policy, const float* p, int experts, float* weights) {
   uint16_t order[kMaxExperts];
-  rank(p, experts, order);
+  kernels.rank(p, experts, order);
   std::fill_n(weights, experts, 0.0f);
   for (int i = 0; i < std::min(policy.k, experts); ++i) weights[order[i]] = p[order[i]];
   if (policy.normalize) divide_by_sum(weights, experts);
 }
 
-void keep_top_p(const Policy& policy, const float* probabilities, int experts, float* weights) {
+void keep_top_p(const Kernels& kernels, const Policy& policy, const float* probabilities,
+                int experts, float* weights) {
   float p[kMaxExperts];
   const float divisor = policy.temperature > 0 ? policy.temperature : 1;
   for (int e = 0; e < experts; ++e) p[e] = probabilities[e] / divisor;
   uint16_t order[kMaxExperts];
-  rank(p, experts, order);
+  kernels.rank(p, experts, order);
   std::fill_n(weights, experts, 0.0f);
   RunningSum sum;
   for (int i = 0; i < experts; ++i) {
@@ -69,11 +56,11 @@ void keep_top_p(const Policy& policy, const float* probabilities, int experts, f
   }
 }
 
-bool keep_by_entropy(const Policy& policy, float entropy, const float* p, int experts,
-                     float* weights) {
+bool keep_by_entropy(const Kernels& kernels, const Policy& policy, float entropy, const float* p,
+                     int experts, float* weights) {
   const bool soft = policy.entropy_threshold < 1 && entropy > policy.entropy_threshold;
   uint16_t order[kMaxExperts];
-  rank(p, experts, order);
+  kernels.rank(p, experts, order);
   RunningSum sum;
   for (int i = 0; i < experts; ++i) {
     const float value = p[order[i]], total = sum.add(value);
@@ -115,8 +102,8 @@ void entropy_terms(const Kernels& kernels, const Policy& policy, const float* pr
     kernels.powers(terms, static_cast<float>(policy.entropy_index), terms, count);
 }
 
-Decision decide(const Policy& policy, const float* probabilities, const float* terms, int experts,
-                float* weights) {
+Decision decide(const Kernels& kernels, const Policy& policy, const float* probabilities,
+                const float* terms, int experts, float* weights) {
   Decision decision{entropy(policy, terms, experts), false};
   switch (policy.kind) {
     case PolicyKind::constant:
@@ -126,13 +113,13 @@ Decision decide(const Policy& policy, const float* probabilities, const float* t
       std::copy_n(probabilities, experts, weights);
       break;
     case PolicyKind::top_k:
-      keep_top_k(policy, probabilities, experts, weights);
+      keep_top_k(kernels, policy, probabilities, experts, weights);
       break;
     case PolicyKind::top_p:
-      keep_top_p(policy, probabilities, experts, weights);
+      keep_top_p(kernels, policy, probabilities, experts, weights);
       break;
     case PolicyKind::dynmole:
-      decision.soft = keep_by_entropy(policy, decision.entropy, probabilities, experts, weights);
+      decision.soft = keep_by_entropy(kernels, policy, decision.entropy, probabilities, experts, weights);
       break;
   }
   return decision;

@@ -40,8 +40,8 @@ void entropy_terms(const Kernels& kernels, const Policy& policy, const float* pr
                    int rows, int experts, float* terms);
 
 // weights[e] of one row from its probabilities and terms; zero for an expert that is not chosen.
-Decision decide(const Policy& policy, const float* probabilities, const float* terms, int experts,
-                float* weights);
+Decision decide(const Kernels& kernels, const Policy& policy, const float* probabilities,
+                const float* terms, int experts, float* weights);
 
 constexpr int kMaxExperts = 1024;
 
