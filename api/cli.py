@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(arguments[1:])
     if arguments[:1] == ["inspect"]:
         return inspect(arguments[1:])
+    if arguments == ["env"]:
+        return env()
     top_parser().parse_args(arguments)
     return 0
 
@@ -34,6 +36,7 @@ def top_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parser("serve", help="start the server")
     commands.add_parser("inspect", help="show what an adapter holds, and what is wrong with it")
+    commands.add_parser("env", help="show versions, and which backend applies adapters here")
     return parser
 
 
@@ -45,6 +48,13 @@ def inspect(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="molehill inspect")
     command.add_arguments(parser)
     return command.run(parser.parse_args(arguments))
+
+
+def env() -> int:
+    """`molehill env`."""
+    from molehill.api import env as command
+
+    return command.run()
 
 
 def serve_parser() -> argparse.ArgumentParser:

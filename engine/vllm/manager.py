@@ -45,7 +45,8 @@ class AdapterManager:
 
     def __init__(self, config: VllmConfig, device: torch.device, model: nn.Module) -> None:
         self.settings = Settings.from_config(config.additional_config)
-        self.backend = backends.choose(self.settings.backend, device)
+        self.backend, why = backends.choose(self.settings.backend, device)
+        logger.info("molehill: %s backend (%s)", self.backend.name, why)
         self._tp = get_tp_group()
         self._linears = layers.find_linears(model)
         self._ffns = layers.find_ffns(self._linears, model)
@@ -80,12 +81,8 @@ class AdapterManager:
             )
             self._ffn_handles[ffn.site] = handle
             hook_ffn(ffn, handle, self.backend.ffn_op)
-        logger.info(
-            "molehill: %d linears and %d FFNs hooked, %s backend",
-            len(self._linears),
-            len(self._ffns),
-            self.backend.name,
-        )
+        hooked = len(self._linears), len(self._ffns)
+        logger.info("molehill: %d linears and %d FFNs hooked", *hooked)
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         total: Tensor = self._tp.all_reduce(tensor)
