@@ -8,6 +8,7 @@ another path, so they never meet old KV entries.
 import shutil
 import tempfile
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -22,9 +23,12 @@ class AdapterStore:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="molehill-") if root is None else None
-        self.root = Path(self._temporary.name) if self._temporary else Path(root or "").resolve()
-        self.root.mkdir(parents=True, exist_ok=True)
+        if root is None:
+            self.root = Path(tempfile.mkdtemp(prefix="molehill-"))
+            weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
+        else:
+            self.root = root.resolve()
+            self.root.mkdir(parents=True, exist_ok=True)
         self._holders: Counter[str] = Counter()
         self._lock = threading.Lock()
 

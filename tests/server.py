@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-START_SECONDS = 240
+START_SECONDS = 400
 STOP_SECONDS = 60
 
 # Small and exact: the tiny models fit, and greedy tokens can be compared with fp32 oracles.

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -197,3 +198,36 @@ def test_many_cycles_leave_nothing_behind(clean: Api) -> None:
         assert clean.unload("m").status_code == 200
     assert len(sizes) == 1
     assert before == (clean.metrics()["molehill_adapters_loaded"], sorted(clean.store.iterdir()))
+
+
+def test_under_churn_every_answer_is_an_adapters_or_not_found(clean: Api) -> None:
+    prompts = {case: oracle(case)["prompts"][0] for case in ("lora", "mixlora")}
+    allowed = [prompt["greedy_token_ids"] for prompt in prompts.values()]
+    ids = prompts["lora"]["prompt_token_ids"]
+    done = threading.Event()
+
+    def ask() -> list[list[int] | None]:
+        answers: list[list[int] | None] = []
+        while not done.is_set():
+            try:
+                answers.append(clean.greedy("m", ids))
+            except openai.NotFoundError:
+                answers.append(None)
+        return answers
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        try:
+            for _ in range(20):
+                assert clean.load("m", "lora").status_code == 200
+                time.sleep(0.05)
+                assert clean.load("m", "mixlora", load_inplace=True).status_code == 200
+                time.sleep(0.05)
+                assert clean.unload("m").status_code == 200
+        finally:
+            done.set()
+        answers = [answer for future in asking for answer in future.result()]
+    served = [answer for answer in answers if answer is not None]
+    assert None in answers
+    assert all(expected in served for expected in allowed)
+    assert all(answer in allowed for answer in served)
