@@ -54,7 +54,7 @@ def load() -> Library:
     if not _loaded:
         library = _find_or_compile()
         try:
-            torch.ops.load_library(str(library.path))  # type: ignore[no-untyped-call]
+            torch.ops.load_library(str(library.path))
         except OSError as error:
             raise BuildError(f"{library.path}: {error}") from error
         _loaded.append(library)

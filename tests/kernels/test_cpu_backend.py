@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -72,12 +73,18 @@ def isa(request):
     return request.param
 
 
+@contextmanager
+def thread_count(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])
 def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with thread_count(request.param):
+        yield request.param
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -152,6 +159,31 @@ def test_every_instruction_set_and_thread_count_gives_the_definition(isa, thread
         backend.linear(y, x, handle)
         delta = torch.cat([piece_delta(x.float(), piece, dtype) for piece in pieces], dim=1)
         assert_near(y, base.float() + delta, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_few_rows_of_a_large_linear_are_shared_out_by_weights(isa, rows):
+    """Fewer rows than threads could take: the threads work stage by stage."""
+    inputs, out = 515, 770
+    pieces = [
+        LinearPiece("q", 0, experts(inputs, 700, [8] * 40), TopK(7), router(40, inputs)),
+        LinearPiece("k", 700, experts(inputs, 70, [32, 64], 9), Soft(), router(2, inputs, 5)),
+    ]
+    x, base = random(rows, inputs, seed=rows).bfloat16(), random(rows, out, seed=1).bfloat16()
+    backend, handle = one_linear(inputs, out, pieces, torch.bfloat16, isa)
+    found = []
+    for threads in (1, 3):
+        with thread_count(threads):
+            found.append(base.clone())
+            backend.begin_step([Run(0, 0, rows)])
+            backend.linear(found[-1], x, handle)
+    delta = torch.cat([piece_delta(x.float(), piece, torch.bfloat16) for piece in pieces], dim=1)
+    assert_near(found[0], base.float() + delta, torch.bfloat16)
+    assert torch.equal(found[0], found[1])
+    assert backend.counters(0).sites["q"].expert_tokens == [
+        2 * n
+        for n in (TopK(7).route(probabilities(x, pieces[0].router)).weights > 0).sum(0).tolist()
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -306,12 +338,12 @@ def test_logits_of_sharded_inputs_are_summed_before_they_are_routed(threads):
 WIDTHS = {"gate": (36, 76), "up": (36, 76), "down": (76, 36)}
 
 
-def run_ffn(piece, activation, rows, dtype, isa=None, biased=True):
+def run_ffn(piece, activation, rows, dtype, isa=None, biased=True, widths=WIDTHS):
     """The backend's ops around base GEMMs, as a model calls them; and the definition's y."""
-    d, intermediate = WIDTHS["gate"]
+    d, intermediate = widths["gate"]
     names = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
     weights = {
-        name: random(WIDTHS[short][1], WIDTHS[short][0], seed=i, scale=0.15).to(dtype).float()
+        name: random(widths[short][1], widths[short][0], seed=i, scale=0.15).to(dtype).float()
         for i, (name, short) in enumerate(names.items())
     }
     biases = {
@@ -357,14 +389,14 @@ def run_ffn(piece, activation, rows, dtype, isa=None, biased=True):
     return y[1:-1], expected[1:-1], backend
 
 
-def ffn_piece(present, policy, activation="silu"):
+def ffn_piece(present, policy, activation="silu", widths=WIDTHS, ranks=(4, 8, 3)):
     pairs = {
-        name: experts(*WIDTHS[name], [4, 8, 3], seed=i)
-        for i, name in enumerate(WIDTHS)
+        name: experts(*widths[name], ranks, seed=i)
+        for i, name in enumerate(widths)
         if name in present
     }
-    pairs = {name: pairs.get(name) for name in WIDTHS}
-    return FfnPiece("mlp", policy, router(3, WIDTHS["gate"][0]), activation, **pairs)
+    pairs = {name: pairs.get(name) for name in widths}
+    return FfnPiece("mlp", policy, router(len(ranks), widths["gate"][0]), activation, **pairs)
 
 
 SUBSETS = [c for n in range(4) for c in itertools.combinations(WIDTHS, n)]
@@ -392,6 +424,16 @@ def test_ffn_on_every_instruction_set_and_thread_count(isa, threads, dtype, rows
     y, expected, backend = run_ffn(piece, "silu", rows, dtype, isa, biased=False)
     assert_near(y, expected, dtype)
     assert backend.counters(0).sites["mlp"].decisions == rows
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_few_rows_of_a_large_ffn_are_shared_out_by_weights(isa, rows):
+    widths = {"gate": (70, 700), "up": (70, 700), "down": (700, 70)}
+    piece = ffn_piece(widths, TopK(3), widths=widths, ranks=[32] * 8)
+    for threads in (1, 3):
+        with thread_count(threads):
+            y, expected, _ = run_ffn(piece, "silu", rows, torch.float32, isa, widths=widths)
+            assert_near(y, expected, torch.float32)
 
 
 def test_an_erased_slot_can_be_stored_again_and_leaves_no_bytes():

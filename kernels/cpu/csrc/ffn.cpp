@@ -17,15 +17,20 @@ class FfnCall {
         intermediate_(backend.ffns[handle].intermediate),
         h_(h),
         gate_up_(gate_up),
-        threads_(team_size()) {
-    size_t sums = 0;
+        threads_(1) {
+    int rows = 0;
+    int64_t work = 0;
     for (const FfnState& state : states_) {
-      offsets_.push_back(sums);
-      sums += size_t(state.chunk.rows) * state.piece->down.ranks();
+      const FfnPiece& piece = *state.piece;
+      const int64_t ranks = piece.gate.ranks() + piece.up.ranks() + piece.down.ranks();
+      offsets_.push_back(size_);
+      size_ += size_t(state.chunk.rows) * piece.down.ranks();
+      rows += state.chunk.rows;
+      work += state.chunk.rows * ranks * intermediate_;
     }
-    size_ = sums;
-    shares_chunks_ = threads_ == 1 || states_.size() >= size_t(2 * threads_);
-    const size_t copies = shares_chunks_ ? 1 : threads_;
+    threads_ = team_size(work);
+    by_chunk_ = share_rows(rows, threads_);
+    const size_t copies = by_chunk_ ? 1 : threads_, sums = size_;
     sums_ = backend.scratch.take<float>(copies * sums);
     std::memset(sums_, 0, copies * sums * sizeof(float));
   }
@@ -35,7 +40,7 @@ class FfnCall {
     const int tiles = (intermediate_ + kTileColumns - 1) / kTileColumns;
     const int chunks = int(states_.size());
     team(threads_, [&](int thread) {
-      if (shares_chunks_) {
+      if (by_chunk_) {
         for (int s; (s = tickets.next()) < chunks;) {
           for (int tile = 0; tile < tiles; ++tile) apply(s, tile, 0);
           finish(s, 0, states_[s].chunk.rows, 1);
@@ -100,10 +105,10 @@ class FfnCall {
   const Kernels& kernels_;
   const int intermediate_;
   const Rows h_, gate_up_;
-  const int threads_;
-  bool shares_chunks_;
+  int threads_;
+  bool by_chunk_;
   std::vector<size_t> offsets_;
-  size_t size_;
+  size_t size_ = 0;
   float* sums_;  // by thread: A_down u, [rows][ranks] of every chunk
 };
 

@@ -11,9 +11,6 @@ namespace {
 // Columns of the output that one unit of work writes.
 constexpr int kUnitColumns = 2 * kTileColumns;
 
-// Multiplications (all experts counted) for which another thread is worth waking.
-constexpr int64_t kWorkPerThread = 1 << 18;
-
 // One low-rank pair applied to one routed chunk.
 struct Product {
   const LowRank* pair;
@@ -45,7 +42,7 @@ class LinearCall {
         out_(out),
         x_(x),
         inputs_((linear_.in + kPanelInputs - 1) / kPanelInputs * kPanelInputs),
-        threads_(1) {}
+        chunk_rows_(even_chunks(x.rows)) {}
 
   void run(Reduce* reduce) {
     backend_.scratch.reset();
@@ -53,17 +50,25 @@ class LinearCall {
     for (const Run& run : backend_.runs) plan(run);
     if (linear_.ffn_out >= 0 && linear_.ffn_out == backend_.ffn_of_state) plan_down();
     if (works_.empty()) return;
-    threads_ = worthwhile_threads();
+    threads_ = team_size(work());
     stage();
     if (linear_.reduced && reduce != nullptr && logits_columns_ > 0) reduce_logits(*reduce);
-    if (chunks_are_balanced())
-      share_chunks();
+    if (share_rows(rows(), threads_))
+      apply_by_chunk();
     else
-      share_weights();
+      apply_by_weight();
     if (backend_.tracing) record();
   }
 
  private:
+  // Rows of a chunk, such that every thread gets as many chunks as the others.
+  static int even_chunks(int rows) {
+    const int threads = team_size();
+    if (!share_rows(rows, threads)) return kChunkRows;
+    const int chunks = (rows + kChunkRows * threads - 1) / (kChunkRows * threads) * threads;
+    return std::max(1, (rows + chunks - 1) / chunks);
+  }
+
   void forget_ffn() {
     backend_.ffn_scratch.reset();
     backend_.ffn_states.clear();
@@ -79,8 +84,8 @@ class LinearCall {
     const bool has_pieces = pieces != run.slot->linears.end();
     const bool has_ffn = ffn != run.slot->ffns.end();
     if (!has_pieces && !has_ffn) return;
-    for (int row = run.start; row < stop; row += kChunkRows) {
-      open({run.slot, row, std::min(kChunkRows, stop - row)});
+    for (int row = run.start; row < stop; row += chunk_rows_) {
+      open({run.slot, row, std::min(chunk_rows_, stop - row)});
       if (has_pieces)
         for (const LinearPiece& piece : pieces->second) plan_piece(piece);
       if (has_ffn) plan_gate_up(ffn->second);
@@ -160,18 +165,17 @@ class LinearCall {
     }
   }
 
-  // Waking a thread costs some microseconds: it must get as much work as that.
-  int worthwhile_threads() const {
-    int64_t work = 0;
+  int64_t work() const {
+    int64_t total = 0;
     for (const Work& w : works_) {
       int64_t per_row = 0;
       for (int r = w.first_routing; r < w.last_routing; ++r)
         per_row += int64_t(routings_[r].site->experts) * linear_.in;
       for (int p = w.first_product; p < w.last_product; ++p)
         per_row += int64_t(products_[p].pair->ranks()) * (linear_.in + columns(products_[p]));
-      work += per_row * w.chunk.rows;
+      total += per_row * w.chunk.rows;
     }
-    return int(std::clamp<int64_t>(work / kWorkPerThread, 1, team_size()));
+    return total;
   }
 
   // Rows as the dot products want them: operands, whole groups of inputs.
@@ -360,18 +364,13 @@ class LinearCall {
     return product.shrinks ? int(product.pair->panel_expert.size()) : 0;
   }
 
-  // Enough chunks for all threads, and none that the others would wait for.
-  bool chunks_are_balanced() const {
-    int rows = 0, most = 0;
-    for (const Work& work : works_) {
-      rows += work.chunk.rows;
-      most = std::max(most, work.chunk.rows);
-    }
-    return threads_ == 1 || (int(works_.size()) >= 2 * threads_ && most * threads_ <= rows);
+  int rows() const {
+    int total = 0;
+    for (const Work& work : works_) total += work.chunk.rows;
+    return total;
   }
 
-  // Each thread takes whole chunks: no waiting, every thread reads all weights.
-  void share_chunks() {
+  void apply_by_chunk() {
     Tickets tickets;
     team(threads_, [&](int thread) {
       for (size_t w; (w = tickets.next()) < works_.size();) {
@@ -388,9 +387,7 @@ class LinearCall {
     });
   }
 
-  // Few rows: the threads share the weights, each of which is read once, and wait for each other
-  // after every stage.
-  void share_weights() {
+  void apply_by_weight() {
     struct Unit {
       int work, item, index;
     };
@@ -471,7 +468,8 @@ class LinearCall {
   const int handle_;
   const Rows out_, x_;
   const int inputs_;  // in, rounded up to whole groups
-  int threads_;
+  const int chunk_rows_;
+  int threads_ = 1;
   std::vector<Work> works_;
   std::vector<Routing> routings_;
   std::vector<Product> products_;

@@ -1,5 +1,7 @@
 // Work shared by the threads of torch's OpenMP pool.
 #pragma once
+#include <algorithm>
+#include <cstdint>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -13,6 +15,20 @@ inline int team_size() {
 #else
   return 1;
 #endif
+}
+
+// Threads for so many multiplications (all experts counted). Waking one costs some microseconds: it
+// must get as much work as that.
+inline int team_size(int64_t work) {
+  constexpr int64_t kWorkPerThread = 1 << 18;
+  return int(std::clamp<int64_t>(work / kWorkPerThread, 1, team_size()));
+}
+
+// Whether each thread takes rows of its own and reads all weights, without ever waiting. Else the
+// threads share the weights, each of which is read once, and wait for each other at every stage.
+inline bool share_rows(int rows, int threads) {
+  constexpr int kRowsPerThread = 4;
+  return threads == 1 || rows >= kRowsPerThread * threads;
 }
 
 // Numbers 0, 1, 2 ... handed out to whichever thread comes first.
