@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molehill.kernels.triton.blocks import Limits, blocks_for
+from molehill.kernels.triton.blocks import MAX_REGISTERS, Limits, blocks_for
 from molehill.kernels.triton.expand import expand_kernel
 from molehill.kernels.triton.ffn import ffn_kernel
 from molehill.kernels.triton.shrink import shrink_kernel
@@ -55,15 +55,15 @@ class Specialisation:
         }
         if self.kernel is shrink_kernel:
             return shared | {
-                "BLOCK_IN": blocks.inputs,
+                "BLOCK_IN": blocks.inputs // (2 if precise else 1),
                 "BLOCK_RANK": blocks.rank,
                 "BLOCK_GATES": blocks.gates,
                 "ROUTER_PRECISION": "ieee" if precise else "tf32x3",
             }
         own = {"MAX_EXPERTS": blocks.max_experts, "TRACE": False}
         if self.kernel is expand_kernel:
-            return shared | own | {"BLOCK_RANK": blocks.rank, "BLOCK_OUT": blocks.columns}
-        return shared | own | {"BLOCK_RANK": 16, "BLOCK": blocks.columns}
+            return shared | own | {"BLOCK_RANK": blocks.expand_rank, "BLOCK_OUT": blocks.columns}
+        return shared | own | {"BLOCK_RANK": 16, "BLOCK": blocks.columns // (2 if precise else 1)}
 
 
 # Pointers by argument name; every other argument is a 32-bit integer.
@@ -76,7 +76,7 @@ POINTERS = {
     ),
 }
 # Integers that are no multiple of 16.
-ODD = {"tokens"}
+ODD = {"tokens", "parts"}
 
 
 @dataclass(frozen=True)
@@ -110,19 +110,20 @@ def compile_for(own: Specialisation, architecture: int) -> Compiled:
         {(indices[name],): value for name, value in constants.items()},
         attributes,
     )
-    # The launchers' num_stages.
-    stages = 3 if own.kernel is shrink_kernel else 2
+    # As in the launchers.
+    options: dict[str, int] = {"num_stages": 2, "maxnreg": MAX_REGISTERS}
+    if own.kernel is shrink_kernel:
+        options = {"num_stages": 3}
     warps = blocks_for(STEPS[own.step], own.limits).warps
     target = GPUTarget("cuda", architecture, 32)
-    built = triton.compile(
-        source, target=target, options={"num_warps": warps, "num_stages": stages}
-    )
+    built = triton.compile(source, target=target, options={"num_warps": warps, **options})
     report = _ptxas(built.asm["ptx"], architecture)
     numbers = [
         int(found.group(1)) if (found := re.search(pattern, report)) else 0
         for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack")
     ]
-    return Compiled(*numbers, shared=built.metadata.shared)
+    registers, spilled, stack = numbers
+    return Compiled(registers, spilled, stack, built.metadata.shared)
 
 
 def _type(name: str, dtype: str) -> str:

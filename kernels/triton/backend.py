@@ -6,8 +6,9 @@ a graph too); everything else is read from device memory. Tracing reads back, so
 runs only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +50,8 @@ class TritonBackend:
         self._traces: list[Trace] | None = None
         size = buffer_size(limits.tokens, limits.adapters + 1)
         self._steps = torch.zeros(size, dtype=torch.int32, device=device)
-        self.linear_op = torch.ops.molehill.linear
-        self.ffn_op = torch.ops.molehill.ffn
+        self.linear_op: Callable[..., Any] = torch.ops.molehill.linear.default
+        self.ffn_op: Callable[..., Any] = torch.ops.molehill.ffn.default
         ops.install(self)
 
     def register_linear(self, shape: LinearShape) -> int:

@@ -19,6 +19,9 @@ MAX_SPLITS = 16
 # Programs that an FFN launch aims at: about two for each multiprocessor of a large GPU.
 FFN_PROGRAMS = 256
 
+# Given to ptxas where its own choice would rather spill a little than keep fewer programs resident.
+MAX_REGISTERS = 255
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -52,6 +55,7 @@ class Blocks:
     max_experts: int
     max_pieces: int
     rank: int
+    expand_rank: int
     gates: int
     inputs: int
     columns: int
@@ -86,8 +90,9 @@ def blocks_for(tokens: int, limits: Limits) -> Blocks:
         max_experts=_power_of_two(limits.experts),
         max_pieces=limits.pieces,
         rank=32 if short else 64,
+        expand_rank=32,
         gates=32,
-        inputs=128 if short else 64,
+        inputs=64,
         columns=64,
         warps=4 if short else 8,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton import language as tl
 
 from molehill.kernels.triton import layout as at
-from molehill.kernels.triton.blocks import Blocks, Scratch
+from molehill.kernels.triton.blocks import MAX_REGISTERS, Blocks, Scratch
 from molehill.kernels.triton.routing import count, route
 from molehill.kernels.triton.shrink import load_tile
 
@@ -38,7 +38,7 @@ def gate_weights(
     """
     expert = tl.arange(0, MAX_EXPERTS)
     experts = tl.load(record + at.EXPERTS).to(tl.int32)
-    gate = tl.load(record + at.GATE) + expert
+    gate = tl.load(record + at.GATE).to(tl.int32) + expert
     where = own[:, None] & (expert < experts)[None, :]
     sums = tl.zeros((token.shape[0], MAX_EXPERTS), dtype=tl.float32)
     for split in range(SPLITS):
@@ -59,10 +59,10 @@ def find_piece(
     pieces: tl.tensor, pieces_count: tl.tensor, block: tl.tensor, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """Piece that output block `block` belongs to, or -1, and the block's number within it."""
-    found = tl.full((), -1, tl.int64)
-    local = block.to(tl.int64)
+    found = tl.full((), -1, tl.int32)
+    local = block
     for i in range(pieces_count):
-        blocks = tl.cdiv(tl.load(pieces + i * at.PIECE + at.WIDTH), BLOCK)
+        blocks = tl.cdiv(tl.load(pieces + i * at.PIECE + at.WIDTH).to(tl.int32), BLOCK)
         hit = (found < 0) & (local < blocks)
         local = tl.where((found < 0) & (local >= blocks), local - blocks, local)
         found = tl.where(hit, i, found)
@@ -87,11 +87,11 @@ def low_rank(
 ) -> tl.tensor:
     """B (w[owner] * rows) at a piece's outputs `column`: float32 `[T, columns]`."""
     rank = tl.load(record + at.RANK).to(tl.int32)
-    width = tl.load(record + at.WIDTH)
+    width = tl.load(record + at.WIDTH).to(tl.int32)
     pitch = tl.multiple_of(tl.cdiv(width, at.PITCH) * at.PITCH, at.PITCH)
     b_first = tl.multiple_of(tl.load(record + at.B), at.PITCH)
     owner_first = tl.load(record + at.OWNER)
-    source = (token * MAX_RANK + tl.load(record + at.ROW))[:, None]
+    source = (token * MAX_RANK + tl.load(record + at.ROW).to(tl.int32))[:, None]
     total = tl.zeros((token.shape[0], column.shape[0]), dtype=tl.float32)
     for start in range(0, rank, BLOCK_RANK):
         row = start + tl.arange(0, BLOCK_RANK)
@@ -103,11 +103,11 @@ def low_rank(
         if tl.max(used.to(tl.int32), axis=0) > 0:
             sums = tl.zeros((token.shape[0], BLOCK_RANK), dtype=tl.float32)
             for split in range(SPLITS):
-                at_split = rows + split * tokens.to(tl.int64) * MAX_RANK
+                at_split = rows + split * tokens * MAX_RANK
                 where = own[:, None] & used[None, :]
                 sums += tl.load(at_split + source + row[None, :], mask=where, other=0.0)
             b = tl.load(
-                weights + b_first + row.to(tl.int64)[:, None] * pitch + column[None, :],
+                weights + b_first + (row[:, None] * pitch + column[None, :]),
                 mask=used[:, None] & (column < width)[None, :],
                 other=0.0,
             )
@@ -120,7 +120,7 @@ def scaled(
     y: tl.tensor, record: tl.tensor, w: tl.tensor, floats: tl.tensor, column: tl.tensor
 ) -> tl.tensor:
     """(y - bias) * sum_e w_e scale_e + bias, for a piece with an output scale."""
-    width = tl.load(record + at.WIDTH)
+    width = tl.load(record + at.WIDTH).to(tl.int32)
     pitch = tl.cdiv(width, at.PITCH) * at.PITCH
     expert = tl.arange(0, w.shape[1])[None, :]
     scale = tl.load(record + at.SCALE)
@@ -138,7 +138,7 @@ def scaled(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def expand_kernel(
     out: tl.tensor,
     steps: tl.tensor,
@@ -172,7 +172,7 @@ def expand_kernel(
 ) -> None:
     slot, token, own = load_tile(steps, tokens, LIST, TILE)
     block = tl.program_id(1)
-    out_row = (out + token * out_stride)[:, None]
+    out_row = (out + token.to(tl.int64) * out_stride)[:, None]
     if slot == at.UNSERVED:
         column = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         nothing = tl.zeros((TILE, BLOCK_OUT), dtype=out.dtype.element_ty)
@@ -204,7 +204,7 @@ def expand_kernel(
             TRACE,
         )
     column = local * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    inside = own[:, None] & (column < tl.load(record + at.WIDTH))[None, :]
+    inside = own[:, None] & (column < tl.load(record + at.WIDTH).to(tl.int32))[None, :]
     total = low_rank(
         rows,
         record,
@@ -272,10 +272,11 @@ def expand(
         SPLITS=scratch.splits,
         LIST=blocks.tile_list,
         TILE=blocks.tile,
-        BLOCK_RANK=blocks.rank,
+        BLOCK_RANK=blocks.expand_rank,
         BLOCK_OUT=blocks.columns,
         PRECISION="ieee" if out.element_size() == 4 else "tf32",
         TRACE=trace is not None,
         num_warps=blocks.warps,
         num_stages=2,
+        maxnreg=MAX_REGISTERS,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton import language as tl
 
 from molehill.kernels.triton import layout as at
-from molehill.kernels.triton.blocks import Blocks, Scratch
+from molehill.kernels.triton.blocks import MAX_REGISTERS, Blocks, Scratch
 from molehill.kernels.triton.expand import gate_weights
 from molehill.kernels.triton.shrink import load_tile
 
@@ -56,7 +56,7 @@ def add_delta(
             source = (split * tokens + token)[:, None] * MAX_RANK + row[None, :]
             sums += tl.load(rows + source, mask=where, other=0.0)
         b = tl.load(
-            weights + row.to(tl.int64)[:, None] * pitch + column[None, :],
+            weights + (row[:, None] * pitch + column[None, :]),
             mask=(row < stop)[:, None] & (column < width)[None, :],
             other=0.0,
         )
@@ -84,7 +84,7 @@ def add_down(
         row = start + tl.arange(0, BLOCK_RANK)
         where = own[:, None] & (row < stop)[None, :]
         a = tl.load(
-            weights + row.to(tl.int64)[None, :] * pitch + column[:, None],
+            weights + (row[None, :] * pitch + column[:, None]),
             mask=(row < stop)[None, :] & (column < width)[:, None],
             other=0.0,
         )
@@ -113,7 +113,7 @@ def clear_strip(
         tl.store(strip + row, value, mask=own[:, None] & (row < total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def ffn_kernel(
     h: tl.tensor,
     gate_up: tl.tensor,
@@ -183,7 +183,7 @@ def ffn_kernel(
     for begin in range(number * span, tl.minimum((number + 1) * span, width), BLOCK):
         column = begin + tl.arange(0, BLOCK)
         inside = own[:, None] & (column < width)[None, :]
-        source = gate_up + (token * gate_up_stride)[:, None] + column[None, :]
+        source = gate_up + (token.to(tl.int64) * gate_up_stride)[:, None] + column[None, :]
         gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
         total = tl.zeros((TILE, BLOCK), dtype=tl.float32)
@@ -237,7 +237,7 @@ def ffn_kernel(
                     BLOCK_RANK,
                     PRECISION,
                 )
-        target = h + (token * h_stride)[:, None] + column[None, :]
+        target = h + (token.to(tl.int64) * h_stride)[:, None] + column[None, :]
         tl.store(target, total.to(h.dtype.element_ty), mask=inside)
 
 
@@ -260,6 +260,7 @@ def ffn(
     tokens, width = h.shape
     ffns, parameters, counters = records
     weights, ints = arena
+    precise = h.element_size() == 4
     ffn_kernel[(blocks.tiles(tokens), strips.shape[0])](
         h,
         gate_up,
@@ -287,9 +288,10 @@ def ffn(
         LIST=blocks.tile_list,
         TILE=blocks.tile,
         BLOCK_RANK=16,
-        BLOCK=blocks.columns,
-        PRECISION="ieee" if h.element_size() == 4 else "tf32",
+        BLOCK=blocks.columns // (2 if precise else 1),
+        PRECISION="ieee" if precise else "tf32",
         TRACE=trace is not None,
         num_warps=blocks.warps,
         num_stages=2,
+        maxnreg=MAX_REGISTERS,
     )

@@ -19,7 +19,7 @@ from molehill.kernels.triton.blocks import Blocks, Scratch
 def load_tile(
     steps: tl.tensor, tokens: tl.tensor, LIST: tl.constexpr, TILE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Slot of this program's tile, its tokens int64 `[TILE]` and which of them there are.
+    """Slot of this program's tile, its tokens int32 `[TILE]` and which of them there are.
 
     A program beyond the tiles gets the slot -1; it has nothing to do.
     """
@@ -34,7 +34,7 @@ def load_tile(
         size = tl.load(entry + 2)
     j = tl.arange(0, TILE)
     order = steps + tl.load(steps + at.ORDER) + place
-    token = tl.load(order + j, mask=j < size, other=0).to(tl.int64)
+    token = tl.load(order + j, mask=j < size, other=0)
     return slot, token, (j < size) & (token < tokens)
 
 
@@ -62,7 +62,7 @@ def project(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "parts"])
 def shrink_kernel(
     x: tl.tensor,
     steps: tl.tensor,
@@ -99,30 +99,30 @@ def shrink_kernel(
     end = tl.minimum(begin + span, features)
     pitch = tl.multiple_of(tl.cdiv(features, at.PITCH) * at.PITCH, at.PITCH)
     out_row = (split * tokens + token)[:, None]
-    x_row = (x + token * x_stride)[:, None]
+    x_row = (x + token.to(tl.int64) * x_stride)[:, None]
     rank_blocks: tl.constexpr = (MAX_RANK + BLOCK_RANK - 1) // BLOCK_RANK
     gate_blocks: tl.constexpr = (MAX_GATES + BLOCK_GATES - 1) // BLOCK_GATES
     if block < gate_blocks:
         gate = block * BLOCK_GATES + tl.arange(0, BLOCK_GATES)
-        gates = tl.load(head + at.HEAD_GATES)
+        gates = tl.load(head + at.HEAD_GATES).to(tl.int32)
         if block * BLOCK_GATES < gates:
             first = tl.multiple_of(tl.load(head + at.HEAD_ROUTERS), at.PITCH)
-            g = routers + (first + gate.to(tl.int64) * pitch)[None, :]
+            g = routers + first + (gate * pitch)[None, :]
             sums = project(x_row, own, g, gate < gates, begin, end, ROUTER_PRECISION, BLOCK_IN)
             where = own[:, None] & (gate < gates)[None, :]
             tl.store(logits + out_row * MAX_GATES + gate[None, :], sums, mask=where)
     elif block < gate_blocks + rank_blocks:
         row = (block - gate_blocks) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-        rank = tl.load(head + at.HEAD_RANK)
+        rank = tl.load(head + at.HEAD_RANK).to(tl.int32)
         if (block - gate_blocks) * BLOCK_RANK < rank:
             first = tl.multiple_of(tl.load(head + at.HEAD_A), at.PITCH)
-            a = weights + (first + row.to(tl.int64) * pitch)[None, :]
+            a = weights + first + (row * pitch)[None, :]
             sums = project(x_row, own, a, row < rank, begin, end, PRECISION, BLOCK_IN)
             where = own[:, None] & (row < rank)[None, :]
             tl.store(rows + out_row * MAX_RANK + row[None, :], sums, mask=where)
     else:
         row = (block - gate_blocks - rank_blocks) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-        count = tl.load(head + at.HEAD_MIXED)
+        count = tl.load(head + at.HEAD_MIXED).to(tl.int32)
         if (block - gate_blocks - rank_blocks) * BLOCK_RANK < count:
             where = own[:, None] & (row < count)[None, :]
             sums = tl.zeros((TILE, BLOCK_RANK), dtype=tl.float32)
@@ -130,7 +130,7 @@ def shrink_kernel(
                 for part in range(parts):
                     source = (part * tokens + token)[:, None] * MAX_RANK + row[None, :]
                     sums += tl.load(mixed + source, mask=where, other=0.0)
-            column = tl.load(head + at.HEAD_RANK) + row
+            column = tl.load(head + at.HEAD_RANK).to(tl.int32) + row
             tl.store(rows + out_row * MAX_RANK + column[None, :], sums, mask=where)
 
 
@@ -173,7 +173,7 @@ def shrink(
         SPLITS=scratch.splits,
         LIST=blocks.tile_list,
         TILE=blocks.tile,
-        BLOCK_IN=blocks.inputs,
+        BLOCK_IN=blocks.inputs // (2 if precise else 1),
         BLOCK_RANK=blocks.rank,
         BLOCK_GATES=blocks.gates,
         PRECISION="ieee" if precise else "tf32",

@@ -32,7 +32,7 @@ def max_tiles(tokens: int, groups: int, tile: int) -> int:
 def buffer_size(tokens: int, groups: int) -> int:
     """int32 elements of the largest table that `table` makes for a step of `tokens`."""
     tiles = max_tiles(tokens, groups, SMALL_TILE) + max_tiles(tokens, groups, LARGE_TILE)
-    return at.STEP_HEAD.value + at.TILE.value * tiles + tokens
+    return int(at.STEP_HEAD.value) + int(at.TILE.value) * tiles + tokens
 
 
 def table(runs: Sequence[Run], stored: Container[int], adapters: int, tokens: int) -> Tensor:
