@@ -58,6 +58,8 @@ class Specialisation:
                 "BLOCK_IN": blocks.inputs // (2 if precise else 1),
                 "BLOCK_RANK": blocks.rank,
                 "BLOCK_GATES": blocks.gates,
+                "RANK_PROGRAMS": blocks.rank_programs,
+                "GATE_PROGRAMS": blocks.gate_programs,
                 "ROUTER_PRECISION": "ieee" if precise else "tf32x3",
             }
         own = {"MAX_EXPERTS": blocks.max_experts, "TRACE": False}

@@ -45,7 +45,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Constants of one launch's kernels. tile_list: which tiles of the steps buffer they read."""
+    """Constants of one launch's kernels. tile_list: which tiles of the steps buffer they read.
+
+    rank_programs, gate_programs: that share a tile's rank rows and router rows, block by block.
+    """
 
     tile: int
     tile_list: int
@@ -56,7 +59,9 @@ class Blocks:
     max_pieces: int
     rank: int
     expand_rank: int
+    rank_programs: int
     gates: int
+    gate_programs: int
     inputs: int
     columns: int
     warps: int
@@ -91,7 +96,9 @@ def blocks_for(tokens: int, limits: Limits) -> Blocks:
         max_pieces=limits.pieces,
         rank=32 if short else 64,
         expand_rank=32,
+        rank_programs=8 if short else 4,
         gates=32,
+        gate_programs=2,
         inputs=64,
         columns=64,
         warps=4 if short else 8,

@@ -85,6 +85,8 @@ def shrink_kernel(
     BLOCK_IN: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_GATES: tl.constexpr,
+    RANK_PROGRAMS: tl.constexpr,
+    GATE_PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUTER_PRECISION: tl.constexpr,
 ) -> None:
@@ -92,7 +94,7 @@ def shrink_kernel(
     if slot < 0:
         return
     head = heads + slot.to(tl.int64) * slot_stride
-    block = tl.program_id(1)
+    program = tl.program_id(1)
     split = tl.program_id(2)
     span = tl.cdiv(tl.cdiv(features, SPLITS), BLOCK_IN) * BLOCK_IN
     begin = split * span
@@ -100,38 +102,37 @@ def shrink_kernel(
     pitch = tl.multiple_of(tl.cdiv(features, at.PITCH) * at.PITCH, at.PITCH)
     out_row = (split * tokens + token)[:, None]
     x_row = (x + token.to(tl.int64) * x_stride)[:, None]
-    rank_blocks: tl.constexpr = (MAX_RANK + BLOCK_RANK - 1) // BLOCK_RANK
-    gate_blocks: tl.constexpr = (MAX_GATES + BLOCK_GATES - 1) // BLOCK_GATES
-    if block < gate_blocks:
-        gate = block * BLOCK_GATES + tl.arange(0, BLOCK_GATES)
+    if program < GATE_PROGRAMS:
         gates = tl.load(head + at.HEAD_GATES).to(tl.int32)
-        if block * BLOCK_GATES < gates:
-            first = tl.multiple_of(tl.load(head + at.HEAD_ROUTERS), at.PITCH)
+        first = tl.multiple_of(tl.load(head + at.HEAD_ROUTERS), at.PITCH)
+        for start in range(program * BLOCK_GATES, gates, GATE_PROGRAMS * BLOCK_GATES):
+            gate = start + tl.arange(0, BLOCK_GATES)
             g = routers + first + (gate * pitch)[None, :]
             sums = project(x_row, own, g, gate < gates, begin, end, ROUTER_PRECISION, BLOCK_IN)
             where = own[:, None] & (gate < gates)[None, :]
             tl.store(logits + out_row * MAX_GATES + gate[None, :], sums, mask=where)
-    elif block < gate_blocks + rank_blocks:
-        row = (block - gate_blocks) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    elif program < GATE_PROGRAMS + RANK_PROGRAMS:
+        program -= GATE_PROGRAMS
         rank = tl.load(head + at.HEAD_RANK).to(tl.int32)
-        if (block - gate_blocks) * BLOCK_RANK < rank:
-            first = tl.multiple_of(tl.load(head + at.HEAD_A), at.PITCH)
+        first = tl.multiple_of(tl.load(head + at.HEAD_A), at.PITCH)
+        for start in range(program * BLOCK_RANK, rank, RANK_PROGRAMS * BLOCK_RANK):
+            row = start + tl.arange(0, BLOCK_RANK)
             a = weights + first + (row * pitch)[None, :]
             sums = project(x_row, own, a, row < rank, begin, end, PRECISION, BLOCK_IN)
             where = own[:, None] & (row < rank)[None, :]
             tl.store(rows + out_row * MAX_RANK + row[None, :], sums, mask=where)
     else:
-        row = (block - gate_blocks - rank_blocks) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+        program -= GATE_PROGRAMS + RANK_PROGRAMS
         count = tl.load(head + at.HEAD_MIXED).to(tl.int32)
-        if (block - gate_blocks - rank_blocks) * BLOCK_RANK < count:
+        before = tl.load(head + at.HEAD_RANK).to(tl.int32)
+        for start in range(program * BLOCK_RANK, count, RANK_PROGRAMS * BLOCK_RANK):
+            row = start + tl.arange(0, BLOCK_RANK)
             where = own[:, None] & (row < count)[None, :]
             sums = tl.zeros((TILE, BLOCK_RANK), dtype=tl.float32)
-            if split == 0:
-                for part in range(parts):
-                    source = (part * tokens + token)[:, None] * MAX_RANK + row[None, :]
-                    sums += tl.load(mixed + source, mask=where, other=0.0)
-            column = tl.load(head + at.HEAD_RANK).to(tl.int32) + row
-            tl.store(rows + out_row * MAX_RANK + column[None, :], sums, mask=where)
+            for part in range(tl.where(split == 0, parts, 0)):
+                source = (part * tokens + token)[:, None] * MAX_RANK + row[None, :]
+                sums += tl.load(mixed + source, mask=where, other=0.0)
+            tl.store(rows + out_row * MAX_RANK + before + row[None, :], sums, mask=where)
 
 
 def shrink(
@@ -149,11 +150,10 @@ def shrink(
     float32. mixed: the strips of an FFN mixture, for its down linear.
     """
     tokens, features = x.shape
-    ranks = triton.cdiv(blocks.max_rank, blocks.rank)
-    gates = triton.cdiv(blocks.max_gates, blocks.gates)
     weights, routers = arena
     precise = x.element_size() == 4
-    grid = (blocks.tiles(tokens), gates + ranks * (1 if mixed is None else 2), scratch.splits)
+    programs = blocks.gate_programs + blocks.rank_programs * (1 if mixed is None else 2)
+    grid = (blocks.tiles(tokens), programs, scratch.splits)
     shrink_kernel[grid](
         x,
         steps,
@@ -176,6 +176,8 @@ def shrink(
         BLOCK_IN=blocks.inputs // (2 if precise else 1),
         BLOCK_RANK=blocks.rank,
         BLOCK_GATES=blocks.gates,
+        RANK_PROGRAMS=blocks.rank_programs,
+        GATE_PROGRAMS=blocks.gate_programs,
         PRECISION="ieee" if precise else "tf32",
         ROUTER_PRECISION="ieee" if precise else "tf32x3",
         num_warps=blocks.warps,

@@ -188,6 +188,22 @@ def test_long_steps_agree_with_the_definition(dtype) -> None:
     check_linear(mixture(TopK(2), (4, 3), 30, 20), tiles.DECODE_TOKENS + 5, dtype)
 
 
+def test_more_rank_rows_and_routers_than_programs_agree_with_the_definition() -> None:
+    """Programs take several blocks of rank rows and of router rows each."""
+    limits = replace(LIMITS, rank=1024, gates=96, experts=32)
+    owns = [mixture(TopK(3), (9,) * 32, 20, 24, seed=10 * i) for i in range(3)]
+    serving = backend(limits)
+    handle = serving.register_linear(LinearShape("qkv", 20, 72))
+    pieces = [piece(own, 24 * i, str(i)) for i, own in enumerate(owns)]
+    serving.store(0, SlotWeights({handle: pieces}, {}))
+    x, y = random(4, 20, seed=8), torch.zeros(4, 72)
+    serving.begin_step([Run(0, 0, 4)])
+    serving.linear(y, x, handle)
+    nothing = torch.zeros(24, 20)
+    expected = [definition.linear_mixture(x, nothing, None, own)[0] for own in owns]
+    assert_close(y, torch.cat(expected, dim=1))
+
+
 @pytest.mark.skipif(not LONG, reason="minutes in the interpreter; MOLEHILL_LONG_TESTS=1 runs it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)

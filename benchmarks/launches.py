@@ -1,0 +1,206 @@
+"""What the Triton backend launches and reads, counted without a GPU.
+
+    python -m molehill.benchmarks.launches                 launches, programs and bytes of a layer
+    python -m molehill.benchmarks.launches --compile 90    registers, spills, shared memory (ptxas)
+
+Launches are counted by running the backend itself with kernels that only note their grid. Bytes
+are arithmetic on shapes: what is read from or written to memory once, caches holding the rest.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molehill.benchmarks.compiled import ARCHITECTURES, compile_for, specialisations
+from molehill.kernels.backend import FfnShape, LinearShape, Run
+from molehill.kernels.triton import expand, ffn, shrink
+from molehill.kernels.triton.backend import TritonBackend
+from molehill.kernels.triton.blocks import Blocks, Limits, blocks_for
+
+HALF, FLOAT = 2, 4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer: attention projections' widths, hidden and intermediate size."""
+
+    name: str
+    hidden: int
+    qkv: tuple[int, int, int]
+    intermediate: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """(in, outs) of each fused linear."""
+        return {
+            "qkv": (self.hidden, self.qkv),
+            "o": (self.qkv[0], (self.hidden,)),
+            "gate_up": (self.hidden, (self.intermediate, self.intermediate)),
+            "down": (self.intermediate, (self.hidden,)),
+        }
+
+
+LAYERS = (
+    Layer("Llama-3.1-8B", 4096, (4096, 1024, 1024), 14336),
+    Layer("SmolLM2-135M", 576, (576, 192, 192), 1536),
+)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One adapter on every projection, one router each: E experts of rank r, k chosen."""
+
+    tokens: int
+    experts: int = 8
+    rank: int = 16
+    chosen: int = 2
+
+    @property
+    def touched(self) -> float:
+        """Experts that at least one token chose, if choices are even and independent."""
+        share = 1 - self.chosen / self.experts
+        return float(self.experts * (1 - share**self.tokens))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one linear in one step, base weights in bf16.
+
+    floor: adapter weights that no implementation can leave unread (routers, chosen experts).
+    weights: adapter weights that the kernels read (A of all experts). scratch: partial sums
+    written and read back once.
+    """
+
+    base: float
+    floor: float
+    weights: float
+    scratch: float
+
+
+def traffic(features: int, outs: tuple[int, ...], load: Load, blocks: Blocks) -> Traffic:
+    """The two launches of one linear; its output is read and written once more beside that."""
+    rows, out = load.experts * load.rank, sum(outs)
+    routers = len(outs) * load.experts * features * FLOAT
+    a = len(outs) * rows * features * HALF
+    b = rows * out * HALF
+    share = load.touched / load.experts
+    sums = len(outs) * (rows + load.experts) * load.tokens * FLOAT
+    return Traffic(
+        base=features * out * HALF,
+        floor=routers + share * (a + b),
+        weights=routers + a + share * b,
+        scratch=2 * sums * blocks.splits(load.tokens, features),
+    )
+
+
+class Counter:
+    """Stands in for a kernel and notes the grids of its launches."""
+
+    def __init__(self, name: str, notes: list[tuple[str, int]]) -> None:
+        self.name, self.notes = name, notes
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*_: Any, **__: Any) -> None:
+            programs = 1
+            for size in grid:
+                programs *= size
+            self.notes.append((self.name, programs))
+
+        return launch
+
+
+def launches(layer: Layer, tokens: int, limits: Limits) -> list[tuple[str, int]]:
+    """(kernel, programs) of every launch of one layer whose FFN may hold an FFN mixture."""
+    notes: list[tuple[str, int]] = []
+    kernels = ((shrink, "shrink"), (expand, "expand"), (ffn, "ffn"))
+    own = [
+        (module, f"{name}_kernel", getattr(module, f"{name}_kernel")) for module, name in kernels
+    ]
+    backend = TritonBackend(torch.device("cpu"), limits)
+    shapes = {
+        name: LinearShape(name, features, sum(outs), torch.bfloat16)
+        for name, (features, outs) in layer.linears.items()
+    }
+    handles = {name: backend.register_linear(shape) for name, shape in shapes.items()}
+    shape = FfnShape("mlp", handles["gate_up"], handles["down"], layer.intermediate)
+    mlp = backend.register_ffn(shape)
+
+    def zeros(width: int) -> Tensor:
+        return torch.zeros(tokens, width, dtype=torch.bfloat16)
+
+    try:
+        for module, name, _ in own:
+            setattr(module, name, Counter(name.removesuffix("_kernel"), notes))
+        backend.begin_step([Run(0, 0, tokens)])
+        for name, handle in handles.items():
+            linear = shapes[name]
+            backend.linear(zeros(linear.out_features), zeros(linear.in_features), handle)
+            if name == "gate_up":
+                backend.ffn(zeros(layer.intermediate), zeros(linear.out_features), mlp)
+    finally:
+        for module, name, kernel in own:
+            setattr(module, name, kernel)
+    return notes
+
+
+def layer_tables() -> Iterator[str]:
+    """Markdown: launches and traffic of each layer for a few sizes of step."""
+    limits = Limits(adapters=8, tokens=4096, memory=1 << 20)
+    load = Load(1)
+    yield f"E={load.experts}, r={load.rank}, k={load.chosen}, one adapter, all projections, bf16\n"
+    yield "| layer | tokens | launches | programs | base MB | floor | read | scratch |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for layer in LAYERS:
+        for tokens in (1, 8, 32, 256, 4096):
+            notes = launches(layer, tokens, limits)
+            blocks = blocks_for(tokens, limits)
+            parts = [
+                traffic(features, outs, Load(tokens), blocks)
+                for features, outs in layer.linears.values()
+            ]
+            base = sum(part.base for part in parts)
+            shares = [
+                f"+{100 * sum(getattr(part, name) for part in parts) / base:.1f} %"
+                for name in ("floor", "weights", "scratch")
+            ]
+            programs = sum(count for _, count in notes)
+            cells = [layer.name, tokens, len(notes), programs, f"{base / 1e6:.1f}", *shares]
+            yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def compiled_rows(architectures: list[int], dtypes: list[str]) -> Iterator[dict[str, Any]]:
+    for own in specialisations(Limits(adapters=8, tokens=8192)):
+        if own.dtype in dtypes:
+            for architecture in architectures:
+                names = {"kernel": own.name, "step": own.step, "dtype": own.dtype}
+                names["sm"] = str(architecture)
+                yield names | asdict(compile_for(own, architecture))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compile", type=int, nargs="*", metavar="SM", help="e.g. 80 90 100")
+    parser.add_argument("--dtype", nargs="*", default=["bf16", "fp16", "fp32"])
+    parser.add_argument("--json", action="store_true", help="one object per specialisation")
+    options = parser.parse_args()
+    if options.compile is None:
+        print("\n".join(layer_tables()))
+        return
+    rows = compiled_rows(options.compile or list(ARCHITECTURES), options.dtype)
+    for i, row in enumerate(rows):
+        if options.json:
+            print(json.dumps(row), flush=True)
+            continue
+        if i == 0:
+            print("| " + " | ".join(row) + " |")
+            print("|" + "---|" * len(row))
+        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
