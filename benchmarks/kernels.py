@@ -10,6 +10,7 @@ the same run measures: max(bytes / bandwidth, operations / rate).
 
 import argparse
 import csv
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -126,12 +127,13 @@ def _random(*shape: int) -> Tensor:
 def _experts(inputs: int, outputs: int) -> Experts:
     rank = EXPERTS * RANK
     # A small B keeps the outputs, to which every repetition adds, finite.
-    a, b = torch.randn(rank, inputs) / inputs**0.5, torch.randn(outputs, rank) * 1e-3
+    a, b = torch.randn(rank, inputs) / math.sqrt(inputs), torch.randn(outputs, rank) * 1e-3
     return Experts(a, b, (RANK,) * EXPERTS)
 
 
 def _router(inputs: int) -> Tensor:
-    return torch.randn(EXPERTS, inputs) * LOGITS / inputs**0.5
+    deviation = LOGITS / math.sqrt(inputs)
+    return torch.randn(EXPERTS, inputs) * deviation
 
 
 def _linear_pieces(name: str) -> list[LinearPiece]:

@@ -169,21 +169,19 @@ def test_few_rows_of_a_large_linear_are_shared_out_by_weights(isa, rows):
         LinearPiece("q", 0, experts(inputs, 700, [8] * 40), TopK(7), router(40, inputs)),
         LinearPiece("k", 700, experts(inputs, 70, [32, 64], 9), Soft(), router(2, inputs, 5)),
     ]
-    x, base = random(rows, inputs, seed=rows).bfloat16(), random(rows, out, seed=1).bfloat16()
-    backend, handle = one_linear(inputs, out, pieces, torch.bfloat16, isa)
-    found = []
-    for threads in (1, 3):
-        with thread_count(threads):
-            found.append(base.clone())
-            backend.begin_step([Run(0, 0, rows)])
-            backend.linear(found[-1], x, handle)
-    delta = torch.cat([piece_delta(x.float(), piece, torch.bfloat16) for piece in pieces], dim=1)
-    assert_near(found[0], base.float() + delta, torch.bfloat16)
-    assert torch.equal(found[0], found[1])
-    assert backend.counters(0).sites["q"].expert_tokens == [
-        2 * n
-        for n in (TopK(7).route(probabilities(x, pieces[0].router)).weights > 0).sum(0).tolist()
-    ]
+    backend, handle = one_linear(inputs, out, pieces, torch.float32, isa)
+    # Many steps with other inputs each: what a thread reads too early is another step's.
+    steps = random(20, rows, inputs, seed=rows)
+    y = torch.zeros(20, rows, out)
+    backend.begin_step([Run(0, 0, rows)])
+    with thread_count(3):
+        for x, out_rows in zip(steps, y, strict=True):
+            backend.linear(out_rows, x, handle)
+    x = steps.flatten(0, 1)
+    delta = torch.cat([piece_delta(x, piece, torch.float32) for piece in pieces], dim=1)
+    assert_near(y.flatten(0, 1), delta, torch.float32)
+    chosen = TopK(7).route(probabilities(x, pieces[0].router)).weights > 0
+    assert backend.counters(0).sites["q"].expert_tokens == chosen.sum(0).tolist()
 
 
 @settings(max_examples=60, deadline=None)
@@ -284,6 +282,17 @@ def test_equal_probabilities_go_to_the_lower_expert():
     backend.begin_step([Run(0, 0, 4)])
     backend.linear(torch.zeros(4, 8), random(4, 16), handle)
     assert backend.counters(0).sites["q"].expert_tokens == [4, 4, 4, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("threshold", "soft"), [(1.0, 0), (0.99, 4)])
+def test_a_threshold_of_one_disables_soft_routing_even_of_an_entropy_above_one(threshold, soft):
+    policy = DynMoLE(entropy_threshold=threshold, entropy_type="renyi", entropy_index=0.5)
+    assert policy.entropy(torch.full((6,), 1 / 6)) > 1
+    piece = LinearPiece("q", 0, experts(16, 8, [1] * 6), policy, torch.zeros(6, 16))
+    backend, handle = one_linear(16, 8, [piece], torch.float32)
+    backend.begin_step([Run(0, 0, 4)])
+    backend.linear(torch.zeros(4, 8), random(4, 16), handle)
+    assert backend.counters(0).sites["q"].soft == soft
 
 
 @pytest.mark.parametrize("routed", [False, True])
