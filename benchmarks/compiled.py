@@ -113,9 +113,8 @@ def compile_for(own: Specialisation, architecture: int) -> Compiled:
         attributes,
     )
     # As in the launchers.
-    options: dict[str, int] = {"num_stages": 2, "maxnreg": MAX_REGISTERS}
-    if own.kernel is shrink_kernel:
-        options = {"num_stages": 3}
+    stages = 3 if own.kernel is shrink_kernel else 2
+    options = {"num_stages": stages, "maxnreg": MAX_REGISTERS}
     warps = blocks_for(STEPS[own.step], own.limits).warps
     target = GPUTarget("cuda", architecture, 32)
     built = triton.compile(source, target=target, options={"num_warps": warps, **options})

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import language as tl
 
 from molehill.kernels.triton import layout as at
-from molehill.kernels.triton.blocks import Blocks, Scratch
+from molehill.kernels.triton.blocks import MAX_REGISTERS, Blocks, Scratch
 
 
 @triton.jit
@@ -182,4 +182,5 @@ def shrink(
         ROUTER_PRECISION="ieee" if precise else "tf32x3",
         num_warps=blocks.warps,
         num_stages=3,
+        maxnreg=MAX_REGISTERS,
     )

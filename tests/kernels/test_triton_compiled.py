@@ -23,10 +23,9 @@ def has_ptxas() -> bool:
 def test_kernels_compile_for_hopper_without_spills() -> None:
     """In a process of its own: kernels imported under TRITON_INTERPRET cannot be compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = "-m molehill.benchmarks.launches --compile 90 --dtype bf16 --json".split()
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, check=True, capture_output=True, text=True
-    )
+    script = [sys.executable, "-m", "molehill.benchmarks.launches"]
+    command = [*script, "--compile", "90", "--dtype", "bf16", "--json"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     found = {(row["kernel"], row["step"]) for row in rows}
     assert found == {(k, s) for k in ("shrink", "expand", "ffn") for s in ("decode", "prefill")}
