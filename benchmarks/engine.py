@@ -1,0 +1,301 @@
+"""Whole-engine throughput: mixtures beside the plain base and vLLM's own LoRA, in one run.
+
+Arms run in turn on the same prompts, over several repetitions, on three engines that live side by
+side (idle ones wait). Ratios are taken within a repetition. Decode speed counts from the first to
+the last token of a batch, prefill from the call to the first token.
+
+Usage: python benchmarks/engine.py MODEL [--repetitions N] [--output DIRECTORY] [--arms a,b,...]
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+EXPERTS, RANK, MANY = 8, 8, 32
+# Logit spread at which routing is mixed: some tokens sparse, some soft (printed with the results).
+SHARPNESS = 2.0
+
+ARMS = {
+    "a": "plain vLLM, base",
+    "b": "molehill, base requests",
+    "c": "vLLM's own LoRA, rank 64",
+    "d": "molehill, DynMoLE 8 x r 8",
+    "e": "molehill, MixLoRA top-2 of 8 x r 8",
+    "f": "molehill, DynMoLE, 32 adapters",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One workload: `batch` prompts of `prompt` tokens, `tokens` generated each."""
+
+    name: str
+    batch: int
+    prompt: int
+    tokens: int
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.tokens == 1
+
+
+POINTS = (
+    Point("decode, batch 1", 1, 16, 48),
+    Point("decode, batch 8", 8, 16, 48),
+    Point("decode, batch 32", 32, 16, 48),
+    Point("decode, batch 8, 1k context", 8, 1000, 32),
+    Point("prefill, 4 x 512", 4, 512, 1),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """tokens per second of one arm at one point in one repetition."""
+
+    arm: str
+    point: str
+    repetition: int
+    speed: float
+
+
+def start_engines(model: str, arms: str) -> dict[str, Any]:
+    """The engines that the arms need, all compiled but vLLM's own LoRA (it cannot be, on CPU)."""
+    from vllm import LLM
+
+    from molehill.engine.vllm import compilation
+
+    compilation.lift_gate()
+    common: dict[str, Any] = {
+        "max_model_len": 2048,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "max_num_seqs": 64,
+    }
+    engines = {}
+    if "a" in arms:
+        engines["plain"] = LLM(model, **common)
+    if set(arms) & set("bdef"):
+        worker = {"worker_cls": compilation.WORKER, "enable_lora": True, "max_loras": 40}
+        engines["molehill"] = LLM(model, **common, **worker)
+    if "c" in arms:
+        lora = {"enable_lora": True, "max_lora_rank": EXPERTS * RANK}
+        engines["lora"] = LLM(model, **common, **lora)
+    return engines
+
+
+def adapter_options(base: Any) -> dict[str, Any]:
+    """What every mixture of the run has in common."""
+    return {"base": base, "number": EXPERTS, "rank": RANK, "sharpness": SHARPNESS}
+
+
+def make_requests(engines: dict[str, Any], model: str, folder: Path) -> dict[str, list[Any]]:
+    """LoRARequests by arm; a batch takes them in turn."""
+    from vllm.lora.request import LoRARequest
+
+    from molehill.benchmarks import synthetic
+    from molehill.engine.huggingface import base_model
+
+    base = base_model(model)
+    options: dict[str, Any] = {
+        "base": base,
+        "number": EXPERTS,
+        "rank": RANK,
+        "sharpness": SHARPNESS,
+    }
+    requests: dict[str, list[Any]] = {"a": [None], "b": [None]}
+    many = [
+        LoRARequest(
+            f"dynmole-{seed}",
+            seed + 1,
+            str(synthetic.save(synthetic.dynmole, folder / f"d{seed}", **options, seed=seed)),
+        )
+        for seed in range(MANY)
+    ]
+    mixlora = synthetic.save(synthetic.mixlora, folder / "e", **options, seed=0)
+    lora = synthetic.save_lora(base, EXPERTS * RANK, folder / "c")
+    requests["d"], requests["f"] = many[:1], many
+    requests["e"] = [LoRARequest("mixlora", MANY + 1, str(mixlora))]
+    requests["c"] = [LoRARequest("lora", 1, str(lora))]
+    if "molehill" in engines:
+        for request in [*many, *requests["e"]]:
+            engines["molehill"].llm_engine.add_lora(request)
+    if "lora" in engines:
+        engines["lora"].llm_engine.add_lora(requests["c"][0])
+    return requests
+
+
+def engine_of(arm: str) -> str:
+    return {"a": "plain", "c": "lora"}.get(arm, "molehill")
+
+
+def measure(llm: Any, point: Point, requests: Sequence[Any], seed: int) -> float:
+    """Tokens per second: generated ones, or prompt tokens of a prefill point."""
+    from vllm import SamplingParams
+
+    dice = random.Random(seed)
+    prompts = [
+        {"prompt_token_ids": [dice.randrange(100, 40000) for _ in range(point.prompt)]}
+        for _ in range(point.batch)
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=point.tokens, ignore_eos=True)
+    loras = [requests[i % len(requests)] for i in range(point.batch)]
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, sampling, lora_request=loras, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    if point.is_prefill:
+        return point.batch * point.prompt / seconds
+    first = max(output.metrics.first_token_ts for output in outputs)
+    last = max(output.metrics.last_token_ts for output in outputs)
+    return float(point.batch * (point.tokens - 1) / (last - first))
+
+
+def run(
+    engines: dict[str, Any], requests: dict[str, list[Any]], arms: str, repetitions: int
+) -> list[Sample]:
+    samples = []
+    for repetition in range(-1, repetitions):  # the first one warms up
+        for point in POINTS:
+            for arm in arms:
+                if arm == "c" and point.is_prefill and repetition not in (-1, 0):
+                    continue  # half a minute each; once is enough to see its place
+                llm = engines[engine_of(arm)]
+                speed = measure(llm, point, requests[arm], seed=repetition)
+                if repetition >= 0:
+                    samples.append(Sample(arm, point.name, repetition, speed))
+                    print(f"{repetition} {point.name:28} {arm} {speed:9.1f}", file=sys.stderr)
+    return samples
+
+
+def ratios(samples: list[Sample], arm: str, over: str, point: str) -> list[float]:
+    """Speed of `arm` over speed of `over`, repetition by repetition."""
+    speeds = {(s.arm, s.repetition): s.speed for s in samples if s.point == point}
+    return [
+        speeds[arm, r] / speeds[over, r]
+        for r in sorted({s.repetition for s in samples})
+        if (arm, r) in speeds and (over, r) in speeds
+    ]
+
+
+def routing(engines: dict[str, Any], requests: dict[str, list[Any]]) -> dict[str, dict[str, float]]:
+    """Mean experts per decision and share of soft decisions, as the workers counted."""
+    (stats,) = engines["molehill"].collective_rpc("molehill_stats")
+    found = {}
+    for arm in ("d", "e"):
+        sites = stats[requests[arm][0].lora_int_id]["sites"].values()
+        decisions = sum(site["decisions"] for site in sites)
+        if decisions:
+            chosen = sum(sum(site["expert_tokens"]) for site in sites)
+            soft = sum(site["soft"] for site in sites)
+            found[arm] = {"experts": chosen / decisions, "soft": soft / decisions}
+    return found
+
+
+def limits(model: str) -> dict[str, float]:
+    """Decode speed over the base's that the bytes of each adapter allow: all experts, two of 8."""
+    from molehill.benchmarks import synthetic
+    from molehill.engine.huggingface import base_model
+
+    base = base_model(model)
+    weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+    options: dict[str, Any] = {
+        "base": base,
+        "number": EXPERTS,
+        "rank": RANK,
+        "sharpness": 1,
+        "seed": 0,
+    }
+    found = {}
+    for arm, make in (("d", synthetic.dynmole), ("e", synthetic.mixlora)):
+        adapter = make(**options, seed=0)
+        for name, share in (("all experts", 1.0), ("2 of 8", 2 / EXPERTS)):
+            touched = synthetic.touched_bytes(adapter, share)
+            found[f"{arm}, {name}"] = weights / (weights + touched)
+    return found
+
+
+def host() -> dict[str, str]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    return {
+        "cpu": cpu,
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "commit": commit.strip(),
+    }
+
+
+def report(samples: list[Sample], arms: str) -> str:
+    """A row per point: best speed of each arm, and the median ratio with its spread."""
+    pairs = [(arm, "a") for arm in "bdecf" if {arm, "a"} <= set(arms)]
+    pairs += [(arm, over) for arm, over in (("f", "d"), ("d", "c")) if {arm, over} <= set(arms)]
+    lines = [f"{arm}: {name}" for arm, name in ARMS.items() if arm in arms]
+    for point in POINTS:
+        best = {
+            arm: max(s.speed for s in samples if (s.arm, s.point) == (arm, point.name))
+            for arm in arms
+        }
+        lines.append(f"\n{point.name}")
+        lines.append("  tokens/s " + "  ".join(f"{arm} {best[arm]:.1f}" for arm in arms))
+        for arm, over in pairs:
+            values = ratios(samples, arm, over, point.name)
+            spread = f"{min(values):.3f} to {max(values):.3f}, {len(values)} repetitions"
+            best_ratio = best[arm] / best[over]
+            lines.append(
+                f"  {arm}/{over} median {statistics.median(values):.3f} "
+                f"best/best {best_ratio:.3f} ({spread})"
+            )
+    return "\n".join(lines)
+
+
+def write(directory: Path, samples: list[Sample], facts: dict[str, Any], text: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "engine.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "point", "repetition", "tokens_per_second"])
+        writer.writerows([s.arm, s.point, s.repetition, f"{s.speed:.2f}"] for s in samples)
+    (directory / "engine.json").write_text(json.dumps(facts, indent=1))
+    (directory / "engine.txt").write_text(text + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--arms", default=",".join(ARMS))
+    args = parser.parse_args()
+    arms = args.arms.replace(",", "")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        engines = start_engines(args.model, arms)
+        requests = make_requests(engines, args.model, folder)
+        samples = run(engines, requests, arms, args.repetitions)
+        facts: dict[str, Any] = {"host": host(), "limits": limits(args.model)}
+        if "molehill" in engines:
+            facts["routing"] = routing(engines, requests)
+        text = "\n".join([report(samples, arms), "", json.dumps(facts, indent=1)])
+        print(text)
+        write(args.output, samples, facts, text)
+        for llm in engines.values():
+            llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()

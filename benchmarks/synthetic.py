@@ -1,0 +1,111 @@
+"""Adapters of random weights for a base model, in molehill's native format or PEFT's."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from molehill.engine.adapter import Adapter
+from molehill.engine.base import BaseModel
+from molehill.engine.formats import native
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
+from molehill.kernels.policy import DynMoLE, TopK
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Large enough to change what is generated, small enough to leave the model a language model.
+WEIGHT = 0.01
+
+
+def random(*shape: int, generator: torch.Generator, scale: float) -> Tensor:
+    return torch.randn(*shape, generator=generator) * scale
+
+
+def experts(shape: tuple[int, int], number: int, rank: int, generator: torch.Generator) -> Experts:
+    """`number` experts of one rank for a linear of (in, out) features."""
+    inputs, outputs = shape
+    a = random(number * rank, inputs, generator=generator, scale=WEIGHT)
+    b = random(outputs, number * rank, generator=generator, scale=WEIGHT)
+    return Experts(a, b, (rank,) * number)
+
+
+def router(inputs: int, number: int, sharpness: float, generator: torch.Generator) -> Tensor:
+    """sharpness: standard deviation of the logits for an input of unit variance."""
+    return random(number, inputs, generator=generator, scale=sharpness / inputs**0.5)
+
+
+def dynmole(base: BaseModel, number: int, rank: int, sharpness: float, seed: int) -> Adapter:
+    """DynMoLE with the defaults of its official code on all projections."""
+    generator = torch.Generator().manual_seed(seed)
+    sites: dict[str, Mixture] = {
+        site: LinearMixture(
+            experts(shape, number, rank, generator),
+            DynMoLE(),
+            router(shape[0], number, sharpness, generator),
+        )
+        for site, shape in base.linears.items()
+        if site.rpartition(".")[2] in PROJECTIONS
+    }
+    return Adapter("dynmole", sites, base.name)
+
+
+def mixlora(base: BaseModel, number: int, rank: int, sharpness: float, seed: int) -> Adapter:
+    """MixLoRA, top-2, experts on all three projections of every FFN."""
+    generator = torch.Generator().manual_seed(seed)
+    sites: dict[str, Mixture] = {}
+    for ffn in base.ffns:
+        shapes = {name: base.linears[f"{ffn}.{name}"] for name in PROJECTIONS[4:]}
+        pairs = {name: experts(shape, number, rank, generator) for name, shape in shapes.items()}
+        gate = router(shapes["gate_proj"][0], number, sharpness, generator)
+        sites[ffn] = FfnMixture(pairs, TopK(2), gate)
+    return Adapter("mixlora", sites, base.name)
+
+
+def save(make: Callable[..., Adapter], directory: Path, **options: object) -> Path:
+    """Writes `make(**options)` to `directory` and returns it."""
+    native.write(make(**options), directory)
+    return directory
+
+
+def save_lora(base: BaseModel, rank: int, directory: Path, seed: int = 0) -> Path:
+    """A plain LoRA on all projections as PEFT writes it, for vLLM's own LoRA."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for site, shape in base.linears.items():
+        if site.rpartition(".")[2] in PROJECTIONS:
+            pair = experts(shape, 1, rank, generator)
+            prefix = f"base_model.model.model.{site}"
+            tensors[f"{prefix}.lora_A.weight"] = pair.a.bfloat16()
+            tensors[f"{prefix}.lora_B.weight"] = pair.b.bfloat16().contiguous()
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": list(PROJECTIONS),
+        "base_model_name_or_path": base.name,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def touched_bytes(adapter: Adapter, share: float) -> float:
+    """Bytes of a bfloat16 serving copy that a step reads if `share` of the experts are touched.
+
+    Routers are float32 and always read whole.
+    """
+    total = 0.0
+    for mixture in adapter.sites.values():
+        stacks = (
+            [mixture.experts]
+            if isinstance(mixture, LinearMixture)
+            else list(mixture.experts.values())
+        )
+        total += sum(2 * (pair.a.numel() + pair.b.numel()) for pair in stacks) * share
+        total += 4 * mixture.router.numel() if mixture.router is not None else 0
+    return total
