@@ -107,6 +107,7 @@ class TritonBackend:
     def linear(self, out: Tensor, x: Tensor, handle: int) -> None:
         if not self._runs or not len(x):
             return
+        x = x if x.stride(-1) == 1 else x.contiguous()
         tokens, shape = len(x), self._linears[handle]
         slots, blocks = self.table, blocks_for(tokens, self.limits)
         heads = slots.heads[:, handle]
@@ -116,7 +117,7 @@ class TritonBackend:
             width = self._ffns[self._ffn_of_down[handle]].intermediate
             mixed = self._strips.of(tokens, width)
         floats, ints = slots.arena.view(torch.float32), slots.arena.view(torch.int32)
-        weights = slots.arena.view(x.dtype)
+        weights = slots.arena.view(shape.dtype)
         shrink(x, self._steps, heads, (weights, floats), scratch, blocks, mixed)
         if shape.reduce is not None:
             scratch = replace(scratch, logits=shape.reduce(scratch.logits))
@@ -140,7 +141,8 @@ class TritonBackend:
             slots.ffn_parameters[:, handle],
             slots.ffn_counters[:, handle],
         )
-        arena = (slots.arena.view(h.dtype), slots.arena.view(torch.int32))
+        dtype = self._linears[shape.gate_up].dtype
+        arena = (slots.arena.view(dtype), slots.arena.view(torch.int32))
         scratch = self._scratch_of(shape.gate_up, tokens)
         strips = self._strips.of(tokens, shape.intermediate)
         trace = self._trace_buffer(tokens)

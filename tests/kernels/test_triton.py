@@ -532,6 +532,21 @@ def test_rows_of_a_shorter_forward_are_never_written_past_its_end() -> None:
     assert memory[4:].count_nonzero() == 0
 
 
+def test_inputs_and_outputs_may_be_parts_of_larger_tensors() -> None:
+    own = mixture(TopK(1), (2, 2), 16, 16)
+    serving = backend()
+    handle = serving.register_linear(LinearShape("linear", 16, 16))
+    serving.store(0, SlotWeights({handle: [piece(own)]}, {}))
+    wide = random(4, 40, seed=8)
+    serving.begin_step([Run(0, 0, 4)])
+    for x in (wide[:, 5:21], random(16, 4, seed=9).T):
+        memory = torch.zeros(4, 30)
+        serving.linear(memory[:, 7:23], x, handle)
+        expected = definition.linear_mixture(x, torch.zeros(16, 16), None, own)[0]
+        assert_close(memory[:, 7:23], expected)
+        assert memory[:, :7].count_nonzero() == memory[:, 23:].count_nonzero() == 0
+
+
 def test_more_adapters_than_a_step_may_hold_are_zeroed_not_served_by_the_base() -> None:
     serving = backend()
     handle = serving.register_linear(LinearShape("linear", 16, 16))
