@@ -1,6 +1,6 @@
 """The backend's shared library: shipped beside this file, or compiled once into a cache.
 
-`python -m molehill.kernels.cpu.build [DIRECTORY]` compiles it beside this file (or into DIRECTORY),
+`python -m molehill.kernels.cpu [DIRECTORY]` compiles it beside this file (or into DIRECTORY),
 for images whose users have no compiler.
 """
 
@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,7 +172,3 @@ def _run(command: list[str]) -> None:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()[:20]
         raise BuildError("\n".join(["compiling the C++ backend failed:", *lines]))
-
-
-if __name__ == "__main__":
-    print(compile_into(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE))

@@ -1,0 +1,8 @@
+"""Compiles the library beside the package, or into the directory that is named."""
+
+import sys
+from pathlib import Path
+
+from molehill.kernels.cpu.build import HERE, compile_into
+
+print(compile_into(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE))
