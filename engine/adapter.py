@@ -19,7 +19,8 @@ from molehill.kernels.policy import Constant, Policy
 class Adapter:
     """A MoLE or LoRA adapter.
 
-    kind: the method (`lora`, `dora`, `mixlora`, `mola`, `loramoe`, `dynmole`).
+    kind: the method (`lora`, `dora`, `mixlora`, `mola`, `loramoe`, `hydralora`, `molora`,
+        `dynmole`).
     sites: mixtures by the base model's module, without its leading `model.`:
         `layers.3.self_attn.q_proj` is a LinearMixture, `layers.3.mlp` an FfnMixture.
         Tensors are float32 on the CPU; scaling is folded into `b`.

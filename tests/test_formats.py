@@ -21,7 +21,10 @@ CASES = {
     "mixlora-dynamic-t05": ("mixlora", 4, TopP(0.8, 0.5)),
     "mixlora-switch": ("mixlora", 8, TopK(1, normalize=False)),
     "mola": ("mola", 12, TopK(2)),
+    "mola-official": ("mola", 8, TopK(2)),
     "loramoe": ("loramoe", 12, Soft()),
+    "loramoe-official": ("loramoe", 8, Soft()),
+    "hydralora": ("hydralora", 8, Soft()),
     "dynmole-default": ("dynmole", 28, DynMoLE()),
     "dynmole-soft": ("dynmole", 8, DynMoLE(entropy_threshold=0.5)),
     "dynmole-sparse": ("dynmole", 12, DynMoLE(0.85, 1, 1.0, 1.0)),
@@ -42,7 +45,7 @@ def test_kind_sites_and_policy(golden, case):
     policies = {mixture.policy for mixture in adapter.sites.values()}
     assert policies | {Constant((1.0,))} == {policy, Constant((1.0,))}
     assert policy in policies
-    assert adapter.warnings == ()
+    assert len(adapter.warnings) == (case == "mola-official")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -133,6 +136,49 @@ def test_dynmole_readings_of_the_paper_are_options(edited):
         include_crossing=True,
         normalize_entropy=False,
     )
+
+
+def test_the_officials_mola_differs_by_layer(golden):
+    sites = formats.read(golden / "cases" / "mola-official").sites
+    tensors = raw(golden, "mola-official")
+    for layer, (experts, rank) in enumerate([(2, 2), (3, 3), (4, 4), (5, 2)]):
+        site = sites[f"layers.{layer}.mlp.down_proj"]
+        assert site.experts.ranks == (rank,) * experts
+        stem = f"base_model.model.model.layers.{layer}.mlp.down_proj"
+        assert torch.equal(site.router, tensors[f"{stem}.router.router.weight"].float())
+        for e, (a, b) in enumerate(site.experts.split()):
+            assert torch.equal(a, tensors[f"{stem}.lora_A_{e}.weight"].float())
+            expected = tensors[f"{stem}.lora_B_{e}.weight"].float() * 8 / rank
+            torch.testing.assert_close(b, expected, rtol=1e-6, atol=0)
+
+
+def test_the_officials_mola_says_that_its_top_k_is_assumed(golden, edited):
+    (warning,) = formats.read(golden / "cases" / "mola-official").warnings
+    assert warning.startswith("top_k is not in adapter_config.json: 2 is assumed")
+    assert formats.read(edited("mola-official", {"top_k": 2})).warnings == ()
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(1, [1, 1, 1, 1]), ([1, 2, 3, 4], [1, 2, 3, 4])])
+def test_the_officials_mola_takes_top_k_from_the_config(edited, top_k, expected):
+    sites = formats.read(edited("mola-official", {"top_k": top_k})).sites
+    found = [sites[f"layers.{layer}.self_attn.q_proj"].policy for layer in range(4)]
+    assert found == [TopK(k) for k in expected]
+
+
+def test_hydralora_repeats_its_shared_a(golden):
+    tensors = raw(golden, "hydralora")
+    stem = "base_model.model.model.layers.2.mlp.down_proj"
+    site = formats.read(golden / "cases" / "hydralora").sites["layers.2.mlp.down_proj"]
+    assert site.experts.ranks == (4, 4, 4)
+    for e, (a, b) in enumerate(site.experts.split()):
+        assert torch.equal(a, tensors[f"{stem}.lora_A.weight"].float())
+        assert torch.equal(b, tensors[f"{stem}.lora_B{e}.weight"].float() * 2)
+
+
+@pytest.mark.parametrize("case", ["loramoe-official", "hydralora"])
+def test_the_forks_are_told_by_their_tensors_whatever_the_config_says(golden, edited, case):
+    adapter = formats.read(edited(case, {"lora_nums": None}))
+    assert adapter.digest == formats.read(golden / "cases" / case).digest
 
 
 @pytest.mark.parametrize("case", ["mola", "loramoe", "dynmole-k1", "mixlora"])

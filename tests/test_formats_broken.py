@@ -269,6 +269,18 @@ CONFIG_ERRORS = [
     ("lora", "alpha_pattern", {"(q_proj": 1}),
     ("lora", "base_model_name_or_path", 3),
     ("lora", "peft_type", 3),
+    ("lora", "r", [2, 2, 2, 2]),
+    ("mola-official", "r", []),
+    ("mola-official", "r", [2, 3, 4]),
+    ("mola-official", "r", [2, 3, 4, "2"]),
+    ("mola-official", "r", {"0": 2}),
+    ("mola-official", "top_k", 0),
+    ("mola-official", "top_k", [2, 2, 2]),
+    ("mola-official", "top_k", [2, 2, 2, True]),
+    ("mola-official", "top_k", "2"),
+    ("loramoe-official", "lora_nums", 0),
+    ("loramoe-official", "lora_nums", [4]),
+    ("hydralora", "lora_alpha", None),
     ("mola", "num_experts", 0),
     ("mola", "top_k", 0),
     ("mola", "top_k", -1),
@@ -316,6 +328,14 @@ UNSUPPORTED = [
     ("lora", "alora_invocation_tokens", [1], "absent"),
     ("lora", "init_lora_weights", "pissa", "leaves them alone"),
     ("lora", "lora_nums", 3, "absent"),
+    ("lora", "sparsegen", True, "absent"),
+    ("hydralora", "sparsegen", True, "absent"),
+    ("hydralora", "fan_in_fan_out", True, "absent"),
+    ("loramoe-official", "modules_to_save", ["lm_head"], "absent"),
+    ("loramoe-official", "enable_lora", [True, False], "absent"),
+    ("mola-official", "use_dora", True, "absent"),
+    ("mola-official", "use_rslora", True, "absent"),
+    ("mola-official", "rank_pattern", {"q_proj": 2}, "absent"),
     ("lora", "alpha_pattern", {"(a+)+": 1}, "repetition"),
     ("dynmole-k1", "routing_strategy", "mola", "dynmole"),
     ("mixlora", "routing_strategy", "mixlora-best", "mixlora, mixlora-dynamic, mixlora-switch"),
@@ -335,26 +355,29 @@ def test_an_unknown_strategy_without_a_type(edited):
     assert (error.found, "dynmole" in error.expected) == ("x", True)
 
 
-@pytest.mark.parametrize(
-    ("case", "found"),
-    [
-        ("loramoe-official", "LoRAMoE"),
-        ("hydralora", "HydraLoRA"),
-        ("mola-official", "a list of ranks"),
-        ("xlora", "XLORA"),
-        ("mov", "MOV"),
-    ],
-)
+@pytest.mark.parametrize(("case", "found"), [("xlora", "XLORA"), ("mov", "MOV")])
 def test_formats_that_are_not_read_yet_are_named(golden, case, found):
     assert found in refusal(UnsupportedError, golden / "cases" / case).found
 
 
-@pytest.mark.parametrize("case", ["loramoe-official", "hydralora", "mola-official"])
-def test_their_tensors_alone_give_them_away(golden, edited, case):
-    directory = edited("lora", {"r": 2, "target_modules": None})
-    shutil.copy(golden / "cases" / case / "adapter_model.bin", directory)
-    error = refusal(UnsupportedError, directory)
-    assert "lora_route" in error.where or "router.router" in error.where
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.model.layers.0.mlp.down_proj.sparsegen.mlp.proj_layers.176.0.weight",
+        "base_model.sparsegen_fn.mlp.proj_layers.176.0.bias",
+    ],
+)
+@pytest.mark.parametrize("case", ["loramoe-official", "lora"])
+def test_ld_mole_is_told_by_its_sparsegen(edited, case, name):
+    error = refusal(UnsupportedError, edited(case, tensors={name: torch.ones(4)}))
+    assert (error.where, error.found) == (f"adapter_model.bin: {name}", "LD-MoLE's router")
+
+
+def test_meteoras_gates_are_not_understood(edited):
+    name = "base_model.model.model.layers.0.mlp.up_proj.moe_gate.weight"
+    assert (
+        name in refusal(UnsupportedError, edited("lora", tensors={name: torch.ones(2, 64)})).where
+    )
 
 
 # The tensors
@@ -376,6 +399,15 @@ def test_their_tensors_alone_give_them_away(golden, edited, case):
         ("dynmole-k1", "classifier"),
         ("mixlora", "mixlora.layers.0.mlp.gate_proj.moe_gate.weight"),
         ("mixlora", "mixlora.layers.0.mlp.moe_gate.bias"),
+        ("mola-official", "base_model.model.model.layers.0.mlp.down_proj.lora_A_2.weight"),
+        ("mola-official", "base_model.model.model.layers.0.mlp.down_proj.lora_A_00.weight"),
+        ("mola-official", "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"),
+        ("mola-official", "base_model.model.model.layers.0.mlp.down_proj.router.router.bias"),
+        ("loramoe-official", "base_model.model.model.layers.0.mlp.up_proj.lora_B4.weight"),
+        ("loramoe-official", "base_model.model.model.layers.0.mlp.up_proj.lora_route.bias"),
+        ("loramoe-official", "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"),
+        ("hydralora", "base_model.model.model.layers.0.mlp.down_proj.lora_A0.weight"),
+        ("hydralora", "base_model.model.lm_head.lora_A.weight"),
     ],
 )
 def test_a_tensor_that_is_not_understood(edited, case, name):
@@ -394,6 +426,12 @@ def test_a_tensor_that_is_not_understood(edited, case, name):
         ("mixlora", "mixlora.layers.3.mlp.moe_gate.weight"),
         ("mixlora", "mixlora.layers.3.mlp.up_proj.experts.1.lora_B.weight"),
         ("loramoe", "loramoe.layers.0.self_attn.q_proj.lora_B.weight"),
+        ("mola-official", "base_model.model.model.layers.2.mlp.down_proj.lora_A_3.weight"),
+        ("mola-official", "base_model.model.model.layers.2.mlp.down_proj.router.router.weight"),
+        ("loramoe-official", "base_model.model.model.layers.2.mlp.up_proj.lora_B3.weight"),
+        ("loramoe-official", "base_model.model.model.layers.2.mlp.up_proj.lora_route.weight"),
+        ("hydralora", "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"),
+        ("hydralora", "base_model.model.model.layers.2.mlp.down_proj.lora_B0.weight"),
     ],
 )
 def test_a_missing_tensor_is_named(edited, case, name):
@@ -422,6 +460,8 @@ def without(golden, case, fragment):
         ("loramoe", "layers.2.self_attn.q_proj.", "layers.2.self_attn.q_proj"),
         ("lora", "layers.2.self_attn.q_proj.", "layers.2.self_attn.q_proj"),
         ("lora", "layers.0.mlp.down_proj.", "layers.0.mlp.down_proj"),
+        ("mola-official", "layers.2.", "layers.2"),
+        ("hydralora", "layers.3.mlp.down_proj.", "layers.3.mlp.down_proj"),
     ],
 )
 def test_missing_experts_projections_and_layers_are_named(golden, edited, case, fragment, where):
@@ -463,6 +503,27 @@ def test_missing_experts_projections_and_layers_are_named(golden, edited, case, 
         ),
         ("mixlora", "mixlora.layers.0.mlp.moe_gate.weight", (4, 65), "[4, 65]", "[4, 64]"),
         (
+            "mola-official",
+            "base_model.model.model.layers.1.mlp.down_proj.lora_B_2.weight",
+            (65, 3),
+            "[65, 3]",
+            "[64, 3]",
+        ),
+        (
+            "loramoe-official",
+            "base_model.model.model.layers.1.mlp.down_proj.lora_route.weight",
+            (4, 175),
+            "[4, 175]",
+            "[4, 176]",
+        ),
+        (
+            "hydralora",
+            "base_model.model.model.layers.1.mlp.down_proj.lora_B1.weight",
+            (64, 5),
+            "[64, 5]",
+            "[64, 4]",
+        ),
+        (
             "dora",
             "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
             (127,),
@@ -496,6 +557,17 @@ def test_more_experts_than_gate_rows(edited):
 def test_num_experts_that_is_not_the_gates(edited):
     error = refusal(ShapeError, edited("dynmole-k1", {"num_experts": 8}))
     assert (error.found, error.expected) == ("4 experts", "num_experts 8")
+
+
+def test_lora_nums_that_is_not_the_routers(edited):
+    error = refusal(ShapeError, edited("hydralora", {"lora_nums": 4}))
+    assert (error.found, error.expected) == ("3 experts", "lora_nums 4")
+
+
+def test_a_rank_that_is_not_its_layers(edited):
+    error = refusal(ShapeError, edited("mola-official", {"r": [2, 3, 4, 4]}))
+    assert "layers.3." in error.where
+    assert (error.found, error.expected) == ("rank 2", "the config's rank 4")
 
 
 def test_an_untargeted_module(edited):

@@ -6,16 +6,24 @@ from pathlib import Path
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
 from molehill.engine.errors import UnsupportedError
-from molehill.engine.formats import files, moepeft, native, peft
+from molehill.engine.formats import files, forks, moepeft, native, peft
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.policies import STRATEGIES
 from molehill.engine.validation import check
 
 DEFAULT_LIMITS = Limits()
 
+
+def _read_lora(directory: Path, config: Fields, limits: Limits) -> Adapter:
+    """PEFT's own files and those of its forks, which only their tensors tell apart."""
+    weights = files.read_weights(directory, limits)
+    reader = forks.read if forks.recognises(weights) else peft.read
+    return reader(config, weights)
+
+
 # By `peft_type`. A reader parses one on-disk format.
 READERS: dict[str, Callable[[Path, Fields, Limits], Adapter]] = {
-    "LORA": peft.read,
+    "LORA": _read_lora,
     "MIXLORA": moepeft.read,
     "MOLA": moepeft.read,
     "LORAMOE": moepeft.read,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molehill.engine.errors import ConfigError
+from molehill.engine.errors import ConfigError, UnsupportedError
 
 _REQUIRED: Any = object()
 
@@ -85,6 +85,20 @@ class Fields:
         if not isinstance(value, dict):
             raise self.error(name, "an object")
         return Fields(f"{self.where}: {name}", value)
+
+    def items(self, name: str) -> "Fields":
+        """A nested list as an object, with the places from 0 on as names."""
+        value = self._get(name, _REQUIRED, "a list")
+        if not isinstance(value, list):
+            raise self.error(name, "a list")
+        return Fields(f"{self.where}: {name}", {str(i): item for i, item in enumerate(value)})
+
+    def refuse(self, meanings: Mapping[str, str]) -> None:
+        """Raises UnsupportedError for the first of these fields that is set, by its meaning."""
+        for name, meaning in meanings.items():
+            if self.values.get(name) not in (None, False, [], {}):
+                expected = "the field absent or false"
+                raise UnsupportedError(f"{self.where}: {name}", meaning, expected)
 
 
 def _is_number(value: Any) -> bool:

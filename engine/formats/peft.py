@@ -6,11 +6,9 @@ Keys: `base_model.model.model.layers.{i}.{block}.{proj}.lora_A.weight`, `.lora_B
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from molehill.engine.adapter import Adapter
-from molehill.engine.base import Limits
 from molehill.engine.errors import (
     ConfigError,
     CorruptFileError,
@@ -18,7 +16,7 @@ from molehill.engine.errors import (
     ShapeError,
     UnsupportedError,
 )
-from molehill.engine.formats import files, targets
+from molehill.engine.formats import targets
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.lowrank import Pair, Scaling, build_experts
@@ -32,7 +30,7 @@ _KEY = re.compile(
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
 
 # Fields that change the forward pass or the base weights; serving without them would be wrong.
-_REFUSED = {
+UNSERVED = {
     "fan_in_fan_out": "transposed weights",
     "modules_to_save": "whole modules",
     "layer_replication": "replicated layers",
@@ -46,7 +44,9 @@ _REFUSED = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
-    "lora_nums": "a mixture inside peft_type LORA (LoRAMoE, HydraLoRA or LD-MoLE)",
+}
+_FORKS = {
+    "lora_nums": "a mixture (LoRAMoE, HydraLoRA or LD-MoLE) without its tensors",
     "sparsegen": "LD-MoLE's router",
 }
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -78,12 +78,11 @@ class _Scalings:
         return Scaling(alpha, rank, self.rslora)
 
 
-def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
+def read(config: Fields, weights: Weights) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     _refuse(config)
     scalings = _read_scalings(config)
     wanted = targets.read_targets(config)
-    weights = files.read_weights(directory, limits)
     modules = _group(weights)
     names = [name.removeprefix("model.") for name in modules]
     targets.check_targeted(weights.file, names, wanted)
@@ -106,12 +105,7 @@ def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
 
 
 def _refuse(config: Fields) -> None:
-    if isinstance(config.values.get("r"), list):
-        expected = "a whole number (a list is the official MoLA's, not supported)"
-        raise UnsupportedError(f"{config.where}: r", "a list of ranks", expected)
-    for name, meaning in _REFUSED.items():
-        if config.values.get(name) not in (None, False, [], {}):
-            raise UnsupportedError(f"{config.where}: {name}", meaning, "the field absent or false")
+    config.refuse({**UNSERVED, **_FORKS})
     initialisation = config.values.get("init_lora_weights")
     if initialisation not in _INITIALISATIONS:
         raise UnsupportedError(

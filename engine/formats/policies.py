@@ -32,11 +32,10 @@ def _dynmole(config: Fields) -> DynMoLE:
 
 
 def _constant(config: Fields) -> Constant:
-    weights = config.values.get("weights")
-    if not isinstance(weights, list) or not weights:
+    weights = config.items("weights")
+    if not weights.values:
         raise config.error("weights", "a list of numbers")
-    numbered = Fields(f"{config.where}: weights", {str(e): w for e, w in enumerate(weights)})
-    return Constant(tuple(numbered.number(e) for e in numbered.values))
+    return Constant(tuple(weights.number(e) for e in weights.values))
 
 
 # By MoE-PEFT's `routing_strategy`. Its default for a missing field is the default here.
