@@ -10,6 +10,7 @@ that there are return at once.
 
 from array import array
 from collections.abc import Container, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,20 +42,27 @@ def table(runs: Sequence[Run], stored: Container[int], adapters: int, tokens: in
     Rows of a slot that holds nothing, and of adapters beyond the first `adapters` different ones,
     are UNSERVED; rows from `tokens` on are dropped.
     """
-    places: dict[int, list[range]] = {}
+    places: dict[int, list[Run]] = {}
+    served = 0
     for run in runs:
-        slot = run.slot
-        served = len(places.keys() - {UNSERVED})
-        if slot not in stored or (slot not in places and served >= adapters):
-            slot = UNSERVED
-        places.setdefault(slot, []).append(range(run.start, min(run.stop, tokens)))
+        slot = run.slot if run.slot in stored else UNSERVED
+        if slot not in places:
+            if slot != UNSERVED and served == adapters:
+                slot = UNSERVED
+            served += slot != UNSERVED
+            places.setdefault(slot, [])
+        places[slot].append(run)
     order = array("i")
     small, large = array("i"), array("i")
-    for slot, rows in places.items():
+    rows = _rows(tokens)
+    # A short step may be padded to a long one, but a long one is never run as a short one.
+    short = all(run.stop <= DECODE_TOKENS for run in runs)
+    for slot, parts in places.items():
         start = len(order)
-        for part in rows:
-            order.extend(part)
-        _cut(small, slot, start, len(order), SMALL_TILE)
+        for part in parts:
+            order += rows[part.start : part.stop]
+        if short:
+            _cut(small, slot, start, len(order), SMALL_TILE)
         _cut(large, slot, start, len(order), LARGE_TILE)
     head = array("i", bytes(4 * at.STEP_HEAD.value))
     width = at.TILE.value
@@ -62,6 +70,12 @@ def table(runs: Sequence[Run], stored: Container[int], adapters: int, tokens: in
     head[2:4] = array("i", [len(large) // width, len(head) + len(small)])
     head[4] = len(head) + len(small) + len(large)
     return torch.frombuffer(head + small + large + order, dtype=torch.int32)
+
+
+@lru_cache(1)
+def _rows(tokens: int) -> "array[int]":
+    """0 .. tokens - 1: copying a part of it is faster than counting."""
+    return array("i", range(tokens))
 
 
 def _cut(tiles: "array[int]", slot: int, start: int, stop: int, size: int) -> None:

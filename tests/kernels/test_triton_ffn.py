@@ -1,8 +1,11 @@
 """The Triton kernels for FFN mixtures, in Triton's interpreter, against the definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from triton_cases import (
+    LIMITS,
     assert_close,
     ffn_experts,
     ffn_piece,
@@ -54,6 +57,23 @@ def test_ffn_mixtures_agree_with_the_definition(names, policy, dtype) -> None:
     site = serving.counters(2).sites["mlp"]
     assert site.expert_tokens == (routing.weights > 0).sum(0).tolist()
     assert site.decisions == 4
+
+
+@pytest.mark.parametrize(("tokens", "d", "width"), [(5, 600, 130), (260, 24, 70)])
+def test_split_inputs_and_long_steps_of_ffn_mixtures_agree_with_the_definition(
+    tokens, d, width
+) -> None:
+    weights = ffn_weights(d, width, torch.float32)
+    names = ("gate_proj", "up_proj", "down_proj")
+    own = FfnMixture(ffn_experts(names, d, width, 3), TopK(2), random(3, d, seed=24, scale=d**-0.5))
+    limits = replace(LIMITS, tokens=tokens)
+    serving, handle, linears = ffn_setup(d, width, torch.float32, limits)
+    serving.store(0, SlotWeights({}, {handle: ffn_piece(own)}))
+    x = random(tokens, d, seed=25)
+    serving.begin_step([Run(0, 0, tokens)])
+    y = run_ffn(serving, handle, linears, weights, x)
+    biases = dict.fromkeys(weights)
+    assert_close(y, definition.ffn_mixture(x, weights, biases, "silu", own)[0])
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))

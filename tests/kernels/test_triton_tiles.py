@@ -45,7 +45,8 @@ def test_tiles_cover_every_row_once_and_fit_the_grid(step) -> None:
             for row in table[table[4] + start : table[4] + start + rows]:
                 assert row not in found
                 found[row] = slot
-        assert found == wanted
+        long = any(run.stop > tiles.DECODE_TOKENS for run in runs)
+        assert found == ({} if long and size == tiles.SMALL_TILE else wanted)
 
 
 def test_the_grid_of_a_padded_step_has_room_for_every_shorter_one() -> None:
