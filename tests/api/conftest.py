@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """One server for all: tiny-llama with an API key, an adapter root and a start adapter."""
     folder = tmp_path_factory.mktemp("server")

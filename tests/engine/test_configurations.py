@@ -1,22 +1,51 @@
 """The golden cases under other engine configurations give what the plain one gives."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from asking import ask, assert_golden, every_prompt
 from engines import engine
+from golden import SERVED
 
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "chunked prefill": {"enable_chunked_prefill": True, "max_num_batched_tokens": 24},
-    "tensor parallel": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+
+@dataclass(frozen=True)
+class Configuration:
+    """options of `LLM`, and environment variables that its workers inherit."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+CONFIGURATIONS = {
+    "chunked prefill": Configuration(
+        {"enable_chunked_prefill": True, "max_num_batched_tokens": 24}
+    ),
+    "tensor parallel": Configuration(
+        {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+        {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    ),
+    "tensor parallel, torch backend": Configuration(
+        {
+            "tensor_parallel_size": 2,
+            "distributed_executor_backend": "mp",
+            "additional_config": {"molehill": {"backend": "torch"}},
+        },
+        {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    ),
+    "torch backend": Configuration({"additional_config": {"molehill": {"backend": "torch"}}}),
+    "C++ backend without vector instructions": Configuration(
+        {"additional_config": {"molehill": {"backend": "cpu"}}}, {"MOLEHILL_CPU_ISA": "portable"}
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_configuration_matches_the_reference(name: str, monkeypatch: Any) -> None:
-    options = CONFIGURATIONS[name]
-    if "tensor_parallel_size" in options:
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    prompts = every_prompt()
-    with engine(**options) as llm:
+    configuration = CONFIGURATIONS[name]
+    for variable, value in configuration.environment.items():
+        monkeypatch.setenv(variable, value)
+    # The first two prompts of the base and of every method, in one batch.
+    prompts = every_prompt()[: 2 * (1 + len(SERVED))]
+    with engine(**configuration.options) as llm:
         assert_golden(ask(llm, prompts), prompts)
