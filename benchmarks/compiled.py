@@ -67,6 +67,12 @@ class Specialisation:
             return shared | own | {"BLOCK_RANK": blocks.expand_rank, "BLOCK_OUT": blocks.columns}
         return shared | own | {"BLOCK_RANK": 16, "BLOCK": blocks.columns // (2 if precise else 1)}
 
+    @property
+    def options(self) -> dict[str, int]:
+        warps = blocks_for(STEPS[self.step], self.limits).warps
+        stages = 3 if self.kernel is shrink_kernel else 2
+        return {"num_warps": warps, "num_stages": stages, "maxnreg": MAX_REGISTERS}
+
 
 # Pointers by argument name; every other argument is a 32-bit integer.
 SERVING = {"x", "out", "h", "gate_up", "weights"}
@@ -112,12 +118,8 @@ def compile_for(own: Specialisation, architecture: int) -> Compiled:
         {(indices[name],): value for name, value in constants.items()},
         attributes,
     )
-    # As in the launchers.
-    stages = 3 if own.kernel is shrink_kernel else 2
-    options = {"num_stages": stages, "maxnreg": MAX_REGISTERS}
-    warps = blocks_for(STEPS[own.step], own.limits).warps
     target = GPUTarget("cuda", architecture, 32)
-    built = triton.compile(source, target=target, options={"num_warps": warps, **options})
+    built = triton.compile(source, target=target, options=own.options)
     report = _ptxas(built.asm["ptx"], architecture)
     numbers = [
         int(found.group(1)) if (found := re.search(pattern, report)) else 0

@@ -7,7 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from triton import knobs
+
+from molehill.benchmarks.compiled import STEPS, specialisations
+from molehill.kernels.backend import FfnShape, LinearShape, Run
+from molehill.kernels.triton import expand, ffn, shrink
+from molehill.kernels.triton.backend import TritonBackend
+from molehill.kernels.triton.blocks import Limits
 
 NO_PTXAS = "neither Triton's package nor this machine has ptxas"
 
@@ -32,3 +39,40 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
     # Two programs of the largest fit in the 227 KB of a multiprocessor.
     assert all(row["spilled"] == 0 and row["shared"] <= 113 * 1024 for row in rows)
     assert all(row["registers"] <= 255 for row in rows)
+
+
+class Launches:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __init__(self, launched: list) -> None:
+        self.launched = launched
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.launched.append(constants)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("step", sorted(STEPS))
+def test_what_is_compiled_is_what_is_launched(step, dtype, monkeypatch) -> None:
+    """The benchmark names the constants anew; they must be the launchers' own."""
+    tokens, features = STEPS[step], 1024
+    limits = Limits(adapters=8, tokens=tokens, memory=1 << 12)
+    serving = TritonBackend(torch.device("cpu"), limits)
+    up = serving.register_linear(LinearShape("gate_up", features, 32, dtype))
+    down = serving.register_linear(LinearShape("down", 16, features, dtype))
+    mlp = serving.register_ffn(FfnShape("mlp", up, down, 16))
+    launched: list = []
+    for module, name in ((shrink, "shrink"), (expand, "expand"), (ffn, "ffn")):
+        monkeypatch.setattr(module, f"{name}_kernel", Launches(launched))
+    x, h = torch.zeros(tokens, features, dtype=dtype), torch.zeros(tokens, 16, dtype=dtype)
+    gate_up = torch.zeros(tokens, 32, dtype=dtype)
+    serving.begin_step([Run(0, 0, tokens)])
+    serving.linear(gate_up, x, up)
+    serving.ffn(h, gate_up, mlp)
+    short = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    expected = [
+        {**own.constants, **own.options}
+        for own in specialisations(limits, features)
+        if (own.step, own.dtype) == (step, short)
+    ]
+    assert launched == expected
