@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(arguments[1:])
     if arguments[:1] == ["inspect"]:
         return inspect(arguments[1:])
+    if arguments[:1] == ["convert"]:
+        return convert(arguments[1:])
     if arguments == ["env"]:
         return env()
     top_parser().parse_args(arguments)
@@ -36,6 +38,7 @@ def top_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     commands.add_parser("serve", help="start the server")
     commands.add_parser("inspect", help="show what an adapter holds, and what is wrong with it")
+    commands.add_parser("convert", help="write an adapter in molehill's own format")
     commands.add_parser("env", help="show versions, and which backend applies adapters here")
     return parser
 
@@ -46,6 +49,16 @@ def inspect(arguments: Sequence[str]) -> int:
     from molehill.api import inspect as command
 
     parser = argparse.ArgumentParser(prog="molehill inspect")
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
+
+
+def convert(arguments: Sequence[str]) -> int:
+    """`molehill convert`."""
+    # Imports torch, which other commands need not wait for.
+    from molehill.api import convert as command
+
+    parser = argparse.ArgumentParser(prog="molehill convert")
     command.add_arguments(parser)
     return command.run(parser.parse_args(arguments))
 

@@ -631,16 +631,25 @@ def test_gates_alone_bind_nothing(golden, edited):
 DAMAGE = st.tuples(st.integers(0, 2**16), st.integers(0, 8), st.binary(max_size=4))
 
 
-@settings(deadline=None, max_examples=300)
-@given(
-    file=st.sampled_from(["adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"]),
-    damage=st.lists(DAMAGE, min_size=1, max_size=3),
-)
-def test_damaged_bytes_give_an_adapter_or_a_typed_error(golden, file, damage):
-    source = golden / "cases" / ("dora" if file.endswith(".safetensors") else "dynmole-k1")
+# A case with each file, PEFT's and MoE-PEFT's and the forks'.
+DAMAGED = [
+    ("dora", "adapter_config.json"),
+    ("dora", "adapter_model.safetensors"),
+    ("dynmole-k1", "adapter_config.json"),
+    ("dynmole-k1", "adapter_model.bin"),
+    ("mola-official", "adapter_config.json"),
+    ("hydralora", "adapter_config.json"),
+    ("hydralora", "adapter_model.bin"),
+]
+
+
+@settings(deadline=None, max_examples=400)
+@given(source=st.sampled_from(DAMAGED), damage=st.lists(DAMAGE, min_size=1, max_size=3))
+def test_damaged_bytes_give_an_adapter_or_a_typed_error(golden, source, damage):
+    case, file = source
     with TemporaryDirectory() as name:
         directory = Path(name)
-        for original in source.glob("adapter_*"):
+        for original in (golden / "cases" / case).glob("adapter_*"):
             shutil.copy(original, directory)
         data = bytearray((directory / file).read_bytes())
         for place, length, replacement in damage:

@@ -93,6 +93,13 @@ class Fields:
             raise self.error(name, "a list")
         return Fields(f"{self.where}: {name}", {str(i): item for i, item in enumerate(value)})
 
+    def only(self, *names: str) -> None:
+        """Raises UnsupportedError for the first field that is none of these."""
+        for name in sorted(self.values):
+            if name not in names:
+                where = f"{self.where}: {name[:80]}"
+                raise UnsupportedError(where, "an unknown field", f"one of {', '.join(names)}")
+
     def refuse(self, meanings: Mapping[str, str]) -> None:
         """Raises UnsupportedError for the first of these fields that is set, by its meaning."""
         for name, meaning in meanings.items():

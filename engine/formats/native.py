@@ -1,7 +1,7 @@
 """molehill's own layout: the canonical adapter as it is, one JSON and one safetensors file.
 
 `molehill.json` holds all of the adapter but its tensors, with its digest; `molehill.safetensors`
-the tensors by their canonical names.
+the tensors by their canonical names. docs/format.md describes both, field by field.
 """
 
 import json
@@ -20,10 +20,14 @@ from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.policies import parse_policy
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
+from molehill.kernels.policy import Constant, Policy
 
 CONFIG = "molehill.json"
 WEIGHTS = "molehill.safetensors"
 FORMAT_VERSION = 1
+
+_FIELDS = ("format_version", "digest", "base_model", "warnings", "kind", "sites")
+_FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def write(adapter: Adapter, directory: Path) -> None:
@@ -65,52 +69,88 @@ def _document(adapter: Adapter) -> dict[str, Any]:
 def read(directory: Path, limits: Limits) -> Adapter:
     """What `write` wrote, with its digest checked.
 
-    Raises CorruptFileError, LimitError, MissingTensorError, ShapeError.
+    Raises ConfigError, CorruptFileError, LimitError, MissingTensorError, NonFiniteError,
+    ShapeError, UnsupportedError (another version, an unknown field or tensor).
     """
     config = files.read_config(directory, CONFIG)
     version = config.integer("format_version")
     if version != FORMAT_VERSION:
         where = f"{CONFIG}: format_version"
         raise UnsupportedError(where, version, f"{FORMAT_VERSION}, this version's")
-    if not (directory / WEIGHTS).exists():
-        raise CorruptFileError(WEIGHTS, "no such file", "the tensors of molehill.json")
-    weights = files.read_tensors(directory / WEIGHTS, limits)
-    sites = config.object("sites")
+    config.only(*_FIELDS)
+    kind, digest = _required(config, "kind"), _required(config, "digest")
     warnings = config.values.get("warnings") or []
     if not isinstance(warnings, list) or not all(isinstance(text, str) for text in warnings):
         raise config.error("warnings", "a list of strings")
+    if not (directory / WEIGHTS).exists():
+        raise CorruptFileError(WEIGHTS, "no such file", f"the tensors of {CONFIG}")
+    weights = files.read_tensors(directory / WEIGHTS, limits)
+    sites = config.object("sites")
     adapter = Adapter(
-        kind=config.text("kind") or "",
+        kind=kind,
         sites={site: _mixture(weights, site, sites.object(site)) for site in sites.values},
         base_model=config.text("base_model"),
         warnings=tuple(warnings),
     )
-    _check(adapter, weights, config)
+    _check_all_used(adapter, weights)
+    if adapter.digest != digest:
+        raise CorruptFileError(WEIGHTS, adapter.digest, f"the digest {digest}")
     return adapter
 
 
-def _check(adapter: Adapter, weights: Weights, config: Fields) -> None:
+def _required(config: Fields, name: str) -> str:
+    text = config.text(name)
+    if not text:
+        raise config.error(name, "a string, not empty")
+    return text
+
+
+def _check_all_used(adapter: Adapter, weights: Weights) -> None:
     unknown = set(weights.tensors) - {name for name, _ in adapter.tensors()}
     if unknown:
-        expected = "only the tensors of molehill.json"
+        expected = f"only the tensors of {CONFIG}"
         raise UnsupportedError(weights.where(min(unknown)), "an unknown tensor", expected)
-    if adapter.digest != config.text("digest"):
-        raise CorruptFileError(WEIGHTS, adapter.digest, f"the digest {config.text('digest')}")
 
 
 def _mixture(weights: Weights, site: str, fields: Fields) -> Mixture:
     shape = fields.choice("shape", ("linear", "ffn"))
     policy = parse_policy(fields.object("routing"))
-    router = weights.tensors.get(f"{site}.router")
     if shape == "linear":
-        experts = _experts(weights, site, fields, "ranks")
-        magnitude = weights.tensors.get(f"{site}.magnitude")
-        return LinearMixture(experts, policy, router, magnitude)
+        return _linear(weights, site, fields, policy)
+    return _ffn(weights, site, fields, policy)
+
+
+def _linear(weights: Weights, site: str, fields: Fields, policy: Policy) -> LinearMixture:
+    """A gate is constant, or has a router; DoRA's magnitude is for one constant pair."""
+    fields.only("shape", "routing", "ranks")
+    experts = _experts(weights, site, fields, "ranks")
+    router, magnitude = f"{site}.router", f"{site}.magnitude"
+    if not isinstance(policy, Constant):
+        if magnitude in weights.tensors:
+            found = f"a magnitude beside {type(policy).__name__}"
+            raise UnsupportedError(weights.where(magnitude), found, "none, as there is a router")
+        return LinearMixture(experts, policy, weights.tensor(router, 2))
+    if len(policy.weights) != len(experts.ranks):
+        expected = f"one for each of {len(experts.ranks)} experts"
+        raise fields.object("routing").error("weights", expected)
+    if magnitude not in weights.tensors:
+        return LinearMixture(experts, policy)
+    if len(experts.ranks) != 1:
+        found = f"a magnitude beside {len(experts.ranks)} experts"
+        raise UnsupportedError(weights.where(magnitude), found, "one expert")
+    return LinearMixture(experts, policy, magnitude=weights.tensor(magnitude, 1))
+
+
+def _ffn(weights: Weights, site: str, fields: Fields, policy: Policy) -> FfnMixture:
+    fields.only("shape", "routing", "ranks", "activation")
+    if isinstance(policy, Constant):
+        expected = "a policy that reads the router"
+        raise UnsupportedError(f"{fields.where}: routing", "Constant", expected)
     ranks = fields.object("ranks")
+    ranks.only(*_FFN_PROJECTIONS)
     stacks = {name: _experts(weights, f"{site}.{name}", ranks, name) for name in ranks.values}
-    return FfnMixture(
-        stacks, policy, weights.tensor(f"{site}.router", 2), fields.text("activation")
-    )
+    router = weights.tensor(f"{site}.router", 2)
+    return FfnMixture(stacks, policy, router, fields.text("activation"))
 
 
 def _experts(weights: Weights, stem: str, fields: Fields, name: str) -> Experts:

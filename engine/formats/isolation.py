@@ -1,0 +1,70 @@
+"""Reads an adapter in a process that does nothing else.
+
+Pickles are read with `weights_only=True` everywhere. Should that ever not be enough, whatever a
+file does happens in a process that ends right away, and only JSON and safetensors come back.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from molehill.engine.adapter import Adapter
+from molehill.engine.base import Limits
+from molehill.engine.errors import AdapterError, CorruptFileError
+from molehill.engine.formats import DEFAULT_LIMITS, files, native, read
+
+_MODULE = "molehill.engine.formats.isolation"
+_ERRORS = {error.kind: error for error in AdapterError.__subclasses__()}
+
+
+def is_pickled(path: Path) -> bool:
+    """Whether reading this directory may mean reading a pickle, here or one level below."""
+    return any(next(path.glob(where), None) for where in (files.PICKLE, f"*/{files.PICKLE}"))
+
+
+def read_isolated(path: Path, limits: Limits = DEFAULT_LIMITS) -> Adapter:
+    """What `formats.read` gives. Raises what it raises; CorruptFileError if the process dies."""
+    with tempfile.TemporaryDirectory(prefix="molehill-") as scratch:
+        copy = Path(scratch) / "adapter"
+        bounds = json.dumps(dataclasses.asdict(limits))
+        child = subprocess.run(
+            [sys.executable, "-m", _MODULE, str(path.absolute()), str(copy), bounds],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if child.returncode == 0:
+            return native.read(copy, limits)
+    raise _error(path, child)
+
+
+def _error(path: Path, child: subprocess.CompletedProcess[str]) -> AdapterError:
+    try:
+        kind, *details = json.loads(child.stdout)
+        return _ERRORS[kind](*map(str, details))
+    except (ValueError, KeyError, TypeError):
+        last = (child.stderr.strip().splitlines() or ["nothing said"])[-1]
+        found = f"a reader that ended with status {child.returncode} ({last})"
+        return CorruptFileError(path, found, "a readable adapter")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Reads arguments[0] and writes it to arguments[1] in the native format; 1 and the error as
+    JSON on stdout if it cannot be read."""
+    source, target, bounds = arguments
+    try:
+        adapter = read(Path(source), Limits(**json.loads(bounds)))
+    except AdapterError as error:
+        print(json.dumps([error.kind, error.where, error.found, error.expected]))
+        return 1
+    native.write(adapter, Path(target))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

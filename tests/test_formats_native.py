@@ -1,0 +1,296 @@
+"""The native format holds what it is read for, field by field, and nothing else."""
+
+import copy
+import dataclasses
+import json
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from molehill.engine import formats
+from molehill.engine.errors import (
+    AdapterError,
+    ConfigError,
+    CorruptFileError,
+    MissingTensorError,
+    ShapeError,
+    UnsupportedError,
+)
+from molehill.engine.formats import native
+
+CASES = ("dora", "mixlora-expert-lora", "dynmole-renyi", "mola-official")
+
+
+@pytest.fixture(scope="module")
+def stored(golden, tmp_path_factory):
+    """A directory with each case in the native format, not to be changed."""
+    root = tmp_path_factory.mktemp("native")
+    for case in CASES:
+        native.write(formats.read(golden / "cases" / case), root / case)
+    return root
+
+
+@pytest.fixture
+def rewritten(stored, tmp_path):
+    """`rewritten(case, change)`: a copy after `change(document, tensors)`."""
+
+    def rewrite(case, change):
+        document = json.loads((stored / case / native.CONFIG).read_text())
+        tensors = load_file(stored / case / native.WEIGHTS)
+        change(document, tensors)
+        directory = tmp_path / "rewritten"
+        directory.mkdir()
+        (directory / native.CONFIG).write_text(json.dumps(document))
+        save_file(tensors, directory / native.WEIGHTS)
+        return directory
+
+    return rewrite
+
+
+Q, FFN, DORA = "layers.0.self_attn.q_proj", "layers.0.mlp", "layers.0.mlp.down_proj"
+
+
+def set_site(site, **values):
+    return lambda d, t: d["sites"][site].update(values)
+
+
+def set_routing(site, **values):
+    return lambda d, t: d["sites"][site]["routing"].update(values)
+
+
+def drop(*path):
+    def change(d, t):
+        *parents, last = path
+        for name in parents:
+            d = d[name]
+        del d[last]
+
+    return change
+
+
+def put(name, tensor):
+    return lambda d, t: t.update({name: tensor})
+
+
+def both(first, second):
+    return lambda d, t: (first(d, t), second(d, t))
+
+
+REFUSALS = {
+    "no version": ("dora", drop("format_version"), ConfigError, "format_version"),
+    "version as text": ("dora", lambda d, t: d.update(format_version="1"), ConfigError, "version"),
+    "version 0": ("dora", lambda d, t: d.update(format_version=0), ConfigError, "format_version"),
+    "version 2": ("dora", lambda d, t: d.update(format_version=2), UnsupportedError, "version"),
+    "unknown field": ("dora", lambda d, t: d.update(notes="x"), UnsupportedError, "notes"),
+    "no kind": ("dora", drop("kind"), ConfigError, "kind"),
+    "empty kind": ("dora", lambda d, t: d.update(kind=""), ConfigError, "kind"),
+    "kind as number": ("dora", lambda d, t: d.update(kind=1), ConfigError, "kind"),
+    "no digest": ("dora", drop("digest"), ConfigError, "digest"),
+    "digest as list": ("dora", lambda d, t: d.update(digest=["0"]), ConfigError, "digest"),
+    "no sites": ("dora", drop("sites"), UnsupportedError, "unknown tensor"),
+    "sites as list": ("dora", lambda d, t: d.update(sites=[1]), ConfigError, "sites"),
+    "base as list": ("dora", lambda d, t: d.update(base_model=[]), ConfigError, "base_model"),
+    "warnings as text": ("dora", lambda d, t: d.update(warnings="x"), ConfigError, "warnings"),
+    "warning as number": ("dora", lambda d, t: d.update(warnings=[1]), ConfigError, "warnings"),
+    "site as list": ("dora", lambda d, t: d["sites"].update({Q: []}), ConfigError, Q),
+    "unknown site field": ("dora", set_site(Q, bias=1), UnsupportedError, "bias"),
+    "activation of a linear": (
+        "dora",
+        set_site(Q, activation=None),
+        UnsupportedError,
+        "activation",
+    ),
+    "unknown shape": ("dora", set_site(Q, shape="conv"), ConfigError, "shape"),
+    "no routing": ("dora", drop("sites", Q, "routing"), ConfigError, "policy"),
+    "routing as text": ("dora", set_site(Q, routing="Soft"), ConfigError, "routing"),
+    "unknown policy field": ("dora", set_routing(Q, scale=2), ConfigError, "routing"),
+    "no constant weights": ("dora", set_routing(Q, weights=[]), ConfigError, "weights"),
+    "too many weights": ("dora", set_routing(Q, weights=[1.0, 1.0]), ConfigError, "weights"),
+    "weight as text": ("dora", set_routing(Q, weights=["1"]), ConfigError, "weights"),
+    "ranks as number": ("dora", set_site(Q, ranks=4), ConfigError, "ranks"),
+    "rank 0": ("dora", set_site(Q, ranks=[4, 0]), ConfigError, "ranks"),
+    "rank as real": ("dora", set_site(Q, ranks=[4.0]), ConfigError, "ranks"),
+    "other ranks": ("dora", set_site(Q, ranks=[5]), ShapeError, "q_proj.a"),
+    "no ranks": ("dora", set_site(Q, ranks=[]), ShapeError, "q_proj.a"),
+    "unused router": ("dora", put(f"{Q}.router", torch.ones(1, 64)), UnsupportedError, "router"),
+    "no router": ("mola-official", lambda d, t: t.pop(f"{Q}.router"), MissingTensorError, "router"),
+    "router of one axis": (
+        "mola-official",
+        put(f"{Q}.router", torch.ones(2)),
+        ShapeError,
+        "router",
+    ),
+    "magnitude beside a router": (
+        "mola-official",
+        put(f"{Q}.magnitude", torch.ones(128)),
+        UnsupportedError,
+        "magnitude",
+    ),
+    "magnitude beside experts": (
+        "dora",
+        both(set_site(Q, ranks=[2, 2]), set_routing(Q, weights=[1.0, 1.0])),
+        UnsupportedError,
+        "magnitude",
+    ),
+    "square magnitude": ("dora", put(f"{Q}.magnitude", torch.ones(8, 16)), ShapeError, "magnitude"),
+    "no a": ("dora", lambda d, t: t.pop(f"{Q}.a"), MissingTensorError, "q_proj.a"),
+    "a of one axis": ("dora", put(f"{Q}.a", torch.ones(4)), ShapeError, "q_proj.a"),
+    "unknown tensor": ("dora", put("x", torch.ones(1)), UnsupportedError, "x"),
+    "tensor of whole numbers": (
+        "dora",
+        put(f"{Q}.a", torch.ones(4, 64, dtype=torch.int64)),
+        UnsupportedError,
+        "q_proj.a",
+    ),
+    "other values": ("dora", put(f"{Q}.a", torch.ones(4, 64)), CorruptFileError, "safetensors"),
+    "unknown projection": (
+        "mixlora-expert-lora",
+        lambda d, t: d["sites"][FFN]["ranks"].update(fc1=[2, 2, 2, 2]),
+        UnsupportedError,
+        "fc1",
+    ),
+    "ffn ranks as list": ("mixlora-expert-lora", set_site(FFN, ranks=[2]), ConfigError, "ranks"),
+    "activation as number": (
+        "mixlora-expert-lora",
+        set_site(FFN, activation=1),
+        ConfigError,
+        "activation",
+    ),
+    "constant ffn": (
+        "mixlora-expert-lora",
+        set_site(FFN, routing={"policy": "Constant", "weights": [0.25] * 4}),
+        UnsupportedError,
+        "routing",
+    ),
+    "no ffn router": (
+        "mixlora-expert-lora",
+        lambda d, t: t.pop(f"{FFN}.router"),
+        MissingTensorError,
+        "router",
+    ),
+    "top_p above 1": (
+        "dynmole-renyi",
+        set_routing("layers.0.mlp.gate_proj", top_p=1.5),
+        ConfigError,
+        "top_p",
+    ),
+    "entropy of another type": (
+        "dynmole-renyi",
+        set_routing("layers.0.mlp.gate_proj", entropy_type="shannon"),
+        ConfigError,
+        "entropy_type",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_refused(rewritten, name):
+    case, change, kind, where = REFUSALS[name]
+    with pytest.raises(kind) as caught:
+        formats.read(rewritten(case, change))
+    assert type(caught.value) is kind
+    assert where in f"{caught.value.where} {caught.value.found}"
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "where"),
+    [
+        ("mola-official", {"router": torch.ones(2, 9)}, f"{Q}.router"),
+        ("mola-official", {"router": torch.ones(3, 64)}, f"{Q}.router"),
+        ("dora", {"magnitude": torch.ones(129)}, f"{Q}.magnitude"),
+    ],
+)
+def test_a_right_digest_of_wrong_shapes(golden, tmp_path, case, change, where):
+    adapter = formats.read(golden / "cases" / case)
+    site = dataclasses.replace(adapter.sites[Q], **change)
+    native.write(dataclasses.replace(adapter, sites={**adapter.sites, Q: site}), tmp_path / "a")
+    with pytest.raises(ShapeError) as caught:
+        formats.read(tmp_path / "a")
+    assert caught.value.where == where
+
+
+def test_no_weights_file(rewritten):
+    directory = rewritten("dora", lambda d, t: None)
+    (directory / native.WEIGHTS).unlink()
+    with pytest.raises(CorruptFileError, match="no such file"):
+        formats.read(directory)
+
+
+def test_half_precision_is_taken_where_it_loses_nothing(stored, rewritten):
+    """The golden adapters' values are exact in float16; scaling by powers of 2 leaves them so."""
+    digest = formats.read(stored / "dora").digest
+    halve = lambda d, t: t.update({name: tensor.half() for name, tensor in t.items()})  # noqa: E731
+    assert formats.read(rewritten("dora", halve)).digest == digest
+
+
+# Damage
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 2**70),
+    st.floats(),
+    st.text(max_size=5),
+    st.just([]),
+    st.just({}),
+    st.lists(st.integers(0, 5), max_size=3),
+)
+
+
+def places(value, path=()):
+    """Every path into a JSON value."""
+    yield path
+    children = value.items() if isinstance(value, dict) else ()
+    children = enumerate(value) if isinstance(value, list) else children
+    for name, child in children:
+        yield from places(child, (*path, name))
+
+
+@settings(deadline=None, max_examples=300)
+@given(case=st.sampled_from(CASES), where=st.integers(0, 10**6), value=VALUES, remove=st.booleans())
+def test_a_changed_field_gives_a_typed_error_or_the_same_adapter(
+    stored, case, where, value, remove
+):
+    document = json.loads((stored / case / native.CONFIG).read_text())
+    original = copy.deepcopy(document)
+    *parents, last = (paths := list(places(document))[1:])[where % len(paths)]
+    target = document
+    for name in parents:
+        target = target[name]
+    if remove:
+        del target[last]
+    else:
+        target[last] = value
+    with TemporaryDirectory() as name, suppress(AdapterError):
+        directory = Path(name)
+        (directory / native.CONFIG).write_text(json.dumps(document))
+        (directory / native.WEIGHTS).symlink_to(stored / case / native.WEIGHTS)
+        assert formats.read(directory).digest == original["digest"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    file=st.sampled_from([native.CONFIG, native.WEIGHTS]),
+    damage=st.lists(
+        st.tuples(st.integers(0, 2**20), st.integers(0, 8), st.binary(max_size=4)),
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_damaged_bytes_give_a_typed_error_or_the_same_adapter(stored, file, damage):
+    digest = json.loads((stored / "dora" / native.CONFIG).read_text())["digest"]
+    with TemporaryDirectory() as name, suppress(AdapterError):
+        directory = Path(name)
+        for other in (native.CONFIG, native.WEIGHTS):
+            data = bytearray((stored / "dora" / other).read_bytes())
+            for place, length, replacement in damage if other == file else ():
+                at = place % len(data)
+                data[at : at + length] = replacement
+            (directory / other).write_bytes(data)
+        assert formats.read(directory).digest == digest
