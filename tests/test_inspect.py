@@ -75,7 +75,7 @@ def test_warnings_are_shown(edited, capsys):
     assert "warning use_dora is set but no magnitudes are saved" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", ["mola-official", "nowhere"])
+@pytest.mark.parametrize("case", ["mov", "nowhere"])
 def test_an_unreadable_adapter_is_one_line_and_no_traceback(golden, capsys, case):
     assert run(golden / "cases" / case) == 1
     captured = capsys.readouterr()
