@@ -127,7 +127,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.set_ylabel("microseconds per layer")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(_title(rows))
+    figure.suptitle(_title(rows), size=10)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -137,7 +137,8 @@ def _title(rows: Sequence[Row]) -> str:
     first = rows[0]
     return (
         f"SmolLM2-135M's layers, bfloat16; {host()['cpu']}, {first.threads} threads, "
-        f"{first.rate:.0f} G multiply-adds/s. Percentages: floor over C++ backend"
+        f"{first.rate:.0f} G multiply-adds/s\nline: best turn, shade: up to the median; "
+        "percentage: floor over C++ backend"
     )
 
 

@@ -12,6 +12,7 @@ rate that the same run measures. vLLM's static LoRA has the total rank of the mi
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -105,6 +106,13 @@ def measure(sweeps: Sequence[str], is_quick: bool, seconds: float) -> Iterator[R
             yield row
 
 
+def warn_if_busy() -> None:
+    """Two spinning thread pools on the same cores slow each other down a hundredfold."""
+    load = os.getloadavg()[0]
+    if load > 1:
+        print(f"The machine is busy (load {load:.1f}): these figures say little", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -115,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="a figure (needs matplotlib)")
     options = parser.parse_args(arguments)
     seconds = min(options.seconds, QUICK_SECONDS) if options.quick else options.seconds
+    warn_if_busy()
     torch.manual_seed(0)
     with torch.inference_mode():
         rows = list(measure(options.sweeps, options.quick, seconds))

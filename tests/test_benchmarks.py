@@ -146,7 +146,10 @@ def test_a_turn_goes_through_all_layers():
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "kernels.csv"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine several would wait for each other
     kernels.main(["--quick", "--sweeps", "policy", "--seconds", "0", "--csv", str(path)])
+    torch.set_num_threads(threads)
     return path
 
 
