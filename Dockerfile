@@ -22,6 +22,9 @@ RUN if [ -n "${TORCH}" ]; then pip install --no-cache-dir "${TORCH}"; fi \
     && pip install --no-cache-dir ".[${EXTRA}]" \
     && if [ "${EXTRA}" = cpu ]; then pip uninstall --yes torchvision torchaudio torchcodec; fi
 
+# Elsewhere the C++ kernels are compiled at their first use; here, for users without a cache.
+RUN if [ "${EXTRA}" = cpu ]; then python -m molehill.kernels.cpu; fi
+
 RUN useradd --create-home molehill && mkdir /adapters && chown molehill /adapters
 USER molehill
 WORKDIR /home/molehill

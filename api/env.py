@@ -13,7 +13,6 @@ from molehill.engine.vllm import backends, compat
 def facts() -> dict[str, str]:
     """What a bug report should say, by name."""
     cuda = torch.cuda.is_available()
-    backend, why = backends.choose("auto", torch.device("cuda" if cuda else "cpu"))
     return {
         "molehill": version("molehill"),
         "vLLM": vllm(),
@@ -21,8 +20,16 @@ def facts() -> dict[str, str]:
         "Python": platform.python_version(),
         "processor": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "GPU": torch.cuda.get_device_name() if cuda else "none",
-        "backend": f"{backend.name}: {why}",
+        "backend": backend(cuda),
     }
+
+
+def backend(cuda: bool) -> str:
+    """What `--adapter-backend auto` takes here."""
+    if cuda:
+        return "triton: a GPU is here"
+    chosen, why = backends.on_cpu("auto")
+    return f"{chosen.name}: {why}"
 
 
 def vllm() -> str:

@@ -111,7 +111,7 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         raise LaunchError(f"--adapter {twice[0]}: the name is given twice")
     args.lora_modules = None
     args.api_server_count = None
-    settings = Settings(options.backend, options.limits)
+    settings = Settings(options.backend, options.memory, options.limits)
     args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
     args.molehill = replace(options, adapters=adapters)
     return args

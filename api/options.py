@@ -7,6 +7,9 @@ from pathlib import Path
 from molehill.api import names
 from molehill.api.errors import BadNameError
 from molehill.engine.base import Limits
+from molehill.engine.vllm.settings import Settings
+
+MEMORY = Settings.memory
 
 
 @dataclass(frozen=True)
@@ -16,13 +19,14 @@ class Options:
     adapters: (name, directory) of the adapters to load at start, wherever they lie.
     roots: directories that clients may load adapters from; without any, they may load none.
     store: where canonical copies go, readable on every node; None is a temporary directory.
-    backend, limits: for the workers, see `molehill.engine.vllm.settings`.
+    backend, memory, limits: for the workers, see `molehill.engine.vllm.settings`.
     """
 
     adapters: tuple[tuple[str, Path], ...] = ()
     roots: tuple[Path, ...] = ()
     store: Path | None = None
     backend: str = "auto"
+    memory: int = MEMORY
     limits: Limits = field(default_factory=Limits)
 
 
@@ -85,6 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="kernels that apply adapters (default: auto, the fastest that run here)",
     )
+    group.add_argument(
+        "--adapter-memory",
+        metavar="BYTES",
+        default=MEMORY,
+        type=positive,
+        help=f"for the serving copies of all adapters on one worker (default: {MEMORY})",
+    )
     bounds = parser.add_argument_group("limits of one adapter")
     for flag, default, what in (
         ("--max-adapter-rank", limits.rank, "rank of one expert"),
@@ -109,5 +120,6 @@ def from_namespace(args: argparse.Namespace) -> Options:
         roots=tuple(args.adapter_root),
         store=args.adapter_store,
         backend=args.adapter_backend,
+        memory=args.adapter_memory,
         limits=limits,
     )

@@ -17,11 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from molehill.kernels.backend import CapacityError
+
 # Bytes. Starts and sizes of extents are multiples, so that rows can be read in whole cache lines.
 ALIGNMENT = 256
 
 
-class ArenaFullError(MemoryError):
+class ArenaFullError(CapacityError):
     """An adapter that does not fit in what is free.
 
     needed: bytes of the whole adapter. free, largest: free bytes in all and in one run. budget:
@@ -30,12 +32,10 @@ class ArenaFullError(MemoryError):
 
     def __init__(self, needed: int, free: int, largest: int, budget: int) -> None:
         self.needed, self.free, self.largest, self.budget = needed, free, largest, budget
-        super().__init__(
-            f"adapter memory: found {free} bytes free of {budget} (largest run {largest}), "
-            f"expected {needed}"
-        )
+        room = f"at most {free} of {budget} (largest run {largest})"
+        super().__init__("adapter memory", f"{needed} bytes", room)
 
-    def __reduce__(self) -> tuple[type["ArenaFullError"], tuple[int, int, int, int]]:
+    def __reduce__(self) -> tuple[type["ArenaFullError"], tuple[int, int, int, int]]:  # type: ignore[override]
         return type(self), (self.needed, self.free, self.largest, self.budget)
 
 

@@ -18,6 +18,21 @@ from molehill.kernels.policy import Policy
 
 CPU = torch.device("cpu")
 
+
+class CapacityError(ValueError):
+    """Weights beyond what a backend was built for, or beyond the memory that it has.
+
+    where: the linear, site, slot or memory. found, expected: what there is, what there may be.
+    """
+
+    def __init__(self, where: str, found: object, expected: object) -> None:
+        self.where, self.found, self.expected = where, str(found), str(expected)
+        super().__init__(f"{where}: found {found}, expected {expected}")
+
+    def __reduce__(self) -> tuple[type["CapacityError"], tuple[str, str, str]]:
+        return type(self), (self.where, self.found, self.expected)
+
+
 # The slot of rows whose adapter is not at hand. Raising inside a step would kill the engine and the
 # base's answer would be a lie, so their outputs are set to zero.
 UNSERVED = -2
@@ -95,6 +110,20 @@ class SlotWeights:
     linears: Mapping[int, Sequence[LinearPiece]]
     ffns: Mapping[int, FfnPiece]
 
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a serving copy, A and B in `dtype`, tables in float32, padding left out."""
+        pairs: list[Experts] = []
+        tables: list[Tensor | None] = []
+        for piece in (piece for pieces in self.linears.values() for piece in pieces):
+            pairs.append(piece.experts)
+            tables += [piece.router, piece.output_scale]
+        for ffn in self.ffns.values():
+            pairs += [pair for pair in (ffn.gate, ffn.up, ffn.down) if pair is not None]
+            tables.append(ffn.router)
+        elements = sum(pair.a.numel() + pair.b.numel() for pair in pairs)
+        floats = sum(table.numel() for table in tables if table is not None)
+        return elements * dtype.itemsize + 4 * floats
+
 
 @dataclass(frozen=True)
 class Run:
@@ -153,8 +182,14 @@ class Backend(Protocol):
     def register_ffn(self, shape: FfnShape) -> int:
         """Handle of an FFN whose linears are registered."""
 
+    def seal(self) -> None:
+        """Every linear and FFN is registered: whatever must have a fixed address is allocated."""
+
     def store(self, slot: int, weights: SlotWeights) -> None:
-        """Puts an adapter into an empty slot; on error the slot stays empty."""
+        """Puts an adapter into an empty slot; on error the slot stays empty.
+
+        Raises CapacityError before anything is written, MemoryError.
+        """
 
     def erase(self, slot: int) -> None:
         """Frees a slot and its memory."""

@@ -71,6 +71,9 @@ class TorchBackend:
         self._linears[shape.down].down_of = ffn
         return len(self._ffns) - 1
 
+    def seal(self) -> None:
+        """Nothing here has a fixed address."""
+
     def store(self, slot: int, weights: SlotWeights) -> None:
         if slot in self._tokens:
             raise ValueError(f"slot {slot} is taken")

@@ -1,27 +1,36 @@
 """Chooses the backend of a worker."""
 
 import torch
+from vllm.config import VllmConfig
 
+from molehill.engine.vllm.settings import Settings
 from molehill.kernels.backend import Backend
 from molehill.kernels.cpu.backend import CpuBackend
 from molehill.kernels.cpu.build import BuildError
 from molehill.kernels.torch_backend import TorchBackend
 
-NAMES = ("auto", "cpu", "torch")
+NAMES = ("auto", "cpu", "torch", "triton")
 
 
-def choose(name: str, device: torch.device) -> tuple[Backend, str]:
-    """The backend called `name`, for `auto` the fastest that runs on `device`; and why this one.
+def for_worker(config: VllmConfig, settings: Settings, device: torch.device) -> tuple[Backend, str]:
+    """The backend of `settings`, for `auto` the fastest that runs on `device`; and why this one.
 
-    Raises ValueError for a name that does not exist, BuildError for a backend that was asked for by
-    name and cannot be built.
+    Raises ValueError for a backend that does not exist or cannot serve this configuration,
+    BuildError for one that was asked for by name and cannot be built.
     """
-    if name not in NAMES:
-        raise ValueError(f"backend: found {name!r}, expected one of {', '.join(NAMES)}")
+    if settings.backend not in NAMES:
+        raise ValueError(f"backend: found {settings.backend!r}, expected one of {NAMES}")
+    if device.type == "cpu":
+        return on_cpu(settings.backend)
+    return _on_gpu(config, settings, device)
+
+
+def on_cpu(name: str) -> tuple[Backend, str]:
+    """As `for_worker`, on a CPU."""
+    if name == "triton":
+        raise ValueError("backend: found 'triton' on a CPU, expected one of auto, cpu, torch")
     if name == "torch":
         return TorchBackend(), "as asked for"
-    if device.type != "cpu":
-        return TorchBackend(), "the Triton backend has not run on a GPU yet"
     try:
         backend = CpuBackend()
     except BuildError as error:
@@ -29,3 +38,23 @@ def choose(name: str, device: torch.device) -> tuple[Backend, str]:
             raise
         return TorchBackend(), f"the C++ kernels are not available: {error}"
     return backend, f"C++ kernels for {backend.isa}"
+
+
+def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tuple[Backend, str]:
+    from molehill.kernels.triton.backend import TritonBackend
+    from molehill.kernels.triton.blocks import Limits
+
+    if settings.backend == "cpu":
+        raise ValueError(f"backend: found 'cpu' on {device}, expected one of auto, torch, triton")
+    if settings.backend == "torch":
+        if not config.model_config.enforce_eager:
+            # A replayed graph would skip the Python that applies the adapters.
+            raise ValueError("backend: found 'torch' with CUDA graphs, expected --enforce-eager")
+        return TorchBackend(), "as asked for"
+    scheduler, lora = config.scheduler_config, config.lora_config
+    tokens = max(
+        scheduler.max_num_batched_tokens,
+        config.compilation_config.max_cudagraph_capture_size or 0,
+    )
+    limits = Limits(adapters=lora.max_loras, tokens=tokens, memory=settings.memory)
+    return TritonBackend(device, limits), "Triton kernels"

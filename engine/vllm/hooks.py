@@ -38,7 +38,7 @@ def hook_linear(module: LinearBase, handle: int, op: Op) -> None:
     hooked: Any = object.__new__(_hooked(kind))
     hooked.__dict__ = method.__dict__
     module.molehill_op = op
-    module.molehill_handle = torch.tensor([handle])
+    module.molehill_handle = torch.tensor([handle], device="cpu")
     module.requires_unquantized_input = True
     module.quant_method = hooked
 
@@ -50,7 +50,7 @@ class MixedActivation(nn.Module):
         super().__init__()
         self.activation = activation
         self.op = op
-        self.handle = torch.tensor([handle])
+        self.handle = torch.tensor([handle], device="cpu")
 
     def forward(self, gate_up: Tensor) -> Tensor:
         h: Tensor = self.activation(gate_up)

@@ -18,12 +18,14 @@ from vllm.lora.request import LoRARequest
 from molehill.engine import formats
 from molehill.engine.adapter import Adapter, natural_key
 from molehill.engine.base import BaseModel
+from molehill.engine.errors import LimitError
 from molehill.engine.validation import validate
 from molehill.engine.vllm import backends, layers, shards
 from molehill.engine.vllm.hooks import hook_ffn, hook_linear
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.backend import (
     UNSERVED,
+    CapacityError,
     FfnPiece,
     FfnShape,
     LinearPiece,
@@ -45,7 +47,7 @@ class AdapterManager:
 
     def __init__(self, config: VllmConfig, device: torch.device, model: nn.Module) -> None:
         self.settings = Settings.from_config(config.additional_config)
-        self.backend, why = backends.choose(self.settings.backend, device)
+        self.backend, why = backends.for_worker(config, self.settings, device)
         logger.info("molehill: %s backend (%s)", self.backend.name, why)
         self._tp = get_tp_group()
         self._linears = layers.find_linears(model)
@@ -60,10 +62,12 @@ class AdapterManager:
         }
         self._handles: dict[str, int] = {}
         self._ffn_handles: dict[str, int] = {}
-        self._install(config.model_config.dtype, device)
+        self._dtype = config.model_config.dtype
+        self._install(self._dtype, device)
         self.base = self._describe_base(config)
         self._slots: dict[int, int] = {}
         self._refused: set[int] = set()
+        self._dummies: set[int] = set()
 
     def _install(self, dtype: torch.dtype, device: torch.device) -> None:
         handles = self._handles
@@ -81,6 +85,7 @@ class AdapterManager:
             )
             self._ffn_handles[ffn.site] = handle
             hook_ffn(ffn, handle, self.backend.ffn_op)
+        self.backend.seal()
         hooked = len(self._linears), len(self._ffns)
         logger.info("molehill: %d linears and %d FFNs hooked", *hooked)
 
@@ -124,11 +129,26 @@ class AdapterManager:
             validate(adapter, self.base, self.settings.limits)
         weights = self._cut(adapter)
         with self._all_ranks_or_none(undo=slot):
-            self.backend.store(slot, weights)
+            self._store(slot, weights)
         self._slots[request.lora_int_id] = slot
         self._refused.discard(request.lora_int_id)
         logger.info("molehill: adapter %s stored in slot %d", request.lora_name, slot)
         return True
+
+    def _store(self, slot: int, weights: SlotWeights) -> None:
+        """Raises LimitError before anything is written if the memory for adapters is spent."""
+        needed = weights.num_bytes(self._dtype)
+        taken = sum(map(self.backend.resident_bytes, self._slots.values()))
+        free = self.settings.memory - taken
+        if needed > free:
+            of = f"at most {free} of {self.settings.memory}"
+            raise LimitError("adapter memory", f"{needed} bytes", of)
+        try:
+            self.backend.store(slot, weights)
+        except CapacityError as error:
+            raise LimitError(error.where, error.found, error.expected) from error
+        except MemoryError as error:
+            raise LimitError("adapter memory", f"{needed} bytes", "memory to be had") from error
 
     @contextmanager
     def _all_ranks_or_none(self, undo: int | None = None) -> Iterator[None]:
@@ -186,6 +206,11 @@ class AdapterManager:
         return True
 
     def remove_all_adapters(self) -> None:
+        if self._dummies:
+            # vLLM cleans up after a profiling run; with data parallelism idle ranks profile while
+            # adapters serve.
+            self._dummies.clear()
+            return
         for lora_id in list(self._slots):
             self.remove_adapter(lora_id)
 
@@ -202,7 +227,7 @@ class AdapterManager:
         """Called before every forward. Never raises: that would end the engine."""
         # A set's order differs between processes; loading meets collectives.
         for request in sorted(requests, key=lambda request: request.lora_int_id):
-            if request.lora_int_id not in self._slots:
+            if request.lora_int_id not in self._slots.keys() | self._dummies:
                 self._add_late(request)
         if mapping is not None:
             self.backend.begin_step(self._runs(mapping.index_mapping))
@@ -228,17 +253,20 @@ class AdapterManager:
         for lora_id, group in groupby(ids):
             stop = start + sum(1 for _ in group)
             if lora_id > 0:
-                runs.append(Run(self._slots.get(lora_id, UNSERVED), start, stop))
+                slot = UNSERVED if lora_id in self._dummies else self._slots.get(lora_id, UNSERVED)
+                runs.append(Run(slot, start, stop))
             start = stop
         return runs
 
-    # vLLM's contract: profiling. Dummy adapters would cost nothing on this backend: none are made.
+    # vLLM's contract: profiling and graph capture. A dummy adapter's rows are unserved ones, for
+    # which a GPU backend launches what it launches for any adapter.
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
         yield
 
     def add_dummy_lora(self, request: LoRARequest, rank: int) -> bool:
+        self._dummies.add(request.lora_int_id)
         return True
 
     def get_dummy_lora_warmup_rank(self, default: int) -> int:

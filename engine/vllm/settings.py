@@ -5,12 +5,19 @@ from typing import Any
 
 from molehill.engine.base import Limits
 
+GIB = 1 << 30
+
 
 @dataclass(frozen=True)
 class Settings:
-    """backend: `auto` (the fastest that runs here), `torch` or `cpu`. limits: see Limits."""
+    """backend: see `backends.NAMES`. limits: of one adapter, see Limits.
+
+    memory: bytes for the serving copies of all adapters on one worker. A GPU worker sets them aside
+    at start, a CPU worker takes them as adapters come.
+    """
 
     backend: str = "auto"
+    memory: int = 2 * GIB
     limits: Limits = field(default_factory=Limits)
 
     def to_config(self) -> dict[str, Any]:

@@ -90,6 +90,9 @@ class CpuBackend:
         self._ffn_tensors[handle] = torch.tensor([handle])
         return int(handle)
 
+    def seal(self) -> None:
+        """Nothing here has a fixed address."""
+
     def store(self, slot: int, weights: SlotWeights) -> None:
         """Packs an adapter into an empty slot. Raises ValueError: what does not fit, and where."""
         if slot < 0 or slot in self._slots:

@@ -66,6 +66,10 @@ class TritonBackend:
         self._ffn_of_gate_up[shape.gate_up] = self._ffn_of_down[shape.down] = handle
         return handle
 
+    def seal(self) -> None:
+        """Allocates all device memory, before vLLM measures what is left and before any capture."""
+        _ = self.table
+
     @property
     def table(self) -> SlotTable:
         """The slot table. The first use allocates all device memory; before any graph capture."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from molehill.kernels.backend import FfnPiece, LinearPiece
+from molehill.kernels.backend import CapacityError, FfnPiece, LinearPiece
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Constant, Policy
 from molehill.kernels.triton import layout as at
@@ -25,20 +25,6 @@ ACTIVATION_CODES = {
     "gelu_pytorch_tanh": at.GELU_TANH.value,
     "relu": at.RELU.value,
 }
-
-
-class CapacityError(ValueError):
-    """An adapter beyond the limits that the server was started with.
-
-    where: the linear, site or slot. found, expected: as in molehill.engine.errors.
-    """
-
-    def __init__(self, where: str, found: object, expected: object) -> None:
-        self.where, self.found, self.expected = where, str(found), str(expected)
-        super().__init__(f"{where}: found {found}, expected {expected}")
-
-    def __reduce__(self) -> tuple[type["CapacityError"], tuple[str, str, str]]:
-        return type(self), (self.where, self.found, self.expected)
 
 
 @dataclass

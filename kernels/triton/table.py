@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from molehill.kernels.arena import Arena, Extent
-from molehill.kernels.backend import FfnShape, LinearShape, SlotWeights
+from molehill.kernels.backend import CapacityError, FfnShape, LinearShape, SlotWeights
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.blocks import Limits, blocks_for
 from molehill.kernels.triton.pack import (
-    CapacityError,
     Packing,
     Record,
     Site,
