@@ -17,26 +17,20 @@ class Configuration:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+TORCH = {"additional_config": {"molehill": {"backend": "torch"}}}
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+A_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
 CONFIGURATIONS = {
-    "chunked prefill": Configuration(
-        {"enable_chunked_prefill": True, "max_num_batched_tokens": 24}
+    "chunked prefill, C++ without vector instructions": Configuration(
+        {"enable_chunked_prefill": True, "max_num_batched_tokens": 24},
+        {"MOLEHILL_CPU_ISA": "portable"},
     ),
-    "tensor parallel": Configuration(
-        {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
-        {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    "chunked prefill, torch backend": Configuration(
+        {"enable_chunked_prefill": True, "max_num_batched_tokens": 24, **TORCH}
     ),
-    "tensor parallel, torch backend": Configuration(
-        {
-            "tensor_parallel_size": 2,
-            "distributed_executor_backend": "mp",
-            "additional_config": {"molehill": {"backend": "torch"}},
-        },
-        {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-    ),
-    "torch backend": Configuration({"additional_config": {"molehill": {"backend": "torch"}}}),
-    "C++ backend without vector instructions": Configuration(
-        {"additional_config": {"molehill": {"backend": "cpu"}}}, {"MOLEHILL_CPU_ISA": "portable"}
-    ),
+    "tensor parallel": Configuration(TWO_RANKS, A_CORE_EACH),
+    "tensor parallel, torch backend": Configuration({**TWO_RANKS, **TORCH}, A_CORE_EACH),
 }
 
 

@@ -119,7 +119,7 @@ def test_removing_an_adapter_frees_it(llm: Any) -> None:
 def test_a_bad_adapter_is_refused_by_add_lora_and_the_engine_lives(llm: Any, tmp_path: Any) -> None:
     from vllm.lora.request import LoRARequest
 
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"')
     with pytest.raises(Exception, match=r"adapter_config\.json"):
         llm.llm_engine.add_lora(LoRARequest("bad", 92, str(tmp_path)))
     assert 92 not in llm.llm_engine.list_loras()
