@@ -34,16 +34,15 @@ def check_seams() -> None:
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-    wanted = {
-        LoRAModelRunnerMixin.load_lora_model: ["self", "model", "vllm_config", "device"],
-        LinearMethodBase.apply: ["self", "layer", "x", "bias"],
-    }
-    for function, parameters in wanted.items():
-        found = list(inspect.signature(function).parameters)
+    for owner, name, parameters in (
+        (LoRAModelRunnerMixin, "load_lora_model", ["self", "model", "vllm_config", "device"]),
+        (LinearMethodBase, "apply", ["self", "layer", "x", "bias"]),
+    ):
+        function = getattr(owner, name, None)
+        found = None if function is None else list(inspect.signature(function).parameters)
         if found != parameters:
-            raise RuntimeError(
-                f"vLLM's {function.__qualname__} takes {found}, molehill expects {parameters}"
-            )
+            where = f"{owner.__name__}.{name}"
+            raise RuntimeError(f"vLLM's {where} takes {found}, molehill expects {parameters}")
     for owner, names in {
         LoRAMapping: ("index_mapping", "type"),
         LoRARequest: ("lora_name", "lora_int_id", "lora_path"),
