@@ -33,7 +33,7 @@ def test_a_method_that_is_gone_is_named(monkeypatch: Any) -> None:
     from vllm.model_executor.layers.linear import LinearMethodBase
 
     monkeypatch.delattr(LinearMethodBase, "apply")
-    with pytest.raises(RuntimeError, match=r"LinearMethodBase\.apply takes None"):
+    with pytest.raises(RuntimeError, match=r"LinearMethodBase\.apply takes"):
         compat.check_seams()
 
 
