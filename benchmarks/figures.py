@@ -52,10 +52,19 @@ class Row:
     threads: int
 
 
-def row(
-    sweep: str, point: Point, timings: Mapping[str, Timing | None], needed: Work, machine: Machine
-) -> Row:
-    """Rounds and names what was measured."""
+@dataclass(frozen=True)
+class Result:
+    """One point: seconds per op and layer by arm, None where there is none, and the work done."""
+
+    sweep: str
+    point: Point
+    timings: Mapping[str, Timing | None]
+    needed: Work
+
+
+def row(result: Result, machine: Machine) -> Row:
+    """Sets a result against the machine's limits; rounds."""
+    point, timings, needed = result.point, result.timings, result.needed
     floor, bound = needed.floor(machine)
     times: dict[str, float | None] = {}
     for arm in ARMS:
@@ -64,7 +73,7 @@ def row(
         times[f"{arm}_median_us"] = round(timing.median * 1e6, 2) if timing else None
     cpp = timings["cpp"]
     return Row(
-        sweep=sweep,
+        sweep=result.sweep,
         op=point.op,
         tokens=point.tokens,
         experts=point.experts,
@@ -170,8 +179,8 @@ def _panel(axes: Any, sweep: str, op: str, rows: Sequence[Row]) -> None:
     axes.margins(y=0.12)
     if not is_named:
         axes.set_xscale("log", base=2)
-        axes.set_xticks(x, [str(value) for value in x], size=7)
-    axes.tick_params(axis="x", labelsize=7)
+        axes.set_xticks(x, [str(value) for value in x])
+    axes.tick_params(axis="x", labelsize=6)
     axes.set_title(_panel_title(sweep, op, rows[-1]), size=9)
     axes.set_xlabel("" if is_named else variable)
 

@@ -7,42 +7,60 @@ Multiply-adds are those of the routers and of each token's own experts.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from molehill.benchmarks.race import race
-from molehill.benchmarks.workload import HIDDEN, LINEARS, OPS, Layer, Point, random
+from molehill.benchmarks.workload import DTYPE, HIDDEN, LINEARS, OPS, Layer, Point
 from molehill.kernels import definition
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy
 
-SECONDS = 0.3
+SECONDS = 0.05
+# A matrix multiplication's width; bytes of the smallest read, larger than a second-level cache.
+WIDTH, SMALLEST = 1024, 1 << 22
 
 
 class Machine:
-    """What the machine does at best, measured when it is first asked for.
+    """The best that the machine was seen to do. Observed all through a run: noise only slows.
 
-    rate: multiply-adds per second of a bfloat16 matrix multiplication.
+    rate: multiply-adds per second of a square matrix multiplication, in bfloat16 or in float32,
+    whichever is faster here.
     """
 
     def __init__(self) -> None:
+        self.rate = 0.0
         self._bandwidths: dict[int, float] = {}
-        matrix, product = random(1024, 1024), random(1024, 1024)
-        self.rate = 1024**3 / _best(lambda _: torch.mm(matrix, matrix, out=product))
+        dtypes = (torch.float32, DTYPE)
+        self._matrices = [torch.randn(WIDTH, WIDTH).to(dtype) for dtype in dtypes]
+
+    def observe(self, size: int) -> None:
+        """Multiplies, and reads `size` bytes."""
+        products = [torch.empty_like(matrix) for matrix in self._matrices]
+        for matrix, product in zip(self._matrices, products, strict=True):
+            seconds = _best(partial(torch.mm, matrix, matrix, out=product))
+            self.rate = max(self.rate, WIDTH**3 / seconds)
+        size = _rounded(size)
+        # Ones: the pages of fresh zeros all lie in one page of memory, until written to.
+        data, total = torch.ones(size // 4), torch.zeros(())
+        for read in (partial(torch.sum, data, 0, out=total), partial(torch.dot, data, data)):
+            speed = size / _best(read)
+            self._bandwidths[size] = max(speed, self._bandwidths.get(size, 0.0))
 
     def bandwidth(self, size: int) -> float:
-        """Bytes per second of a sum over `size` bytes, rounded up to a power of two."""
-        size = 1 << (size - 1).bit_length()
-        if size not in self._bandwidths:
-            # Ones: the pages of fresh zeros all lie in one page of memory, until written to.
-            data, total = torch.ones(size // 4), torch.zeros(())
-            self._bandwidths[size] = size / _best(lambda _: torch.sum(data, 0, out=total))
-        return self._bandwidths[size]
+        """Bytes per second of a reader of `size` bytes or more, where that was faster."""
+        speeds = self._bandwidths.items()
+        return max(speed for observed, speed in speeds if observed >= _rounded(size))
 
 
-def _best(run: Callable[[int], object]) -> float:
-    timing = race({"": run}, 1, SECONDS)[""]
+def _rounded(size: int) -> int:
+    return max(SMALLEST, 1 << (size - 1).bit_length())
+
+
+def _best(run: Callable[[], object]) -> float:
+    timing = race({"": lambda _: run()}, 1, SECONDS)[""]
     assert timing is not None
     return timing.best
 

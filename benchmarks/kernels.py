@@ -14,7 +14,7 @@ rate that the same run measures. vLLM's static LoRA has the total rank of the mi
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import torch
 
 from molehill.benchmarks import figures
 from molehill.benchmarks.arms import Arm, MixtureArm, VllmArm
-from molehill.benchmarks.figures import Row
+from molehill.benchmarks.figures import Result, Row
 from molehill.benchmarks.floor import Machine, work
 from molehill.benchmarks.race import race
 from molehill.benchmarks.workload import (
@@ -72,14 +72,15 @@ class Bench:
         self._layers: list[Layer] = []
         self._arms: dict[str, Arm] = {}
 
-    def measure(self, sweep: str, point: Point) -> Row:
-        """One line of the CSV."""
+    def measure(self, sweep: str, point: Point) -> Result:
+        """One point. What the machine can do is known when all are measured."""
         self._load(point)
         inputs = make_inputs(point.tokens)
         runs = {name: arm.prepare(point, inputs) for name, arm in self._arms.items()}
         timings = race(runs, self.depth, self.seconds)
         needed = work(self._layers, point, inputs)
-        return figures.row(sweep, point, timings, needed, self.machine)
+        self.machine.observe(needed.resident)
+        return Result(sweep, point, timings, needed)
 
     def _load(self, point: Point) -> None:
         key = replace(point, op="ffn" if point.is_ffn else "layer", tokens=1)
@@ -96,14 +97,15 @@ class Bench:
         self._loaded = key
 
 
-def measure(sweeps: Sequence[str], is_quick: bool, seconds: float) -> Iterator[Row]:
-    """Rows of the sweeps, as they are measured."""
+def measure(sweeps: Sequence[str], is_quick: bool, seconds: float) -> list[Row]:
+    """The rows of the sweeps; tells of each point on the standard error."""
     bench = Bench(QUICK_LAYERS if is_quick else LAYERS, seconds)
+    results = []
     for sweep in sweeps:
         for point in quick(SWEEPS[sweep]) if is_quick else SWEEPS[sweep]:
-            row = bench.measure(sweep, point)
-            print(figures.line(row), file=sys.stderr)
-            yield row
+            results.append(bench.measure(sweep, point))
+            print(figures.line(figures.row(results[-1], bench.machine)), file=sys.stderr)
+    return [figures.row(result, bench.machine) for result in results]
 
 
 def warn_if_busy() -> None:
@@ -126,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warn_if_busy()
     torch.manual_seed(0)
     with torch.inference_mode():
-        rows = list(measure(options.sweeps, options.quick, seconds))
+        rows = measure(options.sweeps, options.quick, seconds)
     figures.write_csv(rows, options.csv)
     if options.plot:
         figures.plot(rows, options.plot)
