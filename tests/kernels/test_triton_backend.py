@@ -182,7 +182,7 @@ def test_too_many_rank_rows_are_refused_before_anything_is_written() -> None:
 
 def test_an_adapter_over_the_memory_is_refused_before_anything_is_written() -> None:
     own = mixture(Soft(), (8, 8), 64, 64)
-    refused(own, replace(LIMITS, memory=4096), ArenaFullError, "found 4096 bytes free of 4096")
+    refused(own, replace(LIMITS, memory=4096), ArenaFullError, "at most 4096 of 4096")
 
 
 def test_a_slot_beyond_the_table_is_refused() -> None:
