@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= .models/SmolLM2-135M-Instruct
 TORCH ?= torch==2.13.0
+PORT ?= 8000
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find engine kernels api benchmarks -name '*.py' -o -name '*.cpp' -o -name '*.h')
 
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE = 1
 .PHONY: demo test lint clean
 
 demo: $(VENV)/molehill.stamp $(MODEL)/config.json
-	$(BIN)/python demo/run.py $(MODEL) $(if $(ONCE),--once)
+	$(BIN)/python demo/run.py $(MODEL) --port $(PORT) $(if $(ONCE),--once)
 
 test: $(VENV)/molehill.stamp $(MODEL)/config.json
 	MOLEHILL_SMOLLM2=$(MODEL) $(BIN)/pytest $(PYTEST_ARGS)
