@@ -36,14 +36,17 @@ class Contestant:
 
 
 def race(
-    runs: Mapping[str, Callable[[int], object]], depth: int, budget: float
+    runs: Mapping[str, Callable[[int], object]],
+    depth: int,
+    budget: float,
+    limit: float = LIMIT,
 ) -> dict[str, Timing | None]:
     """Times `run(layer)` of each for `budget` seconds in all, and LEAST_TURNS turns at least.
 
     A turn goes through all `depth` layers, or as many as fit into TURN seconds. None if one call
-    takes over LIMIT seconds.
+    takes over `limit` seconds.
     """
-    contestants = {name: _warm(run, depth) for name, run in runs.items()}
+    contestants = {name: _warm(run, depth, limit) for name, run in runs.items()}
     turns: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     for turn in itertools.count():
@@ -58,10 +61,10 @@ def race(
     }
 
 
-def _warm(run: Callable[[int], object], depth: int) -> Contestant | None:
+def _warm(run: Callable[[int], object], depth: int, limit: float) -> Contestant | None:
     layers = itertools.cycle(range(depth))
     seconds = Contestant(run, layers, 1).turn()
-    if seconds > LIMIT:
+    if seconds > limit:
         return None
     seconds = min(seconds, Contestant(run, layers, 1).turn())
     return Contestant(run, layers, max(1, min(depth, int(TURN / seconds))))

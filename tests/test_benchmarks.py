@@ -129,10 +129,9 @@ def test_floor_of_top_1_reads_the_chosen_experts_of_an_ffn():
     assert multiplying == (pytest.approx(needed.done / 1e6), "operations")
 
 
-def test_a_contestant_over_the_limit_is_not_timed(monkeypatch):
-    monkeypatch.setattr(race, "LIMIT", 0.05)
+def test_a_contestant_over_the_limit_is_not_timed():
     runs = {"slow": lambda layer: time.sleep(0.06), "fast": lambda layer: time.sleep(0.002)}
-    timings = race.race(runs, depth=2, budget=0)
+    timings = race.race(runs, depth=2, budget=0, limit=0.05)
     assert timings["slow"] is None
     assert 0.002 <= timings["fast"].best <= timings["fast"].median
 
