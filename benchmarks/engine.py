@@ -60,8 +60,8 @@ class Point:
 POINTS = (
     Point("decode, batch 1", 1, 16, 48),
     Point("decode, batch 8", 8, 16, 48),
-    Point("decode, batch 32", 32, 16, 48),
-    Point("decode, batch 8, 1k context", 8, 1000, 32),
+    Point("decode, batch 32", 32, 16, 32),
+    Point("decode, batch 2, 1k context", 2, 1000, 32),
     Point("prefill, 4 x 512", 4, 512, 1),
 )
 
@@ -232,6 +232,25 @@ def limits(model: str) -> dict[str, float]:
     return found
 
 
+def many_limit(model: str, samples: list[Sample], experts: float) -> float:
+    """Speed of 32 adapters over one at batch 32 that bytes allow, at the bandwidth seen at batch 1.
+
+    experts: that a token chooses on average; every row of the batch reads its own adapter's.
+    """
+    from molehill.benchmarks import synthetic
+    from molehill.engine.huggingface import base_model
+
+    def best(arm: str, point: Point) -> float:
+        return max(s.speed for s in samples if (s.arm, s.point) == (arm, point.name))
+
+    weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+    bandwidth = weights * best("a", POINTS[0])
+    adapter = synthetic.dynmole(**adapter_options(base_model(model)), seed=0)
+    more = (MANY - 1) * synthetic.touched_bytes(adapter, experts / EXPERTS)
+    step = POINTS[2].batch / best("d", POINTS[2])
+    return step / (step + more / bandwidth)
+
+
 def host() -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
@@ -295,6 +314,9 @@ def main() -> None:
         facts: dict[str, Any] = {"host": host(), "limits": limits(args.model)}
         if "molehill" in engines:
             facts["routing"] = routing(engines, requests)
+            if {"a", "d", "f"} <= set(arms):
+                chosen = facts["routing"]["d"]["experts"]
+                facts["limits"]["f/d, batch 32"] = many_limit(args.model, samples, chosen)
         text = "\n".join([report(samples, arms), "", json.dumps(facts, indent=1)])
         print(text)
         write(args.output, samples, facts, text)
