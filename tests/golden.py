@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 TINY_LLAMA = GOLDEN / "tiny-llama"
 VOCABULARY = 512
 
-# Every method of the first slice, as FORMATS of tests/data/golden/README.md names them.
+# What is served, as tests/data/golden/README.md names it.
 SERVED = (
     "lora",
     "rslora",

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from golden import SERVED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -13,26 +14,6 @@ from molehill.engine.adapter import Adapter
 from molehill.engine.errors import UnknownTargetError
 from molehill.engine.reference import attach
 
-CASES = [
-    "lora",
-    "rslora",
-    "dora",
-    "mixlora",
-    "mixlora-expert-lora",
-    "mixlora-dynamic-t0",
-    "mixlora-dynamic-t05",
-    "mixlora-switch",
-    "mola",
-    "mola-official",
-    "loramoe",
-    "loramoe-official",
-    "hydralora",
-    "dynmole-default",
-    "dynmole-soft",
-    "dynmole-sparse",
-    "dynmole-renyi",
-    "dynmole-k1",
-]
 UNROUTED = ("lora", "rslora", "dora")
 LOGITS = 1e-3
 ROUTING = 1e-5
@@ -55,7 +36,7 @@ def greedy(model, tokens, steps):
     return tokens[-steps:]
 
 
-@pytest.mark.parametrize("case", ["base", *CASES])
+@pytest.mark.parametrize("case", ["base", *SERVED])
 def test_logits_and_greedy_tokens_are_the_oracles(golden, model, case):
     directory = golden / "cases" / case
     prompts = json.loads((directory / "oracle.json").read_text())["prompts"]
@@ -71,7 +52,7 @@ def test_logits_and_greedy_tokens_are_the_oracles(golden, model, case):
             assert greedy(model, prompt["prompt_token_ids"], len(tokens)) == tokens
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in UNROUTED])
+@pytest.mark.parametrize("case", [case for case in SERVED if case not in UNROUTED])
 def test_routing_is_the_oracles(golden, model, case):
     directory = golden / "cases" / case
     oracle = load_file(directory / "oracle.safetensors")
