@@ -18,6 +18,9 @@ WORKER = "molehill.engine.vllm.worker.Worker"
 # Engine slots are bookkeeping: an adapter's memory is taken when it loads, not per slot.
 MAX_LORAS = 32
 
+# Bytes. vLLM's default on CPU, 92 % of the machine's memory, fails wherever anything else runs.
+CPU_KV_CACHE = 4 << 30
+
 # The settings under which vLLM would serve something else than the model that a client names, or
 # load adapters past the registry.
 UNSAFE_ENVIRONMENT = {
@@ -74,6 +77,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_env_setup()
@@ -87,6 +91,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         args.model = args.model_tag
     elif args.model == serve.get_default("model"):
         raise LaunchError("no MODEL given")
+    chosen = args.kv_cache_memory_bytes or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    share_is_default = args.gpu_memory_utilization == serve.get_default("gpu_memory_utilization")
+    if current_platform.is_cpu() and not chosen and share_is_default:
+        args.kv_cache_memory_bytes = CPU_KV_CACHE
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args

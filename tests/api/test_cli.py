@@ -88,6 +88,17 @@ def test_vllm_gets_our_worker_and_defaults() -> None:
     assert args["api_server_count"] is None
 
 
+def test_the_kv_cache_of_a_cpu_has_a_size_unless_the_user_says_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert prepared().kv_cache_memory_bytes == 4 << 30
+    assert prepared("--kv-cache-memory-bytes", "1000000").kv_cache_memory_bytes == 1000000
+    assert prepared("--gpu-memory-utilization", "0.5").kv_cache_memory_bytes is None
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert prepared().kv_cache_memory_bytes is None
+
+
 def test_a_users_own_max_loras_holds() -> None:
     assert vars(prepared("--max-loras", "3"))["max_loras"] == 3
 
