@@ -117,6 +117,10 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     twice = [name for name, count in Counter(name for name, _ in adapters).items() if count > 1]
     if twice:
         raise LaunchError(f"--adapter {twice[0]}: the name is given twice")
+    if args.served_model_name is None and Path(args.model).is_dir():
+        # Clients need not know where the model lies; those that do may go on using the path.
+        names = (Path(args.model).resolve().name, args.model)
+        args.served_model_name = list(dict.fromkeys(names))
     args.lora_modules = None
     args.api_server_count = None
     settings = Settings(options.backend, options.memory, options.limits)

@@ -111,7 +111,11 @@ def summary(generation: Generation) -> dict[str, Any]:
 async def list_models(found: Injected) -> Response:
     """The base model's cards as vLLM writes them, and one per adapter, without server paths."""
     listed = await found.models.registry.show_available_models()
-    cards = [card.model_dump() for card in listed.data]
+    # A local model also answers to its directory, which is not for everybody to know.
+    first, *others = listed.data
+    cards = [
+        card.model_dump() for card in (first, *others) if card is first or card.id != card.root
+    ]
     base = cards[0]
     for card in cards:
         card["root"] = card["id"]

@@ -99,6 +99,11 @@ def test_the_kv_cache_of_a_cpu_has_a_size_unless_the_user_says_one(
     assert prepared().kv_cache_memory_bytes is None
 
 
+def test_a_local_model_is_named_after_its_directory() -> None:
+    assert prepared().served_model_name == [TINY_LLAMA.name, str(TINY_LLAMA)]
+    assert prepared("--served-model-name", "mine").served_model_name == ["mine"]
+
+
 def test_a_users_own_max_loras_holds() -> None:
     assert vars(prepared("--max-loras", "3"))["max_loras"] == 3
 

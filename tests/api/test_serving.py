@@ -9,28 +9,12 @@ import openai
 import pytest
 import torch
 from api_client import BASE, GOLDEN, Api, oracle
+from golden import SERVED
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-CASES = (
-    "lora",
-    "rslora",
-    "dora",
-    "mixlora",
-    "mixlora-expert-lora",
-    "mixlora-dynamic-t0",
-    "mixlora-dynamic-t05",
-    "mola",
-    "loramoe",
-    "dynmole-default",
-    "dynmole-soft",
-    "dynmole-sparse",
-    "dynmole-renyi",
-    "dynmole-k1",
-)
 
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SERVED)
 def test_a_hot_loaded_adapter_gives_the_oracles_tokens(clean: Api, case: str) -> None:
     assert clean.load(case, case).status_code == 200
     for prompt in oracle(case)["prompts"]:
