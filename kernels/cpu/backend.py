@@ -194,7 +194,8 @@ class CpuBackend:
         _check_table(piece.site, "bias", piece.bias, (outputs,))
 
     def _pack(self, slot: int, weights: SlotWeights) -> None:
-        self._ops.open_slot(self._id, slot)
+        dtype = next((shape.dtype for shape in self._linears.values()), torch.float32)
+        self._ops.open_slot(self._id, slot, weights.num_bytes(dtype))
         for handle, pieces in weights.linears.items():
             for piece in pieces:
                 self._ops.store_linear(

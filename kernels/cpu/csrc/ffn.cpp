@@ -60,8 +60,8 @@ class FfnCall {
     const int column = tile * kTileColumns, row = state.chunk.start;
     const ptrdiff_t element = kernels_.element;
     const auto side = [&](const LowRank& pair, const void* z) {
-      return FfnSide{z, pair.ranks(), pair.first_rank.data(),
-                     pair.b.as<char>() + size_t(column) * pair.ranks() * element};
+      return FfnSide{z, pair.ranks(), pair.first_rank.data(), pair.b.as<char>(), column,
+                     pair.columns()};
     };
     const char* base = static_cast<const char*>(gate_up_.data) + row * gate_up_.stride * element;
     char* h = static_cast<char*>(h_.data) + (row * h_.stride + column) * element;

@@ -125,9 +125,9 @@ template <class M, int N, bool plain>
 void expand_tiles(const ExpandJob& job, int column) {
   using T = typename M::Element;
   const Choice choice = job.choice;
-  const ptrdiff_t ranks = job.ranks, tile_stride = ranks * kTileColumns, out_stride = job.out_stride;
+  const ptrdiff_t ranks = job.ranks, out_stride = job.out_stride;
   const int* first_rank = job.first_rank;
-  const T* tiles = (const T*)job.tiles + column * ranks;
+  const ptrdiff_t all_columns = job.all_columns, own_column = job.column + column;
   const auto* z = (const typename M::Operand*)job.z;
   T* out = (T*)job.out + column;
   for (ptrdiff_t row = 0; row < choice.rows; ++row, z += ranks, out += out_stride) {
@@ -143,9 +143,9 @@ void expand_tiles(const ExpandJob& job, int column) {
     }
     const uint16_t* expert = choice.experts + row * choice.max_experts;
     for (const uint16_t* end = expert + choice.counts[row]; expert != end; ++expert) {
-      const ptrdiff_t first = first_rank[*expert];
-      columns.add(z + first, tiles + first * kTileColumns, tile_stride,
-                  int(first_rank[*expert + 1] - first));
+      const ptrdiff_t first = first_rank[*expert], own = first_rank[*expert + 1] - first;
+      const T* tiles = (const T*)job.b + first * all_columns + own * own_column;
+      columns.add(z + first, tiles, own * kTileColumns, int(own));
     }
 #pragma GCC unroll 8
     for (int c = 0; c < 4 * N; ++c) {
@@ -180,10 +180,9 @@ using Tile = typename M::template Columns<1>;
 template <class M>
 INLINE void add_side(Tile<M>& tile, int row, int e, const FfnSide& side) {
   if (!side.z) return;
-  const int first = side.first_rank[e];
-  tile.add((const typename M::Operand*)side.z + ptrdiff_t(row) * side.ranks + first,
-           (const typename M::Element*)side.tile + ptrdiff_t(first) * kTileColumns, 0,
-           side.first_rank[e + 1] - first);
+  const ptrdiff_t first = side.first_rank[e], own = side.first_rank[e + 1] - first;
+  const auto* b = (const typename M::Element*)side.b + first * side.all_columns + own * side.column;
+  tile.add((const typename M::Operand*)side.z + ptrdiff_t(row) * side.ranks + first, b, 0, int(own));
 }
 
 template <class M>

@@ -11,7 +11,8 @@ namespace molehill {
 // A is packed in panels of 8 rank rows: [inputs / 4][8 rows][4 inputs]. Routers likewise, by expert.
 constexpr int kPanelRows = 8;
 constexpr int kPanelInputs = 4;
-// B is packed in tiles of 64 output columns: [ranks / P][64 columns][P ranks], P = ranks_per_step.
+// B is packed by expert, in tiles of 64 output columns: [ranks / P][64 columns][P ranks], P =
+// ranks_per_step. Expert e's first tile is first_rank[e] * (all columns) elements from the start.
 constexpr int kTileColumns = 64;
 // Rows of the batch that one unit of work looks at, and that one inner loop keeps in registers.
 constexpr int kChunkRows = 64;
@@ -49,7 +50,8 @@ struct ExpandJob {
   const void* z;  // operands [rows][ranks], gate weights folded in
   int ranks;
   const int* first_rank;   // [experts + 1]
-  const void* tiles;       // packed B
+  const void* b;           // packed
+  int column, all_columns;  // the first column's place among B's, whole tiles
   const float* scale;      // DoRA: [experts][scale_stride] at the first column, or null
   ptrdiff_t scale_stride;
   const float* bias;       // the base's, at the first column; only read with a scale
@@ -62,7 +64,8 @@ struct FfnSide {
   const void* z;  // operands [rows][ranks], or null: the base alone
   int ranks;
   const int* first_rank;
-  const void* tile;
+  const void* b;  // packed
+  int column, all_columns;
 };
 
 // h[:, tile] = sum_e w_e u_e and down_e += A_down,e[:, tile] u_e, for one tile of the intermediate.

@@ -346,8 +346,7 @@ class LinearCall {
                      element(out_, work.chunk.start, product.start + column), out_.stride,
                      std::min(kUnitColumns, columns(product) - column), product.z, pair.ranks(),
                      pair.first_rank.data(),
-                     pair.b.as<char>() + size_t(column) * pair.ranks() * kernels_.element,
-                     at(product.scale), columns(product), at(product.bias), at(product.shift),
+                     pair.b.as<char>(), column, pair.columns(), at(product.scale), columns(product), at(product.bias), at(product.shift),
                      product.factor});
   }
 

@@ -132,7 +132,7 @@ Policy parse_policy(const std::string& name, const Numbers& n) {
 }
 
 Site make_site(int64_t id, int64_t experts, const std::string& policy, const Numbers& numbers,
-               const std::optional<Tensor>& router) {
+               const std::optional<Tensor>& router, Arena& memory) {
   TORCH_CHECK(experts > 0 && experts <= kMaxExperts, "molehill_cpu: ", experts, " experts");
   Site site;
   site.id = id;
@@ -143,7 +143,7 @@ Site make_site(int64_t id, int64_t experts, const std::string& policy, const Num
   site.counters.expert_tokens.resize(experts);
   if (site.routed)
     site.router =
-        pack_router(router->const_data_ptr<float>(), int(experts), int(router->size(1)));
+        pack_router(router->const_data_ptr<float>(), int(experts), int(router->size(1)), memory);
   return site;
 }
 
@@ -152,14 +152,15 @@ Dense dense(const Tensor& t) {
 }
 
 LowRank make_pair(const Kernels& table, const std::optional<Tensor>& a,
-                  const std::optional<Tensor>& b, const Ints& ranks, int64_t experts) {
+                  const std::optional<Tensor>& b, const Ints& ranks, int64_t experts,
+                  Arena& memory) {
   if (!a) return LowRank(int(experts));
   return LowRank(dense(*a), dense(*b), std::vector<int>(ranks.begin(), ranks.end()),
-                 table.ranks_per_step);
+                 table.ranks_per_step, memory);
 }
 
-Buffer floats(const std::optional<Tensor>& t) {
-  return t ? copy_floats(t->const_data_ptr<float>(), t->numel()) : Buffer();
+Buffer floats(const std::optional<Tensor>& t, Arena& memory) {
+  return t ? copy_floats(t->const_data_ptr<float>(), t->numel(), memory) : Buffer();
 }
 
 void store_linear(int64_t slot, int64_t linear, int64_t site, int64_t start, const Tensor& a,
@@ -168,13 +169,16 @@ void store_linear(int64_t slot, int64_t linear, int64_t site, int64_t start, con
                   const std::optional<Tensor>& output_scale, const std::optional<Tensor>& bias) {
   const Handle handle = find(linears, linear);
   Backend& state = handle.instance->state;
+  Slot& owner = state.slots[int(slot)];
+  Arena& memory = owner.memory;
   LinearPiece piece;
-  piece.site = make_site(site, int64_t(ranks.size()), policy, numbers, router);
+  piece.site = make_site(site, int64_t(ranks.size()), policy, numbers, router, memory);
   piece.start = int(start);
-  piece.experts = make_pair(*state.linears[handle.index].kernels, a, b, ranks, int64_t(ranks.size()));
-  piece.output_scale = floats(output_scale);
-  piece.bias = floats(bias);
-  state.slots[int(slot)].linears[handle.index].push_back(std::move(piece));
+  piece.experts = make_pair(*state.linears[handle.index].kernels, a, b, ranks,
+                            int64_t(ranks.size()), memory);
+  piece.output_scale = floats(output_scale, memory);
+  piece.bias = floats(bias, memory);
+  owner.linears[handle.index].push_back(std::move(piece));
 }
 
 void store_ffn(int64_t slot, int64_t ffn, int64_t site, int64_t activation,
@@ -188,14 +192,16 @@ void store_ffn(int64_t slot, int64_t ffn, int64_t site, int64_t activation,
   Backend& state = handle.instance->state;
   const Kernels& table = *state.linears[state.ffns[handle.index].gate_up].kernels;
   const int64_t experts = router.size(0);
+  Slot& owner = state.slots[int(slot)];
+  Arena& memory = owner.memory;
   FfnPiece piece;
-  piece.site = make_site(site, experts, policy, numbers, router);
+  piece.site = make_site(site, experts, policy, numbers, router, memory);
   piece.activation = Activation(activation);
-  piece.gate = make_pair(table, gate_a, gate_b, gate_ranks, experts);
-  piece.up = make_pair(table, up_a, up_b, up_ranks, experts);
-  piece.down = make_pair(table, down_a, down_b, down_ranks, experts);
-  piece.bias = floats(bias);
-  state.slots[int(slot)].ffns.insert_or_assign(handle.index, std::move(piece));
+  piece.gate = make_pair(table, gate_a, gate_b, gate_ranks, experts, memory);
+  piece.up = make_pair(table, up_a, up_b, up_ranks, experts, memory);
+  piece.down = make_pair(table, down_a, down_b, down_ranks, experts, memory);
+  piece.bias = floats(bias, memory);
+  owner.ffns.insert_or_assign(handle.index, std::move(piece));
 }
 
 // A slot that holds nothing is not served.
@@ -212,7 +218,10 @@ void begin_step(int64_t backend, const Ints& runs) {
 }
 
 // An adapter that changes nothing on this rank has no pieces, but is served.
-void open_slot(int64_t backend, int64_t slot) { instance(backend).state.slots[int(slot)]; }
+// bytes: that it will take, more or less.
+void open_slot(int64_t backend, int64_t slot, int64_t bytes) {
+  instance(backend).state.slots[int(slot)].memory = Arena(size_t(bytes));
+}
 
 // What is left of the announced step must not look into the slot.
 void erase(int64_t backend, int64_t slot) {
@@ -351,7 +360,7 @@ TORCH_LIBRARY(molehill_cpu, m) {
       "register_linear(int backend, int inputs, int outputs, ScalarType dtype, bool reduced) -> int",
       register_linear);
   m.def("register_ffn(int gate_up, int down, int intermediate) -> int", register_ffn);
-  m.def("open_slot(int backend, int slot) -> ()", open_slot);
+  m.def("open_slot(int backend, int slot, int bytes) -> ()", open_slot);
   m.def(
       "store_linear(int slot, int linear, int site, int start, Tensor a, Tensor b, int[] ranks, "
       "str policy, float[] numbers, Tensor? router, Tensor? output_scale, Tensor? bias) -> ()",

@@ -1,5 +1,7 @@
 #include "state.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -7,9 +9,11 @@ namespace molehill {
 namespace {
 
 constexpr size_t kLine = 64;
-constexpr size_t kBlock = 1 << 18;
+constexpr size_t kHugePage = 2 << 20;
 
-size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+size_t rounded_up(size_t bytes, size_t multiple) {
+  return (bytes + multiple - 1) / multiple * multiple;
+}
 
 int rounded_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -26,57 +30,69 @@ void pack_panels(const T* dense, int rows, int in, const std::vector<int>& place
   }
 }
 
-// [out, rows] as tiles [padded ranks / P][64][P].
+// [out, rows] as tiles [padded ranks / P][64][P], expert by expert.
 template <class T>
-void pack_tiles(const T* dense, int out, int rows, const std::vector<int>& place, int ranks, int p,
-                T* packed) {
-  for (int o = 0; o < out; ++o) {
-    T* tile = packed + size_t(o / kTileColumns) * ranks * kTileColumns;
-    for (int i = 0; i < rows; ++i)
-      tile[size_t(place[i] / p) * kTileColumns * p + o % kTileColumns * p + place[i] % p] =
+void pack_tiles(const T* dense, int rows, const std::vector<int>& place, int p, LowRank& pair) {
+  for (int i = 0; i < rows; ++i) {
+    const int e = pair.panel_expert[place[i] / kPanelRows];
+    const int first = pair.first_rank[e], ranks = pair.first_rank[e + 1] - first;
+    const int rank = place[i] - first;
+    T* own = pair.b.as<T>() + size_t(first) * pair.columns();
+    for (int o = 0; o < pair.out; ++o) {
+      T* tile = own + size_t(o / kTileColumns) * ranks * kTileColumns;
+      tile[size_t(rank / p) * kTileColumns * p + o % kTileColumns * p + rank % p] =
           dense[size_t(o) * rows + i];
+    }
   }
 }
 
 template <class T>
 void pack(LowRank& pair, const Dense& a, const Dense& b, const std::vector<int>& place, int p) {
   pack_panels(static_cast<const T*>(a.data), a.rows, a.columns, place, pair.a.as<T>());
-  pack_tiles(static_cast<const T*>(b.data), b.rows, b.columns, place, pair.ranks(), p,
-             pair.b.as<T>());
+  pack_tiles(static_cast<const T*>(b.data), b.columns, place, p, pair);
 }
 
 }  // namespace
-
-Buffer::Buffer(size_t bytes) : bytes_(bytes) {
-  if (bytes == 0) return;
-  data_.reset(std::aligned_alloc(kLine, whole_lines(bytes)));
-  if (!data_) throw std::bad_alloc();
-  std::memset(data_.get(), 0, whole_lines(bytes));
-}
 
 // Blocks that one step filled become one block, so that a steady state allocates nothing.
 void Arena::reset() {
   used_ = 0;
   if (blocks_.size() < 2) return;
   size_t bytes = 0;
-  for (const Buffer& block : blocks_) bytes += block.bytes();
+  for (const Block& block : blocks_) bytes += block.bytes;
   blocks_.clear();
-  blocks_.emplace_back(bytes);
+  add_block(bytes);
+}
+
+void Arena::add_block(size_t bytes) {
+  const size_t page = bytes < kHugePage ? kLine : kHugePage;
+  bytes = rounded_up(bytes, page);
+  Block block{{std::aligned_alloc(page, bytes), {}}, bytes};
+  if (!block.data) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (page == kHugePage) madvise(block.data.get(), bytes, MADV_HUGEPAGE);
+#endif
+  blocks_.push_back(std::move(block));
+  used_ = 0;
 }
 
 void* Arena::take_bytes(size_t bytes) {
-  bytes = whole_lines(bytes);
-  if (blocks_.empty() || used_ + bytes > blocks_.back().bytes()) {
-    blocks_.emplace_back(std::max(bytes, kBlock));
-    used_ = 0;
-  }
-  void* p = blocks_.back().as<char>() + used_;
+  bytes = rounded_up(bytes, kLine);
+  if (blocks_.empty() || used_ + bytes > blocks_.back().bytes) add_block(std::max(bytes, block_));
+  void* p = static_cast<char*>(blocks_.back().data.get()) + used_;
   used_ += bytes;
   return p;
 }
 
+Buffer Arena::zeros(size_t bytes) {
+  if (bytes == 0) return {};
+  Buffer buffer(take_bytes(bytes), bytes);
+  std::memset(buffer.as<void>(), 0, bytes);
+  return buffer;
+}
+
 LowRank::LowRank(const Dense& dense_a, const Dense& dense_b, const std::vector<int>& expert_ranks,
-                 int ranks_per_step)
+                 int ranks_per_step, Arena& memory)
     : in(dense_a.columns), out(dense_b.rows), first_rank{0} {
   std::vector<int> place;
   for (size_t e = 0; e < expert_ranks.size(); ++e) {
@@ -86,8 +102,8 @@ LowRank::LowRank(const Dense& dense_a, const Dense& dense_b, const std::vector<i
     first_rank.push_back(first + padded);
   }
   const size_t element = dense_a.element;
-  a = Buffer(panel_expert.size() * panel_elements() * element);
-  b = Buffer(size_t(rounded_up(out, kTileColumns)) * ranks() * element);
+  a = memory.zeros(panel_expert.size() * panel_elements() * element);
+  b = memory.zeros(size_t(columns()) * ranks() * element);
   if (element == 2)
     pack<uint16_t>(*this, dense_a, dense_b, place, ranks_per_step);
   else
@@ -98,17 +114,17 @@ ptrdiff_t LowRank::panel_elements() const {
   return ptrdiff_t(rounded_up(in, kPanelInputs)) * kPanelRows;
 }
 
-Buffer pack_router(const float* router, int experts, int in) {
+Buffer pack_router(const float* router, int experts, int in, Arena& memory) {
   std::vector<int> place(experts);
   for (int e = 0; e < experts; ++e) place[e] = e;
   const size_t rows = rounded_up(experts, kPanelRows);
-  Buffer packed(rows * rounded_up(in, kPanelInputs) * sizeof(float));
+  const Buffer packed = memory.zeros(rows * rounded_up(in, kPanelInputs) * sizeof(float));
   pack_panels(router, experts, in, place, packed.as<float>());
   return packed;
 }
 
-Buffer copy_floats(const float* values, size_t count) {
-  Buffer copy(count * sizeof(float));
+Buffer copy_floats(const float* values, size_t count, Arena& memory) {
+  const Buffer copy = memory.zeros(count * sizeof(float));
   std::copy_n(values, count, copy.as<float>());
   return copy;
 }

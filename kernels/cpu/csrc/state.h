@@ -14,39 +14,48 @@
 
 namespace molehill {
 
-// Bytes aligned to a cache line.
+// Bytes of an arena, aligned to a cache line; or none.
 class Buffer {
  public:
   Buffer() = default;
-  // Zeroed.
-  explicit Buffer(size_t bytes);
+  Buffer(void* data, size_t bytes) : data_(data), bytes_(bytes) {}
   size_t bytes() const { return bytes_; }
   template <class T>
   T* as() const {
-    return reinterpret_cast<T*>(data_.get());
+    return static_cast<T*>(data_);
   }
 
  private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> data_;
+  void* data_ = nullptr;
   size_t bytes_ = 0;
 };
 
-// Memory of one step's intermediate results: taken piece by piece, given back all at once.
+// Memory that is taken piece by piece and given back all at once: a step's intermediate results,
+// the weights of a slot. Blocks are at least `block` bytes; of 2 MiB or more, they lie in huge
+// pages, for a step reads far more weights than the processor keeps translations of small pages.
 class Arena {
  public:
+  explicit Arena(size_t block = 1 << 18) : block_(block) {}
   void reset();
   template <class T>
   T* take(size_t count) {
     return static_cast<T*>(take_bytes(count * sizeof(T)));
   }
+  // Zeroed; none for no bytes.
+  Buffer zeros(size_t bytes);
 
  private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  struct Block {
+    std::unique_ptr<void, Free> data;
+    size_t bytes;
+  };
   void* take_bytes(size_t bytes);
-  std::vector<Buffer> blocks_;
-  size_t used_ = 0;
+  void add_block(size_t bytes);
+  std::vector<Block> blocks_;
+  size_t block_, used_ = 0;
 };
 
 // Dense [rows, columns] weights of `element` bytes each, as they come from Python.
@@ -56,6 +65,7 @@ struct Dense {
 };
 
 // E pairs A_e [r_e, in], B_e [out, r_e]. Every expert's ranks are padded to whole panels by zeros.
+// What one expert has of A, and of B, lies side by side.
 struct LowRank {
   int in = 0, out = 0;
   std::vector<int> first_rank;         // [E + 1], padded
@@ -64,10 +74,13 @@ struct LowRank {
 
   // No ranks: a projection that is not adapted.
   explicit LowRank(int experts = 0) : first_rank(experts + 1) {}
-  LowRank(const Dense& a, const Dense& b, const std::vector<int>& ranks, int ranks_per_step);
+  LowRank(const Dense& a, const Dense& b, const std::vector<int>& ranks, int ranks_per_step,
+          Arena& memory);
   int ranks() const { return first_rank.back(); }
   int experts() const { return int(first_rank.size()) - 1; }
   ptrdiff_t panel_elements() const;
+  // Columns of B, whole tiles.
+  int columns() const { return (out + kTileColumns - 1) / kTileColumns * kTileColumns; }
   size_t bytes() const { return a.bytes() + b.bytes(); }
 };
 
@@ -105,6 +118,7 @@ struct FfnPiece {
 };
 
 struct Slot {
+  Arena memory;
   int64_t tokens = 0;
   std::map<int, std::vector<LinearPiece>> linears;
   std::map<int, FfnPiece> ffns;
@@ -173,8 +187,8 @@ struct Backend {
   std::vector<TraceRecord> trace;
 };
 
-Buffer pack_router(const float* router, int experts, int in);
-Buffer copy_floats(const float* values, size_t count);
+Buffer pack_router(const float* router, int experts, int in, Arena& memory);
+Buffer copy_floats(const float* values, size_t count, Arena& memory);
 
 // Rows of a matrix whose columns are contiguous; the stride counts elements.
 struct Rows {
