@@ -18,8 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 EXPERTS, RANK, MANY = 8, 8, 32
 # vLLM's own LoRA reads a prompt at some 20 tokens/s on CPU: it gets short prompts and few tokens.
 SHORT, FEW = 16, 12
-# Logit spread at which routing is mixed: some tokens sparse, some soft (printed with the results).
-SHARPNESS = 2.0
+# Spread of the routers' logits. At 1 DynMoLE chooses about 4 of 8 experts, and a quarter of its
+# decisions is soft (what was counted is printed with the results).
+SHARPNESS = 1.0
 
 ARMS = {
     "a": "plain vLLM, base",
@@ -76,7 +79,8 @@ class Sample:
     speed: float
 
 
-def start_engines(model: str, arms: str) -> dict[str, Any]:
+@contextmanager
+def running_engines(model: str, arms: str) -> Iterator[dict[str, Any]]:
     """The engines that the arms need, all compiled but vLLM's own LoRA (it cannot be, on CPU)."""
     from vllm import LLM
 
@@ -89,21 +93,35 @@ def start_engines(model: str, arms: str) -> dict[str, Any]:
         "disable_log_stats": False,
         "max_num_seqs": 64,
     }
-    engines = {}
-    if "a" in arms:
-        engines["plain"] = LLM(model, **common)
-    if set(arms) & set("bdef"):
-        worker = {"worker_cls": compilation.WORKER, "enable_lora": True, "max_loras": 40}
-        engines["molehill"] = LLM(model, **common, **worker)
-    if "c" in arms:
-        lora = {"enable_lora": True, "max_lora_rank": EXPERTS * RANK}
-        engines["lora"] = LLM(model, **common, **lora)
-    return engines
+    engines: dict[str, Any] = {}
+    try:
+        if "a" in arms:
+            engines["plain"] = LLM(model, **common)
+        if set(arms) & set("bdef"):
+            worker = {"worker_cls": compilation.WORKER, "enable_lora": True, "max_loras": 40}
+            engines["molehill"] = LLM(model, **common, **worker)
+        if "c" in arms:
+            lora = {"enable_lora": True, "max_lora_rank": EXPERTS * RANK}
+            engines["lora"] = LLM(model, **common, **lora)
+        yield engines
+    finally:
+        for llm in engines.values():
+            llm.llm_engine.engine_core.shutdown()
 
 
-def adapter_options(base: Any) -> dict[str, Any]:
+@cache
+def adapter_options(model: str) -> dict[str, Any]:
     """What every mixture of the run has in common."""
-    return {"base": base, "number": EXPERTS, "rank": RANK, "sharpness": SHARPNESS}
+    from molehill.benchmarks import synthetic
+    from molehill.engine.huggingface import base_model
+
+    return {
+        "base": base_model(model),
+        "number": EXPERTS,
+        "rank": RANK,
+        "sharpness": SHARPNESS,
+        "sizes": synthetic.input_sizes(model),
+    }
 
 
 def make_requests(engines: dict[str, Any], model: str, folder: Path) -> dict[str, list[Any]]:
@@ -111,15 +129,8 @@ def make_requests(engines: dict[str, Any], model: str, folder: Path) -> dict[str
     from vllm.lora.request import LoRARequest
 
     from molehill.benchmarks import synthetic
-    from molehill.engine.huggingface import base_model
 
-    base = base_model(model)
-    options: dict[str, Any] = {
-        "base": base,
-        "number": EXPERTS,
-        "rank": RANK,
-        "sharpness": SHARPNESS,
-    }
+    options = adapter_options(model)
     requests: dict[str, list[Any]] = {"a": [None], "b": [None]}
     many = [
         LoRARequest(
@@ -130,7 +141,7 @@ def make_requests(engines: dict[str, Any], model: str, folder: Path) -> dict[str
         for seed in range(MANY)
     ]
     mixlora = synthetic.save(synthetic.mixlora, folder / "e", **options, seed=0)
-    lora = synthetic.save_lora(base, EXPERTS * RANK, folder / "c")
+    lora = synthetic.save_lora(options["base"], EXPERTS * RANK, folder / "c")
     requests["d"], requests["f"] = many[:1], many
     requests["e"] = [LoRARequest("mixlora", MANY + 1, str(mixlora))]
     requests["c"] = [LoRARequest("lora", 1, str(lora))]
@@ -212,20 +223,11 @@ def routing(engines: dict[str, Any], requests: dict[str, list[Any]]) -> dict[str
 def limits(model: str) -> dict[str, float]:
     """Decode speed over the base's that the bytes of each adapter allow: all experts, two of 8."""
     from molehill.benchmarks import synthetic
-    from molehill.engine.huggingface import base_model
 
-    base = base_model(model)
     weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
-    options: dict[str, Any] = {
-        "base": base,
-        "number": EXPERTS,
-        "rank": RANK,
-        "sharpness": 1,
-        "seed": 0,
-    }
     found = {}
     for arm, make in (("d", synthetic.dynmole), ("e", synthetic.mixlora)):
-        adapter = make(**options, seed=0)
+        adapter = make(**adapter_options(model), seed=0)
         for name, share in (("all experts", 1.0), ("2 of 8", 2 / EXPERTS)):
             touched = synthetic.touched_bytes(adapter, share)
             found[f"{arm}, {name}"] = weights / (weights + touched)
@@ -238,14 +240,13 @@ def many_limit(model: str, samples: list[Sample], experts: float) -> float:
     experts: that a token chooses on average; every row of the batch reads its own adapter's.
     """
     from molehill.benchmarks import synthetic
-    from molehill.engine.huggingface import base_model
 
     def best(arm: str, point: Point) -> float:
         return max(s.speed for s in samples if (s.arm, s.point) == (arm, point.name))
 
     weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
     bandwidth = weights * best("a", POINTS[0])
-    adapter = synthetic.dynmole(**adapter_options(base_model(model)), seed=0)
+    adapter = synthetic.dynmole(**adapter_options(model), seed=0)
     more = (MANY - 1) * synthetic.touched_bytes(adapter, experts / EXPERTS)
     step = POINTS[2].batch / best("d", POINTS[2])
     return step / (step + more / bandwidth)
@@ -306,22 +307,18 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     args = parser.parse_args()
     arms = args.arms.replace(",", "")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        engines = start_engines(args.model, arms)
-        requests = make_requests(engines, args.model, folder)
+    facts: dict[str, Any] = {"host": host(), "limits": limits(args.model)}
+    with tempfile.TemporaryDirectory() as folder, running_engines(args.model, arms) as engines:
+        requests = make_requests(engines, args.model, Path(folder))
         samples = run(engines, requests, arms, args.repetitions)
-        facts: dict[str, Any] = {"host": host(), "limits": limits(args.model)}
         if "molehill" in engines:
             facts["routing"] = routing(engines, requests)
-            if {"a", "d", "f"} <= set(arms):
-                chosen = facts["routing"]["d"]["experts"]
-                facts["limits"]["f/d, batch 32"] = many_limit(args.model, samples, chosen)
-        text = "\n".join([report(samples, arms), "", json.dumps(facts, indent=1)])
-        print(text)
-        write(args.output, samples, facts, text)
-        for llm in engines.values():
-            llm.llm_engine.engine_core.shutdown()
+    if {"a", "d", "f"} <= set(arms):
+        chosen = facts["routing"]["d"]["experts"]
+        facts["limits"]["f/d, batch 32"] = many_limit(args.model, samples, chosen)
+    text = "\n".join([report(samples, arms), "", json.dumps(facts, indent=1)])
+    print(text)
+    write(args.output, samples, facts, text)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Adapters of random weights for a base model, in molehill's native format or PEFT's."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,6 +13,7 @@ from torch import Tensor
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import BaseModel
 from molehill.engine.formats import native
+from molehill.engine.huggingface import canonical_name
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
 from molehill.kernels.policy import DynMoLE, TopK
 
@@ -31,19 +34,51 @@ def experts(shape: tuple[int, int], number: int, rank: int, generator: torch.Gen
     return Experts(a, b, (rank,) * number)
 
 
-def router(inputs: int, number: int, sharpness: float, generator: torch.Generator) -> Tensor:
-    """sharpness: standard deviation of the logits for an input of unit variance."""
-    return random(number, inputs, generator=generator, scale=sharpness / inputs**0.5)
+def input_sizes(model: str, tokens: int = 256) -> dict[str, float]:
+    """Root mean square of what each linear of a model reads, by site, on random tokens.
+
+    Routers of random weights need it: inputs of 0.05 would make every one of them uniform.
+    """
+    from transformers import AutoModelForCausalLM
+
+    causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found: dict[str, float] = {}
+    for name, module in causal.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(partial(_measure, found, canonical_name(name)))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, causal.config.vocab_size, (1, tokens), generator=generator)
+    with torch.inference_mode():
+        causal(ids)
+    return found
 
 
-def dynmole(base: BaseModel, number: int, rank: int, sharpness: float, seed: int) -> Adapter:
-    """DynMoLE with the defaults of its official code on all projections."""
+def _measure(found: dict[str, float], site: str, module: torch.nn.Module, args: Any) -> None:
+    found[site] = float(args[0].square().mean().sqrt())
+
+
+def router(
+    inputs: int, number: int, sharpness: float, size: float, generator: torch.Generator
+) -> Tensor:
+    """sharpness: standard deviation of the logits for an input of root mean square `size`."""
+    return random(number, inputs, generator=generator, scale=sharpness / size / inputs**0.5)
+
+
+def dynmole(
+    base: BaseModel,
+    number: int,
+    rank: int,
+    sharpness: float,
+    sizes: Mapping[str, float],
+    seed: int,
+) -> Adapter:
+    """DynMoLE with the defaults of its official code on all projections. sizes: `input_sizes`."""
     generator = torch.Generator().manual_seed(seed)
     sites: dict[str, Mixture] = {
         site: LinearMixture(
             experts(shape, number, rank, generator),
             DynMoLE(),
-            router(shape[0], number, sharpness, generator),
+            router(shape[0], number, sharpness, sizes[site], generator),
         )
         for site, shape in base.linears.items()
         if site.rpartition(".")[2] in PROJECTIONS
@@ -51,14 +86,22 @@ def dynmole(base: BaseModel, number: int, rank: int, sharpness: float, seed: int
     return Adapter("dynmole", sites, base.name)
 
 
-def mixlora(base: BaseModel, number: int, rank: int, sharpness: float, seed: int) -> Adapter:
-    """MixLoRA, top-2, experts on all three projections of every FFN."""
+def mixlora(
+    base: BaseModel,
+    number: int,
+    rank: int,
+    sharpness: float,
+    sizes: Mapping[str, float],
+    seed: int,
+) -> Adapter:
+    """MixLoRA, top-2, experts on all three projections of every FFN. sizes: `input_sizes`."""
     generator = torch.Generator().manual_seed(seed)
     sites: dict[str, Mixture] = {}
     for ffn in base.ffns:
         shapes = {name: base.linears[f"{ffn}.{name}"] for name in PROJECTIONS[4:]}
         pairs = {name: experts(shape, number, rank, generator) for name, shape in shapes.items()}
-        gate = router(shapes["gate_proj"][0], number, sharpness, generator)
+        width, size = shapes["gate_proj"][0], sizes[f"{ffn}.gate_proj"]
+        gate = router(width, number, sharpness, size, generator)
         sites[ffn] = FfnMixture(pairs, TopK(2), gate)
     return Adapter("mixlora", sites, base.name)
 
