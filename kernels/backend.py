@@ -70,7 +70,8 @@ class LinearPiece:
     """One original projection of a fused linear, cut to this rank.
 
     experts.a `[R, in_local]`, experts.b `[out_local, R]` write columns `start` onwards.
-    router: float32 `[E, in_local]` or None for constant weights.
+    router: float32 `[E + policy.extra_rows, in_local]` or None for constant weights.
+    parameters: float32 `[policy.num_parameters]` or None for none.
     output_scale: float32 `[E, out_local]`: the base output (less its bias) is multiplied by
     sum_e w_e output_scale[e] (DoRA; experts.b carries the same factor already).
     bias: float32 `[out_local]`, the base bias that this rank adds; only read with an output_scale.
@@ -83,14 +84,15 @@ class LinearPiece:
     router: Tensor | None = None
     output_scale: Tensor | None = None
     bias: Tensor | None = None
+    parameters: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class FfnPiece:
     """An FFN mixture cut to this rank: `gate` and `up` write the intermediate, `down` reads it.
 
-    router: float32 `[E, d]` (its input is never sharded). activation: a key of ACTIVATIONS.
-    bias: float32 `[d]` of the base down_proj, or None.
+    router: float32 `[E + policy.extra_rows, d]` (its input is never sharded). activation: a key of
+    ACTIVATIONS. bias: float32 `[d]` of the base down_proj, or None. parameters: as in LinearPiece.
     """
 
     site: str
@@ -101,6 +103,11 @@ class FfnPiece:
     up: Experts | None
     down: Experts | None
     bias: Tensor | None = None
+    parameters: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.shape[0] - self.policy.extra_rows
 
 
 @dataclass(frozen=True)
@@ -116,10 +123,10 @@ class SlotWeights:
         tables: list[Tensor | None] = []
         for piece in (piece for pieces in self.linears.values() for piece in pieces):
             pairs.append(piece.experts)
-            tables += [piece.router, piece.output_scale]
+            tables += [piece.router, piece.output_scale, piece.parameters]
         for ffn in self.ffns.values():
             pairs += [pair for pair in (ffn.gate, ffn.up, ffn.down) if pair is not None]
-            tables.append(ffn.router)
+            tables += [ffn.router, ffn.parameters]
         elements = sum(pair.a.numel() + pair.b.numel() for pair in pairs)
         floats = sum(table.numel() for table in tables if table is not None)
         return elements * dtype.itemsize + 4 * floats

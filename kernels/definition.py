@@ -9,20 +9,42 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.mixture import FfnMixture, LinearMixture
+from molehill.kernels.mixture import FfnMixture, LinearMixture, Mixture
 from molehill.kernels.policy import Policy, Routing
+
+
+def logits(x: Tensor, router: Tensor) -> Tensor:
+    """x G^T in float32. x `[T, in]`, router `[E + extra rows, in]`: `[T, E + extra rows]`."""
+    return x.float() @ router.float().T
 
 
 def probabilities(x: Tensor, router: Tensor) -> Tensor:
     """p = softmax(x G^T) in float32. x `[T, in]`, router `[E, in]`: `[T, E]`."""
-    return torch.softmax(x.float() @ router.float().T, dim=-1)
+    return torch.softmax(logits(x, router), dim=-1)
 
 
-def route(x: Tensor, router: Tensor | None, policy: Policy, experts: int) -> Routing:
+def decide(
+    x: Tensor, router: Tensor, policy: Policy, parameters: Tensor | None = None
+) -> tuple[Tensor, Routing]:
+    """Probabilities `[T, E]` and the routing of every token."""
+    return policy.decide(logits(x, router), parameters)
+
+
+def route(
+    x: Tensor,
+    router: Tensor | None,
+    policy: Policy,
+    experts: int,
+    parameters: Tensor | None = None,
+) -> Routing:
     """Gate weights of every token; a mixture without a router has a constant policy."""
     if router is None:
         return policy.route(x.new_full((x.shape[0], experts), 1 / experts, dtype=torch.float32))
-    return policy.route(probabilities(x, router))
+    return decide(x, router, policy, parameters)[1]
+
+
+def _route(x: Tensor, mixture: Mixture) -> Routing:
+    return route(x, mixture.router, mixture.policy, mixture.num_experts, mixture.parameters)
 
 
 def linear_mixture(
@@ -30,10 +52,11 @@ def linear_mixture(
 ) -> tuple[Tensor, Routing]:
     """y and the routing of one projection. x `[T, in]`, weight `[out, in]`: y `[T, out]` float32.
 
-    FORMATS: LoRA, rsLoRA, DoRA (PEFT; the bias is outside the magnitude), MoLA, LoRAMoE, DynMoLE.
+    FORMATS: LoRA, rsLoRA, DoRA (PEFT; the bias is outside the magnitude), MoLA, LoRAMoE, DynMoLE,
+    AdaMoLE, LD-MoLE, Arrow.
     """
     x, weight = x.float(), weight.float()
-    routing = route(x, mixture.router, mixture.policy, mixture.num_experts)
+    routing = _route(x, mixture)
     y = x @ weight.T
     for e, (a, b) in enumerate(mixture.experts.split()):
         y = y + routing.weights[:, e : e + 1] * (x @ a.float().T @ b.float().T)
@@ -55,7 +78,7 @@ def ffn_mixture(
     activation: the base model's, used when the mixture names none.
     """
     x = x.float()
-    routing = route(x, mixture.router, mixture.policy, mixture.num_experts)
+    routing = _route(x, mixture)
     act = ACTIVATIONS[mixture.activation or activation]
 
     def project(name: str, e: int, value: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class Experts:
 class LinearMixture:
     """y = W x + bias + sum_e w_e B_e A_e x, for one original projection.
 
-    router: `[E, in]` float32; None when the gate weights are constant.
+    router: `[E + policy.extra_rows, in]` float32; None when the gate weights are constant.
+    parameters: `[policy.num_parameters]` float32; None when there are none.
     magnitude: `[out]`, DoRA's; then y = m / ||W + BA|| * (W x + B A x) + bias.
     """
 
@@ -46,6 +47,7 @@ class LinearMixture:
     policy: Policy
     router: Tensor | None = None
     magnitude: Tensor | None = None
+    parameters: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -54,7 +56,9 @@ class LinearMixture:
 
 @dataclass(frozen=True)
 class FfnMixture:
-    """y = sum_e w_e FFN_e(x): one router `[E, d]` per FFN, experts inside the non-linearity.
+    """y = sum_e w_e FFN_e(x): one router per FFN, experts inside the non-linearity.
+
+    router: `[E + policy.extra_rows, d]`. parameters: as in LinearMixture.
 
     experts: by projection (`gate_proj`, `up_proj`, `down_proj`); one that is missing uses W alone.
     activation: name as in a Transformers config (`silu`, `gelu_pytorch_tanh`, ...); None is the
@@ -65,10 +69,11 @@ class FfnMixture:
     policy: Policy
     router: Tensor
     activation: str | None = None
+    parameters: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
-        return self.router.shape[0]
+        return self.router.shape[0] - self.policy.extra_rows
 
 
 Mixture = LinearMixture | FfnMixture

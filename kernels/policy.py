@@ -1,8 +1,10 @@
-"""Routing policies: how a router's probabilities become gate weights.
+"""Routing policies: how a router's logits become gate weights.
 
-A policy is a frozen dataclass with one pure function, `route`. It is the definition that every
-kernel is tested against. Probabilities are float32 `[..., E]` and sum to 1 over the last axis.
-Ties go to the lower expert index.
+A policy is a frozen dataclass with one pure function, `decide`. It is the definition that every
+kernel is tested against. A router has a row for each of the E experts, and after those the
+policy's `extra_rows`; what a policy learned beside the router are its `num_parameters` parameters.
+Most policies route on the softmax of the logits alone (`route`). Probabilities are float32
+`[..., E]` and sum to 1 over the last axis. Ties go to the lower expert index.
 """
 
 import math
@@ -11,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Routing(NamedTuple):
@@ -49,8 +52,42 @@ def _unranked(ranked: Tensor, order: Tensor) -> Tensor:
     return torch.zeros_like(ranked).scatter(-1, order, ranked)
 
 
+def _divided_by_sum(kept: Tensor) -> Tensor:
+    """Rows `[..., E]` that sum to 1; a row of zeros stays one."""
+    total = kept.sum(-1, keepdim=True)
+    return kept / total.where(total != 0, 1.0)
+
+
+class _Gate:
+    """What a policy is unless it says otherwise: a function of p = softmax(logits)."""
+
+    @property
+    def extra_rows(self) -> int:
+        return 0
+
+    @property
+    def num_parameters(self) -> int:
+        return 0
+
+    def decide(self, logits: Tensor, parameters: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Probabilities `[..., E]` and the routing of float32 logits `[..., E + extra_rows]`.
+
+        parameters: float32 `[..., num_parameters]`, whose leading axes broadcast against the
+        logits'; None if there are none.
+        """
+        probabilities = torch.softmax(logits, dim=-1)
+        return probabilities, self.route(probabilities)
+
+    def route(self, probabilities: Tensor) -> Routing:
+        raise NotImplementedError
+
+    def entropy(self, probabilities: Tensor) -> Tensor:
+        """Of `[..., E]`, as `decide` reports it: `[...]`."""
+        return shannon(probabilities)
+
+
 @dataclass(frozen=True)
-class Constant:
+class Constant(_Gate):
     """Fixed gate weights, whatever the token: plain LoRA is `Constant((1.0,))`."""
 
     weights: tuple[float, ...]
@@ -61,7 +98,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Soft:
+class Soft(_Gate):
     """Every expert, weighted by its probability (LoRAMoE, MoLoRA, HydraLoRA)."""
 
     def route(self, probabilities: Tensor) -> Routing:
@@ -69,7 +106,7 @@ class Soft:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(_Gate):
     """The k most probable experts (MixLoRA, MoLA; `TopK(1, normalize=False)` is MixLoRA's switch).
 
     normalize: divide the kept probabilities by their sum.
@@ -89,7 +126,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class TopP:
+class TopP(_Gate):
     """Nucleus that includes the expert crossing `top_p`; weights are not renormalised.
 
     `temperature` > 0 divides the probabilities (not the logits) before the selection and in the
@@ -109,7 +146,7 @@ class TopP:
 
 
 @dataclass(frozen=True)
-class DynMoLE:
+class DynMoLE(_Gate):
     """Hybrid routing by the entropy of the router (DynMoLE, arXiv 2504.00661).
 
     Sparse: experts by falling probability while their running sum is at most `top_p`, and always
@@ -169,4 +206,102 @@ class DynMoLE:
         return value / most if self.normalize_entropy else value
 
 
-Policy = Constant | Soft | TopK | TopP | DynMoLE
+@dataclass(frozen=True)
+class Threshold(_Gate):
+    """Experts whose probability is at least `threshold`, divided by their sum; maybe none (MoLE of
+    the AdaMoLE code)."""
+
+    threshold: float
+
+    def route(self, probabilities: Tensor) -> Routing:
+        weights = _divided_by_sum(probabilities.masked_fill(probabilities < self.threshold, 0))
+        return Routing(weights, shannon(probabilities), _never_soft(probabilities))
+
+
+@dataclass(frozen=True)
+class Arrow(_Gate):
+    """Arrow (arXiv 2405.11157) as PEFT runs it: router rows are directions in the input space that
+    point both ways, so p = softmax(|logits| / temperature); the k most probable, renormalised."""
+
+    k: int
+    temperature: float = 1.0
+
+    def decide(self, logits: Tensor, parameters: Tensor | None = None) -> tuple[Tensor, Routing]:
+        return super().decide(logits.abs() / self.temperature)
+
+    def route(self, probabilities: Tensor) -> Routing:
+        return TopK(self.k).route(probabilities)
+
+
+@dataclass(frozen=True)
+class AdaMoLE(_Gate):
+    """Experts above a threshold that depends on the token (AdaMoLE, arXiv 2405.00361).
+
+    The last router row and the one parameter make t = sigmoid(logit + parameter) * max_threshold;
+    w = max(p - t, 0), divided by its sum. No expert above t: no weights.
+    """
+
+    max_threshold: float
+
+    @property
+    def extra_rows(self) -> int:
+        return 1
+
+    @property
+    def num_parameters(self) -> int:
+        return 1
+
+    def decide(self, logits: Tensor, parameters: Tensor | None = None) -> tuple[Tensor, Routing]:
+        assert parameters is not None
+        probabilities = torch.softmax(logits[..., :-1], dim=-1)
+        threshold = torch.sigmoid(logits[..., -1:] + parameters) * self.max_threshold
+        weights = _divided_by_sum((probabilities - threshold).clamp(min=0))
+        entropy = shannon(probabilities)
+        return probabilities, Routing(weights, entropy, _never_soft(probabilities))
+
+
+SPARSEGEN_EPS = 1e-2
+
+
+@dataclass(frozen=True)
+class Sparsegen(_Gate):
+    """Sparse routing whose sparsity depends on the token (LD-MoLE, arXiv 2509.25684).
+
+    The last `hidden` router rows are the hidden layer of an MLP, whose biases b [hidden], output
+    weights c [hidden] and output bias d are the parameters, in this order:
+    1 - lambda = eps + softplus(-(c relu(h + b) + d)) and p = w = sparsemax(u / (1 - lambda)) of the
+    experts' logits u, which is LD-MoLE's sparsegen (arXiv 1810.11975) written down shortly.
+    """
+
+    hidden: int
+
+    @property
+    def extra_rows(self) -> int:
+        return self.hidden
+
+    @property
+    def num_parameters(self) -> int:
+        return 2 * self.hidden + 1
+
+    def decide(self, logits: Tensor, parameters: Tensor | None = None) -> tuple[Tensor, Routing]:
+        assert parameters is not None
+        u, h = logits[..., : -self.hidden], logits[..., -self.hidden :]
+        b, c, d = parameters.split([self.hidden, self.hidden, 1], dim=-1)
+        output = (c * F.relu(h + b)).sum(-1, keepdim=True) + d
+        scale = SPARSEGEN_EPS + F.softplus(-output)
+        # Sparsemax does not change if all logits move: small ones are divided more exactly.
+        probabilities = sparsemax((u - u.amax(-1, keepdim=True)) / scale)
+        entropy = shannon(probabilities)
+        return probabilities, Routing(probabilities, entropy, _never_soft(probabilities))
+
+
+def sparsemax(logits: Tensor) -> Tensor:
+    """The distribution nearest to `[..., E]` (arXiv 1602.02068), with zeros where it is far."""
+    values = torch.sort(logits, dim=-1, descending=True).values
+    places = torch.arange(1, values.shape[-1] + 1, device=values.device)
+    support = 1 + places * values > values.cumsum(-1)
+    total = values.where(support, 0.0).sum(-1, keepdim=True)
+    return F.relu(logits - (total - 1) / support.sum(-1, keepdim=True))
+
+
+Policy = Constant | Soft | TopK | TopP | DynMoLE | Threshold | Arrow | AdaMoLE | Sparsegen

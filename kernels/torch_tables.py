@@ -6,6 +6,7 @@ routes and adds to the output. Between them the logits may be summed over tensor
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ FFN_CHUNK = 1 << 23
 
 
 class Shrunk(NamedTuple):
-    """A x `[T, R]` in the serving dtype, and router logits `[T, sum E]` in float32 if routed."""
+    """A x `[T, R]` in the serving dtype, and router logits in float32 if routed, `[T, rows]` of
+    all routers' rows."""
 
     rows: Tensor
     logits: Tensor | None
@@ -30,14 +32,17 @@ class Shrunk(NamedTuple):
 
 @dataclass
 class Router:
-    """Routers of one table that share policy and E: their logits are `[T, sites * E]`.
+    """Routers of one table that share policy and E: their logits are `[T, sites * rows]`, rows =
+    E + policy.extra_rows.
 
+    parameters: `[sites, policy.num_parameters]`, or None.
     Figures are kept per site: tokens that chose each expert, soft decisions, summed entropy.
     """
 
     sites: tuple[str, ...]
     experts: int
     policy: Policy
+    parameters: Tensor | None = None
     decisions: int = 0
     figures: Tensor = field(init=False)
 
@@ -45,14 +50,19 @@ class Router:
         self.figures = torch.zeros(len(self.sites), self.experts + 2, dtype=torch.float64)
 
     @property
-    def width(self) -> int:
+    def rows(self) -> int:
+        """Router rows, and so columns of logits."""
+        return len(self.sites) * (self.experts + self.policy.extra_rows)
+
+    @property
+    def gates(self) -> int:
+        """Columns of gate weights."""
         return len(self.sites) * self.experts
 
     def route(self, logits: Tensor, traces: list[Trace] | None) -> Routing:
-        """Weights `[T, sites, E]` of `[T, sites * E]` logits; counts them."""
-        logits = logits.view(-1, len(self.sites), self.experts)
-        probabilities = torch.softmax(logits, dim=-1)
-        routing = self.policy.route(probabilities)
+        """Weights `[T, sites, E]` of `[T, sites * rows]` logits; counts them."""
+        logits = logits.unflatten(1, (len(self.sites), -1))
+        probabilities, routing = self.policy.decide(logits, self.parameters)
         self._count(routing)
         if traces is not None:
             for i, site in enumerate(self.sites):
@@ -95,8 +105,8 @@ class LinearTable:
     ) -> None:
         routed = sorted((p for p in pieces if p.router is not None), key=_router_key)
         static = [p for p in pieces if p.router is None]
-        self.routers = _group(routed)
-        self.gates = sum(router.width for router in self.routers)
+        self.routers = _group(routed, device)
+        self.gates = sum(router.gates for router in self.routers)
         self.projections: list[Projection] = []
         gate_of_row: list[Tensor] = []
         row = gate = 0
@@ -169,7 +179,7 @@ class LinearTable:
         parts = [
             router.route(part, traces).weights.flatten(1)
             for router, part in zip(
-                self.routers, logits.split([r.width for r in self.routers], dim=1), strict=True
+                self.routers, logits.split([r.rows for r in self.routers], dim=1), strict=True
             )
         ]
         return torch.cat([*parts, logits.new_ones(logits.shape[0], 1)], dim=1)
@@ -185,14 +195,15 @@ def _router_key(piece: LinearPiece) -> str:
     return f"{len(piece.experts.ranks):06d}{piece.policy}"
 
 
-def _group(routed: Sequence[LinearPiece]) -> list[Router]:
-    routers: list[Router] = []
-    for piece in routed:
-        last = routers[-1] if routers else None
-        if last and (last.experts, last.policy) == (len(piece.experts.ranks), piece.policy):
-            routers[-1] = Router((*last.sites, piece.site), last.experts, last.policy)
-        else:
-            routers.append(Router((piece.site,), len(piece.experts.ranks), piece.policy))
+def _group(routed: Sequence[LinearPiece], device: torch.device) -> list[Router]:
+    """Of sorted pieces."""
+    routers = []
+    for _, equals in groupby(routed, key=_router_key):
+        pieces = list(equals)
+        experts, policy = len(pieces[0].experts.ranks), pieces[0].policy
+        own = [piece.parameters for piece in pieces if piece.parameters is not None]
+        parameters = torch.stack(own).to(device, torch.float32) if own else None
+        routers.append(Router(tuple(piece.site for piece in pieces), experts, policy, parameters))
     return routers
 
 
@@ -222,7 +233,10 @@ class FfnTable:
     """One FFN mixture. Experts of unequal rank are padded with zero rows to the largest."""
 
     def __init__(self, piece: FfnPiece, dtype: torch.dtype, device: torch.device) -> None:
-        self.router = Router((piece.site,), piece.router.shape[0], piece.policy)
+        parameters = piece.parameters
+        if parameters is not None:
+            parameters = parameters.unsqueeze(0).to(device, torch.float32)
+        self.router = Router((piece.site,), piece.num_experts, piece.policy, parameters)
         self.g = piece.router.to(device, torch.float32)
         self.act = ACTIVATIONS[piece.activation]
         self.gate = _pad(piece.gate, dtype, device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from molehill.kernels.backend import (
+    CapacityError,
     FfnPiece,
     FfnShape,
     LinearPiece,
@@ -21,10 +22,21 @@ from molehill.kernels.backend import (
 )
 from molehill.kernels.cpu import build
 from molehill.kernels.mixture import Experts
-from molehill.kernels.policy import Constant, DynMoLE, Policy, Soft, TopK, TopP
+from molehill.kernels.policy import (
+    AdaMoLE,
+    Arrow,
+    Constant,
+    DynMoLE,
+    Policy,
+    Soft,
+    Sparsegen,
+    Threshold,
+    TopK,
+    TopP,
+)
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
-MAX_EXPERTS = 1024
+MAX_ROUTER_ROWS = 1024
 _ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -167,14 +179,14 @@ class CpuBackend:
             raise ValueError(f"{site}: found {columns}, expected at most {shape.out_features}")
         _check_experts(site, piece.experts, experts, shape.in_features, out)
         _check_policy(site, piece.policy, experts)
-        _check_table(site, "router", piece.router, (experts, shape.in_features))
+        _check_router(piece, experts, shape.in_features)
         _check_table(site, "output_scale", piece.output_scale, (experts, out))
         _check_table(site, "bias", piece.bias, (out,))
 
     def _check_ffn(self, handle: int, piece: FfnPiece) -> None:
         if handle not in self._ffns:
             raise ValueError(f"{piece.site}: found handle {handle}, expected a registered FFN's")
-        shape, experts = self._ffns[handle], piece.router.shape[0]
+        shape, experts = self._ffns[handle], piece.num_experts
         inputs = self._linears[shape.gate_up].in_features
         outputs = self._linears[shape.down].out_features
         if piece.activation not in _ACTIVATIONS:
@@ -190,7 +202,7 @@ class CpuBackend:
             if pair is not None:
                 _check_experts(f"{piece.site}.{name}", pair, experts, ins, outs)
         _check_policy(piece.site, piece.policy, experts)
-        _check_table(piece.site, "router", piece.router, (experts, inputs))
+        _check_router(piece, experts, inputs)
         _check_table(piece.site, "bias", piece.bias, (outputs,))
 
     def _pack(self, slot: int, weights: SlotWeights) -> None:
@@ -204,7 +216,7 @@ class CpuBackend:
                     self._site(piece.site),
                     piece.start,
                     *_pair(piece.experts, self._linears[handle].dtype),
-                    *_policy_numbers(_effective_policy(piece)),
+                    *_policy_numbers(_effective_policy(piece), piece.parameters),
                     _floats(piece.router),
                     _floats(piece.output_scale),
                     _floats(piece.bias),
@@ -219,7 +231,7 @@ class CpuBackend:
                 *_pair(ffn.gate, dtype),
                 *_pair(ffn.up, dtype),
                 *_pair(ffn.down, dtype),
-                *_policy_numbers(ffn.policy),
+                *_policy_numbers(ffn.policy, ffn.parameters),
                 _floats(ffn.router),
                 _floats(ffn.bias),
             )
@@ -252,10 +264,21 @@ def _check_experts(site: str, pair: Experts, experts: int, inputs: int, outputs:
 
 
 def _check_policy(site: str, policy: Policy, experts: int) -> None:
-    if not 1 <= experts <= MAX_EXPERTS:
-        raise ValueError(f"{site}: found {experts} experts, expected 1 to {MAX_EXPERTS}")
+    if not 1 <= experts <= MAX_ROUTER_ROWS - policy.extra_rows:
+        found = f"{experts} experts and {policy.extra_rows} more router rows"
+        raise CapacityError(site, found, f"1 to {MAX_ROUTER_ROWS} in all")
     if isinstance(policy, Constant):
         _expect(site, "constant weights", len(policy.weights), experts)
+
+
+def _check_router(piece: LinearPiece | FfnPiece, experts: int, inputs: int) -> None:
+    """A policy that has more than a row for each expert does nothing without them."""
+    rows, numbers = piece.policy.extra_rows, piece.policy.num_parameters
+    if rows and piece.router is None:
+        raise ValueError(f"{piece.site}: router: found none, expected {experts + rows} rows")
+    _check_table(piece.site, "router", piece.router, (experts + rows, inputs))
+    found = None if piece.parameters is None else tuple(piece.parameters.shape)
+    _expect(piece.site, "parameters", found, (numbers,) if numbers else None)
 
 
 def _check_table(site: str, name: str, table: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -272,8 +295,8 @@ def _effective_policy(piece: LinearPiece) -> Policy:
     return Constant(tuple(piece.policy.route(uniform).weights[0].tolist()))
 
 
-def _policy_numbers(policy: Policy) -> tuple[str, list[float]]:
-    """The name and fields that the ops parse."""
+def _policy_numbers(policy: Policy, parameters: Tensor | None) -> tuple[str, list[float]]:
+    """The name, and the fields and parameters that the ops parse."""
     numbers: list[float]
     match policy:
         case Constant(weights):
@@ -289,7 +312,16 @@ def _policy_numbers(policy: Policy) -> tuple[str, list[float]]:
             entropy = [d.entropy_threshold, d.entropy_index, d.entropy_eps, renyi]
             switches = [d.normalize_weights, d.include_crossing, d.normalize_entropy]
             numbers = [d.top_p, d.keep_top_k, *entropy, *switches]
-    return type(policy).__name__, [float(n) for n in numbers]
+        case Threshold(threshold):
+            numbers = [threshold]
+        case Arrow(k, temperature):
+            numbers = [k, temperature]
+        case AdaMoLE(max_threshold):
+            numbers = [max_threshold]
+        case Sparsegen(hidden):
+            numbers = [hidden]
+    learned = [] if parameters is None else parameters.tolist()
+    return type(policy).__name__, [float(n) for n in (*numbers, *learned)]
 
 
 def _floats(table: Tensor | None) -> Tensor | None:

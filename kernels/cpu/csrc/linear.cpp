@@ -122,7 +122,7 @@ class LinearCall {
     }
     if (site.routed && linear_.reduced) {
       routing.logits_column = chunk_columns_;
-      chunk_columns_ += site.experts;
+      chunk_columns_ += site.router_rows();
     }
     routings_.push_back(routing);
     return routings_.back();
@@ -170,7 +170,7 @@ class LinearCall {
     for (const Work& w : works_) {
       int64_t per_row = 0;
       for (int r = w.first_routing; r < w.last_routing; ++r)
-        per_row += int64_t(routings_[r].site->experts) * linear_.in;
+        per_row += int64_t(routings_[r].site->router_rows()) * linear_.in;
       for (int p = w.first_product; p < w.last_product; ++p)
         per_row += int64_t(products_[p].pair->ranks()) * (linear_.in + columns(products_[p]));
       total += per_row * w.chunk.rows;
@@ -245,7 +245,7 @@ class LinearCall {
       float sums[kBlockRows * kPanelRows];
       const float* weights = site.router.as<float>() + size_t(panel) * inputs_ * kPanelRows;
       kernels_.route(x, rows, weights, inputs_ / kPanelInputs, sums);
-      const int first = panel * kPanelRows, count = std::min(kPanelRows, site.experts - first);
+      const int first = panel * kPanelRows, count = std::min(kPanelRows, site.router_rows() - first);
       for (int i = 0; i < rows; ++i)
         std::copy_n(sums + i * kPanelRows, count, logits + i * stride + first);
     }
@@ -262,30 +262,31 @@ class LinearCall {
         for (int i = 0; i < rows; ++i) choose(routing, row + i, site.policy.weights.data());
         continue;
       }
-      float logits[kBlockRows * kMaxExperts];
+      const int width = site.router_rows();
+      float logits[kBlockRows * kMaxRouterRows];
       if (logits_ != nullptr && routing.logits_column >= 0) {
         for (int i = 0; i < rows; ++i)
-          std::copy_n(reduced_logits(work, r, row + i), site.experts, logits + i * site.experts);
+          std::copy_n(reduced_logits(work, r, row + i), width, logits + i * width);
       } else {
         if (!wide) widen(work.chunk.start + row, rows, thread, x);
         wide = true;
-        compute_logits(site, x, rows, logits, site.experts);
+        compute_logits(site, x, rows, logits, width);
       }
       decide_rows(routing, logits, row, rows);
     }
   }
 
-  void decide_rows(const Routing& routing, float* probabilities, int row, int rows) {
+  void decide_rows(const Routing& routing, float* logits, int row, int rows) {
     const Site& site = *routing.site;
-    float weights[kMaxExperts], terms[kBlockRows * kMaxExperts];
+    float weights[kMaxRouterRows], terms[kBlockRows * kMaxRouterRows], thresholds[kBlockRows] = {};
     double entropy = 0;
     int64_t soft = 0;
-    softmax(kernels_, probabilities, rows, site.experts);
-    entropy_terms(kernels_, site.policy, probabilities, rows, site.experts, terms);
+    probabilities(kernels_, site.policy, logits, rows, site.experts, thresholds);
+    entropy_terms(kernels_, site.policy, logits, rows, site.experts, terms);
     for (int i = 0; i < rows; ++i) {
-      const float* p = probabilities + i * site.experts;
-      const Decision decision =
-          decide(kernels_, site.policy, p, terms + i * site.experts, site.experts, weights);
+      const float* p = logits + i * site.experts;
+      const Decision decision = decide(kernels_, site.policy, p, terms + i * site.experts,
+                                       thresholds[i], site.experts, weights);
       entropy += decision.entropy;
       soft += decision.soft;
       choose(routing, row + i, weights);

@@ -115,6 +115,26 @@ Policy parse_policy(const std::string& name, const Numbers& n) {
     policy.kind = PolicyKind::top_p;
     policy.top_p = float(n.at(0));
     policy.temperature = float(n.at(1));
+  } else if (name == "Threshold") {
+    policy.kind = PolicyKind::threshold;
+    policy.threshold = float(n.at(0));
+  } else if (name == "Arrow") {
+    policy.kind = PolicyKind::arrow;
+    policy.k = int(n.at(0));
+    policy.temperature = float(n.at(1));
+  } else if (name == "AdaMoLE") {
+    policy.kind = PolicyKind::adamole;
+    policy.threshold = float(n.at(0));
+    policy.offset = float(n.at(1));
+    policy.extra_rows = 1;
+  } else if (name == "Sparsegen") {
+    policy.kind = PolicyKind::sparsegen;
+    policy.extra_rows = int(n.at(0));
+    TORCH_CHECK(int64_t(n.size()) == 2 + 2 * int64_t(policy.extra_rows), "molehill_cpu: Sparsegen's parameters");
+    const auto biases = n.begin() + 1, weights = biases + policy.extra_rows;
+    policy.hidden_biases.assign(biases, weights);
+    policy.hidden_weights.assign(weights, n.end() - 1);
+    policy.offset = float(n.back());
   } else {
     TORCH_CHECK(name == "DynMoLE", "molehill_cpu: unknown policy '", name, "'");
     policy.kind = PolicyKind::dynmole;
@@ -133,17 +153,22 @@ Policy parse_policy(const std::string& name, const Numbers& n) {
 
 Site make_site(int64_t id, int64_t experts, const std::string& policy, const Numbers& numbers,
                const std::optional<Tensor>& router, Arena& memory) {
-  TORCH_CHECK(experts > 0 && experts <= kMaxExperts, "molehill_cpu: ", experts, " experts");
   Site site;
   site.id = id;
   site.experts = int(experts);
   site.policy = parse_policy(policy, numbers);
+  TORCH_CHECK(experts > 0 && site.router_rows() <= kMaxRouterRows, "molehill_cpu: ", experts,
+              " experts, ", site.router_rows(), " router rows");
   site.policy.entropy_unit = entropy_unit(site.policy, int(experts));
   site.routed = router.has_value();
   site.counters.expert_tokens.resize(experts);
-  if (site.routed)
+  if (site.routed) {
+    TORCH_CHECK(router->size(0) == site.router_rows(), "molehill_cpu: ", router->size(0),
+                " router rows, expected ", site.router_rows());
     site.router =
-        pack_router(router->const_data_ptr<float>(), int(experts), int(router->size(1)), memory);
+        pack_router(router->const_data_ptr<float>(), site.router_rows(), int(router->size(1)),
+                    memory);
+  }
   return site;
 }
 
@@ -191,7 +216,7 @@ void store_ffn(int64_t slot, int64_t ffn, int64_t site, int64_t activation,
   const Handle handle = find(ffns, ffn);
   Backend& state = handle.instance->state;
   const Kernels& table = *state.linears[state.ffns[handle.index].gate_up].kernels;
-  const int64_t experts = router.size(0);
+  const int64_t experts = router.size(0) - parse_policy(policy, numbers).extra_rows;
   Slot& owner = state.slots[int(slot)];
   Arena& memory = owner.memory;
   FfnPiece piece;

@@ -33,8 +33,67 @@ void divide_by_sum(float* weights, int experts) {
   for (int e = 0; e < experts; ++e) weights[e] /= static_cast<float>(sum);
 }
 
+// All zero if nothing was kept.
+void divide_by_sum_if_any(float* weights, int experts) {
+  if (std::any_of(weights, weights + experts, [](float w) { return w != 0; }))
+    divide_by_sum(weights, experts);
+}
+
+void softmax(const Kernels& kernels, float* logits, int rows, int experts) {
+  for (float* row = logits; row < logits + rows * experts; row += experts) {
+    const float most = *std::max_element(row, row + experts);
+    for (int e = 0; e < experts; ++e) row[e] -= most;
+  }
+  kernels.exponentials(logits, size_t(rows) * experts);
+  for (float* row = logits; row < logits + rows * experts; row += experts) divide_by_sum(row, experts);
+}
+
+// sigmoid(extra logit + offset) * threshold of each row; the experts' logits close up.
+void take_thresholds(const Policy& policy, float* logits, int rows, int experts, float* thresholds) {
+  for (int i = 0; i < rows; ++i) {
+    const float* row = logits + i * (experts + 1);
+    thresholds[i] = policy.threshold / (1 + std::exp(-(row[experts] + policy.offset)));
+    std::copy_n(row, experts, logits + i * experts);
+  }
+}
+
+// 1 - lambda of LD-MoLE: eps + softplus(-output of the MLP).
+float sparsity(const Policy& policy, const float* hidden) {
+  constexpr double kEps = 1e-2;
+  double output = policy.offset;
+  for (size_t j = 0; j < policy.hidden_biases.size(); ++j)
+    output += policy.hidden_weights[j] * std::max(hidden[j] + policy.hidden_biases[j], 0.0f);
+  return static_cast<float>(kEps + std::max(-output, 0.0) + std::log1p(std::exp(-std::abs(output))));
+}
+
+// The distribution nearest to the logits, in place.
+void sparsemax(const Kernels& kernels, float* logits, int experts) {
+  uint16_t order[kMaxRouterRows];
+  kernels.rank(logits, experts, order);
+  double sum = 0, threshold = 0;
+  for (int i = 0; i < experts; ++i) {
+    const float value = logits[order[i]];
+    sum += value;
+    if (i > 0 && 1 + (i + 1) * double(value) <= sum) break;
+    threshold = (sum - 1) / (i + 1);
+  }
+  for (int e = 0; e < experts; ++e)
+    logits[e] = std::max(logits[e] - static_cast<float>(threshold), 0.0f);
+}
+
+void sparsegen(const Kernels& kernels, const Policy& policy, float* logits, int rows, int experts) {
+  for (int i = 0; i < rows; ++i) {
+    const float* row = logits + i * (experts + policy.extra_rows);
+    const float most = *std::max_element(row, row + experts);
+    const float scale = sparsity(policy, row + experts);
+    float* p = logits + i * experts;
+    for (int e = 0; e < experts; ++e) p[e] = (row[e] - most) / scale;
+    sparsemax(kernels, p, experts);
+  }
+}
+
 void keep_top_k(const Kernels& kernels, const Policy& policy, const float* p, int experts, float* weights) {
-  uint16_t order[kMaxExperts];
+  uint16_t order[kMaxRouterRows];
   kernels.rank(p, experts, order);
   std::fill_n(weights, experts, 0.0f);
   for (int i = 0; i < std::min(policy.k, experts); ++i) weights[order[i]] = p[order[i]];
@@ -43,10 +102,10 @@ void keep_top_k(const Kernels& kernels, const Policy& policy, const float* p, in
 
 void keep_top_p(const Kernels& kernels, const Policy& policy, const float* probabilities,
                 int experts, float* weights) {
-  float p[kMaxExperts];
+  float p[kMaxRouterRows];
   const float divisor = policy.temperature > 0 ? policy.temperature : 1;
   for (int e = 0; e < experts; ++e) p[e] = probabilities[e] / divisor;
-  uint16_t order[kMaxExperts];
+  uint16_t order[kMaxRouterRows];
   kernels.rank(p, experts, order);
   std::fill_n(weights, experts, 0.0f);
   RunningSum sum;
@@ -59,7 +118,7 @@ void keep_top_p(const Kernels& kernels, const Policy& policy, const float* proba
 bool keep_by_entropy(const Kernels& kernels, const Policy& policy, float entropy, const float* p,
                      int experts, float* weights) {
   const bool soft = policy.entropy_threshold < 1 && entropy > policy.entropy_threshold;
-  uint16_t order[kMaxExperts];
+  uint16_t order[kMaxRouterRows];
   kernels.rank(p, experts, order);
   RunningSum sum;
   for (int i = 0; i < experts; ++i) {
@@ -81,13 +140,21 @@ double entropy_unit(const Policy& policy, int experts) {
   return (1 - std::pow(experts, 1 - index)) / (index - 1);
 }
 
-void softmax(const Kernels& kernels, float* logits, int rows, int experts) {
-  for (float* row = logits; row < logits + rows * experts; row += experts) {
-    const float most = *std::max_element(row, row + experts);
-    for (int e = 0; e < experts; ++e) row[e] -= most;
+void probabilities(const Kernels& kernels, const Policy& policy, float* logits, int rows,
+                   int experts, float* thresholds) {
+  switch (policy.kind) {
+    case PolicyKind::sparsegen:
+      return sparsegen(kernels, policy, logits, rows, experts);
+    case PolicyKind::adamole:
+      take_thresholds(policy, logits, rows, experts, thresholds);
+      break;
+    case PolicyKind::arrow:
+      for (int i = 0; i < rows * experts; ++i) logits[i] = std::abs(logits[i]) / policy.temperature;
+      break;
+    default:
+      break;
   }
-  kernels.exponentials(logits, size_t(rows) * experts);
-  for (float* row = logits; row < logits + rows * experts; row += experts) divide_by_sum(row, experts);
+  softmax(kernels, logits, rows, experts);
 }
 
 void entropy_terms(const Kernels& kernels, const Policy& policy, const float* probabilities,
@@ -103,20 +170,31 @@ void entropy_terms(const Kernels& kernels, const Policy& policy, const float* pr
 }
 
 Decision decide(const Kernels& kernels, const Policy& policy, const float* probabilities,
-                const float* terms, int experts, float* weights) {
+                const float* terms, float threshold, int experts, float* weights) {
   Decision decision{entropy(policy, terms, experts), false};
   switch (policy.kind) {
     case PolicyKind::constant:
       std::copy_n(policy.weights.begin(), experts, weights);
       break;
     case PolicyKind::soft:
+    case PolicyKind::sparsegen:
       std::copy_n(probabilities, experts, weights);
       break;
     case PolicyKind::top_k:
+    case PolicyKind::arrow:
       keep_top_k(kernels, policy, probabilities, experts, weights);
       break;
     case PolicyKind::top_p:
       keep_top_p(kernels, policy, probabilities, experts, weights);
+      break;
+    case PolicyKind::threshold:
+      for (int e = 0; e < experts; ++e)
+        weights[e] = probabilities[e] < policy.threshold ? 0 : probabilities[e];
+      divide_by_sum_if_any(weights, experts);
+      break;
+    case PolicyKind::adamole:
+      for (int e = 0; e < experts; ++e) weights[e] = std::max(probabilities[e] - threshold, 0.0f);
+      divide_by_sum_if_any(weights, experts);
       break;
     case PolicyKind::dynmole:
       decision.soft = keep_by_entropy(kernels, policy, decision.entropy, probabilities, experts, weights);

@@ -114,12 +114,12 @@ ptrdiff_t LowRank::panel_elements() const {
   return ptrdiff_t(rounded_up(in, kPanelInputs)) * kPanelRows;
 }
 
-Buffer pack_router(const float* router, int experts, int in, Arena& memory) {
-  std::vector<int> place(experts);
-  for (int e = 0; e < experts; ++e) place[e] = e;
-  const size_t rows = rounded_up(experts, kPanelRows);
-  const Buffer packed = memory.zeros(rows * rounded_up(in, kPanelInputs) * sizeof(float));
-  pack_panels(router, experts, in, place, packed.as<float>());
+Buffer pack_router(const float* router, int rows, int in, Arena& memory) {
+  std::vector<int> place(rows);
+  for (int i = 0; i < rows; ++i) place[i] = i;
+  const size_t padded = rounded_up(rows, kPanelRows);
+  const Buffer packed = memory.zeros(padded * rounded_up(in, kPanelInputs) * sizeof(float));
+  pack_panels(router, rows, in, place, packed.as<float>());
   return packed;
 }
 

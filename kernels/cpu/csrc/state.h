@@ -96,10 +96,11 @@ struct Site {
   int experts = 0;
   bool routed = false;
   Policy policy;
-  Buffer router;  // float panels of 8 experts
+  Buffer router;  // float panels of 8 rows
   mutable Counters counters;
 
-  int panels() const { return (experts + kPanelRows - 1) / kPanelRows; }
+  int router_rows() const { return experts + policy.extra_rows; }
+  int panels() const { return (router_rows() + kPanelRows - 1) / kPanelRows; }
 };
 
 struct LinearPiece {
@@ -187,7 +188,7 @@ struct Backend {
   std::vector<TraceRecord> trace;
 };
 
-Buffer pack_router(const float* router, int experts, int in, Arena& memory);
+Buffer pack_router(const float* router, int rows, int in, Arena& memory);
 Buffer copy_floats(const float* values, size_t count, Arena& memory);
 
 // Rows of a matrix whose columns are contiguous; the stride counts elements.
