@@ -20,7 +20,7 @@ class Adapter:
     """A MoLE or LoRA adapter.
 
     kind: the method (`lora`, `dora`, `mixlora`, `mola`, `loramoe`, `hydralora`, `molora`,
-        `dynmole`).
+        `dynmole`, `mole`, `adamole`, `ldmole`, `arrow`), or `mix` for a static mix of others.
     sites: mixtures by the base model's module, without its leading `model.`:
         `layers.3.self_attn.q_proj` is a LinearMixture, `layers.3.mlp` an FfnMixture.
         Tensors are float32 on the CPU; scaling is folded into `b`.
@@ -60,9 +60,12 @@ def natural_key(name: str) -> list[str | int]:
 
 
 def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one site: router, magnitude, and `a`, `b` (by projection in an FFN)."""
+    """The tensors of one site: router, parameters, magnitude, and `a`, `b` (by projection in an
+    FFN)."""
     if mixture.router is not None:
         yield "router", mixture.router
+    if mixture.parameters is not None:
+        yield "parameters", mixture.parameters
     if isinstance(mixture, LinearMixture):
         if mixture.magnitude is not None:
             yield "magnitude", mixture.magnitude
@@ -103,12 +106,14 @@ def is_static(mixture: Mixture) -> str | None:
     """Why the gate of a linear mixture cannot depend on the token; None if it can.
 
     A one-expert mixture is static only if its policy gives that expert one fixed weight, which
-    holds for every policy here: the softmax of one logit is 1.
+    holds for every policy that reads the experts' logits alone: the softmax of one logit is 1.
     """
     if isinstance(mixture, FfnMixture):
         return None
     if isinstance(mixture.policy, Constant) or mixture.router is None:
         return "no router"
+    if mixture.policy.extra_rows:
+        return None
     if mixture.num_experts == 1:
         return "one expert"
     if not bool(mixture.router.any()):

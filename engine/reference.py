@@ -13,7 +13,7 @@ from molehill.engine.adapter import Adapter
 from molehill.engine.errors import UnknownTargetError
 from molehill.engine.huggingface import canonical_name
 from molehill.kernels.backend import Trace
-from molehill.kernels.definition import ffn_mixture, linear_mixture, probabilities
+from molehill.kernels.definition import decide, ffn_mixture, linear_mixture
 from molehill.kernels.mixture import FfnMixture, LinearMixture, Mixture
 from molehill.kernels.policy import Routing
 
@@ -54,7 +54,7 @@ def _forward(
         rows = x.reshape(-1, x.shape[-1])
         y, routing = apply(rows)
         if trace is not None and mixture.router is not None:
-            decided = probabilities(rows, mixture.router)
+            decided, _ = decide(rows, mixture.router, mixture.policy, mixture.parameters)
             entry = Trace(site, decided, routing.weights, routing.entropy)
             trace.setdefault(site, []).append(entry)
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)

@@ -22,7 +22,7 @@ from molehill.engine.errors import (
 )
 from molehill.kernels.activation import ACTIVATIONS
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
-from molehill.kernels.policy import DynMoLE, Policy, Soft, TopK
+from molehill.kernels.policy import Arrow, DynMoLE, Policy, Soft, Sparsegen, TopK
 
 
 def validate(adapter: Adapter, base: BaseModel, limits: Limits) -> None:
@@ -88,14 +88,28 @@ def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
         if len(experts.ranks) != mixture.num_experts:
             found = f"{len(experts.ranks)} experts"
             yield ShapeError(stem, found, f"the router's {mixture.num_experts}")
+    yield from _inconsistent_parameters(site, mixture)
     if isinstance(mixture, FfnMixture):
         yield from _inconsistent_widths(site, mixture)
         return
     a, b = mixture.experts.a, mixture.experts.b
     if mixture.router is not None:
-        yield from _expect(f"{site}.router", mixture.router, [mixture.num_experts, a.shape[-1]])
+        rows = mixture.num_experts + mixture.policy.extra_rows
+        yield from _expect(f"{site}.router", mixture.router, [rows, a.shape[-1]])
     if mixture.magnitude is not None:
         yield from _expect(f"{site}.magnitude", mixture.magnitude, [b.shape[0]])
+
+
+def _inconsistent_parameters(site: str, mixture: Mixture) -> Iterator[AdapterError]:
+    """A policy has all of the parameters that it learned, or none."""
+    where, count = f"{site}.parameters", mixture.policy.num_parameters
+    if mixture.parameters is not None:
+        yield from _expect(where, mixture.parameters, [count])
+    elif count:
+        yield ShapeError(where, "no tensor", [count])
+    if mixture.router is None and mixture.policy.extra_rows:
+        expected = f"one for {type(mixture.policy).__name__}"
+        yield ShapeError(f"{site}.router", "no tensor", expected)
 
 
 def _inconsistent_widths(site: str, mixture: FfnMixture) -> Iterator[AdapterError]:
@@ -149,10 +163,10 @@ def _unservable(
 
 
 def sums_to_one(policy: Policy) -> bool:
-    """Whether a router's weights sum to 1 for every token."""
+    """Whether a router's weights sum to 1 for every token. A threshold may leave no expert."""
     normalized = isinstance(policy, TopK) and policy.normalize
     return (
-        isinstance(policy, Soft)
+        isinstance(policy, Soft | Arrow | Sparsegen)
         or normalized
         or (isinstance(policy, DynMoLE) and policy.normalize_weights)
     )
@@ -181,7 +195,7 @@ def _misfits(site: str, mixture: Mixture, base: BaseModel) -> Iterator[AdapterEr
         yield _unknown(site, "gated FFN", list(base.ffns))
         return
     inputs = base.linears[f"{site}.gate_proj"][0]
-    yield from _expect(f"{site}.router", mixture.router, [mixture.num_experts, inputs])
+    yield from _expect(f"{site}.router", mixture.router, [mixture.router.shape[0], inputs])
     if mixture.activation is None and base.ffns[site] not in ACTIVATIONS:
         expected = f"one of {', '.join(ACTIVATIONS)}"
         yield UnsupportedError(f"{site}: the base's activation", base.ffns[site], expected)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import Tensor
 
 from molehill.engine.adapter import Adapter, describe
 from molehill.engine.base import Limits
@@ -129,7 +130,8 @@ def _linear(weights: Weights, site: str, fields: Fields, policy: Policy) -> Line
         if magnitude in weights.tensors:
             found = f"a magnitude beside {type(policy).__name__}"
             raise UnsupportedError(weights.where(magnitude), found, "none, as there is a router")
-        return LinearMixture(experts, policy, weights.tensor(router, 2))
+        parameters = _parameters(weights, site, policy)
+        return LinearMixture(experts, policy, weights.tensor(router, 2), parameters=parameters)
     if len(policy.weights) != len(experts.ranks):
         expected = f"one for each of {len(experts.ranks)} experts"
         raise fields.object("routing").error("weights", expected)
@@ -150,7 +152,20 @@ def _ffn(weights: Weights, site: str, fields: Fields, policy: Policy) -> FfnMixt
     ranks.only(*_FFN_PROJECTIONS)
     stacks = {name: _experts(weights, f"{site}.{name}", ranks, name) for name in ranks.values}
     router = weights.tensor(f"{site}.router", 2)
-    return FfnMixture(stacks, policy, router, fields.text("activation"))
+    parameters = _parameters(weights, site, policy)
+    return FfnMixture(stacks, policy, router, fields.text("activation"), parameters)
+
+
+def _parameters(weights: Weights, site: str, policy: Policy) -> Tensor | None:
+    """Those that the policy learned. Raises MissingTensorError, ShapeError."""
+    if not policy.num_parameters:
+        return None
+    name = f"{site}.parameters"
+    parameters = weights.tensor(name, 1)
+    if parameters.shape[0] != policy.num_parameters:
+        found, expected = list(parameters.shape), [policy.num_parameters]
+        raise ShapeError(weights.where(name), found, expected)
+    return parameters
 
 
 def _experts(weights: Weights, stem: str, fields: Fields, name: str) -> Experts:

@@ -5,7 +5,18 @@ from collections.abc import Callable, Mapping
 from molehill.engine.adapter import describe_policy
 from molehill.engine.errors import ConfigError
 from molehill.engine.formats.fields import Fields
-from molehill.kernels.policy import Constant, DynMoLE, Policy, Soft, TopK, TopP
+from molehill.kernels.policy import (
+    AdaMoLE,
+    Arrow,
+    Constant,
+    DynMoLE,
+    Policy,
+    Soft,
+    Sparsegen,
+    Threshold,
+    TopK,
+    TopP,
+)
 
 
 def _top_p(config: Fields) -> TopP:
@@ -54,6 +65,10 @@ _CLASSES: Mapping[str, Callable[[Fields], Policy]] = {
     "TopK": lambda config: TopK(config.integer("k"), config.flag("normalize", True)),
     "TopP": _top_p,
     "DynMoLE": _dynmole,
+    "Threshold": lambda config: Threshold(config.number("threshold", at_least=0)),
+    "Arrow": lambda config: Arrow(config.integer("k"), config.number("temperature", above=0)),
+    "AdaMoLE": lambda config: AdaMoLE(config.number("max_threshold", at_least=0)),
+    "Sparsegen": lambda config: Sparsegen(config.integer("hidden")),
 }
 
 

@@ -42,6 +42,7 @@ def cut_linear(
         cut_experts(mixture.experts, projection),
         mixture.policy,
         None if mixture.router is None else _cut_inputs(mixture.router, projection),
+        parameters=mixture.parameters,
     )
     if mixture.magnitude is None:
         return piece
@@ -111,4 +112,5 @@ def cut_ffn(
         up=cut.get("up_proj"),
         down=cut.get("down_proj"),
         bias=None if bias is None else bias.detach().float().cpu(),
+        parameters=mixture.parameters,
     )

@@ -304,18 +304,18 @@ def _policy_numbers(policy: Policy, parameters: Tensor | None) -> tuple[str, lis
         case Soft():
             numbers = []
         case TopK(k, normalize):
-            numbers = [k, normalize]
+            numbers = [min(k, MAX_ROUTER_ROWS), normalize]
         case TopP(top_p, temperature):
             numbers = [top_p, temperature]
         case DynMoLE() as d:
             renyi = d.entropy_type == "renyi"
             entropy = [d.entropy_threshold, d.entropy_index, d.entropy_eps, renyi]
             switches = [d.normalize_weights, d.include_crossing, d.normalize_entropy]
-            numbers = [d.top_p, d.keep_top_k, *entropy, *switches]
+            numbers = [d.top_p, min(d.keep_top_k, MAX_ROUTER_ROWS), *entropy, *switches]
         case Threshold(threshold):
             numbers = [threshold]
         case Arrow(k, temperature):
-            numbers = [k, temperature]
+            numbers = [min(k, MAX_ROUTER_ROWS), temperature]
         case AdaMoLE(max_threshold):
             numbers = [max_threshold]
         case Sparsegen(hidden):

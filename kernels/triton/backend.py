@@ -190,4 +190,4 @@ class TritonBackend:
                         half[run.start : run.stop, site.gate : site.gate + site.experts].clone()
                         for half in buffer.chunk(2, dim=1)
                     )
-                    self._traces.append(Trace(site.name, p, w, site.policy.route(p).entropy))
+                    self._traces.append(Trace(site.name, p, w, site.policy.entropy(p)))

@@ -30,47 +30,58 @@ KEEP = tl.constexpr(2)
 NUCLEUS = tl.constexpr(3)
 NORMALIZE = tl.constexpr(4)
 ENTROPY = tl.constexpr(5)
+SCORES = tl.constexpr(6)
 
 # Piece record: output columns, rank rows, B transposed `[rank, pitch]`, int32 expert of each rank
 # row, float32 output scale `[max(experts, 1), pitch]` and bias `[width]`, -1 where there is none.
 PIECE = tl.constexpr(16)
-START = tl.constexpr(6)
-WIDTH = tl.constexpr(7)
-ROW = tl.constexpr(8)
-RANK = tl.constexpr(9)
-B = tl.constexpr(10)
-OWNER = tl.constexpr(11)
-SCALE = tl.constexpr(12)
-BIAS = tl.constexpr(13)
+START = tl.constexpr(7)
+WIDTH = tl.constexpr(8)
+ROW = tl.constexpr(9)
+RANK = tl.constexpr(10)
+B = tl.constexpr(11)
+OWNER = tl.constexpr(12)
+SCALE = tl.constexpr(13)
+BIAS = tl.constexpr(14)
 
 # FFN record: first rank rows of gate and up among those of the gate_up linear, B of both, A of
 # down, int32 `[3, experts + 1]` of the experts' first rows in each, activation, rank rows of down,
 # whether one more carries (sum of weights - 1) for down's bias.
 FFN = tl.constexpr(16)
-GATE_ROW = tl.constexpr(6)
-UP_ROW = tl.constexpr(7)
-GATE_B = tl.constexpr(8)
-UP_B = tl.constexpr(9)
-DOWN_A = tl.constexpr(10)
-STARTS = tl.constexpr(11)
-ACTIVATION = tl.constexpr(12)
-DOWN_RANK = tl.constexpr(13)
-DOWN_BIAS = tl.constexpr(14)
+GATE_ROW = tl.constexpr(7)
+UP_ROW = tl.constexpr(8)
+GATE_B = tl.constexpr(9)
+UP_B = tl.constexpr(10)
+DOWN_A = tl.constexpr(11)
+STARTS = tl.constexpr(12)
+ACTIVATION = tl.constexpr(13)
+DOWN_RANK = tl.constexpr(14)
+DOWN_BIAS = tl.constexpr(15)
 
 # Policy parameters, float32.
-POLICY = tl.constexpr(8)
+POLICY = tl.constexpr(16)
 DIVISOR = tl.constexpr(0)
 TOP_P = tl.constexpr(1)
 THRESHOLD = tl.constexpr(2)
 INDEX = tl.constexpr(3)
 EPS = tl.constexpr(4)
 MOST = tl.constexpr(5)
+TEMPERATURE = tl.constexpr(6)
+FLOOR = tl.constexpr(7)
+OFFSET = tl.constexpr(8)
 
 # Values of NUCLEUS: which experts are kept beside the first KEEP, by what runs up to them.
 NO_NUCLEUS = tl.constexpr(0)
 BEFORE_AT_MOST = tl.constexpr(1)
 WITH_AT_MOST = tl.constexpr(2)
 BEFORE_UNDER = tl.constexpr(3)
+
+# Values of SCORES: what the probabilities are made of, and held against. LEARNED has one more router
+# row, whose logits make each token's floor.
+PLAIN = tl.constexpr(0)
+ABSOLUTE = tl.constexpr(1)
+FLOORED = tl.constexpr(2)
+LEARNED = tl.constexpr(3)
 
 # Values of ENTROPY.
 SHANNON = tl.constexpr(0)

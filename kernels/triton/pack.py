@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molehill.kernels.backend import CapacityError, FfnPiece, LinearPiece
 from molehill.kernels.mixture import Experts
-from molehill.kernels.policy import Constant, Policy
+from molehill.kernels.policy import Constant, Policy, Sparsegen
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.blocks import Limits
 from molehill.kernels.triton.policy import encode
@@ -143,7 +143,7 @@ def pack_piece(
         scale = None if scale is None else (weights @ scale).unsqueeze(0)
     record = Record([0] * at.PIECE.value)
     if weights is None and piece.router is not None:
-        gate, count = _route(record, piece.site, piece.policy, piece.router, stack, limits)
+        gate, count = _route(record, piece, piece.router, stack, limits)
         position = len(stack.pieces)
         packing.sites.append(Site(piece.site, piece.policy, stack.handle, position, gate, count))
     fields = record.fields
@@ -171,7 +171,7 @@ def pack_ffn(
     """gate and up shrink with the gate_up linear; down's rows are expanded by the down linear."""
     record = Record([0] * at.FFN.value)
     fields = record.fields
-    gate, count = _route(record, piece.site, piece.policy, piece.router, gate_up, limits)
+    gate, count = _route(record, piece, piece.router, gate_up, limits)
     packing.sites.append(Site(piece.site, piece.policy, handle, None, gate, count))
     if piece.activation not in ACTIVATION_CODES:
         raise CapacityError(piece.site, piece.activation, f"one of {sorted(ACTIVATION_CODES)}")
@@ -228,16 +228,19 @@ def _starts(experts: Experts | None, count: int) -> list[int]:
 
 
 def _route(
-    record: Record, site: str, policy: Policy, router: Tensor, stack: Stack, limits: Limits
+    record: Record, piece: LinearPiece | FfnPiece, router: Tensor, stack: Stack, limits: Limits
 ) -> tuple[int, int]:
     """Writes the router's fields; its first column of the logits, and its experts."""
-    experts = router.shape[0]
+    policy, experts = piece.policy, router.shape[0] - piece.policy.extra_rows
+    if isinstance(policy, Sparsegen):
+        expected = "a policy without an MLP: the Triton kernels have none"
+        raise CapacityError(piece.site, f"the policy {policy}", expected)
     if experts > limits.experts:
-        raise CapacityError(site, f"{experts} experts", f"at most {limits.experts}")
-    integers, record.parameters = encode(policy, experts)
+        raise CapacityError(piece.site, f"{experts} experts", f"at most {limits.experts}")
+    integers, record.parameters = encode(policy, experts, piece.parameters)
     gate = stack.add_router(router)
     record.fields[at.GATE.value], record.fields[at.EXPERTS.value] = gate, experts
-    record.fields[at.KEEP.value : at.ENTROPY.value + 1] = integers
+    record.fields[at.KEEP.value : at.SCORES.value + 1] = integers
     return gate, experts
 
 

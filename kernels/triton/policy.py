@@ -2,19 +2,34 @@
 
 import math
 
-from molehill.kernels.policy import Constant, DynMoLE, Policy, Soft, TopK, TopP
+from torch import Tensor
+
+from molehill.kernels.policy import (
+    AdaMoLE,
+    Arrow,
+    Constant,
+    DynMoLE,
+    Policy,
+    Soft,
+    Sparsegen,
+    Threshold,
+    TopK,
+    TopP,
+)
 from molehill.kernels.triton import layout as at
 
 Record = tuple[list[int], list[float]]
 
 
-def encode(policy: Policy, experts: int) -> Record:
-    """(KEEP, NUCLEUS, NORMALIZE, ENTROPY) and the float parameters, for a router over `experts`.
+def encode(policy: Policy, experts: int, learned: Tensor | None = None) -> Record:
+    """(KEEP, NUCLEUS, NORMALIZE, ENTROPY, SCORES) and the float parameters, for a router over
+    `experts`; learned: the policy's parameters.
 
-    Raises TypeError for Constant, which has no router.
+    Raises TypeError for Constant, which has no router, and for Sparsegen, whose MLP does not fit
+    in the kernel's registers.
     """
-    keep, nucleus, normalize = experts, at.NO_NUCLEUS.value, False
-    divisor, top_p = 1.0, 0.0
+    keep, nucleus, normalize, scores = experts, at.NO_NUCLEUS.value, False, at.PLAIN.value
+    divisor, top_p, tempered, floor, offset = 1.0, 0.0, 1.0, 0.0, 0.0
     match policy:
         case Soft():
             pass
@@ -27,10 +42,19 @@ def encode(policy: Policy, experts: int) -> Record:
             keep, normalize = policy.keep_top_k, policy.normalize_weights
             crossing = policy.include_crossing
             nucleus = at.BEFORE_UNDER.value if crossing else at.WITH_AT_MOST.value
-        case Constant():
+        case Arrow(k=keep, temperature=tempered):
+            normalize, scores = True, at.ABSOLUTE.value
+        case Threshold(threshold=floor):
+            normalize, scores = True, at.FLOORED.value
+        case AdaMoLE(max_threshold=floor):
+            assert learned is not None
+            normalize, scores, offset = True, at.LEARNED.value, learned.item()
+        case Constant() | Sparsegen():
             raise TypeError(f"a router has the policy {policy}")
     kind, entropy = _entropy(policy, experts)
-    return [keep, nucleus, int(normalize), kind], [divisor, top_p, *entropy, 0.0, 0.0]
+    integers = [min(keep, experts), nucleus, int(normalize), kind, scores]
+    floats = [divisor, top_p, *entropy, tempered, floor, offset]
+    return integers, floats + [0.0] * (at.POLICY.value - len(floats))
 
 
 def _entropy(policy: Policy, experts: int) -> tuple[int, list[float]]:

@@ -1,9 +1,11 @@
 """Device code of the routing policies: gate weights of a tile of tokens.
 
-p = softmax(logits); q = p / temperature. With the experts by falling q, ties by index, an expert is
-kept if it is among the first `keep`, or by what the q before it (and with it) sum to, or if the
-token is soft: entropy(p) > threshold. w = q where kept, else 0; w / sum(w) if normalised. Every
-class of molehill.kernels.policy is one choice of these parameters (molehill.kernels.triton.policy).
+p = softmax(logits), or of |logits| / temperature; q = p / divisor. With the experts by falling q,
+ties by index, an expert is kept if it is among the first `keep`, or by what the q before it (and
+with it) sum to, or if the token is soft: entropy(p) > threshold. Where there is a floor, only
+experts that reach it are kept; it is a number, or the token's own, which q is then less by. w = q
+where kept, else 0; w / sum(w) if normalised and not all 0. Every class of molehill.kernels.policy
+that has a place here is one choice of these parameters (molehill.kernels.triton.policy).
 """
 
 import triton
@@ -53,11 +55,34 @@ def sparse_mask(q: tl.tensor, experts: tl.tensor, record: tl.tensor, top_p: tl.t
 
 
 @triton.jit
+def above_floor(
+    q: tl.tensor, extra: tl.tensor, scores: tl.tensor, parameters: tl.tensor
+) -> tl.tensor:
+    """q where it reaches the floor, or what it has above the token's own floor. q `[T, E]`."""
+    floor = tl.load(parameters + at.FLOOR)
+    w = tl.where(q >= floor, q, 0.0)
+    if scores == at.LEARNED:
+        own_floor = floor * tl.sigmoid(extra + tl.load(parameters + at.OFFSET))
+        w = tl.maximum(q - own_floor[:, None], 0.0)
+    return w
+
+
+@triton.jit
 def route(
-    logits: tl.tensor, experts: tl.tensor, record: tl.tensor, parameters: tl.tensor
+    logits: tl.tensor,
+    extra: tl.tensor,
+    experts: tl.tensor,
+    record: tl.tensor,
+    parameters: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """logits float32 `[T, E]`, of which `experts` columns count: p, w `[T, E]`, entropy, soft."""
+    """logits float32 `[T, E]`, of which `experts` columns count: p, w `[T, E]`, entropy, soft.
+
+    extra: float32 `[T]`, the logits of the router's extra row where scores are LEARNED.
+    """
     own = (tl.arange(0, logits.shape[1]) < experts)[None, :]
+    scores = tl.load(record + at.SCORES)
+    if scores == at.ABSOLUTE:
+        logits = tl.abs(logits) / tl.load(parameters + at.TEMPERATURE)
     logits = tl.where(own, logits, float("-inf"))
     p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
@@ -69,8 +94,11 @@ def route(
         kept = kept & sparse_mask(q, experts, record, tl.load(parameters + at.TOP_P))
         kept = kept | (own & soft[:, None])
     w = tl.where(kept, q, 0.0)
+    if scores >= at.FLOORED:
+        w = above_floor(w, extra, scores, parameters)
     if tl.load(record + at.NORMALIZE) != 0:
-        w = w / tl.sum(w, axis=1)[:, None]
+        total = tl.sum(w, axis=1)[:, None]
+        w = w / tl.where(total == 0, 1.0, total)
     return p, w, entropy, soft
 
 
