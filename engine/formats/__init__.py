@@ -6,7 +6,16 @@ from pathlib import Path
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
 from molehill.engine.errors import UnsupportedError
-from molehill.engine.formats import files, forks, moepeft, native, peft
+from molehill.engine.formats import (
+    adamole,
+    files,
+    forks,
+    ldmole,
+    mixes,
+    moepeft,
+    native,
+    peft,
+)
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.policies import STRATEGIES
 from molehill.engine.validation import check
@@ -17,6 +26,8 @@ DEFAULT_LIMITS = Limits()
 def _read_lora(directory: Path, config: Fields, limits: Limits) -> Adapter:
     """PEFT's own files and those of its forks, which only their tensors tell apart."""
     weights = files.read_weights(directory, limits)
+    if ldmole.recognises(config, weights):
+        return ldmole.read(config, weights)
     reader = forks.read if forks.recognises(weights) else peft.read
     return reader(config, weights)
 
@@ -28,6 +39,14 @@ READERS: dict[str, Callable[[Path, Fields, Limits], Adapter]] = {
     "MOLA": moepeft.read,
     "LORAMOE": moepeft.read,
     "DYNMOLE": moepeft.read,
+    "MOLE": adamole.read,
+    "ADAMOLE": adamole.read,
+}
+
+# What serving them would take.
+_NOT_SERVED = {
+    "XLORA": "XLORA, whose scalings come from a second pass: every token would run through the base "
+    "twice, first without adapters and with a KV cache of its own, then with the scalings",
 }
 
 
@@ -37,15 +56,20 @@ def read(path: Path, limits: Limits = DEFAULT_LIMITS) -> Adapter:
     Raises an AdapterError that names the file and the tensor or field.
     """
     files.check_directory(path)
-    if (path / native.CONFIG).exists():
-        adapter = native.read(path, limits)
-    else:
-        config = files.read_config(path)
-        kind = peft_type(config)
-        fields = Fields(config.where, {**config.values, "peft_type": kind})
-        adapter = READERS[kind](path, fields, limits)
+    mixed = (path / mixes.CONFIG).exists()
+    adapter = mixes.read(path, limits, _read_one) if mixed else _read_one(path, limits)
     check(adapter, limits)
     return adapter
+
+
+def _read_one(path: Path, limits: Limits) -> Adapter:
+    """An adapter with tensors of its own."""
+    if (path / native.CONFIG).exists():
+        return native.read(path, limits)
+    config = files.read_config(path)
+    kind = peft_type(config)
+    fields = Fields(config.where, {**config.values, "peft_type": kind})
+    return READERS[kind](path, fields, limits)
 
 
 def peft_type(config: Fields) -> str:
@@ -64,5 +88,6 @@ def peft_type(config: Fields) -> str:
     kind = kind or "LORA"
     if kind not in READERS:
         known = ", ".join(READERS)
-        raise UnsupportedError(f"{config.where}: peft_type", kind, f"one of {known}")
+        found = _NOT_SERVED.get(kind, kind)
+        raise UnsupportedError(f"{config.where}: peft_type", found, f"one of {known}")
     return kind

@@ -104,6 +104,12 @@ def read(config: Fields, weights: Weights) -> Adapter:
     )
 
 
+def factors(config: Fields, weights: Weights) -> dict[str, float]:
+    """What `read` multiplies B by, alpha / r for a LoRA, by canonical module name."""
+    scalings = _read_scalings(config)
+    return {name.removeprefix("model."): scalings.of(name).factor for name in _group(weights)}
+
+
 def _refuse(config: Fields) -> None:
     config.refuse({**UNSERVED, **_FORKS})
     initialisation = config.values.get("init_lora_weights")
