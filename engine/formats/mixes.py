@@ -3,6 +3,7 @@
 `molehill_mix.json` says how; docs/format.md describes it.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from molehill.engine.mix import Part, mix
 from molehill.kernels.policy import Arrow
 
 CONFIG = "molehill_mix.json"
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 _Reader = Callable[[Path, Limits], Adapter]
 
@@ -74,11 +77,11 @@ class _Members:
             expected = f"at most {self._limits.experts}"
             raise LimitError(where, f"{len(names)} adapters", expected)
         for name in names:
-            if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
-                expected = "the name of a directory beside this file"
-                raise UnsupportedError(where, repr(name)[:80], expected)
+            if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
+                expected = "a directory beside this file, by letters, digits, `.`, `_` and `-`"
+                raise UnsupportedError(where, ascii(name)[:80], expected)
             if (self._directory / name).is_symlink():
-                raise UnsupportedError(where, f"{name[:80]}, a link", "a directory")
+                raise UnsupportedError(where, f"{name}, a link", "a directory")
         if len(set(names)) < len(names):
             raise self._config.error(field, "every adapter once")
 
