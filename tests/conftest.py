@@ -15,9 +15,19 @@ def golden() -> Path:
     return Path(__file__).parent / "data" / "golden"
 
 
+@pytest.fixture(scope="session")
+def authored(tmp_path_factory):
+    """By name, the adapters of tests/authored.py: not to be changed."""
+    pytest.importorskip("peft", reason="the dev extra is not installed")
+    from authored import author_all
+
+    return {own.name: own for own in author_all(tmp_path_factory.mktemp("authored"))}
+
+
 @pytest.fixture
 def edited(golden, tmp_path):
-    """Copies a golden case with changes: `edited(case, config={...}, tensors={...})`.
+    """Copies a golden case, or a directory, with changes: `edited(case, config={...},
+    tensors={...})`.
 
     A value of None removes the field or tensor; a callable gets the old tensor.
     """
