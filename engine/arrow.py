@@ -39,10 +39,7 @@ def arrow(tasks: Sequence[Lora], policy: Arrow, general: Sequence[Lora] = ()) ->
         for site in sorted(wanted ^ set(lora.adapter.sites)):
             found = "adapted by some of the adapters only"
             raise UnknownTargetError(f"{lora.name}: {site}", found, "the same linears in all")
-    sites = {
-        site: _mixture(site, tasks, general, policy)
-        for site in tasks[0].adapter.sites
-    }
+    sites = {site: _mixture(site, tasks, general, policy) for site in tasks[0].adapter.sites}
     parts = [Part(lora.name, lora.adapter, 1.0) for lora in everyone]
     adapters = [lora.adapter for lora in everyone]
     return Adapter("arrow", sites, common_base(adapters), warnings(parts))
@@ -88,7 +85,9 @@ def _subtract(lora: Lora, site: str, own: Experts, mean: tuple[Tensor, Tensor]) 
 def _check_rank(lora: Lora, site: str, own: Experts, like: Experts) -> None:
     if own.ranks != like.ranks:
         where, expected = f"{lora.name}: {site}.a", f"the other adapters' {like.ranks[0]}"
-        raise ShapeError(where, f"rank {own.ranks[0]}", f"{expected}, as general ones are subtracted")
+        raise ShapeError(
+            where, f"rank {own.ranks[0]}", f"{expected}, as general ones are subtracted"
+        )
 
 
 def prototype(a: Tensor, b: Tensor) -> Tensor:

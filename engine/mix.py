@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import ConfigError, ShapeError, UnsupportedError

@@ -1,4 +1,4 @@
-"""Adapters of methods that the golden cases lack, made on the tiny model as their authors save them.
+"""Adapters of methods that the golden cases lack, on the tiny model, as their authors save them.
 
 What they answer is computed by plain modules written from the methods' original code, or by PEFT;
 nothing here uses molehill.
@@ -217,14 +217,13 @@ def answers(name: str, model: Any, count: int = 2, steps: int = 12) -> tuple[Pro
     """What the model says to the first golden prompts."""
     found = []
     for prompt in Case("base").prompts[:count]:
-        ids = list(prompt.ids)
-        for step in range(steps):
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-            first = logits if step == 0 else first
-            best = logits.topk(2)
-            assert best.values[0] - best.values[1] > LEAST_MARGIN, "choose another seed"
+        ids, logits = list(prompt.ids), []
+        for _ in range(steps):
+            logits.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1])
+            best = logits[-1].topk(2)
+            assert best.values[0] - best.values[1] > LEAST_MARGIN, f"{name}: choose another seed"
             ids.append(int(best.indices[0]))
-        found.append(Prompt(name, prompt.ids, tuple(ids[-steps:]), first))
+        found.append(Prompt(name, prompt.ids, tuple(ids[-steps:]), logits[0]))
     return tuple(found)
 
 
@@ -308,9 +307,7 @@ def author_arrow(root: Path, name: str, general: Sequence[str] = (), k: int = 2)
         "general": list(general),
     }
     (directory / "molehill_mix.json").write_text(json.dumps(document))
-    config = ArrowConfig(
-        top_k=k, router_temperature=temperature, use_gks=bool(general), rng_seed=1
-    )
+    config = ArrowConfig(top_k=k, router_temperature=temperature, use_gks=bool(general), rng_seed=1)
     model = create_arrow_model(
         tiny_llama(),
         [str(directory / task) for task in TASKS],

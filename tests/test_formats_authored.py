@@ -22,7 +22,8 @@ from molehill.engine.reference import attach
 from molehill.kernels.policy import AdaMoLE, Constant, Soft, Sparsegen, Threshold, TopK
 
 LOGITS = 1e-3
-WEIGHTS = 1e-5
+# LD-MoLE divides logits by as little as 0.01, and their rounding with them.
+WEIGHTS = {"ldmole": 1e-4}
 NAMES = [method.name for method in METHODS]
 POLICIES = {
     "mole-top-k": ("mole", TopK(2)),
@@ -72,14 +73,13 @@ def test_the_reference_gives_the_authors_logits_tokens_and_weights(authored, mod
             assert tuple(tokens[len(prompt.ids) :]) == prompt.greedy
     assert found.keys() == own.routes.keys()
     for site, weights in own.routes.items():
-        assert greatest_difference(found[site], weights) < WEIGHTS, site
+        assert greatest_difference(found[site], weights) < WEIGHTS.get(name, 1e-5), site
 
 
 def test_the_cases_reach_what_is_special_of_their_methods(authored):
     """Or the tests above could pass without it."""
     counts = {
-        name: torch.cat([(w > 0).sum(-1) for w in authored[name].routes.values()])
-        for name in NAMES
+        name: torch.cat([(w > 0).sum(-1) for w in authored[name].routes.values()]) for name in NAMES
     }
     assert set(counts["mole-top-k"].tolist()) == {2}
     for name in ("mole-threshold", "adamole", "ldmole"):
@@ -126,7 +126,8 @@ def test_one_lora_is_a_plain_lora(authored, edited):
     gone = {
         name: None
         for name in tensors
-        if "lora_route" in name or any(f"lora_{half}{e}" in name for half in "AB" for e in (1, 2, 3))
+        if "lora_route" in name
+        or any(f"lora_{half}{e}" in name for half in "AB" for e in (1, 2, 3))
     }
     adapter = formats.read(edited(path, {"lora_nums": 1}, gone))
     site = adapter.sites[Q]

@@ -220,7 +220,7 @@ def test_tasks_that_adapt_other_linears_are_refused_by_name(copied):
 def test_arrow_is_for_loras_by_peft(copied, golden, case):
     directory = copied("arrow", {"adapters": ["poems", "bad"]})
     shutil.copytree(golden / "cases" / case, directory / "bad")
-    with pytest.raises((UnsupportedError, UnknownTargetError), match="^bad"):
+    with pytest.raises((UnsupportedError, UnknownTargetError), match=r"^bad"):
         formats.read(directory)
 
 
@@ -232,7 +232,7 @@ OUTSIDE = ["..", ".", "", "/etc", "../other", "a/b", "a\\b", "a\0b", "\ud800", "
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=ascii)
 def test_adapters_outside_the_directory_are_refused(copied, name):
-    with pytest.raises(UnsupportedError, match="adapters: found .* expected a directory beside"):
+    with pytest.raises(UnsupportedError, match=r"adapters: found .* expected a directory beside"):
         formats.read(copied("arrow", {"adapters": ["poems", name]}))
 
 

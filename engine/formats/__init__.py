@@ -45,8 +45,8 @@ READERS: dict[str, Callable[[Path, Fields, Limits], Adapter]] = {
 
 # What serving them would take.
 _NOT_SERVED = {
-    "XLORA": "XLORA, whose scalings come from a second pass: every token would run through the base "
-    "twice, first without adapters and with a KV cache of its own, then with the scalings",
+    "XLORA": "XLORA, whose scalings come from a pass of their own: every token would run through "
+    "the base twice, first without adapters and with a KV cache of its own, then with the scalings",
 }
 
 

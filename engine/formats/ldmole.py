@@ -116,9 +116,7 @@ def _mlp(shared: Weights, width: int) -> _Mlp:
     return _Mlp(rows, torch.cat([parts["0.bias"], parts["2.weight"][0], parts["2.bias"]]))
 
 
-def _mixture(
-    config: Fields, weights: Weights, mlps: dict[int, _Mlp], stem: str
-) -> LinearMixture:
+def _mixture(config: Fields, weights: Weights, mlps: dict[int, _Mlp], stem: str) -> LinearMixture:
     scaling = Scaling(config.number("lora_alpha", above=0), config.integer("r"))
     name = f"{stem}.{_LAYOUT.router}"
     if config.integer("lora_nums", 2) == 1 and name not in weights.tensors:
@@ -134,6 +132,4 @@ def _mixture(
         raise MissingTensorError(where, "no such tensor", f"the MLP that {stem} shares")
     mlp = mlps[width]
     policy = Sparsegen(mlp.rows.shape[0])
-    return LinearMixture(
-        experts, policy, torch.cat([router, mlp.rows]), parameters=mlp.parameters
-    )
+    return LinearMixture(experts, policy, torch.cat([router, mlp.rows]), parameters=mlp.parameters)

@@ -41,13 +41,14 @@ def gate_weights(
     gate = tl.load(record + at.GATE).to(tl.int32) + expert
     where = own[:, None] & (expert < experts)[None, :]
     sums = tl.zeros((token.shape[0], MAX_EXPERTS), dtype=tl.float32)
-    extra = tl.zeros((token.shape[0],), dtype=tl.float32)
-    learned = tl.load(record + at.SCORES) == at.LEARNED
-    last = logits + tl.load(record + at.GATE) + experts
     for split in range(SPLITS):
-        row = (split * tokens + token) * MAX_GATES
-        sums += tl.load(logits + row[:, None] + gate[None, :], mask=where, other=0.0)
-        extra += tl.load(last + row, mask=own & learned, other=0.0)
+        source = (split * tokens + token)[:, None] * MAX_GATES + gate[None, :]
+        sums += tl.load(logits + source, mask=where, other=0.0)
+    extra = tl.zeros((token.shape[0],), dtype=tl.float32)
+    if tl.load(record + at.SCORES) == at.LEARNED:
+        last = logits + tl.load(record + at.GATE) + experts
+        for split in range(SPLITS):
+            extra += tl.load(last + (split * tokens + token) * MAX_GATES, mask=own, other=0.0)
     p, w, entropy, soft = route(sums, extra, experts, record, parameters)
     if first:
         count(counters, w, entropy, soft, own)

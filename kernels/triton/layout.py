@@ -76,8 +76,8 @@ BEFORE_AT_MOST = tl.constexpr(1)
 WITH_AT_MOST = tl.constexpr(2)
 BEFORE_UNDER = tl.constexpr(3)
 
-# Values of SCORES: what the probabilities are made of, and held against. LEARNED has one more router
-# row, whose logits make each token's floor.
+# Values of SCORES: what the probabilities are made of, and held against. LEARNED has one more
+# router row, whose logits make each token's floor.
 PLAIN = tl.constexpr(0)
 ABSOLUTE = tl.constexpr(1)
 FLOORED = tl.constexpr(2)

@@ -1,7 +1,8 @@
 """Asks an engine for golden prompts and compares."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +25,21 @@ class Reply:
     cached: int
 
 
-def request(case: str) -> Any:
-    """The LoRARequest of a golden case; None is the base."""
+def request(case: str, others: Mapping[str, Path] | None = None) -> Any:
+    """The LoRARequest of a golden case, or of one of `others`; None is the base."""
     from vllm.lora.request import LoRARequest
 
+    if others is not None and case in others:
+        return LoRARequest(case, 100 + list(others).index(case), str(others[case]))
     return None if case == "base" else LoRARequest(case, IDS[case], str(Case(case).path))
 
 
 def ask(
-    llm: Any, prompts: Sequence[Prompt], tokens: int = 12, prompt_logits: bool = False
+    llm: Any,
+    prompts: Sequence[Prompt],
+    tokens: int = 12,
+    prompt_logits: bool = False,
+    others: Mapping[str, Path] | None = None,
 ) -> list[Reply]:
     """All prompts in one batch, each with the adapter of its case."""
     from vllm import SamplingParams
@@ -47,7 +54,7 @@ def ask(
     outputs = llm.generate(
         [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts],
         sampling,
-        lora_request=[request(prompt.case) for prompt in prompts],
+        lora_request=[request(prompt.case, others) for prompt in prompts],
         use_tqdm=False,
     )
     return [_reply(output) for output in outputs]

@@ -35,11 +35,13 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_configuration_matches_the_reference(name: str, monkeypatch: Any) -> None:
+def test_configuration_matches_the_reference(name: str, authored: Any, monkeypatch: Any) -> None:
     configuration = CONFIGURATIONS[name]
     for variable, value in configuration.environment.items():
         monkeypatch.setenv(variable, value)
     # The first two prompts of the base and of every method, in one batch.
     prompts = every_prompt()[: 2 * (1 + len(SERVED))]
-    with engine(**configuration.options) as llm:
-        assert_golden(ask(llm, prompts), prompts)
+    prompts += [prompt for own in authored.values() for prompt in own.prompts]
+    others = {name: own.path for name, own in authored.items()}
+    with engine(**configuration.options, max_loras=30) as llm:
+        assert_golden(ask(llm, prompts, others=others), prompts)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from test_cpu_backend import USABLE, assert_near, experts, random, rounded, thread_count
-from triton_cases import LIMITS, ffn_experts, ffn_piece, ffn_weights, run_ffn
 from triton_cases import CPU as DEVICE
+from triton_cases import LIMITS, ffn_experts, ffn_piece, ffn_weights, run_ffn
 
 from molehill.kernels.backend import (
     CapacityError,
@@ -41,7 +41,7 @@ class Gate(NamedTuple):
     parameters: torch.Tensor | None
 
 
-def gate(policy, inputs=INPUTS, count=len(RANKS), seed=0) -> Gate:
+def gate(policy, inputs=INPUTS, count=5, seed=0) -> Gate:
     rows = random(count + policy.extra_rows, inputs, seed=seed + 2, scale=2 * inputs**-0.5)
     numbers = policy.num_parameters
     return Gate(rows, random(numbers, seed=seed + 3) if numbers else None)
@@ -113,7 +113,7 @@ def test_counters_and_traces_are_the_policys_own_figures(make):
 
 
 def test_policies_share_a_fused_linear(make):
-    """Neighbours with other rows per router, some of equal policies with parameters of their own."""
+    """Neighbours with other rows per router; two of one policy have parameters of their own."""
     policies = served(
         make, {"q": AdaMoLE(0.3), "k": Soft(), "v": AdaMoLE(0.3), "o": Sparsegen(3), "g": Arrow(1)}
     )
@@ -219,7 +219,7 @@ def test_a_large_mlp_is_served_and_one_beyond_the_kernels_is_refused():
 def test_sparsegen_is_refused_by_the_triton_backend(interpreted):
     backend = TritonBackend(DEVICE, LIMITS)
     handle = backend.register_linear(LinearShape("linear", INPUTS, OUT))
-    with pytest.raises(CapacityError, match="Sparsegen.*the Triton kernels have none"):
+    with pytest.raises(CapacityError, match=r"Sparsegen.*the Triton kernels have none"):
         backend.store(0, SlotWeights({handle: [piece(Sparsegen(3))]}, {}))
     assert backend.resident_bytes(0) == 0
 

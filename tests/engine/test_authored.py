@@ -1,0 +1,94 @@
+"""Adapters as their authors save them through the vLLM engine, in one batch with golden cases."""
+
+from typing import Any
+
+import pytest
+import torch
+from asking import Reply, ask, assert_golden, request
+from golden import Case, greatest_difference
+
+from molehill.engine import formats
+from molehill.engine.formats import native
+
+NEIGHBOURS = ("base", "lora", "mixlora", "mola", "dynmole-default")
+MADE = (
+    "mole-top-k",
+    "mole-threshold",
+    "adamole",
+    "adamole-high",
+    "ldmole",
+    "arrow",
+    "arrow-general",
+    "mix",
+)
+
+
+@pytest.fixture(scope="module")
+def paths(authored: Any) -> dict[str, Any]:
+    assert set(authored) == set(MADE)
+    return {name: own.path for name, own in authored.items()}
+
+
+@pytest.fixture(scope="module")
+def replies(llm: Any, authored: Any, paths: Any) -> dict[str, list[Reply]]:
+    """Everything in ONE batch, interleaved so that neighbours in it differ."""
+    own = {name: list(made.prompts) for name, made in authored.items()}
+    cases = {name: Case(name).prompts[:2] for name in NEIGHBOURS} | own
+    prompts = [prompts[i] for i in range(2) for prompts in cases.values()]
+    found: dict[str, list[Reply]] = {}
+    for prompt, reply in zip(prompts, ask(llm, prompts, others=paths), strict=True):
+        found.setdefault(prompt.case, []).append(reply)
+    return found
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_mixed_batch_matches_the_authors(replies: Any, authored: Any, name: str) -> None:
+    assert_golden(replies[name], authored[name].prompts)
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_their_neighbours_match_the_reference(replies: Any, name: str) -> None:
+    assert_golden(replies[name], Case(name).prompts[:2])
+
+
+@pytest.mark.parametrize("name", [name for name in MADE if "arrow" not in name and name != "mix"])
+def test_gate_weights_match_the_authors(llm: Any, authored: Any, paths: Any, name: str) -> None:
+    llm.reset_prefix_cache()
+    llm.collective_rpc("molehill_trace", args=(True,))
+    ask(llm, authored[name].prompts[:1], tokens=1, others=paths)
+    (traces,) = llm.collective_rpc("molehill_trace", args=(False,))
+    found = {site: torch.tensor(weights) for site, _, weights, _ in traces}
+    assert found.keys() == authored[name].routes.keys()
+    # LD-MoLE divides logits by as little as 0.01, and their rounding with them.
+    tolerance = 1e-4 if name == "ldmole" else 1e-5
+    for site, weights in authored[name].routes.items():
+        assert greatest_difference(found[site], weights) < tolerance, site
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_native_copy_answers_the_same(
+    llm: Any, authored: Any, tmp_path: Any, name: str
+) -> None:
+    """Unloads the authors' directory and loads what `molehill convert` would make of it."""
+    path = tmp_path / "native"
+    native.write(formats.read(authored[name].path), path)
+    prompts, copy = authored[name].prompts, request(name, {name: path})
+    llm.llm_engine.remove_lora(copy.lora_int_id)
+    llm.llm_engine.add_lora(copy)
+    llm.reset_prefix_cache()
+    assert_golden(ask(llm, prompts, others={name: path}), prompts)
+    assert llm.llm_engine.remove_lora(copy.lora_int_id)
+
+
+def test_a_broken_adapter_is_refused_and_nothing_else_is_disturbed(
+    llm: Any, authored: Any, paths: Any, edited: Any
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_threshold.bias"
+    broken = edited(authored["adamole"].path, tensors={name: None})
+    with pytest.raises(Exception, match=r"layers\.1\.self_attn\.q_proj\.lora_threshold\.bias"):
+        llm.llm_engine.add_lora(LoRARequest("broken", 99, str(broken)))
+    assert 99 not in llm.llm_engine.list_loras()
+    prompts = authored["adamole"].prompts
+    assert_golden(ask(llm, prompts, others=paths), prompts)
