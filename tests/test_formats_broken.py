@@ -360,19 +360,6 @@ def test_formats_that_are_not_read_yet_are_named(golden, case, found):
     assert found in refusal(UnsupportedError, golden / "cases" / case).found
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "base_model.model.model.layers.0.mlp.down_proj.sparsegen.mlp.proj_layers.176.0.weight",
-        "base_model.sparsegen_fn.mlp.proj_layers.176.0.bias",
-    ],
-)
-@pytest.mark.parametrize("case", ["loramoe-official", "lora"])
-def test_ld_mole_is_told_by_its_sparsegen(edited, case, name):
-    error = refusal(UnsupportedError, edited(case, tensors={name: torch.ones(4)}))
-    assert (error.where, error.found) == (f"adapter_model.bin: {name}", "LD-MoLE's router")
-
-
 def test_meteoras_gates_are_not_understood(edited):
     name = "base_model.model.model.layers.0.mlp.up_proj.moe_gate.weight"
     assert (

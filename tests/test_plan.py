@@ -7,7 +7,7 @@ from molehill.engine import formats
 from molehill.engine.adapter import Adapter
 from molehill.engine.plan import plan
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
-from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK, TopP
+from molehill.kernels.policy import AdaMoLE, Arrow, Constant, DynMoLE, Soft, Threshold, TopK, TopP
 
 
 def linear(policy, copies, router):
@@ -38,6 +38,10 @@ DYNAMIC = "router reads the token"
         (linear(TopP(0.8), [0, 0], ROUTER), False, DYNAMIC),
         (linear(DynMoLE(), [0, 0], ROUTER), False, DYNAMIC),
         (linear(Soft(), [0, 1], ROUTER), False, DYNAMIC),
+        (linear(Arrow(1), [0, 0], ROUTER), True, IDENTICAL),
+        (linear(Arrow(1), [0, 1], torch.zeros(2, 8)), True, "router of zeros"),
+        (linear(Threshold(0.6), [0, 0], ROUTER), False, DYNAMIC),
+        (linear(AdaMoLE(0.5), [0], torch.zeros(2, 8)), False, DYNAMIC),
     ],
 )
 def test_static_or_dynamic_and_why(mixture, static, reason):

@@ -21,7 +21,7 @@ from molehill.engine.errors import (
 from molehill.engine.huggingface import base_model
 from molehill.engine.validation import check, problems, validate
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
-from molehill.kernels.policy import Constant, Soft, TopK
+from molehill.kernels.policy import AdaMoLE, Constant, Soft, Sparsegen, TopK
 
 CASES = ["lora", "dora", "mixlora-expert-lora", "mixlora-switch", "mola", "loramoe", "dynmole-k1"]
 PLAIN = Constant((1.0,))
@@ -71,6 +71,39 @@ def test_the_base_model_is_the_loaded_models_linears(golden, tiny):
 def test_a_base_model_comes_from_a_config_alone(golden, tiny):
     config = AutoConfig.from_pretrained(golden / "tiny-llama")
     assert base_model(config).linears == tiny.linears
+
+
+@pytest.mark.parametrize(
+    ("policy", "rows", "numbers", "where", "found"),
+    [
+        (AdaMoLE(0.2), 3, None, "parameters", "no tensor"),
+        (AdaMoLE(0.2), 3, 2, "parameters", "[2]"),
+        (AdaMoLE(0.2), 2, 1, "router", "[2, 64]"),
+        (AdaMoLE(0.2), None, 1, "router", "no tensor"),
+        (Sparsegen(4), 6, 4, "parameters", "[4]"),
+        (Soft(), 2, 1, "parameters", "[1]"),
+    ],
+)
+def test_a_policy_needs_its_rows_and_parameters(tiny, policy, rows, numbers, where, found):
+    mixture = LinearMixture(
+        experts([2, 2], 64, 128),
+        policy,
+        None if rows is None else torch.ones(rows, 64),
+        parameters=None if numbers is None else torch.ones(numbers),
+    )
+    site = "layers.0.self_attn.q_proj"
+    error = refusal(ShapeError, adapter(**{site: mixture}), tiny)
+    assert (error.where, error.found) == (f"{site}.{where}", found)
+
+
+@pytest.mark.parametrize(("rows", "numbers"), [(5, 7), (5, None), (4, 7)])
+def test_an_ffn_mixture_may_have_extra_rows_and_parameters(tiny, rows, numbers):
+    parameters = None if numbers is None else torch.ones(numbers)
+    mixture = dataclasses.replace(
+        ffn(), policy=Sparsegen(3), router=torch.ones(rows, 64), parameters=parameters
+    )
+    found = problems(adapter(**{"layers.0.mlp": mixture}), tiny, Limits())
+    assert bool(found) == ((rows, numbers) != (5, 7))
 
 
 @pytest.mark.parametrize("case", CASES)
