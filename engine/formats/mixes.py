@@ -12,7 +12,7 @@ from typing import Any
 from molehill.engine.adapter import Adapter
 from molehill.engine.arrow import Lora, arrow
 from molehill.engine.base import Limits
-from molehill.engine.errors import AdapterError, LimitError, UnsupportedError
+from molehill.engine.errors import AdapterError, ConfigError, LimitError, UnsupportedError
 from molehill.engine.formats import files, peft
 from molehill.engine.formats.fields import Fields
 from molehill.engine.mix import Part, mix
@@ -82,13 +82,15 @@ class _Members:
                 raise UnsupportedError(where, ascii(name)[:80], expected)
             if (self._directory / name).is_symlink():
                 raise UnsupportedError(where, f"{name}, a link", "a directory")
+            if not (self._directory / name).is_dir():
+                expected = "a directory beside this file"
+                raise ConfigError(where, f"{name}, no directory", expected)
         if len(set(names)) < len(names):
             raise self._config.error(field, "every adapter once")
 
     def read(self, name: str, read_one: _Reader) -> Adapter:
         path = self._directory / name
         with _named(name):
-            files.check_directory(path)
             if (path / CONFIG).exists():
                 expected = "an adapter with tensors of its own"
                 raise UnsupportedError(CONFIG, "a mix inside a mix", expected)

@@ -1,0 +1,56 @@
+"""Adapters of every further format over HTTP: loaded, asked, refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from api_client import Api
+
+
+@pytest.fixture(scope="module")
+def placed(api: Api, authored: Any) -> dict[str, str]:
+    """Copies of tests/authored.py's adapters below the server's root, by name."""
+    for name, own in authored.items():
+        shutil.copytree(own.path, api.root / "authored" / name)
+    return {name: f"authored/{name}" for name in authored}
+
+
+def test_they_are_loaded_by_name_and_answer_as_their_authors_do(
+    clean: Api, authored: Any, placed: dict[str, str]
+) -> None:
+    for name, path in placed.items():
+        answer = clean.load(name, path)
+        assert (answer.status_code, answer.json()["status"]) == (200, "loaded"), answer.text
+    for name, own in authored.items():
+        prompt = own.prompts[0]
+        assert tuple(clean.greedy(name, list(prompt.ids))) == prompt.greedy, name
+
+
+def test_a_mix_is_unchanged_or_another_by_its_content(clean: Api, placed: dict[str, str]) -> None:
+    assert clean.load("m", placed["mix"]).json()["kind"] == "mix"
+    assert clean.load("m", placed["mix"]).json()["status"] == "unchanged"
+    file = Path(clean.root, placed["mix"], "molehill_mix.json")
+    before = file.read_text()
+    document = json.loads(before)
+    document["adapters"]["formal"] = 0.5
+    file.write_text(json.dumps(document))
+    assert clean.load("m", placed["mix"], load_inplace=True).json()["status"] == "replaced"
+    file.write_text(before)
+
+
+def test_a_bad_mix_is_refused_without_the_servers_paths(clean: Api, placed: dict[str, str]) -> None:
+    folder = Path(clean.root, "authored", "bad")
+    shutil.copytree(Path(clean.root, placed["mix"]), folder)
+    (folder / "german" / "adapter_model.safetensors").write_bytes(b"cut")
+    status, kind, message = clean.error(clean.load("bad", "authored/bad"))
+    assert (status, kind) == (422, "corrupt_file")
+    assert "german/adapter_model.safetensors" in message
+    assert str(clean.root) not in message
+
+
+def test_x_lora_is_refused_with_the_reason(clean: Api) -> None:
+    status, kind, message = clean.error(clean.load("x", "xlora"))
+    assert (status, kind) == (422, "unsupported")
+    assert "a KV cache of its own" in message
