@@ -183,7 +183,7 @@ def example():
 def test_the_documents_example_is_what_is_written(tmp_path):
     native.write(example(), tmp_path / "a")
     text = DOCUMENT.read_text()
-    (block,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    block, *_ = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     assert json.loads((tmp_path / "a" / native.CONFIG).read_text()) == json.loads(block)
     rows = dict(re.findall(r"^\| `(layers[\w.]+)` \| (\[\d+, \d+\]) \|$", text, re.MULTILINE))
     written = load_file(tmp_path / "a" / native.WEIGHTS)

@@ -1,7 +1,9 @@
 """Static mixes and Arrow routing: adapters made of others, against PEFT's own."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,6 +293,14 @@ def test_limits_are_for_the_whole(authored):
         formats.read(path, Limits(adapter_bytes=sum(sizes) - 1))
     with pytest.raises(LimitError, match="adapters: found 2 adapters, expected at most 1"):
         formats.read(path, Limits(experts=1))
+
+
+@pytest.mark.parametrize(("place", "name"), [(1, "mix"), (2, "arrow-general")])
+def test_the_documents_examples_are_what_is_read_here(authored, place, name):
+    document = Path(__file__).parents[1] / "docs" / "format.md"
+    blocks = re.findall(r"```json\n(.*?)```", document.read_text(), re.DOTALL)
+    written = json.loads((authored[name].path / "molehill_mix.json").read_text())
+    assert json.loads(blocks[place]) == written
 
 
 # X-LoRA
