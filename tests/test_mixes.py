@@ -10,6 +10,7 @@ import torch
 from authored import SCALES, TASKS, save_lora, tiny_llama
 from golden import greatest_difference
 
+from molehill.api import cli
 from molehill.engine import formats
 from molehill.engine.adapter import Adapter
 from molehill.engine.arrow import prototype
@@ -74,6 +75,15 @@ def test_native_round_trip_keeps_the_digest(authored, tmp_path, name):
     native.write(adapter, tmp_path / "native")
     assert formats.read(tmp_path / "native").digest == adapter.digest
     assert formats.read(authored[name].path).digest == adapter.digest
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_inspect_shows_it(authored, golden, capsys, name):
+    arguments = ["inspect", str(authored[name].path), "--model", str(golden / "tiny-llama")]
+    assert cli.main([*arguments, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["kind"], shown["problems"]) == (name.removesuffix("-general"), [])
+    assert {site["static"] for site in shown["sites"]} == {name == "mix"}
 
 
 # Static mixes
