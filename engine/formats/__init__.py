@@ -6,7 +6,7 @@ from pathlib import Path
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
 from molehill.engine.errors import UnsupportedError
-from molehill.engine.formats import files, forks, moepeft, native, peft
+from molehill.engine.formats import files, forks, moepeft, mov, native, peft
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.policies import STRATEGIES
 from molehill.engine.validation import check
@@ -28,6 +28,7 @@ READERS: dict[str, Callable[[Path, Fields, Limits], Adapter]] = {
     "MOLA": moepeft.read,
     "LORAMOE": moepeft.read,
     "DYNMOLE": moepeft.read,
+    "MOV": mov.read,
 }
 
 
