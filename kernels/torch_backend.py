@@ -120,7 +120,7 @@ class TorchBackend:
             ffn.scales.pop(slot, None)
             ffn.states.pop(slot, None)
         self._tokens.pop(slot, None)
-        self._segments = [segment for segment in self._segments if segment[0] != slot]
+        self._segments = [(UNSERVED if s == slot else s, rows) for s, rows in self._segments]
 
     def resident_bytes(self, slot: int) -> int:
         total = 0
@@ -135,8 +135,9 @@ class TorchBackend:
     def begin_step(self, runs: Sequence[Run]) -> None:
         by_slot: dict[int, list[Run]] = {}
         for run in runs:
-            by_slot.setdefault(run.slot, []).append(run)
-            if run.slot in self._tokens:
+            served = run.slot in self._tokens
+            by_slot.setdefault(run.slot if served else UNSERVED, []).append(run)
+            if served:
                 self._tokens[run.slot] += run.stop - run.start
         self._segments = [(slot, _rows(own)) for slot, own in by_slot.items()]
 

@@ -134,7 +134,8 @@ def _dora_warnings(source: _Source, modules: dict[str, _Module]) -> tuple[str, .
     ]
     if not lost:
         return ()
-    where = "" if len(lost) == len([m for m in modules.values() if m.halves]) else f" for {lost[0]}"
+    some = any(module.magnitudes for module in modules.values())
+    where = f" for {lost[0]} and {len(lost) - 1} more" if some else ""
     return (f"use_dora is set but no magnitudes are saved{where}: served as plain LoRA",)
 
 
@@ -182,8 +183,7 @@ def _plain(source: _Source, name: str, module: _Module) -> LinearMixture:
     experts = build_experts(source.weights, [pair], source.plain)
     magnitude = None
     if module.magnitudes:
-        stems = {None: stem}
-        (magnitude,) = _magnitudes(source, module, stems, experts, dora=source.plain_dora)
+        (magnitude,) = _magnitudes(source, module, {None: stem}, experts, dora=source.plain_dora)
     return LinearMixture(experts, Constant((1.0,)), magnitude=magnitude)
 
 
@@ -197,12 +197,12 @@ def _magnitudes(
 ) -> Tensor:
     """DoRA's, one row for each of `stems`: `[E, out]`. All experts of a projection or none."""
     weights, rows = source.weights, []
+    for expert, key in module.magnitudes.items():
+        if not dora or expert not in stems:
+            expected = "one of an expert that has lora_A" if dora else "none, without use_dora"
+            raise UnsupportedError(weights.where(key), "a DoRA magnitude", expected)
     for expert, stem in stems.items():
         name = f"{stem}.lora_magnitude_vector"
-        if not dora:
-            expected = "none, as use_dora is not set"
-            first = next(iter(module.magnitudes.values()))
-            raise UnsupportedError(weights.where(first), "a DoRA magnitude", expected)
         rows.append(weights.tensor(module.magnitudes.get(expert, name), 1))
         if rows[-1].shape[0] != experts.b.shape[0]:
             expected = str([experts.b.shape[0]])

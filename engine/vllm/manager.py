@@ -176,7 +176,8 @@ class AdapterManager:
         """This rank's share of an adapter; sites of other pipeline stages are left out."""
         linears: dict[int, list[LinearPiece]] = {}
         scales: dict[int, list[ScalePiece]] = {}
-        ffns, ffn_scales = {}, {}
+        ffns: dict[int, FfnPiece] = {}
+        ffn_scales: dict[int, ScalePiece] = {}
         # In one order on all ranks: DoRA's norms are summed over them on the way.
         for site in sorted(adapter.sites, key=natural_key):
             mixture = adapter.sites[site]

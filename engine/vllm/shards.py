@@ -106,11 +106,11 @@ def cut_ffn(
         if name in mixture.experts
     }
     scales: dict[str, ExpertScale] = {}
+    weight = _base_weight(gate_up) if mixture.magnitudes else None
     for name, projection in (("gate_proj", gate), ("up_proj", up)):
-        if name in mixture.magnitudes:
-            scales[name] = _expert_scale(
-                cut[name], mixture.magnitudes[name], gate_up, projection
-            )
+        if weight is not None and name in mixture.magnitudes:
+            own = mixture.magnitudes[name]
+            scales[name] = _expert_scale(weight, cut[name], own, gate_up, projection)
             cut[name] = _scaled(cut[name], scales[name].factors)
     bias = getattr(down.module, "bias", None) if first_rank else None
     return FfnPiece(
@@ -128,12 +128,11 @@ def cut_ffn(
 
 
 def _expert_scale(
-    experts: Experts, magnitude: Tensor, linear: Linear, projection: Projection
+    weight: Tensor, experts: Experts, magnitude: Tensor, linear: Linear, projection: Projection
 ) -> ExpertScale:
-    """m_e / ||W + B_e A_e|| of every expert, float32."""
+    """m_e / ||W + B_e A_e|| of every expert, float32. weight: of the whole linear."""
     columns = slice(projection.start, projection.start + experts.b.shape[0])
-    weight = _base_weight(linear)[columns]
-    norms = torch.stack([(weight + b @ a).norm(dim=1) for a, b in experts.split()])
+    norms = torch.stack([(weight[columns] + b @ a).norm(dim=1) for a, b in experts.split()])
     own = torch.cat([magnitude[:, part.start : part.stop] for part in projection.outputs], dim=1)
     bias = getattr(linear.module, "bias", None)
     return ExpertScale(own / norms, None if bias is None else bias.detach().float().cpu()[columns])
@@ -147,13 +146,13 @@ def cut_scale(mixture: ScaleMixture, linear: Linear, projection: Projection) -> 
     """This rank's heads of an output. Raises UnsupportedError if a rank has no whole output: its
     router could not read what it multiplies."""
     width = mixture.router.shape[1]
-    (own,) = projection.outputs if len(projection.outputs) == 1 else (range(0, 1),)
-    if linear.input_is_sharded or own.start % width or own.stop % width:
+    cuts = [end for part in projection.outputs for end in (part.start, part.stop)]
+    if linear.input_is_sharded or any(end % width for end in cuts):
         found = f"heads of width {width} that tensor parallelism cuts, or sums of parts"
         raise UnsupportedError(projection.site, found, "whole heads on every rank")
-    heads = mixture.vectors[own.start // width : own.stop // width]
-    router = mixture.router
-    return ScalePiece(projection.site, mixture.policy, router, heads, projection.start)
+    heads = [mixture.vectors[p.start // width : p.stop // width] for p in projection.outputs]
+    vectors = torch.cat(heads)
+    return ScalePiece(projection.site, mixture.policy, mixture.router, vectors, projection.start)
 
 
 def cut_ffn_scale(mixture: ScaleMixture, projection: Projection) -> ScalePiece:

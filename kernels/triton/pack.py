@@ -169,6 +169,9 @@ def pack_ffn(
     limits: Limits,
 ) -> Record:
     """gate and up shrink with the gate_up linear; down's rows are expanded by the down linear."""
+    if piece.gate_scale is not None or piece.up_scale is not None:
+        found = "DoRA on experts inside an FFN"
+        raise CapacityError(piece.site, found, "experts without magnitudes on this backend")
     record = Record([0] * at.FFN.value)
     fields = record.fields
     gate, count = _route(record, piece.site, piece.policy, piece.router, gate_up, limits)
