@@ -75,7 +75,11 @@ def _apply(module: nn.Module, mixture: Mixture, model: nn.Module) -> _Apply:
     if isinstance(mixture, LinearMixture):
         return _apply_linear(module, mixture)
     if isinstance(mixture, ScaleMixture):
-        return _apply_output(module, mixture) if mixture.of == "output" else _apply_input(module, mixture)
+        return (
+            _apply_output(module, mixture)
+            if mixture.of == "output"
+            else _apply_input(module, mixture)
+        )
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     activation = getattr(config, "hidden_act", None) or config.hidden_activation
     return _apply_ffn(module, mixture, activation)

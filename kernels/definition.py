@@ -89,4 +89,5 @@ def scale_mixture(u: Tensor, mixture: ScaleMixture) -> tuple[Tensor, Routing]:
 
 def split_heads(u: Tensor, heads: int) -> Tensor:
     """`[T, heads * width]` as `[T, heads, width]`."""
-    return u.unflatten(1, (heads, -1))
+    split: Tensor = u.unflatten(1, (heads, -1))
+    return split

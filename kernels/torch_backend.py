@@ -16,7 +16,6 @@ from molehill.kernels.backend import (
     FfnShape,
     LinearShape,
     Run,
-    SiteCounters,
     SlotCounters,
     SlotWeights,
     Trace,
@@ -91,11 +90,14 @@ class TorchBackend:
             if (shape := self._linears[self._ffns[handle].shape.gate_up].shape)
         }
         scales = {
-            handle: [ScaleTable(piece, self._linears[handle].shape.device) for piece in pieces]
+            handle: [
+                ScaleTable(piece, self._linears[handle].shape.device, by_head=True)
+                for piece in pieces
+            ]
             for handle, pieces in weights.scales.items()
         }
         ffn_scales = {
-            handle: ScaleTable(piece, self._down(self._ffns[handle]).device)
+            handle: ScaleTable(piece, self._down(self._ffns[handle]).device, by_head=False)
             for handle, piece in weights.ffn_scales.items()
         }
         for handle, linear in linears.items():
@@ -223,8 +225,6 @@ def _reduce(logits: list[Tensor], reduce: Callable[[Tensor], Tensor]) -> list[Te
     return [part.view_as(own) for part, own in zip(parts, logits, strict=True)]
 
 
-def _reduce_shrunk(
-    shrunk: list[Shrunk], reduce: Callable[[Tensor], Tensor]
-) -> list[Shrunk]:
+def _reduce_shrunk(shrunk: list[Shrunk], reduce: Callable[[Tensor], Tensor]) -> list[Shrunk]:
     parts = iter(_reduce([s.logits for s in shrunk if s.logits is not None], reduce))
     return [s if s.logits is None else Shrunk(s.rows, next(parts)) for s in shrunk]

@@ -11,9 +11,11 @@ class ScaleTable:
     """One adapter's vectors for one projection's output, or for an FFN's intermediate.
 
     As in the other tables, logits may be summed over tensor-parallel ranks between the two steps.
+    by_head: its traces have an axis of heads.
     """
 
-    def __init__(self, piece: ScalePiece, device: torch.device) -> None:
+    def __init__(self, piece: ScalePiece, device: torch.device, *, by_head: bool) -> None:
+        self.by_head = by_head
         self.router = Router((piece.site,), piece.router.shape[0], piece.policy)
         self.columns = piece.columns
         self.g = piece.router.to(device, torch.float32)
@@ -21,22 +23,24 @@ class ScaleTable:
 
     def logits(self, u: Tensor) -> Tensor:
         """u `[T, columns]` of any dtype: float32 `[T, heads, E]`."""
-        return self._heads(u) @ self.g.T
+        logits: Tensor = self._heads(u) @ self.g.T
+        return logits
 
     def scale(self, u: Tensor, logits: Tensor, traces: list[Trace] | None) -> None:
         """Multiplies u in place."""
         own: list[Trace] | None = None if traces is None else []
         routing = self.router.route(logits.flatten(0, 1), own)
         if traces is not None and own is not None:
-            traces += [self._by_head(trace) for trace in own]
+            traces += [self._split(trace) for trace in own] if self.by_head else own
         weights = routing.weights.view_as(logits)
         factor = torch.einsum("the,hew->thw", weights, self.vectors)
         u.copy_((self._heads(u) * factor).flatten(1))
 
     def _heads(self, u: Tensor) -> Tensor:
-        return u.float().unflatten(1, (len(self.vectors), -1))
+        heads: Tensor = u.float().unflatten(1, (len(self.vectors), -1))
+        return heads
 
-    def _by_head(self, trace: Trace) -> Trace:
+    def _split(self, trace: Trace) -> Trace:
         figures = (trace.probabilities, trace.weights, trace.entropy)
         return Trace(trace.site, *(t.unflatten(0, (-1, len(self.vectors))) for t in figures))
 

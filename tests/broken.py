@@ -5,7 +5,6 @@ import torch
 
 from molehill.engine import formats
 
-
 NAME = "base_model.model.model.layers.2.mlp.up_proj.lora_A.weight"
 
 

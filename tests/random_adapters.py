@@ -1,4 +1,4 @@
-"""Random adapters of every shape for a base model: hypothesis draws the structure, a seed the values.
+"""Random adapters for a base model: hypothesis draws the structure, a seed the values.
 
 Structure and values are strong enough that each site shows in the logits.
 """

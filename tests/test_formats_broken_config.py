@@ -1,11 +1,10 @@
-"""Configs with wrong fields, or that ask for what is not served, are typed errors that say where."""
+"""Wrong fields, and fields that ask for what is not served, are typed errors that say where."""
 
 import pytest
 import torch
 from broken import refusal
 
 from molehill.engine.errors import ConfigError, UnsupportedError
-
 
 CONFIG_ERRORS = [
     ("lora", "r", 0),

@@ -91,9 +91,7 @@ def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     num_experts = config.integer("num_experts") if config.has("num_experts") else None
     dora = config.flag("use_dora")
     own = config.object("expert_lora").flag("use_dora") if config.has("expert_lora") else dora
-    source = _Source(
-        weights, f"{method}.", scaling, expert_scaling, policy, num_experts, dora, own
-    )
+    source = _Source(weights, f"{method}.", scaling, expert_scaling, policy, num_experts, dora, own)
     adapted = [name for name, module in modules.items() if module.halves]
     targets.check_targeted(weights.file, adapted, wanted)
     targets.check_every_layer(weights.file, adapted)
@@ -135,7 +133,7 @@ def _dora_warnings(source: _Source, modules: dict[str, _Module]) -> tuple[str, .
     if not lost:
         return ()
     some = any(module.magnitudes for module in modules.values())
-    where = f" for {lost[0]} and {len(lost) - 1} more" if some else ""
+    where = f" for {min(lost)} and {len(lost) - 1} more" if some else ""
     return (f"use_dora is set but no magnitudes are saved{where}: served as plain LoRA",)
 
 

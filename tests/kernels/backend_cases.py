@@ -9,7 +9,6 @@ from molehill.kernels.definition import linear_mixture
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK, TopP
 
-
 # Relative to the largest output. bfloat16 has 8 bits: half a unit is 0.002 of one rounding, and
 # the delta goes through two (the shrunk input, the output).
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}

@@ -22,6 +22,7 @@ def usable_isas():
             continue
     return found
 
+
 @contextmanager
 def thread_count(threads):
     before = torch.get_num_threads()

@@ -15,7 +15,6 @@ from molehill.kernels.definition import ffn_mixture
 from molehill.kernels.mixture import FfnMixture
 from molehill.kernels.policy import DynMoLE, TopK, TopP
 
-
 WIDTHS = {"gate": (36, 76), "up": (36, 76), "down": (76, 36)}
 
 

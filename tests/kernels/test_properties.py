@@ -68,7 +68,9 @@ class Layer:
     @property
     def biases(self) -> dict[str, Tensor | None]:
         return {
-            name: random(out, seed=self.seed + 5 + i).to(self.dtype).float() if self.biased else None
+            name: random(out, seed=self.seed + 5 + i).to(self.dtype).float()
+            if self.biased
+            else None
             for i, (name, (_, out)) in enumerate(self.shapes.items())
         }
 
@@ -190,7 +192,7 @@ class Model:
         )
 
     def run(self, runs: list[Run], x: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The qkv output, the FFN's intermediate and its output, as a model's forward makes them."""
+        """The qkv output, the FFN's intermediate and its output, as a model makes them."""
         dtype, weights, biases = self.layer.dtype, self.layer.weights, self.layer.biases
 
         def linear(name: str, value: Tensor) -> Tensor:
@@ -289,7 +291,7 @@ ISAS = [*usable_isas(), "torch"]
 
 @pytest.mark.parametrize("isa", ISAS)
 @settings(
-    max_examples=60,
+    max_examples=300,
     deadline=None,
     derandomize=True,
     database=None,
