@@ -60,6 +60,14 @@ def linear_mixtures(draw, inputs: int, out: int, scale: float = 0.5) -> LinearMi
 
 
 @st.composite
+def dora(draw, inputs: int, out: int, scale: float, norm: float = 1.0) -> LinearMixture:
+    rank, seed = draw(RANKS), draw(SEEDS)
+    magnitude = norm * (1 + 0.3 * random(out, seed=seed))
+    pair = experts([rank], inputs, out, seed + 1, scale)
+    return LinearMixture(pair, Constant((1.0,)), magnitude=magnitude)
+
+
+@st.composite
 def scale_mixtures(draw, heads: int, width: int, of: str = "output") -> ScaleMixture:
     count, seed = draw(st.integers(1, 11)), draw(SEEDS)
     vectors = 1 + 0.5 * random(heads, count, width, seed=seed)
@@ -70,8 +78,8 @@ def scale_mixtures(draw, heads: int, width: int, of: str = "output") -> ScaleMix
 def ffn_mixtures(
     draw, shapes: dict[str, tuple[int, int]], scale: float = 0.5, norm: float = 1.0
 ) -> FfnMixture:
-    """shapes: (inputs, outputs) of `gate_proj`, `up_proj`, `down_proj`. norm: of W's rows, about
-    which DoRA's magnitudes lie."""
+    """shapes: (inputs, outputs) of `gate_proj`, `up_proj`, `down_proj`. norm: about that of W's
+    rows, where DoRA's magnitudes lie."""
     count, seed = draw(st.integers(1, 9)), draw(SEEDS)
     stacks, magnitudes = {}, {}
     for i, (name, (inputs, out)) in enumerate(shapes.items()):
@@ -96,11 +104,11 @@ def adapters(draw, base: BaseModel, head: int) -> Adapter:
             inputs, out = base.linears[site]
             linear = linear_mixtures(inputs, out, scale)
             vectors = scale_mixtures(out // head, head)
-            sites[site] = draw(st.one_of(linear, vectors))
+            sites[site] = draw(st.one_of(linear, vectors, dora(inputs, out, scale)))
         shapes = {f"{name}_proj": base.linears[f"{ffn}.{name}_proj"] for name in _FFN}
         kind = draw(st.sampled_from(["none", "ffn", "linears", "vectors"]))
         if kind == "ffn":
-            sites[ffn] = draw(ffn_mixtures(shapes, scale, 1.0))
+            sites[ffn] = draw(ffn_mixtures(shapes, scale))
         elif kind == "linears":
             name = draw(st.sampled_from(list(shapes)))
             sites[f"{ffn}.{name}"] = draw(linear_mixtures(*shapes[name], scale))
