@@ -40,7 +40,7 @@ UNSERVED = {
     "alora_invocation_tokens": "an activated LoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing",
+    "arrow_config": "Arrow routing, which a molehill_mix.json sets up",
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
