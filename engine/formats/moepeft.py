@@ -35,6 +35,7 @@ _KEY = re.compile(
     r"(?:(?P<gate>moe_gate)|(?:experts\.(?P<expert>0|[1-9]\d{0,5})\.)?lora_(?P<half>[AB]))\.weight"
 )
 _FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_FUSED = "gate_up_proj"
 
 
 @dataclass
@@ -203,18 +204,33 @@ def _ffn(
     experts: dict[str, Experts] = {}
     for projection, module in modules.items():
         where = source.weights.where(f"{source.prefix}{name}.{projection}")
-        if projection not in _FFN_PROJECTIONS:
-            expected = f"one of {', '.join(_FFN_PROJECTIONS)}"
-            raise UnsupportedError(where, "experts in a fused or ungated FFN", expected)
+        if projection not in (*_FFN_PROJECTIONS, _FUSED):
+            expected = f"one of {', '.join(_FFN_PROJECTIONS)}, or {_FUSED} and down_proj"
+            raise UnsupportedError(where, "experts in an ungated or unknown FFN", expected)
         if module.plain:
             raise UnsupportedError(where, "a plain LoRA beside experts", "one of the two")
-        experts[projection] = _experts(source, f"{name}.{projection}", module, gate)
+        stack = _experts(source, f"{name}.{projection}", module, gate)
+        for part, own in _halves(where, stack) if projection == _FUSED else [(projection, stack)]:
+            if part in experts:
+                raise UnsupportedError(where, f"{_FUSED} beside {part}", "one of the two")
+            experts[part] = own
     if not experts:
         where = source.weights.where(gate)
         raise MissingTensorError(where, "a gate without experts", "experts, as other layers have")
     inputs = source.weights.tensor(gate, 2).shape[1]
     router = read_router(source.weights, gate, _ffn_inputs(experts, inputs))
     return FfnMixture(experts, source.policy, router, activation)
+
+
+def _halves(where: str, fused: Experts) -> list[tuple[str, Experts]]:
+    """Gate and up of Phi-3's gate_up_proj: all gates before all ups, and one A for both."""
+    if fused.b.shape[0] % 2:
+        raise ShapeError(where, f"{fused.b.shape[0]} outputs", "as many gates as ups")
+    gate, up = fused.b.chunk(2)
+    return [
+        ("gate_proj", Experts(fused.a, gate.contiguous(), fused.ranks)),
+        ("up_proj", Experts(fused.a, up.contiguous(), fused.ranks)),
+    ]
 
 
 def _ffn_inputs(experts: dict[str, Experts], default: int) -> int:

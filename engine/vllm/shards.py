@@ -6,14 +6,16 @@ logits are summed before the softmax (LinearShape.reduce).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from molehill.engine.moe import stack
+from molehill.engine.vllm.experts import Block
 from molehill.engine.vllm.layers import Ffn, Linear, Projection
-from molehill.kernels.backend import FfnPiece, LinearPiece
+from molehill.kernels.backend import FfnPiece, LinearPiece, MoePiece
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 
 IDENTITY_ROWS = 1024
@@ -91,18 +93,10 @@ def _base_weight(linear: Linear) -> Tensor:
     return torch.cat(rows).T
 
 
-def cut_ffn(
-    mixture: FfnMixture, ffn: Ffn, gate_up: Linear, down: Linear, first_rank: bool
-) -> FfnPiece:
-    """first_rank: whether this rank adds down_proj's bias."""
-    gate, up = gate_up.projections
-    (out,) = down.projections
-    cut = {
-        name: cut_experts(mixture.experts[name], projection)
-        for name, projection in (("gate_proj", gate), ("up_proj", up), ("down_proj", out))
-        if name in mixture.experts
-    }
-    bias = getattr(down.module, "bias", None) if first_rank else None
+def cut_ffn(mixture: FfnMixture, ffn: Ffn, inner: range, bias: Tensor | None) -> FfnPiece:
+    """inner: this rank's range of the FFN's inner width, gate and up's outputs and down's inputs.
+    bias: down_proj's, on the rank that adds it."""
+    cut = {name: _cut_inner(experts, name, inner) for name, experts in mixture.experts.items()}
     return FfnPiece(
         site=ffn.site,
         policy=mixture.policy,
@@ -114,3 +108,18 @@ def cut_ffn(
         bias=None if bias is None else bias.detach().float().cpu(),
         parameters=mixture.parameters,
     )
+
+
+def cut_moe(site: str, projections: Mapping[str, Mapping[int, Experts]], block: Block) -> MoePiece:
+    """projections: the pairs on a block's experts by projection and expert."""
+    cut = {
+        name: _cut_inner(stack(pairs, block.sizes.experts), name, block.intermediate)
+        for name, pairs in projections.items()
+    }
+    return MoePiece(site, cut.get("gate_proj"), cut.get("up_proj"), cut.get("down_proj"))
+
+
+def _cut_inner(experts: Experts, projection: str, inner: range) -> Experts:
+    if projection == "down_proj":
+        return Experts(experts.a[:, inner.start : inner.stop], experts.b, experts.ranks)
+    return Experts(experts.a, experts.b[inner.start : inner.stop], experts.ranks)
