@@ -95,8 +95,8 @@ def save_peft(model, directory, **config):
 
     peft = pytest.importorskip("peft", reason="the dev extra is not installed")
     config = peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **config)
-    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
     torch.manual_seed(5)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:

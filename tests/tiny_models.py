@@ -67,19 +67,21 @@ def build(model_type: str, directory: Path) -> Path:
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int) -> None:
-    """Matrices keep the scale of what they read, norms get weights of both signs' worth of noise,
-    biases are not zero."""
+    """Matrices keep the scale of what they read, norms and biases have noise, logits are wide."""
     generator = torch.Generator().manual_seed(seed)
+    # Gemma's norms add 1 to their weights, and its embeddings are scaled by 8.
+    gemma = model.config.model_type == "gemma2"
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            if getattr(model.config, "model_type", "") == "gemma2":
-                centre = 0.0  # Gemma's norms add 1 themselves
+            centre = 0.0 if gemma or name.endswith("bias") else 1.0
+            centre += 4.0 if gemma and name == "model.norm.weight" else 0.0
             parameter.copy_(centre + 0.3 * noise)
+        elif "embed" in name:
+            parameter.copy_(noise * (0.1 if gemma else 1.0))
         else:
-            scale = 1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5
-            parameter.copy_(scale * noise)
+            scale = 4.0 if "lm_head" in name else 1.5
+            parameter.copy_(scale * parameter.shape[-1] ** -0.5 * noise)
 
 
 def load(directory: Path) -> Any:

@@ -36,8 +36,8 @@ def peft_lora(
         target_parameters=list(parameters) or None,
         task_type="CAUSAL_LM",
     )
-    wrapped = peft.get_peft_model(model, config)
     torch.manual_seed(11)
+    wrapped = peft.get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.25)

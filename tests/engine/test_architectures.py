@@ -28,13 +28,14 @@ FFN = ("gate_proj", "up_proj", "down_proj")
 class Architecture:
     """linears: what DynMoLE and PEFT adapt. attention: what MixLoRA adapts beside the FFN, which
     it can have only where each layer has one gated FFN. act_fn: as the file names it, if it does.
-    parameters: what PEFT adapts beside the linears.
+    parameters: what PEFT adapts beside the linears. prompts: a seed whose greedy tokens are sure.
     """
 
     linears: Sequence[str] = (*QKVO, *FFN)
     attention: str | None = "q_proj"
     act_fn: str | None = None
     parameters: Sequence[str] = ()
+    prompts: int = 3
 
 
 ARCHITECTURES = {
@@ -42,9 +43,13 @@ ARCHITECTURES = {
     "qwen2": Architecture(),
     "qwen3": Architecture(),
     "gemma2": Architecture(act_fn="gelu_pytorch_tanh"),
-    "phi3": Architecture(("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "qkv_proj"),
+    "phi3": Architecture(
+        ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "qkv_proj", prompts=4
+    ),
     "phi": Architecture(("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"), None),
-    "mixtral": Architecture(QKVO, None, None, ("experts.gate_up_proj", "experts.down_proj")),
+    "mixtral": Architecture(
+        QKVO, None, parameters=("experts.gate_up_proj", "experts.down_proj"), prompts=4
+    ),
 }
 
 
@@ -57,8 +62,8 @@ class Served:
     prompts: list[Prompt] = field(default_factory=list)
 
 
-def ids_of_prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
+def ids_of_prompts(seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in (5, 12, 33)]
 
 
@@ -77,7 +82,9 @@ def make(model_type: str, directory: Path) -> tuple[Path, dict[str, Path], list[
 
     def ask_oracle(name: str, attached: AbstractContextManager[nn.Module]) -> None:
         with attached as oracle:
-            prompts.extend(answer(oracle, name, ids, STEPS) for ids in ids_of_prompts())
+            prompts.extend(
+                answer(oracle, name, ids, STEPS) for ids in ids_of_prompts(architecture.prompts)
+            )
 
     ask_oracle("base", nullcontext(model))
     for name, recipe in recipes.items():
