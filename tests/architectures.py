@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import expert_lora
 import mixtures
 import tiny_models
 import torch
@@ -59,11 +61,13 @@ def make(model_type: str, directory: Path) -> tuple[Path, dict[str, Path], list[
     architecture = ARCHITECTURES[model_type]
     path = tiny_models.build(model_type, directory)
     model = tiny_models.load(path)
-    recipes = {"dynmole": mixtures.dynmole(model, architecture.linears, seed=5)}
+    recipes: dict[str, Any] = {"dynmole": mixtures.dynmole(model, architecture.linears, seed=5)}
     if architecture.attention:
         recipes["mixlora"] = mixtures.mixlora(
             model, architecture.attention, seed=6, act_fn=architecture.act_fn
         )
+    if model_type == "mixtral":
+        recipes["experts"] = expert_lora.mixtral(model, seed=7)
     adapters = {name: recipe.save(directory / name) for name, recipe in recipes.items()}
     prompts = []
 

@@ -124,10 +124,10 @@ def packs_as(layout: str, dtype: torch.dtype) -> bool:
     size = 4 * _GROUP
     weight = (torch.arange(size * size) % 251).view(1, size, size).to(dtype)
     packed = _custom_ops.cpu_prepack_moe_weight(weight, layout)
-    return torch.equal(_unpack(packed[0], layout), weight[0])
+    return torch.equal(unpack(packed[0], layout), weight[0])
 
 
-def _unpack(weight: Tensor, layout: str) -> Tensor:
+def unpack(weight: Tensor, layout: str) -> Tensor:
     """One expert's W `[out, in]` from what the CPU kernel keeps."""
     outputs, inputs = weight.shape
     if layout == _PLAIN:
@@ -140,10 +140,10 @@ def _unpack(weight: Tensor, layout: str) -> Tensor:
     return grouped.transpose(1, 2).reshape(outputs, inputs)
 
 
-def _multiply(x: Tensor, weight: Tensor, layout: str) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, layout: str) -> Tensor:
     """x W^T `[T, out]` of one expert's packed W."""
     if layout != _VEC:
-        return F.linear(x, _unpack(weight, layout))
+        return F.linear(x, unpack(weight, layout))
     outputs, inputs = weight.shape
     y = torch.matmul(x, weight.view(outputs // _GROUP, inputs, _GROUP))
     return y.transpose(0, 1).reshape(len(x), outputs)
@@ -159,7 +159,7 @@ class Weights:
 
     def gate_up(self, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
         assert self._layout is not None
-        y = _multiply(x, self._experts.w13_weight[expert], self._layout)
+        y = multiply(x, self._experts.w13_weight[expert], self._layout)
         gate, up = y.chunk(2, dim=1)
         return gate[:, : self._width], up[:, : self._width]
 
@@ -167,7 +167,7 @@ class Weights:
         assert self._layout is not None
         weight = self._experts.w2_weight[expert]
         padding = weight.shape[1] - h.shape[1]
-        return _multiply(F.pad(h, (0, padding)) if padding else h, weight, self._layout)
+        return multiply(F.pad(h, (0, padding)) if padding else h, weight, self._layout)
 
 
 def kernel(block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

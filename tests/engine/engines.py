@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import warm
 from golden import TINY_LLAMA
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,7 +30,8 @@ def engine(**options: Any) -> Iterator[Any]:
         "logprobs_mode": "raw_logits",
         **options,
     }
-    llm = LLM(**settings)
+    with warm.start():
+        llm = LLM(**settings)
     try:
         yield llm
     finally:
