@@ -189,3 +189,22 @@ def test_an_adapter_met_in_a_step_that_cannot_be_loaded_is_void(
     replies = ask(llm, [*own, void], requests={**requests, "void": bad})
     assert_golden(replies[:1], own)
     assert replies[1].tokens != base.greedy
+
+
+def test_compiled_on_two_ranks_matches_the_oracle(
+    prompts: list[Prompt], requests: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `molehill serve --tensor-parallel-size 2` runs it: experts' inner width is split."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    from molehill.engine.vllm.compilation import lift_gate
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    # The gate is lifted for this engine only.
+    monkeypatch.setattr(
+        CpuPlatform, "check_and_update_config", CpuPlatform.check_and_update_config
+    )
+    lift_gate()
+    two_ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine(model=str(TINY_MOE), **two_ranks) as llm:
+        assert_golden(ask(llm, prompts, requests=requests), prompts)
