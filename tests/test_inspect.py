@@ -33,6 +33,13 @@ def test_a_sound_adapter(golden, capsys):
         assert expected in text
 
 
+def test_experts_of_a_base_model(golden, capsys):
+    assert run(golden / "cases" / "drlora", "--model", golden / "tiny-moe") == 0
+    text = capsys.readouterr().out
+    for expected in ["24: 24 static, 0 dynamic", "layers.1.mlp.experts.2.up_proj", "fits"]:
+        assert expected in text
+
+
 def test_names_are_whole_on_a_narrow_terminal(golden, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     assert run(golden / "cases" / "dynmole-k1") == 0
