@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from vllm import _custom_ops
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.router.zero_expert_router import ZeroExpertRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -94,6 +95,7 @@ def refusal(runner: MoERunner, cuda_graphs: bool) -> str | None:
         "sequence parallelism": parallel.is_sequence_parallel,
         "redundant experts": config.num_experts != config.num_logical_experts,
         "experts with biases": config.has_bias,
+        "experts that compute nothing": isinstance(runner.router, ZeroExpertRouter),
         "experts whose input is transformed": runner.routed_input_transform is not None,
         f"the experts' activation {config.activation.value}": (
             config.activation.value not in _ACTIVATIONS or config.swiglu_limit is not None

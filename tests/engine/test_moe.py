@@ -201,9 +201,7 @@ def test_compiled_on_two_ranks_matches_the_oracle(
 
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     # The gate is lifted for this engine only.
-    monkeypatch.setattr(
-        CpuPlatform, "check_and_update_config", CpuPlatform.check_and_update_config
-    )
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", CpuPlatform.check_and_update_config)
     lift_gate()
     two_ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     with engine(model=str(TINY_MOE), **two_ranks) as llm:

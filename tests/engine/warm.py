@@ -9,7 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import context
+from multiprocessing import context, forkserver
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +26,9 @@ PRELOADED = [
 def start() -> Iterator[None]:
     """Processes that are to be spawned are forked from the warm server, inside the block."""
     multiprocessing.set_forkserver_preload(PRELOADED)
+    # OpenMP is set up where it is imported. vLLM would give a worker one core of two.
+    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
     with patch.object(multiprocessing, "get_context", _instead_of_spawning(_Warm())):
         yield
 
