@@ -20,7 +20,7 @@ from molehill.engine.errors import (
     UnknownTargetError,
     UnsupportedError,
 )
-from molehill.engine.formats import native
+from molehill.engine.formats import files, native, peft
 from molehill.engine.formats.patterns import Patterns
 from molehill.engine.huggingface import base_model
 from molehill.engine.reference import attach
@@ -93,10 +93,10 @@ def save_peft(model, directory, **config):
     """A random LoRA of PEFT's on a copy of the model; its logits for some tokens."""
     import copy
 
-    peft = pytest.importorskip("peft", reason="the dev extra is not installed")
-    config = peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **config)
+    hf_peft = pytest.importorskip("peft", reason="the dev extra is not installed")
+    config = hf_peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **config)
     torch.manual_seed(5)
-    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+    wrapped = hf_peft.get_peft_model(copy.deepcopy(model), config)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
@@ -194,6 +194,13 @@ def test_fused_pairs_that_fit_no_ffn(fused):
 def test_other_parameters_are_refused(fused, value):
     fused.config["target_parameters"] = value
     assert fused.refusal(UnsupportedError).found == value[0]
+
+
+def test_fused_experts_in_a_mix(fused):
+    config = files.read_config(fused.directory)
+    weights = files.read_weights(fused.directory, Limits())
+    with pytest.raises(UnsupportedError, match="fused experts of the base model in a mix"):
+        peft.factors(config, weights)
 
 
 def test_target_parameters_of_the_wrong_type(fused):

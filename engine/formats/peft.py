@@ -109,6 +109,9 @@ def factors(config: Fields, weights: Weights) -> dict[str, float]:
     """What `read` multiplies B by, alpha / r for a LoRA, by canonical module name."""
     scalings = _read_scalings(config)
     names = _group(weights)
+    for name in filter(peft_parameters.is_stack, names):
+        where, found = weights.where(name), "fused experts of the base model in a mix"
+        raise UnsupportedError(where, found, "adapters of linears")
     return {canonical(n.removeprefix("model.")): scalings.of(n).factor for n in names}
 
 

@@ -40,9 +40,8 @@ def ask(
     tokens: int = 12,
     prompt_logits: bool = False,
     others: Mapping[str, Path] | None = None,
-    requests: Mapping[str, Any] | None = None,
 ) -> list[Reply]:
-    """All prompts in one batch, each with the adapter of its case; requests: others by case."""
+    """All prompts in one batch, each with the adapter of its case; others: paths by case."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(
@@ -55,10 +54,7 @@ def ask(
     outputs = llm.generate(
         [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts],
         sampling,
-        lora_request=[
-            requests[prompt.case] if requests else request(prompt.case, others)
-            for prompt in prompts
-        ],
+        lora_request=[request(prompt.case, others) for prompt in prompts],
         use_tqdm=False,
     )
     return [_reply(output) for output in outputs]

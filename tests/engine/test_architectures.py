@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import asking
 import pytest
 from architectures import ARCHITECTURES, STEPS, make
 from asking import ask, assert_golden
@@ -13,27 +15,23 @@ from golden import Prompt
 
 @dataclass
 class Served:
-    """An engine, the adapters' requests by name, and what the oracle says of every prompt."""
+    """An engine, its adapters by name, and what the oracle says of every prompt."""
 
     llm: Any
-    requests: dict[str, Any]
+    adapters: dict[str, Path]
     prompts: list[Prompt]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def served(request: Any, tmp_path_factory: Any) -> Iterator[Served]:
-    from vllm.lora.request import LoRARequest
-
+def served(tmp_path_factory: Any, request: Any) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp(request.param)
     path, adapters, prompts = make(request.param, directory)
     with engine(model=str(path), enforce_eager=True) as llm:
-        requests: dict[str, Any] = {"base": None}
-        for i, (name, adapter) in enumerate(adapters.items()):
-            requests[name] = LoRARequest(name, i + 1, str(adapter))
-            llm.llm_engine.add_lora(requests[name])
-        yield Served(llm, requests, prompts)
+        for name in adapters:
+            llm.llm_engine.add_lora(asking.request(name, adapters))
+        yield Served(llm, adapters, prompts)
 
 
 def test_base_and_adapters_in_one_batch_match_the_oracle(served: Served) -> None:
     mixed = sorted(served.prompts, key=lambda prompt: len(prompt.ids))
-    assert_golden(ask(served.llm, mixed, STEPS, requests=served.requests), mixed)
+    assert_golden(ask(served.llm, mixed, STEPS, others=served.adapters), mixed)

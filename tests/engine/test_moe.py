@@ -12,7 +12,7 @@ import mixtures
 import pytest
 import tiny_models
 import torch
-from asking import ask, assert_golden
+from asking import ask, assert_golden, request
 from engines import engine
 from golden import GOLDEN, Case, Prompt
 from oracle import answer, peft_lora
@@ -48,36 +48,28 @@ def prompts(adapters: dict[str, Path]) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def requests(adapters: dict[str, Path]) -> dict[str, Any]:
-    from vllm.lora.request import LoRARequest
-
-    named = {name: LoRARequest(name, i + 1, str(p)) for i, (name, p) in enumerate(adapters.items())}
-    return {"base": None, **named}
-
-
-@pytest.fixture(scope="module")
-def llm(prompts: list[Prompt], requests: dict[str, Any]) -> Iterator[Any]:
+def llm(prompts: list[Prompt], adapters: dict[str, Path]) -> Iterator[Any]:
     with engine(model=str(TINY_MOE), enforce_eager=True) as llm:
-        for request in filter(None, requests.values()):
-            llm.llm_engine.add_lora(request)
+        for name in adapters:
+            llm.llm_engine.add_lora(request(name, adapters))
         yield llm
 
 
 def test_base_and_adapters_in_one_batch_match_the_oracle(
-    llm: Any, prompts: list[Prompt], requests: dict[str, Any]
+    llm: Any, prompts: list[Prompt], adapters: dict[str, Path]
 ) -> None:
     mixed = sorted(prompts, key=lambda prompt: len(prompt.ids))
-    assert_golden(ask(llm, mixed, requests=requests), mixed)
+    assert_golden(ask(llm, mixed, others=adapters), mixed)
 
 
 @pytest.mark.parametrize("case", ["drlora", "base"])
 def test_alone_matches_the_oracle(
-    llm: Any, prompts: list[Prompt], requests: dict[str, Any], case: str
+    llm: Any, prompts: list[Prompt], adapters: dict[str, Path], case: str
 ) -> None:
     llm.reset_prefix_cache()
     for prompt in prompts:
         if prompt.case == case:
-            assert_golden(ask(llm, [prompt], requests=requests), [prompt])
+            assert_golden(ask(llm, [prompt], others=adapters), [prompt])
 
 
 def test_the_worker_names_blocks_and_experts(llm: Any) -> None:
@@ -89,9 +81,9 @@ def test_the_worker_names_blocks_and_experts(llm: Any) -> None:
 
 
 def test_unloading_frees_the_experts_and_loading_again_serves(
-    llm: Any, prompts: list[Prompt], requests: dict[str, Any]
+    llm: Any, prompts: list[Prompt], adapters: dict[str, Path]
 ) -> None:
-    drlora = requests["drlora"]
+    drlora = request("drlora", adapters)
     (before,) = llm.collective_rpc("molehill_stats")
     stored = load_file(Case("drlora").path / "adapter_model.safetensors")
     assert before[drlora.lora_int_id]["bytes"] == 4 * sum(t.numel() for t in stored.values())
@@ -99,10 +91,10 @@ def test_unloading_frees_the_experts_and_loading_again_serves(
     (after,) = llm.collective_rpc("molehill_stats")
     assert drlora.lora_int_id not in after
     others = [prompt for prompt in prompts if prompt.case != "drlora"]
-    assert_golden(ask(llm, others, requests=requests), others)
+    assert_golden(ask(llm, others, others=adapters), others)
     llm.llm_engine.add_lora(drlora)
     own = [prompt for prompt in prompts if prompt.case == "drlora"]
-    assert_golden(ask(llm, own, requests=requests), own)
+    assert_golden(ask(llm, own, others=adapters), own)
 
 
 def edit(directory: Path, target: Path, change: Any) -> Path:
@@ -154,7 +146,7 @@ def on_the_router(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> N
 def test_broken_adapters_are_refused_and_the_others_serve(
     llm: Any,
     prompts: list[Prompt],
-    requests: dict[str, Any],
+    adapters: dict[str, Path],
     tmp_path: Path,
     change: Any,
     message: str,
@@ -166,7 +158,7 @@ def test_broken_adapters_are_refused_and_the_others_serve(
         llm.llm_engine.add_lora(LoRARequest("broken", 40, str(broken)))
     assert 40 not in llm.llm_engine.list_loras()
     own = [prompt for prompt in prompts if prompt.case == "drlora"][:1]
-    assert_golden(ask(llm, own, requests=requests), own)
+    assert_golden(ask(llm, own, others=adapters), own)
 
 
 def test_mixlora_on_experts_is_refused(llm: Any) -> None:
@@ -177,22 +169,19 @@ def test_mixlora_on_experts_is_refused(llm: Any) -> None:
 
 
 def test_an_adapter_met_in_a_step_that_cannot_be_loaded_is_void(
-    llm: Any, prompts: list[Prompt], requests: dict[str, Any], tmp_path: Path
+    llm: Any, prompts: list[Prompt], adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     """Also its experts' outputs: it must not answer as the base."""
-    from vllm.lora.request import LoRARequest
-
     own = [prompt for prompt in prompts if prompt.case in ("base", "drlora")][:1]
     base = next(prompt for prompt in prompts if prompt.case == "base")
     void = Prompt("void", base.ids, base.greedy, base.logits)
-    bad = LoRARequest("void", 42, str(tmp_path))
-    replies = ask(llm, [*own, void], requests={**requests, "void": bad})
+    replies = ask(llm, [*own, void], others={**adapters, "void": tmp_path})
     assert_golden(replies[:1], own)
     assert replies[1].tokens != base.greedy
 
 
 def test_compiled_on_two_ranks_matches_the_oracle(
-    prompts: list[Prompt], requests: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    prompts: list[Prompt], adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `molehill serve --tensor-parallel-size 2` runs it: experts' inner width is split."""
     from vllm.platforms.cpu import CpuPlatform
@@ -205,4 +194,4 @@ def test_compiled_on_two_ranks_matches_the_oracle(
     lift_gate()
     two_ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     with engine(model=str(TINY_MOE), **two_ranks) as llm:
-        assert_golden(ask(llm, prompts, requests=requests), prompts)
+        assert_golden(ask(llm, prompts, others=adapters), prompts)
