@@ -18,7 +18,7 @@ from molehill.api.registry import AdapterRegistry
 from molehill.api.store import AdapterStore
 from molehill.engine import formats, validation
 from molehill.engine.adapter import Adapter
-from molehill.engine.base import BaseModel, Limits
+from molehill.engine.base import BaseModel, Limits, Moe
 from molehill.engine.vllm import compat
 from molehill.engine.vllm.settings import Settings
 
@@ -96,4 +96,12 @@ async def base_model(engine_client: Any) -> BaseModel:
 
 def parse_base(answer: Mapping[str, Any]) -> BaseModel:
     linears = {name: (shape[0], shape[1]) for name, shape in answer["linears"].items()}
-    return BaseModel(answer["name"], answer["architecture"], linears, dict(answer["ffns"]))
+    moes = {name: Moe(**sizes) for name, sizes in answer["moes"].items()}
+    return BaseModel(
+        answer["name"],
+        answer["architecture"],
+        linears,
+        dict(answer["ffns"]),
+        moes,
+        dict(answer["refused"]),
+    )

@@ -6,25 +6,27 @@ thought of speed. What the engine serves is compared against this.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from molehill.engine import moe
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import UnknownTargetError
-from molehill.engine.huggingface import canonical_name
+from molehill.engine.huggingface import activation, canonical_name, fused_experts
 from molehill.kernels.backend import Trace
 from molehill.kernels.definition import (
     decide,
     ffn_mixture,
     linear_mixture,
+    moe_experts,
     scale_mixture,
     split_heads,
 )
-from molehill.kernels.mixture import FfnMixture, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Routing
 
-_FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # y, the routing, and what the router read.
 _Apply = Callable[[Tensor], tuple[Tensor, Routing, Tensor]]
 
@@ -41,19 +43,50 @@ def attach(
     UnknownTargetError for a site that the model lacks.
     """
     modules = {canonical_name(name): module for name, module in model.named_modules()}
-    for site in adapter.sites:
+    on_experts = _on_fused_experts(adapter, modules)
+    sites = {site: m for site, m in adapter.sites.items() if site not in on_experts}
+    for site in sites:
         if site not in modules:
             raise UnknownTargetError(site, "no such module", f"one of {type(model).__name__}'s")
     bound: list[nn.Module] = []
     try:
-        for site, mixture in adapter.sites.items():
+        for site, mixture in sites.items():
             module = modules[site]
             module.forward = _forward(site, mixture, _apply(module, mixture, model), trace)
+            bound.append(module)
+        for block, projections in moe.group(on_experts).items():
+            module = modules[f"{block}.experts"]
+            module.forward = _moe_forward(module, projections, activation(model.config))
             bound.append(module)
         yield model
     finally:
         for module in bound:
             del module.forward
+
+
+def _on_fused_experts(adapter: Adapter, modules: dict[str, nn.Module]) -> dict[str, Mixture]:
+    """The sites on experts that the model holds in fused parameters, and not as linears."""
+    found = {}
+    for name, mixture in adapter.sites.items():
+        site = moe.split(name)
+        block = modules.get(f"{site.block}.experts") if site else None
+        sizes = fused_experts(block) if block else None
+        if site and sizes and site.expert < sizes.experts:
+            found[name] = mixture
+    return found
+
+
+def _moe_forward(
+    module: nn.Module, projections: dict[str, dict[int, Experts]], activation: str
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    gate_up, down = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
+    deltas = {name: moe.stack(pairs, len(down)) for name, pairs in projections.items()}
+
+    def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        y = moe_experts(x, weights, chosen, gate_up, down, activation, deltas)
+        return y.to(x.dtype)
+
+    return forward
 
 
 def _forward(
@@ -80,9 +113,7 @@ def _apply(module: nn.Module, mixture: Mixture, model: nn.Module) -> _Apply:
             if mixture.of == "output"
             else _apply_input(module, mixture)
         )
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    activation = getattr(config, "hidden_act", None) or config.hidden_activation
-    return _apply_ffn(module, mixture, activation)
+    return _apply_ffn(module, mixture, activation(model.config))
 
 
 def _apply_linear(module: nn.Module, mixture: LinearMixture) -> _Apply:
@@ -113,10 +144,18 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _apply_ffn(module: nn.Module, mixture: FfnMixture, activation: str) -> _Apply:
-    linears = {name: module.get_submodule(name) for name in _FFN_PROJECTIONS}
-    weights = {name: linear.weight for name, linear in linears.items()}
-    biases = {name: linear.bias for name, linear in linears.items()}
-    return lambda x: (
-        *ffn_mixture(x, weights, biases, activation, mixture),  # type: ignore[arg-type]
-        x,
-    )
+    weights, biases = _ffn_parameters(module)
+    return lambda x: (*ffn_mixture(x, weights, biases, activation, mixture), x)
+
+
+def _ffn_parameters(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Weights and biases by projection; a fused gate_up_proj (Phi-3) is taken apart."""
+    linears: dict[str, Any] = dict(module.named_children())
+    weights = {n: m.weight for n, m in linears.items() if isinstance(m, nn.Linear)}
+    biases = {name: linears[name].bias for name in weights}
+    if "gate_up_proj" in weights:
+        fused, bias = weights.pop("gate_up_proj"), biases.pop("gate_up_proj")
+        weights["gate_proj"], weights["up_proj"] = fused.chunk(2)
+        halves = (None, None) if bias is None else bias.chunk(2)
+        biases["gate_proj"], biases["up_proj"] = halves
+    return weights, biases

@@ -20,6 +20,7 @@ from molehill.engine.errors import (
     UnknownTargetError,
     UnsupportedError,
 )
+from molehill.engine.moe import PROJECTIONS, split
 from molehill.kernels.activation import ACTIVATIONS
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Arrow, DynMoLE, Policy, Soft, Sparsegen, TopK
@@ -215,29 +216,50 @@ def _nonzero(experts: Experts) -> bool:
 
 
 def _misfits(site: str, mixture: Mixture, base: BaseModel) -> Iterator[AdapterError]:
-    if isinstance(mixture, LinearMixture):
-        if site not in base.linears:
-            yield _unknown(site, "linear", list(base.linears))
-        else:
-            yield from _misfit(site, mixture.experts, base.linears[site])
-        return
-    if isinstance(mixture, ScaleMixture):
+    if refusal := base.refusal(site):
+        yield UnsupportedError(site, refusal, "a base model and settings that allow it")
+    elif isinstance(mixture, FfnMixture):
+        yield from _ffn_misfits(site, mixture, base)
+    elif isinstance(mixture, ScaleMixture):
         yield from _misfit_vectors(site, mixture, base)
+    elif (shape := base.linear(site)) is None:
+        yield _unknown(site, "linear", _linear_names(base))
+    else:
+        yield from _misfit(site, mixture.experts, shape)
+        if split(site):
+            yield from _expert_misfits(site, mixture)
+
+
+def _expert_misfits(site: str, mixture: LinearMixture) -> Iterator[AdapterError]:
+    """The base's router has the say over its experts; what is on them is plain LoRA."""
+    if mixture.router is not None or mixture.num_experts > 1:
+        found = "a router on an expert of the base model"
+        yield UnsupportedError(site, found, "plain LoRA on experts")
+    if mixture.magnitude is not None:
+        yield UnsupportedError(site, "DoRA on an expert of the base model", "plain LoRA on experts")
+
+
+def _ffn_misfits(site: str, mixture: FfnMixture, base: BaseModel) -> Iterator[AdapterError]:
+    if site in base.moes:
+        found = f"an FFN mixture on a block of {base.moes[site].experts} experts"
+        yield UnsupportedError(site, found, "a base model with one FFN per layer")
         return
     if site not in base.ffns:
         yield _unknown(site, "gated FFN", list(base.ffns))
         return
-    inputs = base.linears[f"{site}.gate_proj"][0]
+    inputs, _ = base.ffn_projection(site, "gate_proj")
     yield from _expect(f"{site}.router", mixture.router, [mixture.router.shape[0], inputs])
     if mixture.activation is None and base.ffns[site] not in ACTIVATIONS:
         expected = f"one of {', '.join(ACTIVATIONS)}"
         yield UnsupportedError(f"{site}: the base's activation", base.ffns[site], expected)
     for projection, experts in sorted(mixture.experts.items()):
-        name = f"{site}.{projection}"
-        if name not in base.linears:
-            yield _unknown(name, "linear", list(base.linears))
-        else:
-            yield from _misfit(name, experts, base.linears[name])
+        shape = base.ffn_projection(site, projection)
+        yield from _misfit(f"{site}.{projection}", experts, shape)
+
+
+def _linear_names(base: BaseModel) -> list[str]:
+    experts = [f"{block}.experts.0.{name}" for block in base.moes for name in PROJECTIONS]
+    return [*base.linears, *experts]
 
 
 def _misfit(name: str, experts: Experts, shape: tuple[int, int]) -> Iterator[AdapterError]:
@@ -263,8 +285,9 @@ def _misfit_vectors(site: str, mixture: ScaleMixture, base: BaseModel) -> Iterat
 
 def _unknown(site: str, noun: str, known: list[str]) -> UnknownTargetError:
     """With some of the base's names, of the same layer if it has it."""
-    layer = ".".join(site.split(".")[:2])
+    layer, block = ".".join(site.split(".")[:2]), ".".join(site.split(".")[:3])
     near = [name for name in known if name.startswith(f"{layer}.")] or known
+    near.sort(key=lambda name: not name.startswith(f"{block}."))
     examples = ", ".join(near[:4]) or f"a base with a {noun}"
     return UnknownTargetError(site, f"no such {noun} in the base model", f"e.g. {examples}")
 
@@ -277,9 +300,8 @@ def _layer(site: str) -> int | None:
 
 def _mismatch(adapter: Adapter, base: BaseModel, misfits: list[AdapterError]) -> list[AdapterError]:
     """A base of another size: most sites are of other widths or in layers it does not have."""
-    layers = 1 + max(
-        (layer for name in base.linears if (layer := _layer(name)) is not None), default=-1
-    )
+    names = [*base.linears, *base.moes]
+    layers = 1 + max((layer for name in names if (layer := _layer(name)) is not None), default=-1)
     beyond = [site for site in adapter.sites if (_layer(site) or 0) >= layers]
     wide = [
         site

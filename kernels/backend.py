@@ -124,6 +124,48 @@ class FfnPiece:
         return self.router.shape[0] - self.policy.extra_rows
 
 
+class BaseExperts(Protocol):
+    """The weights of a base model's experts on this rank, however the base keeps them."""
+
+    def gate_up(self, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(W_gate x, W_up x) of one expert, each `[T, intermediate]`, of x `[T, hidden]`."""
+
+    def down(self, expert: int, h: Tensor) -> Tensor:
+        """W_down h `[T, hidden]` of one expert; on a tensor-parallel rank this rank's share."""
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """A mixture-of-experts block of the base model, as this rank sees it.
+
+    run: the base's own kernel: y `[T, hidden]` of x `[T, hidden]`, gate weights and chosen experts
+    `[T, k]`. weights: what that kernel multiplies by. activation: a key of ACTIVATIONS.
+    """
+
+    name: str
+    experts: int
+    activation: str
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    weights: BaseExperts
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+
+
+@dataclass(frozen=True)
+class MoePiece:
+    """LoRA on the experts of a base MoE block, cut to this rank.
+
+    `ranks[e]` of each stack is that of base expert e, 0 where it is not adapted; None where no
+    expert is. gate, up: A `[R, hidden]`, B `[intermediate, R]`; down: A `[R, intermediate]`,
+    B `[hidden, R]`.
+    """
+
+    site: str
+    gate: Experts | None
+    up: Experts | None
+    down: Experts | None
+
+
 @dataclass(frozen=True)
 class ScalePiece:
     """A mixture of vectors cut to this rank: it multiplies columns `start` onwards, head by head.
@@ -145,7 +187,8 @@ class ScalePiece:
 
 @dataclass(frozen=True)
 class SlotWeights:
-    """All that one adapter brings to this rank, by the handles of registered linears and FFNs.
+    """All that one adapter brings to this rank, by the handles of registered linears, FFNs and
+    MoE blocks.
 
     scales: multiply a linear's output, after its other mixtures. ffn_scales: multiply an FFN's
     intermediate, as one head; under tensor parallelism its router's logits are summed by the down
@@ -156,6 +199,7 @@ class SlotWeights:
     ffns: Mapping[int, FfnPiece]
     scales: Mapping[int, Sequence[ScalePiece]] = field(default_factory=dict)
     ffn_scales: Mapping[int, ScalePiece] = field(default_factory=dict)
+    moes: Mapping[int, MoePiece] = field(default_factory=dict)
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of a serving copy, A and B in `dtype`, tables in float32, padding left out."""
@@ -171,6 +215,8 @@ class SlotWeights:
         scaled = [piece for pieces in self.scales.values() for piece in pieces]
         for vectors in [*scaled, *self.ffn_scales.values()]:
             tables += [vectors.router, vectors.vectors]
+        for moe in self.moes.values():
+            pairs += [pair for pair in (moe.gate, moe.up, moe.down) if pair is not None]
         elements = sum(pair.a.numel() + pair.b.numel() for pair in pairs)
         floats = sum(table.numel() for table in tables if table is not None)
         return elements * dtype.itemsize + 4 * floats
@@ -220,7 +266,8 @@ class Trace:
 
 
 class Backend(Protocol):
-    """Applies the mixtures of all slots to a batch. One instance per worker.
+    """Applies the mixtures of all slots to a batch. One instance per worker. What adapters do to
+    the experts of MoE blocks (`SlotWeights.moes`) is left to molehill.kernels.moe.
 
     linear_op(out, x, handle), ffn_op(h, gate_up, handle): what a model's forward calls, torch ops
     that end in `linear` and `ffn`; the handle is a one-element int64 CPU tensor.

@@ -4,12 +4,14 @@ Expert by expert, in float32, with no thought of speed. Tests compare the backen
 `molehill.engine.reference` runs it on a Transformers model.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.mixture import FfnMixture, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Policy, Routing
 
 
@@ -114,3 +116,39 @@ def split_heads(u: Tensor, heads: int) -> Tensor:
     """`[T, heads * width]` as `[T, heads, width]`."""
     split: Tensor = u.unflatten(1, (heads, -1))
     return split
+
+
+def moe_experts(
+    x: Tensor,
+    gate_weights: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    deltas: Mapping[str, Experts],
+) -> Tensor:
+    """y `[T, d]` float32 of the experts of a base MoE block with LoRA on them, token by token.
+
+    y = sum_k w_k W'_down(act(W'_gate x) * (W'_up x)) with W' = W + B A of the chosen expert; the
+    base's router decides (DR-LoRA, arXiv 2601.04823). x `[T, d]`, gate_weights and chosen
+    `[T, k]`, gate_up `[E, 2 I, d]`, down `[E, d, I]`. deltas: by projection (`gate_proj`,
+    `up_proj`, `down_proj`), the rank of base expert e in its `ranks[e]`.
+    """
+    act = ACTIVATIONS[activation]
+    pairs = {name: experts.split() for name, experts in deltas.items()}
+
+    def project(name: str, e: int, weight: Tensor, value: Tensor) -> Tensor:
+        y = weight.float() @ value
+        if name in pairs:
+            a, b = pairs[name][e]
+            y = y + b.float() @ (a.float() @ value)
+        return y
+
+    y = torch.zeros(x.shape, dtype=torch.float32)
+    for t, token in enumerate(x.float()):
+        for weight, expert in zip(gate_weights[t].tolist(), chosen[t].tolist(), strict=True):
+            gate, up = gate_up[expert].chunk(2)
+            hidden = act(project("gate_proj", expert, gate, token))
+            hidden = hidden * project("up_proj", expert, up, token)
+            y[t] += weight * project("down_proj", expert, down[expert], hidden)
+    return y

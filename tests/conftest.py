@@ -24,6 +24,16 @@ def authored(tmp_path_factory):
     return {own.name: own for own in author_all(tmp_path_factory.mktemp("authored"))}
 
 
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    """Golden cases on larger models, where they are."""
+    repository = Path(__file__).parents[1]
+    found = Path(os.environ.get("MOLEHILL_ORACLES", repository.parent / "shared" / "oracles"))
+    if not found.is_dir():
+        pytest.skip("the golden cases on larger models do not ship with the project")
+    return found
+
+
 @pytest.fixture
 def edited(golden, tmp_path):
     """Copies a golden case, or a directory, with changes: `edited(case, config={...},

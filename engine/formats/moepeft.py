@@ -43,6 +43,7 @@ _KEY = re.compile(
     r"(?:lora_(?P<half>[AB])\.weight|(?P<magnitude>lora_magnitude_vector)))"
 )
 _FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_FUSED = "gate_up_proj"
 
 
 @dataclass
@@ -261,18 +262,23 @@ def _ffn(
     magnitudes: dict[str, Tensor] = {}
     for projection, module in modules.items():
         where = source.weights.where(f"{source.prefix}{name}.{projection}")
-        if projection not in _FFN_PROJECTIONS:
-            expected = f"one of {', '.join(_FFN_PROJECTIONS)}"
-            raise UnsupportedError(where, "experts in a fused or ungated FFN", expected)
+        if projection not in (*_FFN_PROJECTIONS, _FUSED):
+            expected = f"one of {', '.join(_FFN_PROJECTIONS)}, or {_FUSED} and down_proj"
+            raise UnsupportedError(where, "experts in an ungated or unknown FFN", expected)
         if module.plain:
             raise UnsupportedError(where, "a plain LoRA beside experts", "one of the two")
-        own = _experts(source, f"{name}.{projection}", module, gate)
-        experts[projection] = own
+        stack = _experts(source, f"{name}.{projection}", module, gate)
+        for part, own in _halves(where, stack) if projection == _FUSED else [(projection, stack)]:
+            if part in experts:
+                raise UnsupportedError(where, f"{_FUSED} beside {part}", "one of the two")
+            experts[part] = own
         if module.magnitudes:
+            if projection == _FUSED:
+                raise UnsupportedError(where, f"magnitudes of {_FUSED}", "separate projections")
             stem = f"{source.prefix}{name}.{projection}.experts"
-            stems: dict[int | None, str] = {e: f"{stem}.{e}" for e in range(len(own.ranks))}
+            stems: dict[int | None, str] = {e: f"{stem}.{e}" for e in range(len(stack.ranks))}
             magnitudes[projection] = _magnitudes(
-                source, module, stems, own, dora=source.expert_dora
+                source, module, stems, stack, dora=source.expert_dora
             )
     if not experts:
         where = source.weights.where(gate)
@@ -280,6 +286,17 @@ def _ffn(
     inputs = source.weights.tensor(gate, 2).shape[1]
     router = read_router(source.weights, gate, _ffn_inputs(experts, inputs))
     return FfnMixture(experts, source.policy, router, activation, magnitudes=magnitudes)
+
+
+def _halves(where: str, fused: Experts) -> list[tuple[str, Experts]]:
+    """Gate and up of Phi-3's gate_up_proj: all gates before all ups, and one A for both."""
+    if fused.b.shape[0] % 2:
+        raise ShapeError(where, f"{fused.b.shape[0]} outputs", "as many gates as ups")
+    gate, up = fused.b.chunk(2)
+    return [
+        ("gate_proj", Experts(fused.a, gate.contiguous(), fused.ranks)),
+        ("up_proj", Experts(fused.a, up.contiguous(), fused.ranks)),
+    ]
 
 
 def _ffn_inputs(experts: dict[str, Experts], default: int) -> int:

@@ -5,21 +5,23 @@ Keys: `base_model.model.model.layers.{i}.{block}.{proj}.lora_A.weight`, `.lora_B
 """
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import (
-    ConfigError,
     CorruptFileError,
     MissingTensorError,
     ShapeError,
     UnsupportedError,
 )
-from molehill.engine.formats import targets
+from molehill.engine.formats import patterns, peft_parameters, targets
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.lowrank import Pair, Scaling, build_experts
+from molehill.engine.formats.patterns import Patterns
+from molehill.engine.moe import canonical
 from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Constant
 
@@ -35,7 +37,6 @@ UNSERVED = {
     "modules_to_save": "whole modules",
     "layer_replication": "replicated layers",
     "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "adapted parameters that are no linear's weight",
     "lora_bias": "a bias in lora_B",
     "alora_invocation_tokens": "an activated LoRA",
     "use_qalora": "QALoRA",
@@ -68,13 +69,11 @@ class _Scalings:
     rank: int
     alpha: float
     rslora: bool
-    ranks: dict[str, int] = field(default_factory=dict)
-    alphas: dict[str, float] = field(default_factory=dict)
+    ranks: Patterns[int]
+    alphas: Patterns[float]
 
     def of(self, module: str) -> Scaling:
-        """PEFT's rule: the first pattern that matches the end of the module's name."""
-        rank = next((r for p, r in self.ranks.items() if _matches(p, module)), self.rank)
-        alpha = next((a for p, a in self.alphas.items() if _matches(p, module)), self.alpha)
+        rank, alpha = self.ranks.get(module, self.rank), self.alphas.get(module, self.alpha)
         return Scaling(alpha, rank, self.rslora)
 
 
@@ -83,18 +82,20 @@ def read(config: Fields, weights: Weights) -> Adapter:
     _refuse(config)
     scalings = _read_scalings(config)
     wanted = targets.read_targets(config)
-    modules = _group(weights)
+    grouped = _group(weights)
+    modules = {name: m for name, m in grouped.items() if not peft_parameters.is_stack(name)}
     names = [name.removeprefix("model.") for name in modules]
+    _check_spellings(weights, names)
     targets.check_targeted(weights.file, names, wanted)
     if not config.has("layers_to_transform") and wanted and not any("." in t for t in wanted):
         targets.check_siblings(weights.file, names)
     dora = config.flag("use_dora")
     if dora:
         _check_magnitudes(weights, modules)
-    sites = {
-        name.removeprefix("model."): _mixture(weights, name, module, scalings.of(name), dora)
-        for name, module in modules.items()
-    }
+    sites = _fused_experts(config, weights, grouped, scalings)
+    for name, module in modules.items():
+        site = canonical(name.removeprefix("model."))
+        sites[site] = _mixture(weights, name, module, scalings.of(name), dora)
     magnitudes = any(mixture.magnitude is not None for mixture in sites.values())
     return Adapter(
         kind="dora" if magnitudes else "lora",
@@ -107,7 +108,29 @@ def read(config: Fields, weights: Weights) -> Adapter:
 def factors(config: Fields, weights: Weights) -> dict[str, float]:
     """What `read` multiplies B by, alpha / r for a LoRA, by canonical module name."""
     scalings = _read_scalings(config)
-    return {name.removeprefix("model."): scalings.of(name).factor for name in _group(weights)}
+    names = _group(weights)
+    for name in filter(peft_parameters.is_stack, names):
+        where, found = weights.where(name), "fused experts of the base model in a mix"
+        raise UnsupportedError(where, found, "adapters of linears")
+    return {canonical(n.removeprefix("model.")): scalings.of(n).factor for n in names}
+
+
+def _fused_experts(
+    config: Fields, weights: Weights, grouped: Mapping[str, _Module], scalings: _Scalings
+) -> dict[str, LinearMixture]:
+    """What `target_parameters` adapts; nothing without it."""
+    wanted = peft_parameters.read_targets(config)
+    stacks = {
+        name: _names(name, module)
+        for name, module in grouped.items()
+        if peft_parameters.is_stack(name)
+    }
+    return peft_parameters.read(weights, stacks, wanted, scalings.of)
+
+
+def _names(name: str, module: _Module) -> Pair:
+    stem = f"base_model.model.{name}"
+    return Pair(module.a or f"{stem}.lora_A.weight", module.b or f"{stem}.lora_B.weight")
 
 
 def _refuse(config: Fields) -> None:
@@ -122,34 +145,14 @@ def _refuse(config: Fields) -> None:
 
 
 def _read_scalings(config: Fields) -> _Scalings:
-    ranks, alphas = config.object("rank_pattern"), config.object("alpha_pattern")
-    for pattern in [*ranks.values, *alphas.values]:
-        _check_pattern(config, pattern)
+    ranks, alphas = (patterns.check(config, f"{name}_pattern") for name in ("rank", "alpha"))
     return _Scalings(
         rank=config.integer("r"),
         alpha=config.number("lora_alpha", above=0),
         rslora=config.flag("use_rslora"),
-        ranks={pattern: ranks.integer(pattern) for pattern in ranks.values},
-        alphas={pattern: alphas.number(pattern, above=0) for pattern in alphas.values},
+        ranks=Patterns({pattern: ranks.integer(pattern) for pattern in ranks.values}),
+        alphas=Patterns({pattern: alphas.number(pattern, above=0) for pattern in alphas.values}),
     )
-
-
-def _check_pattern(config: Fields, pattern: str) -> None:
-    """Two repetitions, or many alternatives, can take a regular expression forever."""
-    if len(re.findall(r"[*+?{]", pattern)) > 1 or pattern.count("|") > 8:
-        expected = "at most one repetition and 8 alternatives"
-        raise UnsupportedError(
-            f"{config.where}: pattern {pattern[:80]!r}", "a complex one", expected
-        )
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        where = f"{config.where}: pattern {pattern[:80]!r}"
-        raise ConfigError(where, error, "a regular expression") from None
-
-
-def _matches(pattern: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def _group(weights: Weights) -> dict[str, _Module]:
@@ -164,10 +167,15 @@ def _group(weights: Weights) -> dict[str, _Module]:
         if getattr(names, part) is not None:
             raise CorruptFileError(weights.where(key), "a second tensor of this part", "one")
         setattr(names, part, key)
-    for name in modules:
-        if f"model.{name}" in modules:
-            raise CorruptFileError(weights.where(name), "two spellings of one module", "one")
     return modules
+
+
+def _check_spellings(weights: Weights, names: list[str]) -> None:
+    found: set[str] = set()
+    for name in names:
+        if canonical(name) in found:
+            raise CorruptFileError(weights.where(name), "two spellings of one module", "one")
+        found.add(canonical(name))
 
 
 def _check_magnitudes(weights: Weights, modules: dict[str, _Module]) -> None:
@@ -181,9 +189,7 @@ def _check_magnitudes(weights: Weights, modules: dict[str, _Module]) -> None:
 def _mixture(
     weights: Weights, name: str, module: _Module, scaling: Scaling, dora: bool
 ) -> LinearMixture:
-    stem = f"base_model.model.{name}"
-    pair = Pair(module.a or f"{stem}.lora_A.weight", module.b or f"{stem}.lora_B.weight")
-    experts = build_experts(weights, [pair], scaling)
+    experts = build_experts(weights, [_names(name, module)], scaling)
     magnitude: Any = None
     if module.magnitude is not None:
         if not dora:

@@ -4,6 +4,8 @@ import inspect
 from importlib.metadata import PackageNotFoundError, version
 
 SUPPORTED = ((0, 32), (0, 33))
+# What vLLM hands to the kernels of an MoE block beside its input.
+ROUTING = ("topk_weights", "topk_ids", "shared_experts", "shared_experts_input")
 
 
 def installed_version() -> str:
@@ -31,12 +33,19 @@ def check_seams() -> None:
     """Raises RuntimeError when a part of vLLM that molehill hooks into has gone or changed."""
     from vllm.lora.layers.utils import LoRAMapping
     from vllm.lora.request import LoRARequest
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     for owner, name, parameters in (
         (LoRAModelRunnerMixin, "load_lora_model", ["self", "model", "vllm_config", "device"]),
         (LinearMethodBase, "apply", ["self", "layer", "x", "bias"]),
+        (UnquantizedFusedMoEMethod, "apply", ["self", "layer", "x", *ROUTING]),
+        (RoutedExperts, "forward_modular", ["self", "x", *ROUTING]),
     ):
         function = getattr(owner, name, None)
         found = None if function is None else list(inspect.signature(function).parameters)
@@ -46,6 +55,7 @@ def check_seams() -> None:
     for owner, names in {
         LoRAMapping: ("index_mapping", "type"),
         LoRARequest: ("lora_name", "lora_int_id", "lora_path"),
+        FusedMoEConfig: ("is_lora_enabled", "moe_parallel_config", "num_logical_experts"),
     }.items():
         missing = [name for name in names if name not in owner.__annotations__]
         if missing:

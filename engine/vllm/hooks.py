@@ -1,4 +1,5 @@
-"""Puts the backend's ops into a vLLM model: after each linear's GEMM and each FFN's activation.
+"""Puts the backend's ops into a vLLM model: after each linear's GEMM and each FFN's activation, and
+around each MoE block's kernel.
 
 The base GEMMs run as before and exactly once. A linear is hooked through its `quant_method`, before
 the tensor-parallel collectives, so modules keep their names and types.
@@ -41,6 +42,41 @@ def hook_linear(module: LinearBase, handle: int, op: Op) -> None:
     module.molehill_handle = torch.tensor([handle], device="cpu")
     module.requires_unquantized_input = True
     module.quant_method = hooked
+
+
+@cache
+def _hooked_experts(method: Hashable) -> type:
+    """A subclass of an MoE method whose `apply` is the op, which calls the kernel for base rows.
+
+    Shared experts are none of its business: vLLM hands them in for kernels of expert parallelism,
+    on which nothing is hooked.
+    """
+
+    def apply(
+        self: Any,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,
+        shared_experts_input: Any,
+    ) -> Tensor:
+        out: Tensor = layer.molehill_op(x, topk_weights, topk_ids, layer.molehill_handle)
+        return out
+
+    parent: Any = method
+    return type(f"Molehill{parent.__name__}", (parent,), {"apply": apply})
+
+
+def hook_experts(experts: Any, handle: int, op: Op) -> None:
+    """Runs `op(x, weights, chosen, handle)` in place of the kernel of a vLLM RoutedExperts."""
+    method = experts.quant_method
+    kind: Any = type(method)
+    hooked: Any = object.__new__(_hooked_experts(kind))
+    hooked.__dict__ = method.__dict__
+    experts.molehill_op = op
+    experts.molehill_handle = torch.tensor([handle], device="cpu")
+    experts.quant_method = hooked
 
 
 class MixedActivation(nn.Module):

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from torch import nn
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -14,6 +15,8 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+
+from molehill.engine import moe
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,17 @@ class Ffn:
 
 def canonical(name: str) -> str:
     """A module's name without what precedes the decoder layers: `layers.3.self_attn.qkv_proj`."""
-    return re.sub(r"^(?:language_model\.)?(?:model\.)*", "", name)
+    return moe.canonical(re.sub(r"^(?:language_model\.)?(?:model\.)*", "", name))
 
 
 def find_linears(model: nn.Module) -> list[Linear]:
-    """Every linear that an adapter can change, in the model's order."""
+    """Every linear that an adapter can change, in the model's order. The router of an MoE block
+    is none: vLLM has kernels of its own for it."""
     packed = getattr(model, "packed_modules_mapping", {})
     return [
         Linear(canonical(name), module, _projections(canonical(name), module, packed))
         for name, module in model.named_modules()
-        if isinstance(module, LinearBase)
+        if isinstance(module, LinearBase) and not isinstance(module, GateLinear)
     ]
 
 

@@ -15,13 +15,13 @@ from vllm.logger import init_logger
 from vllm.lora.layers.utils import LoRAMapping
 from vllm.lora.request import LoRARequest
 
-from molehill.engine import formats
+from molehill.engine import formats, moe
 from molehill.engine.adapter import Adapter, natural_key
 from molehill.engine.base import BaseModel
 from molehill.engine.errors import LimitError
 from molehill.engine.validation import validate
-from molehill.engine.vllm import backends, layers, shards
-from molehill.engine.vllm.hooks import hook_ffn, hook_linear
+from molehill.engine.vllm import backends, experts, layers, shards
+from molehill.engine.vllm.hooks import hook_experts, hook_ffn, hook_linear
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.backend import (
     UNSERVED,
@@ -30,11 +30,14 @@ from molehill.kernels.backend import (
     FfnShape,
     LinearPiece,
     LinearShape,
+    MoePiece,
+    MoeShape,
     Run,
     ScalePiece,
     SlotWeights,
 )
 from molehill.kernels.mixture import FfnMixture, LinearMixture, ScaleMixture
+from molehill.kernels.moe import MoeBlocks
 
 logger = init_logger("vllm.molehill")
 
@@ -51,8 +54,12 @@ class AdapterManager:
         self.backend, why = backends.for_worker(config, self.settings, device)
         logger.info("molehill: %s backend (%s)", self.backend.name, why)
         self._tp = get_tp_group()
+        self.moes = MoeBlocks()
         self._linears = layers.find_linears(model)
         self._ffns = layers.find_ffns(self._linears, model)
+        self._blocks: dict[str, experts.Block] = {}
+        self._block_handles: dict[str, int] = {}
+        self._refusals: dict[str, str] = {}
         if not self._linears:
             raise RuntimeError(f"{type(model).__name__} has no linear that molehill can hook")
         self._by_name = {linear.name: linear for linear in self._linears}
@@ -65,6 +72,7 @@ class AdapterManager:
         self._ffn_handles: dict[str, int] = {}
         self._dtype = config.model_config.dtype
         self._install(self._dtype, device)
+        self._install_experts(config, model, device)
         self.base = self._describe_base(config)
         self._slots: dict[int, int] = {}
         self._refused: set[int] = set()
@@ -90,6 +98,27 @@ class AdapterManager:
         hooked = len(self._linears), len(self._ffns)
         logger.info("molehill: %d linears and %d FFNs hooked", *hooked)
 
+    def _install_experts(self, config: VllmConfig, model: nn.Module, device: torch.device) -> None:
+        graphs = device.type != "cpu" and not config.model_config.enforce_eager
+        for site, runner in experts.find_blocks(model):
+            self._refusals[f"{site}.gate"] = "the base's own router"
+            if refusal := experts.refusal(runner, graphs):
+                self._refusals[f"{site}.experts"] = refusal
+            block = self._blocks[site] = experts.describe(site, runner)
+            if refusal:
+                continue
+            shape = MoeShape(
+                site,
+                block.sizes.experts,
+                block.activation,
+                experts.kernel(block),
+                experts.Weights(block),
+                self._dtype,
+                device,
+            )
+            self._block_handles[site] = self.moes.register(shape)
+            hook_experts(runner.routed_experts, self._block_handles[site], self.moes.op)
+
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         total: Tensor = self._tp.all_reduce(tensor)
         return total
@@ -102,6 +131,8 @@ class AdapterManager:
                 for site, (_, projection) in self._projections.items()
             },
             {ffn.site: ffn.activation for ffn in self._ffns},
+            {site: block.sizes for site, block in self._blocks.items()},
+            self._refusals,
         )
         world = get_world_group()
         everyone: list[Any] = [own] * world.world_size
@@ -110,8 +141,10 @@ class AdapterManager:
         return BaseModel(
             name=config.model_config.model,
             architecture=config.model_config.architectures[0],
-            linears={site: shape for linears, _ in everyone for site, shape in linears.items()},
-            ffns={site: name for _, ffns in everyone for site, name in ffns.items()},
+            linears={site: shape for stage in everyone for site, shape in stage[0].items()},
+            ffns={site: name for stage in everyone for site, name in stage[1].items()},
+            moes={site: sizes for stage in everyone for site, sizes in stage[2].items()},
+            refused={site: why for stage in everyone for site, why in stage[3].items()},
         )
 
     # vLLM's contract: adapters
@@ -139,17 +172,28 @@ class AdapterManager:
     def _store(self, slot: int, weights: SlotWeights) -> None:
         """Raises LimitError before anything is written if the memory for adapters is spent."""
         needed = weights.num_bytes(self._dtype)
-        taken = sum(map(self.backend.resident_bytes, self._slots.values()))
+        taken = sum(map(self._resident_bytes, self._slots.values()))
         free = self.settings.memory - taken
         if needed > free:
             of = f"at most {free} of {self.settings.memory}"
             raise LimitError("adapter memory", f"{needed} bytes", of)
         try:
+            self.moes.store(slot, weights.moes)
             self.backend.store(slot, weights)
-        except CapacityError as error:
-            raise LimitError(error.where, error.found, error.expected) from error
-        except MemoryError as error:
-            raise LimitError("adapter memory", f"{needed} bytes", "memory to be had") from error
+        except Exception as error:
+            self.moes.erase(slot)
+            if isinstance(error, CapacityError):
+                raise LimitError(error.where, error.found, error.expected) from error
+            if isinstance(error, MemoryError):
+                raise LimitError("adapter memory", f"{needed} bytes", "memory to be had") from error
+            raise
+
+    def _erase(self, slot: int) -> None:
+        self.moes.erase(slot)
+        self.backend.erase(slot)
+
+    def _resident_bytes(self, slot: int) -> int:
+        return self.backend.resident_bytes(slot) + self.moes.resident_bytes(slot)
 
     @contextmanager
     def _all_ranks_or_none(self, undo: int | None = None) -> Iterator[None]:
@@ -169,7 +213,7 @@ class AdapterManager:
             raise error
         if failed.item():
             if undo is not None:
-                self.backend.erase(undo)
+                self._erase(undo)
             raise RuntimeError("another tensor-parallel rank could not load the adapter")
 
     def _cut(self, adapter: Adapter) -> SlotWeights:
@@ -197,7 +241,14 @@ class AdapterManager:
             else:
                 handle, piece = self._cut_linear(site, mixture)
                 linears.setdefault(handle, []).append(piece)
-        return SlotWeights(linears, ffns, scales, ffn_scales)
+        return SlotWeights(linears, ffns, scales, ffn_scales, self._cut_moes(adapter))
+
+    def _cut_moes(self, adapter: Adapter) -> dict[int, MoePiece]:
+        return {
+            self._block_handles[site]: shards.cut_moe(site, projections, self._blocks[site])
+            for site, projections in moe.group(adapter.sites).items()
+            if site in self._block_handles
+        }
 
     def _cut_linear(self, site: str, mixture: LinearMixture) -> tuple[int, LinearPiece]:
         linear, projection = self._projections[site]
@@ -207,15 +258,17 @@ class AdapterManager:
 
     def _cut_ffn(self, site: str, mixture: FfnMixture) -> FfnPiece:
         ffn = next(ffn for ffn in self._ffns if ffn.site == site)
-        gate_up, down = self._by_name[ffn.gate_up], self._by_name[ffn.down]
-        return shards.cut_ffn(mixture, ffn, gate_up, down, self._tp.rank_in_group == 0)
+        down = self._by_name[ffn.down]
+        bias = getattr(down.module, "bias", None) if self._tp.rank_in_group == 0 else None
+        inner = down.projections[0].inputs
+        return shards.cut_ffn(mixture, ffn, self._by_name[ffn.gate_up], inner, bias)
 
     def remove_adapter(self, lora_id: int) -> bool:
         self._refused.discard(lora_id)
         slot = self._slots.pop(lora_id, None)
         if slot is None:
             return False
-        self.backend.erase(slot)
+        self._erase(slot)
         return True
 
     def remove_all_adapters(self) -> None:
@@ -243,7 +296,9 @@ class AdapterManager:
             if request.lora_int_id not in self._slots.keys() | self._dummies:
                 self._add_late(request)
         if mapping is not None:
-            self.backend.begin_step(self._runs(mapping.index_mapping))
+            runs = self._runs(mapping.index_mapping)
+            self.backend.begin_step(runs)
+            self.moes.begin_step(runs)
 
     def _add_late(self, request: LoRARequest) -> None:
         """Loads an adapter that nobody announced with `add_lora`, as plain `LLM.generate` does."""
@@ -298,7 +353,7 @@ class AdapterManager:
         return {
             lora_id: {
                 **asdict(self.backend.counters(slot)),
-                "bytes": self.backend.resident_bytes(slot),
+                "bytes": self._resident_bytes(slot),
             }
             for lora_id, slot in self._slots.items()
         }

@@ -8,15 +8,17 @@ of the one head.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from molehill.engine.errors import UnsupportedError
+from molehill.engine.moe import stack
+from molehill.engine.vllm.experts import Block
 from molehill.engine.vllm.layers import Ffn, Linear, Projection
-from molehill.kernels.backend import ExpertScale, FfnPiece, LinearPiece, ScalePiece
+from molehill.kernels.backend import ExpertScale, FfnPiece, LinearPiece, MoePiece, ScalePiece
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, ScaleMixture
 
 IDENTITY_ROWS = 1024
@@ -95,25 +97,19 @@ def _base_weight(linear: Linear) -> Tensor:
 
 
 def cut_ffn(
-    mixture: FfnMixture, ffn: Ffn, gate_up: Linear, down: Linear, first_rank: bool
+    mixture: FfnMixture, ffn: Ffn, gate_up: Linear, inner: range, bias: Tensor | None
 ) -> FfnPiece:
-    """first_rank: whether this rank adds down_proj's bias. DoRA's factors are computed here, once:
-    gate and up see the whole input on every rank."""
-    gate, up = gate_up.projections
-    (out,) = down.projections
-    cut = {
-        name: cut_experts(mixture.experts[name], projection)
-        for name, projection in (("gate_proj", gate), ("up_proj", up), ("down_proj", out))
-        if name in mixture.experts
-    }
+    """inner: this rank's range of the FFN's inner width, gate and up's outputs and down's inputs.
+    bias: down_proj's, on the rank that adds it. DoRA's factors are computed here, once: gate and
+    up see the whole input on every rank."""
+    cut = {name: _cut_inner(experts, name, inner) for name, experts in mixture.experts.items()}
     scales: dict[str, ExpertScale] = {}
-    weight = _base_weight(gate_up) if mixture.magnitudes else None
-    for name, projection in (("gate_proj", gate), ("up_proj", up)):
-        if weight is not None and name in mixture.magnitudes:
-            own = mixture.magnitudes[name]
-            scales[name] = _expert_scale(weight, cut[name], own, gate_up, projection)
-            cut[name] = _scaled(cut[name], scales[name].factors)
-    bias = getattr(down.module, "bias", None) if first_rank else None
+    for name, magnitude in mixture.magnitudes.items():
+        own = magnitude[:, inner.start : inner.stop]
+        start = 0 if name == "gate_proj" else len(inner)
+        columns = slice(start, start + len(inner))
+        scales[name] = _expert_scale(gate_up, columns, cut[name], own)
+        cut[name] = _scaled(cut[name], scales[name].factors)
     return FfnPiece(
         site=ffn.site,
         policy=mixture.policy,
@@ -130,14 +126,14 @@ def cut_ffn(
 
 
 def _expert_scale(
-    weight: Tensor, experts: Experts, magnitude: Tensor, linear: Linear, projection: Projection
+    linear: Linear, columns: slice, experts: Experts, magnitude: Tensor
 ) -> ExpertScale:
-    """m_e / ||W + B_e A_e|| of every expert, float32. weight: of the whole linear."""
-    columns = slice(projection.start, projection.start + experts.b.shape[0])
-    norms = torch.stack([(weight[columns] + b @ a).norm(dim=1) for a, b in experts.split()])
-    own = torch.cat([magnitude[:, part.start : part.stop] for part in projection.outputs], dim=1)
+    """m_e / ||W + B_e A_e|| of every expert, float32. columns: of the linear, this rank's."""
+    weight = _base_weight(linear)[columns]
+    norms = torch.stack([(weight + b @ a).norm(dim=1) for a, b in experts.split()])
     bias = getattr(linear.module, "bias", None)
-    return ExpertScale(own / norms, None if bias is None else bias.detach().float().cpu()[columns])
+    own = None if bias is None else bias.detach().float().cpu()[columns]
+    return ExpertScale(magnitude / norms, own)
 
 
 def _scaled(experts: Experts, factors: Tensor) -> Experts:
@@ -166,3 +162,18 @@ def cut_ffn_scale(mixture: ScaleMixture, projection: Projection) -> ScalePiece:
         mixture.router[:, columns].contiguous(),
         mixture.vectors[:, :, columns].contiguous(),
     )
+
+
+def cut_moe(site: str, projections: Mapping[str, Mapping[int, Experts]], block: Block) -> MoePiece:
+    """projections: the pairs on a block's experts by projection and expert."""
+    cut = {
+        name: _cut_inner(stack(pairs, block.sizes.experts), name, block.intermediate)
+        for name, pairs in projections.items()
+    }
+    return MoePiece(site, cut.get("gate_proj"), cut.get("up_proj"), cut.get("down_proj"))
+
+
+def _cut_inner(experts: Experts, projection: str, inner: range) -> Experts:
+    if projection == "down_proj":
+        return Experts(experts.a[:, inner.start : inner.stop], experts.b, experts.ranks)
+    return Experts(experts.a, experts.b[inner.start : inner.stop], experts.ranks)

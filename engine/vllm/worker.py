@@ -7,7 +7,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from molehill.engine.vllm import compat
+from molehill.engine.vllm import compat, experts
 from molehill.engine.vllm.manager import AdapterManager
 
 compat.check_version()
@@ -34,7 +34,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self.model_runner.load_lora_model = self._load_lora_model
 
     def load_model(self, **kwargs: Any) -> None:
-        super().load_model(**kwargs)
+        with experts.on_cpu_kernels(self.vllm_config):
+            super().load_model(**kwargs)
         if not isinstance(getattr(self.model_runner, "lora_manager", None), AdapterManager):
             raise RuntimeError("vLLM did not install molehill's adapter manager")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden import SERVED, VOCABULARY, Case, Prompt, greatest_difference
+from golden import SERVED, Case, Prompt, greatest_difference
 from torch import Tensor
 
 LOGIT_TOLERANCE = 1e-3
@@ -41,7 +41,7 @@ def ask(
     prompt_logits: bool = False,
     others: Mapping[str, Path] | None = None,
 ) -> list[Reply]:
-    """All prompts in one batch, each with the adapter of its case."""
+    """All prompts in one batch, each with the adapter of its case; others: paths by case."""
     ids = [list(prompt.ids) for prompt in prompts]
     requests = [request(prompt.case, others) for prompt in prompts]
     return ask_each(llm, ids, requests, tokens, prompt_logits)
@@ -61,8 +61,8 @@ def ask_each(
         temperature=0,
         max_tokens=tokens,
         ignore_eos=True,
-        logprobs=VOCABULARY,
-        prompt_logprobs=VOCABULARY if prompt_logits else None,
+        logprobs=-1,
+        prompt_logprobs=-1 if prompt_logits else None,
     )
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
@@ -84,7 +84,7 @@ def _reply(output: Any) -> Reply:
 
 
 def _row(by_token: Any) -> Tensor:
-    return torch.tensor([by_token[token].logprob for token in range(VOCABULARY)])
+    return torch.tensor([by_token[token].logprob for token in range(len(by_token))])
 
 
 def assert_golden(replies: Sequence[Reply], prompts: Sequence[Prompt]) -> None:

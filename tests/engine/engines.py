@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import warm
 from golden import TINY_LLAMA
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,10 +14,12 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 @contextmanager
 def engine(**options: Any) -> Iterator[Any]:
-    """vLLM's own `LLM` on the tiny model with molehill's worker, in float32."""
+    """vLLM's own `LLM` with molehill's worker, in float32; on the tiny Llama unless `model` says
+    otherwise."""
     from vllm import LLM
 
     settings: dict[str, Any] = {
+        "model": str(TINY_LLAMA),
         "dtype": "float32",
         "max_model_len": 256,
         "block_size": 32,
@@ -27,6 +30,9 @@ def engine(**options: Any) -> Iterator[Any]:
         "logprobs_mode": "raw_logits",
         **options,
     }
-    llm = LLM(str(TINY_LLAMA), **settings)
-    yield llm
-    llm.llm_engine.engine_core.shutdown()
+    with warm.start():
+        llm = LLM(**settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()

@@ -1,0 +1,64 @@
+"""Names of what an adapter changes in a mixture-of-experts base model.
+
+Expert e of the block `layers.{i}.mlp` is adapted at `layers.{i}.mlp.experts.{e}.gate_proj`,
+`.up_proj` and `.down_proj`, each a static linear mixture. Mixtral's names are others.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from molehill.kernels.mixture import Experts, LinearMixture, Mixture
+from molehill.kernels.policy import Constant
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+_MIXTRAL_BLOCK = "block_sparse_moe"
+_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_SITE = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>0|[1-9]\d*)\.(?P<projection>\w+)")
+
+
+class ExpertSite(NamedTuple):
+    """`layers.3.mlp`, 5, `up_proj` of the site `layers.3.mlp.experts.5.up_proj`."""
+
+    block: str
+    expert: int
+    projection: str
+
+
+def canonical(name: str) -> str:
+    """`layers.3.block_sparse_moe.experts.5.w3` to `layers.3.mlp.experts.5.up_proj`; names without
+    Mixtral's words as they are."""
+    parts = ["mlp" if part == _MIXTRAL_BLOCK else part for part in name.split(".")]
+    if split(name) is not None:
+        parts[-1] = _MIXTRAL.get(parts[-1], parts[-1])
+    return ".".join(parts)
+
+
+def split(site: str) -> ExpertSite | None:
+    """The parts of an expert's site; None for any other name."""
+    match = _SITE.fullmatch(site)
+    return match and ExpertSite(match["block"], int(match["expert"]), match["projection"])
+
+
+def group(sites: Mapping[str, Mixture]) -> dict[str, dict[str, dict[int, Experts]]]:
+    """The static pairs on experts by block, projection and expert; gate weights folded into b."""
+    found: dict[str, dict[str, dict[int, Experts]]] = {}
+    for name, mixture in sites.items():
+        site = split(name)
+        if site is None or not isinstance(mixture, LinearMixture):
+            continue
+        assert isinstance(mixture.policy, Constant), name
+        (weight,), experts = mixture.policy.weights, mixture.experts
+        pair = Experts(experts.a, experts.b * weight, experts.ranks)
+        found.setdefault(site.block, {}).setdefault(site.projection, {})[site.expert] = pair
+    return found
+
+
+def stack(pairs: Mapping[int, Experts], experts: int) -> Experts:
+    """One stack in which `ranks[e]` is the rank on base expert e, 0 where it has no pair."""
+    own = [pairs[e] for e in sorted(pairs)]
+    ranks = tuple(sum(pairs[e].ranks) if e in pairs else 0 for e in range(experts))
+    return Experts(torch.cat([p.a for p in own]), torch.cat([p.b for p in own], dim=1), ranks)

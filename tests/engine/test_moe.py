@@ -1,0 +1,197 @@
+"""A mixture-of-experts base (OLMoE) on CPU, with LoRA on its experts and beside them.
+
+Plain vLLM cannot run such a base on CPU with LoRA enabled; see engine/vllm/experts.py.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mixtures
+import pytest
+import tiny_models
+import torch
+from asking import ask, assert_golden, request
+from engines import engine
+from golden import GOLDEN, Case, Prompt
+from oracle import answer, peft_lora
+from safetensors.torch import load_file, save_file
+
+TINY_MOE = GOLDEN / "tiny-moe"
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+FUSED = ("experts.gate_up_proj", "experts.down_proj")
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: Any) -> dict[str, Path]:
+    return {
+        "drlora": Case("drlora").path,
+        "attention": tmp_path_factory.mktemp("attention") / "attention",
+        "both": tmp_path_factory.mktemp("both") / "both",
+    }
+
+
+@pytest.fixture(scope="module")
+def prompts(adapters: dict[str, Path]) -> list[Prompt]:
+    """Of the golden cases, and of an adapter on attention alone and one on both."""
+    ids = [prompt.ids for prompt in Case("drlora-base").prompts]
+    model = tiny_models.load(TINY_MOE)
+    found = [*Case("drlora").prompts]
+    found += [Prompt("base", p.ids, p.greedy, p.logits) for p in Case("drlora-base").prompts]
+    attention = mixtures.dynmole(model, QKVO, seed=5)
+    attention.save(adapters["attention"])
+    with attention.attached(model):
+        found += [answer(model, "attention", own, steps=12) for own in ids]
+    both = peft_lora(model, QKVO, FUSED, adapters["both"])
+    return found + [answer(both, "both", own, steps=12) for own in ids]
+
+
+@pytest.fixture(scope="module")
+def llm(prompts: list[Prompt], adapters: dict[str, Path]) -> Iterator[Any]:
+    with engine(model=str(TINY_MOE), enforce_eager=True) as llm:
+        for name in adapters:
+            llm.llm_engine.add_lora(request(name, adapters))
+        yield llm
+
+
+def test_base_and_adapters_in_one_batch_match_the_oracle(
+    llm: Any, prompts: list[Prompt], adapters: dict[str, Path]
+) -> None:
+    mixed = sorted(prompts, key=lambda prompt: len(prompt.ids))
+    assert_golden(ask(llm, mixed, others=adapters), mixed)
+
+
+@pytest.mark.parametrize("case", ["drlora", "base"])
+def test_alone_matches_the_oracle(
+    llm: Any, prompts: list[Prompt], adapters: dict[str, Path], case: str
+) -> None:
+    llm.reset_prefix_cache()
+    for prompt in prompts:
+        if prompt.case == case:
+            assert_golden(ask(llm, [prompt], others=adapters), [prompt])
+
+
+def test_the_worker_names_blocks_and_experts(llm: Any) -> None:
+    (base,) = llm.collective_rpc("molehill_describe")
+    sizes = {"experts": 4, "hidden": 64, "intermediate": 48}
+    assert base["moes"] == {f"layers.{i}.mlp": sizes for i in range(2)}
+    assert set(base["refused"]) == {f"layers.{i}.mlp.gate" for i in range(2)}
+    assert base["ffns"] == {}
+
+
+def test_unloading_frees_the_experts_and_loading_again_serves(
+    llm: Any, prompts: list[Prompt], adapters: dict[str, Path]
+) -> None:
+    drlora = request("drlora", adapters)
+    (before,) = llm.collective_rpc("molehill_stats")
+    stored = load_file(Case("drlora").path / "adapter_model.safetensors")
+    assert before[drlora.lora_int_id]["bytes"] == 4 * sum(t.numel() for t in stored.values())
+    assert llm.llm_engine.remove_lora(drlora.lora_int_id)
+    (after,) = llm.collective_rpc("molehill_stats")
+    assert drlora.lora_int_id not in after
+    others = [prompt for prompt in prompts if prompt.case != "drlora"]
+    assert_golden(ask(llm, others, others=adapters), others)
+    llm.llm_engine.add_lora(drlora)
+    own = [prompt for prompt in prompts if prompt.case == "drlora"]
+    assert_golden(ask(llm, own, others=adapters), own)
+
+
+def edit(directory: Path, target: Path, change: Any) -> Path:
+    """A copy of an adapter with tensors changed in place."""
+    target.mkdir()
+    tensors = load_file(directory / "adapter_model.safetensors")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, target / "adapter_model.safetensors")
+    (target / "adapter_config.json").write_text(json.dumps(config))
+    return target
+
+
+STEM = "base_model.model.model.layers.0.mlp.experts.3.up_proj"
+
+
+def wider(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors[f"{STEM}.lora_B.weight"] = torch.ones(49, 8)
+
+
+def another_expert(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    for name in [name for name in tensors if ".experts.3." in name]:
+        tensors[name.replace(".experts.3.", ".experts.4.")] = tensors.pop(name)
+    for patterns in (config["rank_pattern"], config["alpha_pattern"]):
+        for name in [name for name in patterns if ".experts.3." in name]:
+            patterns[name.replace(".experts.3.", ".experts.4.")] = patterns[name]
+
+
+def half_gone(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    del tensors[f"{STEM}.lora_A.weight"]
+
+
+def on_the_router(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors.clear()
+    tensors["base_model.model.model.layers.0.mlp.gate.lora_A.weight"] = torch.ones(4, 64)
+    tensors["base_model.model.model.layers.0.mlp.gate.lora_B.weight"] = torch.ones(4, 4)
+    config["target_modules"] = ["gate"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wider, r"experts\.3\.up_proj\.b: found \[49, 8\], expected \[48, 8\]"),
+        (another_expert, r"layers\.0\.mlp\.experts\.4\.down_proj: found no such linear"),
+        (half_gone, r"experts\.3\.up_proj\.lora_A\.weight: found no such tensor"),
+        (on_the_router, r"layers\.0\.mlp\.gate: found the base's own router"),
+    ],
+)
+def test_broken_adapters_are_refused_and_the_others_serve(
+    llm: Any,
+    prompts: list[Prompt],
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    change: Any,
+    message: str,
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    broken = edit(Case("drlora").path, tmp_path / "broken", change)
+    with pytest.raises(Exception, match=message):
+        llm.llm_engine.add_lora(LoRARequest("broken", 40, str(broken)))
+    assert 40 not in llm.llm_engine.list_loras()
+    own = [prompt for prompt in prompts if prompt.case == "drlora"][:1]
+    assert_golden(ask(llm, own, others=adapters), own)
+
+
+def test_mixlora_on_experts_is_refused(llm: Any) -> None:
+    from vllm.lora.request import LoRARequest
+
+    with pytest.raises(Exception, match="an FFN mixture on a block of 4 experts"):
+        llm.llm_engine.add_lora(LoRARequest("mixlora", 41, str(Case("mixlora").path)))
+
+
+def test_an_adapter_met_in_a_step_that_cannot_be_loaded_is_void(
+    llm: Any, prompts: list[Prompt], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also its experts' outputs: it must not answer as the base."""
+    own = [prompt for prompt in prompts if prompt.case in ("base", "drlora")][:1]
+    base = next(prompt for prompt in prompts if prompt.case == "base")
+    void = Prompt("void", base.ids, base.greedy, base.logits)
+    replies = ask(llm, [*own, void], others={**adapters, "void": tmp_path})
+    assert_golden(replies[:1], own)
+    assert replies[1].tokens != base.greedy
+
+
+def test_compiled_on_two_ranks_matches_the_oracle(
+    prompts: list[Prompt], adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `molehill serve --tensor-parallel-size 2` runs it: experts' inner width is split."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    from molehill.engine.vllm.compilation import lift_gate
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    # The gate is lifted for this engine only.
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", CpuPlatform.check_and_update_config)
+    lift_gate()
+    two_ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine(model=str(TINY_MOE), **two_ranks) as llm:
+        assert_golden(ask(llm, prompts, others=adapters), prompts)

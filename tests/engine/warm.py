@@ -1,0 +1,61 @@
+"""Starts vLLM's processes from one that has vLLM imported, in a third of the time.
+
+On CPU vLLM spawns its engine and workers, and each imports vLLM anew. Here the engine is forked
+from a server process that has imported it and done nothing else, and workers from their engine, as
+vLLM does on GPUs. Servers in other tests start as they do for users.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import context, forkserver
+from typing import Any
+from unittest.mock import patch
+
+PRELOADED = [
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.model_executor.models.llama",
+    "vllm.model_executor.models.mixtral",
+    "molehill.engine.vllm.worker",
+]
+
+
+@contextmanager
+def start() -> Iterator[None]:
+    """Processes that are to be spawned are forked from the warm server, inside the block."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    # OpenMP is set up where it is imported. vLLM would give a worker one core of two.
+    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+    with patch.object(multiprocessing, "get_context", _instead_of_spawning(_Warm())):
+        yield
+
+
+def _instead_of_spawning(other: context.BaseContext) -> Callable[..., context.BaseContext]:
+    original = multiprocessing.get_context
+
+    def get_context(method: str | None = None) -> context.BaseContext:
+        return other if method == "spawn" else original(method)
+
+    return get_context
+
+
+class _Warm(context.ForkServerContext):
+    @staticmethod
+    def Process(  # type: ignore[override]
+        *, target: Callable[..., Any], kwargs: dict[str, Any], **options: Any
+    ) -> context.ForkServerProcess:
+        arguments = {"environment": dict(os.environ), "target": target, "kwargs": kwargs}
+        return context.ForkServerProcess(target=_run, kwargs=arguments, **options)
+
+
+def _run(environment: dict[str, str], target: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    """In the new process: the environment is the test's, not the warm server's."""
+    os.environ.clear()
+    os.environ.update(environment)
+    multiprocessing.get_context = _instead_of_spawning(  # type: ignore[assignment]
+        context.ForkContext()
+    )
+    target(**kwargs)

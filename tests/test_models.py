@@ -1,0 +1,51 @@
+"""The reference and the base model's shapes, for many architectures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from architectures import ARCHITECTURES, make
+from golden import Prompt, greatest_difference
+
+from molehill.engine import formats
+from molehill.engine.base import BaseModel, Limits
+from molehill.engine.huggingface import base_model
+from molehill.engine.reference import attach
+from molehill.engine.validation import problems
+
+LOGITS = 1e-3
+Made = tuple[Any, BaseModel, dict[str, Path], list[Prompt]]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def made(request: Any, tmp_path_factory: Any) -> Made:
+    path, adapters, prompts = make(request.param, tmp_path_factory.mktemp(request.param))
+    return tiny_models.load(path), base_model(path), adapters, prompts
+
+
+def test_every_adapter_fits_the_shapes_of_the_config(made: Made) -> None:
+    _, base, adapters, _ = made
+    for adapter in adapters.values():
+        assert problems(formats.read(adapter), base, Limits()) == []
+
+
+@torch.no_grad()
+def test_the_reference_gives_the_oracles_logits(made: Made) -> None:
+    model, _, adapters, prompts = made
+    for name, adapter in adapters.items():
+        with attach(model, formats.read(adapter)):
+            for prompt in prompts:
+                if prompt.case == name:
+                    logits = model(torch.tensor([prompt.ids]), use_cache=False).logits[0, -1]
+                    assert greatest_difference(logits, prompt.logits) < LOGITS
+
+
+def test_every_adapter_changes_the_answer(made: Made) -> None:
+    """Otherwise comparisons of adapters would compare the base with itself."""
+    *_, prompts = made
+    base = {prompt.ids: prompt.logits for prompt in prompts if prompt.case == "base"}
+    for prompt in prompts:
+        if prompt.case != "base":
+            assert greatest_difference(prompt.logits, base[prompt.ids]) > 0.5
