@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
-from molehill.kernels.policy import Constant, Policy
+from molehill.kernels.mixture import Experts, LinearMixture, Mixture
+from molehill.kernels.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -102,32 +102,12 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     return {"kind": adapter.kind, "sites": sites}
 
 
-def is_static(mixture: Mixture) -> str | None:
-    """Why the gate of a linear mixture cannot depend on the token; None if it can.
-
-    A one-expert mixture is static only if its policy gives that expert one fixed weight, which
-    holds for every policy that reads the experts' logits alone: the softmax of one logit is 1.
-    """
-    if isinstance(mixture, FfnMixture):
-        return None
-    if isinstance(mixture.policy, Constant) or mixture.router is None:
-        return "no router"
-    if mixture.policy.extra_rows:
-        return None
-    if mixture.num_experts == 1:
-        return "one expert"
-    if not bool(mixture.router.any()):
-        return "router of zeros"
-    return None
-
-
 __all__ = [
     "Adapter",
     "Experts",
     "describe",
     "describe_mixture",
     "describe_policy",
-    "is_static",
     "natural_key",
     "site_tensors",
 ]
