@@ -12,6 +12,9 @@ from molehill.engine.adapter import Adapter, describe_policy
 from molehill.engine.plan import SitePlan, share
 from molehill.kernels.policy import Constant, Policy
 
+# Columns of the least width for "dynamic: router" and "reads the token" one below the other.
+_GATE = 16
+
 
 @dataclass
 class Group:
@@ -57,8 +60,8 @@ def summary(adapter: Adapter, sites: Sequence[SitePlan]) -> Table:
         "sites": f"{len(sites)}: {static} static, {len(sites) - static} dynamic",
         "size": f"{_size(adapter.num_bytes)} in float32",
         "merging": _merging(merged),
-        "per token": f"+{_flops(total.flops)}{_of(total.flops_share)}, "
-        f"+{_size(total.bytes)} read{_of(total.bytes_share)}",
+        "per token": f"+{_flops(total.flops)} ({_percent(total.flops_share)}), "
+        f"+{_size(total.bytes)} read ({_percent(total.bytes_share)}), over the base's linears there",
     }
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", escape(value))
@@ -75,22 +78,17 @@ def _merging(merged: Sequence[SitePlan]) -> str:
     return f"{len(merged)} sites, {before} rank rows to {after}{lossy}"
 
 
-def _of(part: float | None) -> str:
-    return "" if part is None else f" ({_percent(part)} of the base's linears there)"
-
-
 def site_table(sites: Sequence[SitePlan]) -> Table:
     """A row per group of sites; FLOPs and bytes are those of one token over the base's there."""
-    table = Table(pad_edge=False)
-    for name in ("sites", "routing", "experts", "ranks", "size", "FLOPs", "bytes"):
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("sites", "experts", "ranks", "size", "FLOPs", "bytes"):
         table.add_column(name, no_wrap=True)
-    table.add_column("gate")
+    table.add_column("gate", min_width=_GATE)
     for group in groups(sites):
         site = group.plan
         cost = site.cost
         table.add_row(
             escape(_name(group)),
-            type(site.policy).__name__,
             str(site.experts),
             _ranks(site),
             _size(group.bytes),

@@ -24,8 +24,8 @@ LOAD_FORMATS = ("auto", "hf", "safetensors")
 def make_resident(name: str, args: argparse.Namespace, options: Options) -> Resident:
     """Reads, checks and merges the start adapter `name`, and writes what is to be merged.
 
-    args: vLLM's. Raises ValueError for a base or options that it cannot be merged into, AdapterError
-    for the adapter (UnsupportedError where nothing of it is static).
+    args: vLLM's. Raises ValueError for a base or options that it cannot be merged into, and
+    AdapterError for the adapter (UnsupportedError where nothing of it is static).
     """
     paths = dict(options.adapters)
     if name not in paths:

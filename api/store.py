@@ -2,8 +2,8 @@
 
 Workers load from here, so what they load is what was validated, whatever happens to the client's
 files meanwhile. An adapter goes by the digest of what was loaded; where it is served otherwise,
-with its static parts merged, the directory's name has both digests. vLLM keys its prefix cache by an adapter's name and path: other weights have
-another path, so they never meet old KV entries.
+with its static parts merged, the directory's name has both digests. vLLM keys its prefix cache by
+an adapter's name and path: other weights have another path, so they never meet old KV entries.
 """
 
 import shutil

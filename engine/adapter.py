@@ -60,8 +60,8 @@ def natural_key(name: str) -> list[str | int]:
 
 
 def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one site: router, parameters, magnitude, and `a`, `b` (by projection in an
-    FFN)."""
+    """The tensors of one site: router, parameters, magnitude, `a`, `b` (by projection in an FFN),
+    and those of a shared pair."""
     if mixture.router is not None:
         yield "router", mixture.router
     if mixture.parameters is not None:
@@ -71,6 +71,9 @@ def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
             yield "magnitude", mixture.magnitude
         yield "a", mixture.experts.a
         yield "b", mixture.experts.b
+        if mixture.shared is not None:
+            yield "shared.a", mixture.shared.a
+            yield "shared.b", mixture.shared.b
         return
     for projection, experts in sorted(mixture.experts.items()):
         yield f"{projection}.a", experts.a

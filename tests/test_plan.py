@@ -65,7 +65,7 @@ def test_figures_of_a_linear():
 
 
 def test_figures_of_an_ffn():
-    stacks = {"down_proj": Experts(torch.ones(2, 6), torch.ones(8, 2), (1, 1))}
+    stacks = {"down_proj": Experts(torch.randn(2, 6), torch.ones(8, 2), (1, 1))}
     mixture = FfnMixture(stacks, TopK(1), ROUTER)
     (site,) = plan(Adapter("test", {"layers.0.mlp": mixture}))
     assert (site.shape, site.experts, site.static) == ("ffn", 2, False)

@@ -68,5 +68,5 @@ def _config(adapter: Adapter, pairs: dict[str, Experts]) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": list(ranks),
+        "target_modules": list(pairs),
     }
