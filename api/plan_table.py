@@ -61,7 +61,8 @@ def summary(adapter: Adapter, sites: Sequence[SitePlan]) -> Table:
         "size": f"{_size(adapter.num_bytes)} in float32",
         "merging": _merging(merged),
         "per token": f"+{_flops(total.flops)} ({_percent(total.flops_share)}), "
-        f"+{_size(total.bytes)} read ({_percent(total.bytes_share)}), over the base's linears there",
+        f"+{_size(total.bytes)} read ({_percent(total.bytes_share)}), "
+        "over the base's linears there",
     }
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", escape(value))
