@@ -116,7 +116,7 @@ def _print(
     console = Console()
     table = plan_table.site_table(sites)
     wide = console.options.update(max_width=_WIDEST)
-    console.width = max(console.width, Measurement.get(console, wide, table).minimum)
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
     console.print(plan_table.summary(adapter, sites))
     console.print(table)
     if change is not None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from textwrap import fill
 from typing import Any
 
 from rich.markup import escape
@@ -12,8 +13,8 @@ from molehill.engine.adapter import Adapter, describe_policy
 from molehill.engine.plan import SitePlan, share
 from molehill.kernels.policy import Constant, Policy
 
-# Columns of the least width for "dynamic: router" and "reads the token" one below the other.
-_GATE = 16
+# Width of the last column, so that a table of common names and ranks fits into 100.
+_GATE = 20
 
 
 @dataclass
@@ -82,9 +83,8 @@ def _merging(merged: Sequence[SitePlan]) -> str:
 def site_table(sites: Sequence[SitePlan]) -> Table:
     """A row per group of sites; FLOPs and bytes are those of one token over the base's there."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("sites", "experts", "ranks", "size", "FLOPs", "bytes"):
+    for name in ("sites", "experts", "ranks", "size", "FLOPs", "bytes", "gate"):
         table.add_column(name, no_wrap=True)
-    table.add_column("gate", min_width=_GATE)
     for group in groups(sites):
         site = group.plan
         cost = site.cost
@@ -95,7 +95,7 @@ def site_table(sites: Sequence[SitePlan]) -> Table:
             _size(group.bytes),
             _percent(share(cost.flops, cost.base_flops)),
             _percent(share(cost.bytes, cost.base_bytes)),
-            f"{'static' if site.static else 'dynamic'}: {site.reason}",
+            fill(f"{'static' if site.static else 'dynamic'}: {site.reason}", _GATE),
         )
     return table
 
@@ -146,9 +146,11 @@ def _ranks(site: SitePlan) -> str:
     """Each expert's rank, by projection in an FFN, and after an arrow what merging leaves."""
     stacks = {name: _uniform(ranks) for name, ranks in site.ranks.items()}
     if site.merged is not None:
-        stacks = {name: f"{ranks} → {site.merged[name]}" for name, ranks in stacks.items()}
+        stacks = {name: f"{ranks} -> {site.merged[name]}" for name, ranks in stacks.items()}
     if site.shape == "linear":
         return next(iter(stacks.values()))
+    if len(stacks) == 3 and len(set(stacks.values())) == 1:
+        return f"{next(iter(stacks.values()))} each"
     return ", ".join(f"{name.removesuffix('_proj')} {ranks}" for name, ranks in stacks.items())
 
 

@@ -1,8 +1,8 @@
 """Whole-engine throughput: mixtures beside the plain base and vLLM's own LoRA, in one run.
 
 Arms run in turn on the same prompts, over several repetitions, on up to four engines that live side
-by side (idle ones wait). Ratios are taken within a repetition. Decode speed counts from the first to
-the last token of a batch, prefill from the call to the first token.
+by side (idle ones wait). Ratios are taken within a repetition. Decode speed counts from the first
+to the last token of a batch, prefill from the call to the first token.
 
 Usage: python benchmarks/engine.py MODEL [--repetitions N] [--output DIRECTORY] [--arms a,b,...]
 """

@@ -59,6 +59,13 @@ def test_json(golden, capsys):
     assert first["ranks"] == {"gate_proj": [2] * 6}
     assert first["bytes"] == 4 * (12 * 64 + 176 * 12 + 6 * 64)
     assert sum(site["bytes"] for site in report["sites"]) == report["bytes"]
+    # Two 16-bit factors of rank 12, and a router in float32.
+    assert first["bytes_per_token"] == 2 * 12 * (64 + 176) + 4 * 6 * 64
+    assert first["flops_per_token"] == 2 * (12 * (64 + 176) + 6 * 64)
+    assert first["flops_share"] == first["flops_per_token"] / (2 * 64 * 176)
+    assert first["merged_ranks"] is None
+    total = sum(site["flops_per_token"] for site in report["sites"])
+    assert (report["per_token"]["flops"], report["logit_change"]) == (total, None)
 
 
 def test_an_adapter_of_another_base(golden, tmp_path, capsys):
@@ -112,3 +119,5 @@ def test_layers_with_another_plan_are_another_group(edited, capsys):
     assert "layers.0-1,3.self_attn.q_proj" in text
     assert "layers.2.self_attn.q_proj" in text
     assert "static: router of zeros" in text
+    assert "merging 1 sites, 8 rank rows to 4" in text
+    assert " 2 -> 4 " in text
