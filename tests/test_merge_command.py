@@ -233,6 +233,6 @@ def test_a_lossy_merge_says_how_far_the_logits_move(golden, edited, tmp_path, ca
     assert all(0 < site["error"] <= 0.2 for site in report["merged"])
     change = report["logit_change"]
     measured = (expected_of(model, source) - expected_of(model, tmp_path / "lora")).abs().max()
-    assert 0 < change["largest"] < 0.5
+    assert 0 < change["largest"] < change["spread"]
     assert 0.1 < change["largest"] / measured < 10
     assert change["positions"] > 50

@@ -1,6 +1,8 @@
 """Pairs that every row gets: beside a router's experts, and under an FFN mixture, every backend."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -46,15 +48,27 @@ def threads(count):
     torch.set_num_threads(before)
 
 
+class Setup(NamedTuple):
+    """A backend and sizes for it: for three C++ threads large enough that they share the columns
+    of a few rows."""
+
+    make: Callable[[], Any]
+    inputs: int = 40
+    out: int = 90
+    rank: int = 2
+    steps: int = 1
+
+
 @pytest.fixture(params=["cpu", "cpu, 3 threads", "torch", "triton"])
-def make(request):
-    """A backend. With three threads and few rows the C++ threads share the columns."""
+def setup(request):
     if request.param == "triton":
         request.getfixturevalue("interpreted")
-        yield lambda: TritonBackend(CPU, LIMITS)
-        return
-    with threads(3 if "threads" in request.param else 1):
-        yield TorchBackend if request.param == "torch" else CpuBackend
+        yield Setup(lambda: TritonBackend(CPU, LIMITS))
+    elif request.param == "cpu, 3 threads":
+        with threads(3):
+            yield Setup(CpuBackend, 515, 770, 96, 10)
+    else:
+        yield Setup(TorchBackend if request.param == "torch" else CpuBackend)
 
 
 def assert_near(found, expected):
@@ -62,14 +76,15 @@ def assert_near(found, expected):
 
 
 @pytest.mark.parametrize("policy", [Soft(), TopK(2), DynMoLE()], ids=repr)
-def test_a_shared_pair_beside_routed_experts(make, policy):
+def test_a_shared_pair_beside_routed_experts(setup, policy):
     """Of two projections of one linear; the second has no shared pair."""
-    inputs, out, rows = 515, 120, 5
+    make, inputs, out, rank, steps = setup
+    rows = 5
     own = LinearMixture(
-        experts(inputs, out, [4, 2, 3]),
+        experts(inputs, out, [2 * rank, rank, rank + 1]),
         policy,
         random(3, inputs, seed=5, scale=inputs**-0.5),
-        shared=experts(inputs, out, [7], seed=8),
+        shared=experts(inputs, out, [rank + 5], seed=8),
     )
     other = LinearMixture(experts(inputs, 30, [2, 2], 20), Soft(), random(2, inputs, seed=25))
     backend = make()
@@ -87,29 +102,32 @@ def test_a_shared_pair_beside_routed_experts(make, policy):
         ],
         dim=1,
     )
-    # Several steps: two threads on the same columns would lose sums now and then.
-    for _ in range(10):
+    # Two threads on the same columns would lose sums only now and then.
+    for _ in range(steps):
         y = x @ weight.T
         backend.begin_step([Run(1, 0, rows)])
         backend.linear(y, x, handle)
         assert_near(y, expected)
     figures = backend.counters(1)
     chosen = policy.route(torch.softmax(x @ own.router.T, -1)).weights > 0
-    assert figures.sites["q"].expert_tokens == (10 * chosen.sum(0)).tolist()
+    assert figures.sites["q"].expert_tokens == (steps * chosen.sum(0)).tolist()
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("rows", [3, 20])
-def test_an_ffn_mixture_on_merged_weights(make, rows, biased):
+@pytest.mark.parametrize("rows", [2, 9])
+def test_an_ffn_mixture_on_merged_weights(setup, rows, biased):
     """The base has W + B A; pieces that take B A back stand beside the mixture's experts."""
-    d, inner = 40, 90
+    make, d, inner, rank, steps = setup
     shapes = {"gate_proj": (d, inner), "up_proj": (d, inner), "down_proj": (inner, d)}
     weights = {
         n: random(o, i, seed=s, scale=i**-0.5) for s, (n, (i, o)) in enumerate(shapes.items())
     }
-    merged = {n: experts(*shape, [3], seed=30 + s) for s, (n, shape) in enumerate(shapes.items())}
+    merged = {
+        n: experts(*shape, [rank + 1], seed=30 + s) for s, (n, shape) in enumerate(shapes.items())
+    }
     own = {
-        n: experts(*shape, [2, 1, 4], seed=60 + s) for s, (n, shape) in enumerate(shapes.items())
+        n: experts(*shape, [rank, 1, rank], seed=60 + s)
+        for s, (n, shape) in enumerate(shapes.items())
     }
     mixture = FfnMixture(own, TopK(2), random(3, d, seed=9), "silu")
     bias = random(d, seed=10) if biased else None
@@ -129,18 +147,20 @@ def test_an_ffn_mixture_on_merged_weights(make, rows, biased):
     backend.store(2, SlotWeights(linears, {}))
     served = {n: weights[n] + merged[n].b @ merged[n].a for n in shapes}
     x = random(2 * rows, d, seed=11)
-    pre = torch.cat([x @ served["gate_proj"].T, x @ served["up_proj"].T], dim=1)
-    backend.begin_step([Run(0, 0, rows), Run(2, rows, 2 * rows)])
-    backend.linear(pre, x, gate_up)
-    h = F.silu(pre[:, :inner]) * pre[:, inner:]
-    backend.ffn(h, pre, ffn)
-    y = h @ served["down_proj"].T + (0 if bias is None else bias)
-    backend.linear(y, h, down)
     biases = {"gate_proj": None, "up_proj": None, "down_proj": bias}
-    assert_near(y[:rows], ffn_mixture(x[:rows], weights, biases, "silu", mixture)[0])
-    plain = F.silu(x @ weights["gate_proj"].T) * (x @ weights["up_proj"].T)
-    expected = plain @ weights["down_proj"].T + (0 if bias is None else bias)
-    assert_near(y[rows:], expected[rows:])
+    mixed = ffn_mixture(x[:rows], weights, biases, "silu", mixture)[0]
+    plain = F.silu(x[rows:] @ weights["gate_proj"].T) * (x[rows:] @ weights["up_proj"].T)
+    plain = plain @ weights["down_proj"].T + (0 if bias is None else bias)
+    for _ in range(steps):
+        pre = torch.cat([x @ served["gate_proj"].T, x @ served["up_proj"].T], dim=1)
+        backend.begin_step([Run(0, 0, rows), Run(2, rows, 2 * rows)])
+        backend.linear(pre, x, gate_up)
+        h = F.silu(pre[:, :inner]) * pre[:, inner:]
+        backend.ffn(h, pre, ffn)
+        y = h @ served["down_proj"].T + (0 if bias is None else bias)
+        backend.linear(y, h, down)
+        assert_near(y[:rows], mixed)
+        assert_near(y[rows:], plain)
 
 
 def test_a_shared_pair_needs_one_more_column_of_weights_on_a_gpu():
