@@ -32,11 +32,13 @@ def check_seams() -> None:
     from vllm.lora.layers.utils import LoRAMapping
     from vllm.lora.request import LoRARequest
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     for owner, name, parameters in (
         (LoRAModelRunnerMixin, "load_lora_model", ["self", "model", "vllm_config", "device"]),
         (LinearMethodBase, "apply", ["self", "layer", "x", "bias"]),
+        (DefaultModelLoader, "get_all_weights", ["self", "model_config", "model"]),
     ):
         function = getattr(owner, name, None)
         found = None if function is None else list(inspect.signature(function).parameters)
