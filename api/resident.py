@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from molehill.api.convert import read
 from molehill.api.options import Options, Resident
+from molehill.engine import formats
 from molehill.engine.base import BaseModel
 from molehill.engine.errors import UnsupportedError
 from molehill.engine.formats import native
@@ -32,7 +32,7 @@ def make_resident(name: str, args: argparse.Namespace, options: Options) -> Resi
         known = ", ".join(paths) or "no adapter"
         raise ValueError(f"--merge-into-base: found {name!r}, expected a start adapter ({known})")
     base = _base(args)
-    adapter = read(paths[name])
+    adapter = formats.read(paths[name], options.limits)
     validate(adapter, base, options.limits)
     merged, _ = merge_static(adapter, base, options.merge_tolerance)
     if not plain_sites(merged):
