@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return inspect(arguments[1:])
     if arguments[:1] == ["convert"]:
         return convert(arguments[1:])
+    if arguments[:1] == ["merge"]:
+        return merge(arguments[1:])
     if arguments == ["env"]:
         return env()
     top_parser().parse_args(arguments)
@@ -39,6 +41,7 @@ def top_parser() -> argparse.ArgumentParser:
     commands.add_parser("serve", help="start the server")
     commands.add_parser("inspect", help="show what an adapter holds, and what is wrong with it")
     commands.add_parser("convert", help="write an adapter in molehill's own format")
+    commands.add_parser("merge", help="write a static adapter as a plain LoRA or merged base model")
     commands.add_parser("env", help="show versions, and which backend applies adapters here")
     return parser
 
@@ -59,6 +62,16 @@ def convert(arguments: Sequence[str]) -> int:
     from molehill.api import convert as command
 
     parser = argparse.ArgumentParser(prog="molehill convert")
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
+
+
+def merge(arguments: Sequence[str]) -> int:
+    """`molehill merge`."""
+    # Imports torch, which other commands need not wait for.
+    from molehill.api import merge as command
+
+    parser = argparse.ArgumentParser(prog="molehill merge")
     command.add_arguments(parser)
     return command.run(parser.parse_args(arguments))
 

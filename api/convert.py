@@ -8,6 +8,7 @@ from typing import Any
 
 from molehill.engine import formats
 from molehill.engine.adapter import Adapter
+from molehill.engine.directory import check_free
 from molehill.engine.errors import AdapterError
 from molehill.engine.formats import isolation, native
 
@@ -24,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 once it is written, 1 if SRC cannot be read, 2 if DST cannot be written."""
     try:
-        _check_free(args.destination)
+        check_free(args.destination)
         adapter = read(args.source)
         native.write(adapter, args.destination.absolute())
     except AdapterError as error:
-        return _unreadable(error, as_json=args.json)
+        return unreadable(error, as_json=args.json)
     except OSError as error:
         print(f"molehill convert: {error}", file=sys.stderr)
         return USER_ERROR
@@ -38,14 +39,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(found)
     return 0
-
-
-def _check_free(destination: Path) -> None:
-    """Before anything is read; writing sees to it again. Raises FileExistsError."""
-    if destination.is_dir() and not any(destination.iterdir()):
-        return
-    if destination.exists():
-        raise FileExistsError(f"{destination} exists")
 
 
 def read(source: Path) -> Adapter:
@@ -67,7 +60,7 @@ def report(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _unreadable(error: AdapterError, *, as_json: bool) -> int:
+def unreadable(error: AdapterError, *, as_json: bool) -> int:
     if as_json:
         problem = {
             "type": error.kind,

@@ -31,6 +31,13 @@ class AlreadyLoadedError(RequestError):
     kind = "already_loaded"
 
 
+class MergedIntoBaseError(RequestError):
+    """The adapter is part of the base weights: it can be neither replaced nor unloaded."""
+
+    status = HTTPStatus.CONFLICT
+    kind = "merged_into_base"
+
+
 class ForbiddenPathError(RequestError):
     """The path, or a file below it, leads out of the adapter roots."""
 

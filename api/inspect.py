@@ -2,44 +2,35 @@
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.table import Table
 
+from molehill.api import options, plan_table, probe
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter, describe_policy
+from molehill.engine.adapter import Adapter
+from molehill.engine.base import BaseModel
 from molehill.engine.errors import AdapterError
 from molehill.engine.formats import DEFAULT_LIMITS
 from molehill.engine.huggingface import base_model
+from molehill.engine.merge import merge_static
 from molehill.engine.plan import SitePlan, plan
 from molehill.engine.validation import problems
-from molehill.kernels.policy import Constant, Policy
 
 _SHOWN_PROBLEMS = 20
 _WIDEST = 240
 
 
-@dataclass
-class Group:
-    """Sites that differ in nothing but their layer."""
-
-    pattern: str
-    plan: SitePlan
-    layers: list[int] = field(default_factory=list)
-    bytes: int = 0
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="adapter directory")
     parser.add_argument("--model", help="base model to check against: a directory or cached name")
+    options.add_tolerance(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
@@ -50,21 +41,40 @@ def run(args: argparse.Namespace) -> int:
     except AdapterError as error:
         return _unreadable(error, as_json=args.json)
     found: list[AdapterError] = []
+    base, change = None, None
     if args.model:
         try:
             base = base_model(args.model)
+            found = problems(adapter, base, DEFAULT_LIMITS)
+            if not found:
+                change = _logit_change(args, adapter, base)
         except (OSError, ValueError) as error:
             print(f"--model {args.model}: {error}", file=sys.stderr)
             return 1
-        found = problems(adapter, base, DEFAULT_LIMITS)
+    sites = plan(adapter, base, args.merge_tolerance)
     if args.json:
-        print(json.dumps(report(adapter, found), indent=2))
+        print(json.dumps(report(adapter, sites, found, change), indent=2))
     else:
-        _print(adapter, found, args.model)
+        _print(adapter, sites, found, args.model, change)
     return 1 if found else 0
 
 
-def report(adapter: Adapter, found: Sequence[AdapterError]) -> dict[str, Any]:
+def _logit_change(
+    args: argparse.Namespace, adapter: Adapter, base: BaseModel
+) -> probe.LogitChange | None:
+    """What a lossy merge changes; None where it is exact."""
+    merged, merges = merge_static(adapter, base, args.merge_tolerance)
+    if not any(merge.error for merge in merges):
+        return None
+    return probe.logit_change(args.model, adapter, merged)
+
+
+def report(
+    adapter: Adapter,
+    sites: Sequence[SitePlan],
+    found: Sequence[AdapterError],
+    change: probe.LogitChange | None = None,
+) -> dict[str, Any]:
     """All that is known of an adapter, as plain JSON."""
     return {
         "kind": adapter.kind,
@@ -73,7 +83,9 @@ def report(adapter: Adapter, found: Sequence[AdapterError]) -> dict[str, Any]:
         "bytes": adapter.num_bytes,
         "warnings": list(adapter.warnings),
         "problems": [_problem(error) for error in found],
-        "sites": [site.as_json() for site in plan(adapter)],
+        "per_token": asdict(plan_table.totals(sites)),
+        "logit_change": None if change is None else change.as_json(),
+        "sites": [site.as_json() for site in sites],
     }
 
 
@@ -94,14 +106,21 @@ def _unreadable(error: AdapterError, *, as_json: bool) -> int:
     return 1
 
 
-def _print(adapter: Adapter, found: Sequence[AdapterError], model: str | None) -> None:
+def _print(
+    adapter: Adapter,
+    sites: Sequence[SitePlan],
+    found: Sequence[AdapterError],
+    model: str | None,
+    change: probe.LogitChange | None,
+) -> None:
     console = Console()
-    sites = plan(adapter)
-    table = _table(sites)
+    table = plan_table.site_table(sites)
     wide = console.options.update(max_width=_WIDEST)
     console.width = max(console.width, Measurement.get(console, wide, table).maximum)
-    console.print(_summary(adapter, sites))
+    console.print(plan_table.summary(adapter, sites))
     console.print(table)
+    if change is not None:
+        console.print(f"[yellow]merged[/] logits {change}", highlight=False, soft_wrap=True)
     for warning in adapter.warnings:
         console.print(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)
     for error in found[:_SHOWN_PROBLEMS]:
@@ -111,93 +130,3 @@ def _print(adapter: Adapter, found: Sequence[AdapterError], model: str | None) -
         console.print(f"... and {len(found) - _SHOWN_PROBLEMS} more problems")
     if model and not found:
         console.print(f"[green]fits[/] {escape(model)}", highlight=False, soft_wrap=True)
-
-
-def _summary(adapter: Adapter, sites: Sequence[SitePlan]) -> Table:
-    static = sum(site.static for site in sites)
-    table = Table.grid(padding=(0, 2))
-    rows = {
-        "kind": adapter.kind,
-        "digest": adapter.digest,
-        "base model": adapter.base_model or "not named",
-        "routing": "; ".join(_routings(sites)) or "none (plain LoRA)",
-        "sites": f"{len(sites)}: {static} static, {len(sites) - static} dynamic",
-        "size": f"{_size(adapter.num_bytes)} in float32",
-    }
-    for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/]", escape(value))
-    return table
-
-
-def _routings(sites: Iterable[SitePlan]) -> list[str]:
-    routed = (site.policy for site in sites if not isinstance(site.policy, Constant))
-    return list(dict.fromkeys(map(_routing, routed)))
-
-
-def _routing(policy: Policy) -> str:
-    described = describe_policy(policy)
-    name = described.pop("policy")
-    parameters = ", ".join(f"{key} {value}" for key, value in described.items())
-    return f"{name} ({parameters})" if parameters else str(name)
-
-
-def _table(sites: Sequence[SitePlan]) -> Table:
-    rows = {_name(group): group for group in groups(sites)}
-    table = Table("sites", "shape", "routing", "experts", "ranks", "size", "gate")
-    for name, group in rows.items():
-        site = group.plan
-        table.add_row(
-            escape(name),
-            site.shape,
-            type(site.policy).__name__,
-            str(site.experts),
-            _ranks(site),
-            _size(group.bytes),
-            f"{'static' if site.static else 'dynamic'}: {site.reason}",
-        )
-    return table
-
-
-def groups(sites: Iterable[SitePlan]) -> list[Group]:
-    """Sites of the same plan in different layers, `layers.*.mlp`, in the order they come."""
-    found: dict[tuple[Any, ...], Group] = {}
-    for site in sites:
-        match = re.match(r"layers\.(\d+)\.", site.site)
-        pattern = re.sub(r"^layers\.\d+\.", "layers.*.", site.site)
-        ranks = tuple(site.ranks.items())
-        key = (pattern, site.policy, site.experts, ranks, site.static, site.reason)
-        group = found.setdefault(key, Group(pattern, site))
-        group.bytes += site.bytes
-        if match:
-            group.layers.append(int(match[1]))
-    return list(found.values())
-
-
-def _name(group: Group) -> str:
-    return group.pattern.replace("*", _spans(group.layers), 1)
-
-
-def _spans(layers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as `0-2,5`."""
-    spans: list[list[int]] = []
-    for layer in layers:
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-
-
-def _ranks(site: SitePlan) -> str:
-    stacks = {name: _uniform(ranks) for name, ranks in site.ranks.items()}
-    if len(set(stacks.values())) == 1 and site.shape == "linear":
-        return next(iter(stacks.values()))
-    return ", ".join(f"{name.removesuffix('_proj')} {ranks}" for name, ranks in stacks.items())
-
-
-def _uniform(ranks: Sequence[int]) -> str:
-    return str(ranks[0]) if len(set(ranks)) == 1 else "/".join(map(str, ranks))
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 1024:.1f} KiB"

@@ -9,7 +9,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from molehill.api.options import Options
+from molehill.api.options import Options, Resident
+from molehill.engine.errors import AdapterError
 from molehill.engine.vllm.settings import Settings
 
 PLUGIN = "molehill"
@@ -123,10 +124,30 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         args.served_model_name = list(dict.fromkeys(names))
     args.lora_modules = None
     args.api_server_count = None
-    settings = Settings(options.backend, options.memory, options.limits)
+    options = replace(options, adapters=adapters)
+    if options.merge_into_base is not None:
+        options = replace(options, resident=_resident(options.merge_into_base, args, options))
+    settings = Settings(
+        options.backend,
+        options.memory,
+        options.limits,
+        None if options.resident is None else str(options.resident.directory),
+    )
     args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
-    args.molehill = replace(options, adapters=adapters)
+    args.molehill = options
     return args
+
+
+def _resident(name: str, args: argparse.Namespace, options: Options) -> Resident:
+    # Transformers: only who merges need wait for it.
+    from molehill.api.resident import make_resident
+
+    try:
+        return make_resident(name, args, options)
+    except AdapterError:
+        raise
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
 
 
 def module_path(module: Any) -> tuple[str, Path]:

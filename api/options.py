@@ -13,6 +13,18 @@ MEMORY = Settings.memory
 
 
 @dataclass(frozen=True)
+class Resident:
+    """The adapter whose static part is in the base weights.
+
+    digest: of the adapter as it was read. directory: of its merged copy, in the native format.
+    """
+
+    name: str
+    digest: str
+    directory: Path
+
+
+@dataclass(frozen=True)
 class Options:
     """What the API side needs to know. The defaults hold where no launcher of ours ran.
 
@@ -20,6 +32,10 @@ class Options:
     roots: directories that clients may load adapters from; without any, they may load none.
     store: where canonical copies go, readable on every node; None is a temporary directory.
     backend, memory, limits: for the workers, see `molehill.engine.vllm.settings`.
+    merge: whether static parts of adapters become one low-rank pair as they load.
+    merge_tolerance: above 0, nearly equal experts do too, see `molehill.engine.static.gate`.
+    merge_into_base: the start adapter whose static part goes into the base weights.
+    resident: what the launcher made of that adapter.
     """
 
     adapters: tuple[tuple[str, Path], ...] = ()
@@ -28,6 +44,10 @@ class Options:
     backend: str = "auto"
     memory: int = MEMORY
     limits: Limits = field(default_factory=Limits)
+    merge: bool = True
+    merge_tolerance: float = 0.0
+    merge_into_base: str | None = None
+    resident: Resident | None = None
 
 
 def named_path(text: str) -> tuple[str, Path]:
@@ -55,6 +75,29 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a positive integer")
     return int(text)
+
+
+def fraction(text: str) -> float:
+    """A number of at least 0; raises argparse.ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of at least 0")
+    return value
+
+
+def add_tolerance(parser: argparse._ActionsContainer) -> None:
+    """The option of every command that merges."""
+    parser.add_argument(
+        "--merge-tolerance",
+        metavar="T",
+        type=fraction,
+        default=0.0,
+        help="also merge experts whose low-rank products are within T of their mean, relative, in "
+        "the Frobenius norm; an approximation (default: 0, exact merging only)",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +139,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help=f"for the serving copies of all adapters on one worker (default: {MEMORY})",
     )
+    merging = parser.add_argument_group("merging")
+    merging.add_argument(
+        "--no-merge",
+        dest="merge",
+        action="store_false",
+        help="serve static parts of adapters as they are (default: as one low-rank pair)",
+    )
+    add_tolerance(merging)
+    merging.add_argument(
+        "--merge-into-base",
+        metavar="NAME",
+        help="put the static part of the start adapter NAME into the base weights; all other "
+        "requests subtract it again",
+    )
     bounds = parser.add_argument_group("limits of one adapter")
     for flag, default, what in (
         ("--max-adapter-rank", limits.rank, "rank of one expert"),
@@ -122,4 +179,7 @@ def from_namespace(args: argparse.Namespace) -> Options:
         backend=args.adapter_backend,
         memory=args.adapter_memory,
         limits=limits,
+        merge=args.merge,
+        merge_tolerance=args.merge_tolerance,
+        merge_into_base=args.merge_into_base,
     )

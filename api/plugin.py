@@ -1,5 +1,6 @@
 """vLLM's endpoint plugin: puts molehill's routes and registry into vLLM's API server."""
 
+import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,8 +20,12 @@ from molehill.api.store import AdapterStore
 from molehill.engine import formats, validation
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import BaseModel, Limits, Moe
+from molehill.engine.formats import native
+from molehill.engine.merge import merge_static
 from molehill.engine.vllm import compat
 from molehill.engine.vllm.settings import Settings
+
+logger = logging.getLogger("vllm.molehill")
 
 
 class ServedRequests(dict[str, Any]):
@@ -61,12 +66,14 @@ class MolehillRoutes:
         # The workers check against these too; here a bad adapter gets its own error.
         limits = Settings.from_config(engine_client.vllm_config.additional_config).limits
         base = replace(await base_model(engine_client), name=models.base_model_paths[0].name)
+        resident = options.resident
         registry = AdapterRegistry(
             engine=engine_client,
             read=partial(read, base=base, limits=limits),
-            store=AdapterStore(options.store),
+            store=AdapterStore(options.store, partial(merge, base=base, options=options)),
             served=models.lora_requests,
             base_models={path.name for path in models.base_model_paths},
+            resident=(resident.name, resident.digest) if resident else None,
         )
         count_requests(engine_client, registry)
         roots = AdapterRoots(options.roots)
@@ -80,6 +87,24 @@ def read(directory: Path, base: BaseModel, limits: Limits) -> Adapter:
     adapter = formats.read(directory, limits)
     validation.validate(adapter, base, limits)
     return adapter
+
+
+def merge(adapter: Adapter, base: BaseModel, options: Options) -> Adapter:
+    """The adapter as it is served."""
+    resident = options.resident
+    if resident and adapter.digest == resident.digest:
+        # The very bits that the workers have in their weights.
+        return native.read(resident.directory, options.limits)
+    if not options.merge:
+        return adapter
+    merged, sites = merge_static(adapter, base, options.merge_tolerance)
+    lossy = [site for site in sites if site.error]
+    for site in lossy:
+        logger.info("%s: experts merged with relative error %.3g", site.site, site.error)
+    if sites:
+        before, after = sum(s.rank_before for s in sites), sum(s.rank_after for s in sites)
+        logger.info("Merged %d static sites: %d rank rows to %d", len(sites), before, after)
+    return merged
 
 
 async def base_model(engine_client: Any) -> BaseModel:

@@ -19,7 +19,12 @@ from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 
 from molehill.api import names
-from molehill.api.errors import AlreadyLoadedError, EngineRefusedError, NotLoadedError
+from molehill.api.errors import (
+    AlreadyLoadedError,
+    EngineRefusedError,
+    MergedIntoBaseError,
+    NotLoadedError,
+)
 from molehill.api.paths import Source
 from molehill.api.store import AdapterStore
 from molehill.engine.adapter import Adapter
@@ -74,6 +79,7 @@ class AdapterRegistry:
 
     read: parses and validates a directory; runs in a thread, raises AdapterError.
     served: name to LoRARequest, which vLLM looks a request's model up in; the registry writes it.
+    resident: name and digest of the adapter that is merged into the base weights.
     """
 
     def __init__(
@@ -83,12 +89,14 @@ class AdapterRegistry:
         store: AdapterStore,
         served: dict[str, Any],
         base_models: Collection[str],
+        resident: tuple[str, str] | None = None,
     ) -> None:
         self._engine = engine
         self._read = read
         self._store = store
         self._served = served
         self._base_models = base_models
+        self._resident = resident
         self._current: dict[str, Generation] = {}
         self._in_engine: dict[int, Generation] = {}
         self._ids = itertools.count(1)
@@ -113,7 +121,8 @@ class AdapterRegistry:
         """Serves `source` as `name`; when this returns, it serves.
 
         The same bytes again change nothing. Raises BadNameError, AdapterError, AlreadyLoadedError
-        (other bytes without `replace`) or EngineRefusedError; then everything is as before.
+        (other bytes without `replace`), MergedIntoBaseError or EngineRefusedError; then everything
+        is as before.
         """
         names.check(name, self._base_models)
         return await self._see_through(self._load(name, source, replace))
@@ -121,7 +130,7 @@ class AdapterRegistry:
     async def unload(self, name: str) -> Generation:
         """Takes the name away at once; memory goes when the last running request ends.
 
-        Raises NotLoadedError.
+        Raises NotLoadedError, MergedIntoBaseError.
         """
         return await self._see_through(self._unload(name))
 
@@ -149,6 +158,12 @@ class AdapterRegistry:
         async with self._lock(name):
             async with self._reading:
                 adapter, path = await self._take_in(source)
+            if self._resident and name == self._resident[0] and adapter.digest != self._resident[1]:
+                self._store.release(adapter.digest)
+                raise MergedIntoBaseError(
+                    f"The lora adapter '{name}' is merged into the base weights with other weights "
+                    "than these. It cannot be replaced; restart the server to change it."
+                )
             old = self._current.get(name)
             if old is not None and (old.digest == adapter.digest or not replace):
                 self._store.release(adapter.digest)
@@ -197,6 +212,11 @@ class AdapterRegistry:
         async with self._lock(name):
             if name not in self._current:
                 raise NotLoadedError(f"The lora adapter {name!a} cannot be found.")
+            if self._resident and name == self._resident[0]:
+                raise MergedIntoBaseError(
+                    f"The lora adapter {name!a} is merged into the base weights and cannot be "
+                    "unloaded."
+                )
             generation = self._current.pop(name)
             del self._served[name]
             logger.info("Unloaded adapter %s: %s", name, generation.digest)

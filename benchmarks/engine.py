@@ -1,8 +1,8 @@
 """Whole-engine throughput: mixtures beside the plain base and vLLM's own LoRA, in one run.
 
-Arms run in turn on the same prompts, over several repetitions, on three engines that live side by
-side (idle ones wait). Ratios are taken within a repetition. Decode speed counts from the first to
-the last token of a batch, prefill from the call to the first token.
+Arms run in turn on the same prompts, over several repetitions, on up to four engines that live side
+by side (idle ones wait). Ratios are taken within a repetition. Decode speed counts from the first
+to the last token of a batch, prefill from the call to the first token.
 
 Usage: python benchmarks/engine.py MODEL [--repetitions N] [--output DIRECTORY] [--arms a,b,...]
 """
@@ -43,6 +43,7 @@ ARMS = {
     "d": "molehill, DynMoLE 8 x r 8",
     "e": "molehill, MixLoRA top-2 of 8 x r 8",
     "f": "molehill, DynMoLE, 32 adapters",
+    "g": "molehill, LoRA rank 64 merged into the base",
 }
 
 
@@ -80,11 +81,15 @@ class Sample:
 
 
 @contextmanager
-def running_engines(model: str, arms: str) -> Iterator[dict[str, Any]]:
-    """The engines that the arms need, all compiled but vLLM's own LoRA (it cannot be, on CPU)."""
+def running_engines(model: str, arms: str, lora: Path) -> Iterator[dict[str, Any]]:
+    """The engines that the arms need, all compiled but vLLM's own LoRA (it cannot be, on CPU).
+
+    lora: what is merged into the base weights of the last one.
+    """
     from vllm import LLM
 
     from molehill.engine.vllm import compilation
+    from molehill.engine.vllm.settings import Settings
 
     compilation.lift_gate()
     common: dict[str, Any] = {
@@ -97,12 +102,15 @@ def running_engines(model: str, arms: str) -> Iterator[dict[str, Any]]:
     try:
         if "a" in arms:
             engines["plain"] = LLM(model, **common)
+        worker = {"worker_cls": compilation.WORKER, "enable_lora": True, "max_loras": 40}
         if set(arms) & set("bdef"):
-            worker = {"worker_cls": compilation.WORKER, "enable_lora": True, "max_loras": 40}
             engines["molehill"] = LLM(model, **common, **worker)
         if "c" in arms:
-            lora = {"enable_lora": True, "max_lora_rank": EXPERTS * RANK}
-            engines["lora"] = LLM(model, **common, **lora)
+            stock = {"enable_lora": True, "max_lora_rank": EXPERTS * RANK}
+            engines["lora"] = LLM(model, **common, **stock)
+        if "g" in arms:
+            resident = Settings(resident=str(lora)).to_config()
+            engines["merged"] = LLM(model, **common, **worker, additional_config=resident)
         yield engines
     finally:
         for llm in engines.values():
@@ -124,8 +132,10 @@ def adapter_options(model: str) -> dict[str, Any]:
     }
 
 
-def make_requests(engines: dict[str, Any], model: str, folder: Path) -> dict[str, list[Any]]:
-    """LoRARequests by arm; a batch takes them in turn."""
+def make_requests(
+    engines: dict[str, Any], model: str, folder: Path, lora: Path
+) -> dict[str, list[Any]]:
+    """LoRARequests by arm; a batch takes them in turn. lora: of the arms with a plain one."""
     from vllm.lora.request import LoRARequest
 
     from molehill.benchmarks import synthetic
@@ -141,20 +151,20 @@ def make_requests(engines: dict[str, Any], model: str, folder: Path) -> dict[str
         for seed in range(MANY)
     ]
     mixlora = synthetic.save(synthetic.mixlora, folder / "e", **options, seed=0)
-    lora = synthetic.save_lora(options["base"], EXPERTS * RANK, folder / "c")
     requests["d"], requests["f"] = many[:1], many
     requests["e"] = [LoRARequest("mixlora", MANY + 1, str(mixlora))]
-    requests["c"] = [LoRARequest("lora", 1, str(lora))]
+    requests["c"] = requests["g"] = [LoRARequest("lora", 1, str(lora))]
     if "molehill" in engines:
         for request in [*many, *requests["e"]]:
             engines["molehill"].llm_engine.add_lora(request)
-    if "lora" in engines:
-        engines["lora"].llm_engine.add_lora(requests["c"][0])
+    for engine in ("lora", "merged"):
+        if engine in engines:
+            engines[engine].llm_engine.add_lora(requests["c"][0])
     return requests
 
 
 def engine_of(arm: str) -> str:
-    return {"a": "plain", "c": "lora"}.get(arm, "molehill")
+    return {"a": "plain", "c": "lora", "g": "merged"}.get(arm, "molehill")
 
 
 def measure(llm: Any, point: Point, requests: Sequence[Any], seed: int) -> float:
@@ -266,7 +276,7 @@ def host() -> dict[str, str]:
 
 def report(samples: list[Sample], arms: str) -> str:
     """A row per point: best speed of each arm, and the median ratio with its spread."""
-    pairs = [(arm, "a") for arm in "bdecf" if {arm, "a"} <= set(arms)]
+    pairs = [(arm, "a") for arm in "bdecfg" if {arm, "a"} <= set(arms)]
     pairs += [(arm, over) for arm, over in (("f", "d"), ("d", "c")) if {arm, over} <= set(arms)]
     lines = [f"{arm}: {name}" for arm, name in ARMS.items() if arm in arms]
     for point in POINTS:
@@ -300,6 +310,8 @@ def write(directory: Path, samples: list[Sample], facts: dict[str, Any], text: s
 
 
 def main() -> None:
+    from molehill.benchmarks import synthetic
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--repetitions", type=int, default=5)
@@ -308,11 +320,15 @@ def main() -> None:
     args = parser.parse_args()
     arms = args.arms.replace(",", "")
     facts: dict[str, Any] = {"host": host(), "limits": limits(args.model)}
-    with tempfile.TemporaryDirectory() as folder, running_engines(args.model, arms) as engines:
-        requests = make_requests(engines, args.model, Path(folder))
-        samples = run(engines, requests, arms, args.repetitions)
-        if "molehill" in engines:
-            facts["routing"] = routing(engines, requests)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        base = adapter_options(args.model)["base"]
+        lora = synthetic.save_lora(base, EXPERTS * RANK, folder / "lora")
+        with running_engines(args.model, arms, lora) as engines:
+            requests = make_requests(engines, args.model, folder, lora)
+            samples = run(engines, requests, arms, args.repetitions)
+            if "molehill" in engines:
+                facts["routing"] = routing(engines, requests)
     if {"a", "d", "f"} <= set(arms):
         chosen = facts["routing"]["d"]["experts"]
         facts["limits"]["f/d, batch 32"] = many_limit(args.model, samples, chosen)

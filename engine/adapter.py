@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
-from molehill.kernels.policy import Constant, Policy
+from molehill.kernels.mixture import Experts, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def natural_key(name: str) -> list[str | int]:
 
 
 def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one site: router, parameters, magnitude, and `a`, `b` (by projection in an
-    FFN); of vectors router and `vectors`."""
+    """The tensors of one site: router, parameters, magnitude, `a`, `b` (by projection in an FFN),
+    and those of a shared pair; of vectors router and `vectors`."""
     if mixture.router is not None:
         yield "router", mixture.router
     if isinstance(mixture, ScaleMixture):
@@ -75,6 +75,9 @@ def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
             yield "magnitude", mixture.magnitude
         yield "a", mixture.experts.a
         yield "b", mixture.experts.b
+        if mixture.shared is not None:
+            yield "shared.a", mixture.shared.a
+            yield "shared.b", mixture.shared.b
         return
     for projection, experts in sorted(mixture.experts.items()):
         if projection in mixture.magnitudes:
@@ -110,32 +113,12 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     return {"kind": adapter.kind, "sites": sites}
 
 
-def is_static(mixture: Mixture) -> str | None:
-    """Why the gate of a mixture cannot depend on the token; None if it can, or inside an FFN.
-
-    A one-expert mixture is static only if its policy gives that expert one fixed weight, which
-    holds for every policy that reads the experts' logits alone: the softmax of one logit is 1.
-    """
-    if isinstance(mixture, FfnMixture):
-        return None
-    if isinstance(mixture.policy, Constant) or mixture.router is None:
-        return "no router"
-    if mixture.policy.extra_rows:
-        return None
-    if mixture.num_experts == 1:
-        return "one expert"
-    if not bool(mixture.router.any()):
-        return "router of zeros"
-    return None
-
-
 __all__ = [
     "Adapter",
     "Experts",
     "describe",
     "describe_mixture",
     "describe_policy",
-    "is_static",
     "natural_key",
     "site_tensors",
 ]

@@ -1,22 +1,39 @@
-"""What each site of an adapter is: its shape, its size, and whether its gate reads the token."""
+"""What each site of an adapter is: static or not and why, what merging leaves, what it costs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from molehill.engine.adapter import (
     Adapter,
     describe_mixture,
     describe_policy,
-    is_static,
     natural_key,
     site_tensors,
 )
-from molehill.engine.validation import sums_to_one
+from molehill.engine.base import BaseModel
+from molehill.engine.merge import merge_site
+from molehill.engine.static import gate, most_experts
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Policy
+
+# Bytes of a number of A and B in a serving copy, and of the base's weights; routers are float32.
+SERVED = 2
+ROUTER = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Per token: multiply-adds counted as two, and bytes of weights read (16-bit, routers 32-bit).
+
+    Element-wise work is left out. base_flops, base_bytes: of the base's own linears there, None if
+    the adapter does not tell their shape.
+    """
+
+    flops: int
+    bytes: int
+    base_flops: int | None
+    base_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -24,9 +41,10 @@ class SitePlan:
     """One site.
 
     shape: `linear`, `ffn` or `scale`. ranks: of each expert, by projection; none of vectors.
-    bytes: in canonical float32. static: the gate cannot depend on the token, so that the experts
-    are one low-rank pair, or one vector.
-    reason: why it is static or not.
+    bytes: in canonical float32. static: the gate cannot depend on the token. reason: why it is
+    static or not. error: of the merge, `static.deviation`; 0 if it is exact. merged: the one rank
+    by projection that merging leaves, None where nothing merges. cost: of one token as it is
+    served, at the most.
     """
 
     site: str
@@ -37,8 +55,12 @@ class SitePlan:
     bytes: int
     static: bool
     reason: str
+    error: float
+    merged: Mapping[str, int] | None
+    cost: Cost
 
     def as_json(self) -> dict[str, Any]:
+        cost = self.cost
         return {
             "site": self.site,
             "shape": self.shape,
@@ -48,20 +70,33 @@ class SitePlan:
             "bytes": self.bytes,
             "static": self.static,
             "reason": self.reason,
+            "error": self.error,
+            "merged_ranks": None if self.merged is None else dict(self.merged),
+            "flops_per_token": cost.flops,
+            "flops_share": share(cost.flops, cost.base_flops),
+            "bytes_per_token": cost.bytes,
+            "bytes_share": share(cost.bytes, cost.base_bytes),
         }
 
 
-def plan(adapter: Adapter) -> tuple[SitePlan, ...]:
-    """One SitePlan per site, in natural order."""
+def share(extra: int, base: int | None) -> float | None:
+    """`extra` as a part of the base's; None where that is not known."""
+    return None if not base else extra / base
+
+
+def plan(
+    adapter: Adapter, base: BaseModel | None = None, tolerance: float = 0.0
+) -> tuple[SitePlan, ...]:
+    """One SitePlan per site, in natural order. base, tolerance: as in `merge.merge_static`."""
     return tuple(
-        _site_plan(site, adapter.sites[site]) for site in sorted(adapter.sites, key=natural_key)
+        _site_plan(site, adapter.sites[site], base.ffns.get(site) if base else None, tolerance)
+        for site in sorted(adapter.sites, key=natural_key)
     )
 
 
-def _site_plan(site: str, mixture: Mixture) -> SitePlan:
-    inside = isinstance(mixture, FfnMixture)
-    static = is_static(mixture) or _indifferent(mixture)
-    dynamic = "experts inside the FFN's activation" if inside else "router reads the token"
+def _site_plan(site: str, mixture: Mixture, activation: str | None, tolerance: float) -> SitePlan:
+    found = gate(mixture, activation, tolerance)
+    merged = merge_site(site, mixture, activation, tolerance)
     return SitePlan(
         site=site,
         shape=describe_mixture(mixture)["shape"],
@@ -69,30 +104,84 @@ def _site_plan(site: str, mixture: Mixture) -> SitePlan:
         experts=mixture.num_experts,
         ranks=_ranks(site, mixture),
         bytes=sum(tensor.nbytes for _, tensor in site_tensors(mixture)),
-        static=static is not None,
-        reason=static or dynamic,
+        static=found.weights is not None,
+        reason=found.reason,
+        error=found.error,
+        merged=None if merged is None else _merged_ranks(merged[0]),
+        cost=_cost(mixture, None if merged is None else merged[0]),
     )
 
 
 def _ranks(site: str, mixture: Mixture) -> dict[str, tuple[int, ...]]:
     if isinstance(mixture, LinearMixture):
-        return {site.rpartition(".")[2]: mixture.experts.ranks}
+        return {_leaf(site): mixture.experts.ranks}
     if isinstance(mixture, ScaleMixture):
         return {}
     return {name: experts.ranks for name, experts in sorted(mixture.experts.items())}
 
 
-def _indifferent(mixture: Mixture) -> str | None:
-    """Whichever experts a token gets, their weighted sum is the same."""
-    if isinstance(mixture, FfnMixture) or not sums_to_one(mixture.policy):
-        return None
+def _merged_ranks(merged: Mapping[str, LinearMixture]) -> dict[str, int]:
+    return {_leaf(site): mixture.experts.ranks[0] for site, mixture in merged.items()}
+
+
+def _leaf(site: str) -> str:
+    return site.rpartition(".")[2]
+
+
+def _cost(mixture: Mixture, merged: Mapping[str, LinearMixture] | None) -> Cost:
+    """See `Cost`."""
     if isinstance(mixture, ScaleMixture):
-        identical = bool((mixture.vectors == mixture.vectors[:, :1]).all())
+        return _vectors_cost(mixture)
+    return _low_rank_cost(mixture, merged)
+
+
+def _vectors_cost(mixture: ScaleMixture) -> Cost:
+    """The router reads every head; vectors are kept in float32."""
+    router, heads = mixture.router.numel(), mixture.num_heads
+    read = router + mixture.vectors.numel() * most_experts(mixture) // mixture.num_experts
+    return Cost(2 * router * heads, ROUTER * read, None, None)
+
+
+def _low_rank_cost(
+    mixture: LinearMixture | FfnMixture, merged: Mapping[str, LinearMixture] | None
+) -> Cost:
+    """A token reads the A and B of its experts, of those with the highest ranks, and the router."""
+    if merged is not None:
+        elements = sum(_elements(linear.experts, 1) for linear in merged.values())
+        router = 0
     else:
-        identical = _identical(mixture.experts)
-    return "identical experts with weights summing to 1" if identical else None
+        chosen = most_experts(mixture)
+        elements = sum(_elements(experts, chosen) for experts in _stacks(mixture))
+        router = 0 if mixture.router is None else mixture.router.numel()
+    weights = _base_weights(mixture)
+    return Cost(
+        flops=2 * (elements + router),
+        bytes=SERVED * elements + ROUTER * router,
+        base_flops=None if weights is None else 2 * weights,
+        base_bytes=None if weights is None else SERVED * weights,
+    )
 
 
-def _identical(experts: Experts) -> bool:
-    (first_a, first_b), *others = experts.split()
-    return all(torch.equal(a, first_a) and torch.equal(b, first_b) for a, b in others)
+def _stacks(mixture: LinearMixture | FfnMixture) -> list[Experts]:
+    if isinstance(mixture, LinearMixture):
+        return [mixture.experts]
+    return list(mixture.experts.values())
+
+
+def _elements(experts: Experts, chosen: int) -> int:
+    ranks = sum(sorted(experts.ranks)[-chosen:])
+    return ranks * (experts.a.shape[1] + experts.b.shape[0])
+
+
+def _base_weights(mixture: LinearMixture | FfnMixture) -> int | None:
+    """Elements of W; of an FFN's three, whose inner width any of its pairs tells."""
+    if isinstance(mixture, LinearMixture):
+        return mixture.experts.a.shape[1] * mixture.experts.b.shape[0]
+    return _ffn_weights(mixture)
+
+
+def _ffn_weights(mixture: FfnMixture) -> int | None:
+    for name, experts in mixture.experts.items():
+        inner = experts.a.shape[1] if name == "down_proj" else experts.b.shape[0]
+        return 3 * mixture.router.shape[1] * inner
+    return None

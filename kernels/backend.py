@@ -74,6 +74,7 @@ class LinearPiece:
     parameters: float32 `[policy.num_parameters]` or None for none.
     output_scale: float32 `[E, out_local]`: the base output (less its bias) is multiplied by
     sum_e w_e output_scale[e] (DoRA; experts.b carries the same factor already).
+    shared: one pair that every row gets with weight 1 beside the routed ones; only with a router.
     bias: float32 `[out_local]`, the base bias that this rank adds; only read with an output_scale.
     """
 
@@ -85,6 +86,7 @@ class LinearPiece:
     output_scale: Tensor | None = None
     bias: Tensor | None = None
     parameters: Tensor | None = None
+    shared: Experts | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class ExpertScale:
 @dataclass(frozen=True)
 class FfnPiece:
     """An FFN mixture cut to this rank: `gate` and `up` write the intermediate, `down` reads it.
+
+    The slot may have unrouted LinearPieces on the FFN's linears too: those change the base's own
+    outputs, which every expert starts from.
 
     router: float32 `[E + policy.extra_rows, d]` (its input is never sharded). activation: a key of
     ACTIVATIONS. bias: float32 `[d]` of the base down_proj, or None. parameters: as in LinearPiece.
@@ -201,12 +206,16 @@ class SlotWeights:
     ffn_scales: Mapping[int, ScalePiece] = field(default_factory=dict)
     moes: Mapping[int, MoePiece] = field(default_factory=dict)
 
+    @property
+    def is_empty(self) -> bool:
+        return not (self.linears or self.ffns or self.scales or self.ffn_scales or self.moes)
+
     def num_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of a serving copy, A and B in `dtype`, tables in float32, padding left out."""
         pairs: list[Experts] = []
         tables: list[Tensor | None] = []
         for piece in (piece for pieces in self.linears.values() for piece in pieces):
-            pairs.append(piece.experts)
+            pairs += [piece.experts] if piece.shared is None else [piece.experts, piece.shared]
             tables += [piece.router, piece.output_scale, piece.parameters]
         for ffn in self.ffns.values():
             pairs += [pair for pair in (ffn.gate, ffn.up, ffn.down) if pair is not None]

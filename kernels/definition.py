@@ -65,6 +65,8 @@ def linear_mixture(
     if mixture.magnitude is not None:
         adapted = weight + mixture.experts.b.float() @ mixture.experts.a.float()
         y = y * (mixture.magnitude.float() / adapted.norm(dim=1))
+    if mixture.shared is not None:
+        y = y + x @ mixture.shared.a.float().T @ mixture.shared.b.float().T
     return (y if bias is None else y + bias.float()), routing
 
 

@@ -37,11 +37,13 @@ class Experts:
 
 @dataclass(frozen=True)
 class LinearMixture:
-    """y = W x + bias + sum_e w_e B_e A_e x, for one original projection.
+    """y = W x + bias + sum_e w_e B_e A_e x + B_s A_s x, for one original projection.
 
     router: `[E + policy.extra_rows, in]` float32; None when the gate weights are constant.
     parameters: `[policy.num_parameters]` float32; None when there are none.
     magnitude: `[out]`, DoRA's; then y = m / ||W + BA|| * (W x + B A x) + bias.
+    shared: one pair B_s A_s that every token gets beside those that the router chooses. No format
+    has it: it takes back from W what was merged into it for another adapter.
     """
 
     experts: Experts
@@ -49,6 +51,7 @@ class LinearMixture:
     router: Tensor | None = None
     magnitude: Tensor | None = None
     parameters: Tensor | None = None
+    shared: Experts | None = None
 
     @property
     def num_experts(self) -> int:

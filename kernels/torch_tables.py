@@ -105,6 +105,7 @@ class LinearTable:
     ) -> None:
         routed = sorted((p for p in pieces if p.router is not None), key=_router_key)
         static = [p for p in pieces if p.router is None]
+        static += [_shared(p) for p in routed if p.shared is not None]
         self.routers = _group(routed, device)
         self.gates = sum(router.gates for router in self.routers)
         self.projections: list[Projection] = []
@@ -188,6 +189,12 @@ class LinearTable:
     def num_bytes(self) -> int:
         tensors = [self.a, self.g, *(p.b for p in self.projections)]
         return sum(t.nbytes for t in tensors if t is not None)
+
+
+def _shared(piece: LinearPiece) -> LinearPiece:
+    """A piece's shared pair as a piece of its own."""
+    assert piece.shared is not None
+    return LinearPiece(piece.site, piece.start, piece.shared, Constant((1.0,)))
 
 
 def _router_key(piece: LinearPiece) -> str:

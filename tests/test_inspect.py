@@ -15,10 +15,15 @@ def run(*arguments):
     return inspect.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
+def flat(text):
+    """One line: the last column goes on in the lines below."""
+    return " ".join(text.split())
+
+
 def test_a_sound_adapter(golden, capsys):
     case = golden / "cases" / "mixlora-expert-lora"
     assert run(case, "--model", golden / "tiny-llama") == 0
-    text = capsys.readouterr().out
+    text = flat(capsys.readouterr().out)
     for expected in [
         "mixlora",
         "tiny-llama",
@@ -43,7 +48,7 @@ def test_experts_of_a_base_model(golden, capsys):
 def test_names_are_whole_on_a_narrow_terminal(golden, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     assert run(golden / "cases" / "dynmole-k1") == 0
-    text = capsys.readouterr().out
+    text = flat(capsys.readouterr().out)
     assert "layers.0-3.self_attn.v_proj" in text
     assert "dynamic: router reads the token" in text
 
@@ -61,6 +66,13 @@ def test_json(golden, capsys):
     assert first["ranks"] == {"gate_proj": [2] * 6}
     assert first["bytes"] == 4 * (12 * 64 + 176 * 12 + 6 * 64)
     assert sum(site["bytes"] for site in report["sites"]) == report["bytes"]
+    # Two 16-bit factors of rank 12, and a router in float32.
+    assert first["bytes_per_token"] == 2 * 12 * (64 + 176) + 4 * 6 * 64
+    assert first["flops_per_token"] == 2 * (12 * (64 + 176) + 6 * 64)
+    assert first["flops_share"] == first["flops_per_token"] / (2 * 64 * 176)
+    assert first["merged_ranks"] is None
+    total = sum(site["flops_per_token"] for site in report["sites"])
+    assert (report["per_token"]["flops"], report["logit_change"]) == (total, None)
 
 
 def test_an_adapter_of_another_base(golden, tmp_path, capsys):
@@ -110,7 +122,9 @@ def test_markup_in_an_adapter_is_not_interpreted(edited, capsys):
 def test_layers_with_another_plan_are_another_group(edited, capsys):
     router = "mola.layers.2.self_attn.q_proj.moe_gate.weight"
     assert run(edited("mola", tensors={router: torch.zeros_like})) == 0
-    text = capsys.readouterr().out
+    text = flat(capsys.readouterr().out)
     assert "layers.0-1,3.self_attn.q_proj" in text
     assert "layers.2.self_attn.q_proj" in text
     assert "static: router of zeros" in text
+    assert "merging 1 sites, 8 rank rows to 4" in text
+    assert " 2 -> 4 " in text

@@ -5,8 +5,6 @@ the tensors by their canonical names. docs/format.md describes both, field by fi
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from molehill.engine.adapter import Adapter, describe
 from molehill.engine.base import Limits
+from molehill.engine.directory import appearing
 from molehill.engine.errors import CorruptFileError, ShapeError, UnsupportedError
 from molehill.engine.formats import files
 from molehill.engine.formats.fields import Fields
@@ -37,25 +36,10 @@ def write(adapter: Adapter, directory: Path) -> None:
 
     Raises FileExistsError if there is a directory with files in it already.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with appearing(directory) as partial:
         tensors = {name: tensor.clone().contiguous() for name, tensor in adapter.tensors()}
         safetensors.torch.save_file(tensors, partial / WEIGHTS)
         (partial / CONFIG).write_text(json.dumps(_document(adapter), indent=1, allow_nan=False))
-        partial.chmod(0o755)
-        _rename(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _rename(partial: Path, directory: Path) -> None:
-    try:
-        partial.rename(directory)
-    except OSError:
-        if directory.exists():
-            raise FileExistsError(f"{directory} exists") from None
-        raise
 
 
 def _document(adapter: Adapter) -> dict[str, Any]:

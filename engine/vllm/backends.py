@@ -56,5 +56,7 @@ def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tup
         scheduler.max_num_batched_tokens,
         config.compilation_config.max_cudagraph_capture_size or 0,
     )
-    limits = Limits(adapters=lora.max_loras, tokens=tokens, memory=settings.memory)
+    # With an adapter in the base weights, the base's rows take a slot as well.
+    adapters = lora.max_loras + (settings.resident is not None)
+    limits = Limits(adapters=adapters, tokens=tokens, memory=settings.memory)
     return TritonBackend(device, limits), "Triton kernels"

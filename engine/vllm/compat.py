@@ -39,6 +39,7 @@ def check_seams() -> None:
         UnquantizedFusedMoEMethod,
     )
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     for owner, name, parameters in (
@@ -46,6 +47,7 @@ def check_seams() -> None:
         (LinearMethodBase, "apply", ["self", "layer", "x", "bias"]),
         (UnquantizedFusedMoEMethod, "apply", ["self", "layer", "x", *ROUTING]),
         (RoutedExperts, "forward_modular", ["self", "x", *ROUTING]),
+        (DefaultModelLoader, "get_all_weights", ["self", "model_config", "model"]),
     ):
         function = getattr(owner, name, None)
         found = None if function is None else list(inspect.signature(function).parameters)

@@ -1,6 +1,7 @@
 """The adapters of one worker: what vLLM's model runner takes for its LoRA manager."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count, groupby
@@ -19,6 +20,7 @@ from molehill.engine import formats, moe
 from molehill.engine.adapter import Adapter, natural_key
 from molehill.engine.base import BaseModel
 from molehill.engine.errors import LimitError
+from molehill.engine.merge import subtract
 from molehill.engine.validation import validate
 from molehill.engine.vllm import backends, experts, layers, shards
 from molehill.engine.vllm.hooks import hook_experts, hook_ffn, hook_linear
@@ -36,10 +38,14 @@ from molehill.kernels.backend import (
     ScalePiece,
     SlotWeights,
 )
-from molehill.kernels.mixture import FfnMixture, LinearMixture, ScaleMixture
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, ScaleMixture
 from molehill.kernels.moe import MoeBlocks
 
 logger = init_logger("vllm.molehill")
+
+# The id that vLLM gives to rows without an adapter. They have a slot only if an adapter is merged
+# into the base weights.
+BASE = 0
 
 
 class AdapterManager:
@@ -47,9 +53,18 @@ class AdapterManager:
 
     vLLM's contract (v1/worker/lora_model_runner_mixin.py) is duck-typed. The adapter of a
     LoRARequest is known by its `lora_int_id`.
+
+    resident: pairs by site that are in the model's weights (`--merge-into-base`). The base's rows
+    and other adapters take them back.
     """
 
-    def __init__(self, config: VllmConfig, device: torch.device, model: nn.Module) -> None:
+    def __init__(
+        self,
+        config: VllmConfig,
+        device: torch.device,
+        model: nn.Module,
+        resident: Mapping[str, Experts] | None = None,
+    ) -> None:
         self.settings = Settings.from_config(config.additional_config)
         self.backend, why = backends.for_worker(config, self.settings, device)
         logger.info("molehill: %s backend (%s)", self.backend.name, why)
@@ -77,6 +92,12 @@ class AdapterManager:
         self._slots: dict[int, int] = {}
         self._refused: set[int] = set()
         self._dummies: set[int] = set()
+        # Slots that hold nothing on this rank: their rows are plain, whatever their adapter.
+        self._idle: set[int] = set()
+        self._idle_tokens: Counter[int] = Counter()
+        self._resident = dict(resident or {})
+        if self._resident:
+            self._put(BASE, Adapter("base", {}))
 
     def _install(self, dtype: torch.dtype, device: torch.device) -> None:
         handles = self._handles
@@ -157,17 +178,24 @@ class AdapterManager:
         """
         if request.lora_int_id in self._slots:
             return True
-        slot = next(slot for slot in count() if slot not in self._slots.values())
         with self._all_ranks_or_none():
             adapter = formats.read(Path(request.lora_path), self.settings.limits)
             validate(adapter, self.base, self.settings.limits)
-        weights = self._cut(adapter)
-        with self._all_ranks_or_none(undo=slot):
-            self._store(slot, weights)
-        self._slots[request.lora_int_id] = slot
+        slot = self._put(request.lora_int_id, adapter)
         self._refused.discard(request.lora_int_id)
         logger.info("molehill: adapter %s stored in slot %d", request.lora_name, slot)
         return True
+
+    def _put(self, lora_id: int, adapter: Adapter) -> int:
+        """Stores what the adapter does on this rank's weights; returns its slot."""
+        slot = next(slot for slot in count() if slot not in self._slots.values())
+        weights = self._cut(subtract(adapter, self._resident))
+        with self._all_ranks_or_none(undo=slot):
+            self._store(slot, weights)
+        self._slots[lora_id] = slot
+        if weights.is_empty:
+            self._idle.add(slot)
+        return slot
 
     def _store(self, slot: int, weights: SlotWeights) -> None:
         """Raises LimitError before anything is written if the memory for adapters is spent."""
@@ -269,6 +297,8 @@ class AdapterManager:
         if slot is None:
             return False
         self._erase(slot)
+        self._idle.discard(slot)
+        del self._idle_tokens[slot]
         return True
 
     def remove_all_adapters(self) -> None:
@@ -277,11 +307,11 @@ class AdapterManager:
             # adapters serve.
             self._dummies.clear()
             return
-        for lora_id in list(self._slots):
+        for lora_id in self.list_adapters():
             self.remove_adapter(lora_id)
 
     def list_adapters(self) -> set[int]:
-        return set(self._slots)
+        return set(self._slots) - {BASE}
 
     def pin_adapter(self, lora_id: int) -> bool:
         """Stored adapters are never evicted, so every one is pinned."""
@@ -320,11 +350,19 @@ class AdapterManager:
         runs, start = [], 0
         for lora_id, group in groupby(ids):
             stop = start + sum(1 for _ in group)
-            if lora_id > 0:
-                slot = UNSERVED if lora_id in self._dummies else self._slots.get(lora_id, UNSERVED)
+            slot = self._slot(lora_id)
+            if slot is not None and slot not in self._idle:
                 runs.append(Run(slot, start, stop))
+            elif slot is not None:
+                self._idle_tokens[slot] += stop - start
             start = stop
         return runs
+
+    def _slot(self, lora_id: int) -> int | None:
+        """None for rows that are the model's as it is."""
+        if lora_id in self._dummies:
+            return UNSERVED
+        return self._slots.get(lora_id, UNSERVED if lora_id > BASE else None)
 
     # vLLM's contract: profiling and graph capture. A dummy adapter's rows are unserved ones, for
     # which a GPU backend launches what it launches for any adapter.
@@ -350,10 +388,9 @@ class AdapterManager:
 
     def stats(self) -> dict[int, dict[str, Any]]:
         """Counters and resident bytes by `lora_int_id`."""
-        return {
-            lora_id: {
-                **asdict(self.backend.counters(slot)),
-                "bytes": self._resident_bytes(slot),
-            }
-            for lora_id, slot in self._slots.items()
-        }
+        return {lora_id: self._figures(self._slots[lora_id]) for lora_id in self.list_adapters()}
+
+    def _figures(self, slot: int) -> dict[str, Any]:
+        figures = asdict(self.backend.counters(slot))
+        figures["tokens"] += self._idle_tokens[slot]
+        return {**figures, "bytes": self._resident_bytes(slot)}

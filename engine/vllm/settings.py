@@ -14,11 +14,13 @@ class Settings:
 
     memory: bytes for the serving copies of all adapters on one worker. A GPU worker sets them aside
     at start, a CPU worker takes them as adapters come.
+    resident: directory of the adapter that is merged into the base weights, see `residence`.
     """
 
     backend: str = "auto"
     memory: int = 2 * GIB
     limits: Limits = field(default_factory=Limits)
+    resident: str | None = None
 
     def to_config(self) -> dict[str, Any]:
         """The value for `additional_config`."""

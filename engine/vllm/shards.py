@@ -48,6 +48,7 @@ def cut_linear(
         mixture.policy,
         None if mixture.router is None else _cut_inputs(mixture.router, projection),
         parameters=mixture.parameters,
+        shared=None if mixture.shared is None else cut_experts(mixture.shared, projection),
     )
     if mixture.magnitude is None:
         return piece

@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 
 from molehill.engine.vllm import compat, experts
 from molehill.engine.vllm.manager import AdapterManager
+from molehill.kernels.mixture import Experts
 
 compat.check_version()
 
@@ -25,6 +26,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     """
 
     adapters: AdapterManager
+    _resident: dict[str, Experts]
 
     def init_device(self) -> None:
         super().init_device()
@@ -34,6 +36,10 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self.model_runner.load_lora_model = self._load_lora_model
 
     def load_model(self, **kwargs: Any) -> None:
+        # Imports vLLM's loaders, which must not be before the platform's worker is set up.
+        from molehill.engine.vllm import residence
+
+        self._resident = residence.install(self.vllm_config)
         with experts.on_cpu_kernels(self.vllm_config):
             super().load_model(**kwargs)
         if not isinstance(getattr(self.model_runner, "lora_manager", None), AdapterManager):
@@ -42,7 +48,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     def _load_lora_model(
         self, model: nn.Module, vllm_config: VllmConfig, device: torch.device
     ) -> nn.Module:
-        self.adapters = AdapterManager(vllm_config, device, model)
+        self.adapters = AdapterManager(vllm_config, device, model, self._resident)
         self.model_runner.lora_manager = self.adapters
         return model
 

@@ -185,6 +185,8 @@ class CpuBackend:
             columns = f"columns {piece.start} to {piece.start + out}"
             raise ValueError(f"{site}: found {columns}, expected at most {shape.out_features}")
         _check_experts(site, piece.experts, experts, shape.in_features, out)
+        if piece.shared is not None:
+            _check_experts(site, piece.shared, 1, shape.in_features, out)
         _check_policy(site, piece.policy, experts)
         _check_router(piece, experts, shape.in_features)
         _check_table(site, "output_scale", piece.output_scale, (experts, out))
@@ -222,17 +224,10 @@ class CpuBackend:
         self._ops.open_slot(self._id, slot, weights.num_bytes(dtype))
         for handle, pieces in weights.linears.items():
             for piece in pieces:
-                self._ops.store_linear(
-                    slot,
-                    handle,
-                    self._site(piece.site),
-                    piece.start,
-                    *_pair(piece.experts, self._linears[handle].dtype),
-                    *_policy_numbers(_effective_policy(piece), piece.parameters),
-                    _floats(piece.router),
-                    _floats(piece.output_scale),
-                    _floats(piece.bias),
-                )
+                self._pack_linear(slot, handle, piece)
+                if piece.shared is not None:
+                    shared = LinearPiece(piece.site, piece.start, piece.shared, Constant((1.0,)))
+                    self._pack_linear(slot, handle, shared)
         for handle, ffn in weights.ffns.items():
             dtype = self._linears[self._ffns[handle].gate_up].dtype
             self._ops.store_ffn(
@@ -256,6 +251,19 @@ class CpuBackend:
         for handle, scale in weights.ffn_scales.items():
             site = self._site(scale.site)
             self._ops.store_ffn_scale(slot, handle, site, *_vectors(scale))
+
+    def _pack_linear(self, slot: int, handle: int, piece: LinearPiece) -> None:
+        self._ops.store_linear(
+            slot,
+            handle,
+            self._site(piece.site),
+            piece.start,
+            *_pair(piece.experts, self._linears[handle].dtype),
+            *_policy_numbers(_effective_policy(piece), piece.parameters),
+            _floats(piece.router),
+            _floats(piece.output_scale),
+            _floats(piece.bias),
+        )
 
     def _site(self, name: str) -> int:
         return self._sites.setdefault(name, len(self._sites))

@@ -208,6 +208,9 @@ def expand_kernel(
             SPLITS,
             TRACE,
         )
+        # Rows of a shared pair belong to the expert after the last.
+        shared = tl.arange(0, MAX_EXPERTS) >= tl.load(record + at.EXPERTS)
+        w = tl.where(shared[None, :], 1.0, w)
     column = local * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inside = own[:, None] & (column < tl.load(record + at.WIDTH).to(tl.int32))[None, :]
     total = low_rank(

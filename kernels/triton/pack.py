@@ -68,12 +68,15 @@ class Packing:
     def sizes(self) -> list[int]:
         return [matrix.nbytes for matrix in self.matrices]
 
-    def add(self, matrix: Tensor, dtype: torch.dtype) -> int:
-        """Number of a matrix `[rows, width]` that goes into the arena."""
+    def add(self, matrix: Tensor, dtype: torch.dtype, over: int | None = None) -> int:
+        """Number of a matrix `[rows, width]` that goes into the arena, in the place of `over`."""
         pitch = at.PITCH.value
         padded = -(-matrix.shape[1] // pitch) * pitch
         stored = torch.zeros(matrix.shape[0], padded, dtype=dtype)
         stored[:, : matrix.shape[1]] = matrix
+        if over is not None:
+            self.matrices[over] = stored
+            return over
         self.matrices.append(stored)
         return len(self.matrices) - 1
 
@@ -133,22 +136,33 @@ class Stack:
 def pack_piece(
     piece: LinearPiece, stack: Stack, packing: Packing, dtype: torch.dtype, limits: Limits
 ) -> None:
-    """Constant gate weights are multiplied into B and the output scale; no router is left then."""
+    """Constant gate weights are multiplied into B and the output scale; no router is left then.
+
+    The rows of a shared pair belong to the expert after the last, whose weight is always 1.
+    """
     weights = _constant_weights(piece)
     experts = piece.experts
-    owner, b, scale = experts.expert_of_row, experts.b, piece.output_scale
+    a, b = experts.a, experts.b
+    owner, scale = experts.expert_of_row, piece.output_scale
     if weights is not None:
         b = b * weights[owner]
         owner = torch.zeros_like(owner)
         scale = None if scale is None else (weights @ scale).unsqueeze(0)
     record = Record([0] * at.PIECE.value)
+    if piece.shared is not None:
+        if len(experts.ranks) >= limits.experts:
+            found = f"{len(experts.ranks)} experts and a shared one"
+            raise CapacityError(piece.site, found, f"at most {limits.experts} together")
+        always = torch.full((sum(piece.shared.ranks),), len(experts.ranks))
+        a, b = torch.cat([a, piece.shared.a]), torch.cat([b, piece.shared.b], dim=1)
+        owner = torch.cat([owner, always])
     if weights is None and piece.router is not None:
         gate, count = _route(record, piece, piece.router, stack, limits)
         position = len(stack.pieces)
         packing.sites.append(Site(piece.site, piece.policy, stack.handle, position, gate, count))
     fields = record.fields
     fields[at.START.value], fields[at.WIDTH.value] = piece.start, b.shape[0]
-    fields[at.ROW.value], fields[at.RANK.value] = stack.add_rows(experts.a), b.shape[1]
+    fields[at.ROW.value], fields[at.RANK.value] = stack.add_rows(a), b.shape[1]
     fields[at.SCALE.value] = fields[at.BIAS.value] = -1
     record.places[at.B.value] = packing.add(b.T, dtype)
     record.places[at.OWNER.value] = packing.add_integers(owner.tolist())
@@ -212,7 +226,11 @@ def _pack_scale(
 def _pack_down(
     piece: FfnPiece, record: Record, down: Stack, packing: Packing, dtype: torch.dtype
 ) -> None:
-    """A piece of the down linear whose rows the FFN kernel made; the bias is one more rank row."""
+    """A piece of the down linear whose rows the FFN kernel made; the bias is one more rank row.
+
+    An unrouted piece that writes the same columns becomes part of it: programs of two pieces would
+    write the columns at the same time. Its rank rows lie just before those of the FFN kernel.
+    """
     b = [] if piece.down is None else [piece.down.b.T]
     rank = sum(part.shape[0] for part in b)
     record.fields[at.DOWN_RANK.value] = rank
@@ -221,16 +239,26 @@ def _pack_down(
         b.append(piece.bias.unsqueeze(0))
     if not b:
         return
-    stacked = torch.cat(b)
-    down.mixed = stacked.shape[0]
+    down.mixed = sum(part.shape[0] for part in b)
+    first, over = down.rank, None
+    if len(down.pieces) == 1 and _is_plain(down.pieces[0]):
+        plain = down.pieces.pop()
+        first, over = plain.fields[at.ROW.value], plain.places[at.B.value]
+        b.insert(0, packing.matrices[over][:, : plain.fields[at.WIDTH.value]])
+    stacked = torch.cat([part.float() for part in b])
     own = Record([0] * at.PIECE.value)
     own.fields[at.WIDTH.value] = stacked.shape[1]
-    own.fields[at.RANK.value] = down.mixed
-    own.fields[at.ROW.value] = down.rank
+    own.fields[at.RANK.value] = stacked.shape[0]
+    own.fields[at.ROW.value] = first
     own.fields[at.SCALE.value] = own.fields[at.BIAS.value] = -1
-    own.places[at.B.value] = packing.add(stacked, dtype)
-    own.places[at.OWNER.value] = packing.add_integers([0] * down.mixed)
+    own.places[at.B.value] = packing.add(stacked, dtype, over)
+    own.places[at.OWNER.value] = packing.add_integers([0] * stacked.shape[0])
     down.pieces.append(own)
+
+
+def _is_plain(record: Record) -> bool:
+    """A piece with neither router nor output scale."""
+    return record.fields[at.EXPERTS.value] == 0 and at.SCALE.value not in record.places
 
 
 def _starts(experts: Experts | None, count: int) -> list[int]:

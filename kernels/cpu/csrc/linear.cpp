@@ -48,7 +48,6 @@ class LinearCall {
     backend_.scratch.reset();
     if (linear_.ffn_in >= 0) forget_ffn();
     for (const Run& run : backend_.runs) plan(run);
-    if (linear_.ffn_out >= 0 && linear_.ffn_out == backend_.ffn_of_state) plan_down();
     if (works_.empty()) return;
     threads_ = team_size(work());
     stage();
@@ -83,12 +82,15 @@ class LinearCall {
     const auto ffn = run.slot->ffns.find(linear_.ffn_in);
     const bool has_pieces = pieces != run.slot->linears.end();
     const bool has_ffn = ffn != run.slot->ffns.end();
-    if (!has_pieces && !has_ffn) return;
+    const bool has_down = linear_.ffn_out >= 0 && linear_.ffn_out == backend_.ffn_of_state &&
+                          run.slot->ffns.count(linear_.ffn_out) > 0;
+    if (!has_pieces && !has_ffn && !has_down) return;
     for (int row = run.start; row < stop; row += chunk_rows_) {
       open({run.slot, row, std::min(chunk_rows_, stop - row)});
       if (has_pieces)
         for (const LinearPiece& piece : pieces->second) plan_piece(piece);
       if (has_ffn) plan_gate_up(ffn->second);
+      if (has_down) plan_down();
       close();
     }
   }
@@ -154,15 +156,16 @@ class LinearCall {
     backend_.ffn_states.push_back(state);
   }
 
+  // The states are in the order of the runs' chunks, of which the gate_up linear made the same.
   void plan_down() {
-    for (const FfnState& state : backend_.ffn_states) {
-      const bool nothing = state.piece->down.ranks() == 0 && state.piece->bias.bytes() == 0;
-      if (nothing || state.chunk.start + state.chunk.rows > x_.rows) continue;
-      open(state.chunk);
-      products_.push_back({&state.piece->down, state.routing, state.down, false, true, 0, nullptr,
-                           nullptr, state.piece->bias.as<float>(), state.factor});
-      close();
-    }
+    if (next_state_ >= backend_.ffn_states.size()) return;
+    const FfnState& state = backend_.ffn_states[next_state_];
+    const Chunk& chunk = works_.back().chunk;
+    if (state.chunk.start != chunk.start || state.chunk.rows != chunk.rows) return;
+    ++next_state_;
+    if (state.piece->down.ranks() == 0 && state.piece->bias.bytes() == 0) return;
+    products_.push_back({&state.piece->down, state.routing, state.down, false, true, 0, nullptr,
+                         nullptr, state.piece->bias.as<float>(), state.factor});
   }
 
   int64_t work() const {
@@ -399,6 +402,7 @@ class LinearCall {
           routes.push_back({w, r, row});
       for (int p = work.first_product; p < work.last_product; ++p) {
         for (int panel = 0; panel < panels(products_[p]); ++panel) shrinks.push_back({w, p, panel});
+        if (follows(work, p)) continue;
         for (int unit = 0; unit < units(products_[p]); ++unit) expands.push_back({w, p, unit});
       }
     }
@@ -413,9 +417,21 @@ class LinearCall {
       for (size_t i; (i = shrink_tickets.next()) < shrinks.size();)
         shrink(products_[shrinks[i].item], shrinks[i].index);
       if (!shrinks.empty()) barrier();
-      for (size_t i; (i = expand_tickets.next()) < expands.size();)
-        expand(works_[expands[i].work], products_[expands[i].item], expands[i].index);
+      for (size_t i; (i = expand_tickets.next()) < expands.size();) {
+        const Work& work = works_[expands[i].work];
+        const int start = products_[expands[i].item].start;
+        for (int p = expands[i].item; p < work.last_product; ++p)
+          if (products_[p].start == start) expand(work, products_[p], expands[i].index);
+      }
     });
+  }
+
+  // Whether an earlier product of the chunk writes the same columns. One thread then takes both, in
+  // their order; products that overlap have the same columns.
+  bool follows(const Work& work, int product) const {
+    for (int p = work.first_product; p < product; ++p)
+      if (products_[p].start == products_[product].start) return true;
+    return false;
   }
 
   // Rows that one thread routes at a time, so that no thread idles.
@@ -477,6 +493,7 @@ class LinearCall {
   float* widened_ = nullptr;  // [threads][kBlockRows][inputs], where operands are no floats
   float* logits_ = nullptr;   // [rows][columns], reduced over the ranks
   int logits_rows_ = 0, logits_columns_ = 0, chunk_columns_ = 0;
+  size_t next_state_ = 0;     // of the FFN states that the down linear finishes
 };
 
 }  // namespace
