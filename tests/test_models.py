@@ -10,10 +10,13 @@ from architectures import ARCHITECTURES, make
 from golden import Prompt, greatest_difference
 
 from molehill.engine import formats
+from molehill.engine.adapter import Adapter
 from molehill.engine.base import BaseModel, Limits
 from molehill.engine.huggingface import base_model
 from molehill.engine.reference import attach
 from molehill.engine.validation import problems
+from molehill.kernels.mixture import Experts, FfnMixture
+from molehill.kernels.policy import TopK
 
 LOGITS = 1e-3
 Made = tuple[Any, BaseModel, dict[str, Path], list[Prompt]]
@@ -49,3 +52,18 @@ def test_every_adapter_changes_the_answer(made: Made) -> None:
     for prompt in prompts:
         if prompt.case != "base":
             assert greatest_difference(prompt.logits, base[prompt.ids]) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("model_type", "found"),
+    [
+        ("phi", "no such gated FFN in the base model"),
+        ("mixtral", "an FFN mixture on a block of 4 experts"),
+    ],
+)
+def test_mixlora_needs_one_gated_ffn_per_layer(model_type: str, found: str, tmp_path: Path) -> None:
+    base = base_model(tiny_models.build(model_type, tmp_path))
+    stack = Experts(torch.ones(4, 64), torch.ones(96, 4), (2, 2))
+    mixture = FfnMixture({"up_proj": stack}, TopK(2), torch.ones(2, 64))
+    (problem,) = problems(Adapter("mixlora", {"layers.1.mlp": mixture}), base, Limits())
+    assert (problem.where, problem.found) == ("layers.1.mlp", found)
