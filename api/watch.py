@@ -15,7 +15,7 @@ from molehill.api.paths import AdapterRoots, fingerprint
 from molehill.api.registry import AdapterRegistry
 from molehill.api.sources import Sources
 from molehill.engine.errors import AdapterError
-from molehill.engine.formats import files, native
+from molehill.engine.formats import files, mixes, native
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -23,7 +23,7 @@ PERIOD_SECONDS = 1.0
 SETTLE_SECONDS = 2.0
 
 # A directory without one of them holds other directories, or has just begun to fill.
-CONFIGS = (native.CONFIG, files.CONFIG)
+CONFIGS = (native.CONFIG, files.CONFIG, mixes.CONFIG)
 
 
 class Watcher:
