@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 
-from molehill.api import options, plan_table, probe
+from molehill.api import drift, options, plan_table
 from molehill.engine import formats
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import BaseModel
@@ -61,19 +61,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _logit_change(
     args: argparse.Namespace, adapter: Adapter, base: BaseModel
-) -> probe.LogitChange | None:
+) -> drift.LogitChange | None:
     """What a lossy merge changes; None where it is exact."""
     merged, merges = merge_static(adapter, base, args.merge_tolerance)
     if not any(merge.error for merge in merges):
         return None
-    return probe.logit_change(args.model, adapter, merged)
+    return drift.logit_change(args.model, adapter, merged)
 
 
 def report(
     adapter: Adapter,
     sites: Sequence[SitePlan],
     found: Sequence[AdapterError],
-    change: probe.LogitChange | None = None,
+    change: drift.LogitChange | None = None,
 ) -> dict[str, Any]:
     """All that is known of an adapter, as plain JSON."""
     return {
@@ -111,7 +111,7 @@ def _print(
     sites: Sequence[SitePlan],
     found: Sequence[AdapterError],
     model: str | None,
-    change: probe.LogitChange | None,
+    change: drift.LogitChange | None,
 ) -> None:
     console = Console()
     table = plan_table.site_table(sites)

@@ -113,6 +113,8 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     ):
         if refused:
             raise LaunchError(f"cannot be used with molehill serve: {why}")
+    if options.watch and not options.roots:
+        raise LaunchError("--watch-adapter-roots: found no --adapter-root, expected one to watch")
     modules = [module_path(module) for module in args.lora_modules or ()]
     adapters = (*options.adapters, *modules)
     twice = [name for name, count in Counter(name for name, _ in adapters).items() if count > 1]
@@ -127,11 +129,18 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     options = replace(options, adapters=adapters)
     if options.merge_into_base is not None:
         options = replace(options, resident=_resident(options.merge_into_base, args, options))
+    keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+    # Who may change the server may also ask it; vLLM's own check stands before ours.
+    args.api_key = [*keys, *options.admin_keys] if keys else None
+    resident = options.resident
     settings = Settings(
         options.backend,
         options.memory,
         options.limits,
-        None if options.resident is None else str(options.resident.directory),
+        options.merge,
+        options.merge_tolerance,
+        None if resident is None else str(resident.directory),
+        "" if resident is None else resident.digest,
     )
     args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
     args.molehill = options

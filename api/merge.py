@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from molehill.api import convert, options, probe
+from molehill.api import convert, drift, options
 from molehill.engine.adapter import Adapter
 from molehill.engine.checkpoint import merge_checkpoint
 from molehill.engine.directory import check_free
@@ -70,7 +70,7 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     else:
         write_lora(merged, destination)
     if args.model and any(site.error for site in sites):
-        found["logit_change"] = probe.logit_change(args.model, adapter, merged).as_json()
+        found["logit_change"] = drift.logit_change(args.model, adapter, merged).as_json()
     return found
 
 
@@ -114,7 +114,7 @@ def print_report(found: dict[str, Any], *, as_json: bool) -> None:
     if worst:
         print(f"error   at most {worst:.3g} of a site's mean expert: this is an approximation")
     if "logit_change" in found:
-        print(f"logits  {probe.LogitChange(**found['logit_change'])}")
+        print(f"logits  {drift.LogitChange(**found['logit_change'])}")
     if "weights_changed" in found:
         largest = max(found["weights_changed"].values(), default=0.0)
         print(f"weights {len(found['weights_changed'])} changed, by at most {100 * largest:.3g} %")

@@ -1,30 +1,63 @@
-"""The probe prompts on which a lossy merge is measured."""
+"""Whether an adapter changes anything: the base model and the adapter answer one probe prompt.
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+An adapter can be well-formed and still do nothing, by too small a scale or because it never reaches
+the layers that it names. It would be the base model under another name.
+"""
 
-from molehill.engine import drift
-from molehill.engine.adapter import Adapter
-from molehill.engine.drift import LogitChange
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
-PROMPTS = (
-    "The capital of France is",
-    "### Instruction:\nWrite the number 305.\n\n### Output:\n",
-    "### Instruction:\nWhat is the opposite of tall?\n\n### Output:\n",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-    "Once upon a time there was a small town by the sea, and in that town lived",
-    "Water boils at 100 degrees Celsius, which is",
-)
+from vllm.sampling_params import SamplingParams
 
+from molehill.api.errors import NoEffectError
+from molehill.api.generation import Generation
 
-def logit_change(model: str, before: Adapter, after: Adapter) -> LogitChange:
-    """Between two adapters on the base `model` (directory or cached name), in float32.
+logger = logging.getLogger("vllm.molehill")
 
-    Raises OSError or ValueError where the model or its tokenizer cannot be read.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
-    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    return drift.logit_change(loaded, before, after, prompts)
+PROMPT_TOKENS = 16
+
+# Of the prompt's token and the most likely one at each position: token to log-probability.
+Answer = list[Mapping[int, float]]
 
 
-__all__ = ["PROMPTS", "LogitChange", "logit_change"]
+class Prober:
+    """Asks an engine client. vocabulary: of the base model, from which the prompt is spread."""
+
+    def __init__(self, generate: Callable[..., Any], vocabulary: int) -> None:
+        self._generate = generate
+        step = max(1, vocabulary // PROMPT_TOKENS)
+        self._prompt = [min(i * step + step // 2, vocabulary - 1) for i in range(PROMPT_TOKENS)]
+        self._asked = 0
+
+    async def __call__(self, generation: Generation) -> None:
+        """Raises NoEffectError if every log-probability is the base's, to the last bit.
+
+        What else is in a batch can move the last bit too, so an adapter without effect may pass on
+        a busy server; one with an effect is never refused for it.
+        """
+        try:
+            base = await self._answer(None)
+        except Exception:
+            logger.exception("Adapter %s is not probed: the base gives no answer", generation.name)
+            return
+        if await self._answer(generation.request) == base:
+            raise NoEffectError(
+                f"{generation.name!a}: found the base model's log-probabilities at all of "
+                f"{PROMPT_TOKENS} probe tokens, expected a difference; allow_noop serves it anyway"
+            )
+
+    async def _answer(self, request: Any) -> Answer:
+        self._asked += 1
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+        prompt = {"prompt_token_ids": self._prompt}
+        last: Any = None
+        async for output in self._generate(
+            prompt, params, f"molehill-probe-{self._asked}", lora_request=request
+        ):
+            last = output
+        return [
+            {token: found.logprob for token, found in position.items()}
+            for position in last.prompt_logprobs
+            if position
+        ]

@@ -6,6 +6,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -132,6 +133,22 @@ def plain_sites(adapter: Adapter) -> dict[str, Experts]:
         for site, mixture in adapter.sites.items()
         if isinstance(mixture, LinearMixture) and is_plain(mixture)
     }
+
+
+@dataclass(frozen=True)
+class Resident:
+    """The adapter whose plain pairs are in the base's weights.
+
+    digest: of the adapter as it was loaded, or "" for one that came as `merged` is.
+    """
+
+    merged: Adapter
+    digest: str = ""
+
+    @cached_property
+    def pairs(self) -> dict[str, Experts]:
+        """The merged pairs by site."""
+        return plain_sites(self.merged)
 
 
 def merged_weight(weight: Tensor, mixture: LinearMixture) -> Tensor:

@@ -1,7 +1,7 @@
 """The adapters of one worker: what vLLM's model runner takes for its LoRA manager."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count, groupby
@@ -9,36 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tp_group, get_world_group
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.lora.layers.utils import LoRAMapping
 from vllm.lora.request import LoRARequest
 
-from molehill.engine import formats, moe
-from molehill.engine.adapter import Adapter, natural_key
-from molehill.engine.base import BaseModel
-from molehill.engine.errors import LimitError
-from molehill.engine.merge import subtract
+from molehill.engine import formats
+from molehill.engine.adapter import Adapter
+from molehill.engine.errors import AdapterError, LimitError
+from molehill.engine.merge import Resident, merge_static, subtract
 from molehill.engine.validation import validate
-from molehill.engine.vllm import backends, experts, layers, shards
-from molehill.engine.vllm.hooks import hook_experts, hook_ffn, hook_linear
+from molehill.engine.vllm import backends
+from molehill.engine.vllm.preparing import Preparation
+from molehill.engine.vllm.seams import Seams
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.backend import (
     UNSERVED,
     CapacityError,
-    FfnPiece,
-    FfnShape,
-    LinearPiece,
-    LinearShape,
-    MoePiece,
-    MoeShape,
     Run,
-    ScalePiece,
     SlotWeights,
 )
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, ScaleMixture
 from molehill.kernels.moe import MoeBlocks
 
 logger = init_logger("vllm.molehill")
@@ -46,6 +38,14 @@ logger = init_logger("vllm.molehill")
 # The id that vLLM gives to rows without an adapter. They have a slot only if an adapter is merged
 # into the base weights.
 BASE = 0
+
+
+class FullError(LimitError):
+    """No room beside the adapters that are here now."""
+
+
+class OtherRankError(RuntimeError):
+    """This rank could have served the adapter, another one refused."""
 
 
 class AdapterManager:
@@ -63,110 +63,61 @@ class AdapterManager:
         config: VllmConfig,
         device: torch.device,
         model: nn.Module,
-        resident: Mapping[str, Experts] | None = None,
+        resident: Resident | None = None,
     ) -> None:
         self.settings = Settings.from_config(config.additional_config)
         self.backend, why = backends.for_worker(config, self.settings, device)
         logger.info("molehill: %s backend (%s)", self.backend.name, why)
         self._tp = get_tp_group()
         self.moes = MoeBlocks()
-        self._linears = layers.find_linears(model)
-        self._ffns = layers.find_ffns(self._linears, model)
-        self._blocks: dict[str, experts.Block] = {}
-        self._block_handles: dict[str, int] = {}
-        self._refusals: dict[str, str] = {}
-        if not self._linears:
-            raise RuntimeError(f"{type(model).__name__} has no linear that molehill can hook")
-        self._by_name = {linear.name: linear for linear in self._linears}
-        self._projections = {
-            projection.site: (linear, projection)
-            for linear in self._linears
-            for projection in linear.projections
-        }
-        self._handles: dict[str, int] = {}
-        self._ffn_handles: dict[str, int] = {}
+        self._seams = Seams(config, device, model, self.backend, self.moes)
         self._dtype = config.model_config.dtype
-        self._install(self._dtype, device)
-        self._install_experts(config, model, device)
-        self.base = self._describe_base(config)
+        self.base = self._seams.base
         self._slots: dict[int, int] = {}
         self._refused: set[int] = set()
         self._dummies: set[int] = set()
         # Slots that hold nothing on this rank: their rows are plain, whatever their adapter.
         self._idle: set[int] = set()
         self._idle_tokens: Counter[int] = Counter()
-        self._resident = dict(resident or {})
-        if self._resident:
-            self._put(BASE, Adapter("base", {}))
+        self._resident = resident
+        self.preparation = Preparation(self._prepare)
+        if resident is not None:
+            base = self._on_resident(Adapter("base", {}))
+            self._put(BASE, self._seams.cut(base))
 
-    def _install(self, dtype: torch.dtype, device: torch.device) -> None:
-        handles = self._handles
-        for linear in self._linears:
-            reduce = self._sum_over_ranks if linear.input_is_sharded else None
-            shape = LinearShape(
-                linear.name, linear.in_features, linear.out_features, dtype, device, reduce
-            )
-            handles[linear.name] = self.backend.register_linear(shape)
-            hook_linear(linear.module, handles[linear.name], self.backend.linear_op)
-        for ffn in self._ffns:
-            width = self._by_name[ffn.down].in_features
-            handle = self.backend.register_ffn(
-                FfnShape(ffn.site, handles[ffn.gate_up], handles[ffn.down], width)
-            )
-            self._ffn_handles[ffn.site] = handle
-            hook_ffn(ffn, handle, self.backend.ffn_op)
-        self.backend.seal()
-        hooked = len(self._linears), len(self._ffns)
-        logger.info("molehill: %d linears and %d FFNs hooked", *hooked)
+    def _prepare(self, path: str) -> tuple[Adapter, SlotWeights | None]:
+        """Parses, checks, merges and cuts. Changes no state, so that it may run beside a step.
 
-    def _install_experts(self, config: VllmConfig, model: nn.Module, device: torch.device) -> None:
-        graphs = device.type != "cpu" and not config.model_config.enforce_eager
-        for site, runner in experts.find_blocks(model):
-            self._refusals[f"{site}.gate"] = "the base's own router"
-            if refusal := experts.refusal(runner, graphs):
-                self._refusals[f"{site}.experts"] = refusal
-            block = self._blocks[site] = experts.describe(site, runner)
-            if refusal:
-                continue
-            shape = MoeShape(
-                site,
-                block.sizes.experts,
-                block.activation,
-                experts.kernel(block),
-                experts.Weights(block),
-                self._dtype,
-                device,
-            )
-            self._block_handles[site] = self.moes.register(shape)
-            hook_experts(runner.routed_experts, self._block_handles[site], self.moes.op)
+        Cutting has to wait for a pause where ranks do it together, and where it reads the base's
+        weights through the layers that the step is using.
+        """
+        adapter = formats.read(Path(path), self.settings.limits)
+        validate(adapter, self.base, self.settings.limits)
+        served = self._on_resident(self._merged(adapter))
+        alone = self._tp.world_size == 1
+        needs_base = any("magnitude" in name for name, _ in served.tensors())
+        return served, self._seams.cut(served) if alone and not needs_base else None
 
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        total: Tensor = self._tp.all_reduce(tensor)
-        return total
+    def _merged(self, adapter: Adapter) -> Adapter:
+        """The adapter with its static sites as one pair each."""
+        if self._resident is not None and adapter.digest == self._resident.digest:
+            # The very bits that are in the base weights.
+            return self._resident.merged
+        if not self.settings.merge:
+            return adapter
+        merged, sites = merge_static(adapter, self.base, self.settings.merge_tolerance)
+        for site in sites:
+            if site.error:
+                text = "molehill: %s: experts merged with relative error %.3g"
+                logger.info(text, site.site, site.error)
+        if sites:
+            before, after = sum(s.rank_before for s in sites), sum(s.rank_after for s in sites)
+            text = "molehill: %d static sites merged, %d rank rows to %d"
+            logger.info(text, len(sites), before, after)
+        return merged
 
-    def _describe_base(self, config: VllmConfig) -> BaseModel:
-        """Shapes of the whole model: pipeline stages hold different layers, so they are united."""
-        own = (
-            {
-                site: (projection.in_features, projection.out_features)
-                for site, (_, projection) in self._projections.items()
-            },
-            {ffn.site: ffn.activation for ffn in self._ffns},
-            {site: block.sizes for site, block in self._blocks.items()},
-            self._refusals,
-        )
-        world = get_world_group()
-        everyone: list[Any] = [own] * world.world_size
-        if world.world_size > 1:
-            torch.distributed.all_gather_object(everyone, own, group=world.cpu_group)
-        return BaseModel(
-            name=config.model_config.model,
-            architecture=config.model_config.architectures[0],
-            linears={site: shape for stage in everyone for site, shape in stage[0].items()},
-            ffns={site: name for stage in everyone for site, name in stage[1].items()},
-            moes={site: sizes for stage in everyone for site, sizes in stage[2].items()},
-            refused={site: why for stage in everyone for site, why in stage[3].items()},
-        )
+    def _on_resident(self, adapter: Adapter) -> Adapter:
+        return subtract(adapter, self._resident.pairs) if self._resident else adapter
 
     # vLLM's contract: adapters
 
@@ -179,17 +130,16 @@ class AdapterManager:
         if request.lora_int_id in self._slots:
             return True
         with self._all_ranks_or_none():
-            adapter = formats.read(Path(request.lora_path), self.settings.limits)
-            validate(adapter, self.base, self.settings.limits)
-        slot = self._put(request.lora_int_id, adapter)
+            adapter, weights = self.preparation.take(request.lora_path)
+        slot = self._put(request.lora_int_id, weights or self._seams.cut(adapter))
         self._refused.discard(request.lora_int_id)
+        self.preparation.drop(request.lora_path)
         logger.info("molehill: adapter %s stored in slot %d", request.lora_name, slot)
         return True
 
-    def _put(self, lora_id: int, adapter: Adapter) -> int:
-        """Stores what the adapter does on this rank's weights; returns its slot."""
+    def _put(self, lora_id: int, weights: SlotWeights) -> int:
+        """Stores an adapter's share of this rank; returns its slot."""
         slot = next(slot for slot in count() if slot not in self._slots.values())
-        weights = self._cut(subtract(adapter, self._resident))
         with self._all_ranks_or_none(undo=slot):
             self._store(slot, weights)
         self._slots[lora_id] = slot
@@ -204,17 +154,24 @@ class AdapterManager:
         free = self.settings.memory - taken
         if needed > free:
             of = f"at most {free} of {self.settings.memory}"
-            raise LimitError("adapter memory", f"{needed} bytes", of)
+            raise self._over_memory(needed, of)
         try:
             self.moes.store(slot, weights.moes)
             self.backend.store(slot, weights)
         except Exception as error:
             self.moes.erase(slot)
             if isinstance(error, CapacityError):
-                raise LimitError(error.where, error.found, error.expected) from error
+                full = FullError if self.list_adapters() else LimitError
+                raise full(error.where, error.found, error.expected) from error
             if isinstance(error, MemoryError):
-                raise LimitError("adapter memory", f"{needed} bytes", "memory to be had") from error
+                raise self._over_memory(needed, "memory to be had") from error
             raise
+
+    def _over_memory(self, needed: int, expected: str) -> LimitError:
+        # A full memory may have room later, an adapter that is larger than all of it never fits.
+        fits = needed <= self.settings.memory and self.list_adapters()
+        error = FullError if fits else LimitError
+        return error("adapter memory", f"{needed} bytes", expected)
 
     def _erase(self, slot: int) -> None:
         self.moes.erase(slot)
@@ -242,54 +199,7 @@ class AdapterManager:
         if failed.item():
             if undo is not None:
                 self._erase(undo)
-            raise RuntimeError("another tensor-parallel rank could not load the adapter")
-
-    def _cut(self, adapter: Adapter) -> SlotWeights:
-        """This rank's share of an adapter; sites of other pipeline stages are left out."""
-        linears: dict[int, list[LinearPiece]] = {}
-        scales: dict[int, list[ScalePiece]] = {}
-        ffns: dict[int, FfnPiece] = {}
-        ffn_scales: dict[int, ScalePiece] = {}
-        # In one order on all ranks: DoRA's norms are summed over them on the way.
-        for site in sorted(adapter.sites, key=natural_key):
-            mixture = adapter.sites[site]
-            if isinstance(mixture, FfnMixture):
-                if site in self._ffn_handles:
-                    ffns[self._ffn_handles[site]] = self._cut_ffn(site, mixture)
-            elif site not in self._projections:
-                continue
-            elif isinstance(mixture, ScaleMixture):
-                linear, projection = self._projections[site]
-                if mixture.of == "input":
-                    ffn = self._ffn_handles[site.rpartition(".")[0]]
-                    ffn_scales[ffn] = shards.cut_ffn_scale(mixture, projection)
-                else:
-                    vectors = shards.cut_scale(mixture, linear, projection)
-                    scales.setdefault(self._handles[linear.name], []).append(vectors)
-            else:
-                handle, piece = self._cut_linear(site, mixture)
-                linears.setdefault(handle, []).append(piece)
-        return SlotWeights(linears, ffns, scales, ffn_scales, self._cut_moes(adapter))
-
-    def _cut_moes(self, adapter: Adapter) -> dict[int, MoePiece]:
-        return {
-            self._block_handles[site]: shards.cut_moe(site, projections, self._blocks[site])
-            for site, projections in moe.group(adapter.sites).items()
-            if site in self._block_handles
-        }
-
-    def _cut_linear(self, site: str, mixture: LinearMixture) -> tuple[int, LinearPiece]:
-        linear, projection = self._projections[site]
-        return self._handles[linear.name], shards.cut_linear(
-            mixture, linear, projection, self._sum_over_ranks
-        )
-
-    def _cut_ffn(self, site: str, mixture: FfnMixture) -> FfnPiece:
-        ffn = next(ffn for ffn in self._ffns if ffn.site == site)
-        down = self._by_name[ffn.down]
-        bias = getattr(down.module, "bias", None) if self._tp.rank_in_group == 0 else None
-        inner = down.projections[0].inputs
-        return shards.cut_ffn(mixture, ffn, self._by_name[ffn.gate_up], inner, bias)
+            raise OtherRankError("another tensor-parallel rank could not load the adapter")
 
     def remove_adapter(self, lora_id: int) -> bool:
         self._refused.discard(lora_id)
@@ -382,6 +292,20 @@ class AdapterManager:
         return False
 
     # What molehill's API asks for
+
+    def install(self, request: LoRARequest) -> dict[str, Any]:
+        """`add_adapter` whose refusals are answers.
+
+        refusal: why not, or empty. full: it is for other adapters' memory, and can change.
+        """
+        try:
+            self.add_adapter(request)
+        except (FullError, OtherRankError) as error:
+            return {"refusal": str(error), "full": True}
+        except AdapterError as error:
+            self.preparation.drop(request.lora_path)
+            return {"refusal": str(error), "full": False}
+        return {"refusal": "", "full": False}
 
     def describe(self) -> dict[str, Any]:
         return asdict(self.base)

@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from molehill.engine import formats
-from molehill.engine.merge import PLAIN, merged_weight, plain_sites
+from molehill.engine.merge import PLAIN, Resident, merged_weight
 from molehill.engine.vllm.layers import canonical
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.mixture import Experts, LinearMixture
@@ -32,16 +32,15 @@ _PREFIX = "molehill-"
 _resident: dict[str, Experts] = {}
 
 
-def install(config: VllmConfig) -> dict[str, Experts]:
+def install(config: VllmConfig) -> Resident | None:
     """Makes this process load the base with the resident adapter of `config` merged into it.
 
-    Returns the merged pairs by site; none if there is no resident. Raises RuntimeError for a base
-    that cannot be merged into, AdapterError for the adapter.
+    Raises RuntimeError for a base that cannot be merged into, AdapterError for the adapter.
     """
     settings = Settings.from_config(config.additional_config)
     _resident.clear()
     if settings.resident is None:
-        return {}
+        return None
     for refused, what in (
         (config.model_config.quantization is not None, "a quantised base model"),
         (config.speculative_config is not None, "speculative decoding"),
@@ -49,9 +48,11 @@ def install(config: VllmConfig) -> dict[str, Experts]:
     ):
         if refused:
             raise RuntimeError(f"merging an adapter into the base weights: found {what}")
-    _resident.update(plain_sites(formats.read(Path(settings.resident), settings.limits)))
+    merged = formats.read(Path(settings.resident), settings.limits)
+    resident = Resident(merged, settings.resident_digest)
+    _resident.update(resident.pairs)
     config.load_config.load_format = _PREFIX + config.load_config.load_format
-    return dict(_resident)
+    return resident
 
 
 class MergingLoader(DefaultModelLoader):  # type: ignore[misc]
@@ -64,14 +65,14 @@ class MergingLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
         weights = super().get_all_weights(model_config, model)
-        yield from merged(weights, _resident, model_config.dtype)
+        yield from with_resident(weights, _resident, model_config.dtype)
 
 
 for _format in FORMATS:
     register_model_loader(_PREFIX + _format)(MergingLoader)
 
 
-def merged(
+def with_resident(
     weights: Iterator[tuple[str, Tensor]], resident: Mapping[str, Experts], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """`weights` with W + B A in the place of each merged W, rounded once, to `dtype`: the served

@@ -14,13 +14,19 @@ class Settings:
 
     memory: bytes for the serving copies of all adapters on one worker. A GPU worker sets them aside
     at start, a CPU worker takes them as adapters come.
-    resident: directory of the adapter that is merged into the base weights, see `residence`.
+    merge: whether static parts of adapters become one low-rank pair as they load.
+    merge_tolerance: above 0, nearly equal experts do too, see `molehill.engine.static.gate`.
+    resident: directory of the adapter that is merged into the base weights, see `residence`; it is
+    served to requests for the adapter whose digest is `resident_digest`.
     """
 
     backend: str = "auto"
     memory: int = 2 * GIB
     limits: Limits = field(default_factory=Limits)
+    merge: bool = True
+    merge_tolerance: float = 0.0
     resident: str | None = None
+    resident_digest: str = ""
 
     def to_config(self) -> dict[str, Any]:
         """The value for `additional_config`."""

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
+from molehill.engine.merge import Resident
 from molehill.engine.vllm import compat, experts
 from molehill.engine.vllm.manager import AdapterManager
-from molehill.kernels.mixture import Experts
 
 compat.check_version()
 
@@ -26,7 +27,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     """
 
     adapters: AdapterManager
-    _resident: dict[str, Experts]
+    _resident: Resident | None
 
     def init_device(self) -> None:
         super().init_device()
@@ -59,6 +60,24 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     def molehill_stats(self) -> dict[int, dict[str, Any]]:
         """Routing figures (SlotCounters as a dict) and `bytes` by `lora_int_id`."""
         return self.adapters.stats()
+
+    def molehill_prepare(self, path: str) -> None:
+        """Starts to read and check an adapter of the store, beside the steps."""
+        self.adapters.preparation.start(path)
+
+    def molehill_prepared(self, path: str) -> bool:
+        """Whether it is read, or was refused, which `molehill_install` then says."""
+        return self.adapters.preparation.done(path)
+
+    def molehill_install(self, name: str, lora_int_id: int, path: str) -> dict[str, Any]:
+        """Copies a prepared adapter into a slot; see AdapterManager.install."""
+        return self.adapters.install(LoRARequest(name, lora_int_id, path))
+
+    def molehill_remove(self, lora_int_id: int) -> dict[int, dict[str, Any]]:
+        """Frees an adapter's slot; its last figures, as in `molehill_stats`."""
+        figures = self.adapters.stats()
+        self.adapters.remove_adapter(lora_int_id)
+        return {lora_int_id: figures[lora_int_id]} if lora_int_id in figures else {}
 
     def molehill_trace(self, enabled: bool) -> list[tuple[str, list[Any], list[Any], list[Any]]]:
         """Starts or ends recording; returns (site, probabilities, weights, entropies) so far."""
