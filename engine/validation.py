@@ -85,12 +85,12 @@ def _stacks(site: str, mixture: Mixture) -> list[tuple[str, Experts]]:
 
 def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
     if isinstance(mixture, ScaleMixture):
-        if mixture.policy.extra_rows:
-            found = type(mixture.policy).__name__
-            yield UnsupportedError(f"{site}.routing", found, "a router of one row per expert")
         heads, width = mixture.num_heads, mixture.router.shape[-1]
         expected = [heads if mixture.of == "output" else 1, mixture.num_experts, width]
         yield from _expect(f"{site}.vectors", mixture.vectors, expected)
+        if mixture.policy.extra_rows or mixture.policy.num_parameters:
+            found = f"{type(mixture.policy).__name__} over vectors"
+            yield UnsupportedError(f"{site}.routing", found, "a policy of the probabilities alone")
         return
     for stem, experts in _stacks(site, mixture):
         rows = sum(experts.ranks)

@@ -89,7 +89,8 @@ class ScaleMixture:
 
     of: u is the `output` of a projection, bias included, or the `input` of an FFN's down_proj.
     vectors: `[heads, E, width]`; head i is columns `i * width` onwards of u. router: `[E, width]`,
-    reads each head of u by itself, so that every head has gate weights of its own.
+    reads each head of u by itself, so that every head has gate weights of its own. policy: one with
+    neither extra rows nor parameters.
     """
 
     vectors: Tensor
@@ -102,12 +103,12 @@ class ScaleMixture:
         return self.router.shape[0]
 
     @property
-    def num_heads(self) -> int:
-        return self.vectors.shape[0]
+    def parameters(self) -> None:
+        """None, as the mixtures have whose policy learned nothing."""
 
     @property
-    def parameters(self) -> None:
-        """No policy that learns parameters of its own is known for vectors."""
+    def num_heads(self) -> int:
+        return self.vectors.shape[0]
 
 
 Mixture = LinearMixture | FfnMixture | ScaleMixture

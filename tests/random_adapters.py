@@ -89,7 +89,7 @@ def ffn_mixtures(
             if name != "down_proj" and draw(st.booleans()):
                 magnitudes[name] = norm * (1 + 0.3 * random(count, out, seed=seed + i))
     gate = router(count, shapes["gate_proj"][0], seed + 3)
-    return FfnMixture(stacks, draw(ROUTED), gate, None, magnitudes)
+    return FfnMixture(stacks, draw(ROUTED), gate, magnitudes=magnitudes)
 
 
 @st.composite

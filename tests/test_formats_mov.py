@@ -19,9 +19,9 @@ from molehill.engine.errors import (
 )
 from molehill.engine.huggingface import base_model
 from molehill.engine.plan import plan
-from molehill.engine.validation import problems
+from molehill.engine.validation import check, problems
 from molehill.kernels.mixture import Experts, FfnMixture, ScaleMixture
-from molehill.kernels.policy import Soft, TopK
+from molehill.kernels.policy import AdaMoLE, Soft, TopK
 
 K = "mov.layers.1.self_attn.k_proj"
 DOWN = "mov.layers.1.mlp.down_proj"
@@ -137,6 +137,12 @@ def test_vectors_that_do_not_fit_the_base(golden, site, mixture, kind, found):
     (problem,) = problems(adapter, base_model(golden / "tiny-llama"), formats.DEFAULT_LIMITS)
     assert type(problem) is kind
     assert found in problem.found
+
+
+def test_a_policy_with_rows_of_its_own_over_vectors():
+    mixture = ScaleMixture(torch.full((2, 2, 8), 2.0), AdaMoLE(0.5), torch.ones(2, 8))
+    with pytest.raises(UnsupportedError, match="AdaMoLE over vectors"):
+        check(Adapter("mov", {"layers.0.x": mixture}), formats.DEFAULT_LIMITS)
 
 
 def test_vectors_beside_experts_inside_the_same_ffn(golden):

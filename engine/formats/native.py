@@ -137,7 +137,8 @@ def _ffn(weights: Weights, site: str, fields: Fields, policy: Policy) -> FfnMixt
         if f"{site}.{name}.magnitude" in weights.tensors
     }
     router = weights.tensor(f"{site}.router", 2)
-    activation, parameters = fields.text("activation"), _parameters(weights, site, policy)
+    parameters = _parameters(weights, site, policy)
+    activation = fields.text("activation")
     return FfnMixture(stacks, policy, router, activation, parameters, magnitudes)
 
 

@@ -187,8 +187,8 @@ class Model:
             up,
             down,
             self.layer.biases["down_proj"],
-            scales.get("gate_proj"),
-            scales.get("up_proj"),
+            gate_scale=scales.get("gate_proj"),
+            up_scale=scales.get("up_proj"),
         )
 
     def run(self, runs: list[Run], x: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -127,8 +127,8 @@ class ScaleCall {
     for (int i = 0; i < block.units; ++i) {
       const int unit = block.first + i;
       const Decision decision =
-          decide(kernels_, site.policy, p + i * experts, terms + i * experts, thresholds[i], experts,
-                 weights);
+          decide(kernels_, site.policy, p + i * experts, terms + i * experts, thresholds[i],
+                 experts, weights);
       entropy += decision.entropy;
       soft += decision.soft;
       count_experts(site, weights);
