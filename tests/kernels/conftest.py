@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from cpu_cases import thread_count, usable_isas
 from triton import language as tl
 from triton.experimental.gluon import language as gluon
 from triton.language import standard
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
+from molehill.kernels.cpu.backend import ISAS
 from molehill.kernels.triton import expand, ffn, routing, shrink
 
 
@@ -40,3 +42,16 @@ def _widened(handle: TensorHandle) -> TensorHandle:
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    if request.param not in usable_isas():
+        pytest.skip(f"this processor does not run {request.param}")
+    return request.param
+
+
+@pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])
+def threads(request):
+    with thread_count(request.param):
+        yield request.param

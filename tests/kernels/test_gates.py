@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_cpu_backend import USABLE, assert_near, experts, random, rounded, thread_count
+from backend_cases import assert_near, experts, random, rounded
+from cpu_cases import thread_count, usable_isas
 from triton_cases import CPU as DEVICE
 from triton_cases import LIMITS, ffn_experts, ffn_piece, ffn_weights, run_ffn
 
@@ -185,7 +186,7 @@ def test_ffn_mixtures_route_by_them_too(make, name):
     assert_near(y, expected, torch.float32)
 
 
-@pytest.mark.parametrize("isa", USABLE)
+@pytest.mark.parametrize("isa", usable_isas())
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_instruction_set_and_thread_count(isa, threads):
     pieces = [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_cpu_backend import POLICIES, assert_near, experts, piece_delta, random, router
+from backend_cases import POLICIES, assert_near, experts, piece_delta, random, router
 
 from molehill.kernels.backend import (
     UNSERVED,
