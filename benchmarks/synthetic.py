@@ -144,11 +144,11 @@ def touched_bytes(adapter: Adapter, share: float) -> float:
     """
     total = 0.0
     for mixture in adapter.sites.values():
-        stacks = (
-            [mixture.experts]
-            if isinstance(mixture, LinearMixture)
-            else list(mixture.experts.values())
-        )
+        stacks = []
+        if isinstance(mixture, LinearMixture):
+            stacks = [mixture.experts]
+        elif isinstance(mixture, FfnMixture):
+            stacks = list(mixture.experts.values())
         total += sum(2 * (pair.a.numel() + pair.b.numel()) for pair in stacks) * share
         total += 4 * mixture.router.numel() if mixture.router is not None else 0
     return total

@@ -88,11 +88,23 @@ class LinearPiece:
 
 
 @dataclass(frozen=True)
+class ExpertScale:
+    """What expert e multiplies the base's output by, and the part of that output that it spares.
+
+    factors: float32 `[E, out]`. bias: float32 `[out]` of the base, or None.
+    """
+
+    factors: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class FfnPiece:
     """An FFN mixture cut to this rank: `gate` and `up` write the intermediate, `down` reads it.
 
     router: float32 `[E + policy.extra_rows, d]` (its input is never sharded). activation: a key of
     ACTIVATIONS. bias: float32 `[d]` of the base down_proj, or None. parameters: as in LinearPiece.
+    gate_scale, up_scale: DoRA's; the experts' b carry the same factors already.
     """
 
     site: str
@@ -104,6 +116,8 @@ class FfnPiece:
     down: Experts | None
     bias: Tensor | None = None
     parameters: Tensor | None = None
+    gate_scale: ExpertScale | None = None
+    up_scale: ExpertScale | None = None
 
     @property
     def num_experts(self) -> int:
@@ -111,11 +125,37 @@ class FfnPiece:
 
 
 @dataclass(frozen=True)
+class ScalePiece:
+    """A mixture of vectors cut to this rank: it multiplies columns `start` onwards, head by head.
+
+    vectors: float32 `[heads, E, width]`, of this rank's heads. router: float32 `[E, width]`, which
+    reads what is multiplied.
+    """
+
+    site: str
+    policy: Policy
+    router: Tensor
+    vectors: Tensor
+    start: int = 0
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.vectors.shape[0] * self.vectors.shape[2])
+
+
+@dataclass(frozen=True)
 class SlotWeights:
-    """All that one adapter brings to this rank, by the handles of registered linears and FFNs."""
+    """All that one adapter brings to this rank, by the handles of registered linears and FFNs.
+
+    scales: multiply a linear's output, after its other mixtures. ffn_scales: multiply an FFN's
+    intermediate, as one head; under tensor parallelism its router's logits are summed by the down
+    linear's `reduce`.
+    """
 
     linears: Mapping[int, Sequence[LinearPiece]]
     ffns: Mapping[int, FfnPiece]
+    scales: Mapping[int, Sequence[ScalePiece]] = field(default_factory=dict)
+    ffn_scales: Mapping[int, ScalePiece] = field(default_factory=dict)
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of a serving copy, A and B in `dtype`, tables in float32, padding left out."""
@@ -126,7 +166,11 @@ class SlotWeights:
             tables += [piece.router, piece.output_scale, piece.parameters]
         for ffn in self.ffns.values():
             pairs += [pair for pair in (ffn.gate, ffn.up, ffn.down) if pair is not None]
-            tables += [ffn.router, ffn.parameters]
+            scales = [scale for scale in (ffn.gate_scale, ffn.up_scale) if scale is not None]
+            tables += [ffn.router, ffn.parameters, *(scale.factors for scale in scales)]
+        scaled = [piece for pieces in self.scales.values() for piece in pieces]
+        for vectors in [*scaled, *self.ffn_scales.values()]:
+            tables += [vectors.router, vectors.vectors]
         elements = sum(pair.a.numel() + pair.b.numel() for pair in pairs)
         floats = sum(table.numel() for table in tables if table is not None)
         return elements * dtype.itemsize + 4 * floats
@@ -143,7 +187,7 @@ class Run:
 
 @dataclass
 class SiteCounters:
-    """Routing figures of one site. One decision is one token at one router.
+    """Routing figures of one site. One decision is one token at one router, or at one of its heads.
 
     expert_tokens: decisions that chose each expert, `[E]`.
     """
@@ -164,7 +208,10 @@ class SlotCounters:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the router of one site decided for `rows` of a step: probabilities, weights, entropy."""
+    """What the router of one site decided for `rows` of a step: probabilities, weights, entropy.
+
+    A router that reads heads one by one has an axis `heads` after the rows.
+    """
 
     site: str
     probabilities: Tensor
@@ -208,12 +255,14 @@ class Backend(Protocol):
         """Announces the next forward; rows in no run belong to the base. Never raises."""
 
     def linear(self, out: Tensor, x: Tensor, handle: int) -> None:
-        """Adds to `out [T, out]` what the mixtures of this step make of `x [T, in]`. For the
-        gate_up linear of an FFN mixture: routes, and keeps the shrunk input for `ffn`."""
+        """Adds to `out [T, out]` what the mixtures of this step make of `x [T, in]`, and multiplies
+        it by mixed vectors. For the gate_up linear of an FFN mixture: routes, and keeps the shrunk
+        input for `ffn`."""
 
     def ffn(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
         """Overwrites the FFN mixtures' rows of `h [T, I]` with sum_e w_e u_e, from the base's
-        pre-activations `gate_up [T, 2 I]`, and keeps the shrunk u_e for the down linear."""
+        pre-activations `gate_up [T, 2 I]`, and keeps the shrunk u_e for the down linear. Multiplies
+        `h` by mixed vectors."""
 
     def counters(self, slot: int) -> SlotCounters:
         """Figures since the slot was stored."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.mixture import FfnMixture, LinearMixture, Mixture
+from molehill.kernels.mixture import FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Policy, Routing
 
 
@@ -82,15 +82,35 @@ def ffn_mixture(
     act = ACTIVATIONS[mixture.activation or activation]
 
     def project(name: str, e: int, value: Tensor) -> Tensor:
-        bias = biases[name]
-        y = F.linear(value, weights[name].float(), None if bias is None else bias.float())
+        weight, bias = weights[name].float(), biases[name]
+        y = F.linear(value, weight)
         if name in mixture.experts:
-            a, b = mixture.experts[name].split()[e]
-            y = y + value @ a.float().T @ b.float().T
-        return y
+            a, b = (half.float() for half in mixture.experts[name].split()[e])
+            y = y + value @ a.T @ b.T
+            if name in mixture.magnitudes:
+                y = y * (mixture.magnitudes[name][e].float() / (weight + b @ a).norm(dim=1))
+        return y if bias is None else y + bias.float()
 
     y = torch.zeros_like(x)
     for e in range(mixture.num_experts):
         hidden = act(project("gate_proj", e, x)) * project("up_proj", e, x)
         y = y + routing.weights[:, e : e + 1] * project("down_proj", e, hidden)
     return y, routing
+
+
+def scale_mixture(u: Tensor, mixture: ScaleMixture) -> tuple[Tensor, Routing]:
+    """u times the mixed vectors, and the routing of each head. u `[T, heads * width]`: y the same.
+
+    The routing's leading axes are `[T, heads]`.
+    """
+    heads = split_heads(u.float(), mixture.num_heads)
+    routing = route(heads.flatten(0, 1), mixture.router, mixture.policy, mixture.num_experts)
+    routing = Routing(*(figure.unflatten(0, heads.shape[:2]) for figure in routing))
+    factor = torch.einsum("the,hew->thw", routing.weights, mixture.vectors.float())
+    return (heads * factor).flatten(1), routing
+
+
+def split_heads(u: Tensor, heads: int) -> Tensor:
+    """`[T, heads * width]` as `[T, heads, width]`."""
+    split: Tensor = u.unflatten(1, (heads, -1))
+    return split

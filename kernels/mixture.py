@@ -1,11 +1,12 @@
-"""The two shapes that serve every method, as data.
+"""The three shapes that serve every method, as data.
 
 Tensors are in `nn.Linear` layout (out, in), float32 unless a backend's serving copy says
 otherwise. Scaling (alpha / r) is folded into `b`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +64,8 @@ class FfnMixture:
     experts: by projection (`gate_proj`, `up_proj`, `down_proj`); one that is missing uses W alone.
     activation: name as in a Transformers config (`silu`, `gelu_pytorch_tanh`, ...); None is the
     base model's own.
+    magnitudes: `[E, out]` by projection, DoRA's of each expert; then expert e's projection is
+    m_e / ||W + B_e A_e|| * (W x + B_e A_e x) + bias.
     """
 
     experts: Mapping[str, Experts]
@@ -70,10 +73,39 @@ class FfnMixture:
     router: Tensor
     activation: str | None = None
     parameters: Tensor | None = None
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
         return self.router.shape[0] - self.policy.extra_rows
 
 
-Mixture = LinearMixture | FfnMixture
+@dataclass(frozen=True)
+class ScaleMixture:
+    """y = u * sum_e w_e l_e, element by element: experts are vectors (MoV, arXiv 2309.05444).
+
+    of: u is the `output` of a projection, bias included, or the `input` of an FFN's down_proj.
+    vectors: `[heads, E, width]`; head i is columns `i * width` onwards of u. router: `[E, width]`,
+    reads each head of u by itself, so that every head has gate weights of its own. policy: one with
+    neither extra rows nor parameters.
+    """
+
+    vectors: Tensor
+    policy: Policy
+    router: Tensor
+    of: Literal["output", "input"] = "output"
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.shape[0]
+
+    @property
+    def parameters(self) -> None:
+        """None, as the mixtures have whose policy learned nothing."""
+
+    @property
+    def num_heads(self) -> int:
+        return self.vectors.shape[0]
+
+
+Mixture = LinearMixture | FfnMixture | ScaleMixture

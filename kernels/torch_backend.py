@@ -16,12 +16,12 @@ from molehill.kernels.backend import (
     FfnShape,
     LinearShape,
     Run,
-    SiteCounters,
     SlotCounters,
     SlotWeights,
     Trace,
 )
-from molehill.kernels.torch_tables import FfnState, FfnTable, LinearTable, Shrunk
+from molehill.kernels.torch_scales import ScaleTable
+from molehill.kernels.torch_tables import FfnState, FfnTable, LinearTable, Router, Shrunk
 
 Rows = slice | Tensor
 
@@ -32,6 +32,7 @@ class Layer:
     def __init__(self, shape: LinearShape) -> None:
         self.shape = shape
         self.tables: dict[int, LinearTable] = {}
+        self.scales: dict[int, list[ScaleTable]] = {}
         self.gate_up_of: Ffn | None = None
         self.down_of: Ffn | None = None
 
@@ -42,6 +43,7 @@ class Ffn:
     def __init__(self, shape: FfnShape) -> None:
         self.shape = shape
         self.tables: dict[int, FfnTable] = {}
+        self.scales: dict[int, ScaleTable] = {}
         self.states: dict[int, FfnState] = {}
 
 
@@ -87,32 +89,57 @@ class TorchBackend:
             for handle, piece in weights.ffns.items()
             if (shape := self._linears[self._ffns[handle].shape.gate_up].shape)
         }
+        scales = {
+            handle: [
+                ScaleTable(piece, self._linears[handle].shape.device, by_head=True)
+                for piece in pieces
+            ]
+            for handle, pieces in weights.scales.items()
+        }
+        ffn_scales = {
+            handle: ScaleTable(piece, self._down(self._ffns[handle]).device, by_head=False)
+            for handle, piece in weights.ffn_scales.items()
+        }
         for handle, linear in linears.items():
             self._linears[handle].tables[slot] = linear
         for handle, ffn in ffns.items():
             self._ffns[handle].tables[slot] = ffn
+        for handle, own in scales.items():
+            self._linears[handle].scales[slot] = own
+        for handle, scale in ffn_scales.items():
+            self._ffns[handle].scales[slot] = scale
         self._tokens[slot] = 0
+
+    def _down(self, ffn: Ffn) -> LinearShape:
+        return self._linears[ffn.shape.down].shape
 
     def erase(self, slot: int) -> None:
         for layer in self._linears:
             layer.tables.pop(slot, None)
+            layer.scales.pop(slot, None)
         for ffn in self._ffns:
             ffn.tables.pop(slot, None)
+            ffn.scales.pop(slot, None)
             ffn.states.pop(slot, None)
         self._tokens.pop(slot, None)
-        self._segments = [segment for segment in self._segments if segment[0] != slot]
+        self._segments = [(UNSERVED if s == slot else s, rows) for s, rows in self._segments]
 
     def resident_bytes(self, slot: int) -> int:
-        tables: list[LinearTable | FfnTable] = []
-        tables += [layer.tables[slot] for layer in self._linears if slot in layer.tables]
-        tables += [ffn.tables[slot] for ffn in self._ffns if slot in ffn.tables]
-        return sum(table.num_bytes for table in tables)
+        total = 0
+        for layer in self._linears:
+            total += layer.tables[slot].num_bytes if slot in layer.tables else 0
+            total += sum(table.num_bytes for table in layer.scales.get(slot, ()))
+        for ffn in self._ffns:
+            total += ffn.tables[slot].num_bytes if slot in ffn.tables else 0
+            total += ffn.scales[slot].num_bytes if slot in ffn.scales else 0
+        return total
 
     def begin_step(self, runs: Sequence[Run]) -> None:
         by_slot: dict[int, list[Run]] = {}
         for run in runs:
-            by_slot.setdefault(run.slot, []).append(run)
-            if run.slot in self._tokens:
+            served = run.slot in self._tokens
+            by_slot.setdefault(run.slot if served else UNSERVED, []).append(run)
+            if served:
                 self._tokens[run.slot] += run.stop - run.start
         self._segments = [(slot, _rows(own)) for slot, own in by_slot.items()]
 
@@ -123,12 +150,19 @@ class TorchBackend:
         work = [s for s in self._segments if s[0] in layer.tables]
         shrunk = [layer.tables[slot].shrink(x[rows]) for slot, rows in work]
         if layer.shape.reduce is not None:
-            shrunk = _reduce(shrunk, layer)
+            shrunk = _reduce_shrunk(shrunk, layer.shape.reduce)
         for (slot, rows), part in zip(work, shrunk, strict=True):
             y = out[rows]
             layer.tables[slot].expand(y, part, self._traces)
             if not isinstance(rows, slice):
                 out[rows] = y
+        for slot, rows in self._segments:
+            for table in layer.scales.get(slot, ()):
+                y = out[rows]
+                u = y[:, table.columns]
+                table.scale(u, table.logits(u), self._traces)
+                if not isinstance(rows, slice):
+                    out[rows] = y
         self._linear_in_ffn(out, x, layer)
 
     def _linear_in_ffn(self, out: Tensor, x: Tensor, layer: Layer) -> None:
@@ -149,16 +183,25 @@ class TorchBackend:
         for slot, rows in self._segments:
             if slot in ffn.tables:
                 h[rows] = ffn.tables[slot].mix(gate_up[rows], ffn.states[slot])
+        work = [s for s in self._segments if s[0] in ffn.scales]
+        logits = [ffn.scales[slot].logits(h[rows]) for slot, rows in work]
+        reduce = self._down(ffn).reduce
+        if reduce is not None:
+            logits = _reduce(logits, reduce)
+        for (slot, rows), part in zip(work, logits, strict=True):
+            u = h[rows]
+            ffn.scales[slot].scale(u, part, self._traces)
+            if not isinstance(rows, slice):
+                h[rows] = u
 
     def counters(self, slot: int) -> SlotCounters:
-        sites: dict[str, SiteCounters] = {}
+        routers: list[Router] = []
         for layer in self._linears:
-            if slot in layer.tables:
-                for router in layer.tables[slot].routers:
-                    sites.update(router.counters())
+            routers += layer.tables[slot].routers if slot in layer.tables else []
+            routers += [table.router for table in layer.scales.get(slot, ())]
         for ffn in self._ffns:
-            if slot in ffn.tables:
-                sites.update(ffn.tables[slot].router.counters())
+            routers += [own[slot].router for own in (ffn.tables, ffn.scales) if slot in own]
+        sites = {site: figures for router in routers for site, figures in router.counters()}
         return SlotCounters(self._tokens[slot], sites)
 
     def trace(self, enabled: bool) -> list[Trace]:
@@ -173,15 +216,15 @@ def _rows(runs: Sequence[Run]) -> Rows:
     return torch.cat([torch.arange(run.start, run.stop) for run in runs])
 
 
-def _reduce(shrunk: list[Shrunk], layer: Layer) -> list[Shrunk]:
+def _reduce(logits: list[Tensor], reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Sums all segments' router logits over the ranks, in one collective."""
-    logits = [part.logits for part in shrunk if part.logits is not None]
     if not logits:
-        return shrunk
-    assert layer.shape.reduce is not None
-    total = layer.shape.reduce(torch.cat([part.flatten() for part in logits]))
-    parts = iter(total.split([part.numel() for part in logits]))
-    return [
-        part if part.logits is None else Shrunk(part.rows, next(parts).view_as(part.logits))
-        for part in shrunk
-    ]
+        return logits
+    total = reduce(torch.cat([part.flatten() for part in logits]))
+    parts = total.split([part.numel() for part in logits])
+    return [part.view_as(own) for part, own in zip(parts, logits, strict=True)]
+
+
+def _reduce_shrunk(shrunk: list[Shrunk], reduce: Callable[[Tensor], Tensor]) -> list[Shrunk]:
+    parts = iter(_reduce([s.logits for s in shrunk if s.logits is not None], reduce))
+    return [s if s.logits is None else Shrunk(s.rows, next(parts)) for s in shrunk]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.backend import FfnPiece, LinearPiece, SiteCounters, Trace
+from molehill.kernels.backend import ExpertScale, FfnPiece, LinearPiece, SiteCounters, Trace
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Constant, Policy, Routing
 
@@ -243,6 +243,8 @@ class FfnTable:
         self.up = _pad(piece.up, dtype, device)
         self.down = _pad(piece.down, dtype, device)
         self.bias = None if piece.bias is None else piece.bias.to(device, dtype)
+        self.gate_scale = _to(piece.gate_scale, device)
+        self.up_scale = _to(piece.up_scale, device)
 
     def route(self, x: Tensor, traces: list[Trace] | None) -> "FfnState":
         """x `[T, d]`, the FFN's input: gate weights and the input shrunk for gate and up."""
@@ -271,6 +273,7 @@ class FfnTable:
         self, gate_up: Tensor, weights: Tensor, a_gate: Tensor | None, a_up: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         gate, up = gate_up.float().unsqueeze(0).chunk(2, dim=-1)
+        gate, up = _scaled(gate, self.gate_scale), _scaled(up, self.up_scale)
         u = self.act(gate + _delta(self.gate, a_gate)) * (up + _delta(self.up, a_up))
         u = u.expand(weights.shape[1], *u.shape[1:])
         h = torch.einsum("te,eti->ti", weights, u).to(gate_up.dtype)
@@ -290,7 +293,8 @@ class FfnTable:
     @property
     def num_bytes(self) -> int:
         pairs = [p for p in (self.gate, self.up, self.down) if p is not None]
-        return self.g.nbytes + sum(p.a.nbytes + p.b.nbytes for p in pairs)
+        scales = [s.factors.nbytes for s in (self.gate_scale, self.up_scale) if s is not None]
+        return self.g.nbytes + sum(p.a.nbytes + p.b.nbytes for p in pairs) + sum(scales)
 
 
 @dataclass
@@ -318,6 +322,23 @@ def _pad(experts: Experts | None, dtype: torch.dtype, device: torch.device) -> P
     a = torch.stack([F.pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in pairs])
     b = torch.stack([F.pad(b, (0, rank - b.shape[1])) for _, b in pairs])
     return Padded(a.to(device, dtype).contiguous(), b.to(device, dtype).contiguous())
+
+
+def _to(scale: ExpertScale | None, device: torch.device) -> ExpertScale | None:
+    if scale is None:
+        return None
+    bias = None if scale.bias is None else scale.bias.to(device, torch.float32)
+    return ExpertScale(scale.factors.to(device, torch.float32), bias)
+
+
+def _scaled(base: Tensor, scale: ExpertScale | None) -> Tensor:
+    """The base's pre-activations `[1, T, I]` as each expert scales them, `[E, T, I]`."""
+    if scale is None:
+        return base
+    factors = scale.factors.unsqueeze(1)
+    if scale.bias is None:
+        return base * factors
+    return (base - scale.bias) * factors + scale.bias
 
 
 def _shrink(pair: Padded | None, x: Tensor) -> Tensor | None:
