@@ -10,11 +10,13 @@ from torch import Tensor
 
 from molehill.kernels.backend import (
     CapacityError,
+    ExpertScale,
     FfnPiece,
     FfnShape,
     LinearPiece,
     LinearShape,
     Run,
+    ScalePiece,
     SiteCounters,
     SlotCounters,
     SlotWeights,
@@ -114,6 +116,11 @@ class CpuBackend:
                 self._check_linear(handle, piece)
         for handle, ffn in weights.ffns.items():
             self._check_ffn(handle, ffn)
+        for handle, scales in weights.scales.items():
+            for scale in scales:
+                _check_scale(scale, self._linears[handle].out_features)
+        for handle, scale in weights.ffn_scales.items():
+            _check_scale(scale, self._ffns[handle].intermediate, whole=True)
         self._slots.add(slot)
         try:
             self._pack(slot, weights)
@@ -204,6 +211,11 @@ class CpuBackend:
         _check_policy(piece.site, piece.policy, experts)
         _check_router(piece, experts, inputs)
         _check_table(piece.site, "bias", piece.bias, (outputs,))
+        for name, scale in (("gate_scale", piece.gate_scale), ("up_scale", piece.up_scale)):
+            if scale is not None:
+                width = shape.intermediate
+                _check_table(piece.site, name, scale.factors, (experts, width))
+                _check_table(piece.site, f"{name}: bias", scale.bias, (width,))
 
     def _pack(self, slot: int, weights: SlotWeights) -> None:
         dtype = next((shape.dtype for shape in self._linears.values()), torch.float32)
@@ -234,7 +246,16 @@ class CpuBackend:
                 *_policy_numbers(ffn.policy, ffn.parameters),
                 _floats(ffn.router),
                 _floats(ffn.bias),
+                *_scale(ffn.gate_scale),
+                *_scale(ffn.up_scale),
             )
+        for handle, scales in weights.scales.items():
+            for scale in scales:
+                site = self._site(scale.site)
+                self._ops.store_scale(slot, handle, site, scale.start, *_vectors(scale))
+        for handle, scale in weights.ffn_scales.items():
+            site = self._site(scale.site)
+            self._ops.store_ffn_scale(slot, handle, site, *_vectors(scale))
 
     def _site(self, name: str) -> int:
         return self._sites.setdefault(name, len(self._sites))
@@ -284,6 +305,26 @@ def _check_router(piece: LinearPiece | FfnPiece, experts: int, inputs: int) -> N
 def _check_table(site: str, name: str, table: Tensor | None, shape: tuple[int, ...]) -> None:
     if table is not None:
         _expect(site, name, tuple(table.shape), shape)
+
+
+def _check_scale(piece: ScalePiece, columns: int, *, whole: bool = False) -> None:
+    """whole: it must be one head over all columns."""
+    heads, experts, width = piece.vectors.shape
+    _check_policy(piece.site, piece.policy, experts)
+    _check_table(piece.site, "router", piece.router, (experts, width))
+    if whole:
+        _expect(piece.site, "vectors", (heads, width), (1, columns))
+    elif piece.start < 0 or piece.columns.stop > columns:
+        found = f"columns {piece.start} to {piece.columns.stop}"
+        raise ValueError(f"{piece.site}: found {found}, expected at most {columns}")
+
+
+def _scale(scale: ExpertScale | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if scale is None else (_floats(scale.factors), _floats(scale.bias))
+
+
+def _vectors(piece: ScalePiece) -> tuple[str, list[float], Tensor | None, Tensor | None]:
+    return *_policy_numbers(piece.policy, None), _floats(piece.router), _floats(piece.vectors)
 
 
 def _effective_policy(piece: LinearPiece) -> Policy:

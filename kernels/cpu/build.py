@@ -129,7 +129,8 @@ def _units() -> list[_Unit]:
         _Unit("kernels.cpp", isa, ["-O3", "-ffp-contract=fast", f"-DMOLEHILL_ISA={isa}", *flags])
         for isa, flags in isas.items()
     ]
-    logic = [_Unit(f"{name}.cpp", name, ["-O2"]) for name in ("policy", "state", "linear", "ffn")]
+    names = ("policy", "state", "linear", "ffn", "scale")
+    logic = [_Unit(f"{name}.cpp", name, ["-O2"]) for name in names]
     return [*kernels, *logic, _Unit("ops.cpp", "ops", ["-O1", *define, *_torch_flags()])]
 
 

@@ -59,9 +59,13 @@ class FfnCall {
     const FfnPiece& piece = *state.piece;
     const int column = tile * kTileColumns, row = state.chunk.start;
     const ptrdiff_t element = kernels_.element;
-    const auto side = [&](const LowRank& pair, const void* z) {
+    const auto side = [&](const LowRank& pair, const void* z, const Buffer& scale,
+                          const Buffer& bias) {
+      const auto at = [&](const Buffer& table) {
+        return table.bytes() ? table.as<float>() + column : nullptr;
+      };
       return FfnSide{z, pair.ranks(), pair.first_rank.data(), pair.b.as<char>(), column,
-                     pair.columns()};
+                     pair.columns(), at(scale), intermediate_, at(bias)};
     };
     const char* base = static_cast<const char*>(gate_up_.data) + row * gate_up_.stride * element;
     char* h = static_cast<char*>(h_.data) + (row * h_.stride + column) * element;
@@ -69,7 +73,8 @@ class FfnCall {
     kernels_.ffn({state.routing.choice(state.chunk.rows), base + column * element,
                   base + (intermediate_ + column) * element, gate_up_.stride, h, h_.stride,
                   std::min(kTileColumns, intermediate_ - column), piece.activation,
-                  side(piece.gate, state.gate), side(piece.up, state.up),
+                  side(piece.gate, state.gate, piece.gate_scale, piece.gate_bias),
+                  side(piece.up, state.up, piece.up_scale, piece.up_bias),
                   down ? down + column * kPanelRows * element : nullptr,
                   piece.down.panel_elements(), piece.down.first_rank.data(), sums(s, copy),
                   piece.down.ranks()});
@@ -114,10 +119,12 @@ class FfnCall {
 
 }  // namespace
 
-void apply_ffn(Backend& backend, int ffn, Rows h, Rows gate_up) {
-  if (backend.ffn_of_state != ffn || backend.ffn_states.empty()) return;
-  backend.scratch.reset();
-  FfnCall(backend, ffn, h, gate_up).run();
+void apply_ffn(Backend& backend, int ffn, Rows h, Rows gate_up, Reduce* reduce) {
+  if (backend.ffn_of_state == ffn && !backend.ffn_states.empty()) {
+    backend.scratch.reset();
+    FfnCall(backend, ffn, h, gate_up).run();
+  }
+  apply_ffn_scales(backend, ffn, h, reduce);
 }
 
 }  // namespace molehill

@@ -200,8 +200,15 @@ INLINE void shrink_down(const FfnJob& job, int row, int e, const Floats* u) {
   }
 }
 
-// One row of one tile; `full` as `plain` above.
-template <class M, bool full>
+// DoRA: the base's pre-activation without its bias, times the expert's factor.
+INLINE Floats rescale(const FfnSide& side, int e, int column, int some, Floats y) {
+  if (!side.scale) return y;
+  const Floats bias = side.bias ? load_some(side.bias + column, some) : Floats{};
+  return (y - bias) * load_some(side.scale + e * side.scale_stride + column, some) + bias;
+}
+
+// One row of one tile; `full` as `plain` above. `scaled`: some side has a scale.
+template <class M, bool full, bool scaled>
 INLINE void ffn_row(const FfnJob& job, ptrdiff_t row) {
   using T = typename M::Element;
   const Choice& choice = job.choice;
@@ -218,6 +225,10 @@ INLINE void ffn_row(const FfnJob& job, ptrdiff_t row) {
       const int some = full ? 16 : larger(job.columns - c * 16, 0);
       gate.sums[0][c] = full ? load(base_gate + c * 16) : load_some(base_gate + c * 16, some);
       up.sums[0][c] = full ? load(base_up + c * 16) : load_some(base_up + c * 16, some);
+      if constexpr (scaled) {
+        gate.sums[0][c] = rescale(job.gate_side, e, c * 16, some, gate.sums[0][c]);
+        up.sums[0][c] = rescale(job.up_side, e, c * 16, some, up.sums[0][c]);
+      }
     }
     add_side<M>(gate, int(row), e, job.gate_side);
     add_side<M>(up, int(row), e, job.up_side);
@@ -239,13 +250,34 @@ INLINE void ffn_row(const FfnJob& job, ptrdiff_t row) {
   }
 }
 
-template <class M>
-void ffn(const FfnJob& job) {
+template <class M, bool scaled>
+void ffn_rows(const FfnJob& job) {
   for (int row = 0; row < job.choice.rows; ++row)
     if (job.columns >= kTileColumns)
-      ffn_row<M, true>(job, row);
+      ffn_row<M, true, scaled>(job, row);
     else
-      ffn_row<M, false>(job, row);
+      ffn_row<M, false, scaled>(job, row);
+}
+
+template <class M>
+void ffn(const FfnJob& job) {
+  if (job.gate_side.scale || job.up_side.scale)
+    ffn_rows<M, true>(job);
+  else
+    ffn_rows<M, false>(job);
+}
+
+template <class T>
+void scale(const ScaleJob& job) {
+  for (int column = 0; column < job.width; column += 16) {
+    const int some = job.width - column < 16 ? job.width - column : 16;
+    Floats factor = {};
+    for (int e = 0; e < job.experts; ++e)
+      if (job.weights[e] != 0)
+        factor += job.weights[e] * load_some(job.vectors + ptrdiff_t(e) * job.width + column, some);
+    T* u = (T*)job.u + column;
+    store_some(u, load_some(u, some) * factor, some);
+  }
 }
 
 template <class M>
@@ -266,7 +298,8 @@ constexpr Kernels table(const char* name) {
           .rank = rank,
           .shrink = shrink<M>,
           .expand = expand<M>,
-          .ffn = ffn<M>};
+          .ffn = ffn<M>,
+          .scale = scale<T>};
 }
 
 }  // namespace

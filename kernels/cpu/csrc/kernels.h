@@ -66,6 +66,9 @@ struct FfnSide {
   const int* first_rank;
   const void* b;  // packed
   int column, all_columns;
+  const float* scale;  // DoRA: [experts][scale_stride] at the tile's first column, or null
+  ptrdiff_t scale_stride;
+  const float* bias;  // the base's, at the tile's first column; only read with a scale
 };
 
 // h[:, tile] = sum_e w_e u_e and down_e += A_down,e[:, tile] u_e, for one tile of the intermediate.
@@ -84,6 +87,15 @@ struct FfnJob {
   const int* down_first_rank;
   float* down_sums;  // [rows][down_ranks], accumulated
   int down_ranks;
+};
+
+// u *= sum_e weight_e vector_e, for one head of one row.
+struct ScaleJob {
+  void* u;
+  int width;
+  const float* vectors;  // [experts][width]
+  const float* weights;  // [experts]
+  int experts;
 };
 
 struct Kernels {
@@ -106,6 +118,7 @@ struct Kernels {
   void (*shrink)(const ShrinkJob& job);
   void (*expand)(const ExpandJob& job);
   void (*ffn)(const FfnJob& job);
+  void (*scale)(const ScaleJob& job);
 };
 
 // The tables of one instruction set; `bf16` selects the activations' type.

@@ -482,7 +482,9 @@ class LinearCall {
 }  // namespace
 
 void apply_linear(Backend& backend, int linear, Rows out, Rows x, Reduce* reduce) {
-  if (!backend.runs.empty()) LinearCall(backend, linear, out, x).run(reduce);
+  if (backend.runs.empty()) return;
+  LinearCall(backend, linear, out, x).run(reduce);
+  apply_scales(backend, linear, out);
 }
 
 }  // namespace molehill

@@ -93,62 +93,12 @@ int64_t register_ffn(int64_t gate_up, int64_t down, int64_t intermediate) {
   const Handle first = find(linears, gate_up), last = find(linears, down);
   Backend& state = first.instance->state;
   const int ffn = int(state.ffns.size());
-  state.ffns.push_back({first.index, last.index, int(intermediate)});
+  const int64_t reduced_as = state.linears[last.index].reduced ? down : -1;
+  state.ffns.push_back({first.index, last.index, int(intermediate), reduced_as});
   state.linears[first.index].ffn_in = ffn;
   state.linears[last.index].ffn_out = ffn;
   ffns.push_back({first.instance, ffn});
   return int64_t(ffns.size()) - 1;
-}
-
-Policy parse_policy(const std::string& name, const Numbers& n) {
-  Policy policy;
-  if (name == "Constant") {
-    policy.kind = PolicyKind::constant;
-    policy.weights.assign(n.begin(), n.end());
-  } else if (name == "Soft") {
-    policy.kind = PolicyKind::soft;
-  } else if (name == "TopK") {
-    policy.kind = PolicyKind::top_k;
-    policy.k = int(n.at(0));
-    policy.normalize = n.at(1) != 0;
-  } else if (name == "TopP") {
-    policy.kind = PolicyKind::top_p;
-    policy.top_p = float(n.at(0));
-    policy.temperature = float(n.at(1));
-  } else if (name == "Threshold") {
-    policy.kind = PolicyKind::threshold;
-    policy.threshold = float(n.at(0));
-  } else if (name == "Arrow") {
-    policy.kind = PolicyKind::arrow;
-    policy.k = int(n.at(0));
-    policy.temperature = float(n.at(1));
-  } else if (name == "AdaMoLE") {
-    policy.kind = PolicyKind::adamole;
-    policy.threshold = float(n.at(0));
-    policy.offset = float(n.at(1));
-    policy.extra_rows = 1;
-  } else if (name == "Sparsegen") {
-    policy.kind = PolicyKind::sparsegen;
-    policy.extra_rows = int(n.at(0));
-    TORCH_CHECK(int64_t(n.size()) == 2 + 2 * int64_t(policy.extra_rows), "molehill_cpu: Sparsegen's parameters");
-    const auto biases = n.begin() + 1, weights = biases + policy.extra_rows;
-    policy.hidden_biases.assign(biases, weights);
-    policy.hidden_weights.assign(weights, n.end() - 1);
-    policy.offset = float(n.back());
-  } else {
-    TORCH_CHECK(name == "DynMoLE", "molehill_cpu: unknown policy '", name, "'");
-    policy.kind = PolicyKind::dynmole;
-    policy.top_p = float(n.at(0));
-    policy.keep_top_k = int(n.at(1));
-    policy.entropy_threshold = float(n.at(2));
-    policy.entropy_index = n.at(3);
-    policy.entropy_eps = float(n.at(4));
-    policy.renyi = n.at(5) != 0;
-    policy.normalize_weights = n.at(6) != 0;
-    policy.include_crossing = n.at(7) != 0;
-    policy.normalize_entropy = n.at(8) != 0;
-  }
-  return policy;
 }
 
 Site make_site(int64_t id, int64_t experts, const std::string& policy, const Numbers& numbers,
@@ -212,7 +162,9 @@ void store_ffn(int64_t slot, int64_t ffn, int64_t site, int64_t activation,
                const std::optional<Tensor>& up_b, const Ints& up_ranks,
                const std::optional<Tensor>& down_a, const std::optional<Tensor>& down_b,
                const Ints& down_ranks, const std::string& policy, const Numbers& numbers,
-               const Tensor& router, const std::optional<Tensor>& bias) {
+               const Tensor& router, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& gate_scale, const std::optional<Tensor>& gate_bias,
+               const std::optional<Tensor>& up_scale, const std::optional<Tensor>& up_bias) {
   const Handle handle = find(ffns, ffn);
   Backend& state = handle.instance->state;
   const Kernels& table = *state.linears[state.ffns[handle.index].gate_up].kernels;
@@ -226,7 +178,39 @@ void store_ffn(int64_t slot, int64_t ffn, int64_t site, int64_t activation,
   piece.up = make_pair(table, up_a, up_b, up_ranks, experts, memory);
   piece.down = make_pair(table, down_a, down_b, down_ranks, experts, memory);
   piece.bias = floats(bias, memory);
+  piece.gate_scale = floats(gate_scale, memory);
+  piece.gate_bias = floats(gate_bias, memory);
+  piece.up_scale = floats(up_scale, memory);
+  piece.up_bias = floats(up_bias, memory);
   owner.ffns.insert_or_assign(handle.index, std::move(piece));
+}
+
+ScalePiece make_scale(int64_t site, int64_t start, const std::string& policy, const Numbers& numbers,
+                      const Tensor& router, const Tensor& vectors, Arena& memory) {
+  ScalePiece piece;
+  piece.site = make_site(site, router.size(0), policy, numbers, router, memory);
+  piece.start = int(start);
+  piece.heads = int(vectors.size(0));
+  piece.width = int(vectors.size(2));
+  piece.vectors = floats(vectors, memory);
+  return piece;
+}
+
+void store_scale(int64_t slot, int64_t linear, int64_t site, int64_t start,
+                 const std::string& policy, const Numbers& numbers, const Tensor& router,
+                 const Tensor& vectors) {
+  const Handle handle = find(linears, linear);
+  Slot& owner = handle.instance->state.slots[int(slot)];
+  owner.scales[handle.index].push_back(
+      make_scale(site, start, policy, numbers, router, vectors, owner.memory));
+}
+
+void store_ffn_scale(int64_t slot, int64_t ffn, int64_t site, const std::string& policy,
+                     const Numbers& numbers, const Tensor& router, const Tensor& vectors) {
+  const Handle handle = find(ffns, ffn);
+  Slot& owner = handle.instance->state.slots[int(slot)];
+  owner.ffn_scales.insert_or_assign(
+      handle.index, make_scale(site, 0, policy, numbers, router, vectors, owner.memory));
 }
 
 // A slot that holds nothing is not served.
@@ -289,6 +273,9 @@ Counts counters(int64_t backend, int64_t slot) {
   for (const auto& [handle, pieces] : found->second.linears)
     for (const LinearPiece& piece : pieces) add(piece.site);
   for (const auto& [handle, piece] : found->second.ffns) add(piece.site);
+  for (const auto& [handle, pieces] : found->second.scales)
+    for (const ScalePiece& piece : pieces) add(piece.site);
+  for (const auto& [handle, piece] : found->second.ffn_scales) add(piece.site);
   return result;
 }
 
@@ -302,9 +289,13 @@ std::tuple<Ints, std::vector<Tensor>> trace(int64_t backend, bool enabled) {
   std::vector<Tensor> tensors;
   for (const TraceRecord& record : state.trace) {
     sites.push_back(record.site);
-    tensors.push_back(to_tensor(record.probabilities, {record.rows, record.experts}));
-    tensors.push_back(to_tensor(record.weights, {record.rows, record.experts}));
-    tensors.push_back(to_tensor(record.entropy, {record.rows}));
+    std::vector<int64_t> shape{record.rows};
+    if (record.heads > 0) shape.push_back(record.heads);
+    const Tensor entropy = to_tensor(record.entropy, shape);
+    shape.push_back(record.experts);
+    tensors.push_back(to_tensor(record.probabilities, shape));
+    tensors.push_back(to_tensor(record.weights, shape));
+    tensors.push_back(entropy);
   }
   state.trace.clear();
   state.tracing = enabled;
@@ -358,13 +349,14 @@ void linear(Tensor out, const Tensor& x, const Tensor& handle) {
 void ffn(Tensor h, const Tensor& gate_up, const Tensor& handle) {
   const Handle layer = find(ffns, number(handle));
   Backend& state = layer.instance->state;
-  if (state.ffn_states.empty()) return;
+  if (!changes_ffn(state, layer.index)) return;
   const Ffn& shape = state.ffns[layer.index];
   const at::ScalarType dtype = layer.instance->dtypes[shape.gate_up];
   check(h, "h", dtype, shape.intermediate);
   check(gate_up, "gate_up", dtype, 2 * shape.intermediate);
   const Tensor input = readable(gate_up, dtype), output = readable(h, dtype);
-  apply_ffn(state, layer.index, rows(output), rows(input));
+  PythonReduce reduce(shape.reduced_as);
+  apply_ffn(state, layer.index, rows(output), rows(input), shape.reduced_as < 0 ? nullptr : &reduce);
   if (!output.is_same(h)) h.copy_(output);
 }
 
@@ -394,8 +386,17 @@ TORCH_LIBRARY(molehill_cpu, m) {
       "store_ffn(int slot, int ffn, int site, int activation, Tensor? gate_a, Tensor? gate_b, "
       "int[] gate_ranks, Tensor? up_a, Tensor? up_b, int[] up_ranks, Tensor? down_a, "
       "Tensor? down_b, int[] down_ranks, str policy, float[] numbers, Tensor router, "
-      "Tensor? bias) -> ()",
+      "Tensor? bias, Tensor? gate_scale, Tensor? gate_bias, Tensor? up_scale, "
+      "Tensor? up_bias) -> ()",
       store_ffn);
+  m.def(
+      "store_scale(int slot, int linear, int site, int start, str policy, float[] numbers, "
+      "Tensor router, Tensor vectors) -> ()",
+      store_scale);
+  m.def(
+      "store_ffn_scale(int slot, int ffn, int site, str policy, float[] numbers, Tensor router, "
+      "Tensor vectors) -> ()",
+      store_ffn_scale);
   m.def("erase(int backend, int slot) -> ()", erase);
   m.def("resident_bytes(int backend, int slot) -> int", resident_bytes);
   m.def("begin_step(int backend, int[] runs) -> ()", begin_step);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 namespace molehill {
 namespace {
@@ -201,6 +202,58 @@ Decision decide(const Kernels& kernels, const Policy& policy, const float* proba
       break;
   }
   return decision;
+}
+
+Policy parse_policy(const std::string& name, const std::vector<double>& n) {
+  Policy policy;
+  if (name == "Constant") {
+    policy.kind = PolicyKind::constant;
+    policy.weights.assign(n.begin(), n.end());
+  } else if (name == "Soft") {
+    policy.kind = PolicyKind::soft;
+  } else if (name == "TopK") {
+    policy.kind = PolicyKind::top_k;
+    policy.k = int(n.at(0));
+    policy.normalize = n.at(1) != 0;
+  } else if (name == "TopP") {
+    policy.kind = PolicyKind::top_p;
+    policy.top_p = float(n.at(0));
+    policy.temperature = float(n.at(1));
+  } else if (name == "Threshold") {
+    policy.kind = PolicyKind::threshold;
+    policy.threshold = float(n.at(0));
+  } else if (name == "Arrow") {
+    policy.kind = PolicyKind::arrow;
+    policy.k = int(n.at(0));
+    policy.temperature = float(n.at(1));
+  } else if (name == "AdaMoLE") {
+    policy.kind = PolicyKind::adamole;
+    policy.threshold = float(n.at(0));
+    policy.offset = float(n.at(1));
+    policy.extra_rows = 1;
+  } else if (name == "Sparsegen") {
+    policy.kind = PolicyKind::sparsegen;
+    policy.extra_rows = int(n.at(0));
+    if (n.size() != 2 + 2 * size_t(policy.extra_rows))
+      throw std::invalid_argument("molehill_cpu: Sparsegen's parameters");
+    const auto biases = n.begin() + 1, weights = biases + policy.extra_rows;
+    policy.hidden_biases.assign(biases, weights);
+    policy.hidden_weights.assign(weights, n.end() - 1);
+    policy.offset = float(n.back());
+  } else {
+    if (name != "DynMoLE") throw std::invalid_argument("molehill_cpu: unknown policy " + name);
+    policy.kind = PolicyKind::dynmole;
+    policy.top_p = float(n.at(0));
+    policy.keep_top_k = int(n.at(1));
+    policy.entropy_threshold = float(n.at(2));
+    policy.entropy_index = n.at(3);
+    policy.entropy_eps = float(n.at(4));
+    policy.renyi = n.at(5) != 0;
+    policy.normalize_weights = n.at(6) != 0;
+    policy.include_crossing = n.at(7) != 0;
+    policy.normalize_entropy = n.at(8) != 0;
+  }
+  return policy;
 }
 
 }  // namespace molehill

@@ -1,6 +1,7 @@
 // Routing policies: what molehill.kernels.policy defines, for one row at a time.
 #pragma once
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -29,6 +30,10 @@ struct Policy {
   int extra_rows = 0;   // of the router, after the experts'
   bool renyi = false, normalize_weights = false, include_crossing = false, normalize_entropy = true;
 };
+
+// From the name and the numbers that molehill.kernels.cpu.backend makes of the dataclass. Throws
+// std::invalid_argument.
+Policy parse_policy(const std::string& name, const std::vector<double>& numbers);
 
 struct Decision {
   float entropy;

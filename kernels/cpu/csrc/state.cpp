@@ -137,7 +137,12 @@ size_t Slot::bytes() const {
                piece.bias.bytes();
   for (const auto& [handle, piece] : ffns)
     total += piece.site.router.bytes() + piece.gate.bytes() + piece.up.bytes() +
-             piece.down.bytes() + piece.bias.bytes();
+             piece.down.bytes() + piece.bias.bytes() + piece.gate_scale.bytes() +
+             piece.up_scale.bytes() + piece.gate_bias.bytes() + piece.up_bias.bytes();
+  for (const auto& [handle, pieces] : scales)
+    for (const ScalePiece& piece : pieces) total += piece.site.router.bytes() + piece.vectors.bytes();
+  for (const auto& [handle, piece] : ffn_scales)
+    total += piece.site.router.bytes() + piece.vectors.bytes();
   return total;
 }
 

@@ -116,6 +116,14 @@ struct FfnPiece {
   Activation activation = Activation::silu;
   LowRank gate, up, down;  // no ranks where the projection is not adapted
   Buffer bias;             // float [d], or empty
+  Buffer gate_scale, up_scale;  // float [E, intermediate], or empty
+  Buffer gate_bias, up_bias;    // float [intermediate], or empty; only read with a scale
+};
+
+struct ScalePiece {
+  Site site;
+  int start = 0, heads = 1, width = 0;
+  Buffer vectors;  // float [heads, E, width]
 };
 
 struct Slot {
@@ -123,6 +131,8 @@ struct Slot {
   int64_t tokens = 0;
   std::map<int, std::vector<LinearPiece>> linears;
   std::map<int, FfnPiece> ffns;
+  std::map<int, std::vector<ScalePiece>> scales;  // by linear
+  std::map<int, ScalePiece> ffn_scales;
   size_t bytes() const;
 };
 
@@ -135,6 +145,7 @@ struct Linear {
 
 struct Ffn {
   int gate_up = 0, down = 0, intermediate = 0;
+  int64_t reduced_as = -1;  // handle that sums logits of the intermediate over tensor-parallel ranks
 };
 
 struct Run {
@@ -174,6 +185,7 @@ struct TraceRecord {
   int64_t site;
   int start, rows, experts;
   std::vector<float> probabilities, weights, entropy;
+  int heads = 0;  // an axis after the rows, if there is one
 };
 
 struct Backend {
@@ -204,6 +216,11 @@ struct Reduce {
 };
 
 void apply_linear(Backend& backend, int linear, Rows out, Rows x, Reduce* reduce);
-void apply_ffn(Backend& backend, int ffn, Rows h, Rows gate_up);
+// reduce: for the logits of routers that read h.
+void apply_ffn(Backend& backend, int ffn, Rows h, Rows gate_up, Reduce* reduce);
+// Whether apply_ffn has anything to do in this step.
+bool changes_ffn(const Backend& backend, int ffn);
+void apply_scales(Backend& backend, int linear, Rows out);
+void apply_ffn_scales(Backend& backend, int ffn, Rows h, Reduce* reduce);
 
 }  // namespace molehill
