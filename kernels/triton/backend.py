@@ -146,7 +146,8 @@ class TritonBackend:
             slots.ffn_counters[:, handle],
         )
         dtype = self._linears[shape.gate_up].dtype
-        arena = (slots.arena.view(dtype), slots.arena.view(torch.int32))
+        floats, ints = slots.arena.view(torch.float32), slots.arena.view(torch.int32)
+        arena = (slots.arena.view(dtype), floats, ints)
         scratch = self._scratch_of(shape.gate_up, tokens)
         strips = self._strips.of(tokens, shape.intermediate)
         trace = self._trace_buffer(tokens)

@@ -1,8 +1,9 @@
 """FFN mixture: h = sum_e w_e u_e with u_e = act(W_gate x + d_gate,e) * (W_up x + d_up,e).
 
 d_gate,e = B_gate,e A_gate,e x; the shrunk inputs A x and the logits come from the gate_up linear's
-shrink. The same launch computes w_e A_down,e u_e for the down linear, in strips of the
-intermediate: each program has a strip of its own, molehill.kernels.triton.shrink adds them up.
+shrink. Where experts are DoRA, W_gate x and W_up x are multiplied by the expert's factors. The same
+launch computes w_e A_down,e u_e for the down linear, in strips of the intermediate: each program
+has a strip of its own, molehill.kernels.triton.shrink adds them up.
 """
 
 import triton
@@ -61,6 +62,29 @@ def add_delta(
             other=0.0,
         )
         y = tl.dot(sums.to(b.dtype), b, y, input_precision=PRECISION)
+    return y
+
+
+@triton.jit
+def rescaled(
+    y: tl.tensor,
+    floats: tl.tensor,
+    scale: tl.tensor,
+    bias: tl.tensor,
+    e: tl.tensor,
+    column: tl.tensor,
+    width: tl.tensor,
+) -> tl.tensor:
+    """(y - bias) * factor_e + bias: DoRA's base output of expert e. scale, bias: places, or -1."""
+    if scale >= 0:
+        pitch = tl.cdiv(width, at.PITCH) * at.PITCH
+        inside = column < width
+        factor = tl.load(floats + scale + e * pitch + column, mask=inside, other=0.0)[None, :]
+        if bias >= 0:
+            own = tl.load(floats + bias + column, mask=inside, other=0.0)[None, :]
+            y = (y - own) * factor + own
+        else:
+            y = y * factor
     return y
 
 
@@ -125,6 +149,7 @@ def ffn_kernel(
     logits: tl.tensor,
     strips: tl.tensor,
     weights: tl.tensor,
+    floats: tl.tensor,
     ints: tl.tensor,
     trace: tl.tensor,
     tokens: tl.tensor,
@@ -192,7 +217,15 @@ def ffn_kernel(
             if tl.max(tl.abs(w_e), axis=0) > 0:
                 first = starts + e
                 g = add_delta(
-                    gate,
+                    rescaled(
+                        gate,
+                        floats,
+                        tl.load(record + at.GATE_SCALE),
+                        tl.load(record + at.GATE_BIAS),
+                        e,
+                        column,
+                        width,
+                    ),
                     gate_rows,
                     gate_b,
                     first,
@@ -207,7 +240,15 @@ def ffn_kernel(
                     PRECISION,
                 )
                 u = add_delta(
-                    up,
+                    rescaled(
+                        up,
+                        floats,
+                        tl.load(record + at.UP_SCALE),
+                        tl.load(record + at.UP_BIAS),
+                        e,
+                        column,
+                        width,
+                    ),
                     up_rows,
                     up_b,
                     first + experts + 1,
@@ -246,7 +287,7 @@ def ffn(
     gate_up: Tensor,
     steps: Tensor,
     records: tuple[Tensor, Tensor, Tensor],
-    arena: tuple[Tensor, Tensor],
+    arena: tuple[Tensor, Tensor, Tensor],
     scratch: Scratch,
     strips: Tensor,
     blocks: Blocks,
@@ -255,11 +296,12 @@ def ffn(
     """Overwrites the FFN mixtures' rows of h `[T, I]` from gate_up `[T, 2 I]`; fills `strips`.
 
     records: the FFN's records `[slots, FFN]`, parameters `[slots, POLICY]` and counters. arena: its
-    flat views in the serving dtype and in int32. scratch: what the gate_up linear's shrink left.
+    flat views in the serving dtype, in float32 and in int32. scratch: what the gate_up linear's
+    shrink left.
     """
     tokens, width = h.shape
     ffns, parameters, counters = records
-    weights, ints = arena
+    weights, floats, ints = arena
     precise = h.element_size() == 4
     ffn_kernel[(blocks.tiles(tokens), strips.shape[0])](
         h,
@@ -272,6 +314,7 @@ def ffn(
         scratch.logits,
         strips,
         weights,
+        floats,
         ints,
         scratch.logits if trace is None else trace,
         tokens,

@@ -46,8 +46,9 @@ BIAS = tl.constexpr(14)
 
 # FFN record: first rank rows of gate and up among those of the gate_up linear, B of both, A of
 # down, int32 `[3, experts + 1]` of the experts' first rows in each, activation, rank rows of down,
-# whether one more carries (sum of weights - 1) for down's bias.
-FFN = tl.constexpr(16)
+# whether one more carries (sum of weights - 1) for down's bias; DoRA's factors of gate and up,
+# float32 `[experts, pitch]`, and the base's biases `[width]`, -1 where there is none.
+FFN = tl.constexpr(24)
 GATE_ROW = tl.constexpr(7)
 UP_ROW = tl.constexpr(8)
 GATE_B = tl.constexpr(9)
@@ -57,6 +58,10 @@ STARTS = tl.constexpr(12)
 ACTIVATION = tl.constexpr(13)
 DOWN_RANK = tl.constexpr(14)
 DOWN_BIAS = tl.constexpr(15)
+GATE_SCALE = tl.constexpr(16)
+GATE_BIAS = tl.constexpr(17)
+UP_SCALE = tl.constexpr(18)
+UP_BIAS = tl.constexpr(19)
 
 # Policy parameters, float32.
 POLICY = tl.constexpr(16)

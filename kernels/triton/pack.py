@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from molehill.kernels.backend import CapacityError, FfnPiece, LinearPiece
+from molehill.kernels.backend import CapacityError, ExpertScale, FfnPiece, LinearPiece
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Constant, Policy, Sparsegen
 from molehill.kernels.triton import layout as at
@@ -191,8 +191,22 @@ def pack_ffn(
         else:
             record.places[place.value] = packing.add(experts.a, dtype)
     record.places[at.STARTS.value] = packing.add_integers(starts)
+    _pack_scale(piece.gate_scale, record, at.GATE_SCALE.value, at.GATE_BIAS.value, packing)
+    _pack_scale(piece.up_scale, record, at.UP_SCALE.value, at.UP_BIAS.value, packing)
     _pack_down(piece, record, down, packing, dtype)
     return record
+
+
+def _pack_scale(
+    scale: ExpertScale | None, record: Record, factors: int, bias: int, packing: Packing
+) -> None:
+    """factors, bias: the fields of their places."""
+    record.fields[factors] = record.fields[bias] = -1
+    if scale is None:
+        return
+    record.places[factors] = packing.add(scale.factors, torch.float32)
+    if scale.bias is not None:
+        record.places[bias] = packing.add(scale.bias.unsqueeze(0), torch.float32)
 
 
 def _pack_down(

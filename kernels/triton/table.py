@@ -5,6 +5,7 @@ again, so a step in flight sees a slot as it was when the step was launched.
 """
 
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -75,6 +76,9 @@ class SlotTable:
             self.arena.release(extents)
 
     def _pack(self, weights: SlotWeights) -> Packing:
+        for vectors in [*chain(*weights.scales.values()), *weights.ffn_scales.values()]:
+            expected = "low-rank experts on this backend"
+            raise CapacityError(vectors.site, "vectors of MoV", expected)
         packing = Packing()
         stacks: dict[int, Stack] = {}
 
