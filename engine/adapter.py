@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Constant, Policy
 
 
@@ -20,9 +20,11 @@ class Adapter:
     """A MoLE or LoRA adapter.
 
     kind: the method (`lora`, `dora`, `mixlora`, `mola`, `loramoe`, `hydralora`, `molora`,
-        `dynmole`, `mole`, `adamole`, `ldmole`, `arrow`), or `mix` for a static mix of others.
+        `dynmole`, `mole`, `adamole`, `ldmole`, `arrow`, `mov`), or `mix` for a static mix of
+        others.
     sites: mixtures by the base model's module, without its leading `model.`:
-        `layers.3.self_attn.q_proj` is a LinearMixture, `layers.3.mlp` an FfnMixture.
+        `layers.3.self_attn.q_proj` is a LinearMixture or ScaleMixture, `layers.3.mlp` an
+        FfnMixture.
         Tensors are float32 on the CPU; scaling is folded into `b`.
     base_model: what the adapter says it was trained on, or None.
     warnings: oddities that do not stop it from being served.
@@ -61,9 +63,12 @@ def natural_key(name: str) -> list[str | int]:
 
 def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one site: router, parameters, magnitude, and `a`, `b` (by projection in an
-    FFN)."""
+    FFN); of vectors router and `vectors`."""
     if mixture.router is not None:
         yield "router", mixture.router
+    if isinstance(mixture, ScaleMixture):
+        yield "vectors", mixture.vectors
+        return
     if mixture.parameters is not None:
         yield "parameters", mixture.parameters
     if isinstance(mixture, LinearMixture):
@@ -73,6 +78,8 @@ def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
         yield "b", mixture.experts.b
         return
     for projection, experts in sorted(mixture.experts.items()):
+        if projection in mixture.magnitudes:
+            yield f"{projection}.magnitude", mixture.magnitudes[projection]
         yield f"{projection}.a", experts.a
         yield f"{projection}.b", experts.b
 
@@ -87,6 +94,8 @@ def describe_mixture(mixture: Mixture) -> dict[str, Any]:
     policy = describe_policy(mixture.policy)
     if isinstance(mixture, LinearMixture):
         return {"shape": "linear", "routing": policy, "ranks": list(mixture.experts.ranks)}
+    if isinstance(mixture, ScaleMixture):
+        return {"shape": "scale", "routing": policy, "of": mixture.of}
     ranks = {name: list(experts.ranks) for name, experts in mixture.experts.items()}
     return {
         "shape": "ffn",
@@ -103,7 +112,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
 
 
 def is_static(mixture: Mixture) -> str | None:
-    """Why the gate of a linear mixture cannot depend on the token; None if it can.
+    """Why the gate of a mixture cannot depend on the token; None if it can, or inside an FFN.
 
     A one-expert mixture is static only if its policy gives that expert one fixed weight, which
     holds for every policy that reads the experts' logits alone: the softmax of one logit is 1.

@@ -8,13 +8,14 @@ import torch
 
 from molehill.engine.adapter import (
     Adapter,
+    describe_mixture,
     describe_policy,
     is_static,
     natural_key,
     site_tensors,
 )
 from molehill.engine.validation import sums_to_one
-from molehill.kernels.mixture import Experts, LinearMixture, Mixture
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Policy
 
 
@@ -22,8 +23,9 @@ from molehill.kernels.policy import Policy
 class SitePlan:
     """One site.
 
-    shape: `linear` or `ffn`. ranks: of each expert, by projection. bytes: in canonical float32.
-    static: the gate cannot depend on the token, so that the experts are one low-rank pair.
+    shape: `linear`, `ffn` or `scale`. ranks: of each expert, by projection; none of vectors.
+    bytes: in canonical float32. static: the gate cannot depend on the token, so that the experts
+    are one low-rank pair, or one vector.
     reason: why it is static or not.
     """
 
@@ -57,12 +59,12 @@ def plan(adapter: Adapter) -> tuple[SitePlan, ...]:
 
 
 def _site_plan(site: str, mixture: Mixture) -> SitePlan:
-    linear = isinstance(mixture, LinearMixture)
+    inside = isinstance(mixture, FfnMixture)
     static = is_static(mixture) or _indifferent(mixture)
-    dynamic = "router reads the token" if linear else "experts inside the FFN's activation"
+    dynamic = "experts inside the FFN's activation" if inside else "router reads the token"
     return SitePlan(
         site=site,
-        shape="linear" if linear else "ffn",
+        shape=describe_mixture(mixture)["shape"],
         policy=mixture.policy,
         experts=mixture.num_experts,
         ranks=_ranks(site, mixture),
@@ -75,16 +77,20 @@ def _site_plan(site: str, mixture: Mixture) -> SitePlan:
 def _ranks(site: str, mixture: Mixture) -> dict[str, tuple[int, ...]]:
     if isinstance(mixture, LinearMixture):
         return {site.rpartition(".")[2]: mixture.experts.ranks}
+    if isinstance(mixture, ScaleMixture):
+        return {}
     return {name: experts.ranks for name, experts in sorted(mixture.experts.items())}
 
 
 def _indifferent(mixture: Mixture) -> str | None:
     """Whichever experts a token gets, their weighted sum is the same."""
-    if not isinstance(mixture, LinearMixture):
+    if isinstance(mixture, FfnMixture) or not sums_to_one(mixture.policy):
         return None
-    if sums_to_one(mixture.policy) and _identical(mixture.experts):
-        return "identical experts with weights summing to 1"
-    return None
+    if isinstance(mixture, ScaleMixture):
+        identical = bool((mixture.vectors == mixture.vectors[:, :1]).all())
+    else:
+        identical = _identical(mixture.experts)
+    return "identical experts with weights summing to 1" if identical else None
 
 
 def _identical(experts: Experts) -> bool:

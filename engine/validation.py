@@ -21,7 +21,7 @@ from molehill.engine.errors import (
     UnsupportedError,
 )
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Arrow, DynMoLE, Policy, Soft, Sparsegen, TopK
 
 
@@ -77,10 +77,20 @@ def own_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
 def _stacks(site: str, mixture: Mixture) -> list[tuple[str, Experts]]:
     if isinstance(mixture, LinearMixture):
         return [(site, mixture.experts)]
+    if isinstance(mixture, ScaleMixture):
+        return []
     return [(f"{site}.{name}", experts) for name, experts in sorted(mixture.experts.items())]
 
 
 def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
+    if isinstance(mixture, ScaleMixture):
+        heads, width = mixture.num_heads, mixture.router.shape[-1]
+        expected = [heads if mixture.of == "output" else 1, mixture.num_experts, width]
+        yield from _expect(f"{site}.vectors", mixture.vectors, expected)
+        if mixture.policy.extra_rows or mixture.policy.num_parameters:
+            found = f"{type(mixture.policy).__name__} over vectors"
+            yield UnsupportedError(f"{site}.routing", found, "a policy of the probabilities alone")
+        return
     for stem, experts in _stacks(site, mixture):
         rows = sum(experts.ranks)
         yield from _expect(f"{stem}.a", experts.a, [rows, experts.a.shape[-1]])
@@ -91,6 +101,7 @@ def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
     yield from _inconsistent_parameters(site, mixture)
     if isinstance(mixture, FfnMixture):
         yield from _inconsistent_widths(site, mixture)
+        yield from _inconsistent_magnitudes(site, mixture)
         return
     a, b = mixture.experts.a, mixture.experts.b
     if mixture.router is not None:
@@ -131,6 +142,16 @@ def _inconsistent_widths(site: str, mixture: FfnMixture) -> Iterator[AdapterErro
             yield ShapeError(where, f"width {inside}", f"the FFN's inner width {inner}")
 
 
+def _inconsistent_magnitudes(site: str, mixture: FfnMixture) -> Iterator[AdapterError]:
+    for name, magnitude in sorted(mixture.magnitudes.items()):
+        where = f"{site}.{name}.magnitude"
+        if name not in mixture.experts:
+            yield ShapeError(where, "magnitudes without experts", "experts of this projection")
+        else:
+            expected = [mixture.num_experts, mixture.experts[name].b.shape[0]]
+            yield from _expect(where, magnitude, expected)
+
+
 def _expect(where: str, tensor: Tensor, shape: list[int]) -> Iterator[AdapterError]:
     if list(tensor.shape) != shape:
         yield ShapeError(where, list(tensor.shape), shape)
@@ -156,6 +177,11 @@ def _unservable(
     if mixture.activation is not None and mixture.activation not in ACTIVATIONS:
         expected = f"one of {', '.join(ACTIVATIONS)}"
         yield UnsupportedError(f"{site}.activation", mixture.activation, expected)
+    if "down_proj" in mixture.magnitudes:
+        # Factors on its output would not commute with the sum over the experts.
+        found = "DoRA on the experts of down_proj, whose base GEMM would run once per expert"
+        expected = "magnitudes on gate_proj and up_proj only"
+        yield UnsupportedError(f"{site}.down_proj.magnitude", found, expected)
     for projection in ("gate_proj", "up_proj", "down_proj"):
         if f"{site}.{projection}" in sites:
             where = f"{site}.{projection}"
@@ -174,10 +200,14 @@ def sums_to_one(policy: Policy) -> bool:
 
 def _acts(mixture: Mixture) -> bool:
     """Whether the output can differ from the base's. Weights that do not sum to 1 scale a whole
-    FFN even if every B is zero."""
+    FFN even if every B is zero, and an output even if every vector is ones."""
     if isinstance(mixture, LinearMixture):
         return mixture.magnitude is not None or _nonzero(mixture.experts)
-    return not sums_to_one(mixture.policy) or any(map(_nonzero, mixture.experts.values()))
+    if not sums_to_one(mixture.policy):
+        return True
+    if isinstance(mixture, ScaleMixture):
+        return bool((mixture.vectors != 1).any())
+    return bool(mixture.magnitudes) or any(map(_nonzero, mixture.experts.values()))
 
 
 def _nonzero(experts: Experts) -> bool:
@@ -190,6 +220,9 @@ def _misfits(site: str, mixture: Mixture, base: BaseModel) -> Iterator[AdapterEr
             yield _unknown(site, "linear", list(base.linears))
         else:
             yield from _misfit(site, mixture.experts, base.linears[site])
+        return
+    if isinstance(mixture, ScaleMixture):
+        yield from _misfit_vectors(site, mixture, base)
         return
     if site not in base.ffns:
         yield _unknown(site, "gated FFN", list(base.ffns))
@@ -211,6 +244,21 @@ def _misfit(name: str, experts: Experts, shape: tuple[int, int]) -> Iterator[Ada
     inputs, outputs = shape
     yield from _expect(f"{name}.a", experts.a, [experts.a.shape[0], inputs])
     yield from _expect(f"{name}.b", experts.b, [outputs, experts.b.shape[1]])
+
+
+def _misfit_vectors(site: str, mixture: ScaleMixture, base: BaseModel) -> Iterator[AdapterError]:
+    if site not in base.linears:
+        yield _unknown(site, "linear", list(base.linears))
+        return
+    parent, _, leaf = site.rpartition(".")
+    if mixture.of == "input" and (leaf != "down_proj" or parent not in base.ffns):
+        yield UnsupportedError(site, "vectors on its input", "the down_proj of a gated FFN")
+    inputs, outputs = base.linears[site]
+    heads, _, width = mixture.vectors.shape
+    expected = outputs if mixture.of == "output" else inputs
+    if heads * width != expected:
+        found = f"{heads} heads of width {width}"
+        yield ShapeError(f"{site}.vectors", found, f"{expected} {mixture.of}s in all")
 
 
 def _unknown(site: str, noun: str, known: list[str]) -> UnknownTargetError:

@@ -13,6 +13,7 @@ from molehill.engine.formats import (
     ldmole,
     mixes,
     moepeft,
+    mov,
     native,
     peft,
 )
@@ -41,6 +42,7 @@ READERS: dict[str, Callable[[Path, Fields, Limits], Adapter]] = {
     "DYNMOLE": moepeft.read,
     "MOLE": adamole.read,
     "ADAMOLE": adamole.read,
+    "MOV": mov.read,
 }
 
 # What serving them would take.

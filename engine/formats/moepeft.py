@@ -3,11 +3,18 @@
 Keys: `{method}.layers.{i}.{block}.{proj}.` with `lora_A.weight`, `lora_B.weight` (plain LoRA) or
 `experts.{e}.lora_A.weight`, `.lora_B.weight`, and `moe_gate.weight` `[E, in]` on the linear
 (on `mlp` for MixLoRA).
+
+These codes train DoRA but never save its magnitudes. molehill reads them where PEFT would put them,
+`lora_magnitude_vector` `[out]` beside a plain LoRA's `lora_A` or that of an expert inside an FFN.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
@@ -32,7 +39,8 @@ from molehill.kernels.policy import Constant, Policy
 
 _KEY = re.compile(
     r"(?P<module>layers\.(?:0|[1-9]\d{0,4})\.\w+(?:\.\w+)?)\."
-    r"(?:(?P<gate>moe_gate)|(?:experts\.(?P<expert>0|[1-9]\d{0,5})\.)?lora_(?P<half>[AB]))\.weight"
+    r"(?:(?P<gate>moe_gate)\.weight|(?:experts\.(?P<expert>0|[1-9]\d{0,5})\.)?"
+    r"(?:lora_(?P<half>[AB])\.weight|(?P<magnitude>lora_magnitude_vector)))"
 )
 _FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -43,6 +51,7 @@ class _Module:
 
     gate: str | None = None
     halves: dict[tuple[int | None, str], str] = field(default_factory=dict)
+    magnitudes: dict[int | None, str] = field(default_factory=dict)
 
     @property
     def experts(self) -> list[int]:
@@ -55,7 +64,10 @@ class _Module:
 
 @dataclass(frozen=True)
 class _Source:
-    """What building a site needs: the file, its prefix and what the config says."""
+    """What building a site needs: the file, its prefix and what the config says.
+
+    plain_dora, expert_dora: whether a plain LoRA or an expert may have a magnitude.
+    """
 
     weights: Weights
     prefix: str
@@ -63,6 +75,8 @@ class _Source:
     expert: Scaling
     policy: Policy
     num_experts: int | None
+    plain_dora: bool
+    expert_dora: bool
 
 
 def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
@@ -75,11 +89,13 @@ def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     weights = files.read_weights(directory, limits)
     modules = _group(weights, f"{method}.")
     num_experts = config.integer("num_experts") if config.has("num_experts") else None
-    source = _Source(weights, f"{method}.", scaling, expert_scaling, policy, num_experts)
+    dora = config.flag("use_dora")
+    own = config.object("expert_lora").flag("use_dora") if config.has("expert_lora") else dora
+    source = _Source(weights, f"{method}.", scaling, expert_scaling, policy, num_experts, dora, own)
     adapted = [name for name, module in modules.items() if module.halves]
     targets.check_targeted(weights.file, adapted, wanted)
     targets.check_every_layer(weights.file, adapted)
-    warnings = targets.unused(wanted, adapted) + _dora_warnings(config)
+    warnings = targets.unused(wanted, adapted) + _dora_warnings(source, modules)
     if method == "mixlora":
         sites, more = _mixlora_sites(source, modules, config.text("act_fn"))
         warnings += more
@@ -106,11 +122,19 @@ def _expert_scaling(config: Fields, scaling: Scaling) -> Scaling:
     return read_scaling(config.object("expert_lora")) if config.has("expert_lora") else scaling
 
 
-def _dora_warnings(config: Fields) -> tuple[str, ...]:
+def _dora_warnings(source: _Source, modules: dict[str, _Module]) -> tuple[str, ...]:
     """Without saved magnitudes the trainer starts from the adapted weight's norm: a factor of 1."""
-    if config.flag("use_dora") or config.object("expert_lora").flag("use_dora"):
-        return ("use_dora is set but no magnitudes are saved: served as plain LoRA",)
-    return ()
+    lost = [
+        name
+        for name, module in modules.items()
+        if module.halves and (source.plain_dora if module.plain else source.expert_dora)
+        if not module.magnitudes
+    ]
+    if not lost:
+        return ()
+    some = any(module.magnitudes for module in modules.values())
+    where = f" for {min(lost)} and {len(lost) - 1} more" if some else ""
+    return (f"use_dora is set but no magnitudes are saved{where}: served as plain LoRA",)
 
 
 def _group(weights: Weights, prefix: str) -> dict[str, _Module]:
@@ -121,21 +145,27 @@ def _group(weights: Weights, prefix: str) -> dict[str, _Module]:
             raise UnsupportedError(weights.where(key), "a classification head", expected)
         match = _KEY.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
         if match is None:
-            expected = f"{prefix}layers.N... moe_gate, experts.E.lora_A or lora_B"
+            expected = f"{prefix}layers.N... moe_gate, or lora_A, lora_B of experts.E"
             raise UnsupportedError(weights.where(key), "an unknown tensor", expected)
         module = modules.setdefault(match["module"], _Module())
         if match["gate"]:
             module.gate = key
         else:
             expert = None if match["expert"] is None else int(match["expert"])
-            module.halves[expert, match["half"]] = key
+            if match["magnitude"]:
+                module.magnitudes[expert] = key
+            else:
+                module.halves[expert, match["half"]] = key
     return modules
 
 
 def _linear(source: _Source, name: str, module: _Module) -> LinearMixture:
     if module.plain and module.gate is None and not module.experts:
-        return _plain(source, name)
+        return _plain(source, name, module)
     gate = f"{source.prefix}{name}.moe_gate.weight"
+    for key in module.magnitudes.values():
+        where = source.weights.where(key)
+        raise UnsupportedError(where, "a magnitude beside a router", "experts inside an FFN")
     if module.plain:
         where = source.weights.where(f"{source.prefix}{name}")
         raise UnsupportedError(where, "a plain LoRA beside experts", "one of the two")
@@ -145,10 +175,37 @@ def _linear(source: _Source, name: str, module: _Module) -> LinearMixture:
     )
 
 
-def _plain(source: _Source, name: str) -> LinearMixture:
+def _plain(source: _Source, name: str, module: _Module) -> LinearMixture:
     stem = f"{source.prefix}{name}"
     pair = Pair(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight")
-    return LinearMixture(build_experts(source.weights, [pair], source.plain), Constant((1.0,)))
+    experts = build_experts(source.weights, [pair], source.plain)
+    magnitude = None
+    if module.magnitudes:
+        (magnitude,) = _magnitudes(source, module, {None: stem}, experts, dora=source.plain_dora)
+    return LinearMixture(experts, Constant((1.0,)), magnitude=magnitude)
+
+
+def _magnitudes(
+    source: _Source,
+    module: _Module,
+    stems: Mapping[int | None, str],
+    experts: Experts,
+    *,
+    dora: bool,
+) -> Tensor:
+    """DoRA's, one row for each of `stems`: `[E, out]`. All experts of a projection or none."""
+    weights, rows = source.weights, []
+    for expert, key in module.magnitudes.items():
+        if not dora or expert not in stems:
+            expected = "one of an expert that has lora_A" if dora else "none, without use_dora"
+            raise UnsupportedError(weights.where(key), "a DoRA magnitude", expected)
+    for expert, stem in stems.items():
+        name = f"{stem}.lora_magnitude_vector"
+        rows.append(weights.tensor(module.magnitudes.get(expert, name), 1))
+        if rows[-1].shape[0] != experts.b.shape[0]:
+            expected = str([experts.b.shape[0]])
+            raise ShapeError(weights.where(name), list(rows[-1].shape), expected)
+    return torch.stack(rows)
 
 
 def _experts(source: _Source, name: str, module: _Module, gate: str) -> Experts:
@@ -187,7 +244,7 @@ def _mixlora_sites(
         elif module.experts:
             ffns.setdefault(block, {})[projection] = module
         else:
-            sites[name] = _plain(source, name)
+            sites[name] = _plain(source, name, module)
     targeted = [name for name in ffns if ffns[name]]
     if ffns and not targeted:
         return sites, ("gates without experts (no FFN linear is targeted) have no effect",)
@@ -201,6 +258,7 @@ def _ffn(
 ) -> FfnMixture:
     gate = f"{source.prefix}{name}.moe_gate.weight"
     experts: dict[str, Experts] = {}
+    magnitudes: dict[str, Tensor] = {}
     for projection, module in modules.items():
         where = source.weights.where(f"{source.prefix}{name}.{projection}")
         if projection not in _FFN_PROJECTIONS:
@@ -208,13 +266,20 @@ def _ffn(
             raise UnsupportedError(where, "experts in a fused or ungated FFN", expected)
         if module.plain:
             raise UnsupportedError(where, "a plain LoRA beside experts", "one of the two")
-        experts[projection] = _experts(source, f"{name}.{projection}", module, gate)
+        own = _experts(source, f"{name}.{projection}", module, gate)
+        experts[projection] = own
+        if module.magnitudes:
+            stem = f"{source.prefix}{name}.{projection}.experts"
+            stems: dict[int | None, str] = {e: f"{stem}.{e}" for e in range(len(own.ranks))}
+            magnitudes[projection] = _magnitudes(
+                source, module, stems, own, dora=source.expert_dora
+            )
     if not experts:
         where = source.weights.where(gate)
         raise MissingTensorError(where, "a gate without experts", "experts, as other layers have")
     inputs = source.weights.tensor(gate, 2).shape[1]
     router = read_router(source.weights, gate, _ffn_inputs(experts, inputs))
-    return FfnMixture(experts, source.policy, router, activation)
+    return FfnMixture(experts, source.policy, router, activation, magnitudes=magnitudes)
 
 
 def _ffn_inputs(experts: dict[str, Experts], default: int) -> int:

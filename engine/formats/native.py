@@ -7,8 +7,9 @@ the tensors by their canonical names. docs/format.md describes both, field by fi
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from molehill.engine.formats import files
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.policies import parse_policy
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Constant, Policy
 
 CONFIG = "molehill.json"
@@ -114,11 +115,8 @@ def _check_all_used(adapter: Adapter, weights: Weights) -> None:
 
 
 def _mixture(weights: Weights, site: str, fields: Fields) -> Mixture:
-    shape = fields.choice("shape", ("linear", "ffn"))
-    policy = parse_policy(fields.object("routing"))
-    if shape == "linear":
-        return _linear(weights, site, fields, policy)
-    return _ffn(weights, site, fields, policy)
+    shape = fields.choice("shape", tuple(_SHAPES))
+    return _SHAPES[shape](weights, site, fields, parse_policy(fields.object("routing")))
 
 
 def _linear(weights: Weights, site: str, fields: Fields, policy: Policy) -> LinearMixture:
@@ -145,15 +143,35 @@ def _linear(weights: Weights, site: str, fields: Fields, policy: Policy) -> Line
 
 def _ffn(weights: Weights, site: str, fields: Fields, policy: Policy) -> FfnMixture:
     fields.only("shape", "routing", "ranks", "activation")
-    if isinstance(policy, Constant):
-        expected = "a policy that reads the router"
-        raise UnsupportedError(f"{fields.where}: routing", "Constant", expected)
+    _check_routed(fields, policy)
     ranks = fields.object("ranks")
     ranks.only(*_FFN_PROJECTIONS)
     stacks = {name: _experts(weights, f"{site}.{name}", ranks, name) for name in ranks.values}
+    magnitudes = {
+        name: weights.tensor(f"{site}.{name}.magnitude", 2)
+        for name in stacks
+        if f"{site}.{name}.magnitude" in weights.tensors
+    }
     router = weights.tensor(f"{site}.router", 2)
     parameters = _parameters(weights, site, policy)
-    return FfnMixture(stacks, policy, router, fields.text("activation"), parameters)
+    activation = fields.text("activation")
+    return FfnMixture(stacks, policy, router, activation, parameters, magnitudes)
+
+
+def _scale(weights: Weights, site: str, fields: Fields, policy: Policy) -> ScaleMixture:
+    fields.only("shape", "routing", "of")
+    _check_routed(fields, policy)
+    of: Literal["output", "input"] = (
+        "output" if fields.choice("of", ("output", "input")) == "output" else "input"
+    )
+    vectors = weights.tensor(f"{site}.vectors", 3)
+    return ScaleMixture(vectors, policy, weights.tensor(f"{site}.router", 2), of)
+
+
+def _check_routed(fields: Fields, policy: Policy) -> None:
+    if isinstance(policy, Constant):
+        expected = "a policy that reads the router"
+        raise UnsupportedError(f"{fields.where}: routing", "Constant", expected)
 
 
 def _parameters(weights: Weights, site: str, policy: Policy) -> Tensor | None:
@@ -177,3 +195,10 @@ def _experts(weights: Weights, stem: str, fields: Fields, name: str) -> Experts:
         if rows != sum(ranks):
             raise ShapeError(weights.where(f"{stem}.{half}"), rows, f"the ranks' sum {sum(ranks)}")
     return Experts(a, b, tuple(ranks))
+
+
+_SHAPES: dict[str, Callable[[Weights, str, Fields, Policy], Mixture]] = {
+    "linear": _linear,
+    "ffn": _ffn,
+    "scale": _scale,
+}

@@ -31,9 +31,10 @@ from molehill.kernels.backend import (
     LinearPiece,
     LinearShape,
     Run,
+    ScalePiece,
     SlotWeights,
 )
-from molehill.kernels.mixture import FfnMixture, LinearMixture
+from molehill.kernels.mixture import FfnMixture, LinearMixture, ScaleMixture
 
 logger = init_logger("vllm.molehill")
 
@@ -174,17 +175,29 @@ class AdapterManager:
     def _cut(self, adapter: Adapter) -> SlotWeights:
         """This rank's share of an adapter; sites of other pipeline stages are left out."""
         linears: dict[int, list[LinearPiece]] = {}
-        ffns = {}
+        scales: dict[int, list[ScalePiece]] = {}
+        ffns: dict[int, FfnPiece] = {}
+        ffn_scales: dict[int, ScalePiece] = {}
         # In one order on all ranks: DoRA's norms are summed over them on the way.
         for site in sorted(adapter.sites, key=natural_key):
             mixture = adapter.sites[site]
             if isinstance(mixture, FfnMixture):
                 if site in self._ffn_handles:
                     ffns[self._ffn_handles[site]] = self._cut_ffn(site, mixture)
-            elif site in self._projections:
+            elif site not in self._projections:
+                continue
+            elif isinstance(mixture, ScaleMixture):
+                linear, projection = self._projections[site]
+                if mixture.of == "input":
+                    ffn = self._ffn_handles[site.rpartition(".")[0]]
+                    ffn_scales[ffn] = shards.cut_ffn_scale(mixture, projection)
+                else:
+                    vectors = shards.cut_scale(mixture, linear, projection)
+                    scales.setdefault(self._handles[linear.name], []).append(vectors)
+            else:
                 handle, piece = self._cut_linear(site, mixture)
                 linears.setdefault(handle, []).append(piece)
-        return SlotWeights(linears, ffns)
+        return SlotWeights(linears, ffns, scales, ffn_scales)
 
     def _cut_linear(self, site: str, mixture: LinearMixture) -> tuple[int, LinearPiece]:
         linear, projection = self._projections[site]

@@ -2,7 +2,9 @@
 
 Column-parallel linears split B's outputs and see the whole input. Row-parallel ones split the
 input of A and router, keep B whole, and their partial outputs are summed by vLLM; their router
-logits are summed before the softmax (LinearShape.reduce).
+logits are summed before the softmax (LinearShape.reduce). A mixture of vectors on an output is
+routed head by head, by whichever rank has the head; on an FFN's intermediate, each rank has a part
+of the one head.
 """
 
 import dataclasses
@@ -12,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molehill.engine.errors import UnsupportedError
 from molehill.engine.vllm.layers import Ffn, Linear, Projection
-from molehill.kernels.backend import FfnPiece, LinearPiece
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
+from molehill.kernels.backend import ExpertScale, FfnPiece, LinearPiece, ScalePiece
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, ScaleMixture
 
 IDENTITY_ROWS = 1024
 
@@ -94,7 +97,8 @@ def _base_weight(linear: Linear) -> Tensor:
 def cut_ffn(
     mixture: FfnMixture, ffn: Ffn, gate_up: Linear, down: Linear, first_rank: bool
 ) -> FfnPiece:
-    """first_rank: whether this rank adds down_proj's bias."""
+    """first_rank: whether this rank adds down_proj's bias. DoRA's factors are computed here, once:
+    gate and up see the whole input on every rank."""
     gate, up = gate_up.projections
     (out,) = down.projections
     cut = {
@@ -102,6 +106,13 @@ def cut_ffn(
         for name, projection in (("gate_proj", gate), ("up_proj", up), ("down_proj", out))
         if name in mixture.experts
     }
+    scales: dict[str, ExpertScale] = {}
+    weight = _base_weight(gate_up) if mixture.magnitudes else None
+    for name, projection in (("gate_proj", gate), ("up_proj", up)):
+        if weight is not None and name in mixture.magnitudes:
+            own = mixture.magnitudes[name]
+            scales[name] = _expert_scale(weight, cut[name], own, gate_up, projection)
+            cut[name] = _scaled(cut[name], scales[name].factors)
     bias = getattr(down.module, "bias", None) if first_rank else None
     return FfnPiece(
         site=ffn.site,
@@ -113,4 +124,45 @@ def cut_ffn(
         down=cut.get("down_proj"),
         bias=None if bias is None else bias.detach().float().cpu(),
         parameters=mixture.parameters,
+        gate_scale=scales.get("gate_proj"),
+        up_scale=scales.get("up_proj"),
+    )
+
+
+def _expert_scale(
+    weight: Tensor, experts: Experts, magnitude: Tensor, linear: Linear, projection: Projection
+) -> ExpertScale:
+    """m_e / ||W + B_e A_e|| of every expert, float32. weight: of the whole linear."""
+    columns = slice(projection.start, projection.start + experts.b.shape[0])
+    norms = torch.stack([(weight[columns] + b @ a).norm(dim=1) for a, b in experts.split()])
+    own = torch.cat([magnitude[:, part.start : part.stop] for part in projection.outputs], dim=1)
+    bias = getattr(linear.module, "bias", None)
+    return ExpertScale(own / norms, None if bias is None else bias.detach().float().cpu()[columns])
+
+
+def _scaled(experts: Experts, factors: Tensor) -> Experts:
+    return Experts(experts.a, experts.b * factors[experts.expert_of_row].T, experts.ranks)
+
+
+def cut_scale(mixture: ScaleMixture, linear: Linear, projection: Projection) -> ScalePiece:
+    """This rank's heads of an output. Raises UnsupportedError if a rank has no whole output: its
+    router could not read what it multiplies."""
+    width = mixture.router.shape[1]
+    cuts = [end for part in projection.outputs for end in (part.start, part.stop)]
+    if linear.input_is_sharded or any(end % width for end in cuts):
+        found = f"heads of width {width} that tensor parallelism cuts, or sums of parts"
+        raise UnsupportedError(projection.site, found, "whole heads on every rank")
+    heads = [mixture.vectors[p.start // width : p.stop // width] for p in projection.outputs]
+    vectors = torch.cat(heads)
+    return ScalePiece(projection.site, mixture.policy, mixture.router, vectors, projection.start)
+
+
+def cut_ffn_scale(mixture: ScaleMixture, projection: Projection) -> ScalePiece:
+    """This rank's part of an FFN's intermediate, the input of its down_proj."""
+    columns = slice(projection.inputs.start, projection.inputs.stop)
+    return ScalePiece(
+        projection.site,
+        mixture.policy,
+        mixture.router[:, columns].contiguous(),
+        mixture.vectors[:, :, columns].contiguous(),
     )
