@@ -42,6 +42,19 @@ def ask(
     others: Mapping[str, Path] | None = None,
 ) -> list[Reply]:
     """All prompts in one batch, each with the adapter of its case."""
+    ids = [list(prompt.ids) for prompt in prompts]
+    requests = [request(prompt.case, others) for prompt in prompts]
+    return ask_each(llm, ids, requests, tokens, prompt_logits)
+
+
+def ask_each(
+    llm: Any,
+    prompts: Sequence[list[int]],
+    requests: Sequence[Any],
+    tokens: int = 12,
+    prompt_logits: bool = False,
+) -> list[Reply]:
+    """All prompts in one batch, each with its LoRARequest or None."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(
@@ -52,9 +65,9 @@ def ask(
         prompt_logprobs=VOCABULARY if prompt_logits else None,
     )
     outputs = llm.generate(
-        [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts],
+        [{"prompt_token_ids": prompt} for prompt in prompts],
         sampling,
-        lora_request=[request(prompt.case, others) for prompt in prompts],
+        lora_request=list(requests),
         use_tqdm=False,
     )
     return [_reply(output) for output in outputs]

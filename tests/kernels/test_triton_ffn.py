@@ -15,11 +15,12 @@ from triton_cases import (
     piece,
     random,
     run_ffn,
+    run_ffn_biased,
 )
 
 from molehill.kernels import definition
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.backend import UNSERVED, Run, SlotWeights
+from molehill.kernels.backend import UNSERVED, ExpertScale, Run, SlotWeights
 from molehill.kernels.mixture import FfnMixture
 from molehill.kernels.policy import Soft, TopK, TopP
 
@@ -74,6 +75,35 @@ def test_split_inputs_and_long_steps_of_ffn_mixtures_agree_with_the_definition(
     y = run_ffn(serving, handle, linears, weights, x)
     biases = dict.fromkeys(weights)
     assert_close(y, definition.ffn_mixture(x, weights, biases, "silu", own)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+def test_experts_that_are_dora_agree_with_the_definition(biased, dtype) -> None:
+    """Factors on gate_proj alone, and on both; the factors are worked out as the engine does."""
+    d, width = 24, 70
+    weights = ffn_weights(d, width, dtype)
+    names = ("gate_proj", "up_proj", "down_proj")
+    biases = {name: random(len(w), seed=40) if biased else None for name, w in weights.items()}
+    for scaled in (("gate_proj",), ("gate_proj", "up_proj")):
+        magnitudes = {n: 1 + 0.5 * random(4, width, seed=30 + len(n)) for n in scaled}
+        own = FfnMixture(ffn_experts(names, d, width, 4), TopK(2), random(4, d, seed=24))
+        plain = ffn_piece(own, biases["down_proj"])
+        tables, stacks = {}, dict(own.experts)
+        for name in scaled:
+            pair, weight = own.experts[name], weights[name].float()
+            norms = torch.stack([(weight + b @ a).norm(dim=1) for a, b in pair.split()])
+            factors = magnitudes[name] / norms
+            tables[f"{name[:-5]}_scale"] = ExpertScale(factors, biases[name])
+            stacks[name] = replace(pair, b=pair.b * factors[pair.expert_of_row].T)
+        served = {name[:-5]: stacks[name] for name in scaled}
+        serving, handle, linears = ffn_setup(d, width, dtype)
+        serving.store(1, SlotWeights({}, {handle: replace(plain, **served, **tables)}))
+        x = random(6, d, seed=25).to(dtype)
+        serving.begin_step([Run(1, 1, 6)])
+        y = run_ffn_biased(serving, handle, linears, weights, biases, x)
+        mixture = replace(own, magnitudes=magnitudes)
+        assert_close(y[1:], definition.ffn_mixture(x[1:], weights, biases, "silu", mixture)[0])
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))

@@ -82,6 +82,23 @@ def run_ffn(serving, handle, linears, weights, x, bias=None, activation="silu"):
     return y
 
 
+def run_ffn_biased(serving, handle, linears, weights, biases, x):
+    """As `run_ffn`, with a bias, or None, on every projection."""
+
+    def base(name, value):
+        y = value.float() @ weights[name].float().T
+        return (y if biases[name] is None else y + biases[name]).to(x.dtype)
+
+    gate_up = torch.cat([base("gate_proj", x), base("up_proj", x)], dim=1)
+    serving.linear(gate_up, x, linears[0])
+    gate, up = gate_up.chunk(2, dim=1)
+    h = ACTIVATIONS["silu"](gate) * up
+    serving.ffn(h, gate_up, handle)
+    y = base("down_proj", h)
+    serving.linear(y, h, linears[1])
+    return y
+
+
 def ffn_piece(own: FfnMixture, bias=None, activation="silu") -> FfnPiece:
     gate, up, down = (own.experts.get(f"{name}_proj") for name in ("gate", "up", "down"))
     return FfnPiece("mlp", own.policy, own.router, activation, gate, up, down, bias)
