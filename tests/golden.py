@@ -34,6 +34,7 @@ SERVED = (
     "dynmole-sparse",
     "dynmole-renyi",
     "dynmole-k1",
+    "mov",
 )
 
 
@@ -86,7 +87,8 @@ class Case:
         ]
 
     def routes(self) -> dict[str, dict[str, Tensor]]:
-        """By site: p, w `[tokens, E]` and, where it has one, entropy, all for prompt 0."""
+        """By site: p, w `[tokens, E]` and, where it has one, entropy, all for prompt 0. `mov` has p
+        alone, with an axis of heads on an output."""
         found: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
             if name.startswith("route.prompt0."):

@@ -190,7 +190,9 @@ def test_the_documents_example_is_what_is_written(tmp_path):
     assert {name: str(list(tensor.shape)) for name, tensor in written.items()} == rows
 
 
-@pytest.mark.parametrize("case", ["mixlora-expert-lora", "dora", "dynmole-k1", "mola-official"])
+@pytest.mark.parametrize(
+    "case", ["mixlora-expert-lora", "dora", "dynmole-k1", "mola-official", "mov"]
+)
 def test_the_digest_is_what_the_document_says(golden, tmp_path, case):
     native.write(formats.read(golden / "cases" / case), tmp_path / "a")
     document = json.loads((tmp_path / "a" / native.CONFIG).read_text())
@@ -206,7 +208,7 @@ def test_the_digest_is_what_the_document_says(golden, tmp_path, case):
 def documented_order(name):
     """(layer, site, [projection,] part) of a Llama's tensor."""
     _, layer, *site, part = name.split(".")
-    place = ("router", "magnitude", "a", "b").index(part)
+    place = ("router", "magnitude", "a", "b", "vectors").index(part)
     ffn = site[0] == "mlp" and len(site) == 2
     if site[0] == "mlp" and (ffn or part == "router"):
         return int(layer), "mlp", site[1] if ffn else "", place

@@ -30,6 +30,7 @@ CASES = {
     "dynmole-sparse": ("dynmole", 12, DynMoLE(0.85, 1, 1.0, 1.0)),
     "dynmole-renyi": ("dynmole", 8, DynMoLE(0.9, 2, 0.6, 2.0, "renyi")),
     "dynmole-k1": ("dynmole", 8, DynMoLE(0.95, 1, 0.85)),
+    "mov": ("mov", 12, Soft()),
 }
 
 

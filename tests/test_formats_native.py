@@ -24,7 +24,7 @@ from molehill.engine.errors import (
 )
 from molehill.engine.formats import native
 
-CASES = ("dora", "mixlora-expert-lora", "dynmole-renyi", "mola-official")
+CASES = ("dora", "mixlora-expert-lora", "dynmole-renyi", "mola-official", "mov")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,7 @@ def rewritten(stored, tmp_path):
     return rewrite
 
 
+K = "layers.0.self_attn.k_proj"
 Q, FFN, DORA = "layers.0.self_attn.q_proj", "layers.0.mlp", "layers.0.mlp.down_proj"
 
 
@@ -141,6 +142,29 @@ REFUSALS = {
     "square magnitude": ("dora", put(f"{Q}.magnitude", torch.ones(8, 16)), ShapeError, "magnitude"),
     "no a": ("dora", lambda d, t: t.pop(f"{Q}.a"), MissingTensorError, "q_proj.a"),
     "a of one axis": ("dora", put(f"{Q}.a", torch.ones(4)), ShapeError, "q_proj.a"),
+    "no vectors": ("mov", lambda d, t: t.pop(f"{K}.vectors"), MissingTensorError, "k_proj.vectors"),
+    "vectors of two axes": ("mov", put(f"{K}.vectors", torch.ones(4, 32)), ShapeError, "vectors"),
+    "vectors of nothing": ("mov", drop("sites", K, "of"), ConfigError, "of"),
+    "vectors of both": ("mov", set_site(K, of="both"), ConfigError, "of"),
+    "ranks of vectors": ("mov", set_site(K, ranks=[4]), UnsupportedError, "ranks"),
+    "constant weights of vectors": (
+        "mov",
+        lambda d, t: d["sites"][K].update(routing={"policy": "Constant", "weights": [1.0] * 4}),
+        UnsupportedError,
+        "routing",
+    ),
+    "magnitudes of a linear's shape": (
+        "mixlora-expert-lora",
+        put(f"{FFN}.up_proj.magnitude", torch.ones(176)),
+        ShapeError,
+        "up_proj.magnitude",
+    ),
+    "magnitudes without experts": (
+        "mixlora-expert-lora",
+        put(f"{FFN}.down_proj.magnitude", torch.ones(4, 64)),
+        UnsupportedError,
+        "down_proj.magnitude",
+    ),
     "unknown tensor": ("dora", put("x", torch.ones(1)), UnsupportedError, "x"),
     "tensor of whole numbers": (
         "dora",
@@ -204,12 +228,16 @@ def test_what_is_refused(rewritten, name):
         ("mola-official", {"router": torch.ones(2, 9)}, f"{Q}.router"),
         ("mola-official", {"router": torch.ones(3, 64)}, f"{Q}.router"),
         ("dora", {"magnitude": torch.ones(129)}, f"{Q}.magnitude"),
+        ("mixlora", {"magnitudes": {"up_proj": torch.ones(3, 176)}}, f"{FFN}.up_proj.magnitude"),
+        ("mov", {"vectors": torch.ones(2, 3, 32)}, f"{K}.vectors"),
+        ("mov", {"of": "input"}, f"{K}.vectors"),
     ],
 )
 def test_a_right_digest_of_wrong_shapes(golden, tmp_path, case, change, where):
     adapter = formats.read(golden / "cases" / case)
-    site = dataclasses.replace(adapter.sites[Q], **change)
-    native.write(dataclasses.replace(adapter, sites={**adapter.sites, Q: site}), tmp_path / "a")
+    name = next(name for name in (Q, K, FFN) if where.startswith(f"{name}."))
+    site = dataclasses.replace(adapter.sites[name], **change)
+    native.write(dataclasses.replace(adapter, sites={**adapter.sites, name: site}), tmp_path / "a")
     with pytest.raises(ShapeError) as caught:
         formats.read(tmp_path / "a")
     assert caught.value.where == where

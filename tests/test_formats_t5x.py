@@ -1,4 +1,4 @@
-"""MoLoRA out of T5X arrays, against the formula in numpy, as the method's authors lay it out."""
+"""MoLoRA and MoV out of T5X arrays, against the formulas in numpy, laid out as their authors do."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from molehill.engine.errors import (
     UnsupportedError,
 )
 from molehill.engine.formats import native, t5x
-from molehill.kernels.definition import linear_mixture
+from molehill.kernels.definition import linear_mixture, scale_mixture
 
 PATH = "decoder/layers_3/mlp/wi_lora"
 KERNEL = f"{PATH}/router/router_weights/v/kernel"
@@ -134,3 +134,66 @@ def test_two_paths_for_one_module(arrays):
     modules = {**MODULES, PATH.replace("wi_lora", "wj_lora"): "layers.3.mlp.up_proj"}
     with pytest.raises(ConfigError, match="no other path"):
         t5x.convert(arrays, modules)
+
+
+K, WI = "decoder/layers_0/self_attention/key_mov", "decoder/layers_0/mlp/wi_mov"
+MOV_MODULES = {K: "layers.0.self_attn.k_proj", WI: "layers.0.mlp.down_proj"}
+HEADS, WIDTH = 2, 6
+
+
+@pytest.fixture
+def vectors():
+    random = np.random.default_rng(9054)
+    return {
+        f"{K}/mov_scaling": random.normal(size=(HEADS, EXPERTS, WIDTH)).astype(np.float32),
+        f"{K}/router/router_weights/v/kernel": random.normal(size=(WIDTH, EXPERTS)),
+        f"{WI}/mov_scaling": random.normal(size=(EXPERTS, INPUTS)).astype(np.float32),
+        f"{WI}/router/router_weights/v/kernel": random.normal(size=(INPUTS, EXPERTS)),
+    }
+
+
+def mov(u, scaling, kernel):
+    """u * sum_e p_e l_e, p = softmax(u kernel), in float64; u `[..., width]`."""
+    logits = u @ kernel
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    if scaling.ndim == 3:
+        return u * np.einsum("the,hew->thw", p, scaling)
+    return u * (p @ scaling)
+
+
+def test_mov_rescales_heads_and_an_intermediate(vectors, tmp_path):
+    adapter = t5x.convert(vectors, MOV_MODULES)
+    assert adapter.kind == "mov"
+    random = np.random.default_rng(7)
+    for path, site, shape in (
+        (K, "layers.0.self_attn.k_proj", (TOKENS, HEADS, WIDTH)),
+        (WI, "layers.0.mlp.down_proj", (TOKENS, INPUTS)),
+    ):
+        u = random.normal(size=shape)
+        names = f"{path}/mov_scaling", f"{path}/router/router_weights/v/kernel"
+        expected = mov(u, *(vectors[name].astype(np.float64) for name in names))
+        flat = torch.from_numpy(u).float().flatten(1)
+        found, _ = scale_mixture(flat, adapter.sites[site])
+        np.testing.assert_allclose(found.numpy(), expected.reshape(TOKENS, -1), atol=1e-5)
+        assert adapter.sites[site].of == ("output" if path == K else "input")
+    native.write(adapter, tmp_path / "mov")
+    assert formats.read(tmp_path / "mov").digest == adapter.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "where"),
+    [
+        ({f"{K}/mov_scaling": np.ones((EXPERTS,))}, ShapeError, f"{K}/mov_scaling"),
+        ({f"{WI}/mov_scaling": np.ones((EXPERTS, 3))}, ShapeError, f"{WI}/router"),
+        ({f"{K}/lora_A": np.ones((EXPERTS, INPUTS, RANK))}, UnsupportedError, "mov_scaling"),
+        ({"other/mov_scaling": np.ones((2, 3))}, UnsupportedError, "other/mov_scaling"),
+        ({f"{K}/router/bias": np.ones(EXPERTS)}, UnsupportedError, f"{K}/router/bias"),
+        ({f"{K}/router/router_weights/v/kernel": None}, MissingTensorError, f"{K}/...router"),
+    ],
+)
+def test_vectors_that_cannot_be_converted(vectors, changes, kind, where):
+    arrays = {name: array for name, array in (vectors | changes).items() if array is not None}
+    with pytest.raises(kind) as caught:
+        t5x.convert(arrays, MOV_MODULES)
+    assert where.replace("...", ".../") in caught.value.where

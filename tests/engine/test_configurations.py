@@ -1,12 +1,16 @@
 """The golden cases under other engine configurations give what the plain one gives."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import dora_experts
 import pytest
-from asking import ask, assert_golden, every_prompt
+import torch
+from asking import ask, ask_each, assert_golden, every_prompt
 from engines import engine
-from golden import SERVED
+from golden import SERVED, TINY_LLAMA
+from transformers import AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,30 @@ CONFIGURATIONS = {
 }
 
 
+DORA_PROMPT = [303, 316, 288, 262, 352, 17, 5]
+
+
+@pytest.fixture(scope="module")
+def dora() -> dora_experts.Oracle:
+    source = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
+    return dora_experts.make(source)
+
+
+@torch.no_grad()
+def assert_dora(llm: Any, oracle: dora_experts.Oracle, directory: Path) -> None:
+    """Magnitudes of experts inside an FFN: the norms are of each rank's own rows."""
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("dora-experts", 90, str(oracle.save(directory)))
+    (reply,) = ask_each(llm, [DORA_PROMPT], [request], tokens=1)
+    logits = oracle.model(torch.tensor([DORA_PROMPT])).logits[0, -1]
+    assert (reply.logits - logits).abs().max() <= 2e-4 * logits.abs().max()
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_configuration_matches_the_reference(name: str, authored: Any, monkeypatch: Any) -> None:
+def test_configuration_matches_the_reference(
+    name: str, authored: Any, dora: dora_experts.Oracle, monkeypatch: Any, tmp_path: Path
+) -> None:
     configuration = CONFIGURATIONS[name]
     for variable, value in configuration.environment.items():
         monkeypatch.setenv(variable, value)
@@ -45,3 +71,4 @@ def test_configuration_matches_the_reference(name: str, authored: Any, monkeypat
     others = {name: own.path for name, own in authored.items()}
     with engine(**configuration.options, max_loras=30) as llm:
         assert_golden(ask(llm, prompts, others=others), prompts)
+        assert_dora(llm, dora, tmp_path / "dora")

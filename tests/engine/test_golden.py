@@ -58,7 +58,8 @@ def test_router_weights_match_the_reference(llm: Any, case: str) -> None:
     for site, route in expected.items():
         probabilities, weights, entropy = (torch.tensor(figure) for figure in found[site])
         assert greatest_difference(probabilities, route["p"]) < ROUTER_TOLERANCE, site
-        assert greatest_difference(weights, route["w"]) < ROUTER_TOLERANCE, site
+        if "w" in route:
+            assert greatest_difference(weights, route["w"]) < ROUTER_TOLERANCE, site
         if "entropy" in route:
             assert greatest_difference(entropy, route["entropy"]) < ROUTER_TOLERANCE, site
 
