@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tp_group
+from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.lora.layers.utils import LoRAMapping
 from vllm.lora.request import LoRARequest
@@ -19,9 +19,11 @@ from vllm.lora.request import LoRARequest
 from molehill.engine import formats
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import AdapterError, LimitError
+from molehill.engine.figures import SiteCost, costs
 from molehill.engine.merge import Resident, merge_static, subtract
 from molehill.engine.validation import validate
 from molehill.engine.vllm import backends
+from molehill.engine.vllm.ledger import Ledger
 from molehill.engine.vllm.preparing import Preparation
 from molehill.engine.vllm.seams import Seams
 from molehill.engine.vllm.settings import Settings
@@ -29,6 +31,7 @@ from molehill.kernels.backend import (
     UNSERVED,
     CapacityError,
     Run,
+    SlotCounters,
     SlotWeights,
 )
 from molehill.kernels.moe import MoeBlocks
@@ -80,6 +83,7 @@ class AdapterManager:
         self._idle: set[int] = set()
         self._idle_tokens: Counter[int] = Counter()
         self._resident = resident
+        self._ledger = Ledger(self._counters, self._resident_bytes)
         self.preparation = Preparation(self._prepare)
         if resident is not None:
             base = self._on_resident(Adapter("base", {}))
@@ -132,6 +136,7 @@ class AdapterManager:
         with self._all_ranks_or_none():
             adapter, weights = self.preparation.take(request.lora_path)
         slot = self._put(request.lora_int_id, weights or self._seams.cut(adapter))
+        self._ledger.enter(request.lora_int_id, request.lora_name, slot, self._costs(adapter))
         self._refused.discard(request.lora_int_id)
         self.preparation.drop(request.lora_path)
         logger.info("molehill: adapter %s stored in slot %d", request.lora_name, slot)
@@ -206,6 +211,7 @@ class AdapterManager:
         slot = self._slots.pop(lora_id, None)
         if slot is None:
             return False
+        self._ledger.leave(lora_id)
         self._erase(slot)
         self._idle.discard(slot)
         del self._idle_tokens[slot]
@@ -237,6 +243,7 @@ class AdapterManager:
                 self._add_late(request)
         if mapping is not None:
             runs = self._runs(mapping.index_mapping)
+            self._ledger.touch(run.slot for run in runs)
             self.backend.begin_step(runs)
             self.moes.begin_step(runs)
 
@@ -265,6 +272,7 @@ class AdapterManager:
                 runs.append(Run(slot, start, stop))
             elif slot is not None:
                 self._idle_tokens[slot] += stop - start
+                self._ledger.touch([slot])
             start = stop
         return runs
 
@@ -310,11 +318,22 @@ class AdapterManager:
     def describe(self) -> dict[str, Any]:
         return asdict(self.base)
 
-    def stats(self) -> dict[int, dict[str, Any]]:
-        """Counters and resident bytes by `lora_int_id`."""
-        return {lora_id: self._figures(self._slots[lora_id]) for lora_id in self.list_adapters()}
+    def stats(self, known: Sequence[int]) -> dict[str, Any]:
+        """stage: this worker's of the pipeline. adapters: see Ledger.settle."""
+        return {"stage": get_pp_group().rank_in_group, "adapters": self._ledger.settle(known)}
 
-    def _figures(self, slot: int) -> dict[str, Any]:
-        figures = asdict(self.backend.counters(slot))
-        figures["tokens"] += self._idle_tokens[slot]
-        return {**figures, "bytes": self._resident_bytes(slot)}
+    def routing(self, lora_id: int) -> dict[str, Any]:
+        """tokens, and sites: fields of SiteFigures by site, of this worker's pipeline stage."""
+        tokens, sites = self._ledger.sites(lora_id)
+        return {"tokens": tokens, "sites": {site: asdict(own) for site, own in sites.items()}}
+
+    def _costs(self, adapter: Adapter) -> dict[str, SiteCost]:
+        """Of the sites that lie on this pipeline stage. Those on the base's own experts are left
+        out: how many tokens its router sends there is not counted."""
+        return {
+            site: cost for site, cost in costs(adapter).items() if self._seams.has_counted(site)
+        }
+
+    def _counters(self, slot: int) -> SlotCounters:
+        counters = self.backend.counters(slot)
+        return replace(counters, tokens=counters.tokens + self._idle_tokens[slot])

@@ -135,6 +135,10 @@ class Seams:
             refused={site: why for stage in everyone for site, why in stage[3].items()},
         )
 
+    def has_counted(self, site: str) -> bool:
+        """Whether a site is on this pipeline stage, and its tokens are counted."""
+        return site in self._ffn_handles or site in self._projections
+
     def cut(self, adapter: Adapter) -> SlotWeights:
         """This rank's share of an adapter; sites of other pipeline stages are left out."""
         linears: dict[int, list[LinearPiece]] = {}
