@@ -7,10 +7,14 @@ from molehill.engine.errors import AdapterError, AdapterNotFoundError
 
 
 class RequestError(Exception):
-    """A refusal. `kind` is a stable name for machines: the error body's `type`."""
+    """A refusal. `kind` is a stable name for machines: the error body's `type`.
+
+    retry_after: seconds after which the same request may succeed, or None.
+    """
 
     status = HTTPStatus.BAD_REQUEST
     kind = "bad_request"
+    retry_after: int | None = None
 
 
 class BadNameError(RequestError):
@@ -20,7 +24,7 @@ class BadNameError(RequestError):
 
 
 class BadPathError(RequestError):
-    """A path that is no path."""
+    """A path, repository or URL that is none."""
 
     kind = "invalid_path"
 
@@ -31,11 +35,32 @@ class AlreadyLoadedError(RequestError):
     kind = "already_loaded"
 
 
+class GenerationMismatchError(RequestError):
+    """The name does not serve the generation that the request expects."""
+
+    status = HTTPStatus.CONFLICT
+    kind = "generation_mismatch"
+
+
 class ForbiddenPathError(RequestError):
     """The path, or a file below it, leads out of the adapter roots."""
 
     status = HTTPStatus.FORBIDDEN
     kind = "path_forbidden"
+
+
+class ForbiddenSourceError(RequestError):
+    """A repository or URL that this server may not fetch from."""
+
+    status = HTTPStatus.FORBIDDEN
+    kind = "source_forbidden"
+
+
+class FetchError(RequestError):
+    """A repository or URL that could not be fetched."""
+
+    status = HTTPStatus.BAD_GATEWAY
+    kind = "fetch_failed"
 
 
 class NotLoadedError(RequestError):
@@ -45,11 +70,54 @@ class NotLoadedError(RequestError):
     kind = "adapter_not_loaded"
 
 
+class TooManyAdaptersError(RequestError):
+    """The server holds as many names as it may."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+    kind = "too_many_adapters"
+
+
+class BusyError(RequestError):
+    """As many loads are on their way as may be."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    kind = "too_many_loads"
+    retry_after = 1
+
+
+class SourceChangedError(RequestError):
+    """The source does not hold what it held when the adapter was loaded."""
+
+    status = HTTPStatus.CONFLICT
+    kind = "source_changed"
+
+
+class StoreError(RequestError):
+    """The disk that holds the canonical copies would not take one more."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+    kind = "store_failed"
+
+
 class EngineRefusedError(RequestError):
     """The engine could not take a valid adapter, for want of memory or slots."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     kind = "engine_refused"
+
+
+class CannotPinError(RequestError):
+    """One more pin would leave no slot for adapters that are not pinned."""
+
+    status = HTTPStatus.CONFLICT
+    kind = "cannot_pin"
+
+
+class NoEffectError(RequestError):
+    """The adapter does not change the base model's answer to the probe prompt."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    kind = "no_effect"
 
 
 def status_of(error: RequestError | AdapterError) -> HTTPStatus:
@@ -58,6 +126,11 @@ def status_of(error: RequestError | AdapterError) -> HTTPStatus:
     if isinstance(error, AdapterNotFoundError):
         return HTTPStatus.NOT_FOUND
     return HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+def headers_of(error: RequestError | AdapterError) -> dict[str, str]:
+    seconds = getattr(error, "retry_after", None)
+    return {} if seconds is None else {"Retry-After": str(seconds)}
 
 
 def body(message: str, kind: str, status: HTTPStatus) -> dict[str, Any]:

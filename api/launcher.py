@@ -123,6 +123,9 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         args.served_model_name = list(dict.fromkeys(names))
     args.lora_modules = None
     args.api_server_count = None
+    keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+    # Who may change the server may also ask it; vLLM's own check stands before ours.
+    args.api_key = [*keys, *options.admin_keys] if keys else None
     settings = Settings(options.backend, options.memory, options.limits)
     args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
     args.molehill = replace(options, adapters=adapters)

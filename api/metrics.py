@@ -20,7 +20,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from molehill.api.registry import AdapterRegistry, Generation
+from molehill.api.generation import Generation
+from molehill.api.registry import AdapterRegistry
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -121,13 +122,13 @@ class AdapterCollector(Collector):
         self._loaded = len(registry)
         self._in_flight: Counter[str] = Counter()
         self._figures: dict[str, Figures] = {}
-        for generation in registry.in_engine():
+        for generation in registry.alive():
             self._count(generation, workers)
 
     def _count(self, generation: Generation, workers: list[Any]) -> None:
         self._in_flight[generation.name] += generation.in_flight
         total = self._figures.setdefault(generation.name, Figures())
-        total.add(figures(workers, generation.request.lora_int_id))
+        total.add(figures(workers, generation.lora_int_id))
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(

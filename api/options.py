@@ -1,15 +1,23 @@
 """molehill's own options of `molehill serve`; all others are vLLM's."""
 
 import argparse
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from molehill.api import names
+from molehill.api.admission import Admission
 from molehill.api.errors import BadNameError
 from molehill.engine.base import Limits
 from molehill.engine.vllm.settings import Settings
 
 MEMORY = Settings.memory
+
+# Command lines can be seen by every user of a machine, environments cannot.
+ADMIN_KEY_VARIABLE = "MOLEHILL_ADMIN_API_KEY"
+
+URL_SCHEMES = ("https", "http", "s3", "gs")
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,9 @@ class Options:
     roots: directories that clients may load adapters from; without any, they may load none.
     store: where canonical copies go, readable on every node; None is a temporary directory.
     backend, memory, limits: for the workers, see `molehill.engine.vllm.settings`.
+    admission: bounds on all adapters together. hub, url_prefixes: what else may be loaded from.
+    watch: whether what appears in a root is served. probe: whether an adapter without effect is
+    refused. admin_keys: for all that changes the server.
     """
 
     adapters: tuple[tuple[str, Path], ...] = ()
@@ -28,6 +39,12 @@ class Options:
     backend: str = "auto"
     memory: int = MEMORY
     limits: Limits = field(default_factory=Limits)
+    admission: Admission = field(default_factory=Admission)
+    hub: bool = False
+    url_prefixes: tuple[str, ...] = ()
+    watch: bool = False
+    probe: bool = True
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)
 
 
 def named_path(text: str) -> tuple[str, Path]:
@@ -96,6 +113,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help=f"for the serving copies of all adapters on one worker (default: {MEMORY})",
     )
+    add_source_arguments(parser)
+    group.add_argument(
+        "--adapter-probe",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="refuse an adapter that does not change the answer to a probe prompt (default: on)",
+    )
+    admission = Admission()
+    bounds = parser.add_argument_group("limits of all adapters")
+    for flag, default, what in (
+        ("--max-adapters", admission.adapters, "names that may be served"),
+        ("--max-adapter-loads", admission.loads, "loads at once; others are told to retry (429)"),
+    ):
+        bounds.add_argument(
+            flag, metavar="N", type=positive, default=default, help=f"{what} (default: {default})"
+        )
     bounds = parser.add_argument_group("limits of one adapter")
     for flag, default, what in (
         ("--max-adapter-rank", limits.rank, "rank of one expert"),
@@ -106,6 +139,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bounds.add_argument(
             flag, metavar="N", type=positive, default=default, help=f"{what} (default: {default})"
         )
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("who may load adapters, and from where")
+    group.add_argument(
+        "--admin-api-key",
+        metavar="KEY",
+        action="append",
+        default=[],
+        type=secret,
+        help="needed for all that changes the server, adapters first of all; may be repeated "
+        f"(default: ${ADMIN_KEY_VARIABLE}, else the --api-key)",
+    )
+    group.add_argument(
+        "--allow-hub",
+        action="store_true",
+        help="let clients load adapters from Hugging Face: hf://OWNER/NAME[@REVISION]",
+    )
+    group.add_argument(
+        "--allow-url-prefix",
+        metavar="URL",
+        action="append",
+        default=[],
+        type=url_prefix,
+        help="let clients load adapters from below an https, s3 or gs URL; may be repeated",
+    )
+    group.add_argument(
+        "--watch-adapter-roots",
+        action="store_true",
+        help="serve every finished directory below an --adapter-root under its name",
+    )
+
+
+def secret(text: str) -> str:
+    """A key; raises argparse.ArgumentTypeError for an empty one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("found an empty key")
+    return text
+
+
+def url_prefix(text: str) -> str:
+    """Raises argparse.ArgumentTypeError for a URL that nothing can lie below."""
+    parts = urlsplit(text)
+    if parts.scheme not in URL_SCHEMES or not parts.netloc or parts.query or parts.fragment:
+        schemes = ", ".join(URL_SCHEMES)
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a URL of one of {schemes}")
+    return text
 
 
 def from_namespace(args: argparse.Namespace) -> Options:
@@ -122,4 +202,15 @@ def from_namespace(args: argparse.Namespace) -> Options:
         backend=args.adapter_backend,
         memory=args.adapter_memory,
         limits=limits,
+        admission=Admission(args.max_adapters, args.max_adapter_loads),
+        hub=args.allow_hub,
+        url_prefixes=tuple(args.allow_url_prefix),
+        watch=args.watch_adapter_roots,
+        probe=args.adapter_probe,
+        admin_keys=tuple(args.admin_api_key) or admin_keys_of_environment(),
     )
+
+
+def admin_keys_of_environment() -> tuple[str, ...]:
+    key = os.environ.get(ADMIN_KEY_VARIABLE, "")
+    return (key,) if key.strip() else ()

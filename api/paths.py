@@ -1,5 +1,6 @@
 """Where clients may load adapters from."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,17 @@ from molehill.engine.errors import AdapterError, AdapterNotFoundError
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter's directory (resolved), and what to call it before clients."""
+    """An adapter's directory (resolved), and what to call it before clients.
+
+    label: brings the same adapter again; a repository with its commit. fingerprint: tells whether
+    files that stay where they are have been touched since; empty for what was fetched.
+    remembered: a restarted server serves it again by itself.
+    """
 
     directory: Path
     label: str
+    fingerprint: str = ""
+    remembered: bool = True
 
     def relabel(self, message: str) -> str:
         """`message` with the label in place of the server's path."""
@@ -27,8 +35,26 @@ class Source:
 
 
 def operator_source(path: Path) -> Source:
-    """Any directory that the operator names."""
-    return Source(path.resolve(), str(path))
+    """Any directory that the operator names, at every start."""
+    directory = path.resolve()
+    return Source(directory, str(path), fingerprint(directory), remembered=False)
+
+
+def fingerprint(directory: Path) -> str:
+    """Names, sizes and times of the files; it changes when any of them is written or exchanged."""
+    sha = hashlib.sha256()
+    for folder, directories, files in os.walk(directory):
+        directories.sort()
+        for name in sorted(files):
+            path = Path(folder, name)
+            try:
+                found = path.stat()
+            except OSError:
+                continue
+            where = path.relative_to(directory)
+            facts = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+            sha.update(f"{where}\0{facts}\0".encode())
+    return sha.hexdigest()
 
 
 class AdapterRoots:
@@ -45,13 +71,13 @@ class AdapterRoots:
         AdapterNotFoundError. What lies outside is refused whether it exists or not.
         """
         if not text or "\0" in text:
-            raise BadPathError("lora_path: found an empty path or a zero byte")
+            raise BadPathError("source: found an empty path or a zero byte")
         if not self._roots:
-            raise ForbiddenPathError("lora_path: this server was started without --adapter-root")
+            raise ForbiddenPathError("source: this server was started without --adapter-root")
         try:
             return self._first_directory(text)
         except OSError as error:
-            raise BadPathError(f"lora_path: {error.strerror}") from error
+            raise BadPathError(f"source: {error.strerror}") from error
 
     def _first_directory(self, text: str) -> Source:
         # An absolute `text` replaces the root in `root / text`.
@@ -59,12 +85,21 @@ class AdapterRoots:
         for path in paths:
             root = self._root_of(path)
             if root is not None and path.is_dir():
-                source = Source(path, text)
+                source = Source(path, text, fingerprint(path))
                 check_entries(source, root)
                 return source
         if any(self._root_of(path) is None for path in paths):
-            raise ForbiddenPathError(f"lora_path: {text!r} leads out of the adapter roots")
+            raise ForbiddenPathError(f"source: {text!r} leads out of the adapter roots")
         raise AdapterNotFoundError(text, "no such directory", "an adapter below an adapter root")
+
+    def entries(self) -> dict[str, Path]:
+        """The directories right below the roots by name, of the first root that has each."""
+        found: dict[str, Path] = {}
+        for root in self._roots:
+            for entry in os.scandir(root):
+                if entry.is_dir():
+                    found.setdefault(entry.name, Path(entry.path))
+        return found
 
     def _root_of(self, path: Path) -> Path | None:
         return next((root for root in self._roots if path.is_relative_to(root)), None)

@@ -1,5 +1,7 @@
 """vLLM's endpoint plugin: puts molehill's routes and registry into vLLM's API server."""
 
+import asyncio
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,13 +11,22 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from molehill.api import routes
-from molehill.api.inflight import count_requests
+from molehill.api import adapter_routes, routes
+from molehill.api.guard import Guard
+from molehill.api.inflight import GenerationHeader, count_requests
+from molehill.api.manifest import Manifest
 from molehill.api.metrics import WorkerStats
 from molehill.api.options import Options
 from molehill.api.paths import AdapterRoots, operator_source
+from molehill.api.probe import Prober
 from molehill.api.registry import AdapterRegistry
+from molehill.api.residency import Residency
+from molehill.api.restart import Restart
+from molehill.api.services import Services
+from molehill.api.sources import Sources, local
 from molehill.api.store import AdapterStore
+from molehill.api.watch import Watcher
+from molehill.api.workers import Workers
 from molehill.engine import formats, validation
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import BaseModel, Limits
@@ -41,38 +52,76 @@ class MolehillRoutes:
     required_tasks = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Replaces vLLM's routes of the same path and method."""
+        """Replaces vLLM's routes of the same path and method, and guards all of them."""
         app.include_router(routes.router)
+        app.include_router(adapter_routes.router)
+        args = app.state.args
+        keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+        admin_keys = options_of(args).admin_keys
+        # The last one added is the outermost.
+        app.add_middleware(GenerationHeader)
+        app.add_middleware(Guard, keys=keys, admin_keys=admin_keys)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Sets up the registry and loads the start adapters, before the server listens.
 
-        Raises RuntimeError where the engine is not molehill's, AdapterError and RequestError for a
-        start adapter; the server then does not start.
+        Raises RuntimeError where the engine is not molehill's, ManifestError, and for a start
+        adapter AdapterError or RequestError; the server then does not start.
         """
         if engine_client is None:
             raise RuntimeError("molehill needs an engine; this server only renders prompts")
         compat.check_version()
-        options: Options = getattr(args, "molehill", Options())
+        options = options_of(args)
         models = state.openai_serving_models
         if models.lora_requests:
             raise RuntimeError("adapters were loaded past molehill; use molehill serve --adapter")
         models.lora_requests = ServedRequests()
-        # The workers check against these too; here a bad adapter gets its own error.
-        limits = Settings.from_config(engine_client.vllm_config.additional_config).limits
-        base = replace(await base_model(engine_client), name=models.base_model_paths[0].name)
-        registry = AdapterRegistry(
-            engine=engine_client,
-            read=partial(read, base=base, limits=limits),
-            store=AdapterStore(options.store),
-            served=models.lora_requests,
-            base_models={path.name for path in models.base_model_paths},
-        )
-        count_requests(engine_client, registry)
-        roots = AdapterRoots(options.roots)
-        state.molehill = routes.Services(registry, roots, WorkerStats(engine_client), models)
+        found = await services(engine_client, models, options)
+        state.molehill = found
         for name, path in options.adapters:
-            await registry.load(name, operator_source(path))
+            await found.registry.load(name, str(path), local(operator_source(path)))
+        tasks = [found.restart.run()]
+        if options.watch:
+            tasks.append(Watcher(found.sources.roots, found.sources, found.registry).run())
+        # Held by the state, or they would be collected while they run.
+        state.molehill_tasks = [asyncio.create_task(task) for task in tasks]
+
+
+def options_of(args: Namespace) -> Options:
+    found: Options = getattr(args, "molehill", Options())
+    return found
+
+
+async def services(engine_client: Any, models: Any, options: Options) -> Services:
+    """All that the routes need, on this engine. Raises RuntimeError, ManifestError."""
+    config = engine_client.vllm_config
+    # The workers check against these too; here a bad adapter gets its own error.
+    limits = Settings.from_config(config.additional_config).limits
+    base = replace(await base_model(engine_client), name=models.base_model_paths[0].name)
+    reader = partial(read, base=base, limits=limits)
+    store = AdapterStore(options.store)
+    registry = AdapterRegistry(
+        residency=Residency(Workers(engine_client), config.lora_config.max_loras),
+        read=reader,
+        store=store,
+        served=models.lora_requests,
+        base_models={path.name for path in models.base_model_paths},
+        admission=options.admission,
+        probe=await prober(engine_client) if options.probe else None,
+    )
+    count_requests(engine_client, registry)
+    roots = AdapterRoots(options.roots)
+    sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
+    manifest = None if options.store is None else Manifest(store.root)
+    restart = Restart(registry, store, sources, reader, manifest)
+    return Services(registry, sources, WorkerStats(engine_client), restart, models)
+
+
+async def prober(engine_client: Any) -> Prober | None:
+    """None for a model that does not generate: its answers have no logits."""
+    if "generate" not in await engine_client.get_supported_tasks():
+        return None
+    return Prober(engine_client.generate, engine_client.model_config.get_vocab_size())
 
 
 def read(directory: Path, base: BaseModel, limits: Limits) -> Adapter:

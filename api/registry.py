@@ -8,20 +8,38 @@ memory goes.
 import asyncio
 import itertools
 import logging
-import time
-from collections.abc import Callable, Collection, Coroutine, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 
 from molehill.api import names
-from molehill.api.errors import AlreadyLoadedError, EngineRefusedError, NotLoadedError
+from molehill.api.admission import Admission
+from molehill.api.errors import (
+    AlreadyLoadedError,
+    BusyError,
+    CannotPinError,
+    EngineRefusedError,
+    NotLoadedError,
+    StoreError,
+    TooManyAdaptersError,
+)
+from molehill.api.generation import (
+    Content,
+    Failure,
+    Generation,
+    Loaded,
+    Loading,
+    content_of,
+)
 from molehill.api.paths import Source
+from molehill.api.residency import Residency
 from molehill.api.store import AdapterStore
+from molehill.api.terms import Anything, Expected, Terms, check_content, check_expected
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import AdapterError, CorruptFileError
 
@@ -30,43 +48,10 @@ logger = logging.getLogger("vllm.molehill")
 
 T = TypeVar("T")
 Reader = Callable[[Path], Adapter]
+Probe = Callable[[Generation], Awaitable[None]]
 
-
-class Engine(Protocol):
-    """What the registry asks of vLLM's engine client."""
-
-    async def add_lora(self, lora_request: Any) -> bool:
-        """Loads an adapter on every worker; raises with the worker's message."""
-
-    async def remove_lora(self, lora_id: int) -> bool:
-        """Frees an adapter on every worker."""
-
-
-@dataclass
-class Generation:
-    """One version of one adapter in the engine.
-
-    num_bytes: of its tensors in canonical float32. created: Unix seconds.
-    in_flight: requests that run on it. retired: no new request may.
-    """
-
-    name: str
-    digest: str
-    kind: str
-    num_bytes: int
-    warnings: tuple[str, ...]
-    request: Any
-    created: int = field(default_factory=lambda: int(time.time()))
-    in_flight: int = 0
-    retired: bool = False
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a load came to."""
-
-    generation: Generation
-    status: Literal["loaded", "replaced", "unchanged"]
+# A source on its way here: entered in a thread, it is there; left, whatever was fetched is gone.
+Fetch = AbstractContextManager[Source]
 
 
 class AdapterRegistry:
@@ -74,23 +59,33 @@ class AdapterRegistry:
 
     read: parses and validates a directory; runs in a thread, raises AdapterError.
     served: name to LoRARequest, which vLLM looks a request's model up in; the registry writes it.
+    probe: raises RequestError for a generation that must not be served, or None.
+    failures: names that a restart or a watched root should serve, and why they do not.
+    changed: called after the names or their pins have changed.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        residency: Residency,
         read: Reader,
         store: AdapterStore,
         served: dict[str, Any],
         base_models: Collection[str],
+        admission: Admission = Admission(),  # noqa: B008
+        probe: Probe | None = None,
     ) -> None:
-        self._engine = engine
+        self.residency = residency
+        self.changed: Callable[[], None] = lambda: None
         self._read = read
         self._store = store
         self._served = served
         self._base_models = base_models
+        self._admission = admission
+        self._probe = probe
         self._current: dict[str, Generation] = {}
-        self._in_engine: dict[int, Generation] = {}
+        self._alive: dict[int, Generation] = {}
+        self._loading: list[Loading] = []
+        self.failures: dict[str, Failure] = {}
         self._ids = itertools.count(1)
         # Weak, so that a lock lives only while somebody holds it or waits for it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -105,32 +100,62 @@ class AdapterRegistry:
         """What the names point at."""
         return iter(self._current.values())
 
-    def in_engine(self) -> list[Generation]:
-        """Every generation that still takes memory, retired ones too."""
-        return list(self._in_engine.values())
+    def get(self, name: str) -> Generation | None:
+        return self._current.get(name)
 
-    async def load(self, name: str, source: Source, *, replace: bool = False) -> Loaded:
-        """Serves `source` as `name`; when this returns, it serves.
+    def alive(self) -> list[Generation]:
+        """Every generation that still takes memory or disk, retired ones too."""
+        return list(self._alive.values())
 
-        The same bytes again change nothing. Raises BadNameError, AdapterError, AlreadyLoadedError
-        (other bytes without `replace`) or EngineRefusedError; then everything is as before.
+    def loading(self) -> list[Loading]:
+        """The loads on their way."""
+        return list(self._loading)
+
+    async def load(
+        self, name: str, label: str, fetch: Fetch, terms: Terms | None = None
+    ) -> Loaded:
+        """Serves what `fetch` brings as `name`; when this returns, it serves.
+
+        label: the source as the client wrote it. The same bytes again change nothing. Raises
+        BadNameError, BusyError, TooManyAdaptersError, GenerationMismatchError, AlreadyLoadedError,
+        AdapterError, StoreError, EngineRefusedError, and what `fetch` and the probe raise; then
+        everything is as before.
         """
         names.check(name, self._base_models)
-        return await self._see_through(self._load(name, source, replace))
+        self._admit_load(name)
+        loading = Loading(name, label)
+        self._loading.append(loading)
+        return await self._see_through(self._load(loading, fetch, terms or Terms()))
 
-    async def unload(self, name: str) -> Generation:
+    async def unload(
+        self, name: str, expected: Expected = Anything
+    ) -> Generation:
         """Takes the name away at once; memory goes when the last running request ends.
 
-        Raises NotLoadedError.
+        Raises NotLoadedError, GenerationMismatchError.
         """
-        return await self._see_through(self._unload(name))
+        return await self._see_through(self._unload(name, expected))
+
+    def dismiss(self, name: str) -> Failure | None:
+        """Forgets a name that should serve and does not, if it is one."""
+        failure = self.failures.pop(name, None)
+        if failure is not None:
+            self.changed()
+        return failure
+
+    async def pin(self, name: str, pinned: bool) -> Generation:
+        """Keeps the name's adapter in the workers, or lets it be taken out when idle.
+
+        Raises NotLoadedError, CannotPinError, EngineRefusedError.
+        """
+        return await self._see_through(self._pin(name, pinned))
 
     def admit(self, request: Any) -> Generation:
         """The generation that a request runs on, the current one of its name if its own retired.
 
         Raises VLLMNotFoundError (404) if the name is gone: the base must never answer for it.
         """
-        generation = self._in_engine.get(request.lora_int_id)
+        generation = self._alive.get(request.lora_int_id)
         if generation is None or generation.retired:
             generation = self._current.get(request.lora_name)
         if generation is None:
@@ -145,75 +170,166 @@ class AdapterRegistry:
         if generation.retired and not generation.in_flight:
             self._spawn(self._free(generation))
 
-    async def _load(self, name: str, source: Source, replace: bool) -> Loaded:
-        async with self._lock(name):
-            async with self._reading:
-                adapter, path = await self._take_in(source)
-            old = self._current.get(name)
-            if old is not None and (old.digest == adapter.digest or not replace):
-                self._store.release(adapter.digest)
-                if old.digest == adapter.digest:
-                    return Loaded(old, "unchanged")
-                raise AlreadyLoadedError(
-                    f"The lora adapter '{name}' has already been loaded with other weights. If "
-                    "you want to replace them, set 'load_inplace' to True."
-                )
-            new = await self._install(name, adapter, path, source)
-            self._current[name] = new
-            self._served[name] = new.request
-            logger.info("Loaded adapter %s: %s, %s", name, new.kind, new.digest)
-            if old is not None:
-                await self._retire(old)
-            return Loaded(new, "loaded" if old is None else "replaced")
+    def _admit_load(self, name: str) -> None:
+        """Before anything is fetched, read or allocated."""
+        if len(self._loading) >= self._admission.loads:
+            raise BusyError(
+                f"loads: found {len(self._loading)} on their way, expected fewer than "
+                f"{self._admission.loads}"
+            )
+        taken = {*self._current, *(loading.name for loading in self._loading)}
+        if name not in taken and len(taken) >= self._admission.adapters:
+            raise TooManyAdaptersError(
+                f"adapters: found {len(taken)}, expected fewer than {self._admission.adapters}; "
+                "unload one first"
+            )
 
-    async def _take_in(self, source: Source) -> tuple[Adapter, Path]:
+    async def _load(self, loading: Loading, fetch: Fetch, terms: Terms) -> Loaded:
         try:
-            adapter = await asyncio.to_thread(self._read, source.directory)
+            async with self._lock(loading.name):
+                old = self._current.get(loading.name)
+                check_expected(loading.name, old, terms.expected)
+                content, source = await self._take_in(loading, fetch, terms.content)
+                if old is not None and (old.digest == content.digest or not terms.replace):
+                    self._store.release(content.digest)
+                    if old.digest == content.digest:
+                        return self._unchanged(old, source, terms)
+                    raise AlreadyLoadedError(
+                        f"The lora adapter '{loading.name}' has already been loaded with other "
+                        "weights. If you want to replace them, set 'load_inplace' to True."
+                    )
+                new = await self._install(loading, content, source, old, terms)
+                self._switch(new)
+                if old is not None:
+                    await self._retire(old)
+                return Loaded(new, "loaded" if old is None else "replaced")
+        finally:
+            self._loading.remove(loading)
+
+    def _unchanged(self, old: Generation, source: Source, terms: Terms) -> Loaded:
+        old.source = source
+        if terms.pinned is not None:
+            self._set_pin(old, terms.pinned)
+        self.changed()
+        return Loaded(old, "unchanged")
+
+    def _switch(self, new: Generation) -> None:
+        self._current[new.name] = new
+        self._served[new.name] = new.request
+        self.failures.pop(new.name, None)
+        logger.info("Loaded adapter %s: %s, %s", new.name, new.content.kind, new.digest)
+        self.changed()
+
+    async def _take_in(
+        self, loading: Loading, fetch: Fetch, expected: str | None
+    ) -> tuple[Content, Source]:
+        """Into the store, where nobody changes it any more."""
+        loading.stage = "fetching"
+        async with fetched(fetch) as source, self._reading:
+            loading.stage = "reading"
+            return await asyncio.to_thread(self._read_into_store, source, expected), source
+
+    def _read_into_store(self, source: Source, expected: str | None) -> Content:
+        try:
+            adapter = self._read(source.directory)
         except AdapterError as error:
             raise source.relabel_error(error) from error
         except OSError as error:
             raise CorruptFileError(source.label, error.strerror, "a readable directory") from error
+        check_content(source.label, adapter.digest, expected)
         try:
-            return adapter, await asyncio.to_thread(self._store.acquire, adapter)
+            return content_of(adapter, self._store.acquire(adapter, source.directory))
         except OSError as error:
-            raise EngineRefusedError(f"adapter store: {error.strerror}") from error
+            raise StoreError(f"adapter store: {error.strerror}") from error
 
-    async def _install(self, name: str, adapter: Adapter, path: Path, source: Source) -> Generation:
-        request = LoRARequest(name, next(self._ids), str(path))
-        generation = Generation(
-            name, adapter.digest, adapter.kind, adapter.num_bytes, adapter.warnings, request
-        )
-        self._in_engine[request.lora_int_id] = generation
+    async def _install(
+        self,
+        loading: Loading,
+        content: Content,
+        source: Source,
+        old: Generation | None,
+        terms: Terms,
+    ) -> Generation:
+        """Brings it into the workers once: what cannot run there is not served."""
+        request = LoRARequest(loading.name, next(self._ids), str(content.path))
+        generation = Generation(loading.name, content, source, request)
+        self._alive[request.lora_int_id] = generation
+        self.enter(generation)
         try:
-            await self._engine.add_lora(request)
+            loading.stage = "installing"
+            await self.residency.acquire(generation)
+            try:
+                keep = old is not None and old.pinned if terms.pinned is None else terms.pinned
+                self._set_pin(generation, keep, old)
+                if self._probe is not None and not terms.allow_noop:
+                    loading.stage = "probing"
+                    await self._probe(generation)
+            finally:
+                self.residency.release(generation)
         except Exception as error:
-            # Some of several workers may have taken it.
+            generation.retired = True
+            generation.in_flight -= 1
             await self._free(generation)
-            message = source.relabel(str(error)).replace(str(path), source.label)
-            raise EngineRefusedError(message) from error
+            if isinstance(error, EngineRefusedError):
+                message = source.relabel(str(error)).replace(str(content.path), source.label)
+                raise type(error)(message) from error
+            raise
+        self.leave(generation)
         return generation
 
-    async def _unload(self, name: str) -> Generation:
+    async def _pin(self, name: str, pinned: bool) -> Generation:
         async with self._lock(name):
-            if name not in self._current:
-                raise NotLoadedError(f"The lora adapter {name!a} cannot be found.")
-            generation = self._current.pop(name)
+            generation = self._known(name)
+            if pinned:
+                self.enter(generation)
+                try:
+                    await self.residency.acquire(generation)
+                    self.residency.release(generation)
+                finally:
+                    self.leave(generation)
+            self._set_pin(generation, pinned)
+            self.changed()
+            return generation
+
+    def _set_pin(
+        self, generation: Generation, pinned: bool, old: Generation | None = None
+    ) -> None:
+        """old: a pinned generation whose place this one takes."""
+        frees = old is not None and old.pinned
+        if pinned and not generation.pinned and not frees and not self.residency.pinnable():
+            raise CannotPinError(
+                f"pins: found no more than one of {self.residency.slots} slots left for adapters "
+                "that are not pinned, expected two"
+            )
+        generation.pinned = pinned
+
+    async def _unload(self, name: str, expected: Expected) -> Generation:
+        async with self._lock(name):
+            generation = self._known(name)
+            check_expected(name, generation, expected)
+            del self._current[name]
             del self._served[name]
             logger.info("Unloaded adapter %s: %s", name, generation.digest)
+            self.changed()
             await self._retire(generation)
             return generation
 
+    def _known(self, name: str) -> Generation:
+        if name not in self._current:
+            raise NotLoadedError(f"The lora adapter {name!a} cannot be found.")
+        return self._current[name]
+
     async def _retire(self, generation: Generation) -> None:
         generation.retired = True
+        generation.pinned = False
         if not generation.in_flight:
             await self._free(generation)
 
     async def _free(self, generation: Generation) -> None:
-        try:
-            await self._engine.remove_lora(generation.request.lora_int_id)
-        except Exception:
-            logger.exception("The engine could not free adapter %s", generation.name)
-        del self._in_engine[generation.request.lora_int_id]
+        # Whoever comes first frees it.
+        if self._alive.pop(generation.lora_int_id, None) is None:
+            return
+        await self.residency.forget(generation)
         self._store.release(generation.digest)
 
     def _lock(self, name: str) -> asyncio.Lock:
@@ -228,3 +344,13 @@ class AdapterRegistry:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+@asynccontextmanager
+async def fetched(fetch: Fetch) -> AsyncIterator[Source]:
+    """Enters and leaves `fetch` in a thread."""
+    source = await asyncio.to_thread(fetch.__enter__)
+    try:
+        yield source
+    finally:
+        await asyncio.to_thread(fetch.__exit__, None, None, None)

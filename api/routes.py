@@ -1,49 +1,19 @@
-"""The routes that molehill puts in the place of vLLM's."""
+"""The routes that molehill puts in the place of vLLM's, and the one that says it is ready."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from functools import wraps
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from molehill.api import errors, metrics
-from molehill.api.metrics import WorkerStats
-from molehill.api.paths import AdapterRoots
-from molehill.api.registry import AdapterRegistry, Generation
-from molehill.engine.errors import AdapterError
+from molehill.api import metrics
+from molehill.api.generation import Generation
+from molehill.api.services import Injected, StrictBody, answering_errors
+from molehill.api.terms import Terms
 
 router = APIRouter()
-
-
-@dataclass(frozen=True)
-class Services:
-    """What the routes work with. models: vLLM's OpenAIServingModels."""
-
-    registry: AdapterRegistry
-    roots: AdapterRoots
-    stats: WorkerStats
-    models: Any
-
-
-def services(request: Request) -> Services:
-    found: Services = request.app.state.molehill
-    return found
-
-
-Injected = Annotated[Services, Depends(services)]
-
-
-class StrictBody(BaseModel):
-    """A misspelt field is an error, not a default."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class LoadRequest(StrictBody):
@@ -62,29 +32,13 @@ class UnloadRequest(StrictBody):
     lora_int_id: int | None = None
 
 
-Handler = Callable[..., Awaitable[Response]]
-
-
-def answering_errors(handler: Handler) -> Handler:
-    """Turns refusals into error bodies. Not an exception handler of the app: vLLM has its own."""
-
-    @wraps(handler)
-    async def wrapped(*args: Any, **kwargs: Any) -> Response:
-        try:
-            return await handler(*args, **kwargs)
-        except (errors.RequestError, AdapterError) as error:
-            status = errors.status_of(error)
-            return JSONResponse(errors.body(str(error), error.kind, status), status.value)
-
-    return wrapped
-
-
 @router.post("/v1/load_lora_adapter", dependencies=[Depends(validate_json_request)])
 @answering_errors
 async def load_adapter(body: LoadRequest, found: Injected) -> Response:
     """200 means that the adapter serves."""
-    source = await asyncio.to_thread(found.roots.resolve, body.lora_path)
-    loaded = await found.registry.load(body.lora_name, source, replace=body.load_inplace)
+    fetch = found.sources.fetch(body.lora_path)
+    terms = Terms(replace=body.load_inplace)
+    loaded = await found.registry.load(body.lora_name, body.lora_path, fetch, terms)
     return JSONResponse({"status": loaded.status, **summary(loaded.generation)})
 
 
@@ -100,10 +54,10 @@ async def unload_adapter(body: UnloadRequest, found: Injected) -> Response:
 def summary(generation: Generation) -> dict[str, Any]:
     return {
         "lora_name": generation.name,
-        "kind": generation.kind,
+        "kind": generation.content.kind,
         "digest": generation.digest,
-        "bytes": generation.num_bytes,
-        "warnings": list(generation.warnings),
+        "bytes": generation.content.num_bytes,
+        "warnings": list(generation.content.warnings),
     }
 
 
@@ -139,3 +93,11 @@ async def show_metrics(found: Injected) -> Response:
     ours = metrics.exposition(found.registry, workers)
     text = generate_latest(get_prometheus_registry()) + ours
     return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/health/ready")
+async def show_ready(found: Injected) -> Response:
+    """200 once all that an earlier server remembered is loaded or reported, 503 until then."""
+    if found.restart.ready:
+        return Response(status_code=200)
+    return Response(status_code=503, headers={"Retry-After": "1"})

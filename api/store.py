@@ -5,15 +5,20 @@ files meanwhile. vLLM keys its prefix cache by an adapter's name and path: other
 another path, so they never meet old KV entries.
 """
 
+import re
 import shutil
 import tempfile
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from molehill.engine.adapter import Adapter
 from molehill.engine.formats import native
+
+# Copies, and copies that were not finished.
+LEFT = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}-.*")
 
 
 class AdapterStore:
@@ -32,11 +37,17 @@ class AdapterStore:
         self._holders: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def acquire(self, adapter: Adapter) -> Path:
-        """The adapter's directory, written if nobody holds it yet. Raises OSError."""
-        directory = self.root / adapter.digest
+    def path(self, digest: str) -> Path:
+        return self.root / digest
+
+    def acquire(self, adapter: Adapter, source: Path | None = None) -> Path:
+        """The adapter's directory, written if nobody holds it yet. Raises OSError.
+
+        source: where the adapter was read from; if that is the directory itself, it stays.
+        """
+        directory = self.path(adapter.digest)
         with self._lock:
-            if not self._holders[adapter.digest]:
+            if not self._holders[adapter.digest] and source != directory:
                 # Of an earlier server that was killed.
                 shutil.rmtree(directory, ignore_errors=True)
                 native.write(adapter, directory)
@@ -49,4 +60,12 @@ class AdapterStore:
             self._holders[digest] -= 1
             if not self._holders[digest]:
                 del self._holders[digest]
-                shutil.rmtree(self.root / digest, ignore_errors=True)
+                shutil.rmtree(self.path(digest), ignore_errors=True)
+
+    def sweep(self, keep: Collection[str]) -> None:
+        """Deletes what an earlier server left, but for the digests in `keep`."""
+        with self._lock:
+            for path in self.root.iterdir():
+                wanted = path.name in keep or path.name in self._holders
+                if LEFT.fullmatch(path.name) and not wanted:
+                    shutil.rmtree(path, ignore_errors=True)

@@ -18,10 +18,11 @@ from vllm.lora.request import LoRARequest
 from molehill.engine import formats
 from molehill.engine.adapter import Adapter, natural_key
 from molehill.engine.base import BaseModel
-from molehill.engine.errors import LimitError
+from molehill.engine.errors import AdapterError, LimitError
 from molehill.engine.validation import validate
 from molehill.engine.vllm import backends, layers, shards
 from molehill.engine.vllm.hooks import hook_ffn, hook_linear
+from molehill.engine.vllm.preparing import Preparation
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.backend import (
     UNSERVED,
@@ -36,6 +37,14 @@ from molehill.kernels.backend import (
 from molehill.kernels.mixture import FfnMixture, LinearMixture
 
 logger = init_logger("vllm.molehill")
+
+
+class FullError(LimitError):
+    """No room beside the adapters that are here now."""
+
+
+class OtherRankError(RuntimeError):
+    """This rank could have served the adapter, another one refused."""
 
 
 class AdapterManager:
@@ -68,6 +77,13 @@ class AdapterManager:
         self._slots: dict[int, int] = {}
         self._refused: set[int] = set()
         self._dummies: set[int] = set()
+        self.preparation = Preparation(self._read)
+
+    def _read(self, path: str) -> Adapter:
+        """Parses and checks. Touches no state, so that it may run beside a step."""
+        adapter = formats.read(Path(path), self.settings.limits)
+        validate(adapter, self.base, self.settings.limits)
+        return adapter
 
     def _install(self, dtype: torch.dtype, device: torch.device) -> None:
         handles = self._handles
@@ -125,13 +141,13 @@ class AdapterManager:
             return True
         slot = next(slot for slot in count() if slot not in self._slots.values())
         with self._all_ranks_or_none():
-            adapter = formats.read(Path(request.lora_path), self.settings.limits)
-            validate(adapter, self.base, self.settings.limits)
+            adapter = self.preparation.take(request.lora_path)
         weights = self._cut(adapter)
         with self._all_ranks_or_none(undo=slot):
             self._store(slot, weights)
         self._slots[request.lora_int_id] = slot
         self._refused.discard(request.lora_int_id)
+        self.preparation.drop(request.lora_path)
         logger.info("molehill: adapter %s stored in slot %d", request.lora_name, slot)
         return True
 
@@ -142,13 +158,19 @@ class AdapterManager:
         free = self.settings.memory - taken
         if needed > free:
             of = f"at most {free} of {self.settings.memory}"
-            raise LimitError("adapter memory", f"{needed} bytes", of)
+            raise self._over_memory(needed, of)
         try:
             self.backend.store(slot, weights)
         except CapacityError as error:
-            raise LimitError(error.where, error.found, error.expected) from error
+            full = LimitError if not self._slots else FullError
+            raise full(error.where, error.found, error.expected) from error
         except MemoryError as error:
-            raise LimitError("adapter memory", f"{needed} bytes", "memory to be had") from error
+            raise self._over_memory(needed, "memory to be had") from error
+
+    def _over_memory(self, needed: int, expected: str) -> LimitError:
+        # A full memory may have room later, an adapter that is larger than all of it never fits.
+        error = FullError if needed <= self.settings.memory and self._slots else LimitError
+        return error("adapter memory", f"{needed} bytes", expected)
 
     @contextmanager
     def _all_ranks_or_none(self, undo: int | None = None) -> Iterator[None]:
@@ -169,7 +191,7 @@ class AdapterManager:
         if failed.item():
             if undo is not None:
                 self.backend.erase(undo)
-            raise RuntimeError("another tensor-parallel rank could not load the adapter")
+            raise OtherRankError("another tensor-parallel rank could not load the adapter")
 
     def _cut(self, adapter: Adapter) -> SlotWeights:
         """This rank's share of an adapter; sites of other pipeline stages are left out."""
@@ -276,6 +298,20 @@ class AdapterManager:
         return False
 
     # What molehill's API asks for
+
+    def install(self, request: LoRARequest) -> dict[str, Any]:
+        """`add_adapter` whose refusals are answers.
+
+        refusal: why not, or empty. full: it is for other adapters' memory, and can change.
+        """
+        try:
+            self.add_adapter(request)
+        except (FullError, OtherRankError) as error:
+            return {"refusal": str(error), "full": True}
+        except AdapterError as error:
+            self.preparation.drop(request.lora_path)
+            return {"refusal": str(error), "full": False}
+        return {"refusal": "", "full": False}
 
     def describe(self) -> dict[str, Any]:
         return asdict(self.base)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from molehill.engine.vllm import compat
@@ -52,6 +53,18 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     def molehill_stats(self) -> dict[int, dict[str, Any]]:
         """Routing figures (SlotCounters as a dict) and `bytes` by `lora_int_id`."""
         return self.adapters.stats()
+
+    def molehill_prepare(self, path: str) -> None:
+        """Starts to read and check an adapter of the store, beside the steps."""
+        self.adapters.preparation.start(path)
+
+    def molehill_prepared(self, path: str) -> bool:
+        """Whether it is read, or was refused, which `molehill_install` then says."""
+        return self.adapters.preparation.done(path)
+
+    def molehill_install(self, name: str, lora_int_id: int, path: str) -> dict[str, Any]:
+        """Copies a prepared adapter into a slot; see AdapterManager.install."""
+        return self.adapters.install(LoRARequest(name, lora_int_id, path))
 
     def molehill_trace(self, enabled: bool) -> list[tuple[str, list[Any], list[Any], list[Any]]]:
         """Starts or ends recording; returns (site, probabilities, weights, entropies) so far."""

@@ -1,0 +1,92 @@
+"""molehill's own routes: adapters by name, with their generation."""
+
+from typing import Any
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import JSONResponse, Response
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+from molehill.api import adapter_info
+from molehill.api.adapter_info import AdapterInfo, AdapterList, LoadedInfo
+from molehill.api.errors import NotLoadedError
+from molehill.api.inflight import HEADER
+from molehill.api.services import Injected, StrictBody, answering_errors
+from molehill.api.terms import Anything, Expected, Terms
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+json_only = [Depends(validate_json_request)]
+
+
+class LoadBody(StrictBody):
+    """name: what clients ask for. source: a path below an adapter root, `hf://OWNER/NAME[@REVISION]`
+    or a URL. pinned: never take it out of the workers; left out, it stays as it is.
+    expected_generation: load only if the name serves this generation now, null: only if it serves
+    none. allow_noop: serve it even if it does not change the base model's answers.
+    """
+
+    name: str
+    source: str
+    pinned: bool | None = None
+    expected_generation: str | None = None
+    allow_noop: bool = False
+
+    def terms(self) -> Terms:
+        given = "expected_generation" in self.model_fields_set
+        expected: Expected = self.expected_generation if given else Anything
+        return Terms(expected=expected, pinned=self.pinned, allow_noop=self.allow_noop)
+
+
+class PinBody(StrictBody):
+    pinned: bool = True
+
+
+def shown(info: AdapterInfo, **more: Any) -> Response:
+    headers = {} if info.generation is None else {HEADER: info.generation}
+    return JSONResponse({**info.model_dump(), **more}, headers=headers)
+
+
+@router.get("", response_model=AdapterList)
+async def list_adapters(found: Injected) -> Response:
+    """Every adapter: served, loading, draining and failed ones."""
+    data = list(adapter_info.everything(found.registry))
+    return JSONResponse(AdapterList(data=data).model_dump())
+
+
+@router.post("", response_model=LoadedInfo, dependencies=json_only)
+@answering_errors
+async def load_adapter(body: LoadBody, found: Injected) -> Response:
+    """Loads or replaces. 200 means that the adapter serves; the same bytes again change nothing."""
+    fetch = found.sources.fetch(body.source)
+    loaded = await found.registry.load(body.name, body.source, fetch, body.terms())
+    return shown(adapter_info.of_generation(loaded.generation), status=loaded.status)
+
+
+@router.post("/{name:path}/pin", response_model=AdapterInfo)
+@answering_errors
+async def pin_adapter(name: str, found: Injected, body: PinBody = PinBody()) -> Response:  # noqa: B008
+    """Keeps an adapter in the workers, or lets it be taken out when it is idle."""
+    return shown(adapter_info.of_generation(await found.registry.pin(name, body.pinned)))
+
+
+@router.get("/{name:path}", response_model=AdapterInfo)
+@answering_errors
+async def show_adapter(name: str, found: Injected) -> Response:
+    """What the name serves, or how far its load is, or why it failed."""
+    info = adapter_info.of_name(found.registry, name)
+    if info is None:
+        raise NotLoadedError(f"The adapter {name!a} cannot be found.")
+    return shown(info)
+
+
+@router.delete("/{name:path}", response_model=AdapterInfo)
+@answering_errors
+async def delete_adapter(
+    name: str, found: Injected, expected_generation: str | None = None
+) -> Response:
+    """Takes the name away; running requests finish, then the memory is freed. A failed name is
+    forgotten."""
+    failure = found.registry.dismiss(name)
+    if failure is not None:
+        return shown(adapter_info.of_failure(failure))
+    expected: Expected = Anything if expected_generation is None else expected_generation
+    return shown(adapter_info.of_generation(await found.registry.unload(name, expected)))

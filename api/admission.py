@@ -1,0 +1,11 @@
+"""How much clients may ask for, together."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Admission:
+    """adapters: names that may be served. loads: at once, waiting ones too."""
+
+    adapters: int = 1024
+    loads: int = 8

@@ -1,0 +1,56 @@
+"""Whether an adapter changes anything: the base model and the adapter answer one probe prompt.
+
+An adapter can be well-formed and still do nothing, by too small a scale or because it never reaches
+the layers that it names. It would be the base model under another name.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+
+from molehill.api.errors import NoEffectError
+from molehill.api.generation import Generation
+
+PROMPT_TOKENS = 16
+LOGPROBS = 5
+
+# Of the most likely tokens at each position: token to log-probability.
+Answer = list[Mapping[int, float]]
+
+
+class Prober:
+    """Asks an engine client. vocabulary: of the base model, from which the prompt is spread."""
+
+    def __init__(self, generate: Callable[..., Any], vocabulary: int) -> None:
+        self._generate = generate
+        step = max(1, vocabulary // PROMPT_TOKENS)
+        self._prompt = [min(i * step + step // 2, vocabulary - 1) for i in range(PROMPT_TOKENS)]
+        self._asked = 0
+
+    async def __call__(self, generation: Generation) -> None:
+        """Raises NoEffectError if every log-probability is the base's, to the last bit.
+
+        Both are asked each time: what else is in the batch moves a bit now and then, and then two
+        equal answers are still likely, two different ones are not evidence of nothing.
+        """
+        if await self._answer(generation.request) == await self._answer(None):
+            raise NoEffectError(
+                f"{generation.name!a}: found the base model's log-probabilities at all of "
+                f"{PROMPT_TOKENS} probe tokens, expected a difference; allow_noop serves it anyway"
+            )
+
+    async def _answer(self, request: Any) -> Answer:
+        self._asked += 1
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=LOGPROBS)
+        prompt = {"prompt_token_ids": self._prompt}
+        last: Any = None
+        async for output in self._generate(
+            prompt, params, f"molehill-probe-{self._asked}", lora_request=request
+        ):
+            last = output
+        return [
+            {token: found.logprob for token, found in position.items()}
+            for position in last.prompt_logprobs
+            if position
+        ]

@@ -1,0 +1,67 @@
+"""Adapters in the engine's workers. Reading happens beside their steps, not between them."""
+
+import asyncio
+from typing import Any, Protocol
+
+from molehill.api.errors import EngineRefusedError
+
+# Seconds between questions to the workers, which answer between two steps.
+FIRST_PAUSE = 0.005
+LAST_PAUSE = 0.1
+
+
+class Engine(Protocol):
+    """What is asked of vLLM's engine client."""
+
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        """One answer per worker; raises with a worker's message."""
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """Frees an adapter on every worker."""
+
+
+class NoRoomError(EngineRefusedError):
+    """The workers' memory for adapters is spent, for now."""
+
+
+class Workers:
+    """Puts adapters of the store into all workers and takes them out."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def prepare(self, path: str) -> None:
+        """Has every worker read and check `path` in a thread. Raises EngineRefusedError."""
+        await self._ask("molehill_prepare", path)
+        pause = FIRST_PAUSE
+        while not all(await self._ask("molehill_prepared", path)):
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE)
+
+    async def install(self, request: Any) -> None:
+        """Copies what was prepared into a slot of every worker.
+
+        Raises NoRoomError if it would fit beside fewer adapters, EngineRefusedError if it never
+        will; no worker keeps anything then.
+        """
+        # As plain values: vLLM's wire format does not carry its own classes inside arguments.
+        plain = (request.lora_name, request.lora_int_id, request.lora_path)
+        answers = await self._ask("molehill_install", *plain)
+        refusals = [answer for answer in answers if answer["refusal"]]
+        if not refusals:
+            return
+        # With several workers, those that had room have stored it.
+        await self.remove(request.lora_int_id)
+        hopeless = [answer["refusal"] for answer in refusals if not answer["full"]]
+        if hopeless:
+            raise EngineRefusedError(hopeless[0])
+        raise NoRoomError(refusals[0]["refusal"])
+
+    async def remove(self, lora_int_id: int) -> None:
+        await self._engine.remove_lora(lora_int_id)
+
+    async def _ask(self, method: str, *args: Any) -> list[Any]:
+        try:
+            return await self._engine.collective_rpc(method, args=args)
+        except Exception as error:
+            raise EngineRefusedError(str(error)) from error
