@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from molehill.api import options
 from molehill.api.errors import RequestError
+from molehill.api.manifest import ManifestError
 from molehill.engine.errors import AdapterError
 
 USER_ERROR = 2
@@ -97,7 +98,7 @@ def serve(arguments: Sequence[str]) -> int:
 
     try:
         launcher.launch(options.from_namespace(ours), vllm_arguments)
-    except (launcher.LaunchError, AdapterError, RequestError) as error:
+    except (launcher.LaunchError, AdapterError, RequestError, ManifestError) as error:
         print(f"molehill serve: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:

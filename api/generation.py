@@ -31,9 +31,7 @@ def content_of(adapter: Adapter, path: Path) -> Content:
     sites = plan(adapter)
     static = sum(site.static for site in sites)
     summary = {"sites": len(sites), "static": static, "dynamic": len(sites) - static}
-    return Content(
-        adapter.digest, adapter.kind, adapter.num_bytes, adapter.warnings, summary, path
-    )
+    return Content(adapter.digest, adapter.kind, adapter.num_bytes, adapter.warnings, summary, path)
 
 
 @dataclass(eq=False)

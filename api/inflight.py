@@ -112,16 +112,17 @@ class Counted:
     A route may drop them unread, when its next prompt turns out to be bad: that ends them too.
     """
 
-    def __init__(
-        self, registry: AdapterRegistry, generation: Generation, outputs: Outputs
-    ) -> None:
+    def __init__(self, registry: AdapterRegistry, generation: Generation, outputs: Outputs) -> None:
         registry.enter(generation)
         self._outputs = outputs
+        self._registry = registry
+        self._generation = generation
         loop = asyncio.get_running_loop()
         # Garbage is collected in any thread.
-        self._end = weakref.finalize(self, loop.call_soon_threadsafe, registry.leave, generation)
-        self._end.atexit = False
-        self._leave = lambda: registry.leave(generation)
+        self._dropped = weakref.finalize(
+            self, loop.call_soon_threadsafe, registry.leave, generation
+        )
+        self._dropped.atexit = False
 
     def __aiter__(self) -> "Counted":
         return self
@@ -140,5 +141,5 @@ class Counted:
             self._finish()
 
     def _finish(self) -> None:
-        if self._end.detach() is not None:
-            self._leave()
+        if self._dropped.detach() is not None:
+            self._registry.leave(self._generation)

@@ -111,9 +111,7 @@ class AdapterRegistry:
         """The loads on their way."""
         return list(self._loading)
 
-    async def load(
-        self, name: str, label: str, fetch: Fetch, terms: Terms | None = None
-    ) -> Loaded:
+    async def load(self, name: str, label: str, fetch: Fetch, terms: Terms | None = None) -> Loaded:
         """Serves what `fetch` brings as `name`; when this returns, it serves.
 
         label: the source as the client wrote it. The same bytes again change nothing. Raises
@@ -127,9 +125,7 @@ class AdapterRegistry:
         self._loading.append(loading)
         return await self._see_through(self._load(loading, fetch, terms or Terms()))
 
-    async def unload(
-        self, name: str, expected: Expected = Anything
-    ) -> Generation:
+    async def unload(self, name: str, expected: Expected = Anything) -> Generation:
         """Takes the name away at once; memory goes when the last running request ends.
 
         Raises NotLoadedError, GenerationMismatchError.
@@ -291,9 +287,7 @@ class AdapterRegistry:
             self.changed()
             return generation
 
-    def _set_pin(
-        self, generation: Generation, pinned: bool, old: Generation | None = None
-    ) -> None:
+    def _set_pin(self, generation: Generation, pinned: bool, old: Generation | None = None) -> None:
         """old: a pinned generation whose place this one takes."""
         frees = old is not None and old.pinned
         if pinned and not generation.pinned and not frees and not self.residency.pinnable():

@@ -119,8 +119,9 @@ class Residency:
                 prepared = True
             try:
                 await self._workers.install(generation.request)
-            except NoRoomError:
-                if not self._residents:
+            except EngineRefusedError as error:
+                await self._take_out(generation)
+                if not (isinstance(error, NoRoomError) and self._residents):
                     raise
                 await self._make_room()
                 continue

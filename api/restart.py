@@ -75,9 +75,7 @@ class Restart:
         try:
             if copy.directory.is_dir():
                 try:
-                    loaded = await self._registry.load(
-                        entry.name, entry.source, local(copy), terms
-                    )
+                    loaded = await self._registry.load(entry.name, entry.source, local(copy), terms)
                     return loaded.generation
                 except AdapterError:
                     logger.warning("Adapter %s: its copy is damaged", entry.name)

@@ -104,7 +104,9 @@ def allowed(url: str, prefixes: Sequence[str]) -> bool:
     steps = [step for step in parts.path.split("/") if set(step) == {"."}]
     if parts.scheme not in URL_SCHEMES or not plain or steps:
         return False
-    return any(url.startswith(prefix if prefix.endswith("/") else f"{prefix}/") for prefix in prefixes)
+    return any(
+        url.startswith(prefix if prefix.endswith("/") else f"{prefix}/") for prefix in prefixes
+    )
 
 
 def download_from_hub(repository: str, revision: str | None, target: Path, limit: int) -> str:
@@ -117,9 +119,7 @@ def download_from_hub(repository: str, revision: str | None, target: Path, limit
         chosen = layout(repository, sizes.__contains__)
         check_size(repository, sum(sizes[name] for name in chosen), limit)
         for name in chosen:
-            huggingface_hub.hf_hub_download(
-                repository, name, revision=info.sha, local_dir=target
-            )
+            huggingface_hub.hf_hub_download(repository, name, revision=info.sha, local_dir=target)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         found = type(error).__name__.removesuffix("Error")
         raise AdapterNotFoundError(repository, found, "a repository and revision") from error

@@ -30,9 +30,7 @@ class Terms:
     content: str | None = None
 
 
-def check_expected(
-    name: str, current: Generation | None, expected: Expected
-) -> None:
+def check_expected(name: str, current: Generation | None, expected: Expected) -> None:
     """Raises GenerationMismatchError unless `current` is the expected one."""
     found = None if current is None else current.digest
     if expected is not Anything and expected != found:

@@ -42,16 +42,14 @@ class Workers:
         """Copies what was prepared into a slot of every worker.
 
         Raises NoRoomError if it would fit beside fewer adapters, EngineRefusedError if it never
-        will; no worker keeps anything then.
+        will. Some of several workers may have taken it then; `remove` makes sure.
         """
         # As plain values: vLLM's wire format does not carry its own classes inside arguments.
         plain = (request.lora_name, request.lora_int_id, request.lora_path)
-        answers = await self._ask("molehill_install", *plain)
-        refusals = [answer for answer in answers if answer["refusal"]]
+        refusals = await self._ask("molehill_install", *plain)
+        refusals = [answer for answer in refusals if answer["refusal"]]
         if not refusals:
             return
-        # With several workers, those that had room have stored it.
-        await self.remove(request.lora_int_id)
         hopeless = [answer["refusal"] for answer in refusals if not answer["full"]]
         if hopeless:
             raise EngineRefusedError(hopeless[0])

@@ -1,0 +1,402 @@
+"""A server as an operator runs it: two keys, two slots, a watched root, URLs, and a restart.
+
+The server takes two adapters into its workers at a time.
+"""
+
+import http.server
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import httpx
+import pytest
+from api_client import BASE, KEY, Api, copy_adapter, edit_tensors, oracle
+from server import TINY, Server, serve
+
+from molehill.engine import formats
+from molehill.engine.formats import native
+
+ADMIN = "an-admin-key"
+HEADER = "Molehill-Generation"
+SETTLED_SECONDS = 30
+
+
+class Operated(Api):
+    """A client with the admin key, and one that may only ask."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.asking = self.http
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+    def post(self, name: str, source: str, **more: Any) -> httpx.Response:
+        return self.http.post("/v1/adapters", json={"name": name, "source": source, **more})
+
+    def info(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.http.get(f"/v1/adapters/{name}").json()
+        return found
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        return {info["name"]: info for info in self.http.get("/v1/adapters").json()["data"]}
+
+    def right(self, name: str, case: str) -> bool:
+        """Whether the name answers as the case's oracle does."""
+        prompt = oracle(case)["prompts"][0]
+        return self.greedy(name, prompt["prompt_token_ids"]) == prompt["greedy_token_ids"]
+
+
+@contextmanager
+def serving_files(folder: Path) -> Iterator[str]:
+    """An HTTP server of a folder, on this machine. `/moved/` redirects to the folder itself."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.startswith("/moved/"):
+                self.send_response(302)
+                self.send_header("Location", self.path.removeprefix("/moved"))
+                self.end_headers()
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            return
+
+    handler = partial(Handler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Adapters over HTTP: `allowed/mola`, `moved/allowed/mola`, `other/mola`."""
+    folder = tmp_path_factory.mktemp("remote")
+    adapter = formats.read(copy_adapter("mola", folder / "pickled"))
+    native.write(adapter, folder / "allowed" / "mola")
+    native.write(adapter, folder / "other" / "mola")
+    shutil.copytree(folder / "pickled", folder / "allowed" / "pickled")
+    with serving_files(folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found: Path = tmp_path_factory.mktemp("operated")
+    (found / "root").mkdir()
+    for case in ("lora", "mola", "mixlora", "dynmole-soft", "loramoe"):
+        copy_adapter(case, found / "root" / "group" / case)
+    return found
+
+
+def start(model: Path, folder: Path, remote: str, log: str) -> Any:
+    arguments = [
+        *(*TINY, "--max-model-len", "2048", "--served-model-name", BASE),
+        *("--api-key", KEY, "--admin-api-key", ADMIN, "--max-loras", "2"),
+        *("--adapter-root", str(folder / "root"), "--watch-adapter-roots"),
+        *("--adapter-store", str(folder / "store"), "--allow-url-prefix", f"{remote}/allowed"),
+        *("--allow-url-prefix", f"{remote}/moved", "--max-adapters", "12"),
+    ]
+    return serve(model, folder / log, arguments)
+
+
+@pytest.fixture(scope="module")
+def running(model: Path, folder: Path, remote: str) -> Iterator[Server]:
+    with start(model, folder, remote, "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shared(running: Server, folder: Path) -> Operated:
+    return Operated(running.url, folder / "root", folder / "store")
+
+
+@pytest.fixture
+def api(shared: Operated) -> Iterator[Operated]:
+    """Adapters that the test loads are unloaded afterwards."""
+    before = set(shared.listed())
+    yield shared
+    for name in set(shared.listed()) - before:
+        assert shared.http.delete(f"/v1/adapters/{name}").status_code == 200
+
+
+def until(condition: Any, seconds: float = SETTLED_SECONDS) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_only_the_admin_key_changes_adapters(api: Operated) -> None:
+    body = {"name": "a", "source": "group/lora"}
+    answer = api.asking.post("/v1/adapters", json=body)
+    assert api.error(answer)[:2] == (403, "admin_key_required")
+    assert httpx.post(f"{api.url}/v1/adapters", json=body).status_code == 401
+    assert api.post("a", "group/lora").status_code == 200
+    assert api.asking.get("/v1/adapters/a").json()["state"] == "serving"
+    assert api.asking.delete("/v1/adapters/a").status_code == 403
+    assert httpx.post(f"{api.url}/pause").status_code == 401
+    assert api.right("a", "lora")
+
+
+def test_a_load_says_all_that_a_deployer_needs(api: Operated) -> None:
+    answer = api.post("team/a", "group/mixlora", pinned=True)
+    found = answer.json()
+    assert answer.headers[HEADER] == found["generation"]
+    assert found["status"] == "loaded"
+    assert {name: found[name] for name in ("state", "kind", "resident", "pinned", "loads")} == {
+        "state": "serving",
+        "kind": "mixlora",
+        "resident": "workers",
+        "pinned": True,
+        "loads": 1,
+    }
+    assert found["plan"] == {"sites": 4, "static": 0, "dynamic": 4}
+    assert found["source"] == "group/mixlora"
+    assert api.right("team/a", "mixlora")
+    shown = api.info("team/a")
+    assert shown["last_used"] >= shown["created"]
+    assert shown["requests_in_flight"] == 0
+    unpinned = api.http.post("/v1/adapters/team/a/pin", json={"pinned": False})
+    assert unpinned.json()["pinned"] is False
+
+
+def test_every_answer_names_its_generation(api: Operated) -> None:
+    generation = api.post("a", "group/lora").json()["generation"]
+    body = {"model": "a", "prompt": [5, 6], "max_tokens": 2}
+    chat = {"model": "a", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    for path, request in (("completions", body), ("chat/completions", chat)):
+        for stream in (False, True):
+            answer = api.asking.post(f"/v1/{path}", json={**request, "stream": stream})
+            assert answer.status_code == 200
+            assert answer.headers[HEADER] == generation
+    on_base = api.asking.post("/v1/completions", json={**body, "model": BASE})
+    assert on_base.status_code == 200
+    assert HEADER not in on_base.headers
+
+
+def test_a_swap_is_compared_first(api: Operated) -> None:
+    first = api.post("a", "group/lora", expected_generation=None).json()["generation"]
+    assert api.error(api.post("a", "group/mola", expected_generation=None))[:2] == (
+        409,
+        "generation_mismatch",
+    )
+    wrong = "0" * 64
+    assert api.post("a", "group/mola", expected_generation=wrong).status_code == 409
+    assert api.right("a", "lora")
+    swapped = api.post("a", "group/mola", expected_generation=first).json()
+    assert swapped["status"] == "replaced"
+    assert api.right("a", "mola")
+    again = api.post("a", "group/mola", expected_generation=swapped["generation"]).json()
+    assert again["status"] == "unchanged"
+    assert api.http.delete(f"/v1/adapters/a?expected_generation={first}").status_code == 409
+
+
+def test_a_misspelt_field_is_refused(api: Operated) -> None:
+    for more in ({"pined": True}, {"pinned": "yes"}, {"expected_generation": 5}):
+        assert api.error(api.post("a", "group/lora", **more))[0] == 400
+    answer = api.http.post("/v1/adapters/a/pin", json={"pined": True})
+    assert api.error(answer)[0] == 400
+    assert "a" not in api.listed()
+
+
+def test_more_adapters_than_slots_all_give_their_own_answers(api: Operated) -> None:
+    cases = ("lora", "mola", "mixlora", "dynmole-soft", "loramoe")
+    for case in cases:
+        assert api.post(case, f"group/{case}").status_code == 200
+    resident = [name for name, info in api.listed().items() if info["resident"] == "workers"]
+    assert resident == ["dynmole-soft", "loramoe"]
+    jobs = [
+        (case, prompt["prompt_token_ids"], prompt["greedy_token_ids"])
+        for case in cases * 3
+        for prompt in oracle(case)["prompts"]
+    ]
+    with ThreadPoolExecutor(15) as pool:
+        found = list(pool.map(lambda job: api.greedy(job[0], job[1]), jobs))
+    assert found == [expected for _, _, expected in jobs]
+
+
+def test_a_cold_adapter_is_not_starved_by_hot_ones(api: Operated) -> None:
+    """Both slots are busy without a pause; the slowest of the cold requests still ends soon."""
+    for case in ("lora", "mola", "mixlora"):
+        assert api.post(case, f"group/{case}").status_code == 200
+    prompt = oracle("lora")["prompts"][0]["prompt_token_ids"]
+    done = threading.Event()
+
+    def busy(case: str) -> list[float]:
+        seconds = []
+        while not done.is_set():
+            start = time.monotonic()
+            api.greedy(case, prompt, 40)
+            seconds.append(time.monotonic() - start)
+        return seconds
+
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(busy, ("lora", "mola")[i % 2]) for i in range(8)]
+        try:
+            cold = []
+            for _ in range(20):
+                start = time.monotonic()
+                assert api.right("mixlora", "mixlora")
+                cold.append(time.monotonic() - start)
+        finally:
+            done.set()
+        hot = [seconds for client in clients for seconds in client.result()]
+    typical = sorted(hot)[len(hot) // 2]
+    assert quantiles(cold, n=100)[98] < 10 * typical + 2
+    assert quantiles(hot, n=100)[98] < 10 * typical + 2
+    assert api.info("mixlora")["loads"] > 1
+
+
+def test_a_url_below_the_prefix_is_fetched(api: Operated, remote: str) -> None:
+    loaded = api.post("a", f"{remote}/allowed/mola")
+    assert loaded.status_code == 200, loaded.text
+    assert loaded.json()["source"] == f"{remote}/allowed/mola"
+    assert api.right("a", "mola")
+    assert api.post("b", "group/mola").json()["generation"] == loaded.json()["generation"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "kind"),
+    [
+        ("other/mola", 403, "source_forbidden"),
+        ("allowed/../other/mola", 403, "source_forbidden"),
+        ("allowed/%2e%2e/other/mola", 403, "source_forbidden"),
+        ("allowedx/mola", 403, "source_forbidden"),
+        ("allowed/mola?x=1", 403, "source_forbidden"),
+        ("allowed/nothing", 404, "adapter_not_found"),
+        ("allowed/pickled", 404, "adapter_not_found"),
+    ],
+)
+def test_other_urls_are_refused(
+    api: Operated, remote: str, path: str, status: int, kind: str
+) -> None:
+    assert api.error(api.post("a", f"{remote}/{path}"))[:2] == (status, kind)
+    assert "a" not in api.listed()
+
+
+def test_redirects_are_not_followed(api: Operated, remote: str) -> None:
+    answer = api.post("a", f"{remote}/moved/allowed/mola")
+    assert answer.status_code in (404, 422, 502), answer.text
+    assert "a" not in api.listed()
+
+
+@pytest.mark.parametrize(
+    "source", ["hf://org/name", "file:///etc", "http://user@host/x", "memory://x", "ftp://x/y"]
+)
+def test_sources_that_nobody_allowed_are_forbidden(api: Operated, source: str) -> None:
+    assert api.error(api.post("a", source))[:2] == (403, "source_forbidden")
+
+
+def test_an_adapter_without_effect_is_refused_unless_that_is_wanted(api: Operated) -> None:
+    """Its B is not zero, so that the file says nothing; but 1e-30 disappears in every sum."""
+    source = copy_adapter("mola", api.root / "group" / "faint")
+
+    def faint(tensors: dict[str, Any]) -> None:
+        for name in tensors:
+            if "lora_B" in name:
+                tensors[name] = tensors[name].float().sign() * 1e-30
+
+    edit_tensors(source, faint)
+    status, kind, message = api.error(api.post("a", "group/faint"))
+    assert (status, kind) == (422, "no_effect")
+    assert "allow_noop" in message
+    assert "a" not in api.listed()
+    assert api.post("a", "group/faint", allow_noop=True).status_code == 200
+
+
+def test_a_watched_directory_is_served_once_it_is_finished(api: Operated) -> None:
+    source = api.root / "group" / "lora"
+    target = api.root / "watched"
+    target.mkdir()
+    weights = (source / "adapter_model.bin").read_bytes()
+    (target / "adapter_model.bin").write_bytes(weights[: len(weights) // 2])
+    shutil.copy(source / "adapter_config.json", target)
+    # Half of a file that lies still is found out by its reader.
+    assert until(lambda: api.info("watched").get("state") == "failed")
+    assert "adapter_model.bin" in api.info("watched")["error"]
+    assert "watched" not in api.models()
+    (target / "adapter_model.bin").write_bytes(weights)
+    assert until(lambda: api.info("watched")["state"] == "serving")
+    assert api.right("watched", "lora")
+    first = api.info("watched")["generation"]
+    shutil.rmtree(target)
+    copy_adapter("mixlora", target)
+    assert until(lambda: api.info("watched")["generation"] != first)
+    assert api.right("watched", "mixlora")
+    shutil.rmtree(target)
+
+
+def test_more_names_than_allowed_are_refused(api: Operated) -> None:
+    free = 12 - len(api.models()) + 1
+    for n in range(free):
+        assert api.post(f"n{n}", "group/lora").status_code == 200
+    status, kind, _ = api.error(api.post("one-more", "group/lora"))
+    assert (status, kind) == (507, "too_many_adapters")
+
+
+def test_a_restarted_server_serves_what_it_served(
+    shared: Operated, running: Server, model: Path, folder: Path, remote: str
+) -> None:
+    for name in set(shared.models()) - {BASE}:
+        shared.unload(name)
+    served = {
+        "kept": shared.post("kept", "group/mixlora", pinned=True).json()["generation"],
+        "changed": copy_and_load(shared, "changed", "mola"),
+        "lost": copy_and_load(shared, "lost", "loramoe"),
+        "gone": copy_and_load(shared, "gone", "lora"),
+    }
+    running.process.terminate()
+    running.process.wait(60)
+    # The source of one has other content now, that of another too and its copy is lost as well.
+    for name, other in (("changed", "lora"), ("lost", "lora")):
+        shutil.rmtree(folder / "root" / "group" / f"of-{name}")
+        copy_adapter(other, folder / "root" / "group" / f"of-{name}")
+    shutil.rmtree(folder / "store" / served["lost"])
+    shutil.rmtree(folder / "root" / "group" / "of-gone")
+    (folder / "store" / ("0" * 64)).mkdir()
+    with start(model, folder, remote, "log2") as server:
+        answers = []
+        while not answers or answers[-1] != 200:
+            answers.append(httpx.get(f"{server.url}/health/ready").status_code)
+            assert answers[-1] in (200, 503)
+            time.sleep(0.02)
+        api = Operated(server.url, folder / "root", folder / "store")
+        for name in ("kept", "changed", "gone"):
+            assert api.info(name)["generation"] == served[name]
+        assert api.right("kept", "mixlora")
+        assert api.right("changed", "mola")
+        assert api.right("gone", "lora")
+        assert [api.info(name)["pinned"] for name in ("kept", "changed")] == [True, False]
+        assert until(lambda: api.info("changed")["source_note"] is not None)
+        assert "other content" in api.info("changed")["source_note"]
+        assert until(lambda: "cannot be read" in (api.info("gone")["source_note"] or ""))
+        assert api.info("kept")["source_note"] is None
+        lost = api.info("lost")
+        assert (lost["state"], lost["generation"]) == ("failed", None)
+        assert "of-lost" in lost["error"]
+        assert "lost" not in api.models()
+        assert not (folder / "store" / ("0" * 64)).exists()
+        remembered = json.loads((folder / "store" / "manifest.json").read_text())["adapters"]
+        assert {entry["name"] for entry in remembered} == set(served)
+        assert api.http.delete("/v1/adapters/lost").status_code == 200
+        assert "lost" not in api.listed()
+
+
+def copy_and_load(api: Operated, name: str, case: str) -> str:
+    copy_adapter(case, api.root / "group" / f"of-{name}")
+    generation: str = api.post(name, f"group/of-{name}").json()["generation"]
+    return generation

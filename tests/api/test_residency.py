@@ -1,0 +1,203 @@
+"""More adapters than slots: who is in the workers, who leaves, and that everybody gets a turn."""
+
+import asyncio
+import time
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import pytest
+from world import World, settle
+
+from molehill.api.admission import Admission
+from molehill.api.errors import EngineRefusedError
+
+MANY = Admission(adapters=2000, loads=4)
+
+
+def play(world: World, scenario: Any) -> None:
+    asyncio.run(asyncio.wait_for(scenario(world), 60))
+
+
+async def ask(w: World, name: str) -> None:
+    """One request from its beginning to its end."""
+    assert [output async for output in w.generate(name)] == ["first", "last"]
+
+
+def test_what_was_used_least_recently_makes_room(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        w.engine.more.set()
+        await w.load("a", 1)
+        await w.load("b", 2)
+        await ask(w, "a")
+        await w.load("c", 3)
+        assert sorted(w.engine.loaded.values()) == ["a", "c"]
+        await ask(w, "b")
+        assert sorted(w.engine.loaded.values()) == ["b", "c"]
+        assert [g.loads for g in w.registry] == [1, 2, 1]
+
+    play(World(tmp_path, slots=2), scenario)
+
+
+def test_memory_that_is_full_before_the_slots_makes_room_too(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        w.engine.more.set()
+        w.engine.capacity = 1
+        await w.load("a", 1)
+        await w.load("b", 2)
+        assert list(w.engine.loaded.values()) == ["b"]
+        await ask(w, "a")
+        assert list(w.engine.loaded.values()) == ["a"]
+
+    play(World(tmp_path, slots=4), scenario)
+
+
+def test_an_adapter_that_is_larger_than_the_memory_disturbs_nobody(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        await w.load("a", 1)
+        w.engine.refusal = "found 2 bytes, expected at most 1"
+        with pytest.raises(EngineRefusedError, match="at most 1"):
+            await w.load("b", 2)
+        assert list(w.engine.loaded.values()) == ["a"]
+
+    play(World(tmp_path, slots=2), scenario)
+
+
+def test_pinned_adapters_stay(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        w.engine.more.set()
+        await w.load("pinned", 1, pinned=True)
+        for n in range(2, 6):
+            await w.load(f"a{n}", n)
+        assert sorted(w.engine.loaded.values()) == ["a5", "pinned"]
+        assert w.registry.get("pinned").loads == 1
+
+    play(World(tmp_path, slots=2, admission=MANY), scenario)
+
+
+def test_an_adapter_with_a_running_request_is_never_taken_out(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        await w.load("a", 1)
+        running = w.generate("a")
+        assert await anext(running) == "first"
+        loading = asyncio.create_task(w.load("b", 2))
+        await settle()
+        assert list(w.engine.loaded.values()) == ["a"]
+        w.engine.more.set()
+        assert [output async for output in running] == ["last"]
+        await loading
+        assert list(w.engine.loaded.values()) == ["b"]
+
+    play(World(tmp_path, slots=1), scenario)
+
+
+def test_a_client_that_stops_waiting_gives_its_turn_up(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        await w.load("a", 1)
+        await w.load("b", 2)
+        running = w.generate("b")
+        await anext(running)
+        waiting = asyncio.create_task(anext(w.generate("a")))
+        await settle()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await settle()
+        # `b` no longer has to yield: its next request need not wait for anybody.
+        again = w.generate("b")
+        assert await asyncio.wait_for(anext(again), 1) == "first"
+        for stream in (running, again):
+            await stream.aclose()
+        assert all(generation.in_flight == 0 for generation in w.registry)
+
+    play(World(tmp_path, slots=1), scenario)
+
+
+def test_an_adapter_that_is_unloaded_while_it_waits_goes_after_its_request(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        w.engine.more.set()
+        await w.load("a", 1)
+        await w.load("b", 2)
+        waiting = asyncio.create_task(ask(w, "a"))
+        await asyncio.sleep(0)
+        await w.registry.unload("a")
+        await waiting
+        await settle()
+        assert "a" not in w.engine.loaded.values()
+        assert len(w.registry.alive()) == len(w.in_store()) == 1
+
+    play(World(tmp_path, slots=1), scenario)
+
+
+def test_a_hot_adapter_does_not_starve_a_cold_one(tmp_path: Path) -> None:
+    """One slot. Eight clients keep `hot` busy without a pause; `cold` gets a request now and then.
+    The slowest percent of the cold requests waits for a few of the hot ones, not for their end."""
+    service = 0.004
+
+    async def scenario(w: World) -> None:
+        await w.load("hot", 1)
+        await w.load("cold", 2)
+        # The double's requests end when `more` is set; here each takes its time instead.
+        w.engine.more = type("Clock", (), {"wait": lambda self: asyncio.sleep(service)})()
+        done = asyncio.Event()
+        hot: list[float] = []
+
+        async def keep_busy() -> None:
+            while not done.is_set():
+                start = time.monotonic()
+                await ask(w, "hot")
+                hot.append(time.monotonic() - start)
+
+        clients = [asyncio.create_task(keep_busy()) for _ in range(8)]
+        cold = []
+        for _ in range(100):
+            await asyncio.sleep(service / 2)
+            start = time.monotonic()
+            await ask(w, "cold")
+            cold.append(time.monotonic() - start)
+        done.set()
+        await asyncio.gather(*clients)
+        p99 = quantiles(cold, n=100)[98]
+        assert p99 < 15 * service
+        # Nor does the cold one starve the hot one.
+        assert quantiles(hot, n=100)[98] < 15 * service
+        assert len(hot) >= 100
+
+    play(World(tmp_path, slots=1), scenario)
+
+
+def test_many_adapters_take_turns_in_few_slots(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        w.engine.more.set()
+        for n in range(20):
+            await w.load(f"a{n}", n)
+        await asyncio.gather(*(ask(w, f"a{n % 20}") for n in range(200)))
+        assert len(w.engine.loaded) == 3
+        # Requests of one adapter share its turn: it did not come in for each of them.
+        assert all(generation.loads <= 4 for generation in w.registry)
+
+    play(World(tmp_path, slots=3, admission=MANY), scenario)
+
+
+def test_a_thousand_registered_adapters_cost_a_request_nothing(tmp_path: Path) -> None:
+    """Admitting, counting and releasing a request look at its own adapter only."""
+
+    async def scenario(w: World) -> None:
+        w.engine.more.set()
+
+        async def seconds() -> float:
+            await ask(w, "a0")
+            start = time.perf_counter()
+            for _ in range(300):
+                await ask(w, "a0")
+            return time.perf_counter() - start
+
+        await w.load("a0", 0)
+        alone = min([await seconds() for _ in range(5)])
+        for n in range(1, 1000):
+            await w.load(f"a{n}", n)
+        assert len(w.registry) == 1000
+        among = min([await seconds() for _ in range(5)])
+        assert among < 2 * alone
+
+    play(World(tmp_path, slots=4, admission=MANY), scenario)

@@ -1,0 +1,131 @@
+"""A registry whose engine is a double: it remembers what it was asked for, and can be held back.
+
+For orders of events that a real engine cannot be made to run.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.lora.request import LoRARequest
+
+from molehill.api.admission import Admission
+from molehill.api.generation import Loaded
+from molehill.api.inflight import count_requests
+from molehill.api.paths import Source
+from molehill.api.registry import AdapterRegistry
+from molehill.api.residency import Residency
+from molehill.api.sources import local
+from molehill.api.store import AdapterStore
+from molehill.api.terms import Terms
+from molehill.api.workers import Workers
+from molehill.engine.adapter import Adapter
+from molehill.engine.errors import AdapterNotFoundError
+from molehill.kernels.mixture import Experts, LinearMixture
+from molehill.kernels.policy import Constant
+
+ADMISSION = Admission(adapters=5, loads=4)
+
+
+def adapter(seed: int) -> Adapter:
+    pair = Experts(torch.full((1, 4), float(seed)), torch.ones(4, 1), (1,))
+    return Adapter("lora", {"layers.0.self_attn.q_proj": LinearMixture(pair, Constant((1.0,)))})
+
+
+class FakeEngine:
+    """Remembers what vLLM's engine client was asked for; answers can be held back or refused."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[int, str] = {}
+        self.calls: list[tuple[str, int]] = []
+        self.refusal = ""
+        self.capacity = 100
+        self.proceed = asyncio.Event()
+        self.proceed.set()
+        self.more = asyncio.Event()
+        self.served: list[int] = []
+
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        if method != "molehill_install":
+            (path,) = args
+            assert (Path(path) / "molehill.json").exists()
+            return [None if method == "molehill_prepare" else True]
+        name, lora_int_id, _ = args
+        self.calls.append(("install", lora_int_id))
+        await self.proceed.wait()
+        if len(self.loaded) >= self.capacity:
+            return [{"refusal": "memory", "full": True}]
+        if not self.refusal:
+            self.loaded[lora_int_id] = name
+        return [{"refusal": self.refusal, "full": False}]
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        self.calls.append(("remove", lora_id))
+        return self.loaded.pop(lora_id, None) is not None
+
+    async def generate(
+        self, prompt: str, params: Any, request_id: str, *, lora_request: Any = None
+    ) -> AsyncGenerator[str, None]:
+        self.served.append(lora_request.lora_int_id if lora_request else 0)
+        yield "first"
+        await self.more.wait()
+        assert lora_request is None or lora_request.lora_int_id in self.loaded
+        yield "last"
+
+    encode = generate
+
+
+class World:
+    """A registry on a fake engine, whose adapters are files that hold a number."""
+
+    def __init__(self, folder: Path, slots: int = 4, admission: Admission = ADMISSION) -> None:
+        self.folder = folder
+        self.engine = FakeEngine()
+        self.store = AdapterStore(folder / "store")
+        self.served: dict[str, LoRARequest] = {}
+        self.residency = Residency(Workers(self.engine), slots)
+        self.registry = AdapterRegistry(
+            self.residency,
+            self.read,
+            self.store,
+            self.served,
+            base_models={"base"},
+            admission=admission,
+        )
+        count_requests(self.engine, self.registry)
+
+    def read(self, path: Path) -> Adapter:
+        if not path.exists():
+            raise AdapterNotFoundError(path, "nothing", "a file")
+        return adapter(int(path.read_text()))
+
+    def source(self, seed: int) -> Source:
+        path = self.folder / f"adapter-{seed}"
+        path.write_text(str(seed))
+        return Source(path, f"label-{seed}")
+
+    async def load(self, name: str, seed: int | Source, **terms: Any) -> Loaded:
+        """Other weights are refused unless the terms say `replace`."""
+        source = seed if isinstance(seed, Source) else self.source(seed)
+        wanted = Terms(**{"replace": False, **terms})
+        return await self.registry.load(name, source.label, local(source), wanted)
+
+    def in_store(self) -> list[str]:
+        return sorted(path.name for path in self.store.root.iterdir())
+
+    def generate(self, name: str) -> AsyncGenerator[str, None]:
+        return self.engine.generate("p", None, "id", lora_request=self.served[name])
+
+
+Scenario = Callable[[World], Awaitable[None]]
+
+
+Play = Callable[[Scenario], None]
+
+
+async def settle() -> None:
+    """Lets all that can run, run."""
+    for _ in range(50):
+        await asyncio.sleep(0.001)
