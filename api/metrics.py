@@ -7,8 +7,7 @@ clients send, and an adapter's series end when its memory is freed.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -20,6 +19,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from molehill.api.figures import Figures, figures
 from molehill.api.generation import Generation
 from molehill.api.registry import AdapterRegistry
 
@@ -34,52 +34,6 @@ class Workers(Protocol):
 
     async def collective_rpc(self, method: str) -> list[Any]:
         """One answer per worker."""
-
-
-@dataclass
-class Figures:
-    """What one adapter did, over all workers and sites.
-
-    entropy: summed over decisions, each in [0, 1]. expert_tokens: decisions by expert index.
-    """
-
-    tokens: int = 0
-    decisions: int = 0
-    soft: int = 0
-    entropy: float = 0.0
-    bytes: int = 0
-    expert_tokens: Counter[int] = field(default_factory=Counter)
-
-    def add(self, other: "Figures") -> None:
-        self.tokens += other.tokens
-        self.decisions += other.decisions
-        self.soft += other.soft
-        self.entropy += other.entropy
-        self.bytes += other.bytes
-        self.expert_tokens.update(other.expert_tokens)
-
-
-def figures(workers: Iterable[Mapping[Any, Mapping[str, Any]]], lora_int_id: int) -> Figures:
-    """Sums up one adapter's counters. Each worker's answer: counters and bytes by lora_int_id.
-
-    Tensor-parallel workers see the same tokens at the same sites, pipeline stages at their own:
-    every site counts once. Memory adds up.
-    """
-    total = Figures()
-    sites: dict[str, Mapping[str, Any]] = {}
-    for answer in workers:
-        counters = answer.get(lora_int_id)
-        if counters is None:
-            continue
-        total.tokens = max(total.tokens, counters["tokens"])
-        total.bytes += counters["bytes"]
-        sites.update(counters["sites"])
-    for site in sites.values():
-        total.decisions += site["decisions"]
-        total.soft += site["soft"]
-        total.entropy += site["entropy"]
-        total.expert_tokens.update(dict(enumerate(site["expert_tokens"])))
-    return total
 
 
 class WorkerStats:
@@ -128,6 +82,7 @@ class AdapterCollector(Collector):
     def _count(self, generation: Generation, workers: list[Any]) -> None:
         self._in_flight[generation.name] += generation.in_flight
         total = self._figures.setdefault(generation.name, Figures())
+        total.add(generation.past)
         total.add(figures(workers, generation.lora_int_id))
 
     def collect(self) -> Iterator[Metric]:

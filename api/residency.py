@@ -155,6 +155,10 @@ class Residency:
         with suppress(KeyError):
             del self._residents[generation.lora_int_id]
         try:
-            await self._workers.remove(generation.lora_int_id)
+            figures = await self._workers.remove(generation.lora_int_id)
         except Exception:
             logger.exception("The engine could not free adapter %s", generation.name)
+            return
+        # Its memory is free; what it did still counts.
+        figures.bytes = 0
+        generation.past.add(figures)

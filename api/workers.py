@@ -4,6 +4,7 @@ import asyncio
 from typing import Any, Protocol
 
 from molehill.api.errors import EngineRefusedError
+from molehill.api.figures import Figures, figures
 
 # Seconds between questions to the workers, which answer between two steps.
 FIRST_PAUSE = 0.005
@@ -15,9 +16,6 @@ class Engine(Protocol):
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
         """One answer per worker; raises with a worker's message."""
-
-    async def remove_lora(self, lora_id: int) -> bool:
-        """Frees an adapter on every worker."""
 
 
 class NoRoomError(EngineRefusedError):
@@ -55,8 +53,9 @@ class Workers:
             raise EngineRefusedError(hopeless[0])
         raise NoRoomError(refusals[0]["refusal"])
 
-    async def remove(self, lora_int_id: int) -> None:
-        await self._engine.remove_lora(lora_int_id)
+    async def remove(self, lora_int_id: int) -> Figures:
+        """Frees the adapter's slots; what it did there. Raises EngineRefusedError."""
+        return figures(await self._ask("molehill_remove", lora_int_id), lora_int_id)
 
     async def _ask(self, method: str, *args: Any) -> list[Any]:
         try:

@@ -66,6 +66,12 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         """Copies a prepared adapter into a slot; see AdapterManager.install."""
         return self.adapters.install(LoRARequest(name, lora_int_id, path))
 
+    def molehill_remove(self, lora_int_id: int) -> dict[int, dict[str, Any]]:
+        """Frees an adapter's slot; its last figures, as in `molehill_stats`."""
+        figures = self.adapters.stats()
+        self.adapters.remove_adapter(lora_int_id)
+        return {lora_int_id: figures[lora_int_id]} if lora_int_id in figures else {}
+
     def molehill_trace(self, enabled: bool) -> list[tuple[str, list[Any], list[Any], list[Any]]]:
         """Starts or ends recording; returns (site, probabilities, weights, entropies) so far."""
         return [

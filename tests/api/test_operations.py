@@ -229,6 +229,21 @@ def test_more_adapters_than_slots_all_give_their_own_answers(api: Operated) -> N
     assert found == [expected for _, _, expected in jobs]
 
 
+def test_figures_survive_that_an_adapter_is_taken_out(api: Operated) -> None:
+    prompt = oracle("mola")["prompts"][1]["prompt_token_ids"]
+    assert api.post("a", "group/mola").status_code == 200
+    before = api.of_adapter("a", "adapter_tokens_total")
+    api.greedy("a", prompt, 1)
+    for case in ("lora", "mixlora"):
+        assert api.post(case, f"group/{case}").status_code == 200
+    assert api.info("a")["resident"] == "disk"
+    assert api.of_adapter("a", "adapter_resident_bytes") == 0
+    assert api.of_adapter("a", "adapter_tokens_total") == before + len(prompt)
+    api.greedy("a", prompt[:-1], 1)
+    assert api.info("a")["resident"] == "workers"
+    assert api.of_adapter("a", "adapter_tokens_total") > before + len(prompt)
+
+
 def test_a_cold_adapter_is_not_starved_by_hot_ones(api: Operated) -> None:
     """Both slots are busy without a pause; the slowest of the cold requests still ends soon."""
     for case in ("lora", "mola", "mixlora"):

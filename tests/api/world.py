@@ -48,6 +48,11 @@ class FakeEngine:
         self.served: list[int] = []
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        if method == "molehill_remove":
+            (lora_int_id,) = args
+            self.calls.append(("remove", lora_int_id))
+            self.loaded.pop(lora_int_id, None)
+            return [{}]
         if method != "molehill_install":
             (path,) = args
             assert (Path(path) / "molehill.json").exists()
@@ -60,10 +65,6 @@ class FakeEngine:
         if not self.refusal:
             self.loaded[lora_int_id] = name
         return [{"refusal": self.refusal, "full": False}]
-
-    async def remove_lora(self, lora_id: int) -> bool:
-        self.calls.append(("remove", lora_id))
-        return self.loaded.pop(lora_id, None) is not None
 
     async def generate(
         self, prompt: str, params: Any, request_id: str, *, lora_request: Any = None
