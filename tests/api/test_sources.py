@@ -1,0 +1,211 @@
+"""What may be fetched from where, and what is fetched. Over real HTTP, on this machine."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from api_client import copy_adapter
+
+from molehill.api.errors import BadPathError, FetchError, ForbiddenSourceError
+from molehill.api.paths import AdapterRoots
+from molehill.api.sources import Sources, allowed
+from molehill.engine import formats
+from molehill.engine.errors import AdapterNotFoundError, LimitError
+from molehill.engine.formats import native
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PREFIX = "https://models.example/adapters"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        (f"{PREFIX}/a", True),
+        (f"{PREFIX}/team/a-1.0/", True),
+        (PREFIX, False),
+        (f"{PREFIX}-other/a", False),
+        (f"{PREFIX}/../secret", False),
+        (f"{PREFIX}/./a", False),
+        (f"{PREFIX}/%2e%2e/secret", False),
+        (f"{PREFIX}/a?to=elsewhere", False),
+        (f"{PREFIX}/a#b", False),
+        (f"{PREFIX}//a", False),
+        (f"{PREFIX}/a\\..\\b", False),
+        ("https://models.example@evil.example/adapters/a", False),
+        ("https://models.example.evil.example/adapters/a", False),
+        ("HTTPS://models.example/adapters/a", False),
+        ("http://models.example/adapters/a", False),
+        ("s3://bucket/a", False),
+    ],
+)
+def test_only_what_lies_below_a_prefix_is_allowed(url: str, expected: bool) -> None:
+    assert allowed(url, [PREFIX]) is expected
+    assert allowed(url, [f"{PREFIX}/"]) is expected
+    assert not allowed(url, [])
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """One repository as the hub's API shows it, and its files below `/files/`."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        self.asked.append(self.path)
+        path, name = self.path.split("?")[0], self.path.split("?")[0].rpartition("/")[2]
+        if path.startswith("/api/models/org/adapter"):
+            files = [
+                {"rfilename": file.name, "size": file.stat().st_size}
+                for file in self.folder.iterdir()
+            ]
+            listed = {"id": "org/adapter", "sha": COMMIT, "siblings": files}
+            self.send(json.dumps(listed).encode(), body)
+        elif path.startswith(("/files/", f"/org/adapter/resolve/{COMMIT}/")):
+            if (self.folder / name).exists():
+                self.send((self.folder / name).read_bytes(), body)
+            else:
+                self.send_error(404)
+        else:
+            self.send_error(404)
+
+    def send(self, content: bytes, body: bool) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hash(content):x}"')
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A native adapter beside what nobody should fetch."""
+    adapter = formats.read(copy_adapter("mola", tmp_path / "source"))
+    native.write(adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"a pickle")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def remote(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(URL, paths that were asked for)."""
+    asked: list[str] = []
+    handler = type("Handler", (Files,), {"folder": folder, "asked": asked})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def sources(url: str, **more: Any) -> Sources:
+    return Sources(AdapterRoots([]), prefixes=[f"{url}/files"], **more)
+
+
+def test_a_url_brings_the_adapter_and_nothing_else(
+    remote: tuple[str, list[str]], folder: Path
+) -> None:
+    url, asked = remote
+    with sources(url).fetch(f"{url}/files/adapter") as source:
+        assert {path.name for path in source.directory.iterdir()} == {native.CONFIG, native.WEIGHTS}
+        assert formats.read(source.directory).digest == formats.read(folder).digest
+        kept = source.directory
+    assert not kept.exists()
+    assert not [path for path in asked if path.endswith(".bin")]
+
+
+def test_a_url_brings_no_more_bytes_than_an_adapter_may_have(
+    remote: tuple[str, list[str]],
+) -> None:
+    url, _ = remote
+    with (
+        pytest.raises(LimitError, match="at most 1000 bytes"),
+        sources(url, limit=1000).fetch(f"{url}/files/adapter"),
+    ):
+        pass
+
+
+def test_a_server_that_does_not_answer_is_a_clear_error(remote: tuple[str, list[str]]) -> None:
+    gone = "http://127.0.0.1:9/files"
+    with (
+        pytest.raises((FetchError, AdapterNotFoundError)),
+        Sources(AdapterRoots([]), prefixes=[gone]).fetch(f"{gone}/a"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("text", ["hf://org/adapter", "https://x.example/a"])
+def test_what_was_not_allowed_is_forbidden(text: str) -> None:
+    with pytest.raises(ForbiddenSourceError), Sources(AdapterRoots([])).fetch(text):
+        pass
+
+
+@pytest.mark.parametrize("text", ["hf://", "hf://name", "hf://a/b/c", "hf://../x@", "hf://a/b@"])
+def test_what_is_no_repository_is_refused(text: str) -> None:
+    with pytest.raises(BadPathError), Sources(AdapterRoots([]), hub=True).fetch(text):
+        pass
+
+
+FETCH = """
+import sys
+from molehill.api.paths import AdapterRoots
+from molehill.api.sources import Sources
+from molehill.engine import formats
+text, limit = sys.argv[1], int(sys.argv[2])
+try:
+    with Sources(AdapterRoots([]), hub=True, limit=limit).fetch(text) as source:
+        print(source.label, formats.read(source.directory).digest, source.fingerprint)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def fetch_from_hub(endpoint: str, text: str, home: Path, limit: int = 1 << 30) -> str:
+    """In a process of its own: the hub's client reads its address once."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", FETCH, text, str(limit)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout.strip()
+
+
+def test_a_repository_is_pinned_to_its_commit(
+    remote: tuple[str, list[str]], folder: Path, tmp_path: Path
+) -> None:
+    url, asked = remote
+    found = fetch_from_hub(url, "hf://org/adapter@main", tmp_path / "home")
+    assert found == f"hf://org/adapter@{COMMIT} {formats.read(folder).digest}"
+    fetched = {path for path in asked if "/resolve/" in path}
+    assert all(f"/resolve/{COMMIT}/" in path for path in fetched)
+    assert not [path for path in fetched if path.endswith(".bin")]
+    assert "LimitError" in fetch_from_hub(url, "hf://org/adapter", tmp_path / "home", limit=1000)
+    assert "AdapterNotFoundError" in fetch_from_hub(url, "hf://org/nobody", tmp_path / "home")
