@@ -85,7 +85,7 @@ async def delete_adapter(
 ) -> Response:
     """Takes the name away; running requests finish, then the memory is freed. A failed name is
     forgotten."""
-    failure = found.registry.dismiss(name)
+    failure = await found.registry.dismiss(name)
     if failure is not None:
         return shown(adapter_info.of_failure(failure))
     expected: Expected = Anything if expected_generation is None else expected_generation

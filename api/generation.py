@@ -76,7 +76,7 @@ class Generation:
         return number
 
 
-Stage = Literal["waiting", "fetching", "reading", "preparing", "installing", "probing"]
+Stage = Literal["waiting", "fetching", "reading", "installing", "probing"]
 
 
 @dataclass(eq=False)

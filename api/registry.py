@@ -75,7 +75,7 @@ class AdapterRegistry:
         probe: Probe | None = None,
     ) -> None:
         self.residency = residency
-        self.changed: Callable[[], None] = lambda: None
+        self.changed: Callable[[], Awaitable[None]] = nobody_told
         self._read = read
         self._store = store
         self._served = served
@@ -132,11 +132,11 @@ class AdapterRegistry:
         """
         return await self._see_through(self._unload(name, expected))
 
-    def dismiss(self, name: str) -> Failure | None:
+    async def dismiss(self, name: str) -> Failure | None:
         """Forgets a name that should serve and does not, if it is one."""
         failure = self.failures.pop(name, None)
         if failure is not None:
-            self.changed()
+            await self.changed()
         return failure
 
     async def pin(self, name: str, pinned: bool) -> Generation:
@@ -173,10 +173,12 @@ class AdapterRegistry:
                 f"loads: found {len(self._loading)} on their way, expected fewer than "
                 f"{self._admission.loads}"
             )
-        taken = {*self._current, *(loading.name for loading in self._loading)}
-        if name not in taken and len(taken) >= self._admission.adapters:
+        coming = {loading.name for loading in self._loading} - self._current.keys()
+        taken = len(self._current) + len(coming)
+        is_new = name not in self._current and name not in coming
+        if is_new and taken >= self._admission.adapters:
             raise TooManyAdaptersError(
-                f"adapters: found {len(taken)}, expected fewer than {self._admission.adapters}; "
+                f"adapters: found {taken}, expected fewer than {self._admission.adapters}; "
                 "unload one first"
             )
 
@@ -189,32 +191,32 @@ class AdapterRegistry:
                 if old is not None and (old.digest == content.digest or not terms.replace):
                     self._store.release(content.digest)
                     if old.digest == content.digest:
-                        return self._unchanged(old, source, terms)
+                        return await self._unchanged(old, source, terms)
                     raise AlreadyLoadedError(
                         f"The lora adapter '{loading.name}' has already been loaded with other "
                         "weights. If you want to replace them, set 'load_inplace' to True."
                     )
                 new = await self._install(loading, content, source, old, terms)
-                self._switch(new)
+                await self._switch(new)
                 if old is not None:
                     await self._retire(old)
                 return Loaded(new, "loaded" if old is None else "replaced")
         finally:
             self._loading.remove(loading)
 
-    def _unchanged(self, old: Generation, source: Source, terms: Terms) -> Loaded:
+    async def _unchanged(self, old: Generation, source: Source, terms: Terms) -> Loaded:
         old.source = source
         if terms.pinned is not None:
-            self._set_pin(old, terms.pinned)
-        self.changed()
+            await self._bring_and_pin(old, terms.pinned)
+        await self.changed()
         return Loaded(old, "unchanged")
 
-    def _switch(self, new: Generation) -> None:
+    async def _switch(self, new: Generation) -> None:
         self._current[new.name] = new
         self._served[new.name] = new.request
         self.failures.pop(new.name, None)
         logger.info("Loaded adapter %s: %s, %s", new.name, new.content.kind, new.digest)
-        self.changed()
+        await self.changed()
 
     async def _take_in(
         self, loading: Loading, fetch: Fetch, expected: str | None
@@ -276,16 +278,23 @@ class AdapterRegistry:
     async def _pin(self, name: str, pinned: bool) -> Generation:
         async with self._lock(name):
             generation = self._known(name)
-            if pinned:
-                self.enter(generation)
-                try:
-                    await self.residency.acquire(generation)
-                    self.residency.release(generation)
-                finally:
-                    self.leave(generation)
-            self._set_pin(generation, pinned)
-            self.changed()
+            await self._bring_and_pin(generation, pinned)
+            await self.changed()
             return generation
+
+    async def _bring_and_pin(self, generation: Generation, pinned: bool) -> None:
+        if not pinned:
+            generation.pinned = False
+            return
+        self.enter(generation)
+        try:
+            await self.residency.acquire(generation)
+            try:
+                self._set_pin(generation, True)
+            finally:
+                self.residency.release(generation)
+        finally:
+            self.leave(generation)
 
     def _set_pin(self, generation: Generation, pinned: bool, old: Generation | None = None) -> None:
         """old: a pinned generation whose place this one takes."""
@@ -304,7 +313,7 @@ class AdapterRegistry:
             del self._current[name]
             del self._served[name]
             logger.info("Unloaded adapter %s: %s", name, generation.digest)
-            self.changed()
+            await self.changed()
             await self._retire(generation)
             return generation
 
@@ -348,3 +357,7 @@ async def fetched(fetch: Fetch) -> AsyncIterator[Source]:
         yield source
     finally:
         await asyncio.to_thread(fetch.__exit__, None, None, None)
+
+
+async def nobody_told() -> None:
+    """Where nothing is remembered."""

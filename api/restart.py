@@ -47,6 +47,7 @@ class Restart:
         entries = [] if manifest is None else manifest.read()
         self._pending = {entry.name: entry for entry in entries}
         self._failed: dict[str, Entry] = {}
+        self._writing = asyncio.Lock()
         self.ready = False
         if manifest is not None:
             store.sweep({entry.generation for entry in entries})
@@ -62,7 +63,7 @@ class Restart:
                 if generation is not None:
                     restored.append((entry, generation))
             self._pending.pop(entry.name)
-        self._remember()
+        await self._remember()
         self.ready = True
         for entry, generation in restored:
             generation.note = await asyncio.to_thread(self._compare, entry)
@@ -100,9 +101,14 @@ class Restart:
         except (AdapterError, RequestError, OSError):
             return GONE
 
-    def _remember(self) -> None:
+    async def _remember(self) -> None:
         if self._manifest is None:
             return
+        # One after the other: the last one to write has seen every change.
+        async with self._writing:
+            await asyncio.to_thread(self._manifest.write, self._entries())
+
+    def _entries(self) -> list[Entry]:
         served = [
             Entry(
                 generation.name,
@@ -117,4 +123,4 @@ class Restart:
         names = {entry.name for entry in served}
         lost = [self._failed[name] for name in self._registry.failures if name in self._failed]
         others = [entry for entry in (*self._pending.values(), *lost) if entry.name not in names]
-        self._manifest.write([*served, *others])
+        return [*served, *others]

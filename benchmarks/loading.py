@@ -120,9 +120,9 @@ async def run(args: argparse.Namespace) -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     print(f"adapter of {adapter.num_bytes / 1e6:.1f} MB; a token takes {typical * 1e3:.1f} ms")
     for name in ARMS:
-        gap, load = (statistics.median(found[name]) * 1e3 for found in (gaps, loads))
+        gap, took = (statistics.median(found[name]) * 1e3 for found in (gaps, loads))
         worst = max(gaps[name]) * 1e3
-        print(f"{name:22} longest gap {gap:6.1f} ms (worst {worst:6.1f}), load {load:6.1f} ms")
+        print(f"{name:22} longest gap {gap:6.1f} ms (worst {worst:6.1f}), load {took:6.1f} ms")
 
 
 def main() -> None:

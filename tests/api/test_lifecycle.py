@@ -4,9 +4,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import openai
+import psutil
 import pytest
 from api_client import BASE, Api, oracle
 
@@ -202,6 +204,45 @@ def test_the_store_holds_what_is_loaded_and_nothing_else(clean: Api) -> None:
     assert {path.name for path in clean.store.iterdir()} == before | {first}
     assert clean.unload("n").status_code == 200
     assert {path.name for path in clean.store.iterdir()} == before
+
+
+def test_several_samples_of_one_request_do_not_keep_an_unloaded_adapter(clean: Api) -> None:
+    assert clean.load("m", "lora").status_code == 200
+    response = clean.openai.completions.create(
+        model="m",
+        prompt=PROMPT,
+        max_tokens=20,
+        n=3,
+        extra_body={"top_k": 1, "ignore_eos": True},
+    )
+    assert len(response.choices) == 3
+    assert clean.unload("m").json()["requests_in_flight"] == 0
+    assert eventually(lambda: not any('"m"' in sample for sample in clean.metrics()))
+    assert clean.load("m", "mixlora").json()["status"] == "loaded"
+
+
+def resident_memory() -> int:
+    """Bytes of all processes that these tests have started."""
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
+    return total
+
+
+def test_loads_and_unloads_do_not_leak_memory(clean: Api) -> None:
+    """A hundred adapters that stayed anywhere would show: half of them are the bound."""
+
+    def cycles(number: int) -> int:
+        for _ in range(number):
+            assert clean.load("m", "dynmole-default").status_code == 200
+            assert clean.unload("m").status_code == 200
+        return resident_memory()
+
+    size = clean.load("m", "dynmole-default").json()["bytes"]
+    assert clean.unload("m").status_code == 200
+    warm = cycles(30)
+    assert cycles(100) - warm < 50 * size
 
 
 def test_many_cycles_leave_nothing_behind(clean: Api) -> None:

@@ -244,6 +244,20 @@ def test_figures_survive_that_an_adapter_is_taken_out(api: Operated) -> None:
     assert api.of_adapter("a", "adapter_tokens_total") > before + len(prompt)
 
 
+def test_an_adapter_comes_back_as_it_was_checked_whatever_became_of_its_files(
+    api: Operated,
+) -> None:
+    source = copy_adapter("mola", api.root / "group" / "swapped")
+    assert api.post("a", "group/swapped").status_code == 200
+    shutil.rmtree(source)
+    copy_adapter("lora", source)
+    for case in ("dynmole-soft", "mixlora"):
+        assert api.post(case, f"group/{case}").status_code == 200
+    assert api.info("a")["resident"] == "disk"
+    assert api.right("a", "mola")
+    assert api.info("a")["loads"] == 2
+
+
 def test_a_cold_adapter_is_not_starved_by_hot_ones(api: Operated) -> None:
     """Both slots are busy without a pause; the slowest of the cold requests still ends soon."""
     for case in ("lora", "mola", "mixlora"):
