@@ -80,11 +80,15 @@ class MolehillRoutes:
         state.molehill = found
         for name, path in options.adapters:
             await found.registry.load(name, str(path), local(operator_source(path)))
-        tasks = [found.restart.run()]
-        if options.watch:
-            tasks.append(Watcher(found.sources.roots, found.sources, found.registry).run())
-        # Held by the state, or they would be collected while they run.
-        state.molehill_tasks = [asyncio.create_task(task) for task in tasks]
+        # Held by the state, or it would be collected while it runs.
+        state.molehill_task = asyncio.create_task(go_on(found, watch=options.watch))
+
+
+async def go_on(found: Services, *, watch: bool) -> None:
+    """What goes on while the server serves."""
+    await found.restart.run()
+    if watch:
+        await Watcher(found.sources.roots, found.sources, found.registry).run()
 
 
 def options_of(args: Namespace) -> Options:

@@ -82,7 +82,8 @@ class Restart:
                     logger.warning("Adapter %s: its copy is damaged", entry.name)
             fetch = self._sources.fetch(entry.source)
             return (await self._registry.load(entry.name, entry.source, fetch, terms)).generation
-        except (AdapterError, RequestError) as error:
+        except Exception as error:
+            # Whatever it is, the others are served all the same.
             logger.error("Adapter %s is not served after the restart: %s", entry.name, error)
             self._registry.failures[entry.name] = Failure(entry.name, entry.source, error)
             self._failed[entry.name] = entry

@@ -15,11 +15,15 @@ from molehill.api.paths import AdapterRoots, fingerprint
 from molehill.api.registry import AdapterRegistry
 from molehill.api.sources import Sources
 from molehill.engine.errors import AdapterError
+from molehill.engine.formats import files, native
 
 logger = logging.getLogger("vllm.molehill")
 
 PERIOD_SECONDS = 1.0
 SETTLE_SECONDS = 2.0
+
+# A directory without one of them holds other directories, or has just begun to fill.
+CONFIGS = (native.CONFIG, files.CONFIG)
 
 
 class Watcher:
@@ -62,7 +66,8 @@ class Watcher:
                 names.check(name, base_models=())
             except BadNameError:
                 continue
-            found[name] = fingerprint(directory)
+            if any((directory / config).is_file() for config in CONFIGS):
+                found[name] = fingerprint(directory)
         return found
 
     def _is_free(self, name: str) -> bool:

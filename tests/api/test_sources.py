@@ -66,7 +66,12 @@ class Files(http.server.BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         self.asked.append(self.path)
         path, name = self.path.split("?")[0], self.path.split("?")[0].rpartition("/")[2]
-        if path.startswith("/api/models/org/adapter"):
+        if path.startswith("/api/models/org/nobody"):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif path.startswith("/api/models/org/adapter"):
             files = [
                 {"rfilename": file.name, "size": file.stat().st_size}
                 for file in self.folder.iterdir()
