@@ -15,7 +15,9 @@ from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.exceptions import GracefulHTTPError
 
+from molehill.api.errors import EngineRefusedError
 from molehill.api.generation import Generation
 from molehill.api.registry import AdapterRegistry
 
@@ -97,7 +99,12 @@ async def run(
     kwargs: dict[str, Any],
 ) -> Outputs:
     """The engine's outputs, from when the generation is in the workers."""
-    await registry.residency.acquire(generation)
+    try:
+        await registry.residency.acquire(generation)
+    except EngineRefusedError as error:
+        # As vLLM's routes understand it.
+        message = str(error).replace(generation.request.lora_path, generation.name)
+        raise GracefulHTTPError(message, error.status) from error
     try:
         async with aclosing(call(*args, lora_request=generation.request, **kwargs)) as outputs:
             async for output in outputs:

@@ -122,8 +122,9 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
 
 
 async def prober(engine_client: Any) -> Prober | None:
-    """None for a model that does not generate: its answers have no logits."""
-    if "generate" not in await engine_client.get_supported_tasks():
+    """None for a model that does not generate, or may not show its log-probabilities."""
+    tasks = await engine_client.get_supported_tasks()
+    if "generate" not in tasks or engine_client.model_config.max_logprobs == 0:
         return None
     return Prober(engine_client.generate, engine_client.model_config.get_vocab_size())
 

@@ -43,6 +43,10 @@ def test_help_shows_our_options_without_importing_vllm() -> None:
         (["--adapter-root", "/no/such"], "found no directory at '/no/such'"),
         (["--max-adapter-rank", "0"], "expected a positive integer"),
         (["--max-adapter-bytes", "8GB"], "expected a positive integer"),
+        (["--admin-api-key", " "], "found an empty key"),
+        (["--allow-url-prefix", "file:///srv"], "expected a URL of one of https"),
+        (["--allow-url-prefix", "models.example"], "expected a URL of one of https"),
+        (["--max-adapters", "none"], "expected a positive integer"),
     ],
 )
 def test_bad_values_are_one_clear_error(
@@ -97,6 +101,27 @@ def test_the_kv_cache_of_a_cpu_has_a_size_unless_the_user_says_one(
     assert prepared("--gpu-memory-utilization", "0.5").kv_cache_memory_bytes is None
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     assert prepared().kv_cache_memory_bytes is None
+
+
+def test_the_admin_key_is_also_an_api_key_where_there_are_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = options.Options(admin_keys=("secret",))
+    assert prepared(ours=ours).api_key is None
+    assert prepared("--api-key", "a", ours=ours).api_key == ["a", "secret"]
+    monkeypatch.setenv("VLLM_API_KEY", "b")
+    assert prepared(ours=ours).api_key == ["b", "secret"]
+    assert "secret" not in str(ours)
+
+
+def test_the_admin_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys(*arguments: str) -> tuple[str, ...]:
+        return options.from_namespace(cli.serve_parser().parse_args(arguments)).admin_keys
+
+    assert keys() == ()
+    monkeypatch.setenv("MOLEHILL_ADMIN_API_KEY", "hidden")
+    assert keys() == ("hidden",)
+    assert keys("--admin-api-key", "a", "--admin-api-key", "b") == ("a", "b")
 
 
 def test_a_local_model_is_named_after_its_directory() -> None:

@@ -107,6 +107,7 @@ def start(model: Path, folder: Path, remote: str, log: str) -> Any:
         *("--adapter-root", str(folder / "root"), "--watch-adapter-roots"),
         *("--adapter-store", str(folder / "store"), "--allow-url-prefix", f"{remote}/allowed"),
         *("--allow-url-prefix", f"{remote}/moved", "--max-adapters", "12"),
+        *("--max-adapter-loads", "2"),
     ]
     return serve(model, folder / log, arguments)
 
@@ -367,6 +368,18 @@ def test_a_watched_directory_is_served_once_it_is_finished(api: Operated) -> Non
     assert until(lambda: api.info("watched")["generation"] != first)
     assert api.right("watched", "mixlora")
     shutil.rmtree(target)
+
+
+def test_loads_over_the_limit_are_told_when_to_come_back(api: Operated) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda n: api.post(f"n{n}", "group/mixlora"), range(6)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) <= 4
+    for answer in refused:
+        assert api.error(answer)[:2] == (429, "too_many_loads")
+        assert int(answer.headers["Retry-After"]) > 0
+    served = {name for name, info in api.listed().items() if info["state"] == "serving"}
+    assert len(served & {f"n{n}" for n in range(6)}) == 6 - len(refused)
 
 
 def test_more_names_than_allowed_are_refused(api: Operated) -> None:

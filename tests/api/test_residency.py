@@ -7,6 +7,7 @@ from statistics import quantiles
 from typing import Any
 
 import pytest
+from vllm.exceptions import GracefulHTTPError
 from world import World, settle
 
 from molehill.api.admission import Admission
@@ -73,6 +74,21 @@ def test_pinned_adapters_stay(tmp_path: Path) -> None:
         assert w.registry.get("pinned").loads == 1
 
     play(World(tmp_path, slots=2, admission=MANY), scenario)
+
+
+def test_a_request_that_pinned_adapters_leave_no_room_for_is_told_so(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        w.engine.capacity = 1
+        await w.load("a", 1)
+        await w.load("pinned", 2, pinned=True)
+        with pytest.raises(GracefulHTTPError, match="found 1 pinned") as refusal:
+            await ask(w, "a")
+        assert refusal.value.http_status == 503
+        with pytest.raises(EngineRefusedError):
+            await w.load("b", 3)
+        assert all(generation.in_flight == 0 for generation in w.registry)
+
+    play(World(tmp_path, slots=4), scenario)
 
 
 def test_an_adapter_with_a_running_request_is_never_taken_out(tmp_path: Path) -> None:

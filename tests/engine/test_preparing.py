@@ -1,0 +1,83 @@
+"""A worker prepares an adapter beside its steps, and keeps no more than one."""
+
+import threading
+
+import pytest
+
+from molehill.engine.errors import CorruptFileError
+from molehill.engine.vllm.preparing import Preparation
+
+
+class Reader:
+    """Reads when it is let."""
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+        self.proceed = threading.Event()
+        self.broken = False
+
+    def __call__(self, path: str) -> str:
+        self.proceed.wait(10)
+        self.read.append(path)
+        if self.broken:
+            raise CorruptFileError(path, "half a file", "a whole one")
+        return f"content of {path}"
+
+
+def test_starting_does_not_wait_and_taking_does() -> None:
+    reader = Reader()
+    preparation = Preparation(reader)
+    preparation.start("a")
+    assert not preparation.done("a")
+    assert reader.read == []
+    reader.proceed.set()
+    assert preparation.take("a") == "content of a"
+    assert preparation.done("a")
+    assert reader.read == ["a"]
+
+
+def test_what_was_prepared_is_read_once_however_often_it_is_taken() -> None:
+    reader = Reader()
+    reader.proceed.set()
+    preparation = Preparation(reader)
+    preparation.start("a")
+    assert [preparation.take("a") for _ in range(3)] == ["content of a"] * 3
+    preparation.start("a")
+    assert reader.read == ["a"]
+    preparation.drop("a")
+    assert preparation.take("a") == "content of a"
+    assert reader.read == ["a", "a"]
+
+
+def test_what_nobody_prepared_is_read_when_it_is_taken() -> None:
+    reader = Reader()
+    reader.proceed.set()
+    preparation = Preparation(reader)
+    preparation.start("a")
+    assert preparation.take("b") == "content of b"
+    assert preparation.take("a") == "content of a"
+
+
+def test_the_last_one_replaces_the_one_before() -> None:
+    reader = Reader()
+    reader.proceed.set()
+    preparation = Preparation(reader)
+    preparation.start("a")
+    preparation.start("b")
+    assert preparation.take("b") == "content of b"
+    assert preparation.take("a") == "content of a"
+    assert reader.read == ["a", "b", "a"]
+
+
+def test_an_error_is_raised_where_it_is_taken_and_the_next_start_reads_again() -> None:
+    reader = Reader()
+    reader.proceed.set()
+    reader.broken = True
+    preparation = Preparation(reader)
+    preparation.start("a")
+    with pytest.raises(CorruptFileError, match="half a file"):
+        preparation.take("a")
+    assert preparation.done("a")
+    reader.broken = False
+    preparation.start("a")
+    assert preparation.take("a") == "content of a"
