@@ -68,7 +68,7 @@ def of_generation(generation: Generation) -> AdapterInfo:
         state="draining" if generation.retired else "serving",
         kind=content.kind,
         generation=generation.digest,
-        source=generation.source.label,
+        source=generation.source.public,
         source_note=generation.note,
         bytes=content.num_bytes,
         resident="workers" if generation.resident else "disk",

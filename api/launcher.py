@@ -112,6 +112,8 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     ):
         if refused:
             raise LaunchError(f"cannot be used with molehill serve: {why}")
+    if options.watch and not options.roots:
+        raise LaunchError("--watch-adapter-roots: found no --adapter-root, expected one to watch")
     modules = [module_path(module) for module in args.lora_modules or ()]
     adapters = (*options.adapters, *modules)
     twice = [name for name, count in Counter(name for name, _ in adapters).items() if count > 1]

@@ -24,6 +24,11 @@ class Source:
     fingerprint: str = ""
     remembered: bool = True
 
+    @property
+    def public(self) -> str:
+        """The label, unless it is a path of the operator's."""
+        return self.label if self.remembered else "--adapter"
+
     def relabel(self, message: str) -> str:
         """`message` with the label in place of the server's path."""
         return message.replace(str(self.directory), self.label)

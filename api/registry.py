@@ -248,22 +248,13 @@ class AdapterRegistry:
         old: Generation | None,
         terms: Terms,
     ) -> Generation:
-        """Brings it into the workers once: what cannot run there is not served."""
         request = LoRARequest(loading.name, next(self._ids), str(content.path))
         generation = Generation(loading.name, content, source, request)
         self._alive[request.lora_int_id] = generation
         self.enter(generation)
         try:
-            loading.stage = "installing"
-            await self.residency.acquire(generation)
-            try:
-                keep = old is not None and old.pinned if terms.pinned is None else terms.pinned
-                self._set_pin(generation, keep, old)
-                if self._probe is not None and not terms.allow_noop:
-                    loading.stage = "probing"
-                    await self._probe(generation)
-            finally:
-                self.residency.release(generation)
+            if terms.eager or not self.residency.full:
+                await self._try_out(loading, generation, old, terms)
         except Exception as error:
             generation.retired = True
             generation.in_flight -= 1
@@ -274,6 +265,21 @@ class AdapterRegistry:
             raise
         self.leave(generation)
         return generation
+
+    async def _try_out(
+        self, loading: Loading, generation: Generation, old: Generation | None, terms: Terms
+    ) -> None:
+        """Brings it into the workers once: what cannot run there is not served."""
+        loading.stage = "installing"
+        await self.residency.acquire(generation)
+        try:
+            keep = old is not None and old.pinned if terms.pinned is None else terms.pinned
+            self._set_pin(generation, keep, old)
+            if self._probe is not None and not terms.allow_noop:
+                loading.stage = "probing"
+                await self._probe(generation)
+        finally:
+            self.residency.release(generation)
 
     async def _pin(self, name: str, pinned: bool) -> Generation:
         async with self._lock(name):

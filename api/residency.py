@@ -43,6 +43,10 @@ class Residency:
     def __len__(self) -> int:
         return len(self._residents)
 
+    @property
+    def full(self) -> bool:
+        return len(self._residents) >= self.slots
+
     async def acquire(self, generation: Generation) -> None:
         """Waits until the generation is in the workers, and keeps it there until `release`.
 
@@ -111,7 +115,7 @@ class Residency:
             return
         prepared = False
         while not all(turn.done() for turn in turns):
-            if len(self._residents) >= self.slots:
+            if self.full:
                 await self._make_room()
                 continue
             if not prepared:

@@ -72,7 +72,9 @@ class Restart:
 
     async def _restore(self, entry: Entry) -> Generation | None:
         copy = Source(self._store.path(entry.generation), entry.source, entry.fingerprint)
-        terms = Terms(pinned=entry.pinned, content=entry.generation, allow_noop=True)
+        terms = Terms(
+            pinned=entry.pinned, content=entry.generation, allow_noop=True, eager=entry.pinned
+        )
         try:
             if copy.directory.is_dir():
                 try:

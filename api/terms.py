@@ -20,7 +20,8 @@ class Terms:
 
     replace: whether it may take the place of other weights. expected: digest of the generation
     that must be served now, None for none. pinned: None leaves it as it is. allow_noop: serve it
-    even if it changes nothing. content: digest that the source must have, None for any.
+    even if it changes nothing. content: digest that the source must have, None for any. eager:
+    bring it into the workers even where another adapter must leave them for it.
     """
 
     replace: bool = True
@@ -28,6 +29,7 @@ class Terms:
     pinned: bool | None = None
     allow_noop: bool = False
     content: str | None = None
+    eager: bool = True
 
 
 def check_expected(name: str, current: Generation | None, expected: Expected) -> None:

@@ -1,8 +1,9 @@
 """What a running stream feels while an adapter loads: the longest gap between two of its tokens.
 
-One stream of base tokens runs; adapters are loaded and removed beside it, in turn by `add_lora`
-alone, which reads, checks and stores between two steps, and in two phases as the server does, where
-only the copy is between two steps. A third arm loads nothing.
+One stream of base tokens runs; beside it adapters are loaded and removed, in turn by `add_lora`
+alone, which reads, checks and copies between two steps; in two phases, of which only the copy is
+between two steps; and as the server does, which also reads and stores in its own process first. A
+fourth arm loads nothing. Install is the second phase alone, the wait for the running step included.
 
 Usage: python -m molehill.benchmarks.loading MODEL [--repetitions N] [--experts E] [--rank R]
 """
@@ -26,6 +27,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # Seconds: of one measurement, and before the load begins in it.
 WINDOW, QUIET = 2.0, 0.5
 
+installs: list[float] = []
+
 Load = Callable[[Any, Any], Awaitable[None]]
 
 
@@ -42,13 +45,29 @@ async def two_phases(engine: Any, request: Any) -> None:
 
     workers = Workers(engine)
     await workers.prepare(request.lora_path)
+    start = time.perf_counter()
     await workers.install(request)
+    installs.append(time.perf_counter() - start)
+
+
+async def as_the_server(engine: Any, request: Any) -> None:
+    from molehill.engine import formats
+    from molehill.engine.formats import native
+
+    def read_into_store(folder: str) -> None:
+        adapter = formats.read(Path(request.lora_path))
+        native.write(adapter, Path(folder) / adapter.digest)
+
+    with tempfile.TemporaryDirectory() as folder:
+        await asyncio.to_thread(read_into_store, folder)
+        await two_phases(engine, request)
 
 
 ARMS: dict[str, Load] = {
     "no load": nothing,
     "read between steps": between_steps,
     "prepared in a thread": two_phases,
+    "as the server loads": as_the_server,
 }
 
 
@@ -123,6 +142,7 @@ async def run(args: argparse.Namespace) -> None:
         gap, took = (statistics.median(found[name]) * 1e3 for found in (gaps, loads))
         worst = max(gaps[name]) * 1e3
         print(f"{name:22} longest gap {gap:6.1f} ms (worst {worst:6.1f}), load {took:6.1f} ms")
+    print(f"install alone {statistics.median(installs) * 1e3:.1f} ms")
 
 
 def main() -> None:

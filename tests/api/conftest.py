@@ -1,5 +1,6 @@
 """One real server that all end-to-end tests of this folder share."""
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from api_client import BASE, GOLDEN, KEY, Api, copy_adapter
 from server import TINY, serve
+from world import Play, Scenario, World
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +64,13 @@ def clean(api: Api) -> Iterator[Api]:
     yield api
     for name in set(api.models()) - before:
         assert api.unload(name).status_code == 200
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Play:
+    """Runs a scenario; afterwards no task may be left that waits."""
+
+    async def run(scenario: Scenario) -> None:
+        await asyncio.wait_for(scenario(World(tmp_path)), 20)
+
+    return lambda scenario: asyncio.run(run(scenario))

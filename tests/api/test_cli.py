@@ -124,6 +124,11 @@ def test_the_admin_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyP
     assert keys("--admin-api-key", "a", "--admin-api-key", "b") == ("a", "b")
 
 
+def test_there_must_be_a_root_to_watch() -> None:
+    with pytest.raises(LaunchError, match="no --adapter-root"):
+        prepared(ours=options.Options(watch=True))
+
+
 def test_a_local_model_is_named_after_its_directory() -> None:
     assert prepared().served_model_name == [TINY_LLAMA.name, str(TINY_LLAMA)]
     assert prepared("--served-model-name", "mine").served_model_name == ["mine"]

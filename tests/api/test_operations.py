@@ -278,7 +278,7 @@ def test_a_cold_adapter_is_not_starved_by_hot_ones(api: Operated) -> None:
         clients = [pool.submit(busy, ("lora", "mola")[i % 2]) for i in range(8)]
         try:
             cold = []
-            for _ in range(20):
+            for _ in range(12):
                 start = time.monotonic()
                 assert api.right("mixlora", "mixlora")
                 cold.append(time.monotonic() - start)
@@ -286,8 +286,8 @@ def test_a_cold_adapter_is_not_starved_by_hot_ones(api: Operated) -> None:
             done.set()
         hot = [seconds for client in clients for seconds in client.result()]
     typical = sorted(hot)[len(hot) // 2]
-    assert quantiles(cold, n=100)[98] < 10 * typical + 2
-    assert quantiles(hot, n=100)[98] < 10 * typical + 2
+    for seconds in (cold, hot):
+        assert quantiles(seconds, n=100, method="inclusive")[98] < 10 * typical + 2
     assert api.info("mixlora")["loads"] > 1
 
 
@@ -411,11 +411,7 @@ def test_a_restarted_server_serves_what_it_served(
     shutil.rmtree(folder / "root" / "group" / "of-gone")
     (folder / "store" / ("0" * 64)).mkdir()
     with start(model, folder, remote, "log2") as server:
-        answers = []
-        while not answers or answers[-1] != 200:
-            answers.append(httpx.get(f"{server.url}/health/ready").status_code)
-            assert answers[-1] in (200, 503)
-            time.sleep(0.02)
+        assert until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)
         api = Operated(server.url, folder / "root", folder / "store")
         for name in ("kept", "changed", "gone"):
             assert api.info(name)["generation"] == served[name]

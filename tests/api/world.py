@@ -22,7 +22,9 @@ from molehill.api.store import AdapterStore
 from molehill.api.terms import Terms
 from molehill.api.workers import Workers
 from molehill.engine.adapter import Adapter
+from molehill.engine.base import Limits
 from molehill.engine.errors import AdapterNotFoundError
+from molehill.engine.formats import native
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant
 
@@ -83,6 +85,7 @@ class World:
 
     def __init__(self, folder: Path, slots: int = 4, admission: Admission = ADMISSION) -> None:
         self.folder = folder
+        self.limits = Limits()
         self.engine = FakeEngine()
         self.store = AdapterStore(folder / "store")
         self.served: dict[str, LoRARequest] = {}
@@ -100,6 +103,8 @@ class World:
     def read(self, path: Path) -> Adapter:
         if not path.exists():
             raise AdapterNotFoundError(path, "nothing", "a file")
+        if (path / native.CONFIG).exists():
+            return native.read(path, self.limits)
         return adapter(int(path.read_text()))
 
     def source(self, seed: int) -> Source:
