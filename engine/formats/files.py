@@ -6,11 +6,12 @@ go through `torch.load(weights_only=True)` only.
 
 import io
 import json
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -34,6 +35,7 @@ SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 _CONFIG_BYTES = 16 << 20
+_CHUNK = 1 << 20
 _NAME_CHARACTERS = 512
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -87,36 +89,49 @@ def read_weights(directory: Path, limits: Limits) -> Weights:
 
 def read_tensors(path: Path, limits: Limits) -> Weights:
     """Every tensor of one file. Raises as `read_weights` does."""
-    data = _read(path, limits.adapter_bytes)
     load = _load_safetensors if path.suffix == ".safetensors" else _load_pickle
-    tensors = load(path.name, data, limits)
+    tensors = load(path, limits)
     _check_size(path.name, tensors, limits)
     return Weights(path.name, {name: _float32(path.name, name, t) for name, t in tensors.items()})
 
 
 def _read(path: Path, limit: int) -> bytes:
+    data = io.BytesIO()
+    _copy(path, data, limit)
+    return data.getvalue()
+
+
+def _copy(path: Path, target: IO[bytes], limit: int) -> None:
     if path.exists() and not path.is_file():
         raise CorruptFileError(path.name, "something else", "a regular file")
+    left = limit
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            while left >= 0 and (chunk := file.read(_CHUNK)):
+                left -= len(chunk)
+                target.write(chunk)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise CorruptFileError(path.name, error.strerror or error, "a readable file") from None
-    if len(data) > limit:
+    if left < 0:
         raise LimitError(path.name, f"{path.stat().st_size} bytes", f"at most {limit} bytes")
-    return data
 
 
-def _load_safetensors(file: str, data: bytes, limits: Limits) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(data)
-    except Exception as error:
-        raise CorruptFileError(file, error, "a complete safetensors file") from None
+def _load_safetensors(path: Path, limits: Limits) -> dict[str, Tensor]:
+    """From a private copy, mapped into memory: nobody can change it any more, and other threads go
+    on, which parsing bytes would hold up for as long as it takes to copy them."""
+    with tempfile.NamedTemporaryFile(prefix="molehill-") as copy:
+        _copy(path, copy, limits.adapter_bytes)
+        copy.flush()
+        try:
+            return safetensors.torch.load_file(copy.name)
+        except Exception as error:
+            raise CorruptFileError(path.name, error, "a complete safetensors file") from None
 
 
-def _load_pickle(file: str, data: bytes, limits: Limits) -> dict[str, Tensor]:
+def _load_pickle(path: Path, limits: Limits) -> dict[str, Tensor]:
+    file, data = path.name, _read(path, limits.adapter_bytes)
     _check_archive(file, data, limits)
     try:
         values: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
