@@ -115,7 +115,9 @@ async def run(args: argparse.Namespace) -> None:
         enforce_eager=args.eager,
     )
     engine = AsyncLLM.from_engine_args(engine_args)
-    adapter = dynmole(base_model(args.model), args.experts, args.rank, 2.0, seed=0)
+    base = base_model(args.model)
+    sizes = dict.fromkeys(base.linears, 1.0)
+    adapter = dynmole(base, args.experts, args.rank, 2.0, sizes, seed=0)
     gaps: dict[str, list[float]] = {name: [] for name in ARMS}
     loads: dict[str, list[float]] = {name: [] for name in ARMS}
     times: list[float] = []

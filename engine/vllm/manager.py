@@ -77,13 +77,19 @@ class AdapterManager:
         self._slots: dict[int, int] = {}
         self._refused: set[int] = set()
         self._dummies: set[int] = set()
-        self.preparation = Preparation(self._read)
+        self.preparation = Preparation(self._prepare)
 
-    def _read(self, path: str) -> Adapter:
-        """Parses and checks. Touches no state, so that it may run beside a step."""
+    def _prepare(self, path: str) -> tuple[Adapter, SlotWeights | None]:
+        """Parses, checks and cuts. Changes no state, so that it may run beside a step.
+
+        Cutting has to wait for a pause where ranks do it together, and where it reads the base's
+        weights through the layers that the step is using.
+        """
         adapter = formats.read(Path(path), self.settings.limits)
         validate(adapter, self.base, self.settings.limits)
-        return adapter
+        alone = self._tp.world_size == 1
+        needs_base = any("magnitude" in name for name, _ in adapter.tensors())
+        return adapter, self._cut(adapter) if alone and not needs_base else None
 
     def _install(self, dtype: torch.dtype, device: torch.device) -> None:
         handles = self._handles
@@ -141,8 +147,8 @@ class AdapterManager:
             return True
         slot = next(slot for slot in count() if slot not in self._slots.values())
         with self._all_ranks_or_none():
-            adapter = self.preparation.take(request.lora_path)
-        weights = self._cut(adapter)
+            adapter, weights = self.preparation.take(request.lora_path)
+        weights = weights or self._cut(adapter)
         with self._all_ranks_or_none(undo=slot):
             self._store(slot, weights)
         self._slots[request.lora_int_id] = slot
