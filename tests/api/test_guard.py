@@ -120,6 +120,16 @@ def test_without_an_admin_key_the_inherited_controls_do_not_exist(
             assert client.post(path, headers=headers).status_code == 404
 
 
+def test_an_admin_key_alone_guards_what_changes_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = TestClient(build(monkeypatch, admin=(ADMIN,)))
+    assert client.get("/version").status_code == 200
+    for path in ("/v1/adapters", "/v1/load_lora_adapter", "/pause"):
+        assert client.post(path).status_code == 401
+    assert client.delete("/v1/adapters/a").status_code == 401
+
+
 def test_both_keys_pass_where_asking_is_enough(app: Any) -> None:
     """The guard lets them through; without an engine, the routes behind it then fail."""
     client = TestClient(app, raise_server_exceptions=False)
