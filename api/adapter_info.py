@@ -108,4 +108,7 @@ def everything(registry: AdapterRegistry) -> Iterator[AdapterInfo]:
 
 def of_name(registry: AdapterRegistry, name: str) -> AdapterInfo | None:
     """What the name serves, else what is known of it."""
+    current = registry.get(name)
+    if current is not None:
+        return of_generation(current)
     return next((info for info in everything(registry) if info.name == name), None)
