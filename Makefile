@@ -6,7 +6,7 @@ MODEL ?= .models/SmolLM2-135M-Instruct
 TORCH ?= torch==2.13.0
 PORT ?= 8000
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml $(shell find engine kernels api benchmarks -name '*.py' -o -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml $(shell find engine kernels api benchmarks -name '*.py' -o -path 'api/page/*' -o -name '*.cpp' -o -name '*.h')
 
 # The top-level folder `kernels` must not shadow the Hugging Face package of that name.
 export PYTHONSAFEPATH = 1

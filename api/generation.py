@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from molehill.api.figures import Figures
 from molehill.api.paths import Source
 from molehill.engine.adapter import Adapter
 from molehill.engine.plan import plan
@@ -46,7 +45,7 @@ class Generation:
 
     Kept by Residency: resident: in the workers. running: admitted requests that the engine has.
     yielding: resident, but its next requests wait until others have had a turn. since: number of
-    the turn that brought it in. past: what it did before it was last taken out.
+    the turn that brought it in.
     """
 
     name: str
@@ -63,7 +62,6 @@ class Generation:
     resident: bool = False
     running: int = 0
     yielding: bool = False
-    past: Figures = field(default_factory=Figures)
     since: int = 0
 
     @property

@@ -19,8 +19,8 @@ from molehill.api import errors
 
 
 class Kind(Enum):
-    """open: for probes and scrapers, without a key. ask: answers and lists. admin: changes what
-    the server is, adapters first of all."""
+    """open: for probes, scrapers and the dashboard's page, without a key. ask: answers and lists.
+    admin: changes what the server is, adapters first of all."""
 
     OPEN = "open"
     ASK = "ask"
@@ -29,7 +29,8 @@ class Kind(Enum):
 
 READ = ("GET", "HEAD", "OPTIONS")
 
-OPEN = ("/health", "/health/ready", "/ping", "/metrics")
+# The dashboard's page carries no data: what it shows it asks for, with a key.
+OPEN = ("/health", "/health/ready", "/ping", "/metrics", "/dashboard")
 
 # vLLM's routes outside of /v1 that only compute or show something.
 ASK = (

@@ -99,6 +99,7 @@ async def run(
     kwargs: dict[str, Any],
 ) -> Outputs:
     """The engine's outputs, from when the generation is in the workers."""
+    registry.events.hit("worker" if generation.resident else "disk")
     try:
         await registry.residency.acquire(generation)
     except EngineRefusedError as error:

@@ -1,14 +1,11 @@
 """Prometheus metrics per adapter, beside vLLM's own.
 
-Workers count on their own; a scrape asks them. Labels are names of loaded adapters only, never what
-clients send, and an adapter's series end when its memory is freed.
+Labels are names of loaded adapters only, never what clients send, and an adapter's series end when
+its memory is freed.
 """
 
-import asyncio
-import logging
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -19,113 +16,90 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from molehill.api.figures import Figures, figures
-from molehill.api.generation import Generation
 from molehill.api.registry import AdapterRegistry
+from molehill.api.stats import Snapshot
+from molehill.engine.figures import Figures
 
-logger = logging.getLogger("vllm.molehill")
-
-# A scrape does not wait longer for busy workers; it then shows the figures of the last one.
-PATIENCE_SECONDS = 3.0
-
-
-class Workers(Protocol):
-    """The part of vLLM's engine client that reaches the workers."""
-
-    async def collective_rpc(self, method: str) -> list[Any]:
-        """One answer per worker."""
-
-
-class WorkerStats:
-    """The workers' counters, refreshed when asked for.
-
-    With data parallelism vLLM hands on the answer of the first engine only, so the figures are that
-    engine's.
-    """
-
-    def __init__(self, workers: Workers) -> None:
-        self._workers = workers
-        self._last: list[Any] = []
-        self._asking: asyncio.Task[None] | None = None
-
-    async def refresh(self) -> list[Any]:
-        """The workers' answers, or the last ones if they take too long.
-
-        The question itself is never cut short: vLLM would take its late answer for the next one's.
-        """
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask())
-        try:
-            await asyncio.wait_for(asyncio.shield(self._asking), PATIENCE_SECONDS)
-        except TimeoutError:
-            logger.warning("Workers are busy; adapter metrics are those of the last scrape")
-        return self._last
-
-    async def _ask(self) -> None:
-        try:
-            self._last = await self._workers.collective_rpc("molehill_stats")
-        except Exception:
-            # A dead engine must not take the metrics with it that show it.
-            logger.exception("Adapter metrics could not be read from the workers")
+COUNTERS = (
+    ("adapter_tokens", "tokens", "Tokens that ran through the adapter."),
+    ("router_decisions", "decisions", "Routing decisions: one token at one router."),
+    ("soft_routed", "soft", "Routing decisions that fell back to all experts."),
+    (
+        "adapter_flops",
+        "flops_done",
+        "FLOPs of routers and chosen experts' low-rank products; a multiply-add is two.",
+    ),
+    (
+        "adapter_flops_avoided",
+        "flops_avoided",
+        "FLOPs that the experts would have taken that routers did not choose.",
+    ),
+)
 
 
 class AdapterCollector(Collector):
     """Metric families of what is in the engine now."""
 
-    def __init__(self, registry: AdapterRegistry, workers: list[Any]) -> None:
+    def __init__(self, registry: AdapterRegistry, snapshot: Snapshot) -> None:
         self._loaded = len(registry)
+        self._snapshot = snapshot
         self._in_flight: Counter[str] = Counter()
-        self._figures: dict[str, Figures] = {}
+        self._stored: Counter[str] = Counter()
         for generation in registry.alive():
-            self._count(generation, workers)
-
-    def _count(self, generation: Generation, workers: list[Any]) -> None:
-        self._in_flight[generation.name] += generation.in_flight
-        total = self._figures.setdefault(generation.name, Figures())
-        total.add(generation.past)
-        total.add(figures(workers, generation.lora_int_id))
+            self._in_flight[generation.name] += generation.in_flight
+            self._stored[generation.name] += generation.content.num_bytes
+        self._figures = {name: snapshot.figures.get(name, Figures()) for name in self._in_flight}
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
             "molehill_adapters_loaded", "Adapters that are served by name.", self._loaded
         )
-        yield from self._gauges()
+        yield self._requests()
+        yield self._bytes()
         yield from self._counters()
+        yield self._activated()
         yield self._entropy()
+        yield self._imbalance()
         yield self._experts()
+        yield from self._seconds()
 
-    def _gauges(self) -> Iterator[Metric]:
+    def _requests(self) -> Metric:
         in_flight = GaugeMetricFamily(
             "molehill_adapter_requests_in_flight",
             "Requests that run on the adapter, on replaced weights too.",
             labels=["adapter"],
         )
+        for name, running in self._in_flight.items():
+            in_flight.add_metric([name], running)
+        return in_flight
+
+    def _bytes(self) -> Metric:
         resident = GaugeMetricFamily(
             "molehill_adapter_resident_bytes",
-            "Bytes that the adapter takes on all workers.",
+            "Bytes that the adapter takes: in the slots of all workers, and in the store on disk.",
+            labels=["adapter", "tier"],
+        )
+        for name, stored in self._stored.items():
+            resident.add_metric([name, "worker"], self._snapshot.resident_bytes.get(name, 0))
+            resident.add_metric([name, "disk"], stored)
+        return resident
+
+    def _counters(self) -> Iterator[Metric]:
+        for name, field, text in COUNTERS:
+            family = CounterMetricFamily(f"molehill_{name}", text, labels=["adapter"])
+            for adapter, total in self._figures.items():
+                family.add_metric([adapter], getattr(total, field))
+            yield family
+
+    def _activated(self) -> Metric:
+        activated = CounterMetricFamily(
+            "molehill_experts_activated",
+            "Experts that routing decisions chose.",
             labels=["adapter"],
         )
         for name, total in self._figures.items():
-            in_flight.add_metric([name], self._in_flight[name])
-            resident.add_metric([name], total.bytes)
-        yield from (in_flight, resident)
-
-    def _counters(self) -> Iterator[Metric]:
-        tokens, decisions, activated, soft = (
-            CounterMetricFamily(f"molehill_{name}", text, labels=["adapter"])
-            for name, text in (
-                ("adapter_tokens", "Tokens that ran through the adapter."),
-                ("router_decisions", "Routing decisions: one token at one router."),
-                ("experts_activated", "Experts that routing decisions chose."),
-                ("soft_routed", "Routing decisions that fell back to all experts."),
-            )
-        )
-        for name, total in self._figures.items():
-            tokens.add_metric([name], total.tokens)
-            decisions.add_metric([name], total.decisions)
-            activated.add_metric([name], total.expert_tokens.total())
-            soft.add_metric([name], total.soft)
-        yield from (tokens, decisions, activated, soft)
+            activated.add_metric([name], sum(total.expert_tokens))
+        return activated
 
     def _entropy(self) -> Metric:
         entropy = SummaryMetricFamily(
@@ -137,6 +111,18 @@ class AdapterCollector(Collector):
             entropy.add_metric([name], total.decisions, total.entropy)
         return entropy
 
+    def _imbalance(self) -> Metric:
+        imbalance = GaugeMetricFamily(
+            "molehill_expert_imbalance",
+            "Tokens of a router's busiest expert over the mean of its experts since the load, "
+            "averaged over the routers: 1 is even. No sample before the first decision.",
+            labels=["adapter"],
+        )
+        for name, total in self._figures.items():
+            if total.imbalanced:
+                imbalance.add_metric([name], total.imbalance / total.imbalanced)
+        return imbalance
+
     def _experts(self) -> Metric:
         experts = CounterMetricFamily(
             "molehill_expert_tokens",
@@ -144,13 +130,36 @@ class AdapterCollector(Collector):
             labels=["adapter", "expert"],
         )
         for name, total in self._figures.items():
-            for expert, chosen in sorted(total.expert_tokens.items()):
+            for expert, chosen in enumerate(total.expert_tokens):
                 experts.add_metric([name, str(expert)], chosen)
         return experts
 
+    def _seconds(self) -> Iterator[Metric]:
+        """Nothing where the workers do not measure them."""
+        seconds = self._snapshot.seconds
+        if seconds is None:
+            return
+        yield CounterMetricFamily(
+            "molehill_step_seconds",
+            "Wall time of forward passes and sampling, summed over workers.",
+            seconds.steps,
+        )
+        yield CounterMetricFamily(
+            "molehill_adapter_op_seconds",
+            "Wall time of the adapter ops in those steps, of all adapters together.",
+            seconds.ops,
+        )
+        if seconds.steps:
+            yield GaugeMetricFamily(
+                "molehill_adapter_op_share",
+                "Share of the steps' wall time since the start that adapter ops took.",
+                seconds.ops / seconds.steps,
+            )
 
-def exposition(registry: AdapterRegistry, workers: list[Any]) -> bytes:
+
+def exposition(registry: AdapterRegistry, snapshot: Snapshot) -> bytes:
     """The families in Prometheus's text format."""
     collectors = CollectorRegistry()
-    collectors.register(AdapterCollector(registry, workers))
+    collectors.register(AdapterCollector(registry, snapshot))
+    collectors.register(registry.events)
     return generate_latest(collectors)

@@ -11,11 +11,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from molehill.api import adapter_routes, routes
+from molehill.api import adapter_routes, dashboard, routes, routing
+from molehill.api.events import LifecycleMetrics
 from molehill.api.guard import Guard
 from molehill.api.inflight import GenerationHeader, count_requests
 from molehill.api.manifest import Manifest
-from molehill.api.metrics import WorkerStats
 from molehill.api.options import Options
 from molehill.api.paths import AdapterRoots, operator_source
 from molehill.api.probe import Prober
@@ -24,6 +24,7 @@ from molehill.api.residency import Residency
 from molehill.api.restart import Restart
 from molehill.api.services import Services
 from molehill.api.sources import Sources, local
+from molehill.api.stats import WorkerStats
 from molehill.api.store import AdapterStore
 from molehill.api.watch import Watcher
 from molehill.api.workers import Workers
@@ -53,6 +54,9 @@ class MolehillRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Replaces vLLM's routes of the same path and method, and guards all of them."""
+        # First: an adapter's name may have slashes, so that its own route would match too.
+        app.include_router(routing.router)
+        app.include_router(dashboard.router)
         app.include_router(routes.router)
         app.include_router(adapter_routes.router)
         args = app.state.args
@@ -105,7 +109,9 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     reader = partial(read, base=base, limits=limits)
     store = AdapterStore(options.store)
     registry = AdapterRegistry(
-        residency=Residency(Workers(engine_client), config.lora_config.max_loras),
+        residency=Residency(
+            Workers(engine_client), config.lora_config.max_loras, LifecycleMetrics()
+        ),
         read=reader,
         store=store,
         served=models.lora_requests,
@@ -118,7 +124,7 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
     manifest = None if options.store is None else Manifest(store.root)
     restart = Restart(registry, store, sources, reader, manifest)
-    return Services(registry, sources, WorkerStats(engine_client), restart, models)
+    return Services(registry, sources, WorkerStats(engine_client, registry), restart, models)
 
 
 async def prober(engine_client: Any) -> Prober | None:

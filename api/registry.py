@@ -75,6 +75,7 @@ class AdapterRegistry:
         probe: Probe | None = None,
     ) -> None:
         self.residency = residency
+        self.events = residency.events
         self.changed: Callable[[], Awaitable[None]] = nobody_told
         self._read = read
         self._store = store
@@ -119,11 +120,12 @@ class AdapterRegistry:
         AdapterError, StoreError, EngineRefusedError, and what `fetch` and the probe raise; then
         everything is as before.
         """
-        names.check(name, self._base_models)
-        self._admit_load(name)
-        loading = Loading(name, label)
-        self._loading.append(loading)
-        return await self._see_through(self._load(loading, fetch, terms or Terms()))
+        with self.events.load():
+            names.check(name, self._base_models)
+            self._admit_load(name)
+            loading = Loading(name, label)
+            self._loading.append(loading)
+            return await self._see_through(self._load(loading, fetch, terms or Terms()))
 
     async def unload(self, name: str, expected: Expected = Anything) -> Generation:
         """Takes the name away at once; memory goes when the last running request ends.

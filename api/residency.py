@@ -18,6 +18,7 @@ from collections import deque
 from contextlib import suppress
 
 from molehill.api.errors import EngineRefusedError
+from molehill.api.events import LifecycleMetrics
 from molehill.api.generation import Generation
 from molehill.api.workers import NoRoomError, Workers
 
@@ -29,8 +30,9 @@ Turn = asyncio.Future[None]
 class Residency:
     """The workers' slots. All methods run on the event loop's thread; nothing runs per step."""
 
-    def __init__(self, workers: Workers, slots: int) -> None:
+    def __init__(self, workers: Workers, slots: int, events: LifecycleMetrics) -> None:
         self.slots = slots
+        self.events = events
         self._workers = workers
         # In the order of their last use.
         self._residents: dict[int, Generation] = {}
@@ -146,6 +148,7 @@ class Residency:
             )
         idle = next((resident for resident in movable if not resident.running), None)
         if idle is not None:
+            self.events.evicted("worker")
             await self._take_out(idle)
             return
         if not any(resident.yielding for resident in movable):
@@ -159,10 +162,6 @@ class Residency:
         with suppress(KeyError):
             del self._residents[generation.lora_int_id]
         try:
-            figures = await self._workers.remove(generation.lora_int_id)
+            await self._workers.remove(generation.lora_int_id)
         except Exception:
             logger.exception("The engine could not free adapter %s", generation.name)
-            return
-        # Its memory is free; what it did still counts.
-        figures.bytes = 0
-        generation.past.add(figures)

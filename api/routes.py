@@ -89,8 +89,7 @@ async def list_models(found: Injected) -> Response:
 @router.get("/metrics")
 async def show_metrics(found: Injected) -> Response:
     """vLLM's metrics and molehill's."""
-    workers = await found.stats.refresh()
-    ours = metrics.exposition(found.registry, workers)
+    ours = metrics.exposition(found.registry, await found.stats.refresh())
     text = generate_latest(get_prometheus_registry()) + ours
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 

@@ -6,14 +6,14 @@ from functools import wraps
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
 from molehill.api import errors
-from molehill.api.metrics import WorkerStats
 from molehill.api.registry import AdapterRegistry
 from molehill.api.restart import Restart
 from molehill.api.sources import Sources
+from molehill.api.stats import WorkerStats
 from molehill.engine.errors import AdapterError
 
 
@@ -42,14 +42,14 @@ class StrictBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-Handler = Callable[..., Awaitable[Response]]
+Handler = Callable[..., Awaitable[Any]]
 
 
 def answering_errors(handler: Handler) -> Handler:
     """Turns refusals into error bodies. Not an exception handler of the app: vLLM has its own."""
 
     @wraps(handler)
-    async def wrapped(*args: Any, **kwargs: Any) -> Response:
+    async def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return await handler(*args, **kwargs)
         except (errors.RequestError, AdapterError) as error:

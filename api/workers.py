@@ -4,7 +4,6 @@ import asyncio
 from typing import Any, Protocol
 
 from molehill.api.errors import EngineRefusedError
-from molehill.api.figures import Figures, figures
 
 # Seconds between questions to the workers, which answer between two steps.
 FIRST_PAUSE = 0.005
@@ -53,9 +52,9 @@ class Workers:
             raise EngineRefusedError(hopeless[0])
         raise NoRoomError(refusals[0]["refusal"])
 
-    async def remove(self, lora_int_id: int) -> Figures:
-        """Frees the adapter's slots; what it did there. Raises EngineRefusedError."""
-        return figures(await self._ask("molehill_remove", lora_int_id), lora_int_id)
+    async def remove(self, lora_int_id: int) -> None:
+        """Frees the adapter's slots. Raises EngineRefusedError."""
+        await self._ask("molehill_remove", lora_int_id)
 
     async def _ask(self, method: str, *args: Any) -> list[Any]:
         try:

@@ -208,14 +208,13 @@ def ratios(samples: list[Sample], arm: str, over: str, point: str) -> list[float
 
 def routing(engines: dict[str, Any], requests: dict[str, list[Any]]) -> dict[str, dict[str, float]]:
     """Mean experts per decision and share of soft decisions, as the workers counted."""
-    (stats,) = engines["molehill"].collective_rpc("molehill_stats")
+    (stats,) = engines["molehill"].collective_rpc("molehill_stats", args=([],))
     found = {}
     for arm in ("d", "e"):
-        sites = stats[requests[arm][0].lora_int_id]["sites"].values()
-        decisions = sum(site["decisions"] for site in sites)
+        figures = stats["adapters"][requests[arm][0].lora_int_id]["figures"]
+        decisions = figures["decisions"]
         if decisions:
-            chosen = sum(sum(site["expert_tokens"]) for site in sites)
-            soft = sum(site["soft"] for site in sites)
+            chosen, soft = sum(figures["expert_tokens"]), figures["soft"]
             found[arm] = {"experts": chosen / decisions, "soft": soft / decisions}
     return found
 

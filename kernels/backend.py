@@ -211,5 +211,9 @@ class Backend(Protocol):
     def counters(self, slot: int) -> SlotCounters:
         """Figures since the slot was stored."""
 
+    def seconds(self) -> float | None:
+        """Wall time that the ops took so far, base-only steps left out; None where it is not
+        measured."""
+
     def trace(self, enabled: bool) -> list[Trace]:
         """Returns what was recorded since tracing was switched on; for tests and debugging."""

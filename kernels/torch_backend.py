@@ -4,7 +4,9 @@ Vectorised per segment (all rows of one adapter in a step): no loop over tokens 
 weights gathered per token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -56,11 +58,15 @@ class TorchBackend:
         self._tokens: dict[int, int] = {}
         self._segments: list[tuple[int, Rows]] = []
         self._traces: list[Trace] | None = None
+        self._seconds: float | None = 0.0
         self.linear_op: Callable[..., Any] = torch.ops.molehill.linear.default
         self.ffn_op: Callable[..., Any] = torch.ops.molehill.ffn.default
         ops.install(self)
 
     def register_linear(self, shape: LinearShape) -> int:
+        if shape.device.type != "cpu":
+            # A device works on after the call has returned.
+            self._seconds = None
         self._linears.append(Layer(shape))
         return len(self._linears) - 1
 
@@ -117,8 +123,11 @@ class TorchBackend:
         self._segments = [(slot, _rows(own)) for slot, own in by_slot.items()]
 
     def linear(self, out: Tensor, x: Tensor, handle: int) -> None:
-        if not self._segments:
-            return
+        if self._segments:
+            with self._timed():
+                self._linear(out, x, handle)
+
+    def _linear(self, out: Tensor, x: Tensor, handle: int) -> None:
         layer = self._linears[handle]
         work = [s for s in self._segments if s[0] in layer.tables]
         shrunk = [layer.tables[slot].shrink(x[rows]) for slot, rows in work]
@@ -145,6 +154,11 @@ class TorchBackend:
                     out[rows] = y
 
     def ffn(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
+        if self._segments:
+            with self._timed():
+                self._ffn(h, gate_up, handle)
+
+    def _ffn(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
         ffn = self._ffns[handle]
         for slot, rows in self._segments:
             if slot in ffn.tables:
@@ -160,6 +174,16 @@ class TorchBackend:
             if slot in ffn.tables:
                 sites.update(ffn.tables[slot].router.counters())
         return SlotCounters(self._tokens[slot], sites)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        if self._seconds is not None:
+            self._seconds += perf_counter() - start
+
+    def seconds(self) -> float | None:
+        return self._seconds
 
     def trace(self, enabled: bool) -> list[Trace]:
         traces, self._traces = self._traces, [] if enabled else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tp_group, get_world_group
+from vllm.distributed import get_pp_group, get_tp_group, get_world_group
 from vllm.logger import init_logger
 from vllm.lora.layers.utils import LoRAMapping
 from vllm.lora.request import LoRARequest
@@ -19,9 +19,11 @@ from molehill.engine import formats
 from molehill.engine.adapter import Adapter, natural_key
 from molehill.engine.base import BaseModel
 from molehill.engine.errors import AdapterError, LimitError
+from molehill.engine.figures import SiteCost, costs
 from molehill.engine.validation import validate
 from molehill.engine.vllm import backends, layers, shards
 from molehill.engine.vllm.hooks import hook_ffn, hook_linear
+from molehill.engine.vllm.ledger import Ledger
 from molehill.engine.vllm.preparing import Preparation
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.backend import (
@@ -77,6 +79,7 @@ class AdapterManager:
         self._slots: dict[int, int] = {}
         self._refused: set[int] = set()
         self._dummies: set[int] = set()
+        self._ledger = Ledger(self.backend)
         self.preparation = Preparation(self._prepare)
 
     def _prepare(self, path: str) -> tuple[Adapter, SlotWeights | None]:
@@ -152,6 +155,7 @@ class AdapterManager:
         with self._all_ranks_or_none(undo=slot):
             self._store(slot, weights)
         self._slots[request.lora_int_id] = slot
+        self._ledger.enter(request.lora_int_id, request.lora_name, slot, self._costs(adapter))
         self._refused.discard(request.lora_int_id)
         self.preparation.drop(request.lora_path)
         logger.info("molehill: adapter %s stored in slot %d", request.lora_name, slot)
@@ -230,6 +234,7 @@ class AdapterManager:
         slot = self._slots.pop(lora_id, None)
         if slot is None:
             return False
+        self._ledger.leave(lora_id)
         self.backend.erase(slot)
         return True
 
@@ -258,7 +263,9 @@ class AdapterManager:
             if request.lora_int_id not in self._slots.keys() | self._dummies:
                 self._add_late(request)
         if mapping is not None:
-            self.backend.begin_step(self._runs(mapping.index_mapping))
+            runs = self._runs(mapping.index_mapping)
+            self._ledger.touch(run.slot for run in runs)
+            self.backend.begin_step(runs)
 
     def _add_late(self, request: LoRARequest) -> None:
         """Loads an adapter that nobody announced with `add_lora`, as plain `LLM.generate` does."""
@@ -322,12 +329,16 @@ class AdapterManager:
     def describe(self) -> dict[str, Any]:
         return asdict(self.base)
 
-    def stats(self) -> dict[int, dict[str, Any]]:
-        """Counters and resident bytes by `lora_int_id`."""
-        return {
-            lora_id: {
-                **asdict(self.backend.counters(slot)),
-                "bytes": self.backend.resident_bytes(slot),
-            }
-            for lora_id, slot in self._slots.items()
-        }
+    def stats(self, known: Sequence[int]) -> dict[str, Any]:
+        """stage: this worker's of the pipeline. adapters: see Ledger.settle."""
+        return {"stage": get_pp_group().rank_in_group, "adapters": self._ledger.settle(known)}
+
+    def routing(self, lora_id: int) -> dict[str, Any]:
+        """tokens, and sites: fields of SiteFigures by site, of this worker's pipeline stage."""
+        tokens, sites = self._ledger.sites(lora_id)
+        return {"tokens": tokens, "sites": {site: asdict(own) for site, own in sites.items()}}
+
+    def _costs(self, adapter: Adapter) -> dict[str, SiteCost]:
+        """Of the sites that lie on this pipeline stage."""
+        here = self._ffn_handles.keys() | self._projections.keys()
+        return {site: cost for site, cost in costs(adapter).items() if site in here}

@@ -9,6 +9,7 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from molehill.engine.vllm import compat
+from molehill.engine.vllm.clock import StepClock
 from molehill.engine.vllm.manager import AdapterManager
 
 compat.check_version()
@@ -26,6 +27,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     """
 
     adapters: AdapterManager
+    clock: StepClock | None = None
 
     def init_device(self) -> None:
         super().init_device()
@@ -38,6 +40,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         super().load_model(**kwargs)
         if not isinstance(getattr(self.model_runner, "lora_manager", None), AdapterManager):
             raise RuntimeError("vLLM did not install molehill's adapter manager")
+        if self.adapters.backend.seconds() is not None:
+            self.clock = StepClock(self.model_runner, self.adapters.backend.seconds)
 
     def _load_lora_model(
         self, model: nn.Module, vllm_config: VllmConfig, device: torch.device
@@ -50,9 +54,17 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         """The base model's shapes, as a dict of BaseModel's fields."""
         return self.adapters.describe()
 
-    def molehill_stats(self) -> dict[int, dict[str, Any]]:
-        """Routing figures (SlotCounters as a dict) and `bytes` by `lora_int_id`."""
-        return self.adapters.stats()
+    def molehill_stats(self, known: list[int]) -> dict[str, Any]:
+        """See AdapterManager.stats; and seconds in `steps` and in adapter `ops`, or None.
+
+        known: `lora_int_id`s that the API may ask for again.
+        """
+        seconds = self.clock and {"steps": self.clock.steps, "ops": self.clock.ops}
+        return {**self.adapters.stats(known), "seconds": seconds}
+
+    def molehill_routing(self, lora_int_id: int) -> dict[str, Any]:
+        """See AdapterManager.routing."""
+        return self.adapters.routing(lora_int_id)
 
     def molehill_prepare(self, path: str) -> None:
         """Starts to read and check an adapter of the store, beside the steps."""
@@ -66,11 +78,9 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         """Copies a prepared adapter into a slot; see AdapterManager.install."""
         return self.adapters.install(LoRARequest(name, lora_int_id, path))
 
-    def molehill_remove(self, lora_int_id: int) -> dict[int, dict[str, Any]]:
-        """Frees an adapter's slot; its last figures, as in `molehill_stats`."""
-        figures = self.adapters.stats()
+    def molehill_remove(self, lora_int_id: int) -> None:
+        """Frees an adapter's slot, if it has one."""
         self.adapters.remove_adapter(lora_int_id)
-        return {lora_int_id: figures[lora_int_id]} if lora_int_id in figures else {}
 
     def molehill_trace(self, enabled: bool) -> list[tuple[str, list[Any], list[Any], list[Any]]]:
         """Starts or ends recording; returns (site, probabilities, weights, entropies) so far."""

@@ -144,6 +144,10 @@ class CpuBackend:
             },
         )
 
+    def seconds(self) -> float:
+        """Wall time of the ops' calls in steps that had adapters."""
+        return float(self._ops.seconds(self._id))
+
     def trace(self, enabled: bool) -> list[Trace]:
         """What was recorded since the last call."""
         sites, tensors = self._ops.trace(self._id, enabled)

@@ -17,7 +17,7 @@ from molehill.api.options import Options
 KEY, ADMIN = "a-key", "an-admin-key"
 
 # All that answers without a key.
-OPEN = {"/health", "/health/ready", "/ping", "/metrics"}
+OPEN = {"/health", "/health/ready", "/ping", "/metrics", "/dashboard"}
 
 # What must be guarded is there at all: a walk over an empty app would pass.
 INHERITED = {

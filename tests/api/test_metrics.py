@@ -1,92 +1,13 @@
-"""Per-adapter metrics: the sums, and a real server's figures against the oracle's routing."""
+"""Per-adapter metrics: a real server's figures against the oracle's routing and what was sent."""
 
-import asyncio
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from api_client import GOLDEN, Api, copy_adapter, edit_config, edit_tensors, oracle
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
-
-from molehill.api import metrics
-from molehill.api.figures import Figures, figures
-from molehill.api.metrics import WorkerStats
-
-
-def site(decisions: int, soft: int, entropy: float, expert_tokens: list[int]) -> dict[str, Any]:
-    return {
-        "decisions": decisions,
-        "soft": soft,
-        "entropy": entropy,
-        "expert_tokens": expert_tokens,
-    }
-
-
-def test_tensor_parallel_workers_count_once_but_their_memory_adds_up() -> None:
-    worker = {7: {"tokens": 5, "bytes": 100, "sites": {"a": site(5, 1, 2.5, [5, 4])}}}
-    total = figures([worker, worker], 7)
-    assert (total.tokens, total.decisions, total.soft, total.entropy) == (5, 5, 1, 2.5)
-    assert total.expert_tokens == Counter({0: 5, 1: 4})
-    assert total.bytes == 200
-
-
-def test_pipeline_stages_add_their_own_sites() -> None:
-    stages = [
-        {7: {"tokens": 5, "bytes": 100, "sites": {"a": site(5, 1, 2.5, [5, 4])}}},
-        {7: {"tokens": 5, "bytes": 50, "sites": {"b": site(5, 0, 1.0, [0, 0, 5])}}},
-    ]
-    total = figures(stages, 7)
-    assert (total.tokens, total.decisions, total.soft, total.entropy) == (5, 10, 1, 3.5)
-    assert total.expert_tokens == Counter({0: 5, 1: 4, 2: 5})
-    assert total.bytes == 150
-
-
-def test_an_adapter_that_no_worker_knows_has_figures_of_zero() -> None:
-    assert figures([{}], 7) == Figures()
-
-
-class SlowWorkers:
-    """Answers when told to."""
-
-    def __init__(self) -> None:
-        self.questions = 0
-        self.release = asyncio.Event()
-
-    async def collective_rpc(self, method: str) -> list[Any]:
-        assert method == "molehill_stats"
-        self.questions += 1
-        await self.release.wait()
-        return [self.questions]
-
-
-def test_busy_workers_are_asked_once_and_the_last_figures_shown(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(metrics, "PATIENCE_SECONDS", 0.01)
-
-    async def scenario() -> None:
-        workers = SlowWorkers()
-        stats = WorkerStats(workers)
-        assert await stats.refresh() == []
-        assert await stats.refresh() == []
-        assert workers.questions == 1
-        workers.release.set()
-        assert await stats.refresh() == [1]
-        assert await stats.refresh() == [2]
-
-    asyncio.run(scenario())
-
-
-def test_a_dead_engine_leaves_the_last_figures() -> None:
-    class DeadWorkers:
-        async def collective_rpc(self, method: str) -> list[Any]:
-            raise RuntimeError("engine dead")
-
-    assert asyncio.run(WorkerStats(DeadWorkers()).refresh()) == []
 
 
 def first_router_only(folder: Path) -> str:

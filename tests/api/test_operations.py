@@ -238,11 +238,20 @@ def test_figures_survive_that_an_adapter_is_taken_out(api: Operated) -> None:
     for case in ("lora", "mixlora"):
         assert api.post(case, f"group/{case}").status_code == 200
     assert api.info("a")["resident"] == "disk"
-    assert api.of_adapter("a", "adapter_resident_bytes") == 0
+    samples = api.metrics()
+    assert samples['molehill_adapter_resident_bytes{adapter="a",tier="worker"}'] == 0
+    assert samples['molehill_adapter_resident_bytes{adapter="a",tier="disk"}'] > 0
     assert api.of_adapter("a", "adapter_tokens_total") == before + len(prompt)
+    away = api.http.get("/v1/adapters/a/routing").json()
+    assert away["tokens"] == before + len(prompt)
     api.greedy("a", prompt[:-1], 1)
     assert api.info("a")["resident"] == "workers"
     assert api.of_adapter("a", "adapter_tokens_total") > before + len(prompt)
+    back = api.http.get("/v1/adapters/a/routing").json()
+    assert back["total"]["decisions"] > away["total"]["decisions"]
+    for metric in ('cache_hits_total{tier="disk"}', 'evictions_total{tier="worker"}'):
+        name = f"molehill_adapter_{metric}"
+        assert api.metrics()[name] == samples[name] + 1
 
 
 def test_an_adapter_comes_back_as_it_was_checked_whatever_became_of_its_files(

@@ -12,6 +12,7 @@ import torch
 from vllm.lora.request import LoRARequest
 
 from molehill.api.admission import Admission
+from molehill.api.events import LifecycleMetrics
 from molehill.api.generation import Loaded
 from molehill.api.inflight import count_requests
 from molehill.api.paths import Source
@@ -89,7 +90,7 @@ class World:
         self.engine = FakeEngine()
         self.store = AdapterStore(folder / "store")
         self.served: dict[str, LoRARequest] = {}
-        self.residency = Residency(Workers(self.engine), slots)
+        self.residency = Residency(Workers(self.engine), slots, LifecycleMetrics())
         self.registry = AdapterRegistry(
             self.residency,
             self.read,

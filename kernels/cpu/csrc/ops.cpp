@@ -5,6 +5,8 @@
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
+#include <chrono>
+
 #include "state.h"
 
 namespace molehill {
@@ -316,10 +318,26 @@ void check(const Tensor& t, const char* name, at::ScalarType dtype, int64_t colu
 
 int64_t number(const Tensor& handle) { return *handle.const_data_ptr<int64_t>(); }
 
+// Adds its own lifetime to `total`.
+class Stopwatch {
+  using Clock = std::chrono::steady_clock;
+
+ public:
+  explicit Stopwatch(double& total) : total_(total) {}
+  ~Stopwatch() { total_ += std::chrono::duration<double>(Clock::now() - start_).count(); }
+
+ private:
+  double& total_;
+  const Clock::time_point start_ = Clock::now();
+};
+
+double seconds(int64_t backend) { return instance(backend).state.seconds; }
+
 void linear(Tensor out, const Tensor& x, const Tensor& handle) {
   const Handle layer = find(linears, number(handle));
   Backend& state = layer.instance->state;
   if (state.runs.empty()) return;
+  const Stopwatch stopwatch(state.seconds);
   const Linear& shape = state.linears[layer.index];
   const at::ScalarType dtype = layer.instance->dtypes[layer.index];
   check(x, "x", dtype, shape.in);
@@ -334,6 +352,7 @@ void ffn(Tensor h, const Tensor& gate_up, const Tensor& handle) {
   const Handle layer = find(ffns, number(handle));
   Backend& state = layer.instance->state;
   if (state.ffn_states.empty()) return;
+  const Stopwatch stopwatch(state.seconds);
   const Ffn& shape = state.ffns[layer.index];
   const at::ScalarType dtype = layer.instance->dtypes[shape.gate_up];
   check(h, "h", dtype, shape.intermediate);
@@ -376,6 +395,7 @@ TORCH_LIBRARY(molehill_cpu, m) {
   m.def("begin_step(int backend, int[] runs) -> ()", begin_step);
   m.def("counters(int backend, int slot) -> (int, int[], int[], int[], float[], int[], int[])",
         counters);
+  m.def("seconds(int backend) -> float", seconds);
   m.def("trace(int backend, bool enabled) -> (int[], Tensor[])", trace);
 }
 

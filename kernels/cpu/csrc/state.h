@@ -180,6 +180,7 @@ struct Backend {
   std::vector<Linear> linears;
   std::vector<Ffn> ffns;
   std::vector<Run> runs;
+  double seconds = 0;  // spent in ops that had something to do
   Arena scratch, ffn_scratch;
   int ffn_of_state = -1;
   std::vector<FfnState> ffn_states;

@@ -1,0 +1,85 @@
+"""Counts what happens to adapters as they come and go. Nothing here is labelled by a name."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from molehill.api.errors import RequestError
+from molehill.engine.errors import AdapterError
+
+# Seconds. A load reads, checks and copies: milliseconds for small adapters, minutes over a network.
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+Tier = Literal["worker", "disk"]
+
+
+class LifecycleMetrics(Collector):
+    """Loads, refusals, cache hits and evictions since the start of the process."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._loads = Histogram(
+            "molehill_adapter_load_seconds",
+            "From the request for a load to an adapter that serves.",
+            buckets=BUCKETS,
+            registry=self._registry,
+        )
+        self._refused = Counter(
+            "molehill_adapter_loads_refused",
+            "Loads that were refused, by the error's type.",
+            ["kind"],
+            registry=self._registry,
+        )
+        self._hits = Counter(
+            "molehill_adapter_cache_hits",
+            "Requests by the tier where they found their adapter; `disk` had to be brought in.",
+            ["tier"],
+            registry=self._registry,
+        )
+        self._evictions = Counter(
+            "molehill_adapter_evictions",
+            "Adapters that made room for others in the tier.",
+            ["tier"],
+            registry=self._registry,
+        )
+        for tier in ("worker", "disk"):
+            self._hits.labels(tier)
+        self._evictions.labels("worker")
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            # Of no use beside the process's own start time.
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric
+
+    @contextmanager
+    def load(self) -> Iterator[None]:
+        """Around a load: counts what it came to."""
+        start = time.perf_counter()
+        try:
+            yield
+        except (RequestError, AdapterError) as error:
+            # A class's own constant, so that the label takes no values from outside.
+            self.refused(type(error).kind)
+            raise
+        except Exception:
+            self.refused("internal_error")
+            raise
+        self.loaded(time.perf_counter() - start)
+
+    def loaded(self, seconds: float) -> None:
+        self._loads.observe(seconds)
+
+    def refused(self, kind: str) -> None:
+        self._refused.labels(kind).inc()
+
+    def hit(self, tier: Tier) -> None:
+        self._hits.labels(tier).inc()
+
+    def evicted(self, tier: Tier) -> None:
+        self._evictions.labels(tier).inc()

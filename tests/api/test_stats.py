@@ -1,0 +1,116 @@
+"""What workers tell, summed: over workers, generations and time."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from molehill.api import stats
+from molehill.api.stats import Seconds, Told, Totals, WorkerStats, seconds, told
+from molehill.engine.figures import Figures
+
+
+def answer(stage: int, figures: Figures, resident: int | None = 100) -> dict[str, Any]:
+    own = {"name": "a", "resident_bytes": resident, "figures": vars(figures)}
+    return {"stage": stage, "adapters": {7: own}, "seconds": {"steps": 2.0, "ops": 0.5}}
+
+
+def test_tensor_parallel_workers_count_once_but_their_memory_adds_up() -> None:
+    figures = Figures(5, 5, 1, 2.5, [5, 4], 60, 40, 1.1, 1)
+    assert told([answer(0, figures), answer(0, figures)]) == {7: Told("a", figures, 200)}
+
+
+def test_pipeline_stages_add_their_own_sites() -> None:
+    first, second = Figures(5, 5, 1, 2.5, [5, 4], 60, 40), Figures(5, 5, 0, 1.0, [0, 0, 5], 6, 4)
+    both = Figures(5, 10, 1, 3.5, [5, 4, 5], 66, 44)
+    assert told([answer(0, first), answer(1, second)]) == {7: Told("a", both, 200)}
+
+
+def test_an_adapter_out_of_the_slots_takes_no_memory() -> None:
+    assert told([answer(0, Figures(), None)])[7].resident_bytes is None
+
+
+def test_seconds_add_up_where_all_workers_measure() -> None:
+    one = answer(0, Figures())
+    assert seconds([one, one]) == Seconds(4.0, 1.0)
+    assert seconds([one, {**one, "seconds": None}]) is None
+    assert seconds([]) is None
+
+
+def test_a_name_counts_on_through_a_replacement() -> None:
+    totals = Totals()
+    old, new = Told("a", Figures(5), 10), Told("a", Figures(2), 10)
+    assert totals.settle({1: old}, {1}, {"a"})["a"].tokens == 5
+    assert totals.settle({1: old, 2: new}, {1, 2}, {"a"})["a"].tokens == 7
+    # Drained: told for the last time, then no more.
+    drained = Told("a", Figures(6), None)
+    assert totals.settle({1: drained, 2: new}, {2}, {"a"})["a"].tokens == 8
+    assert totals.settle({2: Told("a", Figures(3), 10)}, {2}, {"a"})["a"].tokens == 9
+
+
+def test_a_name_that_ended_starts_anew() -> None:
+    totals = Totals()
+    assert totals.settle({1: Told("a", Figures(5), None)}, set(), set()) == {}
+    assert totals.settle({2: Told("a", Figures(1), 10)}, {2}, {"a"})["a"].tokens == 1
+
+
+def test_an_evicted_adapter_is_counted_once() -> None:
+    totals = Totals()
+    evicted = Told("a", Figures(5), None)
+    for _ in range(3):
+        assert totals.settle({1: evicted}, {1}, {"a"})["a"].tokens == 5
+
+
+def test_a_generation_on_its_way_out_is_counted_once() -> None:
+    totals = Totals()
+    leaving = {1: Told("a", Figures(5), 10), 2: Told("a", Figures(1), 10)}
+    for _ in range(3):
+        assert totals.settle(leaving, {2}, {"a"})["a"].tokens == 6
+
+
+class NoAdapters:
+    """The part of a registry that is asked."""
+
+    def alive(self) -> list[Any]:
+        return []
+
+
+class SlowWorkers:
+    """Answers when told to."""
+
+    def __init__(self) -> None:
+        self.questions = 0
+        self.release = asyncio.Event()
+
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        assert (method, args) == ("molehill_stats", ([],))
+        self.questions += 1
+        await self.release.wait()
+        spent = {"steps": float(self.questions), "ops": 0.0}
+        return [{"stage": 0, "adapters": {}, "seconds": spent}]
+
+
+def test_busy_workers_are_asked_once_and_the_last_figures_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stats, "PATIENCE_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        workers = SlowWorkers()
+        found = WorkerStats(workers, NoAdapters())
+        assert (await found.refresh()).seconds is None
+        assert (await found.refresh()).seconds is None
+        assert workers.questions == 1
+        workers.release.set()
+        assert (await found.refresh()).seconds == Seconds(1.0, 0.0)
+        assert (await found.refresh()).seconds == Seconds(2.0, 0.0)
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_engine_leaves_the_last_figures() -> None:
+    class DeadWorkers:
+        async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+            raise RuntimeError("engine dead")
+
+    assert asyncio.run(WorkerStats(DeadWorkers(), NoAdapters()).refresh()).figures == {}

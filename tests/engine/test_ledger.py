@@ -1,0 +1,122 @@
+"""The ledger on a real backend: figures through stays, re-used ids and forgotten adapters."""
+
+import pytest
+import torch
+
+from molehill.engine.adapter import Adapter
+from molehill.engine.figures import costs
+from molehill.engine.vllm import ledger as module
+from molehill.engine.vllm.ledger import Ledger
+from molehill.kernels.backend import LinearPiece, LinearShape, Run, SlotWeights
+from molehill.kernels.mixture import Experts, LinearMixture
+from molehill.kernels.policy import TopK
+from molehill.kernels.torch_backend import TorchBackend
+
+SITE, IN, OUT, EXPERTS = "layers.0.self_attn.q_proj", 8, 6, 4
+
+
+class Worker:
+    """One linear, whose adapters choose one of four experts; its ledger kept as a worker does."""
+
+    def __init__(self) -> None:
+        self.backend = TorchBackend()
+        self.handle = self.backend.register_linear(LinearShape("q", IN, OUT))
+        self.ledger = Ledger(self.backend)
+
+    def load(self, lora_id: int, name: str, slot: int, rank: int = 2) -> None:
+        pair = Experts(
+            torch.randn(EXPERTS * rank, IN), torch.randn(OUT, EXPERTS * rank), (rank,) * EXPERTS
+        )
+        mixture = LinearMixture(pair, TopK(1), torch.randn(EXPERTS, IN))
+        piece = LinearPiece(SITE, 0, pair, mixture.policy, mixture.router)
+        self.backend.store(slot, SlotWeights({self.handle: [piece]}, {}))
+        self.ledger.enter(lora_id, name, slot, costs(Adapter("mola", {SITE: mixture})))
+
+    def unload(self, lora_id: int, slot: int) -> None:
+        self.ledger.leave(lora_id)
+        self.backend.erase(slot)
+
+    def step(self, tokens: int, slot: int) -> None:
+        self.ledger.touch([slot])
+        self.backend.begin_step([Run(slot, 0, tokens)])
+        self.backend.linear(torch.zeros(tokens, OUT), torch.randn(tokens, IN), self.handle)
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
+
+
+def test_figures_follow_the_steps(worker: Worker) -> None:
+    worker.load(1, "a", slot=0)
+    assert worker.ledger.settle([1])[1]["figures"]["tokens"] == 0
+    for tokens in (3, 4):
+        worker.step(tokens, slot=0)
+        worker.ledger.settle([1])
+    told = worker.ledger.settle([1])[1]
+    assert told["name"] == "a"
+    assert told["resident_bytes"] == worker.backend.resident_bytes(0) > 0
+    figures = told["figures"]
+    assert (figures["tokens"], figures["decisions"], sum(figures["expert_tokens"])) == (7, 7, 7)
+    flops = 2 * 2 * (IN + OUT)
+    assert figures["flops_done"] == 7 * (flops + 2 * EXPERTS * IN)
+    assert figures["flops_avoided"] == 7 * 3 * flops
+
+
+def test_an_evicted_adapter_keeps_its_figures_and_goes_on_from_them(worker: Worker) -> None:
+    worker.load(1, "a", slot=0)
+    worker.step(5, slot=0)
+    before = worker.ledger.sites(1)
+    worker.unload(1, slot=0)
+    told = worker.ledger.settle([1])[1]
+    assert told["resident_bytes"] is None
+    assert told["figures"]["tokens"] == 5
+    assert worker.ledger.sites(1) == before
+
+    worker.load(1, "a", slot=3)
+    worker.step(2, slot=3)
+    told = worker.ledger.settle([1])[1]
+    assert told["resident_bytes"] > 0
+    assert told["figures"]["decisions"] == told["figures"]["tokens"] == 7
+    tokens, sites = worker.ledger.sites(1)
+    assert tokens == sum(sites[SITE].expert_tokens) == 7
+
+
+def test_an_adapter_that_is_gone_is_told_once_more(worker: Worker) -> None:
+    worker.load(1, "a", slot=0)
+    worker.step(5, slot=0)
+    worker.unload(1, slot=0)
+    assert worker.ledger.settle([])[1]["figures"]["tokens"] == 5
+    assert worker.ledger.settle([]) == {}
+    assert worker.ledger.sites(1) == (0, {})
+
+
+def test_an_id_with_other_weights_starts_anew(worker: Worker) -> None:
+    worker.load(1, "a", slot=0, rank=2)
+    worker.step(5, slot=0)
+    worker.unload(1, slot=0)
+    worker.load(1, "a", slot=0, rank=3)
+    worker.step(2, slot=0)
+    assert worker.ledger.settle([1])[1]["figures"]["tokens"] == 2
+
+
+def test_adapters_that_nobody_asks_about_are_forgotten(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "OUTSIDE", 3)
+    for lora_id in range(5):
+        worker.load(lora_id, "a", slot=0)
+        worker.unload(lora_id, slot=0)
+    assert list(worker.ledger.settle([])) == [2, 3, 4]
+
+
+def test_seconds_of_the_ops_grow_with_adapter_steps_only(worker: Worker) -> None:
+    worker.load(1, "a", slot=0)
+    assert worker.backend.seconds() == 0.0
+    worker.backend.begin_step([])
+    worker.backend.linear(torch.zeros(2, OUT), torch.randn(2, IN), worker.handle)
+    assert worker.backend.seconds() == 0.0
+    worker.step(2, slot=0)
+    first = worker.backend.seconds()
+    worker.step(2, slot=0)
+    assert 0 < first < worker.backend.seconds()

@@ -1,0 +1,151 @@
+"""Figures of sites and adapters against torch's own FLOP counter and the policies' decisions."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from molehill.engine.adapter import Adapter
+from molehill.engine.figures import (
+    Figures,
+    SiteCost,
+    SiteFigures,
+    costs,
+    joined,
+    site_figures,
+    total,
+)
+from molehill.kernels import definition
+from molehill.kernels.backend import SiteCounters, SlotCounters
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
+from molehill.kernels.policy import Constant, TopK
+
+LINEAR, FFN, STATIC = "layers.0.self_attn.q_proj", "layers.0.mlp", "layers.1.self_attn.q_proj"
+WIDTH, INNER = 12, 20
+
+
+def pair(inputs, outputs, ranks):
+    rank = sum(ranks)
+    return Experts(torch.randn(rank, inputs), torch.randn(outputs, rank), ranks)
+
+
+def linear_mixture(ranks=(2, 3, 4)):
+    return LinearMixture(pair(WIDTH, INNER, ranks), TopK(2), torch.randn(len(ranks), WIDTH))
+
+
+def ffn_mixture():
+    ranks = (1, 2, 3)
+    experts = {
+        "gate_proj": pair(WIDTH, INNER, ranks),
+        "up_proj": pair(WIDTH, INNER, ranks),
+        "down_proj": pair(INNER, WIDTH, ranks),
+    }
+    return FfnMixture(experts, TopK(2), torch.randn(3, WIDTH))
+
+
+def counted(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_a_linear_mixture_costs_what_torch_counts() -> None:
+    mixture = linear_mixture()
+    cost = costs(Adapter("mola", {LINEAR: mixture}))[LINEAR]
+    x, weight = torch.randn(7, WIDTH), torch.randn(INNER, WIDTH)
+    router = counted(lambda: definition.probabilities(x, mixture.router))
+    everything = counted(lambda: definition.linear_mixture(x, weight, None, mixture))
+    base = counted(lambda: x @ weight.T)
+    assert router == 7 * cost.router
+    assert everything - base - router == 7 * sum(cost.experts)
+
+
+def test_each_expert_costs_what_torch_counts() -> None:
+    mixture = linear_mixture()
+    cost = costs(Adapter("mola", {LINEAR: mixture}))[LINEAR]
+    x = torch.randn(5, WIDTH)
+    for flops, (a, b) in zip(cost.experts, mixture.experts.split(), strict=True):
+        assert counted(lambda a=a, b=b: x @ a.T @ b.T) == 5 * flops
+
+
+def test_an_ffn_mixture_costs_what_torch_counts() -> None:
+    mixture = ffn_mixture()
+    bare = FfnMixture({}, mixture.policy, mixture.router)
+    weights = {
+        "gate_proj": torch.randn(INNER, WIDTH),
+        "up_proj": torch.randn(INNER, WIDTH),
+        "down_proj": torch.randn(WIDTH, INNER),
+    }
+    x, biases = torch.randn(7, WIDTH), dict.fromkeys(weights)
+
+    def run(some):
+        return counted(lambda: definition.ffn_mixture(x, weights, biases, "silu", some))
+
+    cost = costs(Adapter("mixlora", {FFN: mixture}))[FFN]
+    assert run(mixture) - run(bare) == 7 * sum(cost.experts)
+    assert counted(lambda: definition.probabilities(x, mixture.router)) == 7 * cost.router
+
+
+def counters_of(routing):
+    chosen = routing.weights > 0
+    return SiteCounters(
+        len(chosen),
+        int(routing.soft.sum()),
+        float(routing.entropy.sum()),
+        chosen.sum(0).tolist(),
+    )
+
+
+def test_done_and_avoided_flops_are_those_of_the_policys_choices() -> None:
+    mixture = linear_mixture()
+    cost = SiteCost((10, 100, 1000), 7)
+    x = torch.randn(50, WIDTH)
+    routing = definition.route(x, mixture.router, mixture.policy, 3)
+    found = site_figures(SlotCounters(50, {LINEAR: counters_of(routing)}), {LINEAR: cost})[LINEAR]
+    chosen = [set(row.nonzero().flatten().tolist()) for row in routing.weights]
+    assert found.flops_done == sum(7 + sum(10 ** (e + 1) for e in token) for token in chosen)
+    assert found.flops_avoided == sum(1110 - sum(10 ** (e + 1) for e in token) for token in chosen)
+
+
+def test_without_a_router_every_token_takes_every_expert() -> None:
+    adapter = Adapter("lora", {STATIC: LinearMixture(pair(4, 6, (2,)), Constant((1.0,)))})
+    found = total(SlotCounters(11), costs(adapter))
+    assert (found.tokens, found.decisions, found.expert_tokens) == (11, 0, [])
+    assert (found.flops_done, found.flops_avoided) == (11 * 2 * 2 * (4 + 6), 0)
+    assert found.imbalanced == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [((5, 5, 5), 1.0), ((9, 0, 0), 3.0), ((2, 4, 0), 2.0)]
+)
+def test_imbalance_is_the_busiest_experts_tokens_over_the_mean(tokens, expected) -> None:
+    assert SiteFigures(3, 9, 0, 0.0, tokens, 0, 0).imbalance == pytest.approx(expected)
+
+
+def test_before_any_token_there_is_no_imbalance() -> None:
+    assert SiteFigures(3, 0, 0, 0.0, (0, 0, 0), 0, 0).imbalance is None
+
+
+def test_an_adapters_figures_are_its_sites_sums() -> None:
+    sites = {"a": SiteCost((1, 1), 1), "b": SiteCost((1, 1, 1), 1), "idle": SiteCost((1,), 1)}
+    counters = SlotCounters(
+        4, {"a": SiteCounters(4, 1, 2.0, [4, 1]), "b": SiteCounters(4, 0, 1.0, [0, 0, 8])}
+    )
+    found = total(counters, sites)
+    assert (found.tokens, found.decisions, found.soft, found.entropy) == (4, 8, 1, 3.0)
+    assert found.expert_tokens == [4, 1, 8]
+    assert found.imbalance / found.imbalanced == pytest.approx((1.6 + 3.0) / 2)
+
+
+def test_stays_join_site_by_site() -> None:
+    first = SlotCounters(4, {"a": SiteCounters(4, 1, 2.0, [4, 1])})
+    second = SlotCounters(
+        6, {"a": SiteCounters(6, 0, 1.0, [0, 6]), "b": SiteCounters(6, 0, 0, [6])}
+    )
+    sites = {"a": SiteCounters(10, 1, 3.0, [4, 7]), "b": SiteCounters(6, 0, 0, [6])}
+    assert joined(first, second) == SlotCounters(10, sites)
+
+
+def test_figures_add_up() -> None:
+    one, two = Figures(1, 2, 3, 0.5, [1, 2], 5, 6, 1.5, 1), Figures(10, 20, 30, 5.0, [1], 50, 60)
+    one.add(two)
+    assert one == Figures(11, 22, 33, 5.5, [2, 2], 55, 66, 1.5, 1)
