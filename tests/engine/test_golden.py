@@ -107,11 +107,14 @@ def test_removing_an_adapter_frees_it(llm: Any) -> None:
 
     path = str(Case("mixlora").path)
     llm.llm_engine.add_lora(LoRARequest("short-lived", 91, path))
-    (before,) = llm.collective_rpc("molehill_stats")
-    assert before[91]["bytes"] > 0
+    (before,) = llm.collective_rpc("molehill_stats", args=([],))
+    assert before["adapters"][91]["resident_bytes"] > 0
     assert llm.llm_engine.remove_lora(91)
-    (after,) = llm.collective_rpc("molehill_stats")
-    assert 91 not in after
+    # Its figures are told once more.
+    (after,) = llm.collective_rpc("molehill_stats", args=([],))
+    assert after["adapters"][91]["resident_bytes"] is None
+    (later,) = llm.collective_rpc("molehill_stats", args=([],))
+    assert 91 not in later["adapters"]
     assert 91 not in llm.llm_engine.list_loras()
 
 
