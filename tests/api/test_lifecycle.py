@@ -250,7 +250,7 @@ def test_many_cycles_leave_nothing_behind(clean: Api) -> None:
     sizes = set()
     for _ in range(50):
         assert clean.load("m", "mixlora").status_code == 200
-        sizes.add(clean.of_adapter("m", "adapter_resident_bytes"))
+        sizes.add(clean.metrics()['molehill_adapter_resident_bytes{adapter="m",tier="worker"}'])
         assert clean.unload("m").status_code == 200
     assert len(sizes) == 1
     assert before == (clean.metrics()["molehill_adapters_loaded"], sorted(clean.store.iterdir()))
