@@ -215,7 +215,7 @@ function range(points) {
 // A line with gaps where nothing was decided.
 function draw(points, width, height, limits = range(points), into = shape("svg", { viewBox: `0 0 ${width} ${height}` })) {
   into.replaceChildren();
-  if (!limits) return into;
+  if (!limits || !points.length) return into;
   const [low, high] = limits, end = latest(points).time, start = end - PAUSE / 1000 * (KEPT - 1);
   const first = Math.max(start, Math.min(points[0].time, end - 60));
   let path = "", pen = "M";
@@ -289,7 +289,9 @@ function showMap() {
   const select = $("projection");
   select.parentElement.hidden = routed.length === 0;
   if (kinds.join() !== [...select.options].map((option) => option.value).join()) {
-    select.replaceChildren(...kinds.map((kind) => element("option", kind)));
+    const before = select.value;
+    select.replaceChildren(...kinds.map((kind) => new Option(kind, kind)));
+    if (kinds.includes(before)) select.value = before;
   }
   if (routed.length) drawMap(routed.filter((site) => site.projection === select.value));
 }

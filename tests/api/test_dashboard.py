@@ -77,6 +77,7 @@ def test_figures_and_the_map_of_the_busiest_adapter(chrome: Any) -> None:
         opened(chrome, canned.url, "map")
         assert text(chrome, "title") == "busy"
         assert text(chrome, "count") == "2"
+        assert not shown(chrome, "trouble")
         until(lambda: text(chrome, "share") == "25 %", "the share of the step")
         until(lambda: re.fullmatch(r"1[12]\d", text(chrome, "speed")), "tokens per second")
         until(lambda: "at last" in label(chrome, "curve"), "the curve of experts")
@@ -114,7 +115,7 @@ def test_two_hundred_adapters_are_listed_filtered_and_chosen(chrome: Any) -> Non
     with serving(Canned(every)) as canned:
         opened(chrome, canned.url, "map")
         assert names(chrome) == every
-        assert overflow(chrome) == 0
+        assert overflow(chrome) <= 0
         chrome.find_element("id", "filter").send_keys("-17")
         assert names(chrome) == every[170:180]
         assert text(chrome, "filtered") == "10 of 200 shown"
@@ -150,10 +151,10 @@ def test_names_are_text_and_never_markup(chrome: Any) -> None:
 def test_long_names_fit_a_narrow_window(narrow: Any) -> None:
     with serving(Canned([LONG, "short"])) as canned:
         opened(narrow, canned.url, "map")
-        assert overflow(narrow) == 0
+        assert overflow(narrow) <= 0
         narrow.find_element("css selector", f"#rows button[title={LONG}]").click()
         until(lambda: text(narrow, "title") == LONG, "the chosen adapter")
-        assert overflow(narrow) == 0
+        assert overflow(narrow) <= 0
         assert colours(narrow) > 20
 
 
@@ -208,14 +209,17 @@ def test_a_real_servers_routing_is_drawn(clean: Api, chrome: Any) -> None:
     values = chrome.find_elements("css selector", "#figures dd")
     assert values[0].text == str(routing["tokens"])
     assert values[1].text == "2"
+    choice = chrome.find_element("id", "projection")
+    choice.find_element("css selector", "option[value=v_proj]").click()
     chrome.find_element("css selector", "#numbers summary").click()
     rows = chrome.find_elements("css selector", "#table tr")[1:]
     drawn = [[cell.text for cell in row.find_elements("css selector", "td")] for row in rows]
     expected = [
         [str(site["layer"]), *(percent(share) for share in site["expert_shares"])]
         for site in routing["sites"]
-        if site["projection"] == "q_proj"
+        if site["projection"] == "v_proj"
     ]
+    assert len(expected) == 4
     assert drawn == expected
     assert all("401" in complaint for complaint in complaints(chrome))
 
