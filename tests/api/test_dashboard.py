@@ -39,6 +39,8 @@ def opened(chrome: Any, url: str, waits_for: str) -> None:
     chrome.get(f"{url}/dashboard")
     chrome.execute_script("sessionStorage.clear()")
     chrome.get(f"{url}/dashboard")
+    # What an earlier test's page said, when its server had gone.
+    complaints(chrome)
     until(lambda: shown(chrome, waits_for), waits_for)
 
 
@@ -221,7 +223,7 @@ def test_a_real_servers_routing_is_drawn(clean: Api, chrome: Any) -> None:
     ]
     assert len(expected) == 4
     assert drawn == expected
-    assert all("401" in complaint for complaint in complaints(chrome))
+    assert [text for text in complaints(chrome) if "401" not in text] == []
 
 
 def percent(share: float) -> str:
