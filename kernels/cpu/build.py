@@ -129,7 +129,7 @@ def _units() -> list[_Unit]:
         _Unit("kernels.cpp", isa, ["-O3", "-ffp-contract=fast", f"-DMOLEHILL_ISA={isa}", *flags])
         for isa, flags in isas.items()
     ]
-    names = ("policy", "state", "linear", "ffn", "scale")
+    names = ("policy", "routing", "state", "linear", "ffn", "scale")
     logic = [_Unit(f"{name}.cpp", name, ["-O2"]) for name in names]
     return [*kernels, *logic, _Unit("ops.cpp", "ops", ["-O1", *define, *_torch_flags()])]
 

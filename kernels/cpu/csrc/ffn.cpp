@@ -70,7 +70,7 @@ class FfnCall {
     const char* base = static_cast<const char*>(gate_up_.data) + row * gate_up_.stride * element;
     char* h = static_cast<char*>(h_.data) + (row * h_.stride + column) * element;
     const char* down = piece.down.a.as<char>();
-    kernels_.ffn({state.routing.choice(state.chunk.rows), base + column * element,
+    kernels_.ffn({state.routing.choice(), base + column * element,
                   base + (intermediate_ + column) * element, gate_up_.stride, h, h_.stride,
                   std::min(kTileColumns, intermediate_ - column), piece.activation,
                   side(piece.gate, state.gate, piece.gate_scale, piece.gate_bias),

@@ -56,7 +56,7 @@ class LinearCall {
       apply_by_chunk();
     else
       apply_by_weight();
-    if (backend_.tracing) record();
+    if (backend_.tracing) record(backend_.trace, routings_);
   }
 
  private:
@@ -116,7 +116,7 @@ class LinearCall {
   const Routing& plan_site(const Site& site, Arena& arena) {
     const int rows = works_.back().chunk.rows;
     const size_t entries = size_t(rows) * site.experts;
-    Routing routing{&site, int(works_.size()) - 1, arena.take<float>(entries),
+    Routing routing{&site, works_.back().chunk, arena.take<float>(entries),
                     arena.take<uint16_t>(entries), arena.take<uint16_t>(rows)};
     if (site.routed && backend_.tracing) {
       routing.probabilities = arena.take<float>(entries);
@@ -275,64 +275,13 @@ class LinearCall {
         wide = true;
         compute_logits(site, x, rows, logits, width);
       }
-      decide_rows(routing, logits, row, rows);
-    }
-  }
-
-  void decide_rows(const Routing& routing, float* logits, int row, int rows) {
-    const Site& site = *routing.site;
-    float weights[kMaxRouterRows], terms[kBlockRows * kMaxRouterRows], thresholds[kBlockRows] = {};
-    double entropy = 0;
-    int64_t soft = 0;
-    probabilities(kernels_, site.policy, logits, rows, site.experts, thresholds);
-    entropy_terms(kernels_, site.policy, logits, rows, site.experts, terms);
-    for (int i = 0; i < rows; ++i) {
-      const float* p = logits + i * site.experts;
-      const Decision decision = decide(kernels_, site.policy, p, terms + i * site.experts,
-                                       thresholds[i], site.experts, weights);
-      entropy += decision.entropy;
-      soft += decision.soft;
-      choose(routing, row + i, weights);
-      if (routing.probabilities == nullptr) continue;
-      std::copy_n(p, site.experts, routing.probabilities + size_t(row + i) * site.experts);
-      routing.entropy[row + i] = decision.entropy;
-    }
-    count(routing, row, rows, entropy, soft);
-  }
-
-  void choose(const Routing& routing, int row, const float* weights) {
-    const int experts = routing.site->experts, rows = works_[routing.chunk].chunk.rows;
-    uint16_t* list = routing.experts + size_t(row) * experts;
-    int chosen = 0;
-    for (int e = 0; e < experts; ++e) {
-      routing.weights[size_t(e) * rows + row] = weights[e];
-      list[chosen] = uint16_t(e);
-      chosen += weights[e] != 0;
-    }
-    routing.counts[row] = uint16_t(chosen);
-  }
-
-  void count(const Routing& routing, int row, int rows, double entropy, int64_t soft) {
-    Counters& counters = routing.site->counters;
-#pragma omp atomic
-    counters.decisions += rows;
-#pragma omp atomic
-    counters.soft += soft;
-#pragma omp atomic
-    counters.entropy += entropy;
-    const int all_rows = works_[routing.chunk].chunk.rows;
-    for (int e = 0; e < routing.site->experts; ++e) {
-      int64_t tokens = 0;
-      for (int i = row; i < row + rows; ++i)
-        tokens += routing.weights[size_t(e) * all_rows + i] != 0;
-#pragma omp atomic
-      counters.expert_tokens[e] += tokens;
+      decide_rows(kernels_, routing, logits, row, rows);
     }
   }
 
   void shrink(const Product& product, int panel) {
     const LowRank& pair = *product.pair;
-    const Chunk& chunk = works_[product.routing.chunk].chunk;
+    const Chunk& chunk = product.routing.chunk;
     const int e = pair.panel_expert[panel];
     kernels_.shrink({product.routing.weights + size_t(e) * chunk.rows, chunk.rows, product.weighted,
                      operand(chunk.start), operands_.stride,
@@ -346,11 +295,12 @@ class LinearCall {
     const LowRank& pair = *product.pair;
     const int column = unit * kUnitColumns;
     const auto at = [&](const float* table) { return table ? table + column : nullptr; };
-    kernels_.expand({product.routing.choice(work.chunk.rows),
+    kernels_.expand({product.routing.choice(),
                      element(out_, work.chunk.start, product.start + column), out_.stride,
                      std::min(kUnitColumns, columns(product) - column), product.z, pair.ranks(),
                      pair.first_rank.data(),
-                     pair.b.as<char>(), column, pair.columns(), at(product.scale), columns(product), at(product.bias), at(product.shift),
+                     pair.b.as<char>(), column, pair.columns(), at(product.scale),
+                     columns(product), at(product.bias), at(product.shift),
                      product.factor});
   }
 
@@ -437,37 +387,6 @@ class LinearCall {
   // Rows that one thread routes at a time, so that no thread idles.
   int block_rows(const Work& work) const {
     return std::clamp((work.chunk.rows + threads_ - 1) / threads_, 1, kBlockRows);
-  }
-
-  // Chunks of one run and site become one record.
-  void record() {
-    const size_t before = backend_.trace.size();
-    for (const Routing& routing : routings_) {
-      if (!routing.site->routed) continue;
-      const Chunk& chunk = works_[routing.chunk].chunk;
-      const auto same = std::find_if(
-          backend_.trace.begin() + before, backend_.trace.end(), [&](const TraceRecord& record) {
-            return record.site == routing.site->id && record.start + record.rows == chunk.start;
-          });
-      if (same != backend_.trace.end()) {
-        append(*same, routing, chunk.rows);
-        continue;
-      }
-      backend_.trace.push_back(
-          {routing.site->id, chunk.start, 0, routing.site->experts, {}, {}, {}});
-      append(backend_.trace.back(), routing, chunk.rows);
-    }
-  }
-
-  static void append(TraceRecord& record, const Routing& routing, int rows) {
-    const int experts = routing.site->experts;
-    record.rows += rows;
-    record.probabilities.insert(record.probabilities.end(), routing.probabilities,
-                                routing.probabilities + size_t(rows) * experts);
-    record.entropy.insert(record.entropy.end(), routing.entropy, routing.entropy + rows);
-    for (int row = 0; row < rows; ++row)
-      for (int e = 0; e < experts; ++e)
-        record.weights.push_back(routing.weights[size_t(e) * rows + row]);
   }
 
   void* element(const Rows& rows, int row, int column) const {

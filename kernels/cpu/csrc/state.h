@@ -162,14 +162,14 @@ struct Chunk {
 // What one site decided for one chunk.
 struct Routing {
   const Site* site;
-  int chunk;
+  Chunk chunk;
   float* weights;     // [experts][rows]
   uint16_t* experts;  // [rows][experts], chosen ones first
   uint16_t* counts;   // [rows]
   float* probabilities = nullptr;  // [rows][experts], traced steps only
   float* entropy = nullptr;        // [rows], likewise
   int logits_column = -1;          // in the reduced logits
-  Choice choice(int rows) const { return {weights, experts, counts, rows, site->experts}; }
+  Choice choice() const { return {weights, experts, counts, chunk.rows, site->experts}; }
 };
 
 // What an FFN mixture keeps of one chunk from its gate_up linear until its down linear.
@@ -210,6 +210,15 @@ struct Rows {
   ptrdiff_t stride;
   int rows;
 };
+
+// Row `row` of the chunk gets these gate weights [experts].
+void choose(const Routing& routing, int row, const float* weights);
+
+// Decides and counts `rows` rows of the chunk from `row` on. Their logits become probabilities.
+void decide_rows(const Kernels& kernels, const Routing& routing, float* logits, int row, int rows);
+
+// Adds what one call decided; chunks of one run and site become one record.
+void record(std::vector<TraceRecord>& trace, const std::vector<Routing>& routings);
 
 // Sums the router logits [rows, columns] over the tensor-parallel ranks, in place.
 struct Reduce {
