@@ -5,13 +5,7 @@ Expert e of the block `layers.{i}.mlp` is adapted at `layers.{i}.mlp.experts.{e}
 """
 
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
-
-import torch
-
-from molehill.kernels.mixture import Experts, LinearMixture, Mixture
-from molehill.kernels.policy import Constant
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -41,24 +35,3 @@ def split(site: str) -> ExpertSite | None:
     """The parts of an expert's site; None for any other name."""
     match = _SITE.fullmatch(site)
     return match and ExpertSite(match["block"], int(match["expert"]), match["projection"])
-
-
-def group(sites: Mapping[str, Mixture]) -> dict[str, dict[str, dict[int, Experts]]]:
-    """The static pairs on experts by block, projection and expert; gate weights folded into b."""
-    found: dict[str, dict[str, dict[int, Experts]]] = {}
-    for name, mixture in sites.items():
-        site = split(name)
-        if site is None or not isinstance(mixture, LinearMixture):
-            continue
-        assert isinstance(mixture.policy, Constant), name
-        (weight,), experts = mixture.policy.weights, mixture.experts
-        pair = Experts(experts.a, experts.b * weight, experts.ranks)
-        found.setdefault(site.block, {}).setdefault(site.projection, {})[site.expert] = pair
-    return found
-
-
-def stack(pairs: Mapping[int, Experts], experts: int) -> Experts:
-    """One stack in which `ranks[e]` is the rank on base expert e, 0 where it has no pair."""
-    own = [pairs[e] for e in sorted(pairs)]
-    ranks = tuple(sum(pairs[e].ranks) if e in pairs else 0 for e in range(experts))
-    return Experts(torch.cat([p.a for p in own]), torch.cat([p.b for p in own], dim=1), ranks)

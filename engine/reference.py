@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molehill.engine import moe
+from molehill.engine import expert_pairs, moe
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import UnknownTargetError
 from molehill.engine.huggingface import activation, canonical_name, fused_experts
@@ -54,7 +54,7 @@ def attach(
             module = modules[site]
             module.forward = _forward(site, mixture, _apply(module, mixture, model), trace)
             bound.append(module)
-        for block, projections in moe.group(on_experts).items():
+        for block, projections in expert_pairs.group(on_experts).items():
             module = modules[f"{block}.experts"]
             module.forward = _moe_forward(module, projections, activation(model.config))
             bound.append(module)
@@ -80,7 +80,7 @@ def _moe_forward(
     module: nn.Module, projections: dict[str, dict[int, Experts]], activation: str
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     gate_up, down = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
-    deltas = {name: moe.stack(pairs, len(down)) for name, pairs in projections.items()}
+    deltas = {name: expert_pairs.stack(pairs, len(down)) for name, pairs in projections.items()}
 
     def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         y = moe_experts(x, weights, chosen, gate_up, down, activation, deltas)

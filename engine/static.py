@@ -77,6 +77,8 @@ def _fixed(mixture: Mixture) -> Gate | None:
 def _ffn_gate(mixture: FfnMixture, activation: str | None) -> Gate:
     """An FFN with one expert of weight 1 is three linears; any other weight scales W too, and
     several experts cannot be summed outside the activation."""
+    if mixture.magnitudes:
+        return Gate(None, "experts with magnitudes inside the FFN's activation")
     found = _fixed(mixture)
     if found is None and sums_to_one(mixture.policy) and all(map(_identical, _stacks(mixture))):
         found = Gate(_only_first(mixture), IDENTICAL)

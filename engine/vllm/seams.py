@@ -8,7 +8,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group, get_world_group
 from vllm.logger import init_logger
 
-from molehill.engine import moe
+from molehill.engine import expert_pairs
 from molehill.engine.adapter import Adapter, natural_key
 from molehill.engine.base import BaseModel
 from molehill.engine.vllm import experts, layers, shards
@@ -169,7 +169,7 @@ class Seams:
     def _cut_moes(self, adapter: Adapter) -> dict[int, MoePiece]:
         return {
             self._block_handles[site]: shards.cut_moe(site, projections, self._blocks[site])
-            for site, projections in moe.group(adapter.sites).items()
+            for site, projections in expert_pairs.group(adapter.sites).items()
             if site in self._block_handles
         }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from molehill.engine.errors import UnsupportedError
-from molehill.engine.moe import stack
+from molehill.engine.expert_pairs import stack
 from molehill.engine.vllm.experts import Block
 from molehill.engine.vllm.layers import Ffn, Linear, Projection
 from molehill.kernels.backend import ExpertScale, FfnPiece, LinearPiece, MoePiece, ScalePiece

@@ -1,6 +1,5 @@
 """Canonical copies live as long as somebody holds them."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,26 +23,6 @@ def test_the_copy_is_the_adapter_under_its_digest(tmp_path: Path, adapter: Adapt
     path = AdapterStore(tmp_path).acquire(adapter)
     assert path == tmp_path / adapter.digest
     assert native.read(path, Limits()).digest == adapter.digest
-
-
-def test_what_is_served_otherwise_has_both_digests(tmp_path: Path, adapter: Adapter) -> None:
-    """Held and released by what was loaded, prepared once."""
-    prepared = []
-
-    def double(loaded: Adapter) -> Adapter:
-        prepared.append(loaded.digest)
-        pair = Experts(torch.ones(1, 4), 2 * torch.ones(4, 1), (1,))
-        return replace(loaded, sites={"layers.0.x": LinearMixture(pair, Constant((1.0,)))})
-
-    store = AdapterStore(tmp_path, double)
-    path = store.acquire(adapter)
-    assert store.acquire(adapter) == path
-    assert prepared == [adapter.digest]
-    assert path.name == f"{adapter.digest}-{native.read(path, Limits()).digest}"
-    for _ in range(2):
-        assert path.exists()
-        store.release(adapter.digest)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_last_holder_deletes_it(tmp_path: Path, adapter: Adapter) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from asking import IDS, Reply, ask, assert_golden, every_prompt
 from engines import engine
-from golden import SERVED, TINY_LLAMA, Case, greatest_difference
+from golden import SERVED, TINY_LLAMA, Case, Prompt, greatest_difference
 
 from molehill.engine import formats
 from molehill.engine.formats import native
@@ -40,16 +40,31 @@ def merged(tmp_path_factory: Any) -> Iterator[Any]:
 
 def test_base_resident_and_every_other_adapter_give_the_oracles(merged: Any) -> None:
     """All in one batch: the resident runs plainly, the others subtract it, inside FFNs too."""
-    prompts = every_prompt()
+    prompts = low_rank(every_prompt())
     assert_golden(ask(merged, prompts), prompts)
-    (stats,) = merged.collective_rpc("molehill_stats")
-    assert stats.keys() == set(IDS.values())
-    assert stats[IDS["lora"]]["bytes"] == 0
-    others = [stats[number]["bytes"] for name, number in IDS.items() if name != "lora"]
-    assert min(others) > 0
+    (answer,) = merged.collective_rpc("molehill_stats", args=([],))
+    stats = answer["adapters"]
+    ids = {name: number for name, number in IDS.items() if name != "mov"}
+    assert stats.keys() == set(ids.values())
+    resident_bytes = {name: stats[number]["resident_bytes"] for name, number in ids.items()}
+    assert resident_bytes.pop("lora") == 0
+    assert min(resident_bytes.values()) > 0
     prompt_tokens = sum(len(prompt.ids) for prompt in Case("lora").prompts)
     # 12 generated ones each, of which the last is never read.
-    assert stats[IDS["lora"]]["tokens"] == prompt_tokens + 4 * 11
+    assert stats[IDS["lora"]]["figures"]["tokens"] == prompt_tokens + 4 * 11
+
+
+def low_rank(prompts: list[Prompt]) -> list[Prompt]:
+    """All but those of vectors, which rescale what the resident is still to be taken out of."""
+    return [prompt for prompt in prompts if prompt.case != "mov"]
+
+
+def test_vectors_on_merged_weights_are_refused(merged: Any) -> None:
+    from vllm.lora.request import LoRARequest
+
+    with pytest.raises(Exception, match="found vectors, expected none where an adapter is merged"):
+        merged.llm_engine.add_lora(LoRARequest("mov", 78, str(Case("mov").path)))
+    assert 78 not in merged.llm_engine.list_loras()
 
 
 def test_the_base_alone_and_warm_from_the_prefix_cache(merged: Any) -> None:
@@ -80,7 +95,7 @@ def test_a_part_of_an_adapter_with_tensor_parallelism(tmp_path: Path, monkeypatc
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     torch_backend = {"molehill": {"backend": "torch"}}
-    prompts = every_prompt()[: 2 * (1 + len(SERVED))]
+    prompts = low_rank(every_prompt()[: 2 * (1 + len(SERVED))])
     with merged_engine("mixlora-expert-lora", tmp_path, **options, **torch_backend) as llm:
         assert_golden(ask(llm, prompts), prompts)
 
@@ -143,7 +158,7 @@ def test_a_weight_that_cannot_be_merged_into_ends_the_load() -> None:
         ([("model.layers.0.y.weight", torch.ones(3, 4))], "layers.0.x: found no weight"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            list(residence.merged(iter(weights), resident, torch.float32))
+            list(residence.with_resident(iter(weights), resident, torch.float32))
 
 
 def test_other_weights_and_biases_are_left_alone() -> None:
@@ -152,7 +167,7 @@ def test_other_weights_and_biases_are_left_alone() -> None:
         ("model.layers.0.x.bias", torch.ones(3)),
         ("lm_head.weight", torch.ones(2, 4)),
     ]
-    found = list(residence.merged(iter(given), {"layers.0.x": PAIR}, torch.float32))
+    found = list(residence.with_resident(iter(given), {"layers.0.x": PAIR}, torch.float32))
     assert torch.equal(found[0][1], torch.full((3, 4), 2.0))
     assert found[0][1].dtype == torch.float32
     assert [tensor is own for (_, tensor), (_, own) in zip(found[1:], given[1:], strict=True)] == [
