@@ -189,11 +189,15 @@ def measure(llm: Any, point: Point, requests: Sequence[Any], seed: int) -> float
 
 
 def run(
-    engines: dict[str, Any], requests: dict[str, list[Any]], arms: str, repetitions: int
+    engines: dict[str, Any],
+    requests: dict[str, list[Any]],
+    arms: str,
+    points: Sequence[Point],
+    repetitions: int,
 ) -> list[Sample]:
     samples = []
     for repetition in range(-1, repetitions):  # the first one warms up
-        for point in POINTS:
+        for point in points:
             for arm in arms:
                 if arm == "c" and point.prompt > SHORT:
                     continue
@@ -316,8 +320,10 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--points", default="", help="only workloads with one of these words, a,b")
     args = parser.parse_args()
     arms = args.arms.replace(",", "")
+    points = [p for p in POINTS if any(word in p.name for word in args.points.split(","))]
     facts: dict[str, Any] = {"host": host(), "limits": limits(args.model)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -325,7 +331,7 @@ def main() -> None:
         lora = synthetic.save_lora(base, EXPERTS * RANK, folder / "lora")
         with running_engines(args.model, arms, lora) as engines:
             requests = make_requests(engines, args.model, folder, lora)
-            samples = run(engines, requests, arms, args.repetitions)
+            samples = run(engines, requests, arms, points, args.repetitions)
             if "molehill" in engines:
                 facts["routing"] = routing(engines, requests)
     if {"a", "d", "f"} <= set(arms):
