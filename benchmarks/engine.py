@@ -287,6 +287,8 @@ def report(samples: list[Sample], arms: str) -> str:
         for sample in samples:
             if sample.point == point.name:
                 best[sample.arm] = max(sample.speed, best.get(sample.arm, 0.0))
+        if not best:
+            continue
         lines.append(f"\n{point.name}")
         lines.append("  tokens/s " + "  ".join(f"{arm} {best[arm]:.1f}" for arm in best))
         for arm, over in pairs:
