@@ -44,15 +44,17 @@ def split(site: str) -> ExpertSite | None:
 
 
 def group(sites: Mapping[str, Mixture]) -> dict[str, dict[str, dict[int, Experts]]]:
-    """The static pairs on experts by block, projection and expert; gate weights folded into b."""
+    """What is on experts by block, projection and expert: one pair each, the constant gate weights
+    of its parts folded into b."""
     found: dict[str, dict[str, dict[int, Experts]]] = {}
     for name, mixture in sites.items():
         site = split(name)
         if site is None or not isinstance(mixture, LinearMixture):
             continue
         assert isinstance(mixture.policy, Constant), name
-        (weight,), experts = mixture.policy.weights, mixture.experts
-        pair = Experts(experts.a, experts.b * weight, experts.ranks)
+        experts = mixture.experts
+        weights = torch.tensor(mixture.policy.weights)[experts.expert_of_row]
+        pair = Experts(experts.a, experts.b * weights, (sum(experts.ranks),))
         found.setdefault(site.block, {}).setdefault(site.projection, {})[site.expert] = pair
     return found
 
