@@ -88,12 +88,13 @@ def test_unloading_frees_the_experts_and_loading_again_serves(
     llm: Any, prompts: list[Prompt], adapters: dict[str, Path]
 ) -> None:
     drlora = request("drlora", adapters)
-    (before,) = llm.collective_rpc("molehill_stats")
+    (before,) = llm.collective_rpc("molehill_stats", args=([],))
     stored = load_file(Case("drlora").path / "adapter_model.safetensors")
-    assert before[drlora.lora_int_id]["bytes"] == 4 * sum(t.numel() for t in stored.values())
+    resident = before["adapters"][drlora.lora_int_id]["resident_bytes"]
+    assert resident == 4 * sum(tensor.numel() for tensor in stored.values())
     assert llm.llm_engine.remove_lora(drlora.lora_int_id)
-    (after,) = llm.collective_rpc("molehill_stats")
-    assert drlora.lora_int_id not in after
+    (after,) = llm.collective_rpc("molehill_stats", args=([],))
+    assert after["adapters"][drlora.lora_int_id]["resident_bytes"] is None
     others = [prompt for prompt in prompts if prompt.case != "drlora"]
     assert_golden(ask(llm, others, others=adapters), others)
     llm.llm_engine.add_lora(drlora)
