@@ -10,7 +10,8 @@ from molehill.kernels.policy import Constant
 
 
 def group(sites: Mapping[str, Mixture]) -> dict[str, dict[str, dict[int, Experts]]]:
-    """The static pairs on experts by block, projection and expert; gate weights folded into b."""
+    """What is on experts by block, projection and expert: one pair each, the constant gate weights
+    of its parts folded into b."""
     found: dict[str, dict[str, dict[int, Experts]]] = {}
     for name, mixture in sites.items():
         site = split(name)
@@ -19,7 +20,7 @@ def group(sites: Mapping[str, Mixture]) -> dict[str, dict[str, dict[int, Experts
         assert isinstance(mixture.policy, Constant), name
         experts = mixture.experts
         weights = torch.tensor(mixture.policy.weights)[experts.expert_of_row]
-        pair = Experts(experts.a, experts.b * weights, experts.ranks)
+        pair = Experts(experts.a, experts.b * weights, (sum(experts.ranks),))
         found.setdefault(site.block, {}).setdefault(site.projection, {})[site.expert] = pair
     return found
 

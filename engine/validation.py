@@ -231,8 +231,8 @@ def _misfits(site: str, mixture: Mixture, base: BaseModel) -> Iterator[AdapterEr
 
 
 def _expert_misfits(site: str, mixture: LinearMixture) -> Iterator[AdapterError]:
-    """The base's router has the say over its experts; what is on them is plain LoRA."""
-    if mixture.router is not None or mixture.num_experts > 1:
+    """The base's router has the say over its experts; what is on them is static."""
+    if mixture.router is not None:
         found = "a router on an expert of the base model"
         yield UnsupportedError(site, found, "plain LoRA on experts")
     if mixture.magnitude is not None:

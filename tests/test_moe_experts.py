@@ -289,6 +289,21 @@ def test_a_router_on_an_expert(tiny):
     assert found.found == "a router on an expert of the base model"
 
 
+def test_a_static_mix_on_an_expert_is_the_weighted_sum(model, tiny):
+    """Two pairs at one site, as an adapter has beside one that is merged into the base."""
+    torch.manual_seed(8)
+    a, b = torch.randn(5, 64) / 8, torch.randn(48, 5) / 4
+    mix = LinearMixture(Experts(a, b, (2, 3)), Constant((0.5, -2.0)))
+    scaled = b * torch.tensor([0.5, 0.5, -2.0, -2.0, -2.0])
+    one = LinearMixture(Experts(a, scaled, (5,)), Constant((1.0,)))
+    assert problems(Adapter("mix", {SITE: mix}), tiny, Limits()) == []
+    with attach(model, Adapter("lora", {SITE: one})):
+        expected = logits_of(model, TOKENS)
+    assert (expected - logits_of(model, TOKENS)).abs().max() > 0.1
+    with attach(model, Adapter("mix", {SITE: mix})):
+        torch.testing.assert_close(logits_of(model, TOKENS), expected, rtol=0, atol=1e-5)
+
+
 def test_dora_on_an_expert(tiny):
     mixture = LinearMixture(pair(64, 48), Constant((1.0,)), magnitude=torch.ones(48))
     assert "DoRA" in problem(mixture, tiny).found

@@ -18,6 +18,10 @@ from golden import GOLDEN, Case, Prompt
 from oracle import answer, peft_lora
 from safetensors.torch import load_file, save_file
 
+from molehill.engine import formats
+from molehill.engine.formats import native
+from molehill.engine.merge import merge_static
+
 TINY_MOE = GOLDEN / "tiny-moe"
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 FUSED = ("experts.gate_up_proj", "experts.down_proj")
@@ -179,6 +183,17 @@ def test_an_adapter_met_in_a_step_that_cannot_be_loaded_is_void(
     replies = ask(llm, [*own, void], others={**adapters, "void": tmp_path})
     assert_golden(replies[:1], own)
     assert replies[1].tokens != base.greedy
+
+
+def test_experts_merged_into_the_base_weights(
+    prompts: list[Prompt], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """The base and the other adapters subtract them again."""
+    native.write(merge_static(formats.read(Case("drlora").path))[0], tmp_path / "resident")
+    molehill = {"resident": str(tmp_path / "resident")}
+    options = {"enforce_eager": True, "additional_config": {"molehill": molehill}}
+    with engine(model=str(TINY_MOE), **options) as llm:
+        assert_golden(ask(llm, prompts, others=adapters), prompts)
 
 
 def test_compiled_on_two_ranks_matches_the_oracle(
