@@ -81,6 +81,7 @@ def test_a_static_mixture_is_served_as_one_pair(merged: Api) -> None:
     assert copy == adapter.digest
     prompt = oracle("mola")["prompts"][2]["prompt_token_ids"]
     assert merged.greedy("zeroed", prompt) == reference(folder, prompt)
+    assert merged.of_adapter("zeroed", "adapter_tokens_total") > 0
     assert merged.of_adapter("zeroed", "router_decisions_total") == 0
     assert merged.load("zeroed", "zeroed").json()["status"] == "unchanged"
     assert merged.unload("zeroed").status_code == 200

@@ -132,7 +132,6 @@ def test_in_bfloat16_the_drift_is_that_of_one_rounding(tmp_path: Path) -> None:
     with merged_engine("lora", tmp_path, dtype="bfloat16") as llm:
         found = errors(ask(llm, prompts, tokens=1), prompts)
     rounding = drift_of_rounding("lora")
-    print("plain", apart, "merged", found, "rounding", rounding)
     assert 0 < rounding < 1
     for before, after in zip(apart, found, strict=True):
         assert after <= before + 2 * rounding
