@@ -208,22 +208,26 @@ def test_a_real_servers_routing_is_drawn(clean: Api, chrome: Any) -> None:
     until(lambda: text(chrome, "title") == "drawn/mola" and shown(chrome, "map"), "the map")
     until(lambda: "4 experts at 4 layers" in label(chrome, "heat"), "the adapter's own map")
     routing = clean.http.get("/v1/adapters/drawn/mola/routing").json()
-    values = chrome.find_elements("css selector", "#figures dd")
-    assert values[0].text == str(routing["tokens"])
-    assert values[1].text == "2"
+    until(lambda: texts(chrome, "#figures dd")[:2] == [str(routing["tokens"]), "2"], "figures")
     choice = chrome.find_element("id", "projection")
     choice.find_element("css selector", "option[value=v_proj]").click()
     chrome.find_element("css selector", "#numbers summary").click()
-    rows = chrome.find_elements("css selector", "#table tr")[1:]
-    drawn = [[cell.text for cell in row.find_elements("css selector", "td")] for row in rows]
-    expected = [
+    rows = [
         [str(site["layer"]), *(percent(share) for share in site["expert_shares"])]
         for site in routing["sites"]
         if site["projection"] == "v_proj"
     ]
-    assert len(expected) == 4
-    assert drawn == expected
+    assert len(rows) == 4
+    expected = [cell for row in rows for cell in row]
+    until(lambda: texts(chrome, "#table td") == expected, f"the table {rows}")
     assert [text for text in complaints(chrome) if "401" not in text] == []
+
+
+def texts(chrome: Any, selector: str) -> list[str]:
+    """All at once: the page draws itself anew every two seconds."""
+    script = "return [...document.querySelectorAll(arguments[0])].map(one => one.innerText)"
+    found: list[str] = chrome.execute_script(script, selector)
+    return found
 
 
 def percent(share: float) -> str:
