@@ -93,7 +93,7 @@ class BusyError(RequestError):
 
 
 class SourceChangedError(RequestError):
-    """The source does not hold what it held when the adapter was loaded."""
+    """The source does not hold what it held when the adapter was loaded, or was checked."""
 
     status = HTTPStatus.CONFLICT
     kind = "source_changed"
@@ -104,6 +104,13 @@ class StoreError(RequestError):
 
     status = HTTPStatus.INSUFFICIENT_STORAGE
     kind = "store_failed"
+
+
+class OutOfMemoryError(RequestError):
+    """This process had no memory to read the adapter."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+    kind = "out_of_memory"
 
 
 class EngineRefusedError(RequestError):

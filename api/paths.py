@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from molehill.api.errors import BadPathError, ForbiddenPathError
+from molehill.api.errors import BadPathError, ForbiddenPathError, SourceChangedError
 from molehill.engine.errors import AdapterError, AdapterNotFoundError
 
 
@@ -16,18 +16,25 @@ class Source:
 
     label: brings the same adapter again; a repository with its commit. fingerprint: tells whether
     files that stay where they are have been touched since; empty for what was fetched.
-    remembered: a restarted server serves it again by itself.
+    remembered: a restarted server serves it again by itself. shared: others may write to the
+    directory while it is read.
     """
 
     directory: Path
     label: str
     fingerprint: str = ""
     remembered: bool = True
+    shared: bool = False
 
     @property
     def public(self) -> str:
         """The label, unless it is a path of the operator's."""
         return self.label if self.remembered else "--adapter"
+
+    def check_untouched(self) -> None:
+        """Raises SourceChangedError if what was read is not what `fingerprint` was taken of."""
+        if self.shared and fingerprint(self.directory) != self.fingerprint:
+            raise SourceChangedError(f"{self.label}: the files changed while they were read")
 
     def relabel(self, message: str) -> str:
         """`message` with the label in place of the server's path."""
@@ -42,7 +49,7 @@ class Source:
 def operator_source(path: Path) -> Source:
     """Any directory that the operator names, at every start."""
     directory = path.resolve()
-    return Source(directory, str(path), fingerprint(directory), remembered=False)
+    return Source(directory, str(path), fingerprint(directory), remembered=False, shared=True)
 
 
 def fingerprint(directory: Path) -> str:
@@ -75,8 +82,8 @@ class AdapterRoots:
         root (by `..`, an absolute path or a symbolic link) or is no regular file, and
         AdapterNotFoundError. What lies outside is refused whether it exists or not.
         """
-        if not text or "\0" in text:
-            raise BadPathError("source: found an empty path or a zero byte")
+        if not text or "\0" in text or not text.isprintable():
+            raise BadPathError("source: found an empty path or one that cannot be printed")
         if not self._roots:
             raise ForbiddenPathError("source: this server was started without --adapter-root")
         try:
@@ -90,7 +97,7 @@ class AdapterRoots:
         for path in paths:
             root = self._root_of(path)
             if root is not None and path.is_dir():
-                source = Source(path, text, fingerprint(path))
+                source = Source(path, text, fingerprint(path), shared=True)
                 check_entries(source, root)
                 return source
         if any(self._root_of(path) is None for path in paths):

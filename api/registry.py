@@ -6,6 +6,7 @@ memory goes.
 """
 
 import asyncio
+import errno
 import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator
@@ -26,6 +27,7 @@ from molehill.api.errors import (
     EngineRefusedError,
     MergedIntoBaseError,
     NotLoadedError,
+    OutOfMemoryError,
     StoreError,
     TooManyAdaptersError,
 )
@@ -43,9 +45,13 @@ from molehill.api.store import AdapterStore
 from molehill.api.terms import Anything, Expected, Terms, check_content, check_expected
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import AdapterError, CorruptFileError
+from molehill.engine.memory import is_out_of_memory
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
 logger = logging.getLogger("vllm.molehill")
+
+# What a disk answers that is full, or has a quota that is.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 T = TypeVar("T")
 Reader = Callable[[Path], Adapter]
@@ -244,16 +250,32 @@ class AdapterRegistry:
 
     def _read_into_store(self, source: Source, expected: str | None) -> Content:
         try:
-            adapter = self._read(source.directory)
-        except AdapterError as error:
-            raise source.relabel_error(error) from error
-        except OSError as error:
-            raise CorruptFileError(source.label, error.strerror, "a readable directory") from error
-        check_content(source.label, adapter.digest, expected)
-        try:
+            adapter = self._read_untouched(source)
+            check_content(source.label, adapter.digest, expected)
             return content_of(adapter, self._store.acquire(adapter, source.directory))
         except OSError as error:
             raise StoreError(f"adapter store: {error.strerror}") from error
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(
+                    f"{source.label}: found no memory to read it into, expected some"
+                ) from None
+            raise
+
+    def _read_untouched(self, source: Source) -> Adapter:
+        """Raises AdapterError, SourceChangedError, OSError where there is no room to read it."""
+        try:
+            adapter = self._read(source.directory)
+        except AdapterError as error:
+            # Half of one file and half of another are not the client's fault.
+            source.check_untouched()
+            raise source.relabel_error(error) from error
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
+            raise CorruptFileError(source.label, error.strerror, "a readable directory") from error
+        source.check_untouched()
+        return adapter
 
     async def _install(
         self,

@@ -41,8 +41,9 @@ class Watcher:
         while True:
             try:
                 await self.look()
-            except OSError:
-                logger.exception("An adapter root could not be read")
+            except Exception:
+                # Whatever it is, what appears next is served all the same.
+                logger.exception("An adapter root could not be served")
             await asyncio.sleep(PERIOD_SECONDS)
 
     async def look(self) -> None:

@@ -138,16 +138,6 @@ def test_a_pickle_of_something_else(edited, content):
     assert refusal(CorruptFileError, directory).where.startswith("adapter_model.bin")
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [torch.eye(4).to_sparse(), torch.empty(2, 64, device="meta")],
-    ids=["sparse", "meta"],
-)
-def test_a_tensor_without_plain_values(edited, tensor):
-    error = refusal(CorruptFileError, edited("lora", tensors={NAME: tensor}))
-    assert NAME in error.where
-
-
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
 def test_a_tensor_that_is_not_floating_point(edited, dtype):
     directory = edited("lora", tensors={NAME: lambda t: t.to(dtype)})

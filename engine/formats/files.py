@@ -6,12 +6,14 @@ go through `torch.load(weights_only=True)` only.
 
 import io
 import json
+import os
+import stat
 import tempfile
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import safetensors.torch
 import torch
@@ -28,7 +30,9 @@ from molehill.engine.errors import (
     ShapeError,
     UnsupportedError,
 )
+from molehill.engine.formats import pickles
 from molehill.engine.formats.fields import Fields
+from molehill.engine.memory import raise_if_out_of_memory
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -102,60 +106,61 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def _copy(path: Path, target: IO[bytes], limit: int) -> None:
-    if path.exists() and not path.is_file():
-        raise CorruptFileError(path.name, "something else", "a regular file")
-    left = limit
+    """An OSError of `target` is not about the adapter, and stays one."""
+    with _reading(path):
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    with file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptFileError(path.name, "something else", "a regular file")
+        found, copied = status.st_size, 0
+        while max(found, copied) <= limit:
+            with _reading(path):
+                chunk = file.read(_CHUNK)
+            if not chunk:
+                return
+            copied += len(chunk)
+            target.write(chunk)
+    raise LimitError(path.name, f"{max(found, copied)} bytes", f"at most {limit} bytes")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opening a pipe would wait for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            while left >= 0 and (chunk := file.read(_CHUNK)):
-                left -= len(chunk)
-                target.write(chunk)
+        yield
     except FileNotFoundError:
         raise
     except OSError as error:
         raise CorruptFileError(path.name, error.strerror or error, "a readable file") from None
-    if left < 0:
-        raise LimitError(path.name, f"{path.stat().st_size} bytes", f"at most {limit} bytes")
 
 
-def _load_safetensors(path: Path, limits: Limits) -> dict[str, Tensor]:
-    """From a private copy, mapped into memory: nobody can change it any more, and other threads go
-    on, which parsing bytes would hold up for as long as it takes to copy them."""
+@contextmanager
+def _private_copy(path: Path, limits: Limits) -> Iterator[Path]:
+    """To be mapped into memory: nobody can change it any more, and other threads go on, which
+    parsing bytes would hold up for as long as it takes to copy them."""
     with tempfile.NamedTemporaryFile(prefix="molehill-") as copy:
         _copy(path, copy, limits.adapter_bytes)
         copy.flush()
+        yield Path(copy.name)
+
+
+def _load_safetensors(path: Path, limits: Limits) -> dict[str, Tensor]:
+    with _private_copy(path, limits) as copy:
         try:
-            return safetensors.torch.load_file(copy.name)
+            return safetensors.torch.load_file(copy)
         except Exception as error:
+            raise_if_out_of_memory(error)
             raise CorruptFileError(path.name, error, "a complete safetensors file") from None
 
 
 def _load_pickle(path: Path, limits: Limits) -> dict[str, Tensor]:
-    file, data = path.name, _read(path, limits.adapter_bytes)
-    _check_archive(file, data, limits)
-    try:
-        values: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = str(error).strip().split("\n", 1)[0]
-        raise CorruptFileError(file, first, "tensors saved by torch.save") from None
-    if not isinstance(values, dict):
-        raise CorruptFileError(file, type(values).__name__, "a dict of tensors")
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            found = f"{type(name).__name__} to {type(value).__name__}"
-            raise CorruptFileError(f"{file}: {str(name)[:80]}", found, "a name to a tensor")
-    return values
-
-
-def _check_archive(file: str, data: bytes, limits: Limits) -> None:
-    """A compressed record could be far larger than the file that was measured."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            unpacked = sum(record.file_size for record in archive.infolist())
-    except Exception as error:
-        raise CorruptFileError(file, error, "a zip archive of torch.save") from None
-    if unpacked > limits.adapter_bytes:
-        raise LimitError(file, f"{unpacked} bytes unpacked", f"at most {limits.adapter_bytes}")
+    with _private_copy(path, limits) as copy:
+        return pickles.load(path.name, copy, limits)
 
 
 def _check_size(file: str, tensors: Mapping[str, Tensor], limits: Limits) -> None:
@@ -172,9 +177,6 @@ def _float32(file: str, name: str, tensor: Tensor) -> Tensor:
     where = f"{file}: {name[:_NAME_CHARACTERS]}"
     if len(name) > _NAME_CHARACTERS:
         raise CorruptFileError(where, f"a name of {len(name)} characters", f"{_NAME_CHARACTERS}")
-    if tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        found = f"a {tensor.device.type} tensor of layout {tensor.layout} and {tensor.dtype}"
-        raise CorruptFileError(where, found, "a dense tensor with its values")
     if tensor.dtype not in _DTYPES:
         expected = ", ".join(str(dtype) for dtype in _DTYPES)
         raise UnsupportedError(where, tensor.dtype, f"one of {expected}")

@@ -4,12 +4,14 @@
 the tensors by their canonical names. docs/format.md describes both, field by field.
 """
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from molehill.engine.adapter import Adapter, describe
@@ -34,11 +36,14 @@ _FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 def write(adapter: Adapter, directory: Path) -> None:
     """Writes the adapter to a new directory, which appears whole or not at all.
 
-    Raises FileExistsError if there is a directory with files in it already.
+    Raises FileExistsError if there is a directory with files in it already, OSError.
     """
     with appearing(directory) as partial:
         tensors = {name: tensor.clone().contiguous() for name, tensor in adapter.tensors()}
-        safetensors.torch.save_file(tensors, partial / WEIGHTS)
+        try:
+            safetensors.torch.save_file(tensors, partial / WEIGHTS)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from None
         (partial / CONFIG).write_text(json.dumps(_document(adapter), indent=1, allow_nan=False))
 
 

@@ -20,6 +20,7 @@ from molehill.engine import formats
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import AdapterError, LimitError
 from molehill.engine.figures import SiteCost, costs
+from molehill.engine.memory import is_out_of_memory
 from molehill.engine.merge import Resident, merge_static, subtract
 from molehill.engine.validation import validate
 from molehill.engine.vllm import backends
@@ -168,7 +169,7 @@ class AdapterManager:
             if isinstance(error, CapacityError):
                 full = FullError if self.list_adapters() else LimitError
                 raise full(error.where, error.found, error.expected) from error
-            if isinstance(error, MemoryError):
+            if is_out_of_memory(error):
                 raise self._over_memory(needed, "memory to be had") from error
             raise
 
@@ -313,6 +314,12 @@ class AdapterManager:
         except AdapterError as error:
             self.preparation.drop(request.lora_path)
             return {"refusal": str(error), "full": False}
+        except Exception as error:
+            self.preparation.drop(request.lora_path)
+            if not is_out_of_memory(error):
+                raise
+            refusal = "adapter memory: found none left on this machine, expected some"
+            return {"refusal": refusal, "full": False}
         return {"refusal": "", "full": False}
 
     def describe(self) -> dict[str, Any]:

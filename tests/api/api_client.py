@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = TESTS / "data" / "golden"
 BASE = "tiny"
 KEY = "a-test-key"
+
+PATIENCE_SECONDS = 60
 
 
 def oracle(case: str) -> dict[str, Any]:
@@ -93,3 +96,30 @@ class Api:
 
     def of_adapter(self, name: str, metric: str) -> float:
         return self.metrics()[f'molehill_{metric}{{adapter="{name}"}}']
+
+
+def eventually(condition: Any) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+class Running:
+    """A streamed request, from its first chunk on. The server does not wait for its reader."""
+
+    def __init__(self, api: Api, model: str, prompt: list[int], tokens: int) -> None:
+        self._stream = api.complete(model, prompt, tokens, stream=True)
+        self._chunks: Iterator[Any] = iter(self._stream)
+        self._first = next(self._chunks)
+
+    def rest(self) -> list[int]:
+        """All of its tokens, once it has ended."""
+        chunks = [self._first, *self._chunks]
+        choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+        return [token for choice in choices for token in choice.token_ids or ()]
+
+    def disconnect(self) -> None:
+        self._stream.close()

@@ -2,48 +2,18 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
 
 import openai
 import psutil
 import pytest
-from api_client import BASE, Api, oracle
-
-PATIENCE_SECONDS = 60
+from api_client import BASE, Api, Running, eventually, oracle
 
 # Enough for a request to run on for seconds while a test does something else.
 MANY_TOKENS = 1500
 ATTEMPTS = 8
-
-
-def eventually(condition: Any) -> bool:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-class Running:
-    """A streamed request, from its first chunk on. The server does not wait for its reader."""
-
-    def __init__(self, api: Api, model: str, prompt: list[int], tokens: int) -> None:
-        self._stream = api.complete(model, prompt, tokens, stream=True)
-        self._chunks: Iterator[Any] = iter(self._stream)
-        self._first = next(self._chunks)
-
-    def rest(self) -> list[int]:
-        """All of its tokens, once it has ended."""
-        chunks = [self._first, *self._chunks]
-        choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
-        return [token for choice in choices for token in choice.token_ids or ()]
-
-    def disconnect(self) -> None:
-        self._stream.close()
 
 
 def test_a_load_answers_with_what_serves(clean: Api) -> None:

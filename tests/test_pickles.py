@@ -1,0 +1,173 @@
+"""Archives of torch.save that lie: refused at once, whatever they would make torch do."""
+
+import io
+import pickle
+import struct
+import time
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from broken import NAME, refusal
+
+from molehill.engine import formats
+from molehill.engine.base import Limits
+from molehill.engine.errors import AdapterError, CorruptFileError, LimitError
+from molehill.engine.formats import files, pickles
+
+SECONDS = 5
+BYTES = 256 << 20
+
+
+@pytest.fixture
+def adapter(edited):
+    """A sound adapter whose weights a test writes over."""
+    return edited("lora")
+
+
+def write(folder: Path, pickled: bytes, records: dict[str, bytes], **options) -> None:
+    """An archive as torch.save lays it out."""
+    with zipfile.ZipFile(folder / files.PICKLE, "w", **options) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/version", "3\n")
+        for name, data in records.items():
+            archive.writestr(f"archive/data/{name}", data)
+
+
+def calling(name: str, *arguments: bytes) -> bytes:
+    """{"a": name(arguments)} as a pickle of protocol 2, which torch.save writes."""
+    module, _, function = name.rpartition(".")
+    called = f"c{module}\n{function}\n".encode() + b"(" + b"".join(arguments) + b"tR"
+    return b"\x80\x02}X\x01\x00\x00\x00a" + called + b"s."
+
+
+def long(number: int) -> bytes:
+    data = pickle.encode_long(number)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def nested(levels: int) -> bytes:
+    """{tuple: 1} of a tuple that holds the one before twice, and so on."""
+    return b"\x80\x02}K\x01\x85q\x00" + b"h\x00\x86q\x00" * levels + b"K\x01s."
+
+
+def nested_behind_a_get(levels: int) -> bytes:
+    """The same, with another opcode between the tuple and its number in the memo."""
+    return b"\x80\x02}K\x01\x85\x80\x02q\x00" + b"h\x00\x86\x80\x02q\x07q\x00" * levels + b"K\x01s."
+
+
+BOMBS = {
+    "bytearray": calling("__builtin__.bytearray", long(1 << 45)),
+    "tensor": calling("torch.FloatTensor", long(1 << 42)),
+    "storage": calling("torch.storage.UntypedStorage", long(1 << 44)),
+    "counter": calling("collections.Counter", b"X\x01\x00\x00\x00a"),
+    "hash": nested(64),
+    "hidden hash": nested_behind_a_get(64),
+    "quantized": calling("torch._utils._rebuild_qtensor"),
+}
+
+
+@pytest.mark.parametrize("pickled", BOMBS.values(), ids=BOMBS)
+def test_a_small_pickle_takes_neither_memory_nor_time(adapter, pickled):
+    write(adapter, pickled, {})
+    before, start = psutil.Process().memory_info().rss, time.monotonic()
+    assert refusal(CorruptFileError, adapter).where == files.PICKLE
+    assert time.monotonic() - start < SECONDS
+    assert psutil.Process().memory_info().rss - before < BYTES
+
+
+class Storage:
+    def __init__(self, elements: int) -> None:
+        self.elements = elements
+
+
+class Lying:
+    """A tensor of `elements`, of which the record has fewer."""
+
+    def __init__(self, elements: int) -> None:
+        self.elements = elements
+
+    def __reduce__(self):
+        shape = (self.elements,)
+        return torch._utils._rebuild_tensor_v2, (
+            *(Storage(self.elements), 0, shape, (1,), False, OrderedDict()),
+        )
+
+
+class Saver(pickle.Pickler):
+    def persistent_id(self, value):
+        if isinstance(value, Storage):
+            return "storage", torch.FloatStorage, "0", "cpu", value.elements
+        return None
+
+
+@pytest.mark.parametrize("elements", [5, 10**6, 10**12, 2**62])
+def test_a_storage_ends_where_the_file_does(adapter, elements):
+    """torch alone would read what lies behind a record of 16 bytes in memory."""
+    pickled = io.BytesIO()
+    Saver(pickled, protocol=2).dump({NAME: Lying(elements)})
+    write(adapter, pickled.getvalue(), {"0": b"\0" * 16})
+    if elements == 5:
+        # Still within the file: the adapter is wrong, but nothing else was read.
+        with pytest.raises(AdapterError):
+            formats.read(adapter)
+    else:
+        assert refusal(CorruptFileError, adapter).where == files.PICKLE
+
+
+def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path):
+    saved = {
+        "half": torch.randn(3, 5).half(),
+        "parameter": torch.nn.Parameter(torch.randn(2, 2)),
+        "transposed": torch.randn(4, 2).T,
+        "part": torch.randn(9)[3:5],
+        "empty": torch.empty(0, 3),
+    }
+    saved["again"] = saved["half"]
+    path = tmp_path / "tensors.bin"
+    torch.save(OrderedDict(saved), path)
+    found = pickles.load(path.name, path, Limits())
+    path.unlink()
+    assert list(found) == list(saved)
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (torch.eye(4).to_sparse(), "_rebuild_sparse_tensor"),
+        (torch.empty(2, 64, device="meta"), "_rebuild_meta_tensor_no_storage"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "_rebuild_qtensor"),
+    ],
+    ids=["sparse", "meta", "quantized"],
+)
+def test_a_tensor_without_plain_values(edited, tensor, found):
+    error = refusal(CorruptFileError, edited("lora", tensors={NAME: tensor}))
+    assert error.found == f"a pickled torch._utils.{found}"
+
+
+def test_compressed_records_are_refused(adapter):
+    write(adapter, pickle.dumps({}, 2), {}, compression=zipfile.ZIP_DEFLATED)
+    assert "compressed" in refusal(CorruptFileError, adapter).found
+
+
+def test_two_pickles_are_refused(adapter):
+    with zipfile.ZipFile(adapter / files.PICKLE, "a") as archive:
+        archive.writestr("other/data.pkl", BOMBS["bytearray"])
+    assert refusal(CorruptFileError, adapter).found == "2 pickles"
+
+
+def test_a_sparse_file_over_the_limit_is_refused_by_its_size(edited):
+    """A terabyte that takes no room on disk is not copied anywhere."""
+    directory = edited("lora", safetensors=True)
+    with (directory / files.SAFETENSORS).open("r+b") as file:
+        file.seek(1 << 40)
+        file.write(struct.pack("<Q", 0))
+    start = time.monotonic()
+    error = refusal(LimitError, directory)
+    assert error.found == f"{(1 << 40) + 8} bytes"
+    assert time.monotonic() - start < SECONDS
