@@ -200,9 +200,15 @@ class AdapterRegistry:
                 old = self._current.get(loading.name)
                 check_expected(loading.name, old, terms.expected)
                 content, source = await self._take_in(loading, fetch, terms.content)
-                self._check_resident(loading.name, content.digest)
+                if self._is_resident_otherwise(loading.name, content.digest):
+                    await self._let_go(content.digest)
+                    raise MergedIntoBaseError(
+                        f"The lora adapter '{loading.name}' is merged into the base weights with "
+                        "other weights than these. It cannot be replaced; restart the server to "
+                        "change it."
+                    )
                 if old is not None and (old.digest == content.digest or not terms.replace):
-                    self._store.release(content.digest)
+                    await self._let_go(content.digest)
                     if old.digest == content.digest:
                         return await self._unchanged(old, source, terms)
                     raise AlreadyLoadedError(
@@ -217,13 +223,11 @@ class AdapterRegistry:
         finally:
             self._loading.remove(loading)
 
-    def _check_resident(self, name: str, digest: str) -> None:
-        if self._resident and name == self._resident[0] and digest != self._resident[1]:
-            self._store.release(digest)
-            raise MergedIntoBaseError(
-                f"The lora adapter '{name}' is merged into the base weights with other weights "
-                "than these. It cannot be replaced; restart the server to change it."
-            )
+    def _is_resident_otherwise(self, name: str, digest: str) -> bool:
+        if self._resident is None:
+            return False
+        resident, merged = self._resident
+        return name == resident and digest != merged
 
     async def _unchanged(self, old: Generation, source: Source, terms: Terms) -> Loaded:
         old.source = source
@@ -381,7 +385,11 @@ class AdapterRegistry:
         if self._alive.pop(generation.lora_int_id, None) is None:
             return
         await self.residency.forget(generation)
-        self._store.release(generation.digest)
+        await self._let_go(generation.digest)
+
+    async def _let_go(self, digest: str) -> None:
+        """In a thread: the store may be writing, and files take time to delete."""
+        await asyncio.to_thread(self._store.release, digest)
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

@@ -13,9 +13,8 @@ import pytest
 import torch
 from broken import NAME, refusal
 
-from molehill.engine import formats
 from molehill.engine.base import Limits
-from molehill.engine.errors import AdapterError, CorruptFileError, LimitError
+from molehill.engine.errors import CorruptFileError, LimitError
 from molehill.engine.formats import files, pickles
 
 SECONDS = 5
@@ -106,17 +105,11 @@ class Saver(pickle.Pickler):
 
 
 @pytest.mark.parametrize("elements", [5, 10**6, 10**12, 2**62])
-def test_a_storage_ends_where_the_file_does(adapter, elements):
-    """torch alone would read what lies behind a record of 16 bytes in memory."""
+def test_a_storage_ends_where_its_record_does(adapter, elements):
     pickled = io.BytesIO()
     Saver(pickled, protocol=2).dump({NAME: Lying(elements)})
     write(adapter, pickled.getvalue(), {"0": b"\0" * 16})
-    if elements == 5:
-        # Still within the file: the adapter is wrong, but nothing else was read.
-        with pytest.raises(AdapterError):
-            formats.read(adapter)
-    else:
-        assert refusal(CorruptFileError, adapter).where == files.PICKLE
+    assert refusal(CorruptFileError, adapter).where == files.PICKLE
 
 
 def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path):
@@ -130,8 +123,7 @@ def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path):
     saved["again"] = saved["half"]
     path = tmp_path / "tensors.bin"
     torch.save(OrderedDict(saved), path)
-    found = pickles.load(path.name, path, Limits())
-    path.unlink()
+    found = pickles.load(path.name, path.read_bytes(), Limits())
     assert list(found) == list(saved)
     assert all(torch.equal(found[name], saved[name]) for name in saved)
 
@@ -141,9 +133,8 @@ def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path):
     [
         (torch.eye(4).to_sparse(), "_rebuild_sparse_tensor"),
         (torch.empty(2, 64, device="meta"), "_rebuild_meta_tensor_no_storage"),
-        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "_rebuild_qtensor"),
     ],
-    ids=["sparse", "meta", "quantized"],
+    ids=["sparse", "meta"],
 )
 def test_a_tensor_without_plain_values(edited, tensor, found):
     error = refusal(CorruptFileError, edited("lora", tensors={NAME: tensor}))

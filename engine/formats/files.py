@@ -139,28 +139,21 @@ def _reading(path: Path) -> Iterator[None]:
         raise CorruptFileError(path.name, error.strerror or error, "a readable file") from None
 
 
-@contextmanager
-def _private_copy(path: Path, limits: Limits) -> Iterator[Path]:
-    """To be mapped into memory: nobody can change it any more, and other threads go on, which
-    parsing bytes would hold up for as long as it takes to copy them."""
+def _load_safetensors(path: Path, limits: Limits) -> dict[str, Tensor]:
+    """From a private copy, mapped into memory: nobody can change it any more, and other threads go
+    on, which parsing bytes would hold up for as long as it takes to copy them."""
     with tempfile.NamedTemporaryFile(prefix="molehill-") as copy:
         _copy(path, copy, limits.adapter_bytes)
         copy.flush()
-        yield Path(copy.name)
-
-
-def _load_safetensors(path: Path, limits: Limits) -> dict[str, Tensor]:
-    with _private_copy(path, limits) as copy:
         try:
-            return safetensors.torch.load_file(copy)
+            return safetensors.torch.load_file(copy.name)
         except Exception as error:
             raise_if_out_of_memory(error)
             raise CorruptFileError(path.name, error, "a complete safetensors file") from None
 
 
 def _load_pickle(path: Path, limits: Limits) -> dict[str, Tensor]:
-    with _private_copy(path, limits) as copy:
-        return pickles.load(path.name, copy, limits)
+    return pickles.load(path.name, _read(path, limits.adapter_bytes), limits)
 
 
 def _check_size(file: str, tensors: Mapping[str, Tensor], limits: Limits) -> None:

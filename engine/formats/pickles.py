@@ -1,16 +1,14 @@
 """Tensors saved by `torch.save`, from a file that may mean harm.
 
 `torch.load(weights_only=True)` runs no code of the file's own. But some of what it does run takes
-memory or time without end (`bytearray(2**40)` is a few bytes long), and a storage that is said to be
-longer than its record reads whatever lies behind it in memory. So the pickle is looked through
-first, nothing is loaded that says more than names and dense tensors need, and storages are mapped:
-their ends are then the file's.
+memory or time without end: `bytearray(2**40)` is a few bytes long. So the pickle is looked through
+first, and nothing is loaded that says more than names and dense tensors need.
 """
 
+import io
 import pickletools
 import re
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,14 +32,14 @@ _PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 _GETS = ("GET", "BINGET", "LONG_BINGET")
 
 
-def load(file: str, copy: Path, limits: Limits) -> dict[str, Tensor]:
-    """The dict of tensors in `copy`, which stays as it is; `file` is its name in errors.
+def load(file: str, data: bytes, limits: Limits) -> dict[str, Tensor]:
+    """The dict of tensors in `data`; `file` is its name in errors.
 
-    Raises CorruptFileError, LimitError.
+    Raises CorruptFileError, LimitError, MemoryError.
     """
-    _check_pickle(file, _pickle(file, copy, limits))
+    _check_pickle(file, _pickle(file, data, limits))
     try:
-        values: Any = torch.load(copy, map_location="cpu", weights_only=True, mmap=True)
+        values: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         raise_if_out_of_memory(error)
         first = str(error).strip().split("\n", 1)[0]
@@ -55,10 +53,10 @@ def load(file: str, copy: Path, limits: Limits) -> dict[str, Tensor]:
     return values
 
 
-def _pickle(file: str, copy: Path, limits: Limits) -> bytes:
+def _pickle(file: str, data: bytes, limits: Limits) -> bytes:
     """The archive's only pickle. A compressed record could be far larger than the file."""
     try:
-        with zipfile.ZipFile(copy) as archive:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
             unpacked = sum(record.file_size for record in records)
             if unpacked > limits.adapter_bytes:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from molehill.api.errors import BadPathError, ForbiddenPathError
+from molehill.api.errors import BadPathError, ForbiddenPathError, SourceChangedError
 from molehill.api.paths import AdapterRoots, Source
 from molehill.engine.errors import AdapterNotFoundError, ShapeError
 
@@ -90,7 +90,7 @@ def test_missing_directories_and_files_are_not_found(tree: Path) -> None:
             resolve(tree, text)
 
 
-@pytest.mark.parametrize("text", ["", "a\0", "x" * 300, "x/" * 4000])
+@pytest.mark.parametrize("text", ["", "a\0", "a\ud800", "a\n", "x" * 300, "x/" * 4000])
 def test_what_is_no_path_is_refused(tree: Path, text: str) -> None:
     with pytest.raises(BadPathError):
         resolve(tree, text)
@@ -107,3 +107,20 @@ def test_errors_are_relabelled_in_every_part() -> None:
     relabelled = source.relabel_error(error)
     assert type(relabelled) is ShapeError
     assert str(relabelled) == "a/file: t: found a, expected 3"
+
+
+@pytest.mark.parametrize("how", ["written", "exchanged", "added", "removed"])
+def test_a_source_tells_when_its_files_were_touched(tree: Path, how: str) -> None:
+    source = AdapterRoots([tree / "one"]).resolve("a")
+    source.check_untouched()
+    file = tree / "one" / "a" / "file"
+    if how == "written":
+        file.write_text("two")
+    elif how == "exchanged":
+        (tree / "two" / "a" / "file").replace(file)
+    elif how == "added":
+        (tree / "one" / "a" / "other").touch()
+    else:
+        file.unlink()
+    with pytest.raises(SourceChangedError, match=r"^a: "):
+        source.check_untouched()

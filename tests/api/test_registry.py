@@ -2,9 +2,12 @@
 
 import asyncio
 import gc
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from world import Play, World, adapter, settle
 
 from molehill.api.errors import (
@@ -15,11 +18,15 @@ from molehill.api.errors import (
     EngineRefusedError,
     GenerationMismatchError,
     NotLoadedError,
+    OutOfMemoryError,
+    SourceChangedError,
     StoreError,
     TooManyAdaptersError,
 )
-from molehill.api.paths import Source
+from molehill.api.paths import Source, fingerprint
+from molehill.engine.adapter import Adapter
 from molehill.engine.errors import AdapterNotFoundError, CorruptFileError
+from molehill.engine.formats import native
 
 
 def test_the_name_serves_only_after_the_engine_has_loaded(play: Play) -> None:
@@ -144,6 +151,42 @@ def test_a_store_that_cannot_be_written_is_an_error_without_traces(
         assert (w.engine.calls, w.in_store()) == ([], [])
 
     play(scenario)
+
+
+class Unlucky(World):
+    """Something happens while an adapter is read."""
+
+    def read(self, path: Path) -> Adapter:
+        if path.name == "exhausting":
+            torch.empty(1 << 60)
+        found = super().read(path / "molehill" if path.name == "touched" else path)
+        if path.name == "touched":
+            (path / "more").touch()
+        return found
+
+
+def test_files_that_change_while_they_are_read_are_not_served(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        path = w.folder / "touched"
+        native.write(adapter(1), path / "molehill")
+        source = Source(path, "label", fingerprint(path), shared=True)
+        with pytest.raises(SourceChangedError, match=r"^label: "):
+            await w.load("a", source)
+        assert (w.served, w.engine.calls, w.in_store()) == ({}, [], [])
+        # Nobody else writes to what was fetched.
+        assert (await w.load("a", replace(source, shared=False))).status == "loaded"
+
+    asyncio.run(asyncio.wait_for(scenario(Unlucky(tmp_path)), 20))
+
+
+def test_an_adapter_that_there_is_no_memory_to_read_is_refused(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        with pytest.raises(OutOfMemoryError, match=r"^label: "):
+            await w.load("a", Source(w.folder / "exhausting", "label"))
+        assert (w.served, w.in_store()) == ({}, [])
+        assert (await w.load("a", 1)).status == "loaded"
+
+    asyncio.run(asyncio.wait_for(scenario(Unlucky(tmp_path)), 20))
 
 
 def test_errors_name_the_label_and_not_the_servers_path(play: Play) -> None:

@@ -43,6 +43,8 @@ PREFIX = "https://models.example/adapters"
         ("HTTPS://models.example/adapters/a", False),
         ("http://models.example/adapters/a", False),
         ("s3://bucket/a", False),
+        ("https://[", False),
+        ("https://\ud800/a", False),
     ],
 )
 def test_only_what_lies_below_a_prefix_is_allowed(url: str, expected: bool) -> None:
