@@ -53,11 +53,12 @@ def operator_source(path: Path) -> Source:
 
 
 def fingerprint(directory: Path) -> str:
-    """Names, sizes and times of the files; it changes when any of them is written or exchanged."""
+    """Names, sizes and times of the files and folders; it changes when any of them is written or
+    exchanged, and when one is moved away and back."""
     sha = hashlib.sha256()
     for folder, directories, files in os.walk(directory):
         directories.sort()
-        for name in sorted(files):
+        for name in (".", *sorted(files)):
             path = Path(folder, name)
             try:
                 found = path.stat()

@@ -4,12 +4,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import torch
 from torch import Tensor
 
@@ -105,6 +107,16 @@ def eventually(condition: Any) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def resident_memory(root: psutil.Process | None = None) -> int:
+    """Bytes of a process and all below it; without one, of all that these tests have started."""
+    root = root or psutil.Process()
+    total = 0
+    for process in [root, *root.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
+    return total
 
 
 class Running:

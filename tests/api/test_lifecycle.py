@@ -4,12 +4,10 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import openai
-import psutil
 import pytest
-from api_client import BASE, Api, Running, eventually, oracle
+from api_client import BASE, Api, Running, eventually, oracle, resident_memory
 
 # Enough for a request to run on for seconds while a test does something else.
 MANY_TOKENS = 1500
@@ -189,15 +187,6 @@ def test_several_samples_of_one_request_do_not_keep_an_unloaded_adapter(clean: A
     assert clean.unload("m").json()["requests_in_flight"] == 0
     assert eventually(lambda: not any('"m"' in sample for sample in clean.metrics()))
     assert clean.load("m", "mixlora").json()["status"] == "loaded"
-
-
-def resident_memory() -> int:
-    """Bytes of all processes that these tests have started."""
-    total = 0
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            total += process.memory_info().rss
-    return total
 
 
 def test_loads_and_unloads_do_not_leak_memory(clean: Api) -> None:
