@@ -372,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a smoke test; its figures say nothing")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: its figures are none")
     parser.add_argument("--repetitions", type=int, default=default.repetitions)
     parser.add_argument("--seconds", type=float, default=default.seconds)
     parser.add_argument("--registered", type=int, default=default.registered)
@@ -380,8 +380,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Path(__file__).parent / "results"
     parser.add_argument("--json", type=Path, help="default: results/churn.json, none with --quick")
     args = parser.parse_args(arguments)
-    sizes = QUICK if args.quick else Sizes(
-        args.repetitions, args.seconds, args.registered, args.requests
+    sizes = (
+        QUICK
+        if args.quick
+        else Sizes(args.repetitions, args.seconds, args.registered, args.requests)
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -151,9 +151,7 @@ def test_a_config_with_other_fields(originals, base, case, changes):
 
 
 @settings(FUZZ, max_examples=500)
-@given(
-    case=st.sampled_from(SERVED), changes=st.lists(TENSOR_CHANGE, min_size=1, max_size=2)
-)
+@given(case=st.sampled_from(SERVED), changes=st.lists(TENSOR_CHANGE, min_size=1, max_size=2))
 def test_other_tensors(originals, base, case, changes):
     """of_all: every tensor that has the same name in its place, not just one."""
     config, original = originals[case]

@@ -267,30 +267,32 @@ CYCLES, WARM = 1000, 100
 
 
 def test_a_thousand_loads_and_unloads_leave_memory_flat(api: Api, server: Server) -> None:
-    """A tenth of the cycles warms caches up; after them every cycle's adapter, kept, would show."""
+    """A tenth of the cycles warms caches up. If the rest kept a quarter of their adapters, or as
+    much of anything else, it would show."""
+
+    def cycle() -> int:
+        body = {"name": "m", "source": "mola", "allow_noop": True}
+        answer = api.http.post("/v1/adapters", json=body)
+        assert answer.status_code == 200
+        assert api.http.delete("/v1/adapters/m").status_code == 200
+        size: int = answer.json()["bytes"]
+        return size
 
     def memory() -> int:
         return resident_memory(psutil.Process(server.process.pid))
 
-    def cycle(number: int) -> None:
-        for _ in range(number):
-            assert api.load("m", "dynmole-default").status_code == 200
-            assert api.unload("m").status_code == 200
-
-    size = api.load("m", "dynmole-default").json()["bytes"]
-    assert api.unload("m").status_code == 200
-    cycle(WARM)
+    for _ in range(WARM):
+        size = cycle()
     warm = memory()
-    cycle(CYCLES - WARM)
-    assert memory() - warm < (CYCLES - WARM) * size / 10
+    for _ in range(CYCLES - WARM):
+        cycle()
+    assert memory() - warm < (CYCLES - WARM) * size / 4
 
 
 # Last: it ends the server.
 
 
-def test_a_worker_that_is_killed_during_a_load_is_told_at_once(
-    shared: Api, server: Server
-) -> None:
+def test_a_worker_that_is_killed_during_a_load_is_told_at_once(shared: Api, server: Server) -> None:
     """Stopped first, so that the load is surely under way."""
     worker = worker_of(server)
     worker.suspend()

@@ -89,9 +89,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_damaged_safetensors_are_refused_at_once(
-    api: Api, damage: Callable[[Path], None]
-) -> None:
+def test_damaged_safetensors_are_refused_at_once(api: Api, damage: Callable[[Path], None]) -> None:
     target = copy_adapter("dora", api.root / f"bad-{damage.__name__}")
     damage(target)
     start = time.monotonic()
