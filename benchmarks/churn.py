@@ -302,8 +302,8 @@ def save_adapters(model: Path, root: Path, small: int) -> tuple[list[Path], list
 
     base = base_model(model)
     sizes = dict.fromkeys(base.linears, 1.0)
-    one = synthetic.dynmole(base, 2, 1, 2.0, sizes, seed=0).num_bytes
-    rank = max(1, round(ADAPTER_BYTES / one))
+    one, two = (synthetic.dynmole(base, 2, rank, 2.0, sizes, 0).num_bytes for rank in (1, 2))
+    rank = max(1, 1 + round((ADAPTER_BYTES - one) / (two - one)))
     large = [
         synthetic.save(
             synthetic.dynmole,
@@ -389,9 +389,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(scratch)
         large, small = save_adapters(args.model, folder / "root", sizes.registered - 1)
         options = [
-            *("--max-model-len", "1024", "--no-enable-prefix-caching"),
+            *("--max-model-len", "512", "--no-enable-prefix-caching"),
             *("--served-model-name", "base", "--adapter-root", str(folder / "root")),
             *("--max-adapters", str(sizes.registered + 10)),
+            *(["--enforce-eager"] if args.quick else []),
         ]
         with serve(args.model, folder / "log", options) as server:
             found = asyncio.run(measure(server, sizes, large, small))
