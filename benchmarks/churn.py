@@ -15,8 +15,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -65,7 +63,7 @@ class Client:
     seeds: Iterator[int] = field(default_factory=itertools.count)
 
     def body(self, model: str, tokens: int) -> dict[str, Any]:
-        """Every prompt is another one, so that nothing comes from the prefix cache."""
+        """Prompts differ, so that batches are as those of many users."""
         number = next(self.seeds)
         prompt = [3 + (number * 7919 + 31 * i) % 400 for i in range(PROMPT)]
         greedy = {"temperature": 0, "ignore_eos": True, "max_tokens": tokens}
@@ -367,6 +365,8 @@ def report(found: Any) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    from molehill.benchmarks.engine import host
+
     default = Sizes()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -397,8 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with serve(args.model, folder / "log", options) as server:
             found = asyncio.run(measure(server, sizes, large, small))
         found["adapter_bytes"] = sum(path.stat().st_size for path in large[0].iterdir())
-    found["machine"] = {"processor": platform.processor(), "cores": os.cpu_count()}
-    found |= {"model": args.model.name, "sizes": asdict(sizes), "limits": LIMITS}
+    found |= {"machine": host(), "model": args.model.name, "sizes": asdict(sizes), "limits": LIMITS}
     path = args.json or (None if args.quick else results / "churn.json")
     if path is not None:
         path.write_text(json.dumps(found, indent=1) + "\n")

@@ -137,7 +137,7 @@ def go_through(config, tensors, base) -> None:
 FUZZ = settings(deadline=None, derandomize=True)
 
 
-@settings(FUZZ, max_examples=500)
+@settings(FUZZ, max_examples=300)
 @given(
     case=st.sampled_from(SERVED),
     changes=st.lists(st.tuples(st.integers(0, 2**16), VALUES), min_size=1, max_size=2),
@@ -150,7 +150,7 @@ def test_a_config_with_other_fields(originals, base, case, changes):
     go_through(config, tensors, base)
 
 
-@settings(FUZZ, max_examples=500)
+@settings(FUZZ, max_examples=300)
 @given(case=st.sampled_from(SERVED), changes=st.lists(TENSOR_CHANGE, min_size=1, max_size=2))
 def test_other_tensors(originals, base, case, changes):
     """of_all: every tensor that has the same name in its place, not just one."""

@@ -85,8 +85,8 @@ def _check_pickle(file: str, data: bytes) -> None:
     top = ""
     try:
         for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(argument):
-                found = f"a pickled {argument[:80].replace(' ', '.')}"
+            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+                found = f"a pickled {str(argument)[:80].replace(' ', '.')}"
                 raise CorruptFileError(file, found, "dense tensors by name")
             if opcode.name in _GETS and argument in tuples:
                 raise CorruptFileError(file, "a tuple used twice", "dense tensors by name")

@@ -1,0 +1,47 @@
+"""The churn benchmark's sums; a run of it needs a server and is no test."""
+
+import pytest
+
+pytest.importorskip("httpx", reason="the dev extra is not installed")
+
+from molehill.benchmarks import churn
+
+
+def test_gaps_that_reach_out_of_a_spell_do_not_count():
+    streams = churn.Streams(client=None)
+    # (end, seconds): before, across the start, within, across the end.
+    streams.gaps = [(1.0, 0.5), (2.2, 0.5), (2.6, 0.4), (4.9, 0.9), (5.1, 0.2)]
+    assert streams.between(2.0, 5.0) == [0.4, 0.9]
+
+
+def test_a_percentile_is_one_of_the_values_or_between_two():
+    values = [float(n) for n in range(1, 102)]
+    assert churn.percentile(values, 50) == 51
+    assert churn.percentile(values, 99) == 100
+
+
+@pytest.fixture
+def found():
+    return {
+        "itl": [{"ratio": 1.1}, {"ratio": 1.3}, {"ratio": 1.2}],
+        "first_token_seconds": [0.5, 0.7, 0.6],
+        "throughput": [{"ratio": 0.97, "registered": 1000}, {"ratio": 1.01, "registered": 1000}],
+        "requests": {"requests": 90, "failed": 2, "why": {"500": 2}, "rounds": 7},
+        "adapter_bytes": 10_000_000,
+    }
+
+
+def test_the_report_says_what_was_found_beside_what_must_be_reached(found):
+    latency, first, speed, failed = churn.report(found)
+    assert "median 1.200, best 1.100, worst 1.300 of 3 (at most 1.25)" in latency
+    assert "10.0 MB" in first
+    assert "median 0.600 s, best 0.500, worst 0.700 of 3 (under 1.0 s)" in first
+    assert "1000 registered / 1: median 0.9900, best 1.0100, worst 0.9700 of 2" in speed
+    assert "2 of 90 in 7 rounds of churn (at most 0) {'500': 2}" in failed
+
+
+def test_prompts_differ():
+    client = churn.Client(http=None, base="base")
+    prompts = {tuple(client.body("base", 1)["prompt"]) for _ in range(400)}
+    assert len(prompts) == 400
+    assert all(len(prompt) == churn.PROMPT for prompt in prompts)
