@@ -44,6 +44,7 @@ MEGABYTE = 1 << 20
 # Of one adapter, and of all of them in the worker.
 LARGEST, MEMORY = 256 * MEGABYTE, 64 * MEGABYTE
 SEATS = 8
+ATTEMPTS = 8
 
 
 @pytest.fixture(scope="module")
@@ -183,30 +184,34 @@ def test_an_adapter_that_is_larger_than_the_memory_for_adapters_is_refused(api: 
 
 
 def test_an_adapter_is_unloaded_while_two_samples_of_it_are_streamed(api: Api) -> None:
+    """Until they were running when it went; what a client gets must be right every time."""
     prompt = PROMPTS["mola"]
-    assert api.load("m", "mola").status_code == 200
-    stream = api.openai.completions.create(
-        model="m",
-        prompt=prompt["prompt_token_ids"],
-        max_tokens=1000,
-        n=2,
-        stream=True,
-        extra_body={"top_k": 1, "ignore_eos": True, "return_token_ids": True},
-    )
-    found: dict[int, list[int]] = {0: [], 1: []}
-    unloaded = None
-    for chunk in stream:
-        for choice in chunk.choices:
-            found[choice.index] += choice.token_ids or ()
-        if unloaded is None:
-            unloaded = api.unload("m")
-    assert unloaded is not None
-    assert unloaded.status_code == 200
-    assert [len(tokens) for tokens in found.values()] == [1000, 1000]
-    assert found[0] == found[1]
-    assert found[0][:12] == prompt["greedy_token_ids"]
-    assert "m" not in api.models()
-    assert eventually(lambda: not any('"m"' in sample for sample in api.metrics()))
+
+    def scenario() -> bool:
+        assert api.load("m", "mola").status_code == 200
+        stream = api.openai.completions.create(
+            model="m",
+            prompt=prompt["prompt_token_ids"],
+            max_tokens=1000,
+            n=2,
+            stream=True,
+            extra_body={"top_k": 1, "ignore_eos": True, "return_token_ids": True},
+        )
+        found: dict[int, list[int]] = {0: [], 1: []}
+        running = None
+        for chunk in stream:
+            for choice in chunk.choices:
+                found[choice.index] += choice.token_ids or ()
+            if running is None:
+                running = api.unload("m").json()["requests_in_flight"]
+        assert [len(tokens) for tokens in found.values()] == [1000, 1000]
+        assert found[0] == found[1]
+        assert found[0][:12] == prompt["greedy_token_ids"]
+        assert "m" not in api.models()
+        assert eventually(lambda: not any('"m"' in sample for sample in api.metrics()))
+        return bool(running)
+
+    assert any(scenario() for _ in range(ATTEMPTS))
 
 
 def test_of_two_loads_of_one_name_at_once_one_wins_and_the_other_is_told(api: Api) -> None:

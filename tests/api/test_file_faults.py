@@ -90,7 +90,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_damaged_safetensors_are_refused_at_once(api: Api, damage: Callable[[Path], None]) -> None:
-    target = copy_adapter("dora", api.root / f"bad-{damage.__name__}")
+    target = copy_adapter("dora", api.root / f"lying-{damage.__name__}")
     damage(target)
     start = time.monotonic()
     status, kind, message = api.error(api.load("bad", target.name))
@@ -102,7 +102,7 @@ def test_damaged_safetensors_are_refused_at_once(api: Api, damage: Callable[[Pat
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_pickle_bombs_are_refused_at_once(api: Api, bomb: str) -> None:
-    target = copy_adapter("lora", api.root / f"bad-{bomb.replace(' ', '-')}")
+    target = copy_adapter("lora", api.root / f"bomb-{bomb.replace(' ', '-')}")
     write(target, BOMBS[bomb], {})
     before, start = resident_memory(), time.monotonic()
     assert api.error(api.load("bad", target.name))[:2] == (422, "corrupt_file")
