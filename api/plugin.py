@@ -6,12 +6,14 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
 from molehill.api import adapter_routes, dashboard, routes, routing
+from molehill.api.background import Background
 from molehill.api.events import LifecycleMetrics
 from molehill.api.guard import Guard
 from molehill.api.inflight import GenerationHeader, count_requests
@@ -119,6 +121,7 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
         resident=(resident.name, resident.digest) if resident else None,
+        background=Background(await workers_cores(engine_client)),
     )
     count_requests(engine_client, registry)
     roots = AdapterRoots(options.roots)
@@ -141,6 +144,11 @@ def read(directory: Path, base: BaseModel, limits: Limits) -> Adapter:
     adapter = formats.read(directory, limits)
     validation.validate(adapter, base, limits)
     return adapter
+
+
+async def workers_cores(engine_client: Any) -> set[int]:
+    """What the workers compute on."""
+    return set(chain(*await engine_client.collective_rpc("molehill_cores")))
 
 
 async def base_model(engine_client: Any) -> BaseModel:

@@ -15,6 +15,9 @@ from molehill.api.generation import Generation
 
 logger = logging.getLogger("vllm.molehill")
 
+# A few tokens hardly lengthen the step of those who are being served; more are asked before an
+# adapter is refused. One token would not do: attention over it alone is blind to q and k.
+SHORT_TOKENS = 3
 PROMPT_TOKENS = 16
 
 # Of the prompt's token and the most likely one at each position: token to log-probability.
@@ -36,21 +39,24 @@ class Prober:
         What else is in a batch can move the last bit too, so an adapter without effect may pass on
         a busy server; one with an effect is never refused for it.
         """
-        try:
-            base = await self._answer(None)
-        except Exception:
-            logger.exception("Adapter %s is not probed: the base gives no answer", generation.name)
-            return
-        if await self._answer(generation.request) == base:
-            raise NoEffectError(
-                f"{generation.name!a}: found the base model's log-probabilities at all of "
-                f"{PROMPT_TOKENS} probe tokens, expected a difference; allow_noop serves it anyway"
-            )
+        for tokens in (SHORT_TOKENS, PROMPT_TOKENS):
+            try:
+                base = await self._answer(None, tokens)
+            except Exception:
+                name = generation.name
+                logger.exception("Adapter %s is not probed: the base gives no answer", name)
+                return
+            if await self._answer(generation.request, tokens) != base:
+                return
+        raise NoEffectError(
+            f"{generation.name!a}: found the base model's log-probabilities at all of "
+            f"{PROMPT_TOKENS} probe tokens, expected a difference; allow_noop serves it anyway"
+        )
 
-    async def _answer(self, request: Any) -> Answer:
+    async def _answer(self, request: Any, tokens: int) -> Answer:
         self._asked += 1
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
-        prompt = {"prompt_token_ids": self._prompt}
+        prompt = {"prompt_token_ids": self._prompt[:tokens]}
         last: Any = None
         async for output in self._generate(
             prompt, params, f"molehill-probe-{self._asked}", lora_request=request

@@ -20,6 +20,7 @@ from vllm.lora.request import LoRARequest
 
 from molehill.api import names
 from molehill.api.admission import Admission
+from molehill.api.background import Background
 from molehill.api.errors import (
     AlreadyLoadedError,
     BusyError,
@@ -70,6 +71,7 @@ class AdapterRegistry:
     failures: names that a restart or a watched root should serve, and why they do not.
     changed: called after the names or their pins have changed.
     resident: name and digest of the adapter that is merged into the base weights.
+    background: reads.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class AdapterRegistry:
         admission: Admission = Admission(),  # noqa: B008
         probe: Probe | None = None,
         resident: tuple[str, str] | None = None,
+        background: Background | None = None,
     ) -> None:
         self.residency = residency
         self.events = residency.events
@@ -100,7 +103,8 @@ class AdapterRegistry:
         self._ids = itertools.count(1)
         # Weak, so that a lock lives only while somebody holds it or waits for it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        # One adapter at a time is in this process's memory, and takes a core from the engine.
+        self._background = background or Background()
+        # What is not read waits, and says so.
         self._reading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -250,7 +254,7 @@ class AdapterRegistry:
         loading.stage = "fetching"
         async with fetched(fetch) as source, self._reading:
             loading.stage = "reading"
-            return await asyncio.to_thread(self._read_into_store, source, expected), source
+            return await self._background.run(self._read_into_store, source, expected), source
 
     def _read_into_store(self, source: Source, expected: str | None) -> Content:
         try:

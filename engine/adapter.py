@@ -89,7 +89,8 @@ def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
 
 def describe_policy(policy: Policy) -> dict[str, Any]:
     """A policy as plain JSON: its class name under `policy`, and its fields."""
-    return {"policy": type(policy).__name__, **dataclasses.asdict(policy)}
+    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    return {"policy": type(policy).__name__, **fields}
 
 
 def describe_mixture(mixture: Mixture) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 Runs before anything is allocated for serving.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from molehill.engine.adapter import Adapter, natural_key
@@ -67,12 +67,17 @@ def own_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
         found += [*_inconsistent(site, mixture), *_over_limits(site, mixture, limits)]
         found += _unservable(site, mixture, adapter.sites)
     for name, tensor in adapter.tensors():
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             found.append(NonFiniteError(name, "NaN or Inf", "finite values"))
     if not found and not any(_acts(mixture) for mixture in adapter.sites.values()):
         sites = len(adapter.sites)
         found.append(NothingBoundError("adapter", f"{sites} sites, no effect", "at least one"))
     return found
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or Inf; several times as fast as `isfinite().all()`."""
+    return not tensor.numel() or all(math.isfinite(end) for end in tensor.aminmax())
 
 
 def _stacks(site: str, mixture: Mixture) -> list[tuple[str, Experts]]:

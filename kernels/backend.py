@@ -232,6 +232,14 @@ class SlotWeights:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Weights and what one backend has made of them, for its `store`."""
+
+    weights: SlotWeights
+    layout: Any
+
+
+@dataclass(frozen=True)
 class Run:
     """Rows `[start, stop)` of the batch that belong to one slot."""
 
@@ -295,7 +303,13 @@ class Backend(Protocol):
     def seal(self) -> None:
         """Every linear and FFN is registered: whatever must have a fixed address is allocated."""
 
-    def store(self, slot: int, weights: SlotWeights) -> None:
+    def pack(self, weights: SlotWeights) -> Packed:
+        """All of `store` that needs no pause between steps: may run in another thread beside one.
+
+        Raises CapacityError, ValueError, MemoryError.
+        """
+
+    def store(self, slot: int, weights: SlotWeights | Packed) -> None:
         """Puts an adapter into an empty slot; on error the slot stays empty.
 
         Raises CapacityError before anything is written, MemoryError.

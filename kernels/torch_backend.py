@@ -17,6 +17,7 @@ from molehill.kernels.backend import (
     UNSERVED,
     FfnShape,
     LinearShape,
+    Packed,
     Run,
     SlotCounters,
     SlotWeights,
@@ -82,9 +83,7 @@ class TorchBackend:
     def seal(self) -> None:
         """Nothing here has a fixed address."""
 
-    def store(self, slot: int, weights: SlotWeights) -> None:
-        if slot in self._tokens:
-            raise ValueError(f"slot {slot} is taken")
+    def pack(self, weights: SlotWeights) -> Packed:
         linears = {
             handle: LinearTable(pieces, shape.dtype, shape.device)
             for handle, pieces in weights.linears.items()
@@ -106,6 +105,13 @@ class TorchBackend:
             handle: ScaleTable(piece, self._down(self._ffns[handle]).device, by_head=False)
             for handle, piece in weights.ffn_scales.items()
         }
+        return Packed(weights, (linears, ffns, scales, ffn_scales))
+
+    def store(self, slot: int, weights: SlotWeights | Packed) -> None:
+        if slot in self._tokens:
+            raise ValueError(f"slot {slot} is taken")
+        packed = weights if isinstance(weights, Packed) else self.pack(weights)
+        linears, ffns, scales, ffn_scales = packed.layout
         for handle, linear in linears.items():
             self._linears[handle].tables[slot] = linear
         for handle, ffn in ffns.items():

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +52,46 @@ def rewritten(stored, tmp_path):
         return directory
 
     return rewrite
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_worker_reads_its_own_copy_as_everybody_reads_it(stored, case):
+    own, read = native.read_own(stored / case), formats.read(stored / case)
+    assert own == dataclasses.replace(read, sites=own.sites)
+    assert own.digest == read.digest
+    assert [name for name, _ in own.tensors()] == [name for name, _ in read.tensors()]
+    for (_, mine), (_, theirs) in zip(own.tensors(), read.tensors(), strict=True):
+        assert mine.equal(theirs)
+
+
+def test_a_copy_that_somebody_touched_is_refused_by_the_worker_too(stored, tmp_path):
+    def touched(change):
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(stored / CASES[0], directory)
+        change(directory)
+        return directory
+
+    def flip(directory):
+        data = bytearray((directory / native.WEIGHTS).read_bytes())
+        data[-1] ^= 1
+        (directory / native.WEIGHTS).write_bytes(data)
+
+    def cut(directory):
+        data = (directory / native.WEIGHTS).read_bytes()
+        (directory / native.WEIGHTS).write_bytes(data[: len(data) // 2])
+
+    def empty(directory):
+        (directory / native.WEIGHTS).write_bytes(b"")
+
+    def remove(directory):
+        (directory / native.WEIGHTS).unlink()
+
+    def lie(directory):
+        (directory / native.CONFIG).write_text('{"kind": "lora", "digest": "0", "sites": 3}')
+
+    for change in (flip, cut, empty, remove, lie):
+        with pytest.raises(CorruptFileError):
+            native.read_own(touched(change))
 
 
 K = "layers.0.self_attn.k_proj"

@@ -22,6 +22,7 @@ from molehill.engine.formats import files
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.policies import parse_policy
+from molehill.engine.memory import raise_if_out_of_memory
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Constant, Policy
 
@@ -86,6 +87,29 @@ def read(directory: Path, limits: Limits) -> Adapter:
     _check_all_used(adapter, weights)
     if adapter.digest != digest:
         raise CorruptFileError(WEIGHTS, adapter.digest, f"the digest {digest}")
+    return adapter
+
+
+def read_own(directory: Path) -> Adapter:
+    """What `write` wrote where nobody else writes, for a worker that has steps to run meanwhile.
+
+    It was checked as it was written; what is checked again is its digest. Raises CorruptFileError,
+    MemoryError.
+    """
+    try:
+        config = files.read_config(directory, CONFIG)
+        weights = Weights(WEIGHTS, files.read_floats(directory / WEIGHTS))
+        sites = config.object("sites")
+        adapter = Adapter(
+            kind=_required(config, "kind"),
+            sites={site: _mixture(weights, site, sites.object(site)) for site in sites.values},
+            base_model=config.text("base_model"),
+        )
+    except Exception as error:
+        raise_if_out_of_memory(error)
+        raise CorruptFileError(directory, error, "the store's own copy") from error
+    if adapter.digest != config.text("digest"):
+        raise CorruptFileError(WEIGHTS, adapter.digest, f"the digest {config.text('digest')}")
     return adapter
 
 

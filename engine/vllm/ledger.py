@@ -83,8 +83,10 @@ class Ledger:
         account = self._inside.pop(lora_id)
         del self._by_slot[account.slot]
         counters = self._counters(account)
-        costs = {site: asdict(cost) for site, cost in account.costs.items()}
-        packed = json.dumps((asdict(counters), costs))
+        # Not `asdict`, which copies: this happens between two steps.
+        sites = {site: vars(own) for site, own in counters.sites.items()}
+        costs = {site: vars(cost) for site, cost in account.costs.items()}
+        packed = json.dumps(({"tokens": counters.tokens, "sites": sites}, costs))
         self._outside[lora_id] = Departed(account.name, self._figures(account), packed)
         while len(self._outside) > OUTSIDE:
             del self._outside[next(iter(self._outside))]

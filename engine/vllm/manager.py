@@ -20,17 +20,19 @@ from molehill.engine import formats
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import AdapterError, LimitError
 from molehill.engine.figures import SiteCost, costs
+from molehill.engine.formats import native
 from molehill.engine.memory import is_out_of_memory
 from molehill.engine.merge import Resident, merge_static, subtract
 from molehill.engine.validation import validate
 from molehill.engine.vllm import backends
 from molehill.engine.vllm.ledger import Ledger
-from molehill.engine.vllm.preparing import Preparation
+from molehill.engine.vllm.preparing import Preparation, Pulse
 from molehill.engine.vllm.seams import Seams
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.backend import (
     UNSERVED,
     CapacityError,
+    Packed,
     Run,
     SlotCounters,
     SlotWeights,
@@ -46,6 +48,11 @@ BASE = 0
 
 class FullError(LimitError):
     """No room beside the adapters that are here now."""
+
+
+def plain(weights: SlotWeights | Packed) -> SlotWeights:
+    """The weights as they were cut."""
+    return weights.weights if isinstance(weights, Packed) else weights
 
 
 class OtherRankError(RuntimeError):
@@ -78,6 +85,8 @@ class AdapterManager:
         self._dtype = config.model_config.dtype
         self.base = self._seams.base
         self._slots: dict[int, int] = {}
+        # Bytes by slot.
+        self._taken: dict[int, int] = {}
         self._refused: set[int] = set()
         self._dummies: set[int] = set()
         # Slots that hold nothing on this rank: their rows are plain, whatever their adapter.
@@ -85,23 +94,43 @@ class AdapterManager:
         self._idle_tokens: Counter[int] = Counter()
         self._resident = resident
         self._ledger = Ledger(self._counters, self._resident_bytes)
+        self._pulse = Pulse()
         self.preparation = Preparation(self._prepare)
         if resident is not None:
             base = self._on_resident(Adapter("base", {}))
             self._put(BASE, self._seams.cut(base))
 
-    def _prepare(self, path: str) -> tuple[Adapter, SlotWeights | None]:
-        """Parses, checks, merges and cuts. Changes no state, so that it may run beside a step.
+    def _prepare(self, path: str, checked: bool) -> tuple[Adapter, SlotWeights | Packed | None]:
+        """Parses, checks, merges, cuts and packs. Changes no state: it may run beside a step.
+
+        checked: a copy of the store, which the API process has checked against `base`.
 
         Cutting has to wait for a pause where ranks do it together, and where it reads the base's
         weights through the layers that the step is using.
         """
-        adapter = formats.read(Path(path), self.settings.limits)
-        validate(adapter, self.base, self.settings.limits)
+        if checked:
+            adapter = native.read_own(Path(path))
+        else:
+            adapter = formats.read(Path(path), self.settings.limits)
+            validate(adapter, self.base, self.settings.limits)
+        self._pulse.wait()
         served = self._on_resident(self._merged(adapter))
         alone = self._tp.world_size == 1
         needs_base = any("magnitude" in name for name, _ in served.tensors())
-        return served, self._seams.cut(served) if alone and not needs_base else None
+        if needs_base or not alone:
+            return served, None
+        weights = self._seams.cut(served)
+        self._pulse.wait()
+        return served, self._packed(weights)
+
+    def _packed(self, weights: SlotWeights) -> SlotWeights | Packed:
+        """Packed weights take memory, so where there is none now, `_store` sees to them later."""
+        if weights.num_bytes(self._dtype) > self._free:
+            return weights
+        try:
+            return self.backend.pack(weights)
+        except CapacityError as error:
+            raise LimitError(error.where, error.found, error.expected) from error
 
     def _merged(self, adapter: Adapter) -> Adapter:
         """The adapter with its static sites as one pair each."""
@@ -143,26 +172,29 @@ class AdapterManager:
         logger.info("molehill: adapter %s stored in slot %d", request.lora_name, slot)
         return True
 
-    def _put(self, lora_id: int, weights: SlotWeights) -> int:
+    def _put(self, lora_id: int, weights: SlotWeights | Packed) -> int:
         """Stores an adapter's share of this rank; returns its slot."""
         slot = next(slot for slot in count() if slot not in self._slots.values())
         with self._all_ranks_or_none(undo=slot):
             self._store(slot, weights)
         self._slots[lora_id] = slot
-        if weights.is_empty:
+        self._taken[slot] = self._resident_bytes(slot)
+        if plain(weights).is_empty:
             self._idle.add(slot)
         return slot
 
-    def _store(self, slot: int, weights: SlotWeights) -> None:
+    @property
+    def _free(self) -> int:
+        return self.settings.memory - sum(self._taken.values())
+
+    def _store(self, slot: int, weights: SlotWeights | Packed) -> None:
         """Raises LimitError before anything is written if the memory for adapters is spent."""
-        needed = weights.num_bytes(self._dtype)
-        taken = sum(map(self._resident_bytes, self._slots.values()))
-        free = self.settings.memory - taken
+        needed, free = plain(weights).num_bytes(self._dtype), self._free
         if needed > free:
             of = f"at most {free} of {self.settings.memory}"
             raise self._over_memory(needed, of)
         try:
-            self.moes.store(slot, weights.moes)
+            self.moes.store(slot, plain(weights).moes)
             self.backend.store(slot, weights)
         except Exception as error:
             self.moes.erase(slot)
@@ -214,6 +246,7 @@ class AdapterManager:
             return False
         self._ledger.leave(lora_id)
         self._erase(slot)
+        del self._taken[slot]
         self._idle.discard(slot)
         del self._idle_tokens[slot]
         return True
@@ -243,6 +276,7 @@ class AdapterManager:
             if request.lora_int_id not in self._slots.keys() | self._dummies:
                 self._add_late(request)
         if mapping is not None:
+            self._pulse.beat()
             runs = self._runs(mapping.index_mapping)
             self._ledger.touch(run.slot for run in runs)
             self.backend.begin_step(runs)

@@ -26,7 +26,8 @@ IDENTITY_ROWS = 1024
 
 def cut_experts(experts: Experts, projection: Projection) -> Experts:
     """This rank's inputs of A and outputs of B."""
-    b = torch.cat([experts.b[part.start : part.stop] for part in projection.outputs])
+    parts = [experts.b[part.start : part.stop] for part in projection.outputs]
+    b = parts[0] if len(parts) == 1 else torch.cat(parts)
     return Experts(_cut_inputs(experts.a, projection), b, experts.ranks)
 
 

@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
+from molehill.engine.cores import own_cores
 from molehill.engine.merge import Resident
 from molehill.engine.vllm import compat, experts
 from molehill.engine.vllm.clock import StepClock
@@ -60,6 +61,10 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     def molehill_describe(self) -> dict[str, Any]:
         """The base model's shapes, as a dict of BaseModel's fields."""
         return self.adapters.describe()
+
+    def molehill_cores(self) -> list[int]:
+        """What this worker computes on, of this machine."""
+        return sorted(own_cores())
 
     def molehill_stats(self, known: list[int]) -> dict[str, Any]:
         """See AdapterManager.stats; and seconds in `steps` and in adapter `ops`, or None.

@@ -1,6 +1,7 @@
 """`Backend` in C++: validates what is stored, keeps site names, and leaves the rest to the ops."""
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from molehill.kernels.backend import (
     FfnShape,
     LinearPiece,
     LinearShape,
+    Packed,
     Run,
     ScalePiece,
     SiteCounters,
@@ -51,7 +53,7 @@ class CpuBackend:
 
     isa: one of ISAS; None takes `$MOLEHILL_CPU_ISA`, else the best that the processor has. Raises
     BuildError if there is no library, ValueError for an isa that cannot be had. Activations are
-    float32, bfloat16, or float16 (by conversion to float32). Not for several threads at once.
+    float32, bfloat16, or float16 (by conversion to float32). Only `pack` may run beside the others.
 
     linear_op, ffn_op: `(out, x, handle)` with the handle as a one-element int64 CPU tensor.
     """
@@ -72,6 +74,7 @@ class CpuBackend:
         self._ffn_tensors: dict[int, Tensor] = {}
         self._sites: dict[str, int] = {}
         self._slots: set[int] = set()
+        self._packing = threading.Lock()
         weakref.finalize(self, self._ops.destroy, self._id)
 
     def register_linear(self, shape: LinearShape) -> int:
@@ -107,10 +110,8 @@ class CpuBackend:
     def seal(self) -> None:
         """Nothing here has a fixed address."""
 
-    def store(self, slot: int, weights: SlotWeights) -> None:
-        """Packs an adapter into an empty slot. Raises ValueError: what does not fit, and where."""
-        if slot < 0 or slot in self._slots:
-            raise ValueError(f"slot: found {slot}, expected an empty slot, 0 or above")
+    def pack(self, weights: SlotWeights) -> Packed:
+        """In the ops' layout, in any thread. Raises ValueError: what does not fit, and where."""
         for handle, pieces in weights.linears.items():
             for piece in pieces:
                 self._check_linear(handle, piece)
@@ -121,12 +122,16 @@ class CpuBackend:
                 _check_scale(scale, self._linears[handle].out_features)
         for handle, scale in weights.ffn_scales.items():
             _check_scale(scale, self._ffns[handle].intermediate, whole=True)
+        with self._packing:
+            return Packed(weights, self._pack(weights))
+
+    def store(self, slot: int, weights: SlotWeights | Packed) -> None:
+        """Puts an adapter into an empty slot; raises as `pack` does."""
+        if slot < 0 or slot in self._slots:
+            raise ValueError(f"slot: found {slot}, expected an empty slot, 0 or above")
+        packed = weights if isinstance(weights, Packed) else self.pack(weights)
+        self._ops.store(self._id, packed.layout.number, slot)
         self._slots.add(slot)
-        try:
-            self._pack(slot, weights)
-        except BaseException:
-            self.erase(slot)
-            raise
 
     def erase(self, slot: int) -> None:
         """Frees a slot; rows that the announced step gives to it are unserved from here on."""
@@ -223,19 +228,19 @@ class CpuBackend:
                 _check_table(piece.site, name, scale.factors, (experts, width))
                 _check_table(piece.site, f"{name}: bias", scale.bias, (width,))
 
-    def _pack(self, slot: int, weights: SlotWeights) -> None:
+    def _pack(self, weights: SlotWeights) -> "Ticket":
         dtype = next((shape.dtype for shape in self._linears.values()), torch.float32)
-        self._ops.open_slot(self._id, slot, weights.num_bytes(dtype))
+        ticket = Ticket(self._ops, self._id, weights.num_bytes(dtype))
         for handle, pieces in weights.linears.items():
             for piece in pieces:
-                self._pack_linear(slot, handle, piece)
+                self._pack_linear(ticket, handle, piece)
                 if piece.shared is not None:
                     shared = LinearPiece(piece.site, piece.start, piece.shared, Constant((1.0,)))
-                    self._pack_linear(slot, handle, shared)
+                    self._pack_linear(ticket, handle, shared)
         for handle, ffn in weights.ffns.items():
             dtype = self._linears[self._ffns[handle].gate_up].dtype
-            self._ops.store_ffn(
-                slot,
+            self._ops.pack_ffn(
+                ticket.number,
                 handle,
                 self._site(ffn.site),
                 _ACTIVATIONS[ffn.activation],
@@ -251,14 +256,15 @@ class CpuBackend:
         for handle, scales in weights.scales.items():
             for scale in scales:
                 site = self._site(scale.site)
-                self._ops.store_scale(slot, handle, site, scale.start, *_vectors(scale))
+                self._ops.pack_scale(ticket.number, handle, site, scale.start, *_vectors(scale))
         for handle, scale in weights.ffn_scales.items():
             site = self._site(scale.site)
-            self._ops.store_ffn_scale(slot, handle, site, *_vectors(scale))
+            self._ops.pack_ffn_scale(ticket.number, handle, site, *_vectors(scale))
+        return ticket
 
-    def _pack_linear(self, slot: int, handle: int, piece: LinearPiece) -> None:
-        self._ops.store_linear(
-            slot,
+    def _pack_linear(self, ticket: "Ticket", handle: int, piece: LinearPiece) -> None:
+        self._ops.pack_linear(
+            ticket.number,
             handle,
             self._site(piece.site),
             piece.start,
@@ -271,6 +277,14 @@ class CpuBackend:
 
     def _site(self, name: str) -> int:
         return self._sites.setdefault(name, len(self._sites))
+
+
+class Ticket:
+    """A slot that is being packed or waits for `store`; what is left of it goes with the ticket."""
+
+    def __init__(self, ops: Any, backend: int, num_bytes: int) -> None:
+        self.number: int = ops.stage(backend, num_bytes)
+        weakref.finalize(self, ops.drop, backend, self.number)
 
 
 def _pair(

@@ -17,6 +17,7 @@ from molehill.kernels import ops
 from molehill.kernels.backend import (
     FfnShape,
     LinearShape,
+    Packed,
     Run,
     SiteCounters,
     SlotCounters,
@@ -83,8 +84,13 @@ class TritonBackend:
                 self._strips = StripMemory(self.limits, self._device)
         return self._table
 
-    def store(self, slot: int, weights: SlotWeights) -> None:
-        self.table.store(slot, weights)
+    def pack(self, weights: SlotWeights) -> Packed:
+        """On the host; copies to the device are left to `store`."""
+        return Packed(weights, self.table.pack(weights))
+
+    def store(self, slot: int, weights: SlotWeights | Packed) -> None:
+        packed = weights if isinstance(weights, Packed) else self.pack(weights)
+        self.table.store(slot, packed.layout)
         self._tokens[slot] = 0
 
     def erase(self, slot: int) -> None:

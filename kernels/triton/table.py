@@ -53,13 +53,12 @@ class SlotTable:
         self.ffn_parameters = zeros(*each_ffn, at.POLICY.value, dtype=torch.float32)
         self.ffn_counters = zeros(*each_ffn, figures)
 
-    def store(self, slot: int, weights: SlotWeights) -> None:
+    def store(self, slot: int, packing: Packing) -> None:
         """Raises CapacityError or ArenaFullError before anything is written."""
         if slot in self.extents:
             raise ValueError(f"slot {slot} is taken")
         if not 0 <= slot < self._limits.slots:
             raise CapacityError("adapters", f"slot {slot}", f"less than {self._limits.slots}")
-        packing = self._pack(weights)
         with self.arena.reserve(packing.sizes) as reservation:
             for matrix, extent in zip(packing.matrices, reservation.extents, strict=True):
                 shape = (matrix.shape[0], matrix.shape[1])
@@ -75,7 +74,8 @@ class SlotTable:
             self.ffns[slot].zero_()
             self.arena.release(extents)
 
-    def _pack(self, weights: SlotWeights) -> Packing:
+    def pack(self, weights: SlotWeights) -> Packing:
+        """Raises CapacityError."""
         for vectors in [*chain(*weights.scales.values()), *weights.ffn_scales.values()]:
             expected = "low-rank experts on this backend"
             raise CapacityError(vectors.site, "vectors of MoV", expected)

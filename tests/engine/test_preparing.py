@@ -1,11 +1,13 @@
 """A worker prepares an adapter beside its steps, and keeps no more than one."""
 
 import threading
+import time
 
 import pytest
 
+from molehill.engine.cores import keep_off, own_cores
 from molehill.engine.errors import CorruptFileError
-from molehill.engine.vllm.preparing import Preparation
+from molehill.engine.vllm.preparing import IDLE_SECONDS, PAUSE_SECONDS, Preparation, Pulse
 
 
 class Reader:
@@ -16,7 +18,7 @@ class Reader:
         self.proceed = threading.Event()
         self.broken = False
 
-    def __call__(self, path: str) -> str:
+    def __call__(self, path: str, checked: bool) -> str:
         self.proceed.wait(10)
         self.read.append(path)
         if self.broken:
@@ -81,3 +83,44 @@ def test_an_error_is_raised_where_it_is_taken_and_the_next_start_reads_again() -
     reader.broken = False
     preparation.start("a")
     assert preparation.take("a") == "content of a"
+
+
+def test_a_thread_waits_for_the_next_step_and_not_at_all_without_steps() -> None:
+    pulse = Pulse()
+    start = time.monotonic()
+    pulse.wait()
+    assert time.monotonic() - start < IDLE_SECONDS
+    pulse.beat()
+    waited = threading.Event()
+
+    def wait() -> None:
+        pulse.wait()
+        waited.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not waited.wait(5 * PAUSE_SECONDS)
+    pulse.beat()
+    assert waited.wait(10)
+    thread.join()
+    # The last step was the last: it does not wait for ever.
+    pulse.wait()
+
+
+@pytest.mark.skipif(len(own_cores()) < 2, reason="needs two cores, and a system that binds to them")
+def test_a_thread_leaves_cores_and_its_process_stays() -> None:
+    before = own_cores()
+    taken = {min(before)}
+    found: list[set[int]] = []
+
+    def leave(cores: set[int]) -> None:
+        keep_off(cores, before)
+        found.append(own_cores())
+
+    for cores in (taken, before):
+        thread = threading.Thread(target=leave, args=(cores,))
+        thread.start()
+        thread.join()
+    # Where all cores are taken, it stays where it is.
+    assert found == [before - taken, before]
+    assert own_cores() == before

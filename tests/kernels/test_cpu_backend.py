@@ -1,9 +1,11 @@
 """The C++ backend's slots, its errors and its ops."""
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -33,6 +35,63 @@ def test_an_erased_slot_can_be_stored_again_and_leaves_no_bytes():
     backend.begin_step([Run(0, 0, 2)])
     backend.linear(y, x, handle)
     assert_near(y, piece_delta(x, second, torch.float32), torch.float32)
+
+
+def test_adapters_are_packed_in_another_thread_while_steps_run():
+    """What a step computes and what was packed beside it are both right."""
+    inputs = out = 256
+    pieces = [
+        LinearPiece("q", 0, experts(inputs, out, [8] * 4, seed), Soft(), router(4, inputs))
+        for seed in range(12)
+    ]
+    backend, handle = one_linear(inputs, out, [pieces[0]], torch.float32)
+    x = random(4, inputs)
+    packed, done = [], threading.Event()
+
+    def pack() -> None:
+        for piece in pieces[1:]:
+            packed.append(backend.pack(SlotWeights({handle: [piece]}, {})))
+        done.set()
+
+    thread = threading.Thread(target=pack)
+    thread.start()
+    expected, steps = piece_delta(x, pieces[0], torch.float32), 0
+    while not done.is_set() or not steps:
+        backend.begin_step([Run(0, 0, 4)])
+        y = torch.zeros(4, out)
+        backend.linear(y, x, handle)
+        assert_near(y, expected, torch.float32)
+        steps += 1
+    thread.join()
+    assert len(packed) == 11
+    for slot, own in enumerate(packed, 1):
+        assert backend.resident_bytes(slot) == 0
+        backend.store(slot, own)
+    backend.begin_step([Run(slot, slot, slot + 1) for slot in range(1, 12)])
+    rows = random(12, inputs)
+    y = torch.zeros(12, out)
+    backend.linear(y, rows, handle)
+    for slot in range(1, 12):
+        wanted = piece_delta(rows[slot : slot + 1], pieces[slot], torch.float32)
+        assert_near(y[slot : slot + 1], wanted, torch.float32)
+
+
+def test_packed_weights_are_stored_once_and_go_with_their_object():
+    piece = LinearPiece("q", 0, experts(64, 64, [8]), Constant((1.0,)))
+    backend, handle = one_linear(64, 64, [piece], torch.float32)
+    weights = SlotWeights({handle: [piece]}, {})
+    packed = backend.pack(weights)
+    backend.store(1, packed)
+    with pytest.raises(RuntimeError, match="no staged slot"):
+        backend.store(2, packed)
+    assert backend.resident_bytes(2) == 0
+    dropped = backend.pack(weights)
+    number = dropped.layout.number
+    del dropped
+    gc.collect()
+    with pytest.raises(RuntimeError, match="no staged slot"):
+        torch.ops.molehill_cpu.store(backend._id, number, 2)
+    assert backend.resident_bytes(1) > 0
 
 
 def test_a_piece_that_does_not_fit_is_refused_and_the_slot_stays_empty():

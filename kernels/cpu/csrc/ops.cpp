@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <chrono>
+#include <mutex>
 
 #include "state.h"
 
@@ -20,6 +21,17 @@ struct Instance {
   Backend state;
   std::string isa;
   std::vector<at::ScalarType> dtypes;  // of the linears' activations
+  // Slots that are being packed, by ticket: by one thread while another runs a step.
+  std::map<int64_t, Slot> staged;
+  int64_t tickets = 0;
+  std::mutex staging;  // held to find, add and take away, not to pack
+
+  Slot& packing(int64_t ticket) {
+    const std::lock_guard lock(staging);
+    const auto found = staged.find(ticket);
+    TORCH_CHECK(found != staged.end(), "molehill_cpu: no staged slot ", ticket);
+    return found->second;  // stays where it is, whatever else comes and goes
+  }
 };
 
 struct Handle {
@@ -140,13 +152,13 @@ Buffer floats(const std::optional<Tensor>& t, Arena& memory) {
   return t ? copy_floats(t->const_data_ptr<float>(), t->numel(), memory) : Buffer();
 }
 
-void store_linear(int64_t slot, int64_t linear, int64_t site, int64_t start, const Tensor& a,
+void pack_linear(int64_t ticket, int64_t linear, int64_t site, int64_t start, const Tensor& a,
                   const Tensor& b, const Ints& ranks, const std::string& policy,
                   const Numbers& numbers, const std::optional<Tensor>& router,
                   const std::optional<Tensor>& output_scale, const std::optional<Tensor>& bias) {
   const Handle handle = find(linears, linear);
   Backend& state = handle.instance->state;
-  Slot& owner = state.slots[int(slot)];
+  Slot& owner = handle.instance->packing(ticket);
   Arena& memory = owner.memory;
   LinearPiece piece;
   piece.site = make_site(site, int64_t(ranks.size()), policy, numbers, router, memory);
@@ -158,7 +170,7 @@ void store_linear(int64_t slot, int64_t linear, int64_t site, int64_t start, con
   owner.linears[handle.index].push_back(std::move(piece));
 }
 
-void store_ffn(int64_t slot, int64_t ffn, int64_t site, int64_t activation,
+void pack_ffn(int64_t ticket, int64_t ffn, int64_t site, int64_t activation,
                const std::optional<Tensor>& gate_a, const std::optional<Tensor>& gate_b,
                const Ints& gate_ranks, const std::optional<Tensor>& up_a,
                const std::optional<Tensor>& up_b, const Ints& up_ranks,
@@ -171,7 +183,7 @@ void store_ffn(int64_t slot, int64_t ffn, int64_t site, int64_t activation,
   Backend& state = handle.instance->state;
   const Kernels& table = *state.linears[state.ffns[handle.index].gate_up].kernels;
   const int64_t experts = router.size(0) - parse_policy(policy, numbers).extra_rows;
-  Slot& owner = state.slots[int(slot)];
+  Slot& owner = handle.instance->packing(ticket);
   Arena& memory = owner.memory;
   FfnPiece piece;
   piece.site = make_site(site, experts, policy, numbers, router, memory);
@@ -198,19 +210,19 @@ ScalePiece make_scale(int64_t site, int64_t start, const std::string& policy, co
   return piece;
 }
 
-void store_scale(int64_t slot, int64_t linear, int64_t site, int64_t start,
+void pack_scale(int64_t ticket, int64_t linear, int64_t site, int64_t start,
                  const std::string& policy, const Numbers& numbers, const Tensor& router,
                  const Tensor& vectors) {
   const Handle handle = find(linears, linear);
-  Slot& owner = handle.instance->state.slots[int(slot)];
+  Slot& owner = handle.instance->packing(ticket);
   owner.scales[handle.index].push_back(
       make_scale(site, start, policy, numbers, router, vectors, owner.memory));
 }
 
-void store_ffn_scale(int64_t slot, int64_t ffn, int64_t site, const std::string& policy,
+void pack_ffn_scale(int64_t ticket, int64_t ffn, int64_t site, const std::string& policy,
                      const Numbers& numbers, const Tensor& router, const Tensor& vectors) {
   const Handle handle = find(ffns, ffn);
-  Slot& owner = handle.instance->state.slots[int(slot)];
+  Slot& owner = handle.instance->packing(ticket);
   owner.ffn_scales.insert_or_assign(
       handle.index, make_scale(site, 0, policy, numbers, router, vectors, owner.memory));
 }
@@ -228,10 +240,29 @@ void begin_step(int64_t backend, const Ints& runs) {
   }
 }
 
-// An adapter that changes nothing on this rank has no pieces, but is served.
-// bytes: that it will take, more or less.
-void open_slot(int64_t backend, int64_t slot, int64_t bytes) {
-  instance(backend).state.slots[int(slot)].memory = Arena(size_t(bytes));
+// A slot to pack into, in any thread. bytes: that it will take, more or less.
+int64_t stage(int64_t backend, int64_t bytes) {
+  Instance& owner = instance(backend);
+  const std::lock_guard lock(owner.staging);
+  owner.staged[owner.tickets].memory = Arena(size_t(bytes));
+  return owner.tickets++;
+}
+
+// A staged slot is served from the next step on. One without pieces changes nothing on this rank.
+void store(int64_t backend, int64_t ticket, int64_t slot) {
+  Instance& owner = instance(backend);
+  const std::lock_guard lock(owner.staging);
+  auto packed = owner.staged.extract(ticket);
+  TORCH_CHECK(!packed.empty(), "molehill_cpu: no staged slot ", ticket);
+  owner.state.slots.insert_or_assign(int(slot), std::move(packed.mapped()));
+}
+
+// Whatever is left of a staged slot, also of a backend that is gone.
+void drop(int64_t backend, int64_t ticket) {
+  if (backend >= int64_t(instances.size()) || !instances[backend]) return;
+  Instance& owner = *instances[backend];
+  const std::lock_guard lock(owner.staging);
+  owner.staged.erase(ticket);
 }
 
 // What is left of the announced step must not look into the slot.
@@ -396,26 +427,28 @@ TORCH_LIBRARY(molehill_cpu, m) {
       "register_linear(int backend, int inputs, int outputs, ScalarType dtype, bool reduced) -> int",
       register_linear);
   m.def("register_ffn(int gate_up, int down, int intermediate) -> int", register_ffn);
-  m.def("open_slot(int backend, int slot, int bytes) -> ()", open_slot);
+  m.def("stage(int backend, int bytes) -> int", stage);
   m.def(
-      "store_linear(int slot, int linear, int site, int start, Tensor a, Tensor b, int[] ranks, "
+      "pack_linear(int ticket, int linear, int site, int start, Tensor a, Tensor b, int[] ranks, "
       "str policy, float[] numbers, Tensor? router, Tensor? output_scale, Tensor? bias) -> ()",
-      store_linear);
+      pack_linear);
   m.def(
-      "store_ffn(int slot, int ffn, int site, int activation, Tensor? gate_a, Tensor? gate_b, "
+      "pack_ffn(int ticket, int ffn, int site, int activation, Tensor? gate_a, Tensor? gate_b, "
       "int[] gate_ranks, Tensor? up_a, Tensor? up_b, int[] up_ranks, Tensor? down_a, "
       "Tensor? down_b, int[] down_ranks, str policy, float[] numbers, Tensor router, "
       "Tensor? bias, Tensor? gate_scale, Tensor? gate_bias, Tensor? up_scale, "
       "Tensor? up_bias) -> ()",
-      store_ffn);
+      pack_ffn);
   m.def(
-      "store_scale(int slot, int linear, int site, int start, str policy, float[] numbers, "
+      "pack_scale(int ticket, int linear, int site, int start, str policy, float[] numbers, "
       "Tensor router, Tensor vectors) -> ()",
-      store_scale);
+      pack_scale);
   m.def(
-      "store_ffn_scale(int slot, int ffn, int site, str policy, float[] numbers, Tensor router, "
+      "pack_ffn_scale(int ticket, int ffn, int site, str policy, float[] numbers, Tensor router, "
       "Tensor vectors) -> ()",
-      store_ffn_scale);
+      pack_ffn_scale);
+  m.def("store(int backend, int ticket, int slot) -> ()", store);
+  m.def("drop(int backend, int ticket) -> ()", drop);
   m.def("erase(int backend, int slot) -> ()", erase);
   m.def("resident_bytes(int backend, int slot) -> int", resident_bytes);
   m.def("begin_step(int backend, int[] runs) -> ()", begin_step);

@@ -1,0 +1,35 @@
+"""Work of the API process beside the engine's steps: adapters are read, checked and written."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from molehill.engine.cores import keep_off, own_cores
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SWITCH_SECONDS = 0.0005
+
+
+class Background:
+    """One thread: an adapter at a time is in this process's memory, and takes a core.
+
+    taken: cores that workers compute on, which the thread leaves alone.
+    """
+
+    def __init__(self, taken: Collection[int] = ()) -> None:
+        def leave_to_workers() -> None:
+            keep_off(taken, own_cores())
+
+        # The event loop streams to clients meanwhile, and may wait so long for its turn.
+        sys.setswitchinterval(SWITCH_SECONDS)
+
+        self._thread = ThreadPoolExecutor(1, "molehill-background", leave_to_workers)
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `work` returns or raises."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, lambda: work(*args, **kwargs))
