@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric
@@ -15,7 +15,7 @@ from molehill.engine.errors import AdapterError
 # Seconds. A load reads, checks and copies: milliseconds for small adapters, minutes over a network.
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
-Tier = Literal["worker", "disk"]
+Tier = Literal["worker", "host", "disk"]
 
 
 class LifecycleMetrics(Collector):
@@ -37,7 +37,8 @@ class LifecycleMetrics(Collector):
         )
         self._hits = Counter(
             "molehill_adapter_cache_hits",
-            "Requests by the tier where they found their adapter; `disk` had to be brought in.",
+            "Requests by the tier where they found their adapter; from `host` and `disk` it had to "
+            "be brought in.",
             ["tier"],
             registry=self._registry,
         )
@@ -47,9 +48,10 @@ class LifecycleMetrics(Collector):
             ["tier"],
             registry=self._registry,
         )
-        for tier in ("worker", "disk"):
+        for tier in get_args(Tier):
             self._hits.labels(tier)
-        self._evictions.labels("worker")
+        for tier in ("worker", "host"):
+            self._evictions.labels(tier)
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
@@ -81,5 +83,5 @@ class LifecycleMetrics(Collector):
     def hit(self, tier: Tier) -> None:
         self._hits.labels(tier).inc()
 
-    def evicted(self, tier: Tier) -> None:
-        self._evictions.labels(tier).inc()
+    def evicted(self, tier: Tier, adapters: int = 1) -> None:
+        self._evictions.labels(tier).inc(adapters)

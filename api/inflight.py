@@ -99,9 +99,8 @@ async def run(
     kwargs: dict[str, Any],
 ) -> Outputs:
     """The engine's outputs, from when the generation is in the workers."""
-    registry.events.hit("worker" if generation.resident else "disk")
     try:
-        await registry.residency.acquire(generation)
+        registry.events.hit(await registry.residency.acquire(generation))
     except EngineRefusedError as error:
         # As vLLM's routes understand it.
         message = str(error).replace(generation.request.lora_path, generation.name)

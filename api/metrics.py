@@ -76,11 +76,13 @@ class AdapterCollector(Collector):
     def _bytes(self) -> Metric:
         resident = GaugeMetricFamily(
             "molehill_adapter_resident_bytes",
-            "Bytes that the adapter takes: in the slots of all workers, and in the store on disk.",
+            "Bytes that the adapter takes: in the slots of all workers, in their host memory while "
+            "it is out of the slots, and in the store on disk.",
             labels=["adapter", "tier"],
         )
         for name, stored in self._stored.items():
             resident.add_metric([name, "worker"], self._snapshot.resident_bytes.get(name, 0))
+            resident.add_metric([name, "host"], self._snapshot.host_bytes.get(name, 0))
             resident.add_metric([name, "disk"], stored)
         return resident
 

@@ -18,13 +18,13 @@ from collections import deque
 from contextlib import suppress
 
 from molehill.api.errors import EngineRefusedError
-from molehill.api.events import LifecycleMetrics
+from molehill.api.events import LifecycleMetrics, Tier
 from molehill.api.generation import Generation
 from molehill.api.workers import NoRoomError, Workers
 
 logger = logging.getLogger("vllm.molehill")
 
-Turn = asyncio.Future[None]
+Turn = asyncio.Future[Tier]
 
 
 class Residency:
@@ -49,20 +49,20 @@ class Residency:
     def full(self) -> bool:
         return len(self._residents) >= self.slots
 
-    async def acquire(self, generation: Generation) -> None:
+    async def acquire(self, generation: Generation) -> Tier:
         """Waits until the generation is in the workers, and keeps it there until `release`.
 
-        Raises EngineRefusedError if it cannot come in.
+        Returns where it was found. Raises EngineRefusedError if it cannot come in.
         """
         if generation.resident and not generation.yielding:
             self._enter(generation)
-            return
+            return "worker"
         turn: Turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(generation.lora_int_id, (generation, deque()))[1].append(turn)
         if self._taking_turns is None or self._taking_turns.done():
             self._taking_turns = asyncio.create_task(self._take_turns())
         try:
-            await turn
+            return await turn
         except asyncio.CancelledError:
             self._left.set()
             if turn.done() and not turn.cancelled() and turn.exception() is None:
@@ -77,7 +77,8 @@ class Residency:
     async def forget(self, generation: Generation) -> None:
         """Takes out a generation that has no requests and gets no more."""
         self._left.set()
-        if generation.resident:
+        if generation.loads:
+            # Also from where it waits to come back.
             await self._take_out(generation)
 
     def pinnable(self) -> bool:
@@ -94,8 +95,9 @@ class Residency:
         while self._waiting:
             key, (generation, turns) = next(iter(self._waiting.items()))
             refusal: Exception | None = None
+            found: Tier = "worker"
             try:
-                await self._bring_in(generation, turns)
+                found = await self._bring_in(generation, turns)
             except Exception as error:
                 refusal = error
             del self._waiting[key]
@@ -107,21 +109,22 @@ class Residency:
                     turn.set_exception(refusal)
                 else:
                     self._enter(generation)
-                    turn.set_result(None)
+                    turn.set_result(found)
             if generation.retired and generation.resident and not generation.in_flight:
                 await self._take_out(generation)
 
-    async def _bring_in(self, generation: Generation, turns: deque[Turn]) -> None:
+    async def _bring_in(self, generation: Generation, turns: deque[Turn]) -> Tier:
+        found: Tier = "worker"
         if generation.resident:
             generation.since = next(self._turns)
-            return
+            return found
         prepared = False
         while not all(turn.done() for turn in turns):
             if self.full:
                 await self._make_room()
                 continue
             if not prepared:
-                await self._workers.prepare(generation.request.lora_path)
+                found = await self._workers.prepare(generation.request.lora_path)
                 prepared = True
             try:
                 await self._workers.install(generation.request)
@@ -137,7 +140,8 @@ class Residency:
             self._residents[generation.lora_int_id] = generation
             for other in self._residents.values():
                 other.yielding = other.yielding and other.lora_int_id in self._waiting
-            return
+            break
+        return found
 
     async def _make_room(self) -> None:
         """Takes one adapter out, or waits until something has changed."""
@@ -149,19 +153,19 @@ class Residency:
         idle = next((resident for resident in movable if not resident.running), None)
         if idle is not None:
             self.events.evicted("worker")
-            await self._take_out(idle)
+            await self._take_out(idle, keep=True)
             return
         if not any(resident.yielding for resident in movable):
             min(movable, key=lambda resident: resident.since).yielding = True
         self._left.clear()
         await self._left.wait()
 
-    async def _take_out(self, generation: Generation) -> None:
+    async def _take_out(self, generation: Generation, keep: bool = False) -> None:
         # Before the engine is asked: a request that comes now waits for its next turn.
         generation.resident = generation.yielding = False
         with suppress(KeyError):
             del self._residents[generation.lora_int_id]
         try:
-            await self._workers.remove(generation.lora_int_id)
+            await self._workers.remove(generation.request, keep)
         except Exception:
             logger.exception("The engine could not free adapter %s", generation.name)

@@ -5,10 +5,12 @@ Workers count on their own; a scrape asks them.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from molehill.api.generation import Generation
 from molehill.api.registry import AdapterRegistry
 from molehill.engine.figures import Figures, SiteFigures
 
@@ -48,6 +50,7 @@ class Snapshot:
 
     figures: Mapping[str, Figures] = field(default_factory=dict)
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
+    host_bytes: Mapping[str, int] = field(default_factory=dict)
     seconds: Seconds | None = None
 
 
@@ -78,6 +81,19 @@ def seconds(answers: Iterable[Mapping[str, Any]]) -> Seconds | None:
     if not measured or None in measured:
         return None
     return Seconds(sum(own["steps"] for own in measured), sum(own["ops"] for own in measured))
+
+
+def host_bytes(
+    answers: Iterable[Mapping[str, Any]], generations: Iterable[Generation]
+) -> dict[str, int]:
+    """What waits in the workers' host memory, by adapter name."""
+    found: Counter[str] = Counter()
+    names = {generation.request.lora_path: generation.name for generation in generations}
+    for answer in answers:
+        for path, taken in answer["host"]["sizes"].items():
+            if path in names:
+                found[names[path]] += taken
+    return dict(found)
 
 
 class Totals:
@@ -124,6 +140,7 @@ class WorkerStats:
         self._totals = Totals()
         self._last = Snapshot()
         self._asking: asyncio.Task[None] | None = None
+        self._host_evictions = 0
 
     async def refresh(self) -> Snapshot:
         """The workers' figures, or the last ones if they take too long.
@@ -157,10 +174,14 @@ class WorkerStats:
             logger.exception("Adapter metrics could not be read from the workers")
             return
         generations = told(answers)
+        evictions = sum(answer["host"]["evictions"] for answer in answers)
+        self._registry.events.evicted("host", evictions - self._host_evictions)
+        self._host_evictions = evictions
         names = {generation.name for generation in self._registry.alive()}
         resident = dict.fromkeys(names, 0)
         for generation in generations.values():
             if generation.name in names:
                 resident[generation.name] += generation.resident_bytes or 0
         figures = self._totals.settle(generations, known, names)
-        self._last = Snapshot(figures, resident, seconds(answers))
+        waiting = host_bytes(answers, self._registry.alive())
+        self._last = Snapshot(figures, resident, waiting, seconds(answers))

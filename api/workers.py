@@ -4,6 +4,7 @@ import asyncio
 from typing import Any, Protocol
 
 from molehill.api.errors import EngineRefusedError
+from molehill.api.events import Tier
 
 # Seconds between questions to the workers, which answer between two steps.
 FIRST_PAUSE = 0.005
@@ -27,13 +28,18 @@ class Workers:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def prepare(self, path: str) -> None:
-        """Has every worker read and check `path` in a thread. Raises EngineRefusedError."""
-        await self._ask("molehill_prepare", path)
+    async def prepare(self, path: str) -> Tier:
+        """Has every worker read `path` in a thread, or find it in host memory; where it was.
+
+        Raises EngineRefusedError.
+        """
+        if not any(await self._ask("molehill_prepare", path)):
+            return "host"
         pause = FIRST_PAUSE
         while not all(await self._ask("molehill_prepared", path)):
             await asyncio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE)
+        return "disk"
 
     async def install(self, request: Any) -> None:
         """Copies what was prepared into a slot of every worker.
@@ -52,9 +58,9 @@ class Workers:
             raise EngineRefusedError(hopeless[0])
         raise NoRoomError(refusals[0]["refusal"])
 
-    async def remove(self, lora_int_id: int) -> None:
-        """Frees the adapter's slots. Raises EngineRefusedError."""
-        await self._ask("molehill_remove", lora_int_id)
+    async def remove(self, request: Any, keep: bool) -> None:
+        """Frees the adapter's slots. keep: it may come back. Raises EngineRefusedError."""
+        await self._ask("molehill_remove", request.lora_int_id, request.lora_path, keep)
 
     async def _ask(self, method: str, *args: Any) -> list[Any]:
         try:

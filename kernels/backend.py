@@ -233,9 +233,8 @@ class SlotWeights:
 
 @dataclass(frozen=True)
 class Packed:
-    """Weights and what one backend has made of them, for its `store`."""
+    """What one backend has made of an adapter's weights, for its `store`."""
 
-    weights: SlotWeights
     layout: Any
 
 
@@ -315,8 +314,9 @@ class Backend(Protocol):
         Raises CapacityError before anything is written, MemoryError.
         """
 
-    def erase(self, slot: int) -> None:
-        """Frees a slot and its memory."""
+    def erase(self, slot: int) -> Packed | None:
+        """Frees a slot. Returns what it held if the backend can store that again, on the host: its
+        memory goes with it."""
 
     def resident_bytes(self, slot: int) -> int:
         """Bytes that the slot's serving copy takes."""

@@ -105,7 +105,7 @@ class TorchBackend:
             handle: ScaleTable(piece, self._down(self._ffns[handle]).device, by_head=False)
             for handle, piece in weights.ffn_scales.items()
         }
-        return Packed(weights, (linears, ffns, scales, ffn_scales))
+        return Packed((linears, ffns, scales, ffn_scales))
 
     def store(self, slot: int, weights: SlotWeights | Packed) -> None:
         if slot in self._tokens:
@@ -125,7 +125,7 @@ class TorchBackend:
     def _down(self, ffn: Ffn) -> LinearShape:
         return self._linears[ffn.shape.down].shape
 
-    def erase(self, slot: int) -> None:
+    def erase(self, slot: int) -> Packed | None:
         for layer in self._linears:
             layer.tables.pop(slot, None)
             layer.scales.pop(slot, None)
@@ -135,6 +135,7 @@ class TorchBackend:
             ffn.states.pop(slot, None)
         self._tokens.pop(slot, None)
         self._segments = [(UNSERVED if s == slot else s, rows) for s, rows in self._segments]
+        return None
 
     def resident_bytes(self, slot: int) -> int:
         total = 0

@@ -25,6 +25,7 @@ from molehill.engine.memory import is_out_of_memory
 from molehill.engine.merge import Resident, merge_static, subtract
 from molehill.engine.validation import validate
 from molehill.engine.vllm import backends
+from molehill.engine.vllm.host import HostMemory, Prepared
 from molehill.engine.vllm.ledger import Ledger
 from molehill.engine.vllm.preparing import Preparation, Pulse
 from molehill.engine.vllm.seams import Seams
@@ -35,7 +36,6 @@ from molehill.kernels.backend import (
     Packed,
     Run,
     SlotCounters,
-    SlotWeights,
 )
 from molehill.kernels.moe import MoeBlocks
 
@@ -48,11 +48,6 @@ BASE = 0
 
 class FullError(LimitError):
     """No room beside the adapters that are here now."""
-
-
-def plain(weights: SlotWeights | Packed) -> SlotWeights:
-    """The weights as they were cut."""
-    return weights.weights if isinstance(weights, Packed) else weights
 
 
 class OtherRankError(RuntimeError):
@@ -87,6 +82,11 @@ class AdapterManager:
         self._slots: dict[int, int] = {}
         # Bytes by slot.
         self._taken: dict[int, int] = {}
+        # By id, where it was read and what it was before a slot took it.
+        self._entered: dict[int, tuple[str, Prepared]] = {}
+        # Ranks that do not all keep the same would not meet at DoRA's collectives.
+        alone = self._tp.world_size == 1
+        self.host = HostMemory(self.settings.host_memory if alone else 0)
         self._refused: set[int] = set()
         self._dummies: set[int] = set()
         # Slots that hold nothing on this rank: their rows are plain, whatever their adapter.
@@ -98,39 +98,39 @@ class AdapterManager:
         self.preparation = Preparation(self._prepare)
         if resident is not None:
             base = self._on_resident(Adapter("base", {}))
-            self._put(BASE, self._seams.cut(base))
+            self._put(BASE, self._prepared(base))
 
-    def _prepare(self, path: str, checked: bool) -> tuple[Adapter, SlotWeights | Packed | None]:
+    def _prepare(self, path: str, beside: bool) -> Adapter | Prepared:
         """Parses, checks, merges, cuts and packs. Changes no state: it may run beside a step.
 
-        checked: a copy of the store, which the API process has checked against `base`.
+        beside: it does run beside steps, and reads a copy of the store, which the API process has
+        checked against `base`.
 
         Cutting has to wait for a pause where ranks do it together, and where it reads the base's
         weights through the layers that the step is using.
         """
-        if checked:
+        if beside:
             adapter = native.read_own(Path(path))
+            self._pulse.wait()
         else:
             adapter = formats.read(Path(path), self.settings.limits)
             validate(adapter, self.base, self.settings.limits)
-        self._pulse.wait()
         served = self._on_resident(self._merged(adapter))
         alone = self._tp.world_size == 1
         needs_base = any("magnitude" in name for name, _ in served.tensors())
-        if needs_base or not alone:
-            return served, None
-        weights = self._seams.cut(served)
-        self._pulse.wait()
-        return served, self._packed(weights)
+        return served if needs_base or not alone else self._prepared(served, beside)
 
-    def _packed(self, weights: SlotWeights) -> SlotWeights | Packed:
-        """Packed weights take memory, so where there is none now, `_store` sees to them later."""
-        if weights.num_bytes(self._dtype) > self._free:
-            return weights
+    def _prepared(self, adapter: Adapter, beside: bool = False) -> Prepared:
+        """Packed weights take memory: where there is none now, `_store` packs them, or refuses."""
+        cut = self._seams.cut(adapter)
+        if beside:
+            self._pulse.wait()
+        needed = cut.num_bytes(self._dtype)
         try:
-            return self.backend.pack(weights)
+            weights = self.backend.pack(cut) if needed <= self._free else cut
         except CapacityError as error:
             raise LimitError(error.where, error.found, error.expected) from error
+        return Prepared(self._costs(adapter), cut.moes, needed, cut.is_empty, weights)
 
     def _merged(self, adapter: Adapter) -> Adapter:
         """The adapter with its static sites as one pair each."""
@@ -163,23 +163,31 @@ class AdapterManager:
         """
         if request.lora_int_id in self._slots:
             return True
-        with self._all_ranks_or_none():
-            adapter, weights = self.preparation.take(request.lora_path)
-        slot = self._put(request.lora_int_id, weights or self._seams.cut(adapter))
-        self._ledger.enter(request.lora_int_id, request.lora_name, slot, self._costs(adapter))
+        path, kept = request.lora_path, self.host.take(request.lora_path)
+        try:
+            with self._all_ranks_or_none():
+                found = kept or self.preparation.take(path)
+                ready = found if isinstance(found, Prepared) else self._prepared(found)
+            slot = self._put(request.lora_int_id, ready)
+        except Exception:
+            if kept is not None:
+                self.host.put(path, kept)
+            raise
+        self._entered[request.lora_int_id] = path, replace(ready, weights=Packed(None))
+        self._ledger.enter(request.lora_int_id, request.lora_name, slot, ready.costs)
         self._refused.discard(request.lora_int_id)
-        self.preparation.drop(request.lora_path)
+        self.preparation.drop(path)
         logger.info("molehill: adapter %s stored in slot %d", request.lora_name, slot)
         return True
 
-    def _put(self, lora_id: int, weights: SlotWeights | Packed) -> int:
+    def _put(self, lora_id: int, adapter: Prepared) -> int:
         """Stores an adapter's share of this rank; returns its slot."""
         slot = next(slot for slot in count() if slot not in self._slots.values())
         with self._all_ranks_or_none(undo=slot):
-            self._store(slot, weights)
+            self._store(slot, adapter)
         self._slots[lora_id] = slot
         self._taken[slot] = self._resident_bytes(slot)
-        if plain(weights).is_empty:
+        if adapter.is_empty:
             self._idle.add(slot)
         return slot
 
@@ -187,15 +195,15 @@ class AdapterManager:
     def _free(self) -> int:
         return self.settings.memory - sum(self._taken.values())
 
-    def _store(self, slot: int, weights: SlotWeights | Packed) -> None:
+    def _store(self, slot: int, adapter: Prepared) -> None:
         """Raises LimitError before anything is written if the memory for adapters is spent."""
-        needed, free = plain(weights).num_bytes(self._dtype), self._free
+        needed, free = adapter.num_bytes, self._free
         if needed > free:
             of = f"at most {free} of {self.settings.memory}"
             raise self._over_memory(needed, of)
         try:
-            self.moes.store(slot, plain(weights).moes)
-            self.backend.store(slot, weights)
+            self.moes.store(slot, adapter.moes)
+            self.backend.store(slot, adapter.weights)
         except Exception as error:
             self.moes.erase(slot)
             if isinstance(error, CapacityError):
@@ -211,9 +219,9 @@ class AdapterManager:
         error = FullError if fits else LimitError
         return error("adapter memory", f"{needed} bytes", expected)
 
-    def _erase(self, slot: int) -> None:
+    def _erase(self, slot: int) -> Packed | None:
         self.moes.erase(slot)
-        self.backend.erase(slot)
+        return self.backend.erase(slot)
 
     def _resident_bytes(self, slot: int) -> int:
         return self.backend.resident_bytes(slot) + self.moes.resident_bytes(slot)
@@ -239,13 +247,17 @@ class AdapterManager:
                 self._erase(undo)
             raise OtherRankError("another tensor-parallel rank could not load the adapter")
 
-    def remove_adapter(self, lora_id: int) -> bool:
+    def remove_adapter(self, lora_id: int, keep: bool = False) -> bool:
+        """keep: in host memory, if there is any for it."""
         self._refused.discard(lora_id)
         slot = self._slots.pop(lora_id, None)
         if slot is None:
             return False
         self._ledger.leave(lora_id)
-        self._erase(slot)
+        path, adapter = self._entered.pop(lora_id)
+        packed = self._erase(slot)
+        if keep and packed is not None:
+            self.host.put(path, replace(adapter, weights=packed))
         del self._taken[slot]
         self._idle.discard(slot)
         del self._idle_tokens[slot]
@@ -336,6 +348,13 @@ class AdapterManager:
 
     # What molehill's API asks for
 
+    def prepare(self, path: str) -> bool:
+        """Starts to read a copy of the store in a thread, unless it is in host memory."""
+        if path in self.host:
+            return False
+        self.preparation.start(path)
+        return True
+
     def install(self, request: LoRARequest) -> dict[str, Any]:
         """`add_adapter` whose refusals are answers.
 
@@ -360,8 +379,13 @@ class AdapterManager:
         return asdict(self.base)
 
     def stats(self, known: Sequence[int]) -> dict[str, Any]:
-        """stage: this worker's of the pipeline. adapters: see Ledger.settle."""
-        return {"stage": get_pp_group().rank_in_group, "adapters": self._ledger.settle(known)}
+        """stage: this worker's of the pipeline. adapters: see Ledger.settle. host: bytes of the
+        adapters in host memory, by path, and how many had to leave it."""
+        return {
+            "stage": get_pp_group().rank_in_group,
+            "adapters": self._ledger.settle(known),
+            "host": {"sizes": self.host.sizes(), "evictions": self.host.evictions},
+        }
 
     def routing(self, lora_id: int) -> dict[str, Any]:
         """tokens, and sites: fields of SiteFigures by site, of this worker's pipeline stage."""

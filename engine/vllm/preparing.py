@@ -43,8 +43,8 @@ class Pulse:
 class Preparation(Generic[T]):
     """What was prepared last, by path. Loads come one at a time, so there is never more to keep.
 
-    prepare: of a path, and whether it is a checked copy of the store. Runs in the thread; what it
-    raises, `take` raises.
+    prepare: of a path, and whether it runs in the thread, beside steps. What it raises, `take`
+    raises.
     """
 
     def __init__(self, prepare: Callable[[str, bool], T]) -> None:
@@ -54,8 +54,7 @@ class Preparation(Generic[T]):
         self._result: Future[T] | None = None
 
     def start(self, path: str) -> None:
-        """Prepares a checked copy. Returns at once. Drops what was prepared before, unless it is
-        the same."""
+        """Returns at once. Drops what was prepared before, unless it is the same."""
         if path != self._path or self._failed():
             self._path = path
             self._result = self._thread.submit(self._prepare, path, True)

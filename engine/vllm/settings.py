@@ -14,6 +14,7 @@ class Settings:
 
     memory: bytes for the serving copies of all adapters on one worker. A GPU worker sets them aside
     at start, a CPU worker takes them as adapters come.
+    host_memory: bytes for adapters that left the slots of one worker and may come back.
     merge: whether static parts of adapters become one low-rank pair as they load.
     merge_tolerance: above 0, nearly equal experts do too, see `molehill.engine.static.gate`.
     resident: directory of the adapter that is merged into the base weights, see `residence`; it is
@@ -27,6 +28,7 @@ class Settings:
     merge_tolerance: float = 0.0
     resident: str | None = None
     resident_digest: str = ""
+    host_memory: int = GIB
 
     def to_config(self) -> dict[str, Any]:
         """The value for `additional_config`."""

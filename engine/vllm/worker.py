@@ -78,9 +78,10 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         """See AdapterManager.routing."""
         return self.adapters.routing(lora_int_id)
 
-    def molehill_prepare(self, path: str) -> None:
-        """Starts to read and check an adapter of the store, beside the steps."""
-        self.adapters.preparation.start(path)
+    def molehill_prepare(self, path: str) -> bool:
+        """Starts to read an adapter of the store, beside the steps; False if it is in host memory,
+        ready."""
+        return self.adapters.prepare(path)
 
     def molehill_prepared(self, path: str) -> bool:
         """Whether it is read, or was refused, which `molehill_install` then says."""
@@ -90,9 +91,11 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         """Copies a prepared adapter into a slot; see AdapterManager.install."""
         return self.adapters.install(LoRARequest(name, lora_int_id, path))
 
-    def molehill_remove(self, lora_int_id: int) -> None:
-        """Frees an adapter's slot, if it has one."""
-        self.adapters.remove_adapter(lora_int_id)
+    def molehill_remove(self, lora_int_id: int, path: str, keep: bool) -> None:
+        """Frees an adapter's slot, if it has one. keep: it may come back, from host memory."""
+        self.adapters.remove_adapter(lora_int_id, keep)
+        if not keep:
+            self.adapters.host.drop(path)
 
     def molehill_trace(self, enabled: bool) -> list[tuple[str, list[Any], list[Any], list[Any]]]:
         """Starts or ends recording; returns (site, probabilities, weights, entropies) so far."""

@@ -123,7 +123,7 @@ class CpuBackend:
         for handle, scale in weights.ffn_scales.items():
             _check_scale(scale, self._ffns[handle].intermediate, whole=True)
         with self._packing:
-            return Packed(weights, self._pack(weights))
+            return Packed(self._pack(weights))
 
     def store(self, slot: int, weights: SlotWeights | Packed) -> None:
         """Puts an adapter into an empty slot; raises as `pack` does."""
@@ -133,10 +133,11 @@ class CpuBackend:
         self._ops.store(self._id, packed.layout.number, slot)
         self._slots.add(slot)
 
-    def erase(self, slot: int) -> None:
+    def erase(self, slot: int) -> Packed | None:
         """Frees a slot; rows that the announced step gives to it are unserved from here on."""
         self._slots.discard(slot)
-        self._ops.erase(self._id, slot)
+        number = self._ops.unstore(self._id, slot)
+        return None if number < 0 else Packed(Ticket(self._ops, self._id, number))
 
     def resident_bytes(self, slot: int) -> int:
         """Bytes of the packed weights and tables; 0 for an empty slot."""
@@ -230,7 +231,8 @@ class CpuBackend:
 
     def _pack(self, weights: SlotWeights) -> "Ticket":
         dtype = next((shape.dtype for shape in self._linears.values()), torch.float32)
-        ticket = Ticket(self._ops, self._id, weights.num_bytes(dtype))
+        number = self._ops.stage(self._id, weights.num_bytes(dtype))
+        ticket = Ticket(self._ops, self._id, number)
         for handle, pieces in weights.linears.items():
             for piece in pieces:
                 self._pack_linear(ticket, handle, piece)
@@ -282,9 +284,9 @@ class CpuBackend:
 class Ticket:
     """A slot that is being packed or waits for `store`; what is left of it goes with the ticket."""
 
-    def __init__(self, ops: Any, backend: int, num_bytes: int) -> None:
-        self.number: int = ops.stage(backend, num_bytes)
-        weakref.finalize(self, ops.drop, backend, self.number)
+    def __init__(self, ops: Any, backend: int, number: int) -> None:
+        self.number = number
+        weakref.finalize(self, ops.drop, backend, number)
 
 
 def _pair(

@@ -47,6 +47,8 @@ class TritonBackend:
         self._ffn_of_down: dict[int, int] = {}
         self._table: SlotTable | None = None
         self._tokens: dict[int, int] = {}
+        # What is in device memory is on the host too, so that it may come back without its files.
+        self._packed: dict[int, Packed] = {}
         self._runs: list[Run] = []
         self._traces: list[Trace] | None = None
         size = buffer_size(limits.tokens, limits.adapters + 1)
@@ -86,16 +88,18 @@ class TritonBackend:
 
     def pack(self, weights: SlotWeights) -> Packed:
         """On the host; copies to the device are left to `store`."""
-        return Packed(weights, self.table.pack(weights))
+        return Packed(self.table.pack(weights))
 
     def store(self, slot: int, weights: SlotWeights | Packed) -> None:
         packed = weights if isinstance(weights, Packed) else self.pack(weights)
         self.table.store(slot, packed.layout)
+        self._packed[slot] = packed
         self._tokens[slot] = 0
 
-    def erase(self, slot: int) -> None:
+    def erase(self, slot: int) -> Packed | None:
         self.table.erase(slot)
         self._tokens.pop(slot, None)
+        return self._packed.pop(slot, None)
 
     def resident_bytes(self, slot: int) -> int:
         return sum(extent.size for extent in self.table.extents.get(slot, ()))

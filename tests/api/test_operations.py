@@ -241,7 +241,8 @@ def test_figures_survive_that_an_adapter_is_taken_out(api: Operated) -> None:
     assert api.info("a")["resident"] == "disk"
     samples = api.metrics()
     assert samples['molehill_adapter_resident_bytes{adapter="a",tier="worker"}'] == 0
-    assert samples['molehill_adapter_resident_bytes{adapter="a",tier="disk"}'] > 0
+    for tier in ("host", "disk"):
+        assert samples[f'molehill_adapter_resident_bytes{{adapter="a",tier="{tier}"}}'] > 0
     assert api.of_adapter("a", "adapter_tokens_total") == before + len(prompt)
     away = api.http.get("/v1/adapters/a/routing").json()
     assert away["tokens"] == here["tokens"] + len(prompt)
@@ -250,9 +251,11 @@ def test_figures_survive_that_an_adapter_is_taken_out(api: Operated) -> None:
     assert api.of_adapter("a", "adapter_tokens_total") > before + len(prompt)
     back = api.http.get("/v1/adapters/a/routing").json()
     assert back["total"]["decisions"] > away["total"]["decisions"]
-    for metric in ('cache_hits_total{tier="disk"}', 'evictions_total{tier="worker"}'):
+    later = api.metrics()
+    assert later['molehill_adapter_resident_bytes{adapter="a",tier="host"}'] == 0
+    for metric in ('cache_hits_total{tier="host"}', 'evictions_total{tier="worker"}'):
         name = f"molehill_adapter_{metric}"
-        assert api.metrics()[name] == samples[name] + 1
+        assert later[name] == samples[name] + 1
 
 
 def test_an_adapter_comes_back_as_it_was_checked_whatever_became_of_its_files(

@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 
 from molehill.api import stats
+from molehill.api.events import LifecycleMetrics
 from molehill.api.stats import Seconds, Told, Totals, WorkerStats, seconds, told
 from molehill.engine.figures import Figures
 
 
 def answer(stage: int, figures: Figures, resident: int | None = 100) -> dict[str, Any]:
     own = {"name": "a", "resident_bytes": resident, "figures": vars(figures)}
-    return {"stage": stage, "adapters": {7: own}, "seconds": {"steps": 2.0, "ops": 0.5}}
+    seconds = {"steps": 2.0, "ops": 0.5}
+    host = {"sizes": {}, "evictions": 0}
+    return {"stage": stage, "adapters": {7: own}, "host": host, "seconds": seconds}
 
 
 def test_tensor_parallel_workers_count_once_but_their_memory_adds_up() -> None:
@@ -71,6 +74,9 @@ def test_a_generation_on_its_way_out_is_counted_once() -> None:
 class NoAdapters:
     """The part of a registry that is asked."""
 
+    def __init__(self) -> None:
+        self.events = LifecycleMetrics()
+
     def alive(self) -> list[Any]:
         return []
 
@@ -87,7 +93,8 @@ class SlowWorkers:
         self.questions += 1
         await self.release.wait()
         spent = {"steps": float(self.questions), "ops": 0.0}
-        return [{"stage": 0, "adapters": {}, "seconds": spent}]
+        host = {"sizes": {}, "evictions": 0}
+        return [{"stage": 0, "adapters": {}, "host": host, "seconds": spent}]
 
 
 def test_busy_workers_are_asked_once_and_the_last_figures_shown(

@@ -1,11 +1,16 @@
 """The golden cases through the vLLM engine, used as any vLLM user would."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from asking import LOGIT_TOLERANCE, Reply, ask, assert_golden, every_prompt, request
+from asking import LOGIT_TOLERANCE, Reply, ask, ask_each, assert_golden, every_prompt, request
 from golden import SERVED, Case, greatest_difference
+
+from molehill.engine import formats
+from molehill.engine.formats import native
 
 ROUTER_TOLERANCE = 1e-5
 # Alone and in company the same GEMMs run over other shapes: rounding of float32, not more.
@@ -117,6 +122,53 @@ def test_removing_an_adapter_frees_it(llm: Any) -> None:
     (later,) = llm.collective_rpc("molehill_stats", args=([],))
     assert 91 not in later["adapters"]
     assert 91 not in llm.llm_engine.list_loras()
+
+
+@pytest.mark.parametrize("name", ["dynmole-default", "mixlora", "mov", "dora"])
+def test_an_adapter_comes_back_from_host_memory_as_it_was(
+    llm: Any, tmp_path: Any, name: str
+) -> None:
+    """Stored, used, taken out and kept, stored again: the same answers, and counters from zero."""
+    from vllm.lora.request import LoRARequest
+
+    case, path = Case(name), str(tmp_path / "copy")
+    native.write(formats.read(case.path), Path(path))
+    own = LoRARequest(f"kept-{name}", 93, path)
+    prompts = case.prompts
+    ids, requests = [list(prompt.ids) for prompt in prompts], [own] * len(prompts)
+
+    def install() -> None:
+        (answer,) = llm.collective_rpc("molehill_install", args=(own.lora_name, 93, path))
+        assert answer["refusal"] == ""
+
+    def host() -> dict[str, int]:
+        (stats,) = llm.collective_rpc("molehill_stats", args=([93],))
+        return dict(stats["host"]["sizes"])
+
+    def prepare() -> bool:
+        (started,) = llm.collective_rpc("molehill_prepare", args=(path,))
+        while not llm.collective_rpc("molehill_prepared", args=(path,))[0]:
+            time.sleep(0.01)
+        return bool(started)
+
+    llm.reset_prefix_cache()
+    assert prepare()
+    install()
+    assert_golden(ask_each(llm, ids, requests), prompts)
+    (before,) = llm.collective_rpc("molehill_routing", args=(93,))
+    llm.collective_rpc("molehill_remove", args=(93, path, True))
+    assert host()[path] > 0
+    assert not prepare()
+    install()
+    assert path not in host()
+    assert llm.reset_prefix_cache()
+    assert_golden(ask_each(llm, ids, requests), prompts)
+    (after,) = llm.collective_rpc("molehill_routing", args=(93,))
+    assert after["tokens"] == 2 * before["tokens"]
+    for site, figures in before["sites"].items():
+        assert after["sites"][site]["decisions"] == 2 * figures["decisions"], site
+    llm.collective_rpc("molehill_remove", args=(93, path, False))
+    assert path not in host()
 
 
 def test_a_bad_adapter_is_refused_by_add_lora_and_the_engine_lives(llm: Any, tmp_path: Any) -> None:

@@ -18,7 +18,7 @@ class Reader:
         self.proceed = threading.Event()
         self.broken = False
 
-    def __call__(self, path: str, checked: bool) -> str:
+    def __call__(self, path: str, beside: bool) -> str:
         self.proceed.wait(10)
         self.read.append(path)
         if self.broken:

@@ -265,16 +265,34 @@ void drop(int64_t backend, int64_t ticket) {
   owner.staged.erase(ticket);
 }
 
-// What is left of the announced step must not look into the slot.
-void erase(int64_t backend, int64_t slot) {
-  Backend& state = instance(backend).state;
-  const auto found = state.slots.find(int(slot));
-  if (found == state.slots.end()) return;
+template <class Visit>
+void each_site(const Slot& slot, const Visit& visit) {
+  for (const auto& [handle, pieces] : slot.linears)
+    for (const LinearPiece& piece : pieces) visit(piece.site);
+  for (const auto& [handle, piece] : slot.ffns) visit(piece.site);
+  for (const auto& [handle, pieces] : slot.scales)
+    for (const ScalePiece& piece : pieces) visit(piece.site);
+  for (const auto& [handle, piece] : slot.ffn_scales) visit(piece.site);
+}
+
+// Makes a slot a staged one again, that has counted nothing yet. Its ticket; -1 if it held nothing.
+// What is left of the announced step must not look into it.
+int64_t unstore(int64_t backend, int64_t slot) {
+  Instance& owner = instance(backend);
+  Backend& state = owner.state;
+  auto taken = state.slots.extract(int(slot));
+  if (taken.empty()) return -1;
+  Slot& gone = taken.mapped();
   for (Run& run : state.runs)
-    if (run.slot == &found->second) run.slot = nullptr;
-  std::erase_if(state.ffn_states,
-                [&](const FfnState& ffn) { return ffn.chunk.slot == &found->second; });
-  state.slots.erase(found);
+    if (run.slot == &gone) run.slot = nullptr;
+  std::erase_if(state.ffn_states, [&](const FfnState& ffn) { return ffn.chunk.slot == &gone; });
+  gone.tokens = 0;
+  each_site(gone, [](const Site& site) {
+    site.counters = {0, 0, 0, std::vector<int64_t>(site.counters.expert_tokens.size())};
+  });
+  const std::lock_guard lock(owner.staging);
+  owner.staged.emplace(owner.tickets, std::move(gone));
+  return owner.tickets++;
 }
 
 int64_t resident_bytes(int64_t backend, int64_t slot) {
@@ -303,12 +321,7 @@ Counts counters(int64_t backend, int64_t slot) {
   const auto found = state.slots.find(int(slot));
   if (found == state.slots.end()) return result;
   tokens = found->second.tokens;
-  for (const auto& [handle, pieces] : found->second.linears)
-    for (const LinearPiece& piece : pieces) add(piece.site);
-  for (const auto& [handle, piece] : found->second.ffns) add(piece.site);
-  for (const auto& [handle, pieces] : found->second.scales)
-    for (const ScalePiece& piece : pieces) add(piece.site);
-  for (const auto& [handle, piece] : found->second.ffn_scales) add(piece.site);
+  each_site(found->second, add);
   return result;
 }
 
@@ -449,7 +462,7 @@ TORCH_LIBRARY(molehill_cpu, m) {
       pack_ffn_scale);
   m.def("store(int backend, int ticket, int slot) -> ()", store);
   m.def("drop(int backend, int ticket) -> ()", drop);
-  m.def("erase(int backend, int slot) -> ()", erase);
+  m.def("unstore(int backend, int slot) -> int", unstore);
   m.def("resident_bytes(int backend, int slot) -> int", resident_bytes);
   m.def("begin_step(int backend, int[] runs) -> ()", begin_step);
   m.def("counters(int backend, int slot) -> (int, int[], int[], int[], float[], int[], int[])",

@@ -1,0 +1,47 @@
+"""Host memory for adapters that left the slots."""
+
+from types import MappingProxyType
+
+from molehill.engine.vllm.host import HostMemory, Prepared
+from molehill.kernels.backend import MoePiece, Packed
+
+
+def adapter(num_bytes: int, moes: dict[int, MoePiece] | None = None) -> Prepared:
+    return Prepared(MappingProxyType({}), moes or {}, num_bytes, False, Packed(object()))
+
+
+def test_those_that_left_first_make_room() -> None:
+    host = HostMemory(100)
+    first, second, third = adapter(40), adapter(50), adapter(30)
+    host.put("first", first)
+    host.put("second", second)
+    assert host.sizes() == {"first": 40, "second": 50}
+    host.put("third", third)
+    assert host.sizes() == {"second": 50, "third": 30}
+    assert host.evictions == 1
+    assert host.take("first") is None
+    assert host.take("second") is second
+    assert "second" not in host
+    host.drop("third")
+    assert host.sizes() == {}
+    assert host.evictions == 1
+
+
+def test_one_that_left_again_is_the_last_to_go() -> None:
+    host = HostMemory(100)
+    host.put("a", adapter(40))
+    host.put("b", adapter(40))
+    host.put("a", adapter(40))
+    host.put("c", adapter(40))
+    assert list(host.sizes()) == ["a", "c"]
+
+
+def test_what_is_larger_than_all_or_not_packed_is_not_kept_and_pushes_nobody_out() -> None:
+    host = HostMemory(100)
+    host.put("a", adapter(60))
+    host.put("large", adapter(101))
+    host.put("moe", adapter(10, {0: MoePiece("layers.0.mlp", None, None, None)}))
+    assert host.sizes() == {"a": 60}
+    nothing = HostMemory(0)
+    nothing.put("a", adapter(1))
+    assert nothing.sizes() == {}
