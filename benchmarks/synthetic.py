@@ -137,6 +137,18 @@ def save_lora(base: BaseModel, rank: int, directory: Path, seed: int = 0) -> Pat
     return directory
 
 
+def save_tiny(base: BaseModel, folder: Path, number: int) -> list[Path]:
+    """`number` LoRAs of rank 1 on one linear, all different, as `<folder>/small-<i>`."""
+    site, shape = next(iter(base.linears.items()))
+    found = []
+    for seed in range(number):
+        pair = experts(shape, 1, 1, torch.Generator().manual_seed(seed))
+        adapter = Adapter("lora", {site: LinearMixture(pair, Constant((1.0,)))}, base.name)
+        native.write(adapter, folder / f"small-{seed}")
+        found.append(folder / f"small-{seed}")
+    return found
+
+
 def touched_bytes(adapter: Adapter, share: float) -> float:
     """Bytes of a bfloat16 serving copy that a step reads if `share` of the experts are touched.
 

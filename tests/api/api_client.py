@@ -73,7 +73,9 @@ class Api:
         assert error["code"] == response.status_code
         return response.status_code, error["type"], error["message"]
 
-    def complete(self, model: str, prompt: list[int], tokens: int = 12, **more: Any) -> Any:
+    def complete(
+        self, model: str, prompt: list[int] | list[list[int]], tokens: int = 12, **more: Any
+    ) -> Any:
         return self.openai.completions.create(
             model=model,
             prompt=prompt,
@@ -100,12 +102,12 @@ class Api:
         return self.metrics()[f'molehill_{metric}{{adapter="{name}"}}']
 
 
-def eventually(condition: Any) -> bool:
+def eventually(condition: Any, pause: float = 0.05) -> bool:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         if condition():
             return True
-        time.sleep(0.05)
+        time.sleep(pause)
     return False
 
 
