@@ -22,13 +22,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from molehill.benchmarks.client import Client
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -36,11 +38,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from server import Server, serve  # type: ignore[import-not-found]
 
 STREAMS, CLIENTS = 8, 16
-PROMPT, STREAM_TOKENS, REQUEST_TOKENS = 16, 400, 8
+STREAM_TOKENS, REQUEST_TOKENS = 400, 8
 ADAPTER_BYTES = 10_000_000
-# Prompts per model whose answers are known. Tokens count from the first one up to the first whose
-# log-probability leads by less: rounding differs between batches.
-KNOWN, MARGIN = 32, 0.5
+# Prompts per model whose answers are known.
+KNOWN = 32
 # What must be reached: the most for a ratio, seconds and failures, the least for throughput.
 LIMITS = {"itl_ratio": 1.25, "first_token_seconds": 1.0, "throughput_ratio": 0.98, "failed": 0}
 
@@ -56,82 +57,6 @@ class Sizes:
 
 
 QUICK = Sizes(repetitions=1, seconds=2.0, registered=20, requests=60)
-
-
-@dataclass(frozen=True)
-class Known:
-    """A prompt, and its greedy tokens up to the first that another batch may change."""
-
-    prompt: list[int]
-    tokens: list[int]
-
-
-@dataclass
-class Client:
-    """Asks one server. steady: an adapter that is always there."""
-
-    http: httpx.AsyncClient
-    base: str
-    steady: str = "steady"
-    seeds: Iterator[int] = field(default_factory=itertools.count)
-
-    def body(self, model: str, tokens: int, known: Known | None = None) -> dict[str, Any]:
-        """Prompts that are not `known` differ, so that batches are as those of many users."""
-        prompt = self.prompt() if known is None else known.prompt
-        greedy = {"temperature": 0, "ignore_eos": True, "max_tokens": tokens}
-        return {"model": model, "prompt": prompt, "return_token_ids": True, **greedy}
-
-    def prompt(self) -> list[int]:
-        number = next(self.seeds)
-        return [3 + (number * 7919 + 31 * i) % 400 for i in range(PROMPT)]
-
-    async def load(self, name: str, source: Path, **more: Any) -> None:
-        body = {"name": name, "source": str(source), **more}
-        (await self.http.post("/v1/adapters", json=body)).raise_for_status()
-
-    async def unload(self, name: str) -> None:
-        (await self.http.delete(f"/v1/adapters/{name}")).raise_for_status()
-
-    async def learn(self, model: str) -> Known:
-        """Asks for a new prompt and the lead of each of its tokens."""
-        known = Known(self.prompt(), [])
-        body = {**self.body(model, REQUEST_TOKENS, known), "logprobs": 2}
-        answer = await self.http.post(
-            "/v1/completions", json={**body, "return_tokens_as_token_ids": True}
-        )
-        choice = answer.raise_for_status().json()["choices"][0]
-        for token, likely in zip(
-            choice["token_ids"], choice["logprobs"]["top_logprobs"], strict=True
-        ):
-            best, second = sorted(likely.values(), reverse=True)[:2]
-            if best - second < MARGIN:
-                break
-            known.tokens.append(token)
-        return known
-
-    async def complete(self, model: str, tokens: int, known: Known | None = None) -> str:
-        """Why it failed, or nothing."""
-        try:
-            answer = await self.http.post("/v1/completions", json=self.body(model, tokens, known))
-        except httpx.HTTPError as error:
-            return type(error).__name__
-        if answer.status_code != 200:
-            return f"{answer.status_code} {answer.text[:200]}"
-        found = answer.json()["choices"][0]["token_ids"]
-        if len(found) != tokens:
-            return f"{len(found)} tokens of {tokens}"
-        if known is not None and found[: len(known.tokens)] != known.tokens:
-            return f"{model} answers otherwise than before"
-        return ""
-
-    async def stream(self, model: str, tokens: int) -> AsyncGenerator[float, None]:
-        """When each token arrived."""
-        body = {**self.body(model, tokens), "stream": True}
-        async with self.http.stream("POST", "/v1/completions", json=body) as answer:
-            answer.raise_for_status()
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    yield time.perf_counter()
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
@@ -296,7 +221,7 @@ async def replace(client: Client, sources: Sequence[Path], stop: asyncio.Event) 
 async def failures(client: Client, sizes: Sizes, sources: Sequence[Path]) -> dict[str, Any]:
     """Requests to the base, an adapter that stays and one that is replaced all the time."""
     known = {
-        model: [await client.learn(model) for _ in range(KNOWN)]
+        model: [await client.learn(model, REQUEST_TOKENS) for _ in range(KNOWN)]
         for model in (client.base, client.steady)
     }
     await client.load("replaced", sources[-1])

@@ -3,8 +3,10 @@
     python benchmarks/metrics_cost.py .models/SmolLM2-135M-Instruct
 
 One server, adapters of random weights, waves of requests that fill a batch. Turns with and without
-a scraper alternate, and so does which comes first. Run it on a machine that does nothing else: a
-ratio's spread says what it is worth.
+a scraper alternate, and so does which comes first. The last scraper meets 1,000 adapters. Run it on
+a machine that does nothing else: a ratio's spread says what it is worth.
+
+Counting itself cannot be switched off, so that it has no arm of its own.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -70,6 +73,13 @@ def save_adapters(model: str, folder: Path, number: int) -> list[Path]:
     ]
 
 
+def save_small(model: str, folder: Path, number: int) -> list[Path]:
+    from molehill.benchmarks import synthetic
+    from molehill.engine.huggingface import base_model
+
+    return synthetic.save_tiny(base_model(model), folder, number)
+
+
 def generate(server: Server, adapter: str, load: Load, seed: int) -> None:
     dice = random.Random(seed)
     body = {
@@ -79,15 +89,17 @@ def generate(server: Server, adapter: str, load: Load, seed: int) -> None:
         "temperature": 0,
         "ignore_eos": True,
     }
-    request = urllib.request.Request(
-        f"{server.url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=600) as response:
-        found = json.load(response)["usage"]["completion_tokens"]
+    found = post(server, "/v1/completions", body)["usage"]["completion_tokens"]
     if found != load.tokens:
         raise RuntimeError(f"found {found} tokens, expected {load.tokens}")
+
+
+def post(server: Server, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        f"{server.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=600) as response:
+        return json.load(response)
 
 
 @contextlib.contextmanager
@@ -146,6 +158,14 @@ def measure(server: Server, load: Load, scraper: str, repetitions: int) -> list[
     return found
 
 
+def register(server: Server, small: Sequence[Path]) -> int:
+    """Loads all of `small`; returns how many adapters are registered then."""
+    for path in small:
+        body = {"name": path.name, "source": str(path), "allow_noop": True}
+        post(server, "/v1/adapters", body)
+    return len(json.loads(server.get("/v1/adapters"))["data"])
+
+
 def report(scraper: str, load: Load, pairs: Sequence[tuple[Turn, Turn]]) -> str:
     ratios = [watched.speed / alone.speed for watched, alone in pairs]
     answers = [seconds for watched, _ in pairs for seconds in watched.scrapes]
@@ -167,18 +187,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--registered", type=int, default=1000)
     args = parser.parse_args()
     load = Load(args.batch, args.adapters, args.tokens)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         named = enumerate(save_adapters(args.model, folder, load.adapters))
+        small = save_small(args.model, folder / "root", args.registered - load.adapters)
         arguments = ["--max-model-len", "2048", "--no-enable-prefix-caching"]
+        arguments += ["--adapter-root", str(folder / "root")]
+        arguments += ["--max-adapters", str(args.registered)]
         for i, path in named:
             arguments += ["--adapter", f"a{i}={path}"]
         with serve(Path(args.model), folder / "log", arguments) as server:
             for scraper in SCRAPERS:
                 pairs = measure(server, load, scraper, args.repetitions)
                 print(report(scraper, load, pairs), flush=True)
+            print(f"{register(server, small)} registered adapters:")
+            pairs = measure(server, load, "metrics", args.repetitions)
+            print(report("metrics", load, pairs), flush=True)
 
 
 if __name__ == "__main__":

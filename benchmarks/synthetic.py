@@ -15,7 +15,7 @@ from molehill.engine.base import BaseModel
 from molehill.engine.formats import native
 from molehill.engine.huggingface import canonical_name
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
-from molehill.kernels.policy import DynMoLE, TopK
+from molehill.kernels.policy import Constant, DynMoLE, TopK
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Large enough to change what is generated, small enough to leave the model a language model.

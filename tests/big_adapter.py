@@ -19,9 +19,7 @@ def save(path: Path, experts: int) -> int:
     ranks = (RANK,) * experts
     sites = {
         site: LinearMixture(
-            Experts(
-                torch.randn(sum(ranks), i) * 0.01, torch.randn(o, sum(ranks)) * 0.01, ranks
-            ),
+            Experts(torch.randn(sum(ranks), i) * 0.01, torch.randn(o, sum(ranks)) * 0.01, ranks),
             Soft(),
             torch.randn(experts, i),
         )

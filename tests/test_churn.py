@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("httpx", reason="the dev extra is not installed")
 
 from molehill.benchmarks import churn
+from molehill.benchmarks.client import PROMPT, Client, Known, decided
 
 
 def test_gaps_that_reach_out_of_a_spell_do_not_count():
@@ -26,7 +27,13 @@ def found():
         "itl": [{"ratio": 1.1}, {"ratio": 1.3}, {"ratio": 1.2}],
         "first_token_seconds": [0.5, 0.7, 0.6],
         "throughput": [{"ratio": 0.97, "registered": 1000}, {"ratio": 1.01, "registered": 1000}],
-        "requests": {"requests": 90, "failed": 2, "why": {"500": 2}, "rounds": 7},
+        "requests": {
+            "requests": 90,
+            "failed": 2,
+            "why": {"500": 2},
+            "tokens_compared": 321,
+            "rounds": 7,
+        },
         "adapter_bytes": 10_000_000,
     }
 
@@ -37,11 +44,35 @@ def test_the_report_says_what_was_found_beside_what_must_be_reached(found):
     assert "10.0 MB" in first
     assert "median 0.600 s, best 0.500, worst 0.700 of 3 (under 1.0 s)" in first
     assert "1000 registered / 1: median 0.9900, best 1.0100, worst 0.9700 of 2" in speed
-    assert "2 of 90 in 7 rounds of churn (at most 0) {'500': 2}" in failed
+    assert "2 of 90 in 7 rounds of churn (at most 0) {'500': 2}, 321 tokens compared" in failed
 
 
 def test_prompts_differ():
-    client = churn.Client(http=None, base="base")
+    client = Client(http=None, base="base")
     prompts = {tuple(client.body("base", 1)["prompt"]) for _ in range(400)}
     assert len(prompts) == 400
-    assert all(len(prompt) == churn.PROMPT for prompt in prompts)
+    assert all(len(prompt) == PROMPT for prompt in prompts)
+
+
+def test_every_limit_that_is_not_reached_is_named(found):
+    assert churn.missed(found, quick=False) == ["failed"]
+    found["itl"][1:] = [{"ratio": 1.3}, {"ratio": 1.26}]
+    found["throughput"][1]["ratio"] = 0.98
+    found["first_token_seconds"] = [1.1, 1.1, 0.1]
+    names = ["itl_ratio", "first_token_seconds", "throughput_ratio", "failed"]
+    assert churn.missed(found, quick=False) == names
+
+
+def test_a_quick_run_fails_by_its_failures_alone(found):
+    found["first_token_seconds"] = [9.0]
+    assert churn.missed(found, quick=True) == ["failed"]
+    found["requests"]["failed"] = 0
+    assert churn.missed(found, quick=True) == []
+
+
+def test_an_answer_is_known_up_to_the_first_near_tie():
+    likely = [{"a": -0.1, "b": -0.1 - lead} for lead in (2.0, 0.6, 0.4, 3.0)]
+    assert decided([5, 6, 7, 8], likely) == [5, 6]
+    known = Known([1], [5, 6])
+    assert known.agrees([5, 6, 9, 9])
+    assert not known.agrees([5, 7, 7, 8])
