@@ -17,6 +17,7 @@ from molehill.api.background import Background
 from molehill.api.events import LifecycleMetrics
 from molehill.api.guard import Guard
 from molehill.api.inflight import GenerationHeader, count_requests
+from molehill.api.lifeline import Lifeline
 from molehill.api.manifest import Manifest
 from molehill.api.options import Options
 from molehill.api.paths import AdapterRoots, operator_source
@@ -110,9 +111,10 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     base = replace(await base_model(engine_client), name=models.base_model_paths[0].name)
     reader = partial(read, base=base, limits=limits)
     store, resident = AdapterStore(options.store), options.resident
+    workers = Lifeline(engine_client)
     registry = AdapterRegistry(
         residency=Residency(
-            Workers(engine_client), config.lora_config.max_loras, LifecycleMetrics()
+            Workers(workers), config.lora_config.max_loras, LifecycleMetrics()
         ),
         read=reader,
         store=store,
@@ -128,7 +130,7 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
     manifest = None if options.store is None else Manifest(store.root)
     restart = Restart(registry, store, sources, reader, manifest)
-    return Services(registry, sources, WorkerStats(engine_client, registry), restart, models)
+    return Services(registry, sources, WorkerStats(workers, registry), restart, models)
 
 
 async def prober(engine_client: Any) -> Prober | None:
