@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.v1.metrics.prometheus import get_prometheus_registry
@@ -86,7 +86,7 @@ async def list_models(found: Injected) -> Response:
     return JSONResponse({"object": "list", "data": cards})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def show_metrics(found: Injected) -> Response:
     """vLLM's metrics and molehill's."""
     ours = metrics.exposition(found.registry, await found.stats.refresh())
@@ -94,7 +94,7 @@ async def show_metrics(found: Injected) -> Response:
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", response_class=Response)
 async def show_ready(found: Injected) -> Response:
     """200 once all that an earlier server remembered is loaded or reported, 503 until then."""
     if found.restart.ready:

@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("model") / "tiny-llama"
     shutil.copytree(GOLDEN / "tiny-llama", folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16384}))
     return folder
 
 
