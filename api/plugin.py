@@ -113,9 +113,7 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     store, resident = AdapterStore(options.store), options.resident
     workers = Lifeline(engine_client)
     registry = AdapterRegistry(
-        residency=Residency(
-            Workers(workers), config.lora_config.max_loras, LifecycleMetrics()
-        ),
+        residency=Residency(Workers(workers), config.lora_config.max_loras, LifecycleMetrics()),
         read=reader,
         store=store,
         served=models.lora_requests,
