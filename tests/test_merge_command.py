@@ -28,9 +28,10 @@ def run(*arguments):
 
 @pytest.fixture
 def zeroed(edited):
-    """MoLA, four experts, with routers of zeros: every site is static."""
-    names = weights_of("mola")
-    return edited("mola", tensors={name: torch.zeros_like for name in names if "moe_gate" in name})
+    """MoLA, four experts, with routers of zeros: every site is static. Not pickled, for that is read
+    in a process of its own, which takes seconds."""
+    routers = {name: torch.zeros_like for name in weights_of("mola") if "moe_gate" in name}
+    return edited("mola", tensors=routers, safetensors=True)
 
 
 def weights_of(case):
@@ -88,7 +89,7 @@ def test_sites_of_other_ranks_are_exceptions_that_peft_reads(wide, edited, tmp_p
     values = weights_of("mola")
     for half in "AB":
         tensors[stem.format(1, half)] = values[stem.format(0, half)]
-    source = edited("mola", tensors=tensors)
+    source = edited("mola", tensors=tensors, safetensors=True)
     assert run(source, tmp_path / "lora") == 0
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     pattern = {"model.layers.2.self_attn.q_proj": 2}
@@ -209,7 +210,7 @@ def copy_of(folder, target):
 
 
 def test_the_command(zeroed, tmp_path, capsys):
-    assert cli.main(["merge", str(zeroed), str(tmp_path / "lora")]) == 0
+    assert cli.main(["merge", str(Case("lora").path), str(tmp_path / "lora")]) == 0
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
     with pytest.raises(SystemExit):
         cli.main(["merge", str(zeroed), str(tmp_path / "x"), "--merge-tolerance", "-1"])
@@ -224,7 +225,7 @@ def test_a_lossy_merge_says_how_far_the_logits_move(golden, edited, tmp_path, ca
         if ".experts." in name:
             first = values[name.split(".experts.")[0] + ".experts.0." + name.split(".", 7)[-1]]
             tensors[name] = first + 0.01 * (value - first)
-    source = edited("mola", tensors=tensors)
+    source = edited("mola", tensors=tensors, safetensors=True)
     model = golden / "tiny-llama"
     arguments = [tmp_path / "lora", "--model", model, "--merge-tolerance", "0.2", "--json"]
     assert run(source, *arguments) == 0
