@@ -224,6 +224,9 @@ async def failures(client: Client, sizes: Sizes, sources: Sequence[Path]) -> dic
         model: [await client.learn(model, REQUEST_TOKENS) for _ in range(KNOWN)]
         for model in (client.base, client.steady)
     }
+    for model, own in known.items():
+        if not any(one.tokens for one in own):
+            raise RuntimeError(f"{model}: found no answer that is sure enough to be compared")
     await client.load("replaced", sources[-1])
     left, found = iter(range(sizes.requests)), Counter[str]()
     compared = 0

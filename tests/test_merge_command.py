@@ -28,8 +28,10 @@ def run(*arguments):
 
 @pytest.fixture
 def zeroed(edited):
-    """MoLA, four experts, with routers of zeros: every site is static. Not pickled: a pickle is read
-    in a process of its own, which takes seconds."""
+    """MoLA, four experts, with routers of zeros: every site is static.
+
+    Not pickled: pickles are read in a process of their own, which takes seconds.
+    """
     routers = {name: torch.zeros_like for name in weights_of("mola") if "moe_gate" in name}
     return edited("mola", tensors=routers, safetensors=True)
 
