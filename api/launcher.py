@@ -9,6 +9,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from molehill.api.lock import check_free
 from molehill.api.options import Options, Resident
 from molehill.engine.errors import AdapterError
 from molehill.engine.vllm.settings import Settings
@@ -38,7 +39,7 @@ class LaunchError(ValueError):
 def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
     """Serves until stopped.
 
-    Raises LaunchError, and for a start adapter AdapterError or RequestError.
+    Raises LaunchError, LockedError, and for a start adapter AdapterError or RequestError.
     """
     for name, why in UNSAFE_ENVIRONMENT.items():
         if os.environ.get(name, "0").lower() not in ("", "0", "false"):
@@ -176,4 +177,5 @@ def run(args: argparse.Namespace) -> None:
         args.api_server_count = 0
         run_headless(args)
     else:
+        check_free(args.molehill.store)
         uvloop.run(run_server(args))
