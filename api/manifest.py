@@ -50,8 +50,9 @@ class Manifest:
                 raise
             raise ManifestError(f"{self.path}: found {error!r}, expected a manifest") from error
 
-    def write(self, entries: list[Entry]) -> None:
-        """Logs what stops it: a full disk must not stop the adapters that are served."""
+    def write(self, entries: list[Entry]) -> bool:
+        """Whether it is on disk now. Logs what stops it: a full disk must not stop the adapters
+        that are served."""
         partial = self.path.with_suffix(".partial")
         document = {"version": VERSION, "adapters": [asdict(entry) for entry in entries]}
         try:
@@ -60,8 +61,20 @@ class Manifest:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(self.path)
+            synchronise(self.path.parent)
         except OSError:
             logger.exception("The manifest could not be written; a restart would not know this")
+            return False
+        return True
+
+
+def synchronise(folder: Path) -> None:
+    """A rename outlives a loss of power only when its folder is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def entry(fields: dict[str, Any]) -> Entry:
