@@ -51,14 +51,14 @@ FINAL = (AdapterError, BadNameError, ForbiddenPathError, MergedIntoBaseError, No
 @dataclass
 class Seen:
     """A directory as it was last. mark: its fingerprint, and `since` when it has been that. later:
-    when it is tried again (both: seconds of the monotonic clock), unless it is done: it serves, or
-    never will.
+    when it is tried again (both: seconds of the monotonic clock), and pause: seconds until the time
+    after that; unless it is done: it serves, or never will.
     """
 
     mark: str
     since: float
+    pause: float
     later: float = 0.0
-    pause: float = FIRST_PAUSE_SECONDS
     done: bool = False
 
 
@@ -90,7 +90,7 @@ class Watcher:
         for name, mark in marks.items():
             seen = self._seen.get(name)
             if seen is None or seen.mark != mark:
-                seen = self._seen[name] = Seen(mark, now)
+                seen = self._seen[name] = Seen(mark, now, FIRST_PAUSE_SECONDS)
             settled = now - seen.since >= SETTLE_SECONDS and now >= seen.later
             if settled and not seen.done and self._is_free(name):
                 await self._load(name, seen)
