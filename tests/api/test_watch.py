@@ -291,6 +291,8 @@ def test_a_failure_keeps_no_adapter_in_memory(
         monkeypatch.setattr(native, "write", full)
         await w.watcher.look()
         assert w.failures() == {"a": "store_failed"}
+        # Past the event that woke this task with the error.
+        await settle()
         gc.collect()
         assert [reference() for reference in read] == [None]
 
