@@ -128,6 +128,9 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     args.lora_modules = None
     args.api_server_count = None
     options = replace(options, adapters=adapters)
+    if not args.headless:
+        # Again when the store is opened; but this is before anything is written there.
+        check_free(options.store)
     if options.merge_into_base is not None:
         options = replace(options, resident=_resident(options.merge_into_base, args, options))
     keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
@@ -177,5 +180,4 @@ def run(args: argparse.Namespace) -> None:
         args.api_server_count = 0
         run_headless(args)
     else:
-        check_free(args.molehill.store)
         uvloop.run(run_server(args))

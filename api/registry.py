@@ -165,9 +165,14 @@ class AdapterRegistry:
         if generation.retired and not generation.in_flight:
             self._spawn(self._free(generation))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a load would be refused now, as others are on their way."""
+        return len(self._loading) >= self._admission.loads
+
     def _admit_load(self, name: str) -> None:
         """Before anything is fetched, read or allocated."""
-        if len(self._loading) >= self._admission.loads:
+        if self.busy:
             raise BusyError(
                 f"loads: found {len(self._loading)} on their way, expected fewer than "
                 f"{self._admission.loads}"

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from operator import attrgetter
 
 from molehill.api.errors import (
-    BusyError,
     GenerationMismatchError,
     NotLoadedError,
     RequestError,
@@ -88,12 +87,7 @@ class Restart:
     async def _restore(self, entry: Entry) -> Generation | None:
         name = entry.name
         try:
-            while True:
-                try:
-                    return (await self._bring_back(entry)).generation
-                except BusyError:
-                    # Of clients, who wait longer before they try again.
-                    await asyncio.sleep(PAUSE_SECONDS)
+            return (await self._bring_back(entry)).generation
         except (GenerationMismatchError, NotLoadedError):
             logger.info("Adapter %s: a client was quicker than the restart", name)
         except Exception as error:
@@ -122,6 +116,9 @@ class Restart:
         return await self._load(entry, self._sources.fetch(entry.source), terms)
 
     async def _load(self, entry: Entry, fetch: Fetch, terms: Terms) -> Loaded:
+        while self._registry.busy:
+            # With clients' loads; clients that were refused wait longer before they try again.
+            await asyncio.sleep(PAUSE_SECONDS)
         wanted = self._while_awaited(entry.name, fetch)
         return await self._registry.load(entry.name, entry.source, wanted, terms)
 

@@ -26,6 +26,7 @@ class AdapterStore:
     """Directories `<root>/<digest>`, each as long as somebody holds it. Thread-safe.
 
     Without a root of its own choice it uses a temporary directory that goes with the process.
+    claim: keeps other servers out of the root.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -36,13 +37,9 @@ class AdapterStore:
         else:
             self.root = root.resolve()
             self.root.mkdir(parents=True, exist_ok=True)
-            self._own = DirectoryLock(self.root)
+            self.claim = DirectoryLock(self.root)
         self._holders: Counter[str] = Counter()
         self._lock = threading.Lock()
-
-    def close(self) -> None:
-        """Leaves the root, and all that is in it, to another server."""
-        self._own.release()
 
     def path(self, digest: str) -> Path:
         return self.root / digest

@@ -14,7 +14,6 @@ from pathlib import Path
 from molehill.api import names
 from molehill.api.errors import (
     BadNameError,
-    BusyError,
     ForbiddenPathError,
     GenerationMismatchError,
     MergedIntoBaseError,
@@ -42,7 +41,7 @@ LAST_PAUSE_SECONDS = 60.0
 CONFIGS = (native.CONFIG, files.CONFIG, mixes.CONFIG)
 
 # Somebody else was quicker, or is still writing: the next look decides anew.
-NOT_NOW = (BusyError, GenerationMismatchError, SourceChangedError)
+NOT_NOW = (GenerationMismatchError, SourceChangedError)
 
 # What only other files, or another name, can put right.
 FINAL = (AdapterError, BadNameError, ForbiddenPathError, MergedIntoBaseError, NoEffectError)
@@ -92,7 +91,7 @@ class Watcher:
             if seen is None or seen.mark != mark:
                 seen = self._seen[name] = Seen(mark, now, FIRST_PAUSE_SECONDS)
             settled = now - seen.since >= SETTLE_SECONDS and now >= seen.later
-            if settled and not seen.done and self._is_free(name):
+            if settled and not seen.done and self._is_free(name) and not self._registry.busy:
                 await self._load(name, seen)
 
     def _marks(self) -> dict[str, str]:

@@ -44,7 +44,7 @@ class Server:
 
     def restarted(self) -> "Server":
         """The next server on the same folder; this one's is its no more."""
-        self.world.store.close()
+        self.world.store.claim.release()
         return Server(self.folder, self.slots, self.admission)
 
     def serves(self) -> dict[str, str]:
@@ -221,6 +221,9 @@ def test_a_busy_moment_is_waited_for(tmp_path: Path) -> None:
         await asyncio.gather(restoring, *loads)
         assert second.serves().items() > first.serves().items()
         assert (second.world.registry.failures, second.world.registry.loading()) == ({}, [])
+        # Nor does it look like clients that were refused.
+        events = [m for m in second.world.registry.events.collect() if "refused" in m.name]
+        assert [sample for metric in events for sample in metric.samples] == []
 
     play(scenario())
 

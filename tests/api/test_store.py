@@ -57,9 +57,9 @@ def test_a_store_has_one_server(tmp_path: Path) -> None:
     for take in (AdapterStore, check_free):
         with pytest.raises(LockedError, match=f"^{tmp_path}: found another server"):
             take(tmp_path)
-    store.close()
+    store.claim.release()
     check_free(tmp_path)
-    AdapterStore(tmp_path).close()
+    assert AdapterStore(tmp_path).root == tmp_path
     check_free(tmp_path / "not-there-yet")
 
 
@@ -77,7 +77,7 @@ def test_a_store_is_free_when_its_server_was_killed(tmp_path: Path) -> None:
             AdapterStore(tmp_path)
         server.kill()
         server.wait()
-    AdapterStore(tmp_path).close()
+    assert AdapterStore(tmp_path).root == tmp_path
 
 
 def test_what_a_killed_server_left_is_written_anew(tmp_path: Path, adapter: Adapter) -> None:
