@@ -19,13 +19,16 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One name. generation: digest of what it serves. source, fingerprint: see Source."""
+    """One name. generation: digest of what it serves. source, fingerprint: see Source. probed: that
+    it has an effect was seen, or is not asked for.
+    """
 
     name: str
     generation: str
     source: str
     fingerprint: str
     pinned: bool
+    probed: bool = True
 
 
 class Manifest:

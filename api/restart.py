@@ -105,7 +105,7 @@ class Restart:
             expected=None,
             pinned=entry.pinned,
             content=entry.generation,
-            allow_noop=True,
+            allow_noop=entry.probed,
             eager=entry.pinned,
         )
         if copy.directory.is_dir():
@@ -183,6 +183,7 @@ class Restart:
                 generation.source.label,
                 generation.source.fingerprint,
                 generation.pinned,
+                probed=generation.check is None,
             )
             for generation in self._registry
             if generation.source.remembered

@@ -32,7 +32,8 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     adapter = formats.read(copy_adapter("mola", folder / "pickled"))
     native.write(adapter, folder / "allowed" / "mola")
     native.write(adapter, folder / "other" / "mola")
-    native.write(adapter, folder / "allowed" / "held")
+    other = formats.read(copy_adapter("rslora", folder / "other" / "pickled"))
+    native.write(other, folder / "allowed" / "held")
     shutil.copytree(folder / "pickled", folder / "allowed" / "pickled")
     with serving_files(folder) as url:
         yield url
@@ -381,7 +382,7 @@ def test_a_killed_server_serves_again_what_it_served(
         SENDING.set()
         assert until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)
         assert "unwanted" not in api.listed()
-        assert api.right("held", "mola")
+        assert api.right("held", "rslora")
         for name in ("kept", "changed", "gone"):
             assert api.info(name)["generation"] == served[name]
         assert api.right("kept", "mixlora")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from world import ADMISSION, World, adapter, settle
+from world import World, adapter, settle
 
 from molehill.api.admission import Admission
 from molehill.api.errors import NotLoadedError
@@ -24,9 +24,9 @@ from molehill.engine.formats import native
 class Server:
     """A registry that remembers, on the same folder as the one before it. Sources are `root/N`."""
 
-    def __init__(self, folder: Path, slots: int = 4, admission: Admission = ADMISSION) -> None:
-        self.folder, self.slots, self.admission = folder, slots, admission
-        self.world = World(folder, slots, admission)
+    def __init__(self, folder: Path, slots: int = 4, **more: Any) -> None:
+        self.folder, self.slots, self.more = folder, slots, more
+        self.world = World(folder, slots, **more)
         self.manifest = Manifest(self.world.store.root)
         self.root = folder / "root"
         self.root.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ class Server:
     def restarted(self) -> "Server":
         """The next server on the same folder; this one's is its no more."""
         self.world.store.claim.release()
-        return Server(self.folder, self.slots, self.admission)
+        return Server(self.folder, self.slots, **self.more)
 
     def serves(self) -> dict[str, str]:
         return {generation.name: generation.digest for generation in self.world.registry}
@@ -388,5 +388,27 @@ def test_a_manifest_that_the_disk_does_not_take_is_counted_and_caught_up_on(tmp_
         os.rmdir(obstacle)
         await server.load("b", 2)
         assert set(server.remembers()) == {"a", "b"}
+
+    play(scenario())
+
+
+def test_what_was_never_probed_is_probed_after_the_restart(tmp_path: Path) -> None:
+    probed = []
+
+    async def probe(generation: Any) -> None:
+        probed.append(generation.name)
+
+    async def scenario() -> None:
+        first = Server(tmp_path, slots=1, probe=probe)
+        await first.load("a", 1)
+        await first.load("b", 2, eager=False)
+        second = first.restarted()
+        second.world.engine.more.set()
+        await second.restart.run()
+        assert (list(second.serves()), probed) == (["a", "b"], ["a"])
+        for _ in range(2):
+            for name in "ba":
+                assert [output async for output in second.world.generate(name)]
+        assert probed == ["a", "b"]
 
     play(scenario())
