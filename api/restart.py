@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from operator import attrgetter
 
 from molehill.api.errors import (
-    GenerationMismatchError,
     NotLoadedError,
     RequestError,
     SourceChangedError,
@@ -63,7 +62,6 @@ class Restart:
             (entry.name, Loading(entry.name, entry.source)) for entry in entries
         )
         self._writing = asyncio.Lock()
-        self._changes = self._written = 0
         self._on_disk = entries
         self.ready = False
         if manifest is not None:
@@ -88,7 +86,7 @@ class Restart:
         name = entry.name
         try:
             return (await self._bring_back(entry)).generation
-        except (GenerationMismatchError, NotLoadedError):
+        except NotLoadedError:
             logger.info("Adapter %s: a client was quicker than the restart", name)
         except Exception as error:
             # Whatever it is, the others are served all the same.
@@ -102,7 +100,6 @@ class Restart:
         """From the copy, else from the source."""
         copy = Source(self._store.path(entry.generation), entry.source, entry.fingerprint)
         terms = Terms(
-            expected=None,
             pinned=entry.pinned,
             content=entry.generation,
             allow_noop=entry.probed,
@@ -124,9 +121,9 @@ class Restart:
 
     @contextmanager
     def _while_awaited(self, name: str, fetch: Fetch) -> Iterator[Source]:
-        """Entered under the name's lock, which whoever deletes the name needs too."""
+        """Entered under the name's lock, which whoever loads or deletes the name needs too."""
         if name not in self._registry.awaited:
-            raise NotLoadedError(f"The lora adapter {name!a} was deleted.")
+            raise NotLoadedError(f"The lora adapter {name!a} was loaded or deleted meanwhile.")
         with fetch as source:
             yield source
 
@@ -159,19 +156,15 @@ class Restart:
         """Returns when what holds now is on disk, or could not be written."""
         if self._manifest is None:
             return
-        self._changes += 1
-        change = self._changes
         async with self._writing:
-            # Changes that come while one is written go to disk together.
-            if self._written >= change:
+            # What came while one was written goes to disk together, with whoever is next.
+            entries = self._entries()
+            if entries == self._on_disk:
                 return
-            change, entries = self._changes, self._entries()
-            if entries != self._on_disk:
-                if not await asyncio.to_thread(self._manifest.write, entries):
-                    self._registry.events.manifest_failed()
-                    return
+            if await asyncio.to_thread(self._manifest.write, entries):
                 self._on_disk = entries
-            self._written = change
+            else:
+                self._registry.events.manifest_failed()
 
     def _entries(self) -> list[Entry]:
         awaited = self._registry.awaited.keys() | self._registry.failures.keys()
