@@ -24,7 +24,8 @@ class AdapterInfo(BaseModel):
     """One adapter. A name that is being replaced appears once for each generation.
 
     state: loading (stage says how far), serving, draining (replaced or unloaded, finishing its
-    requests) or failed (error says why a remembered or watched adapter does not serve).
+    requests) or failed (error and error_type say why a remembered or watched adapter does not
+    serve).
     generation: sha256 of the content. bytes: of its tensors in float32. resident: where it is: in
     the workers (ready at once), or on disk (the next request waits for it). last_used: Unix
     seconds. loads: how often it came into the workers. source_note: what has become of the source.
@@ -34,6 +35,7 @@ class AdapterInfo(BaseModel):
     state: State
     stage: str | None = None
     error: str | None = None
+    error_type: str | None = None
     kind: str | None = None
     generation: str | None = None
     source: str
@@ -94,8 +96,17 @@ def of_loading(loading: Loading) -> AdapterInfo:
 
 def of_failure(failure: Failure) -> AdapterInfo:
     return AdapterInfo(
-        name=failure.name, state="failed", source=failure.source, error=str(failure.error)
+        name=failure.name,
+        state="failed",
+        source=failure.source,
+        error=failure.message,
+        error_type=failure.kind,
     )
+
+
+def of_absent(absent: Failure | Loading) -> AdapterInfo:
+    """A name that should serve and does not, or not yet."""
+    return of_failure(absent) if isinstance(absent, Failure) else of_loading(absent)
 
 
 def everything(registry: AdapterRegistry) -> Iterator[AdapterInfo]:

@@ -83,10 +83,10 @@ async def show_adapter(name: str, found: Injected) -> Response:
 async def delete_adapter(
     name: str, found: Injected, expected_generation: str | None = None
 ) -> Response:
-    """Takes the name away; running requests finish, then the memory is freed. A failed name is
-    forgotten."""
-    failure = await found.registry.dismiss(name)
-    if failure is not None:
-        return shown(adapter_info.of_failure(failure))
+    """Takes the name away; running requests finish, then the memory is freed. A name that failed or
+    is not loaded again yet is forgotten."""
+    absent = await found.registry.dismiss(name)
+    if absent is not None:
+        return shown(adapter_info.of_absent(absent))
     expected: Expected = Anything if expected_generation is None else expected_generation
     return shown(adapter_info.of_generation(await found.registry.unload(name, expected)))

@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from molehill.api import options
 from molehill.api.errors import RequestError
+from molehill.api.lock import LockedError
 from molehill.api.manifest import ManifestError
 from molehill.engine.errors import AdapterError
 
@@ -111,7 +112,7 @@ def serve(arguments: Sequence[str]) -> int:
 
     try:
         launcher.launch(options.from_namespace(ours), vllm_arguments)
-    except (launcher.LaunchError, AdapterError, RequestError, ManifestError) as error:
+    except (launcher.LaunchError, AdapterError, RequestError, ManifestError, LockedError) as error:
         print(f"molehill serve: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:

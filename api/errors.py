@@ -147,6 +147,12 @@ def headers_of(error: RequestError | AdapterError) -> dict[str, str]:
     return {} if seconds is None else {"Retry-After": str(seconds)}
 
 
+def encodable(message: str) -> str:
+    """`message` with escapes for lone surrogates; names of files that are no UTF-8 have them."""
+    return message.encode(errors="backslashreplace").decode()
+
+
 def body(message: str, kind: str, status: HTTPStatus) -> dict[str, Any]:
     """The OpenAI protocol's error shape, as vLLM writes it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": status.value}}
+    text = encodable(message)
+    return {"error": {"message": text, "type": kind, "param": None, "code": status.value}}

@@ -19,7 +19,7 @@ Tier = Literal["worker", "host", "disk"]
 
 
 class LifecycleMetrics(Collector):
-    """Loads, refusals, cache hits and evictions since the start of the process."""
+    """Loads, refusals, cache hits, evictions and faults since the start of the process."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -46,6 +46,16 @@ class LifecycleMetrics(Collector):
             "molehill_adapter_evictions",
             "Adapters that made room for others in the tier.",
             ["tier"],
+            registry=self._registry,
+        )
+        self._unfreed = Counter(
+            "molehill_adapter_free_failures",
+            "Adapters that the workers did not give back.",
+            registry=self._registry,
+        )
+        self._unwritten = Counter(
+            "molehill_manifest_write_failures",
+            "Changes of the adapters that a restart would not know, as the disk did not take them.",
             registry=self._registry,
         )
         for tier in get_args(Tier):
@@ -85,3 +95,9 @@ class LifecycleMetrics(Collector):
 
     def evicted(self, tier: Tier, adapters: int = 1) -> None:
         self._evictions.labels(tier).inc(adapters)
+
+    def free_failed(self) -> None:
+        self._unfreed.inc()
+
+    def manifest_failed(self) -> None:
+        self._unwritten.inc()

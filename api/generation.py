@@ -1,13 +1,15 @@
 """One version of one adapter, and what a read of its files leaves behind."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from molehill.api.errors import RequestError, encodable
 from molehill.api.paths import Source
 from molehill.engine.adapter import Adapter
+from molehill.engine.errors import AdapterError
 from molehill.engine.plan import plan
 
 
@@ -42,6 +44,8 @@ class Generation:
     created, last_used: Unix seconds. loads: how often it came into the workers.
     in_flight: requests admitted to it. retired: no new request may be.
     note: what has become of the source since, where that is known.
+    check: what must still be made sure of when it first comes into the workers, or None; raises
+    EngineRefusedError.
 
     Kept by Residency: resident: in the workers. running: admitted requests that the engine has.
     yielding: resident, but its next requests wait until others have had a turn. since: number of
@@ -59,6 +63,7 @@ class Generation:
     in_flight: int = 0
     retired: bool = False
     note: str | None = None
+    check: Callable[[], Awaitable[None]] | None = None
     resident: bool = False
     running: int = 0
     yielding: bool = False
@@ -89,11 +94,22 @@ class Loading:
 
 @dataclass(frozen=True)
 class Failure:
-    """A name that should serve and does not."""
+    """A name that should serve and does not, and why: the error's type and message, for clients.
+
+    Not the error itself: its traceback would keep what was read in memory.
+    """
 
     name: str
     source: str
-    error: Exception
+    kind: str
+    message: str
+
+
+def failure_of(name: str, source: str, error: Exception) -> Failure:
+    if isinstance(error, RequestError | AdapterError):
+        return Failure(name, source, error.kind, encodable(str(error)))
+    # Its message is for the operator alone: it may hold paths of the server.
+    return Failure(name, source, "internal_error", f"{type(error).__name__}; see the server's log")
 
 
 @dataclass(frozen=True)

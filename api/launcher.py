@@ -9,6 +9,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from molehill.api.lock import check_free
 from molehill.api.options import Options, Resident
 from molehill.engine.errors import AdapterError
 from molehill.engine.vllm.settings import Settings
@@ -38,7 +39,7 @@ class LaunchError(ValueError):
 def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
     """Serves until stopped.
 
-    Raises LaunchError, and for a start adapter AdapterError or RequestError.
+    Raises LaunchError, LockedError, and for a start adapter AdapterError or RequestError.
     """
     for name, why in UNSAFE_ENVIRONMENT.items():
         if os.environ.get(name, "0").lower() not in ("", "0", "false"):
@@ -127,6 +128,9 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     args.lora_modules = None
     args.api_server_count = None
     options = replace(options, adapters=adapters)
+    if not args.headless:
+        # Again when the store is opened; but this is before anything is written there.
+        check_free(options.store)
     if options.merge_into_base is not None:
         options = replace(options, resident=_resident(options.merge_into_base, args, options))
     keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]

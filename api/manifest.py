@@ -19,13 +19,16 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One name. generation: digest of what it serves. source, fingerprint: see Source."""
+    """One name. generation: digest of what it serves. source, fingerprint: see Source. probed: that
+    it has an effect was seen, or is not asked for.
+    """
 
     name: str
     generation: str
     source: str
     fingerprint: str
     pinned: bool
+    probed: bool = True
 
 
 class Manifest:
@@ -50,8 +53,9 @@ class Manifest:
                 raise
             raise ManifestError(f"{self.path}: found {error!r}, expected a manifest") from error
 
-    def write(self, entries: list[Entry]) -> None:
-        """Logs what stops it: a full disk must not stop the adapters that are served."""
+    def write(self, entries: list[Entry]) -> bool:
+        """Whether it is on disk now. Logs what stops it: a full disk must not stop the adapters
+        that are served."""
         partial = self.path.with_suffix(".partial")
         document = {"version": VERSION, "adapters": [asdict(entry) for entry in entries]}
         try:
@@ -60,8 +64,20 @@ class Manifest:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(self.path)
+            synchronise(self.path.parent)
         except OSError:
             logger.exception("The manifest could not be written; a restart would not know this")
+            return False
+        return True
+
+
+def synchronise(folder: Path) -> None:
+    """A rename outlives a loss of power only when its folder is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def entry(fields: dict[str, Any]) -> Entry:

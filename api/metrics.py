@@ -42,6 +42,12 @@ class AdapterCollector(Collector):
 
     def __init__(self, registry: AdapterRegistry, snapshot: Snapshot) -> None:
         self._loaded = len(registry)
+        self._states = {
+            "serving": len(registry),
+            "loading": len(registry.loading()),
+            "draining": sum(generation.retired for generation in registry.alive()),
+            "failed": len(registry.failures),
+        }
         self._snapshot = snapshot
         self._in_flight: Counter[str] = Counter()
         self._stored: Counter[str] = Counter()
@@ -54,6 +60,7 @@ class AdapterCollector(Collector):
         yield GaugeMetricFamily(
             "molehill_adapters_loaded", "Adapters that are served by name.", self._loaded
         )
+        yield self._by_state()
         yield self._requests()
         yield self._bytes()
         yield from self._counters()
@@ -62,6 +69,16 @@ class AdapterCollector(Collector):
         yield self._imbalance()
         yield self._experts()
         yield from self._seconds()
+
+    def _by_state(self) -> Metric:
+        states = GaugeMetricFamily(
+            "molehill_adapters",
+            "Adapters by state, as GET /v1/adapters lists them.",
+            labels=["state"],
+        )
+        for state, number in self._states.items():
+            states.add_metric([state], number)
+        return states
 
     def _requests(self) -> Metric:
         in_flight = GaugeMetricFamily(

@@ -67,7 +67,8 @@ def fingerprint(directory: Path) -> str:
                 continue
             where = path.relative_to(directory)
             facts = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
-            sha.update(f"{where}\0{facts}\0".encode())
+            # Names may be bytes that are no UTF-8.
+            sha.update(f"{where}\0{facts}\0".encode(errors="surrogateescape"))
     return sha.hexdigest()
 
 
@@ -106,14 +107,24 @@ class AdapterRoots:
             raise ForbiddenPathError(f"source: {text!r} leads out of the adapter roots")
         raise AdapterNotFoundError(text, "no such directory", "an adapter below an adapter root")
 
-    def entries(self) -> dict[str, Path]:
-        """The directories right below the roots by name, of the first root that has each."""
+    def entries(self) -> tuple[dict[str, Path], dict[Path, str]]:
+        """The directories right below the roots by name, of the first root that has each; and what
+        cannot be looked at, with the reason."""
         found: dict[str, Path] = {}
+        odd: dict[Path, str] = {}
         for root in self._roots:
-            for entry in os.scandir(root):
-                if entry.is_dir():
-                    found.setdefault(entry.name, Path(entry.path))
-        return found
+            try:
+                entries = list(os.scandir(root))
+            except OSError as error:
+                odd[root] = str(error)
+                continue
+            for entry in entries:
+                try:
+                    if entry.is_dir():
+                        found.setdefault(entry.name, Path(entry.path))
+                except OSError as error:
+                    odd[Path(entry.path)] = str(error)
+        return found, odd
 
     def _root_of(self, path: Path) -> Path | None:
         return next((root for root in self._roots if path.is_relative_to(root)), None)

@@ -72,8 +72,8 @@ class MolehillRoutes:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Sets up the registry and loads the start adapters, before the server listens.
 
-        Raises RuntimeError where the engine is not molehill's, ManifestError, and for a start
-        adapter AdapterError or RequestError; the server then does not start.
+        Raises RuntimeError where the engine is not molehill's, ManifestError, LockedError, and for
+        a start adapter AdapterError or RequestError; the server then does not start.
         """
         if engine_client is None:
             raise RuntimeError("molehill needs an engine; this server only renders prompts")
@@ -104,7 +104,7 @@ def options_of(args: Namespace) -> Options:
 
 
 async def services(engine_client: Any, models: Any, options: Options) -> Services:
-    """All that the routes need, on this engine. Raises RuntimeError, ManifestError."""
+    """All that the routes need, on this engine. Raises RuntimeError, ManifestError, LockedError."""
     config = engine_client.vllm_config
     # The workers check against these too; here a bad adapter gets its own error.
     limits = Settings.from_config(config.additional_config).limits
@@ -112,6 +112,8 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     reader = partial(read, base=base, limits=limits)
     store, resident = AdapterStore(options.store), options.resident
     workers = Lifeline(engine_client)
+    if resident is not None:
+        store.hold(resident.directory)
     registry = AdapterRegistry(
         residency=Residency(Workers(workers), config.lora_config.max_loras, LifecycleMetrics()),
         read=reader,

@@ -6,12 +6,10 @@ memory goes.
 """
 
 import asyncio
-import errno
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -28,50 +26,33 @@ from molehill.api.errors import (
     EngineRefusedError,
     MergedIntoBaseError,
     NotLoadedError,
-    OutOfMemoryError,
-    StoreError,
+    RequestError,
     TooManyAdaptersError,
 )
-from molehill.api.generation import (
-    Content,
-    Failure,
-    Generation,
-    Loaded,
-    Loading,
-    content_of,
-)
+from molehill.api.generation import Content, Failure, Generation, Loaded, Loading, failure_of
+from molehill.api.intake import Fetch, Intake, Reader
 from molehill.api.paths import Source
 from molehill.api.residency import Residency
 from molehill.api.store import AdapterStore
-from molehill.api.terms import Anything, Expected, Terms, check_content, check_expected
-from molehill.engine.adapter import Adapter
-from molehill.engine.errors import AdapterError, CorruptFileError
-from molehill.engine.memory import is_out_of_memory
+from molehill.api.terms import Anything, Expected, Terms, check_expected
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
 logger = logging.getLogger("vllm.molehill")
 
-# What a disk answers that is full, or has a quota that is.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 T = TypeVar("T")
-Reader = Callable[[Path], Adapter]
 Probe = Callable[[Generation], Awaitable[None]]
-
-# A source on its way here: entered in a thread, it is there; left, whatever was fetched is gone.
-Fetch = AbstractContextManager[Source]
 
 
 class AdapterRegistry:
     """Loads, replaces and unloads adapters by name. All methods run on the event loop's thread.
 
-    read: parses and validates a directory; runs in a thread, raises AdapterError.
+    read, store, background: see Intake.
     served: name to LoRARequest, which vLLM looks a request's model up in; the registry writes it.
     probe: raises RequestError for a generation that must not be served, or None.
     failures: names that a restart or a watched root should serve, and why they do not.
+    awaited: names that a restart is still to load. No name in either is served.
     changed: called after the names or their pins have changed.
     resident: name and digest of the adapter that is merged into the base weights.
-    background: reads.
     """
 
     def __init__(
@@ -88,9 +69,8 @@ class AdapterRegistry:
     ) -> None:
         self.residency = residency
         self.events = residency.events
-        self.changed: Callable[[], Awaitable[None]] = nobody_told
-        self._read = read
-        self._store = store
+        self.changed: Callable[[], Coroutine[Any, Any, None]] = nobody_told
+        self.intake = Intake(read, store, background or Background())
         self._served = served
         self._base_models = base_models
         self._admission = admission
@@ -100,12 +80,10 @@ class AdapterRegistry:
         self._alive: dict[int, Generation] = {}
         self._loading: list[Loading] = []
         self.failures: dict[str, Failure] = {}
+        self.awaited: dict[str, Loading] = {}
         self._ids = itertools.count(1)
         # Weak, so that a lock lives only while somebody holds it or waits for it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._background = background or Background()
-        # What is not read waits, and says so.
-        self._reading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def __len__(self) -> int:
@@ -123,8 +101,10 @@ class AdapterRegistry:
         return list(self._alive.values())
 
     def loading(self) -> list[Loading]:
-        """The loads on their way."""
-        return list(self._loading)
+        """The loads on their way, and those that a restart will begin."""
+        begun = {loading.name for loading in self._loading}
+        awaited = [loading for name, loading in self.awaited.items() if name not in begun]
+        return [*self._loading, *awaited]
 
     async def load(self, name: str, label: str, fetch: Fetch, terms: Terms | None = None) -> Loaded:
         """Serves what `fetch` brings as `name`; when this returns, it serves.
@@ -144,16 +124,19 @@ class AdapterRegistry:
     async def unload(self, name: str, expected: Expected = Anything) -> Generation:
         """Takes the name away at once; memory goes when the last running request ends.
 
-        Raises NotLoadedError, GenerationMismatchError, MergedIntoBaseError.
+        A name that should serve and does not, or not yet, is forgotten. Raises NotLoadedError (for
+        such a name too), GenerationMismatchError, MergedIntoBaseError.
         """
         return await self._see_through(self._unload(name, expected))
 
-    async def dismiss(self, name: str) -> Failure | None:
-        """Forgets a name that should serve and does not, if it is one."""
-        failure = self.failures.pop(name, None)
-        if failure is not None:
-            await self.changed()
-        return failure
+    async def dismiss(self, name: str) -> Failure | Loading | None:
+        """Forgets a name that should serve and does not, or not yet; None if it is no such name."""
+        return await self._see_through(self._dismiss(name))
+
+    def fail(self, name: str, source: str, error: Exception) -> None:
+        """Notes why a name that should serve does not, unless it does by now."""
+        if name not in self._current:
+            self.failures[name] = failure_of(name, source, error)
 
     async def pin(self, name: str, pinned: bool) -> Generation:
         """Keeps the name's adapter in the workers, or lets it be taken out when idle.
@@ -182,9 +165,14 @@ class AdapterRegistry:
         if generation.retired and not generation.in_flight:
             self._spawn(self._free(generation))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a load would be refused now, as others are on their way."""
+        return len(self._loading) >= self._admission.loads
+
     def _admit_load(self, name: str) -> None:
         """Before anything is fetched, read or allocated."""
-        if len(self._loading) >= self._admission.loads:
+        if self.busy:
             raise BusyError(
                 f"loads: found {len(self._loading)} on their way, expected fewer than "
                 f"{self._admission.loads}"
@@ -203,16 +191,16 @@ class AdapterRegistry:
             async with self._lock(loading.name):
                 old = self._current.get(loading.name)
                 check_expected(loading.name, old, terms.expected)
-                content, source = await self._take_in(loading, fetch, terms.content)
+                content, source = await self.intake.take_in(loading, fetch, terms.content)
                 if self._is_resident_otherwise(loading.name, content.digest):
-                    await self._let_go(content.digest)
+                    await self.intake.let_go(content.digest)
                     raise MergedIntoBaseError(
                         f"The lora adapter '{loading.name}' is merged into the base weights with "
                         "other weights than these. It cannot be replaced; restart the server to "
                         "change it."
                     )
                 if old is not None and (old.digest == content.digest or not terms.replace):
-                    await self._let_go(content.digest)
+                    await self.intake.let_go(content.digest)
                     if old.digest == content.digest:
                         return await self._unchanged(old, source, terms)
                     raise AlreadyLoadedError(
@@ -234,7 +222,7 @@ class AdapterRegistry:
         return name == resident and digest != merged
 
     async def _unchanged(self, old: Generation, source: Source, terms: Terms) -> Loaded:
-        old.source = source
+        old.source, old.note = source, None
         if terms.pinned is not None:
             await self._bring_and_pin(old, terms.pinned)
         await self.changed()
@@ -243,47 +231,9 @@ class AdapterRegistry:
     async def _switch(self, new: Generation) -> None:
         self._current[new.name] = new
         self._served[new.name] = new.request
-        self.failures.pop(new.name, None)
+        self._forget_absent(new.name)
         logger.info("Loaded adapter %s: %s, %s", new.name, new.content.kind, new.digest)
         await self.changed()
-
-    async def _take_in(
-        self, loading: Loading, fetch: Fetch, expected: str | None
-    ) -> tuple[Content, Source]:
-        """Into the store, where nobody changes it any more."""
-        loading.stage = "fetching"
-        async with fetched(fetch) as source, self._reading:
-            loading.stage = "reading"
-            return await self._background.run(self._read_into_store, source, expected), source
-
-    def _read_into_store(self, source: Source, expected: str | None) -> Content:
-        try:
-            adapter = self._read_untouched(source)
-            check_content(source.label, adapter.digest, expected)
-            return content_of(adapter, self._store.acquire(adapter, source.directory))
-        except OSError as error:
-            raise StoreError(f"adapter store: {error.strerror}") from error
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise OutOfMemoryError(
-                    f"{source.label}: found no memory to read it into, expected some"
-                ) from None
-            raise
-
-    def _read_untouched(self, source: Source) -> Adapter:
-        """Raises AdapterError, SourceChangedError, OSError where there is no room to read it."""
-        try:
-            adapter = self._read(source.directory)
-        except AdapterError as error:
-            # Half of one file and half of another are not the client's fault.
-            source.check_untouched()
-            raise source.relabel_error(error) from error
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                raise
-            raise CorruptFileError(source.label, error.strerror, "a readable directory") from error
-        source.check_untouched()
-        return adapter
 
     async def _install(
         self,
@@ -297,34 +247,54 @@ class AdapterRegistry:
         generation = Generation(loading.name, content, source, request)
         self._alive[request.lora_int_id] = generation
         self.enter(generation)
+        pinned = old is not None and old.pinned if terms.pinned is None else terms.pinned
+        probed = self._probe is not None and not terms.allow_noop
         try:
-            if terms.eager or not self.residency.full:
-                await self._try_out(loading, generation, old, terms)
+            if terms.eager or pinned or not self.residency.full:
+                await self._try_out(loading, generation, probed)
+                self._set_pin(generation, pinned, old)
+            elif probed:
+                generation.check = partial(self._probe_late, generation)
         except Exception as error:
             generation.retired = True
             generation.in_flight -= 1
             await self._free(generation)
             if isinstance(error, EngineRefusedError):
-                message = source.relabel(str(error)).replace(str(content.path), source.label)
-                raise type(error)(message) from error
+                raise relabelled(error, generation, source.label) from error
             raise
         self.leave(generation)
         return generation
 
-    async def _try_out(
-        self, loading: Loading, generation: Generation, old: Generation | None, terms: Terms
-    ) -> None:
+    async def _try_out(self, loading: Loading, generation: Generation, probed: bool) -> None:
         """Brings it into the workers once: what cannot run there is not served."""
         loading.stage = "installing"
         await self.residency.acquire(generation)
         try:
-            keep = old is not None and old.pinned if terms.pinned is None else terms.pinned
-            self._set_pin(generation, keep, old)
-            if self._probe is not None and not terms.allow_noop:
+            if probed and self._probe is not None:
                 loading.stage = "probing"
                 await self._probe(generation)
         finally:
             self.residency.release(generation)
+
+    async def _probe_late(self, generation: Generation) -> None:
+        """The probe of what was not brought into the workers when it was loaded."""
+        assert self._probe is not None
+        try:
+            await self._probe(generation)
+        except Exception as error:
+            if isinstance(error, RequestError):
+                self._withdraw(generation, error)
+            raise EngineRefusedError(str(error)) from error
+
+    def _withdraw(self, generation: Generation, error: RequestError) -> None:
+        """Whoever has it in flight frees it."""
+        generation.retired = True
+        if self._current.get(generation.name) is generation:
+            del self._current[generation.name]
+            del self._served[generation.name]
+            self.fail(generation.name, generation.source.public, error)
+            logger.error("Adapter %s is not served any more: %s", generation.name, error)
+            self._spawn(self.changed())
 
     async def _pin(self, name: str, pinned: bool) -> Generation:
         async with self._lock(name):
@@ -335,7 +305,7 @@ class AdapterRegistry:
 
     async def _bring_and_pin(self, generation: Generation, pinned: bool) -> None:
         if not pinned:
-            generation.pinned = False
+            self.residency.pin(generation, False)
             return
         self.enter(generation)
         try:
@@ -344,21 +314,27 @@ class AdapterRegistry:
                 self._set_pin(generation, True)
             finally:
                 self.residency.release(generation)
+        except EngineRefusedError as error:
+            raise relabelled(error, generation, generation.source.public) from error
         finally:
             self.leave(generation)
 
     def _set_pin(self, generation: Generation, pinned: bool, old: Generation | None = None) -> None:
-        """old: a pinned generation whose place this one takes."""
+        """old: the generation whose place this one takes at once, its pin too."""
         frees = old is not None and old.pinned
         if pinned and not generation.pinned and not frees and not self.residency.pinnable():
             raise CannotPinError(
                 f"pins: found no more than one of {self.residency.slots} slots left for adapters "
                 "that are not pinned, expected two"
             )
-        generation.pinned = pinned
+        if old is not None:
+            self.residency.pin(old, False)
+        self.residency.pin(generation, pinned)
 
     async def _unload(self, name: str, expected: Expected) -> Generation:
         async with self._lock(name):
+            if self._forget_absent(name) is not None:
+                await self.changed()
             generation = self._known(name)
             check_expected(name, generation, expected)
             if self._resident and name == self._resident[0]:
@@ -373,6 +349,18 @@ class AdapterRegistry:
             await self._retire(generation)
             return generation
 
+    async def _dismiss(self, name: str) -> Failure | Loading | None:
+        # Behind a load that may be on its way: what comes of it is then unloaded, not dismissed.
+        async with self._lock(name):
+            absent = self._forget_absent(name)
+            if absent is not None:
+                await self.changed()
+            return absent
+
+    def _forget_absent(self, name: str) -> Failure | Loading | None:
+        awaited = self.awaited.pop(name, None)
+        return self.failures.pop(name, None) or awaited
+
     def _known(self, name: str) -> Generation:
         if name not in self._current:
             raise NotLoadedError(f"The lora adapter {name!a} cannot be found.")
@@ -380,7 +368,7 @@ class AdapterRegistry:
 
     async def _retire(self, generation: Generation) -> None:
         generation.retired = True
-        generation.pinned = False
+        self.residency.pin(generation, False)
         if not generation.in_flight:
             await self._free(generation)
 
@@ -389,11 +377,7 @@ class AdapterRegistry:
         if self._alive.pop(generation.lora_int_id, None) is None:
             return
         await self.residency.forget(generation)
-        await self._let_go(generation.digest)
-
-    async def _let_go(self, digest: str) -> None:
-        """In a thread: the store may be writing, and files take time to delete."""
-        await asyncio.to_thread(self._store.release, digest)
+        await self.intake.let_go(generation.digest)
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
@@ -409,14 +393,9 @@ class AdapterRegistry:
         return task
 
 
-@asynccontextmanager
-async def fetched(fetch: Fetch) -> AsyncIterator[Source]:
-    """Enters and leaves `fetch` in a thread."""
-    source = await asyncio.to_thread(fetch.__enter__)
-    try:
-        yield source
-    finally:
-        await asyncio.to_thread(fetch.__exit__, None, None, None)
+def relabelled(error: EngineRefusedError, generation: Generation, label: str) -> EngineRefusedError:
+    """The same error with `label` in place of the server's path."""
+    return type(error)(str(error).replace(str(generation.content.path), label))
 
 
 async def nobody_told() -> None:

@@ -42,9 +42,6 @@ class Residency:
         self._taking_turns: asyncio.Task[None] | None = None
         self._turns = itertools.count(1)
 
-    def __len__(self) -> int:
-        return len(self._residents)
-
     @property
     def full(self) -> bool:
         return len(self._residents) >= self.slots
@@ -80,6 +77,11 @@ class Residency:
         if generation.loads:
             # Also from where it waits to come back.
             await self._take_out(generation)
+
+    def pin(self, generation: Generation, pinned: bool) -> None:
+        """Keeps a generation that is in the workers there, or lets it be taken out."""
+        generation.pinned = pinned
+        self._left.set()
 
     def pinnable(self) -> bool:
         """Whether one more pin leaves a slot for those that come and go."""
@@ -128,12 +130,15 @@ class Residency:
                 prepared = True
             try:
                 await self._workers.install(generation.request)
+                if generation.check is not None:
+                    await generation.check()
             except EngineRefusedError as error:
                 await self._take_out(generation)
                 if not (isinstance(error, NoRoomError) and self._residents):
                     raise
                 await self._make_room()
                 continue
+            generation.check = None
             generation.resident = True
             generation.loads += 1
             generation.since = next(self._turns)
@@ -169,3 +174,4 @@ class Residency:
             await self._workers.remove(generation.request, keep)
         except Exception:
             logger.exception("The engine could not free adapter %s", generation.name)
+            self.events.free_failed()

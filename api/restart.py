@@ -7,18 +7,29 @@ lost a copy, the source must still have the very same content.
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
 
-from molehill.api.errors import RequestError
-from molehill.api.generation import Failure, Generation
+from molehill.api.errors import (
+    NotLoadedError,
+    RequestError,
+    SourceChangedError,
+)
+from molehill.api.generation import Generation, Loaded, Loading
+from molehill.api.intake import Fetch, Reader
 from molehill.api.manifest import Entry, Manifest
 from molehill.api.paths import Source
-from molehill.api.registry import AdapterRegistry, Reader
+from molehill.api.registry import AdapterRegistry
 from molehill.api.sources import Sources, local
 from molehill.api.store import AdapterStore
 from molehill.api.terms import Terms
 from molehill.engine.errors import AdapterError
 
 logger = logging.getLogger("vllm.molehill")
+
+# Between two tries where clients' loads take all places.
+PAUSE_SECONDS = 0.1
 
 CHANGED = "the source has other content now; what was loaded is served"
 GONE = "the source cannot be read any more; what was loaded is served"
@@ -45,9 +56,13 @@ class Restart:
         self._read = read
         self._manifest = manifest
         entries = [] if manifest is None else manifest.read()
-        self._pending = {entry.name: entry for entry in entries}
-        self._failed: dict[str, Entry] = {}
+        # What the manifest names and nothing serves.
+        self._absent = {entry.name: entry for entry in entries}
+        registry.awaited.update(
+            (entry.name, Loading(entry.name, entry.source)) for entry in entries
+        )
         self._writing = asyncio.Lock()
+        self._on_disk = entries
         self.ready = False
         if manifest is not None:
             store.sweep({entry.generation for entry in entries})
@@ -56,40 +71,73 @@ class Restart:
     async def run(self) -> None:
         """Loads every remembered adapter, one after the other, then looks at their sources."""
         restored = []
-        for entry in list(self._pending.values()):
-            # What the command line or a client has loaded under the name since is newer.
-            if self._registry.get(entry.name) is None:
+        for entry in list(self._absent.values()):
+            # What the command line or a client has loaded since is newer, or deleted.
+            if entry.name in self._registry.awaited:
                 generation = await self._restore(entry)
                 if generation is not None:
                     restored.append((entry, generation))
-            self._pending.pop(entry.name)
         await self._remember()
         self.ready = True
         for entry, generation in restored:
-            generation.note = await asyncio.to_thread(self._compare, entry)
-            if generation.note is not None:
-                logger.warning("Adapter %s: %s", entry.name, generation.note)
+            await self._check_source(entry, generation)
 
     async def _restore(self, entry: Entry) -> Generation | None:
-        copy = Source(self._store.path(entry.generation), entry.source, entry.fingerprint)
-        terms = Terms(
-            pinned=entry.pinned, content=entry.generation, allow_noop=True, eager=entry.pinned
-        )
+        name = entry.name
         try:
-            if copy.directory.is_dir():
-                try:
-                    loaded = await self._registry.load(entry.name, entry.source, local(copy), terms)
-                    return loaded.generation
-                except AdapterError:
-                    logger.warning("Adapter %s: its copy is damaged", entry.name)
-            fetch = self._sources.fetch(entry.source)
-            return (await self._registry.load(entry.name, entry.source, fetch, terms)).generation
+            return (await self._bring_back(entry)).generation
+        except NotLoadedError:
+            logger.info("Adapter %s: a client was quicker than the restart", name)
         except Exception as error:
             # Whatever it is, the others are served all the same.
-            logger.error("Adapter %s is not served after the restart: %s", entry.name, error)
-            self._registry.failures[entry.name] = Failure(entry.name, entry.source, error)
-            self._failed[entry.name] = entry
-            return None
+            logger.error("Adapter %s is not served after the restart: %s", name, error)
+            self._registry.fail(name, entry.source, error)
+        finally:
+            self._registry.awaited.pop(name, None)
+        return None
+
+    async def _bring_back(self, entry: Entry) -> Loaded:
+        """From the copy, else from the source."""
+        copy = Source(self._store.path(entry.generation), entry.source, entry.fingerprint)
+        terms = Terms(
+            pinned=entry.pinned,
+            content=entry.generation,
+            allow_noop=entry.probed,
+            eager=entry.pinned,
+        )
+        if copy.directory.is_dir():
+            try:
+                return await self._load(entry, local(copy), terms)
+            except (AdapterError, SourceChangedError):
+                logger.warning("Adapter %s: its copy is damaged", entry.name)
+        return await self._load(entry, self._sources.fetch(entry.source), terms)
+
+    async def _load(self, entry: Entry, fetch: Fetch, terms: Terms) -> Loaded:
+        while self._registry.busy:
+            # With clients' loads; clients that were refused wait longer before they try again.
+            await asyncio.sleep(PAUSE_SECONDS)
+        wanted = self._while_awaited(entry.name, fetch)
+        return await self._registry.load(entry.name, entry.source, wanted, terms)
+
+    @contextmanager
+    def _while_awaited(self, name: str, fetch: Fetch) -> Iterator[Source]:
+        """Entered under the name's lock, which whoever loads or deletes the name needs too."""
+        if name not in self._registry.awaited:
+            raise NotLoadedError(f"The lora adapter {name!a} was loaded or deleted meanwhile.")
+        with fetch as source:
+            yield source
+
+    async def _check_source(self, entry: Entry, generation: Generation) -> None:
+        source = generation.source
+        try:
+            note = await self._registry.intake.alone(self._compare, entry)
+        except Exception:
+            logger.exception("The source of adapter %s could not be looked at", entry.name)
+            return
+        # Somebody may have loaded the same content again, from elsewhere.
+        if note is not None and generation.source is source:
+            generation.note = note
+            logger.warning("Adapter %s: %s", entry.name, note)
 
     def _compare(self, entry: Entry) -> str | None:
         """Only a directory can change: a repository is named with its commit, and a URL is asked
@@ -105,13 +153,22 @@ class Restart:
             return GONE
 
     async def _remember(self) -> None:
+        """Returns when what holds now is on disk, or could not be written."""
         if self._manifest is None:
             return
-        # One after the other: the last one to write has seen every change.
         async with self._writing:
-            await asyncio.to_thread(self._manifest.write, self._entries())
+            # What came while one was written goes to disk together, with whoever is next.
+            entries = self._entries()
+            if entries == self._on_disk:
+                return
+            if await asyncio.to_thread(self._manifest.write, entries):
+                self._on_disk = entries
+            else:
+                self._registry.events.manifest_failed()
 
     def _entries(self) -> list[Entry]:
+        awaited = self._registry.awaited.keys() | self._registry.failures.keys()
+        self._absent = {name: entry for name, entry in self._absent.items() if name in awaited}
         served = [
             Entry(
                 generation.name,
@@ -119,11 +176,9 @@ class Restart:
                 generation.source.label,
                 generation.source.fingerprint,
                 generation.pinned,
+                probed=generation.check is None,
             )
             for generation in self._registry
             if generation.source.remembered
         ]
-        names = {entry.name for entry in served}
-        lost = [self._failed[name] for name in self._registry.failures if name in self._failed]
-        others = [entry for entry in (*self._pending.values(), *lost) if entry.name not in names]
-        return [*served, *others]
+        return sorted([*served, *self._absent.values()], key=attrgetter("name"))

@@ -18,9 +18,9 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from molehill.api.errors import BadPathError, FetchError, ForbiddenSourceError
+from molehill.api.intake import Fetch
 from molehill.api.options import URL_SCHEMES
 from molehill.api.paths import AdapterRoots, Source
-from molehill.api.registry import Fetch
 from molehill.engine.errors import AdapterNotFoundError, LimitError
 from molehill.engine.formats import files, native
 

@@ -14,26 +14,30 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from molehill.api.lock import DirectoryLock
 from molehill.engine.adapter import Adapter
 from molehill.engine.formats import native
 
-# Copies, and copies that were not finished.
-LEFT = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}-.*")
+# Copies, what was merged into the base weights, and either where it was not finished.
+LEFT = re.compile(r"(base-)?[0-9a-f]{64}|\.(base-)?[0-9a-f]{64}-.*")
 
 
 class AdapterStore:
     """Directories `<root>/<digest>`, each as long as somebody holds it. Thread-safe.
 
     Without a root of its own choice it uses a temporary directory that goes with the process.
+    claim: keeps other servers out of the root.
     """
 
     def __init__(self, root: Path | None = None) -> None:
+        """Raises LockedError if another server has the root."""
         if root is None:
             self.root = Path(tempfile.mkdtemp(prefix="molehill-"))
             weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
         else:
             self.root = root.resolve()
             self.root.mkdir(parents=True, exist_ok=True)
+            self.claim = DirectoryLock(self.root)
         self._holders: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -62,8 +66,13 @@ class AdapterStore:
                 del self._holders[digest]
                 shutil.rmtree(self.path(digest), ignore_errors=True)
 
+    def hold(self, directory: Path) -> None:
+        """Keeps a directory that was written beside the copies."""
+        with self._lock:
+            self._holders[directory.name] += 1
+
     def sweep(self, keep: Collection[str]) -> None:
-        """Deletes what an earlier server left, but for the digests in `keep`."""
+        """Deletes what an earlier server left, but for what is held, and the digests in `keep`."""
         with self._lock:
             for path in self.root.iterdir():
                 wanted = path.name in keep or path.name in self._holders

@@ -11,6 +11,7 @@ from server import TINY, serve
 
 from molehill.api import cli, launcher, options
 from molehill.api.launcher import LaunchError, allow_plugin
+from molehill.api.lock import DirectoryLock, LockedError
 from molehill.engine.base import Limits
 
 TINY_LLAMA = GOLDEN / "tiny-llama"
@@ -177,6 +178,19 @@ def test_a_name_given_twice_is_refused() -> None:
 def test_what_molehill_cannot_serve_is_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         prepared(*arguments)
+
+
+def test_a_store_that_another_server_uses_is_refused_before_the_engine_starts(
+    tmp_path: Path,
+) -> None:
+    ours = options.Options(store=tmp_path)
+    claim = DirectoryLock(tmp_path)
+    with pytest.raises(LockedError, match=str(tmp_path)):
+        prepared(ours=ours)
+    # A node that only computes shares its server's store.
+    prepared("--headless", ours=ours)
+    claim.release()
+    prepared(ours=ours)
 
 
 def test_a_bad_start_adapter_ends_the_start_with_its_error(tmp_path: Path) -> None:

@@ -44,6 +44,16 @@ def test_hits_and_evictions_are_counted_by_tier() -> None:
     assert found["evictions_total", "worker"] == 1
 
 
+def test_faults_are_counted() -> None:
+    events = LifecycleMetrics()
+    events.free_failed()
+    for _ in range(2):
+        events.manifest_failed()
+    found = samples(events)
+    assert found["free_failures_total",] == 1
+    assert found["molehill_manifest_write_failures_total",] == 2
+
+
 def test_a_fresh_server_shows_zeros_and_no_creation_times() -> None:
     found = samples(LifecycleMetrics())
     assert found["evictions_total", "worker"] == 0

@@ -72,6 +72,9 @@ def test_figures_grow_with_what_is_sent_and_end_at_unload(clean: Api) -> None:
     assert since("soft_routed_total") == 0
     assert clean.of_adapter("m", "adapter_requests_in_flight") == 0
     loaded = clean.metrics()["molehill_adapters_loaded"]
+    states = {"loading": 0, "serving": loaded, "draining": 0, "failed": 0}
+    for state, number in states.items():
+        assert clean.metrics()[f'molehill_adapters{{state="{state}"}}'] == number
     assert clean.unload("m").status_code == 200
     samples = clean.metrics()
     assert samples["molehill_adapters_loaded"] == loaded - 1

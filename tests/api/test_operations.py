@@ -3,89 +3,37 @@
 The server takes two adapters into its workers at a time.
 """
 
-import http.server
-import json
 import shutil
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import httpx
 import pytest
-from api_client import BASE, KEY, Api, copy_adapter, edit_tensors, oracle
+from api_client import BASE, KEY, copy_adapter, edit_tensors, oracle
+from operated import ADMIN, SENDING, Operated, copy_and_load, remembered, serving_files, until
 from server import TINY, Server, serve
 
 from molehill.engine import formats
+from molehill.engine.base import Limits
 from molehill.engine.formats import native
 
-ADMIN = "an-admin-key"
 HEADER = "Molehill-Generation"
-SETTLED_SECONDS = 30
-
-
-class Operated(Api):
-    """A client with the admin key, and one that may only ask."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.asking = self.http
-        headers = {"Authorization": f"Bearer {ADMIN}"}
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
-
-    def post(self, name: str, source: str, **more: Any) -> httpx.Response:
-        return self.http.post("/v1/adapters", json={"name": name, "source": source, **more})
-
-    def info(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.http.get(f"/v1/adapters/{name}").json()
-        return found
-
-    def listed(self) -> dict[str, dict[str, Any]]:
-        return {info["name"]: info for info in self.http.get("/v1/adapters").json()["data"]}
-
-    def right(self, name: str, case: str) -> bool:
-        """Whether the name answers as the case's oracle does."""
-        prompt = oracle(case)["prompts"][0]
-        return self.greedy(name, prompt["prompt_token_ids"]) == prompt["greedy_token_ids"]
-
-
-@contextmanager
-def serving_files(folder: Path) -> Iterator[str]:
-    """An HTTP server of a folder, on this machine. `/moved/` redirects to the folder itself."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path.startswith("/moved/"):
-                self.send_response(302)
-                self.send_header("Location", self.path.removeprefix("/moved"))
-                self.end_headers()
-            else:
-                super().do_GET()
-
-        def log_message(self, *_: Any) -> None:
-            return
-
-    handler = partial(Handler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
 
 
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Adapters over HTTP: `allowed/mola`, `moved/allowed/mola`, `other/mola`."""
+    """Adapters over HTTP: `allowed/mola`, `allowed/held`, `moved/allowed/mola`, `other/mola`."""
     folder = tmp_path_factory.mktemp("remote")
     adapter = formats.read(copy_adapter("mola", folder / "pickled"))
     native.write(adapter, folder / "allowed" / "mola")
     native.write(adapter, folder / "other" / "mola")
+    other = formats.read(copy_adapter("rslora", folder / "other" / "pickled"))
+    native.write(other, folder / "allowed" / "held")
     shutil.copytree(folder / "pickled", folder / "allowed" / "pickled")
     with serving_files(folder) as url:
         yield url
@@ -130,15 +78,6 @@ def api(shared: Operated) -> Iterator[Operated]:
     yield shared
     for name in set(shared.listed()) - before:
         assert shared.http.delete(f"/v1/adapters/{name}").status_code == 200
-
-
-def until(condition: Any, seconds: float = SETTLED_SECONDS) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_only_the_admin_key_changes_adapters(api: Operated) -> None:
@@ -403,7 +342,7 @@ def test_more_names_than_allowed_are_refused(api: Operated) -> None:
     assert (status, kind) == (507, "too_many_adapters")
 
 
-def test_a_restarted_server_serves_what_it_served(
+def test_a_killed_server_serves_again_what_it_served(
     shared: Operated, running: Server, model: Path, folder: Path, remote: str
 ) -> None:
     for name in set(shared.models()) - {BASE}:
@@ -413,19 +352,37 @@ def test_a_restarted_server_serves_what_it_served(
         "changed": copy_and_load(shared, "changed", "mola"),
         "lost": copy_and_load(shared, "lost", "loramoe"),
         "gone": copy_and_load(shared, "gone", "lora"),
+        "held": shared.post("held", f"{remote}/allowed/held").json()["generation"],
+        "unwanted": copy_and_load(shared, "unwanted", "dynmole-soft"),
     }
-    running.process.terminate()
+    running.process.kill()
     running.process.wait(60)
     # The source of one has other content now, that of another too and its copy is lost as well.
     for name, other in (("changed", "lora"), ("lost", "lora")):
         shutil.rmtree(folder / "root" / "group" / f"of-{name}")
         copy_adapter(other, folder / "root" / "group" / f"of-{name}")
-    shutil.rmtree(folder / "store" / served["lost"])
+    for name in ("lost", "held"):
+        shutil.rmtree(folder / "store" / served[name])
     shutil.rmtree(folder / "root" / "group" / "of-gone")
     (folder / "store" / ("0" * 64)).mkdir()
+    SENDING.clear()
     with start(model, folder, remote, "log2") as server:
-        assert until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)
         api = Operated(server.url, folder / "root", folder / "store")
+        assert until(lambda: api.info("held").get("stage") == "fetching")
+        not_yet = httpx.get(f"{server.url}/health/ready")
+        assert (not_yet.status_code, int(not_yet.headers["Retry-After"])) == (503, 1)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        # One comes after the other; a client may do without it meanwhile.
+        assert (api.info("changed")["state"], api.info("unwanted")["state"]) == (
+            "serving",
+            "loading",
+        )
+        assert api.http.delete("/v1/adapters/unwanted").status_code == 200
+        served.pop("unwanted")
+        SENDING.set()
+        assert until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)
+        assert "unwanted" not in api.listed()
+        assert api.right("held", "rslora")
         for name in ("kept", "changed", "gone"):
             assert api.info(name)["generation"] == served[name]
         assert api.right("kept", "mixlora")
@@ -439,15 +396,14 @@ def test_a_restarted_server_serves_what_it_served(
         lost = api.info("lost")
         assert (lost["state"], lost["generation"]) == ("failed", None)
         assert "of-lost" in lost["error"]
+        assert lost["error_type"] == "source_changed"
+        assert api.metrics()['molehill_adapters{state="failed"}'] == 1
         assert "lost" not in api.models()
         assert not (folder / "store" / ("0" * 64)).exists()
-        remembered = json.loads((folder / "store" / "manifest.json").read_text())["adapters"]
-        assert {entry["name"] for entry in remembered} == set(served)
+        assert remembered(folder) == set(served)
         assert api.http.delete("/v1/adapters/lost").status_code == 200
         assert "lost" not in api.listed()
-
-
-def copy_and_load(api: Operated, name: str, case: str) -> str:
-    copy_adapter(case, api.root / "group" / f"of-{name}")
-    generation: str = api.post(name, f"group/of-{name}").json()["generation"]
-    return generation
+    # Stopped in order, it leaves the next one what it needs.
+    assert remembered(folder) == set(served) - {"lost"}
+    for name in remembered(folder):
+        assert native.read(folder / "store" / served[name], Limits()).digest == served[name]

@@ -1,12 +1,15 @@
 """Adapter roots contain what clients may name."""
 
 import os
+from http import HTTPStatus
 from pathlib import Path
 
 import pytest
+from fastapi.responses import JSONResponse
 
+from molehill.api import errors
 from molehill.api.errors import BadPathError, ForbiddenPathError, SourceChangedError
-from molehill.api.paths import AdapterRoots, Source
+from molehill.api.paths import AdapterRoots, Source, fingerprint
 from molehill.engine.errors import AdapterNotFoundError, ShapeError
 
 
@@ -20,8 +23,12 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def resolve_source(tree: Path, text: str) -> Source:
+    return AdapterRoots([tree / "one", tree / "two"]).resolve(text)
+
+
 def resolve(tree: Path, text: str) -> Path:
-    return AdapterRoots([tree / "one", tree / "two"]).resolve(text).directory
+    return resolve_source(tree, text).directory
 
 
 def test_a_relative_path_is_below_the_first_root_that_has_it(tree: Path) -> None:
@@ -76,6 +83,19 @@ def test_links_in_a_circle_are_no_trap(tree: Path) -> None:
     (tree / "one" / "a" / "x").symlink_to(tree / "one" / "a" / "y")
     (tree / "one" / "a" / "y").symlink_to(tree / "one" / "a" / "x")
     assert resolve(tree, "a") == tree / "one" / "a"
+
+
+def test_names_that_are_no_text_can_be_fingerprinted_and_refused(tree: Path) -> None:
+    link = Path(os.fsdecode(bytes(tree / "one" / "a") + b"/\xff"))
+    link.touch()
+    before = resolve_source(tree, "a").fingerprint
+    link.unlink()
+    link.symlink_to(tree / "outside")
+    assert fingerprint(tree / "one" / "a") != before
+    with pytest.raises(ForbiddenPathError) as refusal:
+        resolve(tree, "a")
+    answer = JSONResponse(errors.body(str(refusal.value), refusal.value.kind, HTTPStatus.FORBIDDEN))
+    assert b"a/\\\\udcff: a link" in answer.body
 
 
 def test_pipes_are_refused(tree: Path) -> None:

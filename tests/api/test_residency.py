@@ -91,6 +91,49 @@ def test_a_request_that_pinned_adapters_leave_no_room_for_is_told_so(tmp_path: P
     play(World(tmp_path, slots=4), scenario)
 
 
+def test_an_unpinned_adapter_makes_room_for_those_that_wait(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        await w.load("c", 3)
+        await w.load("pinned", 1, pinned=True)
+        await w.load("b", 2)
+        running = w.generate("b")
+        await anext(running)
+        waiting = asyncio.create_task(anext(w.generate("c")))
+        await settle()
+        assert not waiting.done()
+        await w.registry.pin("pinned", False)
+        assert await asyncio.wait_for(waiting, 1) == "first"
+        assert sorted(w.engine.loaded.values()) == ["b", "c"]
+        await running.aclose()
+
+    play(World(tmp_path, slots=2), scenario)
+
+
+def test_what_the_workers_do_not_give_back_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(w: World) -> None:
+        await w.load("a", 1)
+        answer = w.engine.collective_rpc
+
+        async def stuck(method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+            if method == "molehill_remove":
+                raise RuntimeError("a worker is gone")
+            return await answer(method, args=args)
+
+        monkeypatch.setattr(w.engine, "collective_rpc", stuck)
+        await w.registry.unload("a")
+        counted = {
+            sample.name: sample.value
+            for metric in w.registry.events.collect()
+            for sample in metric.samples
+        }
+        assert counted["molehill_adapter_free_failures_total"] == 1
+        assert (w.served, w.in_store()) == ({}, [])
+
+    play(World(tmp_path), scenario)
+
+
 def test_an_adapter_with_a_running_request_is_never_taken_out(tmp_path: Path) -> None:
     async def scenario(w: World) -> None:
         await w.load("a", 1)

@@ -1,10 +1,13 @@
 """Canonical copies live as long as somebody holds them."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from molehill.api.lock import LockedError, check_free
 from molehill.api.store import AdapterStore
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
@@ -32,6 +35,49 @@ def test_the_last_holder_deletes_it(tmp_path: Path, adapter: Adapter) -> None:
     assert (tmp_path / adapter.digest / native.CONFIG).exists()
     store.release(adapter.digest)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_leaves_what_is_held_and_what_is_not_the_stores(
+    tmp_path: Path, adapter: Adapter
+) -> None:
+    digests = ["0" * 64, "1" * 64]
+    names = [name for digest in digests for name in (digest, f"base-{digest}")]
+    for name in (*names, f".base-{digests[0]}-half", f".{digests[0]}-half", "base-camp"):
+        (tmp_path / name).mkdir()
+    store = AdapterStore(tmp_path)
+    store.acquire(adapter)
+    store.hold(tmp_path / f"base-{digests[1]}")
+    store.sweep({digests[0]})
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {adapter.digest, digests[0], f"base-{digests[1]}", "base-camp"}
+
+
+def test_a_store_has_one_server(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    for take in (AdapterStore, check_free):
+        with pytest.raises(LockedError, match=f"^{tmp_path}: found another server"):
+            take(tmp_path)
+    store.claim.release()
+    check_free(tmp_path)
+    assert AdapterStore(tmp_path).root == tmp_path
+    check_free(tmp_path / "not-there-yet")
+
+
+def test_a_store_is_free_when_its_server_was_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib; from molehill.api.lock import DirectoryLock; "
+        "own = DirectoryLock(pathlib.Path(sys.argv[1])); print('locked', flush=True); "
+        "time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"locked\n"
+        with pytest.raises(LockedError):
+            AdapterStore(tmp_path)
+        server.kill()
+        server.wait()
+    assert AdapterStore(tmp_path).root == tmp_path
 
 
 def test_what_a_killed_server_left_is_written_anew(tmp_path: Path, adapter: Adapter) -> None:

@@ -16,7 +16,7 @@ from molehill.api.events import LifecycleMetrics
 from molehill.api.generation import Loaded
 from molehill.api.inflight import count_requests
 from molehill.api.paths import Source
-from molehill.api.registry import AdapterRegistry
+from molehill.api.registry import AdapterRegistry, Probe
 from molehill.api.residency import Residency
 from molehill.api.sources import local
 from molehill.api.store import AdapterStore
@@ -90,7 +90,13 @@ class FakeEngine:
 class World:
     """A registry on a fake engine, whose adapters are files that hold a number."""
 
-    def __init__(self, folder: Path, slots: int = 4, admission: Admission = ADMISSION) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        slots: int = 4,
+        admission: Admission = ADMISSION,
+        probe: Probe | None = None,
+    ) -> None:
         self.folder = folder
         self.limits = Limits()
         self.engine = FakeEngine()
@@ -104,6 +110,7 @@ class World:
             self.served,
             base_models={"base"},
             admission=admission,
+            probe=probe,
         )
         count_requests(self.engine, self.registry)
 

@@ -1,0 +1,103 @@
+"""Takes adapters in: from a source, checked, into the store, where nobody changes them any more."""
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from molehill.api.background import Background
+from molehill.api.errors import OutOfMemoryError, StoreError
+from molehill.api.generation import Content, Loading, content_of
+from molehill.api.paths import Source
+from molehill.api.store import AdapterStore
+from molehill.api.terms import check_content
+from molehill.engine.adapter import Adapter
+from molehill.engine.errors import AdapterError, CorruptFileError
+from molehill.engine.memory import is_out_of_memory
+
+# What a disk answers that is full, or has a quota that is.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Reader = Callable[[Path], Adapter]
+
+# A source on its way here: entered in a thread, it is there; left, whatever was fetched is gone.
+Fetch = AbstractContextManager[Source]
+
+
+class Intake:
+    """read: parses and validates a directory; raises AdapterError. background: where it runs.
+
+    reading: held by whoever reads an adapter there. What is not read waits, and says so.
+    """
+
+    def __init__(self, read: Reader, store: AdapterStore, background: Background) -> None:
+        self._read = read
+        self._store = store
+        self._background = background
+        self.reading = asyncio.Lock()
+
+    async def take_in(
+        self, loading: Loading, fetch: Fetch, expected: str | None
+    ) -> tuple[Content, Source]:
+        """What `fetch` brings, held in the store until `let_go`.
+
+        expected: digest that it must have, None for any. Raises SourceChangedError, AdapterError,
+        StoreError, OutOfMemoryError and what `fetch` raises.
+        """
+        loading.stage = "fetching"
+        async with fetched(fetch) as source, self.reading:
+            loading.stage = "reading"
+            return await self._background.run(self._read_into_store, source, expected), source
+
+    async def alone(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `work` returns or raises, which reads an adapter for something else."""
+        async with self.reading:
+            return await self._background.run(work, *args, **kwargs)
+
+    async def let_go(self, digest: str) -> None:
+        """In a thread: the store may be writing, and files take time to delete."""
+        await asyncio.to_thread(self._store.release, digest)
+
+    def _read_into_store(self, source: Source, expected: str | None) -> Content:
+        try:
+            adapter = self._read_untouched(source)
+            check_content(source.label, adapter.digest, expected)
+            return content_of(adapter, self._store.acquire(adapter, source.directory))
+        except OSError as error:
+            raise StoreError(f"adapter store: {error.strerror}") from error
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(
+                    f"{source.label}: found no memory to read it into, expected some"
+                ) from None
+            raise
+
+    def _read_untouched(self, source: Source) -> Adapter:
+        """Raises AdapterError, SourceChangedError, OSError where there is no room to read it."""
+        try:
+            adapter = self._read(source.directory)
+        except AdapterError as error:
+            # Half of one file and half of another are not the client's fault.
+            source.check_untouched()
+            raise source.relabel_error(error) from error
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
+            source.check_untouched()
+            raise CorruptFileError(source.label, error.strerror, "a readable directory") from error
+        source.check_untouched()
+        return adapter
+
+
+@asynccontextmanager
+async def fetched(fetch: Fetch) -> AsyncIterator[Source]:
+    """Enters and leaves `fetch` in a thread."""
+    source = await asyncio.to_thread(fetch.__enter__)
+    try:
+        yield source
+    finally:
+        await asyncio.to_thread(fetch.__exit__, None, None, None)
