@@ -26,23 +26,32 @@ class ReadAhead:
         self._unread: list[Any] = []
         self._error: Exception | None = None
         self._news = asyncio.Event()
-        self.task = asyncio.create_task(self._read(outputs))
-        self.task.add_done_callback(lambda _: (self._news.set(), ended()))
+        self._ended = ended
+        self._task = asyncio.create_task(self._read(outputs))
+        # Also of a task that is cancelled before it begins.
+        self._task.add_done_callback(self._end)
 
     async def next(self) -> Any:
         """Raises StopAsyncIteration after the last one, and what the engine raised."""
         while not self._unread:
-            if self.task.done():
+            if self._task.done():
                 error, self._error = self._error, None
                 raise error or StopAsyncIteration
             self._news.clear()
             await self._news.wait()
         return self._unread.pop(0)
 
+    def cancel(self) -> None:
+        self._task.cancel()
+
     async def stop(self) -> None:
-        self.task.cancel()
+        self.cancel()
         with suppress(asyncio.CancelledError):
-            await self.task
+            await self._task
+
+    def _end(self, _: asyncio.Task[None]) -> None:
+        self._news.set()
+        self._ended()
 
     async def _read(self, outputs: AsyncGenerator[Any, None]) -> None:
         try:

@@ -240,7 +240,7 @@ class Counted:
         if self._dropped.detach() is not None:
             self._stay.leave()
             if self._ahead is not None:
-                self._ahead.task.cancel()
+                self._ahead.cancel()
 
     def _look_later(self) -> None:
         self._loop.call_later(PATIENCE_SECONDS, look, weakref.ref(self), self._reads)
@@ -254,7 +254,7 @@ class Counted:
             return
         self._stay.join()
         self._ahead = ReadAhead(self._outputs, self._deltas, self._stay.leave)
-        stop = weakref.finalize(self, self._loop.call_soon_threadsafe, self._ahead.task.cancel)
+        stop = weakref.finalize(self, self._loop.call_soon_threadsafe, self._ahead.cancel)
         stop.atexit = False
 
 
