@@ -10,10 +10,10 @@ from molehill.api import adapter_info
 from molehill.api.adapter_info import AdapterInfo, AdapterList, LoadedInfo
 from molehill.api.errors import NotLoadedError
 from molehill.api.inflight import HEADER
-from molehill.api.services import Injected, StrictBody, answering_errors
+from molehill.api.services import CHANGES, LOADS, Injected, StrictBody, StrictRoute, refusals
 from molehill.api.terms import Anything, Expected, Terms
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=StrictRoute)
 json_only = [Depends(validate_json_request)]
 
 
@@ -45,15 +45,14 @@ def shown(info: AdapterInfo, **more: Any) -> Response:
     return JSONResponse({**info.model_dump(), **more}, headers=headers)
 
 
-@router.get("", response_model=AdapterList)
+@router.get("", response_model=AdapterList, responses=refusals())
 async def list_adapters(found: Injected) -> Response:
     """Every adapter: served, loading, draining and failed ones."""
     data = list(adapter_info.everything(found.registry))
     return JSONResponse(AdapterList(data=data).model_dump())
 
 
-@router.post("", response_model=LoadedInfo, dependencies=json_only)
-@answering_errors
+@router.post("", response_model=LoadedInfo, dependencies=json_only, responses=refusals(*LOADS))
 async def load_adapter(body: LoadBody, found: Injected) -> Response:
     """Loads or replaces. 200 means that the adapter serves; the same bytes again change nothing."""
     fetch = found.sources.fetch(body.source)
@@ -61,15 +60,15 @@ async def load_adapter(body: LoadBody, found: Injected) -> Response:
     return shown(adapter_info.of_generation(loaded.generation), status=loaded.status)
 
 
-@router.post("/{name:path}/pin", response_model=AdapterInfo)
-@answering_errors
+@router.post(
+    "/{name:path}/pin", response_model=AdapterInfo, responses=refusals(*CHANGES, 404, 409, 503)
+)
 async def pin_adapter(name: str, found: Injected, body: PinBody = PinBody()) -> Response:  # noqa: B008
     """Keeps an adapter in the workers, or lets it be taken out when it is idle."""
     return shown(adapter_info.of_generation(await found.registry.pin(name, body.pinned)))
 
 
-@router.get("/{name:path}", response_model=AdapterInfo)
-@answering_errors
+@router.get("/{name:path}", response_model=AdapterInfo, responses=refusals(404))
 async def show_adapter(name: str, found: Injected) -> Response:
     """What the name serves, or how far its load is, or why it failed."""
     info = adapter_info.of_name(found.registry, name)
@@ -78,8 +77,7 @@ async def show_adapter(name: str, found: Injected) -> Response:
     return shown(info)
 
 
-@router.delete("/{name:path}", response_model=AdapterInfo)
-@answering_errors
+@router.delete("/{name:path}", response_model=AdapterInfo, responses=refusals(*CHANGES, 404, 409))
 async def delete_adapter(
     name: str, found: Injected, expected_generation: str | None = None
 ) -> Response:

@@ -29,6 +29,13 @@ class BadPathError(RequestError):
     kind = "invalid_path"
 
 
+class UnknownParameterError(RequestError):
+    """A query parameter that the route does not have."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    kind = "unknown_parameter"
+
+
 class AlreadyLoadedError(RequestError):
     """The name serves other weights, and the request did not ask to replace them."""
 

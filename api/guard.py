@@ -5,6 +5,7 @@ them is open. Here every path of the app falls into one of three kinds.
 """
 
 import hashlib
+import re
 import secrets
 from collections.abc import Collection, Sequence
 from enum import Enum
@@ -38,26 +39,41 @@ ASK = (
     *("/pooling", "/classify", "/score", "/rerank", "/generative_scoring"),
     *("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"),
 )
+
+# Below these, whatever only reads.
 ASK_BELOW = ("/v1/", "/v2/", "/inference/", "/cohere/")
 
-# They change the server although they stand below /v1.
-ADMIN_WRITES = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+# And the writes below them that only compute: an answer, tokens, a prompt.
+ASK_WRITES = (
+    *("/v1/completions", "/v1/completions/render", "/v1/completions/derender"),
+    *("/v1/chat/completions", "/v1/chat/completions/render", "/v1/chat/completions/derender"),
+    *("/v1/chat/completions/batch", "/v1/responses", "/v1/responses/render"),
+    *("/v1/messages", "/v1/messages/count_tokens", "/v1/messages/render"),
+    *("/v1/embeddings", "/v2/embed", "/v1/score", "/v1/rerank", "/v2/rerank", "/v1/systemone"),
+    *("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/realtime"),
+    *("/inference/v1/generate", "/cohere/v2/chat", "/cohere/v2/chat/render"),
+)
+
+# Ends one answer, which only its own client knows by its id.
+CANCEL = re.compile(r"/v1/responses/[^/]+/cancel")
+
+# They change which adapters are served.
+OURS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 def kind_of(method: str, path: str) -> Kind:
     """path: without the app's root path. A websocket counts as a POST."""
-    if path in OPEN and method in READ:
-        return Kind.OPEN
-    writes = method not in READ
-    if writes and any(path == own or path.startswith(f"{own}/") for own in ADMIN_WRITES):
-        return Kind.ADMIN
-    if path in ASK or path.startswith(ASK_BELOW):
-        return Kind.ASK
-    return Kind.ADMIN
+    if method in READ:
+        if path in OPEN:
+            return Kind.OPEN
+        asks = path in ASK or path.startswith(ASK_BELOW)
+    else:
+        asks = path in ASK or path in ASK_WRITES or CANCEL.fullmatch(path) is not None
+    return Kind.ASK if asks else Kind.ADMIN
 
 
 def is_ours(path: str) -> bool:
-    return path.startswith("/v1/")
+    return any(path == own or path.startswith(f"{own}/") for own in OURS)
 
 
 class Guard:

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -93,11 +94,16 @@ class Intake:
         return adapter
 
 
+# Of their own: a source that keeps its readers waiting must not hold up files and digests.
+FETCHERS = ThreadPoolExecutor(128, thread_name_prefix="molehill-fetch")
+
+
 @asynccontextmanager
 async def fetched(fetch: Fetch) -> AsyncIterator[Source]:
     """Enters and leaves `fetch` in a thread."""
-    source = await asyncio.to_thread(fetch.__enter__)
+    loop = asyncio.get_running_loop()
+    source = await loop.run_in_executor(FETCHERS, fetch.__enter__)
     try:
         yield source
     finally:
-        await asyncio.to_thread(fetch.__exit__, None, None, None)
+        await loop.run_in_executor(FETCHERS, fetch.__exit__, None, None, None)

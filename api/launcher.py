@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from molehill.api.lock import check_free
-from molehill.api.options import Options, Resident
+from molehill.api.options import Options, Resident, api_keys
+from molehill.api.workers import ONE_ENGINE
 from molehill.engine.errors import AdapterError
+from molehill.engine.vllm.compilation import WORKER
 from molehill.engine.vllm.settings import Settings
 
 PLUGIN = "molehill"
-WORKER = "molehill.engine.vllm.worker.Worker"
 
 # Engine slots are bookkeeping: an adapter's memory is taken when it loads, not per slot.
 MAX_LORAS = 32
 
 # Bytes. vLLM's default on CPU, 92 % of the machine's memory, fails wherever anything else runs.
 CPU_KV_CACHE = 4 << 30
+
+# What vLLM is given where the user has not said otherwise. Samples of one request: each takes the
+# KV cache of a request, and vLLM's own bound, 16384, lets one client take all of it.
+ENVIRONMENT = {"VLLM_MAX_N_SEQUENCES": "128"}
 
 # The settings under which vLLM would serve something else than the model that a client names, or
 # load adapters past the registry.
@@ -44,6 +49,8 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
     for name, why in UNSAFE_ENVIRONMENT.items():
         if os.environ.get(name, "0").lower() not in ("", "0", "false"):
             raise LaunchError(f"{name} is set, which {why}")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     os.environ["VLLM_PLUGINS"] = allow_plugin(os.environ.get("VLLM_PLUGINS"))
 
     from molehill.engine.vllm import compat, compilation
@@ -109,7 +116,7 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         (not args.enable_lora, "--no-enable-lora: adapters need it"),
         (args.api_server_count not in (None, 1), "--api-server-count: one process must know all"),
         (args.grpc, "--grpc: molehill serves over HTTP"),
-        (args.data_parallel_multi_port_external_lb, "--data-parallel-multi-port-external-lb"),
+        (args.data_parallel_size > 1, f"--data-parallel-size above 1: {ONE_ENGINE}"),
         (args.default_mm_loras, "--default-mm-loras"),
     ):
         if refused:
@@ -133,7 +140,7 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         check_free(options.store)
     if options.merge_into_base is not None:
         options = replace(options, resident=_resident(options.merge_into_base, args, options))
-    keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+    keys = api_keys(args)
     # Who may change the server may also ask it; vLLM's own check stands before ours.
     args.api_key = [*keys, *options.admin_keys] if keys else None
     resident = options.resident

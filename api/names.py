@@ -7,6 +7,9 @@ from molehill.api.errors import BadNameError
 
 MAX_LENGTH = 128
 
+# What comes below an adapter's own route, so that the name of another must not end like it.
+ROUTES = ("pin", "routing")
+
 # As in `organisation/model-8b:v2`. No path can be spelled with `..` or an outer or doubled slash.
 PATTERN = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*")
 
@@ -23,5 +26,8 @@ def check(name: str, base_models: Collection[str]) -> None:
             f"adapter name: found {shown}, expected letters, digits and any of . _ : @ + -, "
             "in parts joined by single slashes"
         )
+    parent, _, last = name.rpartition("/")
+    if parent and last in ROUTES:
+        raise BadNameError(f"adapter name: found {shown}, which is a route of adapter {parent!a}")
     if name in base_models:
         raise BadNameError(f"adapter name: found {shown}, which is the name of the base model")

@@ -220,7 +220,15 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=url_prefix,
-        help="let clients load adapters from below an https, s3 or gs URL; may be repeated",
+        help="let clients load adapters from below an https, s3 or gs URL, or an http one on a "
+        "network that you trust; may be repeated",
+    )
+    group.add_argument(
+        "--adapter-pickles",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take pickled weights (adapter_model.bin) too; they are read as plain tensors only, "
+        "but in the server's own process (default: on)",
     )
     group.add_argument(
         "--watch-adapter-roots",
@@ -251,6 +259,7 @@ def from_namespace(args: argparse.Namespace) -> Options:
         experts=args.max_adapter_experts,
         total_rank=args.max_adapter_total_rank,
         adapter_bytes=args.max_adapter_bytes,
+        pickles=args.adapter_pickles,
     )
     return Options(
         adapters=tuple(args.adapter),
@@ -274,3 +283,8 @@ def from_namespace(args: argparse.Namespace) -> Options:
 def admin_keys_of_environment() -> tuple[str, ...]:
     key = os.environ.get(ADMIN_KEY_VARIABLE, "")
     return (key,) if key.strip() else ()
+
+
+def api_keys(args: argparse.Namespace) -> list[str]:
+    """vLLM's: those of its command line, else that of the environment."""
+    return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]

@@ -1,27 +1,26 @@
 """vLLM's endpoint plugin: puts molehill's routes and registry into vLLM's API server."""
 
 import asyncio
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
 from molehill.api import adapter_routes, dashboard, routes, routing
 from molehill.api.background import Background
+from molehill.api.engine_metrics import drop_adapter_sets
 from molehill.api.events import LifecycleMetrics
 from molehill.api.guard import Guard
 from molehill.api.inflight import GenerationHeader, count_requests
 from molehill.api.lifeline import Lifeline
 from molehill.api.manifest import Manifest
-from molehill.api.options import Options
+from molehill.api.options import Options, api_keys
 from molehill.api.paths import AdapterRoots, operator_source
 from molehill.api.probe import Prober
+from molehill.api.reader import AdapterReader
 from molehill.api.registry import AdapterRegistry
 from molehill.api.residency import Residency
 from molehill.api.restart import Restart
@@ -30,10 +29,8 @@ from molehill.api.sources import Sources, local
 from molehill.api.stats import WorkerStats
 from molehill.api.store import AdapterStore
 from molehill.api.watch import Watcher
-from molehill.api.workers import Workers
-from molehill.engine import formats, validation
-from molehill.engine.adapter import Adapter
-from molehill.engine.base import BaseModel, Limits, Moe
+from molehill.api.workers import ONE_ENGINE, Workers
+from molehill.engine.base import BaseModel, Moe
 from molehill.engine.vllm import compat
 from molehill.engine.vllm.settings import Settings
 
@@ -61,13 +58,13 @@ class MolehillRoutes:
         app.include_router(routing.router)
         app.include_router(dashboard.router)
         app.include_router(routes.router)
+        app.include_router(routes.loading)
         app.include_router(adapter_routes.router)
         args = app.state.args
-        keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
         admin_keys = options_of(args).admin_keys
         # The last one added is the outermost.
         app.add_middleware(GenerationHeader)
-        app.add_middleware(Guard, keys=keys, admin_keys=admin_keys)
+        app.add_middleware(Guard, keys=api_keys(args), admin_keys=admin_keys)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Sets up the registry and loads the start adapters, before the server listens.
@@ -106,10 +103,13 @@ def options_of(args: Namespace) -> Options:
 async def services(engine_client: Any, models: Any, options: Options) -> Services:
     """All that the routes need, on this engine. Raises RuntimeError, ManifestError, LockedError."""
     config = engine_client.vllm_config
+    if config.parallel_config.data_parallel_size > 1:
+        raise RuntimeError(f"found data parallelism, expected none: {ONE_ENGINE}")
     # The workers check against these too; here a bad adapter gets its own error.
     limits = Settings.from_config(config.additional_config).limits
     base = replace(await base_model(engine_client), name=models.base_model_paths[0].name)
-    reader = partial(read, base=base, limits=limits)
+    names = {path.name for path in models.base_model_paths}
+    reader = AdapterReader(base, limits, {config.model_config.model, *names})
     store, resident = AdapterStore(options.store), options.resident
     workers = Lifeline(engine_client)
     if resident is not None:
@@ -119,13 +119,14 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
         read=reader,
         store=store,
         served=models.lora_requests,
-        base_models={path.name for path in models.base_model_paths},
+        base_models=names,
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
         resident=(resident.name, resident.digest) if resident else None,
         background=Background(await workers_cores(engine_client)),
     )
     count_requests(engine_client, registry)
+    drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)
     sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
     manifest = None if options.store is None else Manifest(store.root)
@@ -139,13 +140,6 @@ async def prober(engine_client: Any) -> Prober | None:
     if "generate" not in tasks or engine_client.model_config.max_logprobs == 0:
         return None
     return Prober(engine_client.generate, engine_client.model_config.get_vocab_size())
-
-
-def read(directory: Path, base: BaseModel, limits: Limits) -> Adapter:
-    """Parses and validates. Raises AdapterError."""
-    adapter = formats.read(directory, limits)
-    validation.validate(adapter, base, limits)
-    return adapter
 
 
 async def workers_cores(engine_client: Any) -> set[int]:

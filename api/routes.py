@@ -2,18 +2,22 @@
 
 from typing import Any, Literal
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from molehill.api import metrics
 from molehill.api.generation import Generation
-from molehill.api.services import Injected, StrictBody, answering_errors
+from molehill.api.services import CHANGES, LOADS, Injected, StrictBody, StrictRoute, refusals
 from molehill.api.terms import Terms
 
+# What vLLM's clients may ask with parameters that only other servers know.
 router = APIRouter()
+loading = APIRouter(route_class=StrictRoute)
+json_only = [Depends(validate_json_request)]
 
 
 class LoadRequest(StrictBody):
@@ -32,8 +36,7 @@ class UnloadRequest(StrictBody):
     lora_int_id: int | None = None
 
 
-@router.post("/v1/load_lora_adapter", dependencies=[Depends(validate_json_request)])
-@answering_errors
+@loading.post("/v1/load_lora_adapter", dependencies=json_only, responses=refusals(*LOADS))
 async def load_adapter(body: LoadRequest, found: Injected) -> Response:
     """200 means that the adapter serves."""
     fetch = found.sources.fetch(body.lora_path)
@@ -42,8 +45,9 @@ async def load_adapter(body: LoadRequest, found: Injected) -> Response:
     return JSONResponse({"status": loaded.status, **summary(loaded.generation)})
 
 
-@router.post("/v1/unload_lora_adapter", dependencies=[Depends(validate_json_request)])
-@answering_errors
+@loading.post(
+    "/v1/unload_lora_adapter", dependencies=json_only, responses=refusals(*CHANGES, 404, 409)
+)
 async def unload_adapter(body: UnloadRequest, found: Injected) -> Response:
     """200 means that no new request gets the adapter; running ones finish on it."""
     generation = await found.registry.unload(body.lora_name)
@@ -94,9 +98,14 @@ async def show_metrics(found: Injected) -> Response:
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/health/ready", response_class=Response)
-async def show_ready(found: Injected) -> Response:
-    """200 once all that an earlier server remembered is loaded or reported, 503 until then."""
+@router.get("/health/ready", response_class=Response, responses={503: {}})
+async def show_ready(found: Injected, request: Request) -> Response:
+    """200 once all that an earlier server remembered is loaded or reported, 503 until then, and
+    503 for good when the engine is dead."""
+    try:
+        await request.app.state.engine_client.check_health()
+    except EngineDeadError:
+        return Response(status_code=503)
     if found.restart.ready:
         return Response(status_code=200)
     return Response(status_code=503, headers={"Retry-After": "1"})

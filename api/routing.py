@@ -12,12 +12,12 @@ from molehill.api.adapter_info import AdapterInfo, State
 from molehill.api.errors import NotLoadedError
 from molehill.api.generation import Generation
 from molehill.api.registry import AdapterRegistry
-from molehill.api.services import Injected, answering_errors
+from molehill.api.services import Injected, StrictRoute, refusals
 from molehill.api.stats import Snapshot
 from molehill.engine.adapter import natural_key
 from molehill.engine.figures import Figures, SiteFigures
 
-router = APIRouter(tags=["adapters"])
+router = APIRouter(tags=["adapters"], route_class=StrictRoute)
 
 
 class Routing(BaseModel):
@@ -84,7 +84,7 @@ class Overview(BaseModel):
     adapters: list[AdapterSummary]
 
 
-@router.get("/v1/routing", response_model=Overview)
+@router.get("/v1/routing", response_model=Overview, responses=refusals())
 async def show_overview(found: Injected) -> Overview:
     """All adapters' traffic and routing cost."""
     snapshot = await found.stats.refresh()
@@ -95,8 +95,9 @@ async def show_overview(found: Injected) -> Overview:
     )
 
 
-@router.get("/v1/adapters/{name:path}/routing", response_model=AdapterRouting)
-@answering_errors
+@router.get(
+    "/v1/adapters/{name:path}/routing", response_model=AdapterRouting, responses=refusals(404)
+)
 async def show_routing(name: str, found: Injected) -> AdapterRouting:
     """One adapter's routing by layer and projection. 404 if it is not loaded."""
     generation = found.registry.get(name)

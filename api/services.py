@@ -1,12 +1,12 @@
-"""What the routes work with, and how they answer refusals."""
+"""What the routes work with, and how they answer and document refusals."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine, Set
 from dataclasses import dataclass
-from functools import wraps
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 
 from molehill.api import errors
@@ -42,19 +42,60 @@ class StrictBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-Handler = Callable[..., Awaitable[Any]]
+class StrictRoute(APIRoute):
+    """Answers refusals with error bodies, a misspelt query parameter too: it could be the condition
+    of a deletion.
+
+    Not by exception handlers of the app: vLLM has its own.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+        known = {parameter.alias for parameter in self.dependant.query_params}
+
+        async def strict(request: Request) -> Response:
+            try:
+                check_parameters(request.query_params.keys(), known)
+                return await handler(request)
+            except (errors.RequestError, AdapterError) as error:
+                status = errors.status_of(error)
+                body = errors.body(str(error), error.kind, status)
+                return JSONResponse(body, status.value, errors.headers_of(error))
+
+        return strict
 
 
-def answering_errors(handler: Handler) -> Handler:
-    """Turns refusals into error bodies. Not an exception handler of the app: vLLM has its own."""
+def check_parameters(given: Set[str], known: Set[str]) -> None:
+    """Raises UnknownParameterError."""
+    unknown = sorted(given - known)
+    if unknown:
+        expected = ", ".join(sorted(known)) or "none"
+        raise errors.UnknownParameterError(
+            f"query parameters: found {unknown[0][:100]!a}, expected {expected}"
+        )
 
-    @wraps(handler)
-    async def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return await handler(*args, **kwargs)
-        except (errors.RequestError, AdapterError) as error:
-            status = errors.status_of(error)
-            body = errors.body(str(error), error.kind, status)
-            return JSONResponse(body, status.value, errors.headers_of(error))
 
-    return wrapped
+class ErrorDetails(BaseModel):
+    """type: a stable name for machines. code: the HTTP status."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """The OpenAI protocol's error."""
+
+    error: ErrorDetails
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's documentation: what it refuses beside a missing key and a wrong parameter."""
+    return {status: {"model": ErrorBody} for status in (401, *statuses, 422)}
+
+
+# Of a route that changes the server: a body that is none, and a key that is not the admin key.
+CHANGES = (400, 403)
+# Of a load, what can be wrong with its source, its name, its time and this server's memory.
+LOADS = (*CHANGES, 404, 409, 429, 502, 503, 507)

@@ -1,36 +1,51 @@
 """Where adapters come from: a directory below a root, a Hugging Face repository, a URL.
 
 Only what the operator allowed is fetched, only the files of an adapter, no pickles, and never more
-bytes than an adapter may have.
+bytes than an adapter may have. Whoever is silent is given up.
 """
 
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import fsspec
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from molehill.api.errors import BadPathError, FetchError, ForbiddenSourceError
-from molehill.api.intake import Fetch
+from molehill.api.errors import (
+    BadPathError,
+    FetchError,
+    ForbiddenSourceError,
+    RequestError,
+    StoreError,
+)
+from molehill.api.intake import NO_ROOM, Fetch
 from molehill.api.options import URL_SCHEMES
 from molehill.api.paths import AdapterRoots, Source
-from molehill.engine.errors import AdapterNotFoundError, LimitError
+from molehill.engine.errors import AdapterError, AdapterNotFoundError, LimitError
 from molehill.engine.formats import files, native
 
 HUB = "hf://"
 
 # One layout or the other; (config, tensors).
 LAYOUTS = ((native.CONFIG, native.WEIGHTS), (files.CONFIG, files.SAFETENSORS))
+EXPECTED = " or ".join(" with ".join(names) for names in LAYOUTS)
 
 REPOSITORY = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 CHUNK = 1 << 20
+
+# Until a server must have taken a connection, and between two pieces of what it sends.
+CONNECT_SECONDS = 10.0
+SILENCE_SECONDS = 30.0
+
+SCRATCH = "molehill-fetch-"
 
 
 @dataclass(frozen=True)
@@ -69,9 +84,12 @@ class Sources:
         match = REPOSITORY.fullmatch(text.removeprefix(HUB))
         if match is None:
             raise BadPathError(f"source: found {text[:200]!a}, expected {HUB}OWNER/NAME[@REVISION]")
-        with scratch() as directory:
-            commit = download_from_hub(match["id"], match["revision"], directory, self.limit)
-            yield Source(directory, f"{HUB}{match['id']}@{commit}")
+        repository, revision = match["id"], match["revision"]
+        with ExitStack() as stack:
+            with reporting(repository):
+                directory = stack.enter_context(scratch())
+                commit = download_from_hub(repository, revision, directory, self.limit)
+            yield Source(directory, f"{HUB}{repository}@{commit}")
 
     @contextmanager
     def _from_url(self, text: str) -> Iterator[Source]:
@@ -79,8 +97,10 @@ class Sources:
             raise ForbiddenSourceError(
                 f"source: found {text[:200]!a}, expected a URL below an --allow-url-prefix"
             )
-        with scratch() as directory:
-            download_from_url(text, directory, self.limit)
+        with ExitStack() as stack:
+            with reporting(text):
+                directory = stack.enter_context(scratch())
+                download_from_url(text, directory, self.limit)
             yield Source(directory, text)
 
 
@@ -92,8 +112,30 @@ def local(source: Source) -> Iterator[Source]:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="molehill-fetch-") as folder:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True) as folder:
         yield Path(folder).resolve()
+
+
+@contextmanager
+def reporting(where: str) -> Iterator[None]:
+    """Whatever stops a download, as a refusal: AdapterError, StoreError where the disk is full,
+    else FetchError. A client gets to know no path of this server."""
+    try:
+        yield
+    except (AdapterError, RequestError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise StoreError(f"{where}: no room to download it: {error.strerror}") from error
+        raise FetchError(f"{where}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{type(error).__name__}: {error.strerror}"
+    line = str(error).strip().partition("\n")[0]
+    line = re.sub(rf"[^\s'\"]*{SCRATCH}[^\s'\"]*", "a temporary file", line)
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def allowed(url: str, prefixes: Sequence[str]) -> bool:
@@ -114,40 +156,62 @@ def download_from_hub(repository: str, revision: str | None, target: Path, limit
     """Fetches an adapter's files at one commit, and returns the commit."""
     try:
         info = huggingface_hub.HfApi().model_info(
-            repository, revision=revision, files_metadata=True
+            repository, revision=revision, files_metadata=True, timeout=SILENCE_SECONDS
         )
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        chosen = layout(repository, sizes.__contains__)
-        check_size(repository, sum(sizes[name] for name in chosen), limit)
-        for name in chosen:
-            huggingface_hub.hf_hub_download(repository, name, revision=info.sha, local_dir=target)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         found = type(error).__name__.removesuffix("Error")
         raise AdapterNotFoundError(repository, found, "a repository and revision") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        if isinstance(error, LimitError | AdapterNotFoundError):
-            raise
-        raise FetchError(f"{repository}: {first_line(error)}") from error
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    chosen = layout(repository, sizes.__contains__)
+    known = [size for name in chosen if (size := sizes[name]) is not None]
+    if len(known) < len(chosen):
+        raise FetchError(f"{repository}: found files without a size, expected one for each")
+    check_size(repository, sum(known), limit)
+    for name in chosen:
+        huggingface_hub.hf_hub_download(
+            repository,
+            name,
+            revision=info.sha,
+            local_dir=target,
+            etag_timeout=SILENCE_SECONDS,
+        )
     return str(info.sha)
 
 
 def download_from_url(url: str, target: Path, limit: int) -> None:
     """Fetches an adapter's files from right below `url`."""
     base = url.rstrip("/")
-    try:
-        # A redirect could lead anywhere.
-        options = {"allow_redirects": False} if base.startswith("http") else {}
-        filesystem = fsspec.filesystem(urlsplit(base).scheme, skip_instance_cache=True, **options)
-        chosen = layout(base, lambda name: bool(filesystem.exists(f"{base}/{name}")))
+    scheme = urlsplit(base).scheme
+    filesystem = fsspec.filesystem(scheme, skip_instance_cache=True, **filesystem_options(scheme))
+    for names in LAYOUTS:
         left = limit
-        for name in chosen:
-            left -= copy(filesystem, f"{base}/{name}", target / name, left)
-    except ImportError as error:
-        raise FetchError(f"{base}: {first_line(error)}") from error
-    except Exception as error:
-        if isinstance(error, LimitError | AdapterNotFoundError):
-            raise
-        raise FetchError(f"{base}: {type(error).__name__}: {first_line(error)}") from error
+        try:
+            for name in names:
+                left -= copy(filesystem, f"{base}/{name}", target / name, left)
+            return
+        except FileNotFoundError as error:
+            # Over HTTP fsspec says so of whatever is not the file, and of no answer at all.
+            cause = error.__cause__
+            if cause is not None and getattr(cause, "status", None) != HTTPStatus.NOT_FOUND:
+                raise cause from None
+    raise AdapterNotFoundError(base, "no such files", EXPECTED)
+
+
+def filesystem_options(scheme: str) -> dict[str, Any]:
+    if scheme == "s3":
+        timeouts = {"connect_timeout": CONNECT_SECONDS, "read_timeout": SILENCE_SECONDS}
+        return {"config_kwargs": timeouts}
+    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
+    if scheme == "gs":
+        return {"requests_timeout": timeout}
+    client = {"timeout": timeout, "raise_for_status": refuse_redirect}
+    return {"client_kwargs": client, "allow_redirects": False}
+
+
+async def refuse_redirect(response: aiohttp.ClientResponse) -> None:
+    """It could lead anywhere."""
+    if 300 <= response.status < 400:
+        raise FetchError(f"{response.url}: found a redirect, expected the file itself")
 
 
 def copy(filesystem: Any, url: str, target: Path, limit: int) -> int:
@@ -166,14 +230,9 @@ def layout(where: str, exists: Callable[[str], bool]) -> tuple[str, str]:
     for names in LAYOUTS:
         if all(map(exists, names)):
             return names
-    expected = " or ".join(" with ".join(names) for names in LAYOUTS)
-    raise AdapterNotFoundError(where, "no such files", expected)
+    raise AdapterNotFoundError(where, "no such files", EXPECTED)
 
 
 def check_size(where: str, found: int, limit: int) -> None:
     if found > limit:
         raise LimitError(where, f"{found} bytes or more", f"at most {limit} bytes")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,23 +8,17 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from molehill.api.generation import Generation
 from molehill.api.registry import AdapterRegistry
+from molehill.api.workers import Engine
 from molehill.engine.figures import Figures, SiteFigures
 
 logger = logging.getLogger("vllm.molehill")
 
 # A scrape does not wait longer for busy workers; it then shows the figures of the last one.
 PATIENCE_SECONDS = 3.0
-
-
-class Workers(Protocol):
-    """The part of vLLM's engine client that reaches the workers."""
-
-    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-        """One answer per worker."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +122,10 @@ class Totals:
 
 
 class WorkerStats:
-    """The workers' counters, refreshed when asked for.
+    """The workers' counters, refreshed when asked for."""
 
-    With data parallelism vLLM hands on the answer of the first engine only, so the figures are that
-    engine's.
-    """
-
-    def __init__(self, workers: Workers, registry: AdapterRegistry) -> None:
-        self._workers = workers
+    def __init__(self, engine: Engine, registry: AdapterRegistry) -> None:
+        self._engine = engine
         self._registry = registry
         self._totals = Totals()
         self._last = Snapshot()
@@ -157,7 +147,7 @@ class WorkerStats:
 
     async def routing(self, lora_int_id: int) -> tuple[int, dict[str, SiteFigures]]:
         """One generation's tokens, and its figures by site."""
-        answers = await self._workers.collective_rpc("molehill_routing", args=(lora_int_id,))
+        answers = await self._engine.collective_rpc("molehill_routing", args=(lora_int_id,))
         sites = {
             site: SiteFigures(**{**fields, "expert_tokens": tuple(fields["expert_tokens"])})
             for answer in answers
@@ -168,7 +158,7 @@ class WorkerStats:
     async def _ask(self) -> None:
         known = {generation.lora_int_id for generation in self._registry.alive()}
         try:
-            answers = await self._workers.collective_rpc("molehill_stats", args=(list(known),))
+            answers = await self._engine.collective_rpc("molehill_stats", args=(list(known),))
         except Exception:
             # A dead engine must not take the metrics with it that show it.
             logger.exception("Adapter metrics could not be read from the workers")

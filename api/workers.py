@@ -11,6 +11,13 @@ FIRST_PAUSE = 0.005
 LAST_PAUSE = 0.1
 
 
+# Why several engines are refused: vLLM asks all of them and hands on the answer of the first.
+ONE_ENGINE = (
+    "an adapter that another engine refused would be served as the base model; "
+    "start a server for each replica"
+)
+
+
 class Engine(Protocol):
     """What is asked of vLLM's engine client."""
 

@@ -65,9 +65,11 @@ class Limits:
 
     rank: of one expert. experts: of one site. total_rank: rank rows of one site.
     adapter_bytes: of one adapter, in canonical float32 and on disk.
+    pickles: whether weights may be pickled, which take longer to check and more memory to read.
     """
 
     rank: int = 512
     experts: int = 128
     total_rank: int = 4096
     adapter_bytes: int = 8 << 30
+    pickles: bool = True

@@ -173,6 +173,9 @@ def _load_safetensors(path: Path, limits: Limits) -> dict[str, Tensor]:
 
 
 def _load_pickle(path: Path, limits: Limits) -> dict[str, Tensor]:
+    if not limits.pickles:
+        expected = f"{SAFETENSORS}, for pickles are not taken here; `molehill convert` writes it"
+        raise UnsupportedError(path.name, "a pickle", expected)
     return pickles.load(path.name, _read(path, limits.adapter_bytes), limits)
 
 

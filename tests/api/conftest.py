@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,10 +67,15 @@ def clean(api: Api) -> Iterator[Api]:
 
 
 @pytest.fixture
-def play(tmp_path: Path) -> Play:
-    """Runs a scenario; afterwards no task may be left that waits."""
+def play_in(tmp_path: Path) -> Callable[[int, Scenario], None]:
+    """Runs a scenario in a world of so many slots; afterwards no task may be left that waits."""
 
-    async def run(scenario: Scenario) -> None:
-        await asyncio.wait_for(scenario(World(tmp_path)), 20)
+    async def run(slots: int, scenario: Scenario) -> None:
+        await asyncio.wait_for(scenario(World(tmp_path, slots)), 20)
 
-    return lambda scenario: asyncio.run(run(scenario))
+    return lambda slots, scenario: asyncio.run(run(slots, scenario))
+
+
+@pytest.fixture
+def play(play_in: Callable[[int, Scenario], None]) -> Play:
+    return lambda scenario: play_in(4, scenario)

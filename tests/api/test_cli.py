@@ -68,6 +68,26 @@ def test_unsafe_settings_are_refused(
     assert capsys.readouterr().err.startswith(f"molehill serve: {name} is set")
 
 
+def test_samples_of_one_request_are_bounded_unless_the_user_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    # Set first, so that what the launcher writes is undone.
+    monkeypatch.setenv("VLLM_PLUGINS", allow_plugin(None))
+    monkeypatch.setenv("VLLM_MAX_N_SEQUENCES", "")
+    monkeypatch.delenv("VLLM_MAX_N_SEQUENCES")
+    monkeypatch.setattr(launcher, "run", lambda _: None)
+    launcher.launch(options.Options(), [str(TINY_LLAMA)])
+    assert SamplingParams(n=128).n == 128
+    with pytest.raises(VLLMValidationError, match="128"):
+        SamplingParams(n=129)
+    monkeypatch.setenv("VLLM_MAX_N_SEQUENCES", "200")
+    launcher.launch(options.Options(), [str(TINY_LLAMA)])
+    assert SamplingParams(n=200).n == 200
+
+
 def test_the_plugin_joins_those_that_load_anyway() -> None:
     unset = allow_plugin(None).split(",")
     assert unset[-1] == "molehill"
@@ -123,6 +143,20 @@ def test_the_admin_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MOLEHILL_ADMIN_API_KEY", "hidden")
     assert keys() == ("hidden",)
     assert keys("--admin-api-key", "a", "--admin-api-key", "b") == ("a", "b")
+
+
+def test_several_engines_are_refused() -> None:
+    """vLLM would hand on the first engine's answer only."""
+    with pytest.raises(LaunchError, match="--data-parallel-size above 1"):
+        prepared("--data-parallel-size", "2")
+
+
+def test_pickles_are_taken_unless_the_operator_says_no() -> None:
+    def limits(*arguments: str) -> Limits:
+        return options.from_namespace(cli.serve_parser().parse_args(arguments)).limits
+
+    assert limits().pickles is True
+    assert limits("--no-adapter-pickles").pickles is False
 
 
 def test_there_must_be_a_root_to_watch() -> None:

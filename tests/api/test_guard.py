@@ -1,12 +1,16 @@
 """No route of the whole app is open by accident."""
 
 import itertools
+import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
+import vllm.entrypoints
 from api_client import GOLDEN
+from fastapi import APIRouter
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
@@ -18,6 +22,47 @@ KEY, ADMIN = "a-key", "an-admin-key"
 
 # All that answers without a key.
 OPEN = {"/health", "/health/ready", "/ping", "/metrics", "/dashboard"}
+
+READS = ("GET", "HEAD")
+
+# Every operation of vLLM's and of ours, on whatever model and with whatever options. A route that
+# is not here needs somebody to decide which kind it is.
+ASKS = {
+    *(f"GET {path}" for path in ("/version", "/load", "/v1/models")),
+    *(f"GET {path}" for path in ("/v1/routing", "/v1/adapters", "/v1/adapters/{name}")),
+    *("GET /v1/adapters/{name}/routing", "GET /v1/responses/{response_id}"),
+    *(
+        f"{method} {path}"
+        for method in READS
+        for path in ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
+    ),
+    *(f"POST {path}" for path in ("/tokenize", "/detokenize", "/invocations", "/pooling")),
+    *(f"POST {path}" for path in ("/classify", "/score", "/rerank", "/generative_scoring")),
+    *(f"POST /v1/completions{part}" for part in ("", "/render", "/derender")),
+    *(f"POST /v1/chat/completions{part}" for part in ("", "/render", "/derender", "/batch")),
+    *(f"POST /v1/responses{part}" for part in ("", "/render", "/{response_id}/cancel")),
+    *(f"POST /v1/messages{part}" for part in ("", "/render", "/count_tokens")),
+    *(f"POST /v1/{part}" for part in ("embeddings", "score", "rerank", "systemone")),
+    *(f"POST /v1/audio/{part}" for part in ("transcriptions", "translations")),
+    *(f"POST {path}" for path in ("/v2/embed", "/v2/rerank", "/inference/v1/generate")),
+    "WEBSOCKET /v1/realtime",
+}
+ADMINISTERS = {
+    *(f"GET {path}" for path in ("/fault_tolerance/status", "/get_world_size", "/is_paused")),
+    *(f"GET {path}" for path in ("/is_sleeping", "/kv_event_sources", "/server_info")),
+    *(f"GET {path}" for path in ("/weight_info", "/metrics/x")),
+    *(f"POST {path}" for path in ("/v1/adapters", "/v1/adapters/{name}/pin")),
+    *("DELETE /v1/adapters/{name}", "POST /v1/load_lora_adapter"),
+    *("POST /v1/unload_lora_adapter", "POST /inference/v1/abort_requests"),
+    *(f"POST /{name}" for name in ("abort_requests", "collective_rpc", "ping", "pause", "resume")),
+    *(f"POST /{name}" for name in ("fault_tolerance/apply", "scale_elastic_ep", "sleep")),
+    *(f"POST /{name}" for name in ("is_scaling_elastic_ep", "wake_up", "start_profile")),
+    *(f"POST /{name}" for name in ("stop_profile", "release_kv_cache_memory")),
+    *(f"POST /reset_{name}_cache" for name in ("encoder", "mm", "prefix")),
+    *(f"POST /{name}_weight_transfer_engine" for name in ("init", "shutdown")),
+    *(f"POST /{name}_weight_update" for name in ("start", "start_draft", "finish")),
+    *(f"POST /{name}" for name in ("update_weights", "update_weight_version", "weight_checker")),
+}
 
 # What must be guarded is there at all: a walk over an empty app would pass.
 INHERITED = {
@@ -43,8 +88,12 @@ def build(monkeypatch: pytest.MonkeyPatch, *arguments: str, admin: tuple[str, ..
 
 
 def operations(app: Any) -> Iterator[tuple[str, str]]:
+    return operations_of(app.routes)
+
+
+def operations_of(routes: Iterable[Any]) -> Iterator[tuple[str, str]]:
     """(method, path) of every route, websockets as WEBSOCKET."""
-    for route in app.routes:
+    for route in routes:
         if isinstance(route, Mount):
             yield "GET", f"{route.path}/x"
             continue
@@ -60,6 +109,21 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_walk_meets_the_routes_that_it_is_about(app: Any) -> None:
     assert {path for _, path in operations(app)} >= INHERITED | OPEN
+
+
+def test_every_operation_that_vllm_can_have_is_of_a_kind_that_somebody_chose(app: Any) -> None:
+    """Those of the app, and those that vLLM adds for other models and options."""
+    packages = pkgutil.walk_packages(vllm.entrypoints.__path__, "vllm.entrypoints.")
+    modules = [import_module(name) for _, name, _ in packages if name.endswith(".api_router")]
+    routers = [
+        value for module in modules for value in vars(module).values() if type(value) is APIRouter
+    ]
+    assert len(routers) > 15
+    found = {*operations(app), *(one for router in routers for one in operations_of(router.routes))}
+    kinds = {f"{method} {path}": kind_of(method, path) for method, path in found}
+    assert {one for one, kind in kinds.items() if kind is Kind.OPEN} == {f"GET {p}" for p in OPEN}
+    assert {one for one, kind in kinds.items() if kind is Kind.ASK} == ASKS
+    assert {one for one, kind in kinds.items() if kind is Kind.ADMIN} == ADMINISTERS
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
@@ -116,7 +180,8 @@ def test_without_an_admin_key_the_inherited_controls_do_not_exist(
     for arguments, key in (((), ""), (("--api-key", KEY), KEY)):
         client = TestClient(build(monkeypatch, *arguments))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        for path in ("/pause", "/sleep", "/collective_rpc", "/update_weights", "/start_profile"):
+        off = ("/pause", "/sleep", "/collective_rpc", "/update_weights", "/start_profile")
+        for path in (*off, "/inference/v1/abort_requests"):
             assert client.post(path, headers=headers).status_code == 404
 
 
@@ -162,6 +227,29 @@ def test_the_routes_are_documented(app: Any) -> None:
         assert content["$ref"].endswith(model)
 
 
+def test_what_our_routes_refuse_is_documented(app: Any) -> None:
+    paths = app.openapi()["paths"]
+    of_change = {"400", "401", "403", "404", "409", "422"}
+    of_load = of_change | {"429", "502", "503", "507"}
+    for method, path, statuses in (
+        ("get", "/v1/adapters", {"401", "422"}),
+        ("post", "/v1/adapters", of_load),
+        ("get", "/v1/adapters/{name}", {"401", "404", "422"}),
+        ("delete", "/v1/adapters/{name}", of_change),
+        ("post", "/v1/adapters/{name}/pin", of_change | {"503"}),
+        ("get", "/v1/adapters/{name}/routing", {"401", "404", "422"}),
+        ("get", "/v1/routing", {"401", "422"}),
+        ("post", "/v1/load_lora_adapter", of_load),
+        ("post", "/v1/unload_lora_adapter", of_change),
+    ):
+        responses = {
+            status: answer["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            for status, answer in paths[path][method]["responses"].items()
+            if status != "200"
+        }
+        assert responses == dict.fromkeys(statuses, "ErrorBody"), path
+
+
 @pytest.mark.parametrize(
     ("method", "path", "kind"),
     [
@@ -171,7 +259,10 @@ def test_the_routes_are_documented(app: Any) -> None:
         ("GET", "//health", Kind.ADMIN),
         ("GET", "/v1/adapters", Kind.ASK),
         ("DELETE", "/v1/adapters/a/b", Kind.ADMIN),
-        ("POST", "/v1/adaptersx", Kind.ASK),
+        ("POST", "/v1/adaptersx", Kind.ADMIN),
+        ("PUT", "/v1/completions/x", Kind.ADMIN),
+        ("POST", "/v1/responses/x/y/cancel", Kind.ADMIN),
+        ("POST", "/cohere/v2/chat", Kind.ASK),
         ("POST", "/tokenize", Kind.ASK),
         ("GET", "/is_sleeping", Kind.ADMIN),
         ("GET", "/whatever/comes/next", Kind.ADMIN),

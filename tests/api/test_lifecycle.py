@@ -135,6 +135,38 @@ def test_replacing_lets_running_requests_finish_on_the_old_weights(
     until_it_overlaps(scenario)
 
 
+def test_a_beam_search_keeps_its_weights_to_its_end(clean: Api) -> None:
+    """Every token of it is a request of its own to the engine."""
+
+    def beams() -> list[str]:
+        answer = clean.openai.completions.create(
+            model="m",
+            prompt=PROMPT,
+            max_tokens=120,
+            n=2,
+            temperature=0,
+            extra_body={"use_beam_search": True, "ignore_eos": True},
+        )
+        return [choice.text for choice in answer.choices]
+
+    def scenario() -> bool:
+        assert clean.load("m", "mola").status_code == 200
+        expected = beams()
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(beams)
+            assert eventually(
+                lambda: clean.of_adapter("m", "adapter_requests_in_flight") or asking.done()
+            )
+            assert clean.load("m", "lora", load_inplace=True).json()["status"] == "replaced"
+            assert clean.unload("m").status_code == 200
+            overlaps = not asking.done()
+            assert asking.result() == expected
+        assert eventually(lambda: not any('"m"' in sample for sample in clean.metrics()))
+        return overlaps
+
+    until_it_overlaps(scenario)
+
+
 def test_a_client_that_goes_away_is_no_longer_in_flight(clean: Api) -> None:
     """Prompts enough to be running for certain; that they were given up shows in the tokens."""
     assert clean.load("m", "lora").status_code == 200

@@ -1,11 +1,15 @@
 """Per-adapter metrics: a real server's figures against the oracle's routing and what was sent."""
 
+import itertools
+import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import openai
 import pytest
 import torch
-from api_client import GOLDEN, Api, copy_adapter, edit_config, edit_tensors, oracle
+from api_client import BASE, GOLDEN, Api, copy_adapter, edit_config, edit_tensors, oracle
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
@@ -95,3 +99,49 @@ def test_the_exposition_parses_and_holds_vllms_families(api: Api) -> None:
     assert families["molehill_router_entropy"].type == "summary"
     assert families["molehill_adapter_resident_bytes"].type == "gauge"
     assert "vllm:num_requests_running" in families
+
+
+def series(api: Api) -> set[str]:
+    """Of vLLM, the HTTP server and molehill."""
+    lines = api.http.get("/metrics").text.splitlines()
+    return {line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")}
+
+
+def test_series_do_not_grow_with_the_sets_of_adapters_that_run_together(clean: Api) -> None:
+    names = [f"{case}-{uuid.uuid4().hex[:8]}" for case in ("lora", "mola", "mixlora", "loramoe")]
+
+    def ask_together(chosen: tuple[str, ...]) -> None:
+        with ThreadPoolExecutor(len(chosen)) as pool:
+            list(pool.map(lambda name: clean.greedy(name, [5, 6, 7], 40), chosen))
+
+    clean.greedy(BASE, [5, 6, 7])
+    before = series(clean)
+    for name in names:
+        assert clean.load(name, name.partition("-")[0]).status_code == 200
+    ask_together(tuple(names[:1]))
+    few = series(clean)
+    for size in (2, 3, 4):
+        for chosen in itertools.combinations(names, size):
+            ask_together(chosen)
+    assert {text for text in series(clean) - few if any(name in text for name in names)} == set()
+    for name in names:
+        assert clean.unload(name).status_code == 200
+    left = series(clean)
+    assert not [text for text in left if any(name in text for name in names)]
+    # What is new is the routes that had not been asked before.
+    assert len(left - before) < 30
+
+
+def test_names_that_clients_make_up_create_no_series(api: Api) -> None:
+    def ask(number: int) -> None:
+        name = f"made-up-{number}"
+        with pytest.raises(openai.NotFoundError):
+            api.greedy(name, [5, 6, 7])
+        assert api.http.get(f"/v1/adapters/{name}").status_code == 404
+        assert api.http.get(f"/{name}").status_code == 404
+
+    ask(0)
+    before = series(api)
+    for number in range(1, 20):
+        ask(number)
+    assert series(api) == before

@@ -1,13 +1,25 @@
 """Which names adapters may have."""
 
 import pytest
+from fastapi.routing import APIRoute
 
-from molehill.api import names
+from molehill.api import adapter_routes, names, routing
 from molehill.api.errors import BadNameError
 
 
 @pytest.mark.parametrize(
-    "name", ["a", "org/model-8b:v2", "x" * 128, "v1.2", "name@rev", "größe", "a/b/c"]
+    "name",
+    [
+        "a",
+        "org/model-8b:v2",
+        "x" * 128,
+        "v1.2",
+        "name@rev",
+        "größe",
+        "a/b/c",
+        "routing",
+        "a/pinned",
+    ],
 )
 def test_good_names_pass(name: str) -> None:
     names.check(name, {"base"})
@@ -33,6 +45,8 @@ def test_good_names_pass(name: str) -> None:
         'a"b',
         "a\\b",
         "base",
+        "a/routing",
+        "a/b/pin",
     ],
 )
 def test_bad_names_are_refused_and_shown_escaped(name: str) -> None:
@@ -40,3 +54,14 @@ def test_bad_names_are_refused_and_shown_escaped(name: str) -> None:
         names.check(name, {"base"})
     assert str(refusal.value).isascii()
     assert str(refusal.value).isprintable()
+
+
+def test_no_name_reads_as_the_route_of_another_adapter() -> None:
+    paths = {
+        route.path
+        for router in (adapter_routes.router, routing.router)
+        for route in router.routes
+        if isinstance(route, APIRoute)
+    }
+    below = {path.partition("/{name:path}/")[2] for path in paths if "/{name:path}/" in path}
+    assert below == set(names.ROUTES)

@@ -256,3 +256,37 @@ def test_a_body_that_is_no_json_is_refused(api: Api) -> None:
     response = api.http.post("/v1/unload_lora_adapter", content=b"lora_name=started")
     assert response.status_code in (400, 415)
     assert "started" in api.models()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("DELETE", "/v1/adapters/{name}?expected_generatoin=0"),
+        ("DELETE", "/v1/adapters/{name}?expected_generation=0&x=1"),
+        ("POST", "/v1/adapters?expected_generation=0"),
+        ("POST", "/v1/adapters/{name}/pin?pinned=false"),
+        ("POST", "/v1/unload_lora_adapter?lora_name={name}"),
+        ("GET", "/v1/adapters?name={name}"),
+        ("GET", "/v1/adapters/{name}/routing?layer=1"),
+        ("GET", "/v1/routing?x"),
+    ],
+)
+def test_unknown_query_parameters_are_refused(clean: Api, method: str, path: str) -> None:
+    assert clean.load("m", "lora").status_code == 200
+    url = path.format(name="m")
+    body = {"name": "m", "source": "lora"} if "unload" not in url else {"lora_name": "m"}
+    body = {"pinned": False} if "/pin" in url else body
+    answer = clean.http.request(method, url, json=body if method == "POST" else None)
+    assert clean.error(answer)[:2] == (422, "unknown_parameter")
+    assert "m" in clean.models()
+
+
+def test_an_adapter_for_another_base_model_is_served_with_a_warning(clean: Api) -> None:
+    folder = copy_adapter("lora", clean.root / "of-another-base")
+    edit_config(folder, base_model_name_or_path="org/another-model")
+    answer = clean.load("m", "of-another-base").json()
+    (warning,) = [text for text in answer["warnings"] if "another-model" in text]
+    assert warning in clean.http.get("/v1/adapters/m").json()["warnings"]
+    prompt = oracle("lora")["prompts"][0]
+    assert clean.greedy("m", prompt["prompt_token_ids"]) == prompt["greedy_token_ids"]
+    assert clean.load("n", "lora").json()["warnings"] == []

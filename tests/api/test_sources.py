@@ -1,5 +1,6 @@
 """What may be fetched from where, and what is fetched. Over real HTTP, on this machine."""
 
+import asyncio
 import http.server
 import json
 import os
@@ -7,15 +8,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from api_client import copy_adapter
+from world import World, settle
 
+from molehill.api.admission import Admission
 from molehill.api.errors import BadPathError, FetchError, ForbiddenSourceError
-from molehill.api.paths import AdapterRoots
-from molehill.api.sources import Sources, allowed
+from molehill.api.paths import AdapterRoots, Source
+from molehill.api.sources import Sources, allowed, reason
 from molehill.engine import formats
 from molehill.engine.errors import AdapterNotFoundError, LimitError
 from molehill.engine.formats import native
@@ -53,6 +57,10 @@ def test_only_what_lies_below_a_prefix_is_allowed(url: str, expected: bool) -> N
     assert not allowed(url, [])
 
 
+# Set by nobody.
+SILENCE = threading.Event()
+
+
 class Files(http.server.BaseHTTPRequestHandler):
     """One repository as the hub's API shows it, and its files below `/files/`."""
 
@@ -73,9 +81,21 @@ class Files(http.server.BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()
-        elif path.startswith("/api/models/org/adapter"):
+        elif "/silent" in path:
+            SILENCE.wait()
+        elif "/nothing" in path:
+            self.send_error(404)
+        elif "/broken" in path:
+            self.send_error(500)
+        elif "/moved" in path:
+            self.send_response(302)
+            self.send_header("Location", path.replace("/moved", "/adapter"))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif path.startswith(("/api/models/org/adapter", "/api/models/org/sizeless")):
+            sized = "sizeless" not in path
             files = [
-                {"rfilename": file.name, "size": file.stat().st_size}
+                {"rfilename": file.name, **({"size": file.stat().st_size} if sized else {})}
                 for file in self.folder.iterdir()
             ]
             listed = {"id": "org/adapter", "sha": COMMIT, "siblings": files}
@@ -152,10 +172,74 @@ def test_a_url_brings_no_more_bytes_than_an_adapter_may_have(
 def test_a_server_that_does_not_answer_is_a_clear_error(remote: tuple[str, list[str]]) -> None:
     gone = "http://127.0.0.1:9/files"
     with (
-        pytest.raises((FetchError, AdapterNotFoundError)),
+        pytest.raises(FetchError, match="ClientConnectorError"),
         Sources(AdapterRoots([]), prefixes=[gone]).fetch(f"{gone}/a"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [("nothing", AdapterNotFoundError), ("moved", FetchError), ("broken", FetchError)],
+)
+def test_what_a_server_answers_instead_of_a_file_is_not_taken_for_it(
+    remote: tuple[str, list[str]], path: str, error: type[Exception]
+) -> None:
+    url, _ = remote
+    with pytest.raises(error), sources(url).fetch(f"{url}/files/{path}"):
+        pass
+
+
+def test_a_server_that_is_silent_is_given_up(
+    remote: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molehill.api.sources.SILENCE_SECONDS", 0.2)
+    url, _ = remote
+    with (
+        pytest.raises(FetchError, match="Timeout"),
+        sources(url).fetch(f"{url}/files/silent"),
+    ):
+        pass
+
+
+def test_an_error_tells_no_path_of_this_server(
+    remote: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    url, _ = remote
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(FetchError) as refusal, sources(url).fetch(f"{url}/files/adapter"):
+        pass
+    expected = f"{url}/files/adapter: FileNotFoundError: No such file or directory"
+    assert str(refusal.value) == expected
+    inside = ValueError("cannot parse '/x/molehill-fetch-abc/adapter_config.json', sorry")
+    assert reason(inside) == "ValueError: cannot parse 'a temporary file', sorry"
+
+
+def test_sources_that_keep_loads_waiting_hold_up_no_other_load(tmp_path: Path) -> None:
+    """There are more of them than asyncio has threads for files and digests."""
+    answer = threading.Event()
+
+    @contextmanager
+    def silent() -> Iterator[Source]:
+        answer.wait(20)
+        raise FetchError("silent")
+        yield
+
+    async def scenario(w: World) -> None:
+        stuck = [
+            asyncio.create_task(w.registry.load(f"stuck-{n}", "silent", silent()))
+            for n in range(40)
+        ]
+        await settle()
+        try:
+            assert (await asyncio.wait_for(w.load("a", 1), 5)).status == "loaded"
+        finally:
+            answer.set()
+        found = await asyncio.gather(*stuck, return_exceptions=True)
+        assert {type(error) for error in found} == {FetchError}
+
+    admission = Admission(adapters=100, loads=100)
+    asyncio.run(scenario(World(tmp_path, admission=admission)))
 
 
 @pytest.mark.parametrize("text", ["hf://org/adapter", "https://x.example/a"])
@@ -171,23 +255,29 @@ def test_what_is_no_repository_is_refused(text: str) -> None:
 
 
 FETCH = """
-import sys
+import resource, sys
+from molehill.api import sources
 from molehill.api.paths import AdapterRoots
-from molehill.api.sources import Sources
 from molehill.engine import formats
-for text, limit in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
+sources.SILENCE_SECONDS = 1.0
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+for text, limit, room in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(room), most))
+    prefix = text.rpartition("/")[0]
+    allowed = sources.Sources(AdapterRoots([]), hub=True, prefixes=[prefix], limit=int(limit))
     try:
-        with Sources(AdapterRoots([]), hub=True, limit=limit).fetch(text) as source:
+        with allowed.fetch(text) as source:
             print(source.label, formats.read(source.directory).digest)
     except Exception as error:
         print(type(error).__name__, error)
 """
 
 
-def test_a_repository_is_pinned_to_its_commit(
+def test_what_a_hub_gives_is_pinned_and_bounded(
     remote: tuple[str, list[str]], folder: Path, tmp_path: Path
 ) -> None:
-    """In a process of its own: the hub's client reads its address once."""
+    """In a process of its own: the hub's client reads its address once, and files are bounded for
+    the whole process."""
     url, asked = remote
     environment = {
         **os.environ,
@@ -196,13 +286,18 @@ def test_a_repository_is_pinned_to_its_commit(
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
     }
-    wanted = {
-        "hf://org/adapter@main": "1000000",
-        "hf://org/adapter": "1000",
-        "hf://org/nobody": "1",
-    }
+    much, little = "10000000", "1000"
+    wanted = [
+        ("hf://org/adapter@main", much, much),
+        ("hf://org/adapter", little, much),
+        ("hf://org/nobody", much, much),
+        ("hf://org/sizeless", much, much),
+        ("hf://org/silent", much, much),
+        ("hf://org/adapter", much, little),
+        (f"{url}/files/adapter", much, little),
+    ]
     found = subprocess.run(
-        [sys.executable, "-c", FETCH, *(word for pair in wanted.items() for word in pair)],
+        [sys.executable, "-c", FETCH, *(word for words in wanted for word in words)],
         env=environment,
         capture_output=True,
         text=True,
@@ -212,6 +307,12 @@ def test_a_repository_is_pinned_to_its_commit(
     assert found[0] == f"hf://org/adapter@{COMMIT} {formats.read(folder).digest}"
     assert found[1].startswith("LimitError org/adapter")
     assert found[2].startswith("AdapterNotFoundError org/nobody")
+    assert found[3].startswith("FetchError org/sizeless: found files without a size")
+    assert found[4].startswith("FetchError org/silent: ReadTimeout")
+    # The bound has the errors that a full disk and a quota have.
+    assert found[5] == "StoreError org/adapter: no room to download it: File too large"
+    assert found[6] == f"StoreError {url}/files/adapter: no room to download it: File too large"
+    assert not [line for line in found if "molehill-fetch" in line]
     fetched = {path for path in asked if "/resolve/" in path}
     assert fetched
     assert all(f"/resolve/{COMMIT}/" in path for path in fetched)

@@ -37,6 +37,18 @@ def adapter(seed: int) -> Adapter:
     return Adapter("lora", {"layers.0.self_attn.q_proj": LinearMixture(pair, Constant((1.0,)))})
 
 
+class Output(str):
+    """What the engine gives: text, and whether it is the last of its request."""
+
+    finished = False
+
+
+def last(text: str) -> Output:
+    output = Output(text)
+    output.finished = True
+    return output
+
+
 class FakeEngine:
     """Remembers what vLLM's engine client was asked for; answers can be held back or refused."""
 
@@ -79,10 +91,10 @@ class FakeEngine:
         self, prompt: str, params: Any, request_id: str, *, lora_request: Any = None
     ) -> AsyncGenerator[str, None]:
         self.served.append(lora_request.lora_int_id if lora_request else 0)
-        yield "first"
+        yield Output("first")
         await self.more.wait()
         assert lora_request is None or lora_request.lora_int_id in self.loaded
-        yield "last"
+        yield last("last")
 
     encode = generate
 
