@@ -152,6 +152,7 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         options.merge_tolerance,
         None if resident is None else str(resident.directory),
         "" if resident is None else resident.digest,
+        options.host_memory,
     )
     args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
     args.molehill = options

@@ -13,6 +13,7 @@ from molehill.engine.base import Limits
 from molehill.engine.vllm.settings import Settings
 
 MEMORY = Settings.memory
+HOST_MEMORY = Settings.host_memory
 
 # Command lines can be seen by every user of a machine, environments cannot.
 ADMIN_KEY_VARIABLE = "MOLEHILL_ADMIN_API_KEY"
@@ -39,7 +40,7 @@ class Options:
     adapters: (name, directory) of the adapters to load at start, wherever they lie.
     roots: directories that clients may load adapters from; without any, they may load none.
     store: where canonical copies go, readable on every node; None is a temporary directory.
-    backend, memory, limits: for the workers, see `molehill.engine.vllm.settings`.
+    backend, memory, host_memory, limits: for the workers, see `molehill.engine.vllm.settings`.
     merge: whether static parts of adapters become one low-rank pair as they load.
     merge_tolerance: above 0, nearly equal experts do too, see `molehill.engine.static.gate`.
     merge_into_base: the start adapter whose static part goes into the base weights.
@@ -54,6 +55,7 @@ class Options:
     store: Path | None = None
     backend: str = "auto"
     memory: int = MEMORY
+    host_memory: int = HOST_MEMORY
     limits: Limits = field(default_factory=Limits)
     merge: bool = True
     merge_tolerance: float = 0.0
@@ -91,6 +93,13 @@ def positive(text: str) -> int:
     """A whole number above 0; raises argparse.ArgumentTypeError."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a positive integer")
+    return int(text)
+
+
+def amount(text: str) -> int:
+    """A whole number; raises argparse.ArgumentTypeError."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number")
     return int(text)
 
 
@@ -155,6 +164,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=MEMORY,
         type=positive,
         help=f"for the serving copies of all adapters on one worker (default: {MEMORY})",
+    )
+    group.add_argument(
+        "--adapter-host-memory",
+        metavar="BYTES",
+        default=HOST_MEMORY,
+        type=amount,
+        help="for adapters that had to leave a worker and may come back, on its host; 0 for none "
+        f"(default: {HOST_MEMORY})",
     )
     merging = parser.add_argument_group("merging")
     merging.add_argument(
@@ -267,6 +284,7 @@ def from_namespace(args: argparse.Namespace) -> Options:
         store=args.adapter_store,
         backend=args.adapter_backend,
         memory=args.adapter_memory,
+        host_memory=args.adapter_host_memory,
         limits=limits,
         merge=args.merge,
         merge_tolerance=args.merge_tolerance,
