@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 
 from molehill.api import adapter_routes, dashboard, routes, routing
 from molehill.api.background import Background
@@ -24,7 +25,7 @@ from molehill.api.reader import AdapterReader
 from molehill.api.registry import AdapterRegistry
 from molehill.api.residency import Residency
 from molehill.api.restart import Restart
-from molehill.api.services import Services
+from molehill.api.services import Services, answer_http_error
 from molehill.api.sources import Sources, local
 from molehill.api.stats import WorkerStats
 from molehill.api.store import AdapterStore
@@ -61,6 +62,7 @@ class MolehillRoutes:
         app.include_router(routes.loading)
         app.include_router(adapter_routes.router)
         args = app.state.args
+        app.add_exception_handler(HTTPException, answer_http_error)
         admin_keys = options_of(args).admin_keys
         # The last one added is the outermost.
         app.add_middleware(GenerationHeader)

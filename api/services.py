@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Coroutine, Set
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
 
 from molehill.api import errors
 from molehill.api.registry import AdapterRegistry
@@ -44,10 +46,7 @@ class StrictBody(BaseModel):
 
 class StrictRoute(APIRoute):
     """Answers refusals with error bodies, a misspelt query parameter too: it could be the condition
-    of a deletion.
-
-    Not by exception handlers of the app: vLLM has its own.
-    """
+    of a deletion."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -73,6 +72,15 @@ def check_parameters(given: Set[str], known: Set[str]) -> None:
         raise errors.UnknownParameterError(
             f"query parameters: found {unknown[0][:100]!a}, expected {expected}"
         )
+
+
+async def answer_http_error(_: Request, error: Exception) -> Response:
+    """Of a path or method that no route has, and of a body that is no text: vLLM's own handler sees
+    neither, and they too have the protocol's error body."""
+    assert isinstance(error, HTTPException)
+    status = HTTPStatus(error.status_code)
+    body = errors.body(str(error.detail), status.name.lower(), status)
+    return JSONResponse(body, status.value, error.headers)
 
 
 class ErrorDetails(BaseModel):

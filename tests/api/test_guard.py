@@ -203,6 +203,24 @@ def test_both_keys_pass_where_asking_is_enough(app: Any) -> None:
         assert answer.status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [
+        ("GET", "/v1/no/such/route", 404, "not_found"),
+        ("GET", "/v1/adapters/a%0A/routing", 404, "not_found"),
+        ("PUT", "/v1/adapters", 405, "method_not_allowed"),
+    ],
+)
+def test_what_no_route_takes_has_an_error_body(
+    app: Any, method: str, path: str, status: int, kind: str
+) -> None:
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    answer = TestClient(app).request(method, path, headers=headers)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == (kind, status)
+
+
 def test_a_key_in_the_environment_guards_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     client = TestClient(build(monkeypatch, admin=(ADMIN,)))
