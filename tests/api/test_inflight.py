@@ -357,7 +357,7 @@ def test_hits_are_counted_where_the_adapter_was_found(
                 for sample in metric.samples
                 if sample.name == "molehill_adapter_cache_hits_total"
             }
-            return samples["worker"], samples["disk"]
+            return samples["worker"], samples["host"]
 
         await w.load("a", 1)
         await w.load("b", 2)
