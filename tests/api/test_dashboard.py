@@ -93,6 +93,15 @@ def label(chrome: Any, name: str) -> str:
     return found
 
 
+def rows(chrome: Any) -> list[list[str]]:
+    """The table's cells, read at once: the page redraws it now and then."""
+    found: list[list[str]] = chrome.execute_script(
+        "return [...document.querySelectorAll('#table tr')].map("
+        "row => [...row.querySelectorAll('td')].map(cell => cell.innerText))"
+    )
+    return found
+
+
 def test_the_map_is_read_by_keyboard_and_as_a_table(chrome: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -105,8 +114,7 @@ def test_the_map_is_read_by_keyboard_and_as_a_table(chrome: Any) -> None:
         share = round(100 * site["expert_shares"][1])
         assert text(chrome, "readout").startswith(f"Layer 1, expert 1: {share} % of ")
         chrome.find_element("css selector", "#numbers summary").click()
-        row = chrome.find_elements("css selector", "#table tr")[2]
-        cells = [cell.text for cell in row.find_elements("css selector", "td")]
+        cells = until(lambda: rows(chrome)[2:3], "the table's third row")[0]
         assert cells[0] == "1"
         assert cells[2] == f"{share} %"
         assert len(cells) == 1 + EXPERTS
