@@ -90,15 +90,18 @@ def read(directory: Path, limits: Limits) -> Adapter:
     return adapter
 
 
-def read_own(directory: Path) -> Adapter:
+def read_own(directory: Path, pause: Callable[[], None] = lambda: None) -> Adapter:
     """What `write` wrote where nobody else writes, for a worker that has steps to run meanwhile.
 
     It was checked as it was written; what is checked again is its digest. Raises CorruptFileError,
     MemoryError.
+
+    pause: called now and then, for the steps' sake.
     """
     try:
         config = files.read_config(directory, CONFIG)
         weights = Weights(WEIGHTS, files.read_floats(directory / WEIGHTS))
+        pause()
         sites = config.object("sites")
         adapter = Adapter(
             kind=_required(config, "kind"),
@@ -108,6 +111,7 @@ def read_own(directory: Path) -> Adapter:
     except Exception as error:
         raise_if_out_of_memory(error)
         raise CorruptFileError(directory, error, "the store's own copy") from error
+    pause()
     if adapter.digest != config.text("digest"):
         raise CorruptFileError(WEIGHTS, adapter.digest, f"the digest {config.text('digest')}")
     return adapter

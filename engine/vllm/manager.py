@@ -110,7 +110,7 @@ class AdapterManager:
         weights through the layers that the step is using.
         """
         if beside:
-            adapter = native.read_own(Path(path))
+            adapter = native.read_own(Path(path), self._pulse.wait)
             self._pulse.wait()
         else:
             adapter = formats.read(Path(path), self.settings.limits)
