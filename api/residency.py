@@ -133,7 +133,8 @@ class Residency:
                 if generation.check is not None:
                     await generation.check()
             except EngineRefusedError as error:
-                await self._take_out(generation)
+                # What only waits for room stays prepared, where it was found.
+                await self._take_out(generation, keep=isinstance(error, NoRoomError))
                 if not (isinstance(error, NoRoomError) and self._residents):
                     raise
                 await self._make_room()

@@ -79,6 +79,7 @@ class _Gate:
         return probabilities, self.route(probabilities)
 
     def route(self, probabilities: Tensor) -> Routing:
+        """Of `[..., E]`. Every policy has its own; this base class decides nothing."""
         raise NotImplementedError
 
     def entropy(self, probabilities: Tensor) -> Tensor:
