@@ -4,12 +4,16 @@ FLOPs are those of the low-rank products and of the routers, a multiply-add coun
 whole adapter (not of one tensor-parallel rank's part). Element-wise work is left out.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
+import torch
+from torch import Tensor
+
 from molehill.engine.adapter import Adapter
-from molehill.kernels.backend import SiteCounters, SlotCounters
+from molehill.kernels.counters import SiteCounters, SlotCounters
 from molehill.kernels.mixture import Experts, LinearMixture, Mixture, ScaleMixture
 
 
@@ -22,9 +26,43 @@ class SiteCost:
     router: int | None
 
 
-def costs(adapter: Adapter) -> dict[str, SiteCost]:
-    """By site. An expert of rank r costs 2 r (in + out), a vector nothing, a router 2 rows in."""
-    return {site: _cost(mixture) for site, mixture in adapter.sites.items()}
+@dataclass(frozen=True)
+class Costs:
+    """Of an adapter's sites, and the same by row: float64 `[sites, E]` of the experts, E the most
+    experts of a site, float64 `[sites]` of the routers. static: of one token through all sites that
+    have none. Adapters of one shape share them.
+
+    Not int64: at a GFLOP per token that is full after a few billion tokens.
+    """
+
+    sites: Mapping[str, SiteCost]
+    experts: Tensor = field(compare=False)
+    routers: Tensor = field(compare=False)
+    rows: Mapping[str, int] = field(compare=False)
+    static: int = field(compare=False)
+
+
+def costs(adapter: Adapter, counted: Callable[[str], bool] = lambda site: True) -> Costs:
+    """An expert of rank r costs 2 r (in + out), a vector nothing, a router 2 rows in.
+
+    counted: whether a site belongs to them.
+    """
+    sites = adapter.sites.items()
+    return tabulated(tuple((site, _cost(mixture)) for site, mixture in sites if counted(site)))
+
+
+@functools.lru_cache(maxsize=64)
+def tabulated(sites: tuple[tuple[str, SiteCost], ...]) -> Costs:
+    """Costs of these sites."""
+    most = max((len(cost.experts) for _, cost in sites), default=0)
+    experts = [[*cost.experts, *[0] * (most - len(cost.experts))] for _, cost in sites]
+    return Costs(
+        sites=dict(sites),
+        experts=torch.tensor(experts, dtype=torch.float64).view(len(sites), most),
+        routers=torch.tensor([cost.router or 0 for _, cost in sites], dtype=torch.float64),
+        rows={site: row for row, (site, _) in enumerate(sites)},
+        static=sum(sum(cost.experts) for _, cost in sites if cost.router is None),
+    )
 
 
 def _cost(mixture: Mixture) -> SiteCost:
@@ -69,13 +107,14 @@ class SiteFigures:
         return max(self.expert_tokens) * self.experts / chosen if chosen else None
 
 
-def site_figures(counters: SlotCounters, sites: Mapping[str, SiteCost]) -> dict[str, SiteFigures]:
+def site_figures(counters: SlotCounters, costs: Costs) -> dict[str, SiteFigures]:
     """By site, of an adapter with these counters and costs."""
+    counted = counters.sites
     return {
-        site: _routed(counters.sites.get(site, SiteCounters()), cost, cost.router)
+        site: _routed(counted.get(site, SiteCounters()), cost, cost.router)
         if cost.router is not None
         else _unrouted(counters.tokens, cost)
-        for site, cost in sites.items()
+        for site, cost in costs.sites.items()
     }
 
 
@@ -139,26 +178,27 @@ class Figures:
         ]
 
 
-def total(counters: SlotCounters, sites: Mapping[str, SiteCost]) -> Figures:
-    """The figures of an adapter with these counters and costs."""
-    figures = Figures(counters.tokens)
-    for site in site_figures(counters, sites).values():
-        figures.add_site(site)
+def total(counters: SlotCounters, costs: Costs) -> Figures:
+    """The figures of an adapter with these counters and costs: those of its sites added up, but
+    all sites at once. FLOPs are exact up to 2^53, then to 16 digits."""
+    figures = Figures(counters.tokens, flops_done=counters.tokens * costs.static)
+    if not counters.names:
+        return figures
+    rows = torch.tensor([costs.rows[name] for name in counters.names])
+    prices = costs.experts[rows, : counters.chosen.shape[1]]
+    decisions = counters.decisions.double()
+    spared = decisions[:, None] - counters.chosen
+    figures.decisions = int(counters.decisions.sum())
+    figures.soft = int(counters.soft.sum())
+    figures.entropy = float(counters.entropy.sum())
+    figures.flops_done += int((counters.chosen * prices).sum() + decisions @ costs.routers[rows])
+    figures.flops_avoided = int((spared * prices).sum())
+    experts, chosen = torch.tensor(counters.experts), counters.chosen.sum(1)
+    # A site that has decided nothing tells of no expert.
+    known = int((experts * (counters.decisions > 0)).max())
+    figures.expert_tokens = counters.chosen.sum(0)[:known].tolist()
+    busy = chosen > 0
+    busiest = counters.chosen.amax(1) * experts
+    figures.imbalance = float((busiest[busy] / chosen[busy].double()).sum())
+    figures.imbalanced = int(busy.sum())
     return figures
-
-
-def joined(first: SlotCounters, second: SlotCounters) -> SlotCounters:
-    """Counters of one adapter from two stays in a backend."""
-    sites = dict(first.sites)
-    for name, site in second.sites.items():
-        sites[name] = _joined(sites[name], site) if name in sites else site
-    return SlotCounters(first.tokens + second.tokens, sites)
-
-
-def _joined(first: SiteCounters, second: SiteCounters) -> SiteCounters:
-    return SiteCounters(
-        first.decisions + second.decisions,
-        first.soft + second.soft,
-        first.entropy + second.entropy,
-        [a + b for a, b in zip(first.expert_tokens, second.expert_tokens, strict=True)],
-    )

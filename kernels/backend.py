@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from molehill.kernels.counters import SlotCounters
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy
 
@@ -245,27 +246,6 @@ class Run:
     slot: int
     start: int
     stop: int
-
-
-@dataclass
-class SiteCounters:
-    """Routing figures of one site. One decision is one token at one router, or at one of its heads.
-
-    expert_tokens: decisions that chose each expert, `[E]`.
-    """
-
-    decisions: int = 0
-    soft: int = 0
-    entropy: float = 0.0
-    expert_tokens: list[int] = field(default_factory=list)
-
-
-@dataclass
-class SlotCounters:
-    """Routing figures of one adapter: `tokens` that ran through it, and each routed site."""
-
-    tokens: int = 0
-    sites: dict[str, SiteCounters] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from molehill.kernels.backend import (
     LinearShape,
     Packed,
     Run,
-    SlotCounters,
     SlotWeights,
     Trace,
 )
+from molehill.kernels.counters import SlotCounters
 from molehill.kernels.torch_scales import ScaleTable
 from molehill.kernels.torch_tables import FfnState, FfnTable, LinearTable, Router, Shrunk
 
@@ -223,7 +223,7 @@ class TorchBackend:
         for ffn in self._ffns:
             routers += [own[slot].router for own in (ffn.tables, ffn.scales) if slot in own]
         sites = {site: figures for router in routers for site, figures in router.counters()}
-        return SlotCounters(self._tokens[slot], sites)
+        return SlotCounters.of(self._tokens[slot], sites)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.backend import ExpertScale, FfnPiece, LinearPiece, SiteCounters, Trace
+from molehill.kernels.backend import ExpertScale, FfnPiece, LinearPiece, Trace
+from molehill.kernels.counters import SiteCounters
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Constant, Policy, Routing
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from molehill.engine.adapter import Adapter
@@ -10,12 +12,12 @@ from molehill.engine.figures import (
     SiteCost,
     SiteFigures,
     costs,
-    joined,
     site_figures,
+    tabulated,
     total,
 )
 from molehill.kernels import definition
-from molehill.kernels.backend import SiteCounters, SlotCounters
+from molehill.kernels.counters import SiteCounters, SlotCounters, joined
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, TopK
 
@@ -50,7 +52,7 @@ def counted(run):
 
 def test_a_linear_mixture_costs_what_torch_counts() -> None:
     mixture = linear_mixture()
-    cost = costs(Adapter("mola", {LINEAR: mixture}))[LINEAR]
+    cost = costs(Adapter("mola", {LINEAR: mixture})).sites[LINEAR]
     x, weight = torch.randn(7, WIDTH), torch.randn(INNER, WIDTH)
     router = counted(lambda: definition.probabilities(x, mixture.router))
     everything = counted(lambda: definition.linear_mixture(x, weight, None, mixture))
@@ -61,7 +63,7 @@ def test_a_linear_mixture_costs_what_torch_counts() -> None:
 
 def test_each_expert_costs_what_torch_counts() -> None:
     mixture = linear_mixture()
-    cost = costs(Adapter("mola", {LINEAR: mixture}))[LINEAR]
+    cost = costs(Adapter("mola", {LINEAR: mixture})).sites[LINEAR]
     x = torch.randn(5, WIDTH)
     for flops, (a, b) in zip(cost.experts, mixture.experts.split(), strict=True):
         assert counted(lambda a=a, b=b: x @ a.T @ b.T) == 5 * flops
@@ -80,7 +82,7 @@ def test_an_ffn_mixture_costs_what_torch_counts() -> None:
     def run(some):
         return counted(lambda: definition.ffn_mixture(x, weights, biases, "silu", some))
 
-    cost = costs(Adapter("mixlora", {FFN: mixture}))[FFN]
+    cost = costs(Adapter("mixlora", {FFN: mixture})).sites[FFN]
     assert run(mixture) - run(bare) == 7 * sum(cost.experts)
     assert counted(lambda: definition.probabilities(x, mixture.router)) == 7 * cost.router
 
@@ -100,7 +102,8 @@ def test_done_and_avoided_flops_are_those_of_the_policys_choices() -> None:
     cost = SiteCost((10, 100, 1000), 7)
     x = torch.randn(50, WIDTH)
     routing = definition.route(x, mixture.router, mixture.policy, 3)
-    found = site_figures(SlotCounters(50, {LINEAR: counters_of(routing)}), {LINEAR: cost})[LINEAR]
+    counters = SlotCounters.of(50, {LINEAR: counters_of(routing)})
+    found = site_figures(counters, tabulated(((LINEAR, cost),)))[LINEAR]
     chosen = [set(row.nonzero().flatten().tolist()) for row in routing.weights]
     assert found.flops_done == sum(7 + sum(10 ** (e + 1) for e in token) for token in chosen)
     assert found.flops_avoided == sum(1110 - sum(10 ** (e + 1) for e in token) for token in chosen)
@@ -126,8 +129,10 @@ def test_before_any_token_there_is_no_imbalance() -> None:
 
 
 def test_an_adapters_figures_are_its_sites_sums() -> None:
-    sites = {"a": SiteCost((1, 1), 1), "b": SiteCost((1, 1, 1), 1), "idle": SiteCost((1,), 1)}
-    counters = SlotCounters(
+    sites = tabulated(
+        (("a", SiteCost((1, 1), 1)), ("b", SiteCost((1, 1, 1), 1)), ("idle", SiteCost((1,), 1)))
+    )
+    counters = SlotCounters.of(
         4, {"a": SiteCounters(4, 1, 2.0, [4, 1]), "b": SiteCounters(4, 0, 1.0, [0, 0, 8])}
     )
     found = total(counters, sites)
@@ -136,13 +141,59 @@ def test_an_adapters_figures_are_its_sites_sums() -> None:
     assert found.imbalance / found.imbalanced == pytest.approx((1.6 + 3.0) / 2)
 
 
+def drawn_site(draw: st.DrawFn) -> tuple[SiteCost, SiteCounters | None]:
+    """Costs, and counters if it has a router."""
+    experts = draw(st.integers(1, 5))
+    number, flops = st.integers(0, 1 << 40), st.integers(0, 1 << 30)
+    cost = SiteCost(draw(st.tuples(*[flops] * experts)), draw(st.none() | flops))
+    if cost.router is None:
+        return cost, None
+    chosen = draw(st.lists(number, min_size=experts, max_size=experts))
+    decisions = draw(st.integers(max(chosen), 1 << 41))
+    return cost, SiteCounters(decisions, draw(number), draw(st.floats(0, 1e9)), chosen)
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_all_sites_at_once_are_the_sites_one_by_one(data) -> None:
+    drawn = [drawn_site(data.draw) for _ in range(data.draw(st.integers(0, 4)))]
+    sites = tabulated(tuple((str(i), cost) for i, (cost, _) in enumerate(drawn)))
+    routed = [(str(i), own) for i, (_, own) in enumerate(drawn) if own is not None]
+    counters = SlotCounters.of(7, dict(data.draw(st.permutations(routed))))
+    expected = Figures(7)
+    for figures in site_figures(counters, sites).values():
+        expected.add_site(figures)
+    found = total(counters, sites)
+    for name in ("entropy", "imbalance", "flops_done", "flops_avoided"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name))
+        setattr(found, name, getattr(expected, name))
+    assert found == expected
+
+
+def test_counters_keep_their_sites() -> None:
+    sites = {"a": SiteCounters(4, 1, 2.0, [4, 1]), "b": SiteCounters(4, 0, 1.0, [0, 0, 8])}
+    counters = SlotCounters.of(5, sites)
+    assert (counters.tokens, counters.sites) == (5, sites)
+    assert SlotCounters.of(5, {}).sites == {}
+
+
 def test_stays_join_site_by_site() -> None:
-    first = SlotCounters(4, {"a": SiteCounters(4, 1, 2.0, [4, 1])})
-    second = SlotCounters(
-        6, {"a": SiteCounters(6, 0, 1.0, [0, 6]), "b": SiteCounters(6, 0, 0, [6])}
+    first = SlotCounters.of(
+        4, {"a": SiteCounters(4, 1, 2.0, [4, 1]), "b": SiteCounters(0, 0, 0.0, [0])}
     )
-    sites = {"a": SiteCounters(10, 1, 3.0, [4, 7]), "b": SiteCounters(6, 0, 0, [6])}
-    assert joined(first, second) == SlotCounters(10, sites)
+    second = SlotCounters.of(
+        6, {"b": SiteCounters(6, 0, 0.5, [6]), "a": SiteCounters(6, 0, 1.0, [0, 6])}
+    )
+    found = joined(first, second)
+    assert found.tokens == 10
+    assert found.sites == {"a": SiteCounters(10, 1, 3.0, [4, 7]), "b": SiteCounters(6, 0, 0.5, [6])}
+
+
+@pytest.mark.parametrize("empty_first", [True, False])
+def test_a_stay_without_routers_adds_its_tokens(empty_first: bool) -> None:
+    routed, static = SlotCounters.of(4, {"a": SiteCounters(4, 1, 2.0, [4])}), SlotCounters(3)
+    found = joined(static, routed) if empty_first else joined(routed, static)
+    assert (found.tokens, found.sites) == (7, routed.sites)
 
 
 def test_figures_add_up() -> None:

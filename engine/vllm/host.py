@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from molehill.engine.figures import SiteCost
+from molehill.engine.figures import Costs
 from molehill.kernels.backend import MoePiece, Packed, SlotWeights
 
 
@@ -15,7 +15,7 @@ class Prepared:
     weights: as the backend keeps them, or as they were cut where there was no room to pack them.
     """
 
-    costs: Mapping[str, SiteCost]
+    costs: Costs
     moes: Mapping[int, MoePiece]
     num_bytes: int
     is_empty: bool

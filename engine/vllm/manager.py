@@ -19,7 +19,7 @@ from vllm.lora.request import LoRARequest
 from molehill.engine import formats
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import AdapterError, LimitError
-from molehill.engine.figures import SiteCost, costs
+from molehill.engine.figures import costs
 from molehill.engine.formats import native
 from molehill.engine.memory import is_out_of_memory
 from molehill.engine.merge import Resident, merge_static, subtract
@@ -35,8 +35,8 @@ from molehill.kernels.backend import (
     CapacityError,
     Packed,
     Run,
-    SlotCounters,
 )
+from molehill.kernels.counters import SlotCounters
 from molehill.kernels.moe import MoeBlocks
 
 logger = init_logger("vllm.molehill")
@@ -130,7 +130,10 @@ class AdapterManager:
             weights = self.backend.pack(cut) if needed <= self._free else cut
         except CapacityError as error:
             raise LimitError(error.where, error.found, error.expected) from error
-        return Prepared(self._costs(adapter), cut.moes, needed, cut.is_empty, weights)
+        # Neither sites of other pipeline stages, nor those on the base's own experts: how many
+        # tokens its router sends there is not counted.
+        counted = costs(adapter, self._seams.has_counted)
+        return Prepared(counted, cut.moes, needed, cut.is_empty, weights)
 
     def _merged(self, adapter: Adapter) -> Adapter:
         """The adapter with its static sites as one pair each."""
@@ -390,14 +393,7 @@ class AdapterManager:
     def routing(self, lora_id: int) -> dict[str, Any]:
         """tokens, and sites: fields of SiteFigures by site, of this worker's pipeline stage."""
         tokens, sites = self._ledger.sites(lora_id)
-        return {"tokens": tokens, "sites": {site: asdict(own) for site, own in sites.items()}}
-
-    def _costs(self, adapter: Adapter) -> dict[str, SiteCost]:
-        """Of the sites that lie on this pipeline stage. Those on the base's own experts are left
-        out: how many tokens its router sends there is not counted."""
-        return {
-            site: cost for site, cost in costs(adapter).items() if self._seams.has_counted(site)
-        }
+        return {"tokens": tokens, "sites": {site: vars(own) for site, own in sites.items()}}
 
     def _counters(self, slot: int) -> SlotCounters:
         counters = self.backend.counters(slot)

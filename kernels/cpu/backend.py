@@ -19,11 +19,10 @@ from molehill.kernels.backend import (
     Packed,
     Run,
     ScalePiece,
-    SiteCounters,
-    SlotCounters,
     SlotWeights,
     Trace,
 )
+from molehill.kernels.counters import SlotCounters
 from molehill.kernels.cpu import build
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import (
@@ -157,17 +156,10 @@ class CpuBackend:
 
     def counters(self, slot: int) -> SlotCounters:
         """Figures since the slot was stored. Sites without a router decide nothing."""
-        tokens, sites, decisions, soft, entropy, experts, chosen = self._ops.counters(
-            self._id, slot
-        )
-        names, rest = list(self._sites), iter(chosen)
-        return SlotCounters(
-            tokens,
-            {
-                names[site]: SiteCounters(d, s, h, [next(rest) for _ in range(e)])
-                for site, d, s, h, e in zip(sites, decisions, soft, entropy, experts, strict=True)
-            },
-        )
+        tokens, ids, experts, counts, entropy = self._ops.counters(self._id, slot)
+        names = list(self._sites)
+        own = tuple(names[number] for number in ids)
+        return SlotCounters(tokens, own, tuple(experts), counts, entropy)
 
     def seconds(self) -> float:
         """Wall time of the ops' calls in steps that had adapters."""

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 HERE = Path(__file__).parent
 SOURCES = HERE / "csrc"
 COMMON = ["-std=gnu++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-w"]
+# At once: each takes some hundred megabytes.
+COMPILERS = min(4, os.cpu_count() or 1)
 # One object per instruction set: a library that runs on any processor must not be compiled for
 # the newest one as a whole.
 X86_ISAS = {
@@ -67,7 +70,8 @@ def compile_into(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            objects = [_compile(compiler, unit, Path(scratch)) for unit in _units()]
+            with ThreadPoolExecutor(COMPILERS) as pool:
+                objects = list(pool.map(lambda u: _compile(compiler, u, Path(scratch)), _units()))
             linked = Path(scratch) / "linked.so"
             _run([compiler, "-shared", *map(str, objects), "-o", str(linked), *_link_flags()])
             linked.replace(target)
@@ -131,7 +135,10 @@ def _units() -> list[_Unit]:
     ]
     names = ("policy", "routing", "state", "linear", "ffn", "scale")
     logic = [_Unit(f"{name}.cpp", name, ["-O2"]) for name in names]
-    return [*kernels, *logic, _Unit("ops.cpp", "ops", ["-O1", *define, *_torch_flags()])]
+    flags = ["-O1", *define, *_torch_flags()]
+    ops = [_Unit(f"{name}.cpp", name, flags) for name in ("instance", "packing", "ops")]
+    # The longest first, so that no processor waits for them at the end.
+    return [*ops, *kernels, *logic]
 
 
 def _torch() -> Path:

@@ -19,11 +19,10 @@ from molehill.kernels.backend import (
     LinearShape,
     Packed,
     Run,
-    SiteCounters,
-    SlotCounters,
     SlotWeights,
     Trace,
 )
+from molehill.kernels.counters import SlotCounters
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.blocks import Limits, Scratch, ScratchMemory, StripMemory, blocks_for
 from molehill.kernels.triton.expand import expand
@@ -170,15 +169,24 @@ class TritonBackend:
 
     def counters(self, slot: int) -> SlotCounters:
         """Waits for the device: call it between steps."""
-        figures = SlotCounters(self._tokens[slot])
-        linears, ffns = self.table.counters[slot].tolist(), self.table.ffn_counters[slot].tolist()
-        for site in self.table.sites[slot]:
-            row = ffns[site.handle] if site.piece is None else linears[site.handle][site.piece]
-            decisions, soft, entropy = row[-at.FIGURES.value :]
-            figures.sites[site.name] = SiteCounters(
-                decisions, soft, entropy / at.ENTROPY_UNIT.value, row[: site.experts]
-            )
-        return figures
+        sites = self.table.sites[slot]
+        if not sites:
+            return SlotCounters(self._tokens[slot])
+        linears, ffns = self.table.counters[slot], self.table.ffn_counters[slot]
+        pieces = linears.shape[1]
+        rows = [
+            len(linears) * pieces + site.handle
+            if site.piece is None
+            else site.handle * pieces + site.piece
+            for site in sites
+        ]
+        found = torch.cat([linears.flatten(0, 1), ffns]).cpu()[rows]
+        experts = tuple(site.experts for site in sites)
+        decided = found[:, -at.FIGURES.value : -1]
+        counts = torch.cat([decided, found[:, : max(experts)]], 1)
+        names = tuple(site.name for site in sites)
+        entropy = found[:, -1].double() / at.ENTROPY_UNIT.value
+        return SlotCounters(self._tokens[slot], names, experts, counts, entropy)
 
     def seconds(self) -> None:
         """Not measured: launches return before the device has worked, and graphs replay unseen."""
