@@ -1,4 +1,5 @@
-"""Work of the API process beside the engine's steps: adapters are read, checked and written."""
+"""Work of the API process beside the engine's steps: adapters are read, checked and written, and
+metrics put into text."""
 
 import asyncio
 import sys
@@ -15,19 +16,19 @@ SWITCH_SECONDS = 0.0005
 
 
 class Background:
-    """One thread: an adapter at a time is in this process's memory, and takes a core.
+    """One thread, which does one thing at a time.
 
     taken: cores that workers compute on, which the thread leaves alone.
     """
 
-    def __init__(self, taken: Collection[int] = ()) -> None:
+    def __init__(self, taken: Collection[int] = (), name: str = "molehill-background") -> None:
         def leave_to_workers() -> None:
             keep_off(taken, own_cores())
 
         # The event loop streams to clients meanwhile, and may wait so long for its turn.
         sys.setswitchinterval(SWITCH_SECONDS)
 
-        self._thread = ThreadPoolExecutor(1, "molehill-background", leave_to_workers)
+        self._thread = ThreadPoolExecutor(1, name, leave_to_workers)
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `work` returns or raises."""

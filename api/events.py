@@ -1,11 +1,11 @@
-"""Counts what happens to adapters as they come and go. Nothing here is labelled by a name."""
+"""Counts what happens to adapters as they come and go."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
@@ -16,17 +16,29 @@ from molehill.engine.errors import AdapterError
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 Tier = Literal["worker", "host", "disk"]
+# Nothing leaves the disk to make room.
+EVICTING: tuple[Tier, ...] = ("worker", "host")
 
 
 class LifecycleMetrics(Collector):
-    """Loads, refusals, cache hits, evictions and faults since the start of the process."""
+    """Loads, refusals, cache hits, evictions and faults since the start of the process.
+
+    Only names between `begin` and `end` have series of their own: never what clients write.
+    """
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._names: set[str] = set()
         self._loads = Histogram(
             "molehill_adapter_load_seconds",
             "From the request for a load to an adapter that serves.",
             buckets=BUCKETS,
+            registry=self._registry,
+        )
+        self._loading = Summary(
+            "molehill_adapter_loading_seconds",
+            "The same of each adapter, over what was loaded under its name.",
+            ["adapter"],
             registry=self._registry,
         )
         self._refused = Counter(
@@ -39,13 +51,13 @@ class LifecycleMetrics(Collector):
             "molehill_adapter_cache_hits",
             "Requests by the tier where they found their adapter; from `host` and `disk` it had to "
             "be brought in.",
-            ["tier"],
+            ["adapter", "tier"],
             registry=self._registry,
         )
         self._evictions = Counter(
             "molehill_adapter_evictions",
-            "Adapters that made room for others in the tier.",
-            ["tier"],
+            "How often the adapter made room for others in the tier.",
+            ["adapter", "tier"],
             registry=self._registry,
         )
         self._unfreed = Counter(
@@ -58,10 +70,26 @@ class LifecycleMetrics(Collector):
             "Changes of the adapters that a restart would not know, as the disk did not take them.",
             registry=self._registry,
         )
+
+    def begin(self, name: str) -> None:
+        """The name has weights: its series start, at zero."""
+        self._names.add(name)
+        self._loading.labels(name)
         for tier in get_args(Tier):
-            self._hits.labels(tier)
-        for tier in ("worker", "host"):
-            self._evictions.labels(tier)
+            self._hits.labels(name, tier)
+        for tier in EVICTING:
+            self._evictions.labels(name, tier)
+
+    def end(self, name: str) -> None:
+        """The name has none any more."""
+        if name not in self._names:
+            return
+        self._names.remove(name)
+        self._loading.remove(name)
+        for tier in get_args(Tier):
+            self._hits.remove(name, tier)
+        for tier in EVICTING:
+            self._evictions.remove(name, tier)
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
@@ -70,7 +98,7 @@ class LifecycleMetrics(Collector):
             yield metric
 
     @contextmanager
-    def load(self) -> Iterator[None]:
+    def load(self, name: str) -> Iterator[None]:
         """Around a load: counts what it came to."""
         start = time.perf_counter()
         try:
@@ -82,19 +110,24 @@ class LifecycleMetrics(Collector):
         except Exception:
             self.refused("internal_error")
             raise
-        self.loaded(time.perf_counter() - start)
+        self.loaded(name, time.perf_counter() - start)
 
-    def loaded(self, seconds: float) -> None:
+    def loaded(self, name: str, seconds: float) -> None:
         self._loads.observe(seconds)
+        # It may have been unloaded since.
+        if name in self._names:
+            self._loading.labels(name).observe(seconds)
 
     def refused(self, kind: str) -> None:
         self._refused.labels(kind).inc()
 
-    def hit(self, tier: Tier) -> None:
-        self._hits.labels(tier).inc()
+    def hit(self, name: str, tier: Tier) -> None:
+        if name in self._names:
+            self._hits.labels(name, tier).inc()
 
-    def evicted(self, tier: Tier, adapters: int = 1) -> None:
-        self._evictions.labels(tier).inc(adapters)
+    def evicted(self, name: str, tier: Tier) -> None:
+        if name in self._names:
+            self._evictions.labels(name, tier).inc()
 
     def free_failed(self) -> None:
         self._unfreed.inc()

@@ -160,7 +160,7 @@ async def run(
 ) -> Outputs:
     """None when the generation is in the workers, then the engine's outputs."""
     try:
-        registry.events.hit(await registry.residency.acquire(generation))
+        registry.events.hit(generation.name, await registry.residency.acquire(generation))
     except EngineRefusedError as error:
         # As vLLM's routes understand it.
         message = str(error).replace(generation.request.lora_path, generation.name)

@@ -163,22 +163,27 @@ class AdapterCollector(Collector):
             "Wall time of forward passes and sampling, summed over workers.",
             seconds.steps,
         )
-        yield CounterMetricFamily(
+        spent = CounterMetricFamily(
             "molehill_adapter_op_seconds",
-            "Wall time of the adapter ops in those steps, of all adapters together.",
-            seconds.ops,
+            "Wall time of the adapter ops in those steps, by the adapters' FLOPs.",
+            labels=["adapter"],
         )
-        if seconds.steps:
-            yield GaugeMetricFamily(
-                "molehill_adapter_op_share",
-                "Share of the steps' wall time since the start that adapter ops took.",
-                seconds.ops / seconds.steps,
-            )
+        share = GaugeMetricFamily(
+            "molehill_adapter_op_share",
+            "The adapter's share of the steps' wall time since the start.",
+            labels=["adapter"],
+        )
+        for name, total in self._figures.items():
+            spent.add_metric([name], total.op_seconds)
+            if seconds.steps:
+                share.add_metric([name], total.op_seconds / seconds.steps)
+        yield spent
+        yield share
 
 
-def exposition(registry: AdapterRegistry, snapshot: Snapshot) -> bytes:
-    """The families in Prometheus's text format."""
-    collectors = CollectorRegistry()
-    collectors.register(AdapterCollector(registry, snapshot))
-    collectors.register(registry.events)
-    return generate_latest(collectors)
+def exposition(*collectors: Collector) -> bytes:
+    """Their families in Prometheus's text format."""
+    registry = CollectorRegistry()
+    for collector in collectors:
+        registry.register(collector)
+    return generate_latest(registry)

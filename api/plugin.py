@@ -113,7 +113,7 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     names = {path.name for path in models.base_model_paths}
     reader = AdapterReader(base, limits, {config.model_config.model, *names})
     store, resident = AdapterStore(options.store), options.resident
-    workers = Lifeline(engine_client)
+    workers, cores = Lifeline(engine_client), await workers_cores(engine_client)
     if resident is not None:
         store.hold(resident.directory)
     registry = AdapterRegistry(
@@ -125,7 +125,8 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
         resident=(resident.name, resident.digest) if resident else None,
-        background=Background(await workers_cores(engine_client)),
+        # An adapter at a time is in this process's memory.
+        background=Background(cores),
     )
     count_requests(engine_client, registry)
     drop_adapter_sets(engine_client)
@@ -133,7 +134,8 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
     manifest = None if options.store is None else Manifest(store.root)
     restart = Restart(registry, store, sources, reader, manifest)
-    return Services(registry, sources, WorkerStats(workers, registry), restart, models)
+    stats, scraping = WorkerStats(workers, registry), Background(cores, "molehill-metrics")
+    return Services(registry, sources, stats, restart, models, scraping)
 
 
 async def prober(engine_client: Any) -> Prober | None:

@@ -114,7 +114,7 @@ class AdapterRegistry:
         MergedIntoBaseError, AdapterError, StoreError, EngineRefusedError, and what `fetch` and the
         probe raise; then everything is as before.
         """
-        with self.events.load():
+        with self.events.load(name):
             names.check(name, self._base_models)
             self._admit_load(name)
             loading = Loading(name, label)
@@ -246,6 +246,7 @@ class AdapterRegistry:
         request = LoRARequest(loading.name, next(self._ids), str(content.path))
         generation = Generation(loading.name, content, source, request)
         self._alive[request.lora_int_id] = generation
+        self.events.begin(loading.name)
         self.enter(generation)
         pinned = old is not None and old.pinned if terms.pinned is None else terms.pinned
         probed = self._probe is not None and not terms.allow_noop
@@ -376,6 +377,8 @@ class AdapterRegistry:
         # Whoever comes first frees it.
         if self._alive.pop(generation.lora_int_id, None) is None:
             return
+        if not any(other.name == generation.name for other in self._alive.values()):
+            self.events.end(generation.name)
         await self.residency.forget(generation)
         await self.intake.let_go(generation.digest)
 

@@ -38,6 +38,8 @@ class Residency:
         self._residents: dict[int, Generation] = {}
         # In the order of their turns.
         self._waiting: dict[int, tuple[Generation, deque[Turn]]] = {}
+        # Names by path of what the workers were told to keep in host memory.
+        self._kept: dict[str, str] = {}
         self._left = asyncio.Event()
         self._taking_turns: asyncio.Task[None] | None = None
         self._turns = itertools.count(1)
@@ -158,7 +160,7 @@ class Residency:
             )
         idle = next((resident for resident in movable if not resident.running), None)
         if idle is not None:
-            self.events.evicted("worker")
+            self.events.evicted(idle.name, "worker")
             await self._take_out(idle, keep=True)
             return
         if not any(resident.yielding for resident in movable):
@@ -171,8 +173,14 @@ class Residency:
         generation.resident = generation.yielding = False
         with suppress(KeyError):
             del self._residents[generation.lora_int_id]
+        path = generation.request.lora_path
+        self._kept.pop(path, None)
+        if keep:
+            self._kept[path] = generation.name
         try:
-            await self._workers.remove(generation.request, keep)
+            for gone in await self._workers.remove(generation.request, keep):
+                if gone in self._kept:
+                    self.events.evicted(self._kept.pop(gone), "host")
         except Exception:
             logger.exception("The engine could not free adapter %s", generation.name)
             self.events.free_failed()

@@ -93,9 +93,13 @@ async def list_models(found: Injected) -> Response:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def show_metrics(found: Injected) -> Response:
     """vLLM's metrics and molehill's."""
-    ours = metrics.exposition(found.registry, await found.stats.refresh())
-    text = generate_latest(get_prometheus_registry()) + ours
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
+    adapters = metrics.AdapterCollector(found.registry, await found.stats.refresh())
+    events = found.registry.events
+
+    def text() -> bytes:
+        return generate_latest(get_prometheus_registry()) + metrics.exposition(adapters, events)
+
+    return Response(await found.scraping.run(text), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/health/ready", response_class=Response, responses={503: {}})

@@ -67,6 +67,7 @@ class AdapterSummary(BaseModel):
     requests_in_flight: int
     resident_bytes: int = Field(description="In the slots of all workers.")
     tokens: int
+    op_seconds: float = Field(description="Its part of the adapter ops' worker-seconds, by FLOPs.")
     total: Routing
 
 
@@ -124,10 +125,12 @@ def summaries(registry: AdapterRegistry, snapshot: Snapshot) -> list[AdapterSumm
             note=info.stage or info.error or info.source_note,
             requests_in_flight=running[name],
             resident_bytes=snapshot.resident_bytes.get(name, 0),
-            tokens=snapshot.figures.get(name, Figures()).tokens,
-            total=routing_of(snapshot.figures.get(name, Figures())),
+            tokens=figures.tokens,
+            op_seconds=figures.op_seconds,
+            total=routing_of(figures),
         )
         for name, info in sorted(infos.items())
+        for figures in [snapshot.figures.get(name, Figures())]
     ]
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
 from molehill.api import errors
+from molehill.api.background import Background
 from molehill.api.registry import AdapterRegistry
 from molehill.api.restart import Restart
 from molehill.api.sources import Sources
@@ -21,13 +22,15 @@ from molehill.engine.errors import AdapterError
 
 @dataclass(frozen=True)
 class Services:
-    """models: vLLM's OpenAIServingModels."""
+    """models: vLLM's OpenAIServingModels. scraping: where metrics are put into text: of a thousand
+    adapters that takes as long as some steps do, and the event loop streams meanwhile."""
 
     registry: AdapterRegistry
     sources: Sources
     stats: WorkerStats
     restart: Restart
     models: Any
+    scraping: Background
 
 
 def services(request: Request) -> Services:

@@ -52,7 +52,7 @@ def told(answers: Iterable[Mapping[str, Any]]) -> dict[int, Told]:
     """By `lora_int_id`. Each answer: see AdapterManager.stats.
 
     Tensor-parallel workers see the same tokens at the same sites, pipeline stages at their own:
-    every stage counts once. Memory adds up.
+    every stage counts once. Memory and seconds add up.
     """
     found: dict[int, Told] = {}
     counted: set[tuple[int, int]] = set()
@@ -61,11 +61,13 @@ def told(answers: Iterable[Mapping[str, Any]]) -> dict[int, Told]:
             entry = found.setdefault(lora_id, Told(own["name"]))
             if own["resident_bytes"] is not None:
                 entry.resident_bytes = (entry.resident_bytes or 0) + own["resident_bytes"]
-            if (lora_id, answer["stage"]) not in counted:
-                counted.add((lora_id, answer["stage"]))
-                tokens = max(entry.figures.tokens, own["figures"]["tokens"])
-                entry.figures.add(Figures(**own["figures"]))
-                entry.figures.tokens = tokens
+            if (lora_id, answer["stage"]) in counted:
+                entry.figures.op_seconds += own["figures"]["op_seconds"]
+                continue
+            counted.add((lora_id, answer["stage"]))
+            tokens = max(entry.figures.tokens, own["figures"]["tokens"])
+            entry.figures.add(Figures(**own["figures"]))
+            entry.figures.tokens = tokens
     return found
 
 
@@ -84,7 +86,7 @@ def host_bytes(
     found: Counter[str] = Counter()
     names = {generation.request.lora_path: generation.name for generation in generations}
     for answer in answers:
-        for path, taken in answer["host"]["sizes"].items():
+        for path, taken in answer["host"].items():
             if path in names:
                 found[names[path]] += taken
     return dict(found)
@@ -130,7 +132,6 @@ class WorkerStats:
         self._totals = Totals()
         self._last = Snapshot()
         self._asking: asyncio.Task[None] | None = None
-        self._host_evictions = 0
 
     async def refresh(self) -> Snapshot:
         """The workers' figures, or the last ones if they take too long.
@@ -164,9 +165,6 @@ class WorkerStats:
             logger.exception("Adapter metrics could not be read from the workers")
             return
         generations = told(answers)
-        evictions = sum(answer["host"]["evictions"] for answer in answers)
-        self._registry.events.evicted("host", evictions - self._host_evictions)
-        self._host_evictions = evictions
         names = {generation.name for generation in self._registry.alive()}
         resident = dict.fromkeys(names, 0)
         for generation in generations.values():

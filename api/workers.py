@@ -1,6 +1,7 @@
 """Adapters in the engine's workers. Reading happens beside their steps, not between them."""
 
 import asyncio
+from itertools import chain
 from typing import Any, Protocol
 
 from molehill.api.errors import EngineRefusedError
@@ -65,9 +66,13 @@ class Workers:
             raise EngineRefusedError(hopeless[0])
         raise NoRoomError(refusals[0]["refusal"])
 
-    async def remove(self, request: Any, keep: bool) -> None:
-        """Frees the adapter's slots. keep: it may come back. Raises EngineRefusedError."""
-        await self._ask("molehill_remove", request.lora_int_id, request.lora_path, keep)
+    async def remove(self, request: Any, keep: bool) -> set[str]:
+        """Frees the adapter's slots. keep: it may come back.
+
+        Returns the paths of what had to leave host memory for it. Raises EngineRefusedError.
+        """
+        answers = await self._ask("molehill_remove", request.lora_int_id, request.lora_path, keep)
+        return set(chain(*answers))
 
     async def _ask(self, method: str, *args: Any) -> list[Any]:
         try:

@@ -142,7 +142,8 @@ class Figures:
     """One adapter, over sites; figures of several add up.
 
     tokens: that ran through it. expert_tokens: by expert index, over all routers. imbalance: sum of
-    the sites' imbalances; imbalanced: number of sites in that sum. The rest as in SiteFigures.
+    the sites' imbalances; imbalanced: number of sites in that sum. op_seconds: of the adapter ops,
+    where they are measured. The rest as in SiteFigures.
     """
 
     tokens: int = 0
@@ -154,6 +155,7 @@ class Figures:
     flops_avoided: int = 0
     imbalance: float = 0.0
     imbalanced: int = 0
+    op_seconds: float = 0.0
 
     def add(self, other: "Figures") -> None:
         """In place, tokens too."""

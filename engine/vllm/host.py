@@ -27,7 +27,7 @@ class HostMemory:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.evictions = 0
+        self._evicted: list[str] = []
         self._adapters: OrderedDict[str, Prepared] = OrderedDict()
 
     def sizes(self) -> dict[str, int]:
@@ -46,9 +46,13 @@ class HostMemory:
             return
         self._adapters.pop(path, None)
         while sum(self.sizes().values()) + adapter.num_bytes > self.limit:
-            self._adapters.popitem(last=False)
-            self.evictions += 1
+            self._evicted.append(self._adapters.popitem(last=False)[0])
         self._adapters[path] = adapter
+
+    def evicted(self) -> list[str]:
+        """Paths of what made room for others since the last call."""
+        gone, self._evicted = self._evicted, []
+        return gone
 
     def take(self, path: str) -> Prepared | None:
         """The adapter, which is not kept here any more."""

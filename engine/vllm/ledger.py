@@ -13,14 +13,15 @@ OUTSIDE = 2048
 
 @dataclass
 class Account:
-    """An adapter. slot: None out of the slots. past: counters of earlier stays. figures: its total,
-    None when it has to be worked out again."""
+    """An adapter. slot: None out of the slots. past: counters of earlier stays. figures: its total
+    when it was told last. stale: it has run since."""
 
     name: str
     slot: int | None
     costs: Costs
     past: SlotCounters = field(default_factory=SlotCounters)
-    figures: Figures | None = None
+    figures: Figures = field(default_factory=Figures)
+    stale: bool = False
 
 
 class Ledger:
@@ -37,6 +38,7 @@ class Ledger:
         """counters, resident_bytes: of a slot, since something was stored in it."""
         self._of_slot = counters
         self._resident_bytes = resident_bytes
+        self._op_seconds = 0.0
         self._inside: dict[int, Account] = {}
         self._by_slot: dict[int, Account] = {}
         # In the order in which they left.
@@ -49,6 +51,7 @@ class Ledger:
         # Where no API gives the ids out, one may come back with other weights.
         if before is not None and before.costs == costs:
             account.past, account.figures = before.past, before.figures
+            account.stale = before.stale
         self._inside[lora_id] = self._by_slot[slot] = account
 
     def leave(self, lora_id: int) -> None:
@@ -65,13 +68,15 @@ class Ledger:
         """A step has tokens of these slots."""
         for slot in slots:
             if slot in self._by_slot:
-                self._by_slot[slot].figures = None
+                self._by_slot[slot].stale = True
 
-    def settle(self, known: Collection[int]) -> dict[int, dict[str, Any]]:
+    def settle(self, known: Collection[int], op_seconds: float = 0.0) -> dict[int, dict[str, Any]]:
         """By id: `name`, `resident_bytes` (None outside of the slots) and `figures`, as a dict.
 
-        Adapters outside that are not `known` any more are told for the last time.
+        op_seconds: what the ops of all adapters took so far. Adapters outside that are not `known`
+        any more are told for the last time.
         """
+        self._renew([*self._outside.values(), *self._inside.values()], op_seconds)
         told = {lora_id: self._told(account) for lora_id, account in self._outside.items()}
         for lora_id in self._outside.keys() - set(known):
             del self._outside[lora_id]
@@ -85,9 +90,24 @@ class Ledger:
         counters = self._counters(account)
         return counters.tokens, site_figures(counters, account.costs)
 
+    def _renew(self, accounts: Iterable[Account], op_seconds: float) -> None:
+        """The ops serve the adapters of a batch together: their seconds since the last time are
+        shared out by the FLOPs since then."""
+        done: list[tuple[Figures, int]] = []
+        for account in accounts:
+            if account.stale:
+                before, account.stale = account.figures, False
+                account.figures = total(self._counters(account), account.costs)
+                account.figures.op_seconds = before.op_seconds
+                done.append((account.figures, account.figures.flops_done - before.flops_done))
+        work = sum(flops for _, flops in done)
+        if not work:
+            return
+        for figures, flops in done:
+            figures.op_seconds += (op_seconds - self._op_seconds) * flops / work
+        self._op_seconds = op_seconds
+
     def _told(self, account: Account) -> dict[str, Any]:
-        if account.figures is None:
-            account.figures = total(self._counters(account), account.costs)
         taken = None if account.slot is None else self._resident_bytes(account.slot)
         return {"name": account.name, "resident_bytes": taken, "figures": vars(account.figures)}
 

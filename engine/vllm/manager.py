@@ -381,13 +381,13 @@ class AdapterManager:
     def describe(self) -> dict[str, Any]:
         return asdict(self.base)
 
-    def stats(self, known: Sequence[int]) -> dict[str, Any]:
+    def stats(self, known: Sequence[int], op_seconds: float) -> dict[str, Any]:
         """stage: this worker's of the pipeline. adapters: see Ledger.settle. host: bytes of the
-        adapters in host memory, by path, and how many had to leave it."""
+        adapters in host memory, by path."""
         return {
             "stage": get_pp_group().rank_in_group,
-            "adapters": self._ledger.settle(known),
-            "host": {"sizes": self.host.sizes(), "evictions": self.host.evictions},
+            "adapters": self._ledger.settle(known, op_seconds),
+            "host": self.host.sizes(),
         }
 
     def routing(self, lora_id: int) -> dict[str, Any]:

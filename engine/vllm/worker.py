@@ -72,7 +72,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         known: `lora_int_id`s that the API may ask for again.
         """
         seconds = self.clock and {"steps": self.clock.steps, "ops": self.clock.ops}
-        return {**self.adapters.stats(known), "seconds": seconds}
+        ops = self.clock.ops if self.clock else 0.0
+        return {**self.adapters.stats(known, ops), "seconds": seconds}
 
     def molehill_routing(self, lora_int_id: int) -> dict[str, Any]:
         """See AdapterManager.routing."""
@@ -91,11 +92,15 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         """Copies a prepared adapter into a slot; see AdapterManager.install."""
         return self.adapters.install(LoRARequest(name, lora_int_id, path))
 
-    def molehill_remove(self, lora_int_id: int, path: str, keep: bool) -> None:
-        """Frees an adapter's slot, if it has one. keep: it may come back, from host memory."""
+    def molehill_remove(self, lora_int_id: int, path: str, keep: bool) -> list[str]:
+        """Frees an adapter's slot, if it has one. keep: it may come back, from host memory.
+
+        Returns the paths of what had to leave host memory since the last call.
+        """
         self.adapters.remove_adapter(lora_int_id, keep)
         if not keep:
             self.adapters.host.drop(path)
+        return self.adapters.host.evicted()
 
     def molehill_trace(self, enabled: bool) -> list[tuple[str, list[Any], list[Any], list[Any]]]:
         """Starts or ends recording; returns (site, probabilities, weights, entropies) so far."""

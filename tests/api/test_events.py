@@ -17,31 +17,56 @@ def samples(events: LifecycleMetrics) -> dict[tuple[str, ...], float]:
 
 def test_loads_and_refusals_are_told_apart() -> None:
     events = LifecycleMetrics()
-    with events.load():
+    events.begin("a")
+    with events.load("a"):
         pass
-    with pytest.raises(ShapeError), events.load():
+    with pytest.raises(ShapeError), events.load("b"):
         raise ShapeError("a", "b", "c")
     for _ in range(2):
-        with pytest.raises(BadNameError), events.load():
+        with pytest.raises(BadNameError), events.load("b"):
             raise BadNameError
-    with pytest.raises(OSError, match="disk"), events.load():
+    with pytest.raises(OSError, match="disk"), events.load("b"):
         raise OSError("disk")
     found = samples(events)
-    assert found["load_seconds_count",] == 1
+    assert found["load_seconds_count",] == found["loading_seconds_count", "a"] == 1
+    assert 0 < found["loading_seconds_sum", "a"] == found["load_seconds_sum",]
+    assert not [key for key in found if "b" in key]
     refused = {key[1]: value for key, value in found.items() if key[0] == "loads_refused_total"}
     assert refused == {"wrong_shape": 1, "invalid_name": 2, "internal_error": 1}
 
 
-def test_hits_and_evictions_are_counted_by_tier() -> None:
+def test_hits_and_evictions_are_counted_by_adapter_and_tier() -> None:
     events = LifecycleMetrics()
-    events.hit("worker")
-    events.hit("worker")
-    events.hit("disk")
-    events.evicted("worker")
+    for name in ("a", "b"):
+        events.begin(name)
+    events.hit("a", "worker")
+    events.hit("a", "worker")
+    events.hit("b", "disk")
+    events.evicted("b", "worker")
     found = samples(events)
-    assert found["cache_hits_total", "worker"] == 2
-    assert found["cache_hits_total", "disk"] == 1
-    assert found["evictions_total", "worker"] == 1
+    assert found["cache_hits_total", "a", "worker"] == 2
+    assert found["cache_hits_total", "b", "worker"] == 0
+    assert found["cache_hits_total", "b", "disk"] == 1
+    assert found["evictions_total", "b", "worker"] == 1
+    assert found["evictions_total", "b", "host"] == 0
+
+
+def test_a_names_series_end_with_it_and_start_anew() -> None:
+    events = LifecycleMetrics()
+    events.begin("a")
+    events.hit("a", "worker")
+    events.evicted("a", "host")
+    events.loaded("a", 1.0)
+    events.begin("a")
+    assert samples(events)["cache_hits_total", "a", "worker"] == 1
+    for _ in range(2):
+        events.end("a")
+    events.hit("a", "worker")
+    events.evicted("a", "host")
+    events.loaded("a", 1.0)
+    assert not [key for key in samples(events) if "a" in key]
+    events.begin("a")
+    assert samples(events)["cache_hits_total", "a", "worker"] == 0
 
 
 def test_faults_are_counted() -> None:
@@ -56,5 +81,5 @@ def test_faults_are_counted() -> None:
 
 def test_a_fresh_server_shows_zeros_and_no_creation_times() -> None:
     found = samples(LifecycleMetrics())
-    assert found["evictions_total", "worker"] == 0
+    assert found["load_seconds_count",] == 0
     assert not [key for key in found if key[0].endswith("_created")]

@@ -25,6 +25,16 @@ async def ask(w: World, name: str) -> None:
     assert [output async for output in w.generate(name)] == ["first", "last"]
 
 
+def evictions(w: World) -> dict[tuple[str, str], int]:
+    """By adapter and tier, where there are any."""
+    return {
+        (sample.labels["adapter"], sample.labels["tier"]): int(sample.value)
+        for metric in w.registry.events.collect()
+        for sample in metric.samples
+        if sample.name == "molehill_adapter_evictions_total" and sample.value
+    }
+
+
 def test_what_was_used_least_recently_makes_room(tmp_path: Path) -> None:
     async def scenario(w: World) -> None:
         w.engine.more.set()
@@ -38,6 +48,23 @@ def test_what_was_used_least_recently_makes_room(tmp_path: Path) -> None:
         assert [g.loads for g in w.registry] == [1, 2, 1]
 
     play(World(tmp_path, slots=2), scenario)
+
+
+def test_evictions_are_counted_where_they_happen(tmp_path: Path) -> None:
+    """One slot, and host memory for one: what leaves the slot pushes out what left before."""
+
+    async def scenario(w: World) -> None:
+        w.engine.more.set()
+        w.engine.host = 1
+        for number, name in enumerate("abc"):
+            await w.load(name, number)
+        assert evictions(w) == {("a", "worker"): 1, ("a", "host"): 1, ("b", "worker"): 1}
+        await ask(w, "b")
+        assert evictions(w)["c", "worker"] == evictions(w)["b", "host"] == 1
+        await w.registry.unload("a")
+        assert "a" not in {name for name, _ in evictions(w)}
+
+    play(World(tmp_path, slots=1), scenario)
 
 
 def test_memory_that_is_full_before_the_slots_makes_room_too(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_totals_are_what_concurrent_requests_sent(clean: Api) -> None:
         assert clean.load(case, case).status_code == 200
     before = {case: summary(clean, case)["tokens"] for case in cases}
     watched = {case: Watched(clean, case) for case in cases}
-    ops = clean.metrics()["molehill_adapter_op_seconds_total"]
+    ops = {case: clean.of_adapter(case, "adapter_op_seconds_total") for case in cases}
     jobs = [
         (cases[i % len(cases)], [10 + i, *range(100, 100 + 3 * i)], 2 + i % 5) for i in range(60)
     ]
@@ -154,9 +154,14 @@ def test_totals_are_what_concurrent_requests_sent(clean: Api) -> None:
         assert found["requests_in_flight"] == 0
         routers = sum(site["decisions"] > 0 for site in by_site["sites"])
         assert by_site["total"]["decisions"] == routers * sent
-    samples = clean.metrics()
-    assert ops < samples["molehill_adapter_op_seconds_total"]
-    assert samples["molehill_adapter_op_seconds_total"] < samples["molehill_step_seconds_total"]
+    steps = clean.metrics()["molehill_step_seconds_total"]
+    for case in cases:
+        spent = clean.of_adapter(case, "adapter_op_seconds_total")
+        assert ops[case] < spent < steps
+        assert clean.of_adapter(case, "adapter_op_share") == pytest.approx(spent / steps)
+    every = clean.http.get("/v1/routing").json()
+    shared = [own["op_seconds"] for own in every["adapters"]]
+    assert sum(shared) <= every["seconds"]["adapter_ops"] * (1 + 1e-9)
 
 
 def test_base_requests_take_steps_but_no_adapter_ops(api: Api) -> None:
@@ -192,11 +197,11 @@ def test_the_routes_want_the_key_and_stand_in_the_schema(api: Api) -> None:
         assert refused.status_code == 401
 
 
-def test_loads_and_refusals_are_counted_without_names(clean: Api) -> None:
+def test_refusals_are_counted_without_names_and_the_rest_by_loaded_ones(clean: Api) -> None:
     def counts() -> tuple[float, float, float]:
         samples = clean.metrics()
         refused = samples.get('molehill_adapter_loads_refused_total{kind="adapter_not_found"}', 0)
-        hits = samples['molehill_adapter_cache_hits_total{tier="worker"}']
+        hits = samples.get('molehill_adapter_cache_hits_total{adapter="counted",tier="worker"}', 0)
         return samples["molehill_adapter_load_seconds_count"], refused, hits
 
     before = counts()

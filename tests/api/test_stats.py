@@ -1,6 +1,7 @@
 """What workers tell, summed: over workers, generations and time."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +15,13 @@ from molehill.engine.figures import Figures
 def answer(stage: int, figures: Figures, resident: int | None = 100) -> dict[str, Any]:
     own = {"name": "a", "resident_bytes": resident, "figures": vars(figures)}
     seconds = {"steps": 2.0, "ops": 0.5}
-    host = {"sizes": {}, "evictions": 0}
-    return {"stage": stage, "adapters": {7: own}, "host": host, "seconds": seconds}
+    return {"stage": stage, "adapters": {7: own}, "host": {}, "seconds": seconds}
 
 
-def test_tensor_parallel_workers_count_once_but_their_memory_adds_up() -> None:
-    figures = Figures(5, 5, 1, 2.5, [5, 4], 60, 40, 1.1, 1)
-    assert told([answer(0, figures), answer(0, figures)]) == {7: Told("a", figures, 200)}
+def test_tensor_parallel_workers_count_once_but_memory_and_seconds_add_up() -> None:
+    figures = Figures(5, 5, 1, 2.5, [5, 4], 60, 40, 1.1, 1, op_seconds=0.5)
+    both = replace(figures, op_seconds=1.0)
+    assert told([answer(0, figures), answer(0, figures)]) == {7: Told("a", both, 200)}
 
 
 def test_pipeline_stages_add_their_own_sites() -> None:
@@ -93,8 +94,7 @@ class SlowWorkers:
         self.questions += 1
         await self.release.wait()
         spent = {"steps": float(self.questions), "ops": 0.0}
-        host = {"sizes": {}, "evictions": 0}
-        return [{"stage": 0, "adapters": {}, "host": host, "seconds": spent}]
+        return [{"stage": 0, "adapters": {}, "host": {}, "seconds": spent}]
 
 
 def test_busy_workers_are_asked_once_and_the_last_figures_shown(

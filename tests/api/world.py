@@ -61,24 +61,23 @@ class FakeEngine:
         self.proceed.set()
         self.more = asyncio.Event()
         self.served: list[int] = []
-        self.kept: set[str] = set()
+        self.kept: list[str] = []
+        self.host = 100
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
         if method == "molehill_remove":
             lora_int_id, path, keep = args
-            if keep:
-                self.kept.add(path)
-            else:
-                self.kept.discard(path)
+            self.kept = [other for other in self.kept if other != path] + [path] * keep
+            evicted, self.kept = self.kept[: -self.host], self.kept[-self.host :]
             self.calls.append(("remove", lora_int_id))
             self.loaded.pop(lora_int_id, None)
-            return [{}]
+            return [evicted]
         if method != "molehill_install":
             (path,) = args
             assert (Path(path) / "molehill.json").exists()
             return [path not in self.kept if method == "molehill_prepare" else True]
         name, lora_int_id, path = args
-        self.kept.discard(path)
+        self.kept = [other for other in self.kept if other != path]
         self.calls.append(("install", lora_int_id))
         await self.proceed.wait()
         if len(self.loaded) >= self.capacity:

@@ -1,13 +1,12 @@
 """Host memory for adapters that left the slots."""
 
-from types import MappingProxyType
-
+from molehill.engine.figures import tabulated
 from molehill.engine.vllm.host import HostMemory, Prepared
 from molehill.kernels.backend import MoePiece, Packed
 
 
 def adapter(num_bytes: int, moes: dict[int, MoePiece] | None = None) -> Prepared:
-    return Prepared(MappingProxyType({}), moes or {}, num_bytes, False, Packed(object()))
+    return Prepared(tabulated(()), moes or {}, num_bytes, False, Packed(object()))
 
 
 def test_those_that_left_first_make_room() -> None:
@@ -18,13 +17,13 @@ def test_those_that_left_first_make_room() -> None:
     assert host.sizes() == {"first": 40, "second": 50}
     host.put("third", third)
     assert host.sizes() == {"second": 50, "third": 30}
-    assert host.evictions == 1
+    assert host.evicted() == ["first"]
     assert host.take("first") is None
     assert host.take("second") is second
     assert "second" not in host
     host.drop("third")
     assert host.sizes() == {}
-    assert host.evictions == 1
+    assert host.evicted() == []
 
 
 def test_one_that_left_again_is_the_last_to_go() -> None:

@@ -120,3 +120,23 @@ def test_seconds_of_the_ops_grow_with_adapter_steps_only(worker: Worker) -> None
     first = worker.backend.seconds()
     worker.step(2, slot=0)
     assert 0 < first < worker.backend.seconds()
+
+
+def test_the_ops_seconds_go_to_adapters_by_their_flops(worker: Worker) -> None:
+    worker.load(1, "a", slot=0)
+    worker.load(2, "b", slot=1, rank=4)
+    for slot, tokens in ((0, 6), (1, 2)):
+        worker.step(tokens, slot)
+    told = worker.ledger.settle([1, 2], op_seconds=3.0)
+    done = {number: told[number]["figures"]["flops_done"] for number in (1, 2)}
+    for number in (1, 2):
+        expected = 3.0 * done[number] / sum(done.values())
+        assert told[number]["figures"]["op_seconds"] == pytest.approx(expected)
+    # Only the second has run since, and is out of the slots by now.
+    worker.step(1, slot=1)
+    worker.unload(2, slot=1)
+    later = worker.ledger.settle([1], op_seconds=5.0)
+    assert later[1]["figures"] == told[1]["figures"]
+    before = told[2]["figures"]["op_seconds"]
+    assert later[2]["figures"]["op_seconds"] == pytest.approx(before + 2.0)
+    assert worker.ledger.settle([1], op_seconds=5.0)[1]["figures"] == told[1]["figures"]
