@@ -1,8 +1,9 @@
 """Counts the requests that run on each generation, where all of vLLM's routes come together.
 
-A request is admitted to its generation when a route first asks the engine for output, before a
-response begins. From then on, until the response has ended, the generation is its own, whatever
-happens to the name and however often the route asks; the response says which it is.
+A request is admitted to its generation when its route looks its model up, or else when it first
+asks the engine for output: before a response begins. From then on, until the response has ended,
+the generation is its own, whatever happens to the name and however often the route asks; the
+response says which it is.
 
 Its slot in the workers it has from when it needs it to the engine's last output, whether or not a
 client reads that.
@@ -18,7 +19,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi.responses import JSONResponse, Response
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GracefulHTTPError
@@ -26,7 +27,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from molehill.api.ahead import ReadAhead
 from molehill.api.errors import EngineRefusedError
-from molehill.api.generation import Generation
+from molehill.api.events import Tier
 from molehill.api.registry import AdapterRegistry
 from molehill.api.stay import Stay
 
@@ -60,10 +61,18 @@ class Answering:
             self.stays[lora_request.lora_name] = new
         return new
 
-    async def begin(self) -> None:
-        """Returns once all that a stream will read is in the workers. Raises GracefulHTTPError."""
+    async def begin(self, events: bool) -> None:
+        """Returns once all that a stream will read is in the workers. Raises GracefulHTTPError.
+
+        events: it is a stream of events, whose route may ask the engine only when it has begun; the
+        adapter was in the workers then, at least.
+        """
         for call in list(self.unread):
             await call.begin()
+        for stay in self.stays.values():
+            if events and not stay.asked:
+                stay.found = await bring_in(stay)
+                stay.registry.residency.release(stay.generation)
 
     def end(self) -> None:
         self.ended = True
@@ -72,6 +81,10 @@ class Answering:
 
 
 answering: ContextVar[Answering | None] = ContextVar("answering", default=None)
+
+
+class Refused(Exception):
+    """Ends a route whose answer must not begin."""
 
 
 class GenerationHeader:
@@ -88,34 +101,44 @@ class GenerationHeader:
             await self._app(scope, receive, send)
             return
         request = Answering()
-        refused = False
 
         async def named(message: Message) -> None:
-            nonlocal refused
             if message["type"] == "http.response.start" and request.stays:
                 try:
                     if message["status"] == HTTPStatus.OK:
-                        await request.begin()
+                        await request.begin(begins_events(message))
                 except GracefulHTTPError as error:
-                    refused = True
                     await refusal(error)(scope, receive, send)
+                    raise Refused from error
                 generation = next(iter(request.stays.values())).generation
                 MutableHeaders(scope=message)[HEADER] = generation.digest
-            if not refused:
-                await send(message)
+            await send(message)
 
         token = answering.set(request)
         try:
             await self._app(scope, receive, named)
+        except Refused:
+            pass
         finally:
             answering.reset(token)
             request.end()
+
+
+def begins_events(start: Message) -> bool:
+    return Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream")
 
 
 def refusal(error: GracefulHTTPError) -> Response:
     """As vLLM's routes answer it where they do not stream."""
     body = create_error_response(error)
     return JSONResponse(body.model_dump(), body.error.code)
+
+
+def admit(registry: AdapterRegistry, lora_request: Any) -> None:
+    """A route has looked its request's model up."""
+    request = answering.get()
+    if request is not None:
+        request.stay(registry, lora_request).leave()
 
 
 def count_requests(engine_client: Any, registry: AdapterRegistry) -> None:
@@ -136,7 +159,8 @@ def counted(call: Callable[..., Any], registry: AdapterRegistry) -> Callable[...
             stay = Stay(registry, registry.admit(lora_request))
         else:
             stay = request.stay(registry, lora_request)
-        outputs = run(registry, stay.generation, call, args, kwargs)
+        stay.asked = True
+        outputs = run(stay, call, args, kwargs)
         counted = Counted(stay, outputs, gives_deltas(*args, **kwargs))
         if request is not None:
             request.unread.add(counted)
@@ -151,20 +175,25 @@ def gives_deltas(_: Any = None, sampling_params: Any = None, *__: Any, **___: An
     return kind is RequestOutputKind.DELTA
 
 
-async def run(
-    registry: AdapterRegistry,
-    generation: Generation,
-    call: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Outputs:
-    """None when the generation is in the workers, then the engine's outputs."""
+async def bring_in(stay: Stay) -> Tier:
+    """Takes the generation's slot; where it was found. Raises GracefulHTTPError, as vLLM's routes
+    understand it."""
+    generation = stay.generation
     try:
-        registry.events.hit(generation.name, await registry.residency.acquire(generation))
+        return await stay.registry.residency.acquire(generation)
     except EngineRefusedError as error:
-        # As vLLM's routes understand it.
         message = str(error).replace(generation.request.lora_path, generation.name)
         raise GracefulHTTPError(message, error.status) from error
+
+
+async def run(
+    stay: Stay, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Outputs:
+    """None when the generation is in the workers, then the engine's outputs."""
+    registry, generation = stay.registry, stay.generation
+    tier = await bring_in(stay)
+    registry.events.hit(generation.name, stay.found or tier)
+    stay.found = None
     in_engine = True
     try:
         yield None

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
-from molehill.api import adapter_routes, dashboard, routes, routing
+from molehill.api import adapter_routes, dashboard, inflight, routes, routing
 from molehill.api.background import Background
 from molehill.api.engine_metrics import drop_adapter_sets
 from molehill.api.events import LifecycleMetrics
@@ -37,11 +37,19 @@ from molehill.engine.vllm.settings import Settings
 
 
 class ServedRequests(dict[str, Any]):
-    """Names to LoRARequests, as vLLM looks them up by a request's model.
+    """Names to LoRARequests, as vLLM looks them up by a request's model; that admits the request.
 
     In chat, vLLM also goes through all values for an adapter *named* like a content part's type
     (`text`, `image`) and runs the base model's requests on it. It finds none here.
     """
+
+    registry: AdapterRegistry | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        found = super().__getitem__(name)
+        if self.registry is not None:
+            inflight.admit(self.registry, found)
+        return found
 
     def values(self) -> Any:
         return {}.values()
@@ -128,6 +136,7 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
         # An adapter at a time is in this process's memory.
         background=Background(cores),
     )
+    models.lora_requests.registry = registry
     count_requests(engine_client, registry)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)

@@ -1,5 +1,6 @@
 """A request's stay on a generation, from its admission until all that works for it has ended."""
 
+from molehill.api.events import Tier
 from molehill.api.generation import Generation
 from molehill.api.registry import AdapterRegistry
 
@@ -7,12 +8,15 @@ from molehill.api.registry import AdapterRegistry
 class Stay:
     """Counts as one request, however many prompts, beams or turns are made of it.
 
-    It begins with one holder and is over when the last one has left.
+    It begins with one holder and is over when the last one has left. asked: for output of the
+    engine. found: where the adapter was when it was brought in before that.
     """
 
     def __init__(self, registry: AdapterRegistry, generation: Generation) -> None:
         self.registry = registry
         self.generation = generation
+        self.asked = False
+        self.found: Tier | None = None
         self._holders = 1
         registry.enter(generation)
 

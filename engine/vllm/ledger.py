@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from molehill.engine.figures import Costs, Figures, SiteFigures, site_figures, total
+from molehill.engine.figures import Costs, Figures, SiteFigures, site_figures, tabulated, total
 from molehill.kernels.counters import SlotCounters, joined
 
 # Adapters outside of the slots that are remembered if nobody asks, the ones that left last.
@@ -14,7 +14,7 @@ OUTSIDE = 2048
 @dataclass
 class Account:
     """An adapter. slot: None out of the slots. past: counters of earlier stays. figures: its total
-    when it was told last. stale: it has run since."""
+    when it was told last. stale: it has run since. final: its total, once it will not come back."""
 
     name: str
     slot: int | None
@@ -22,6 +22,7 @@ class Account:
     past: SlotCounters = field(default_factory=SlotCounters)
     figures: Figures = field(default_factory=Figures)
     stale: bool = False
+    final: Figures | None = None
 
 
 class Ledger:
@@ -64,6 +65,14 @@ class Ledger:
         while len(self._outside) > OUTSIDE:
             del self._outside[next(iter(self._outside))]
 
+    def close(self, lora_id: int) -> None:
+        """The adapter, which is out of the slots, will not come back: all that is kept of it until
+        it is told for the last time is a total."""
+        account = self._outside.get(lora_id)
+        if account is not None and account.final is None:
+            account.final = total(account.past, account.costs)
+            account.past, account.costs = SlotCounters(), tabulated(())
+
     def touch(self, slots: Iterable[int]) -> None:
         """A step has tokens of these slots."""
         for slot in slots:
@@ -97,7 +106,7 @@ class Ledger:
         for account in accounts:
             if account.stale:
                 before, account.stale = account.figures, False
-                account.figures = total(self._counters(account), account.costs)
+                account.figures = account.final or total(self._counters(account), account.costs)
                 account.figures.op_seconds = before.op_seconds
                 done.append((account.figures, account.figures.flops_done - before.flops_done))
         work = sum(flops for _, flops in done)

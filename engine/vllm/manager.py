@@ -266,6 +266,11 @@ class AdapterManager:
         del self._idle_tokens[slot]
         return True
 
+    def forget(self, lora_id: int, path: str) -> None:
+        """A removed adapter will not come back."""
+        self.host.drop(path)
+        self._ledger.close(lora_id)
+
     def remove_all_adapters(self) -> None:
         if self._dummies:
             # vLLM cleans up after a profiling run; with data parallelism idle ranks profile while

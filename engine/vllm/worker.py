@@ -99,7 +99,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         """
         self.adapters.remove_adapter(lora_int_id, keep)
         if not keep:
-            self.adapters.host.drop(path)
+            self.adapters.forget(lora_int_id, path)
         return self.adapters.host.evicted()
 
     def molehill_trace(self, enabled: bool) -> list[tuple[str, list[Any], list[Any], list[Any]]]:

@@ -260,6 +260,75 @@ def streamed(w: World, name: str) -> Callable[[], Any]:
     return route
 
 
+def streamed_late(w: World, name: str) -> Callable[[], Any]:
+    """As vLLM's route for streams of Responses: it asks the engine when its stream has begun."""
+
+    async def events() -> AsyncIterator[str]:
+        yield "begun "
+        async for output in w.generate(name):
+            yield output
+
+    async def route() -> Response:
+        inflight.admit(w.registry, w.served[name])
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    return route
+
+
+def test_a_stream_that_asks_late_runs_on_the_generation_in_its_header(
+    play_in: Callable[[int, Any], None],
+) -> None:
+    async def scenario(w: World) -> None:
+        old = await w.load("a", 1)
+        client = Client(streamed_late(w, "a"))
+        client.reads.clear()
+        asking = asyncio.create_task(client())
+        await settle()
+        await w.load("a", 2, replace=True)
+        assert w.registry.alive()[0].in_flight == 1
+        client.reads.set()
+        w.engine.more.set()
+        await asking
+        assert client.headers[HEADER.lower()] == old.generation.digest
+        assert client.body == b"begun firstlast"
+        assert w.engine.served == [1]
+        await settle()
+        assert [generation.lora_int_id for generation in w.registry.alive()] == [2]
+
+    play_in(4, scenario)
+
+
+def test_a_stream_that_asks_late_is_refused_before_it_begins(
+    play_in: Callable[[int, Any], None],
+) -> None:
+    async def scenario(w: World) -> None:
+        w.engine.capacity = 1
+        await w.load("a", 1)
+        await w.load("pinned", 2, pinned=True)
+        answer = await Client(streamed_late(w, "a"))()
+        assert (answer.status, w.engine.served) == (503, [])
+        assert all((g.in_flight, g.running) == (0, 0) for g in w.registry)
+
+    play_in(4, scenario)
+
+
+def test_a_route_that_only_looks_the_model_up_leaves_nothing(play: Play) -> None:
+    async def scenario(w: World) -> None:
+        await w.load("a", 1)
+
+        async def route() -> Response:
+            for _ in range(2):
+                inflight.admit(w.registry, w.served["a"])
+            assert w.registry.get("a").in_flight == 1
+            return PlainTextResponse("bad request", 400)
+
+        answer = await Client(route)()
+        assert (answer.status, w.engine.served) == (400, [])
+        assert w.registry.get("a").in_flight == 0
+
+    play(scenario)
+
+
 def test_a_client_that_stops_reading_does_not_keep_its_slot(
     play_in: Callable[[int, Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 import torch
-from api_client import BASE, GOLDEN, Api, oracle
+from api_client import BASE, GOLDEN, Api, eventually, oracle
 from golden import SERVED
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -110,6 +110,16 @@ def test_the_responses_route_runs_on_the_adapter(api: Api) -> None:
         answers[model] = response.output_text
         assert answers[model] == chat.choices[0].message.content
     assert answers["started"] != answers[BASE]
+
+
+def test_streamed_responses_name_their_generation_and_are_counted(api: Api) -> None:
+    with api.openai.responses.with_streaming_response.create(
+        model="started", input="The lamp", max_output_tokens=4, temperature=0, stream=True
+    ) as stream:
+        assert stream.headers["molehill-generation"] == api.info("started")["generation"]
+        assert api.info("started")["requests_in_flight"] == 1
+        assert "response.completed" in stream.read().decode()
+    assert eventually(lambda: api.info("started")["requests_in_flight"] == 0)
 
 
 def structured(api: Api, **constraint: object) -> str:

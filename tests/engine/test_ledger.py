@@ -91,6 +91,21 @@ def test_an_adapter_that_is_gone_is_told_once_more(worker: Worker) -> None:
     assert worker.ledger.sites(1) == (0, {})
 
 
+def test_of_an_adapter_that_will_not_come_back_a_total_is_kept(worker: Worker) -> None:
+    worker.load(1, "a", slot=0)
+    worker.step(5, slot=0)
+    worker.ledger.settle([1], op_seconds=1.0)
+    worker.step(3, slot=0)
+    worker.unload(1, slot=0)
+    for _ in range(2):
+        worker.ledger.close(1)
+    assert worker.ledger.sites(1) == (0, {})
+    figures = worker.ledger.settle([], op_seconds=2.0)[1]["figures"]
+    assert (figures["tokens"], figures["decisions"], figures["op_seconds"]) == (8, 8, 2.0)
+    assert worker.ledger.settle([]) == {}
+    worker.ledger.close(1)
+
+
 def test_an_id_with_other_weights_starts_anew(worker: Worker) -> None:
     worker.load(1, "a", slot=0, rank=2)
     worker.step(5, slot=0)
