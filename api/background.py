@@ -29,6 +29,8 @@ class Background:
         sys.setswitchinterval(SWITCH_SECONDS)
 
         self._thread = ThreadPoolExecutor(1, name, leave_to_workers)
+        # It is there when memory for a new thread may not be.
+        self._thread.submit(leave_to_workers).result()
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `work` returns or raises."""

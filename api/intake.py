@@ -50,9 +50,15 @@ class Intake:
         StoreError, OutOfMemoryError and what `fetch` raises.
         """
         loading.stage = "fetching"
-        async with fetched(fetch) as source, self.reading:
-            loading.stage = "reading"
-            return await self._background.run(self._read_into_store, source, expected), source
+        try:
+            async with fetched(fetch) as source, self.reading:
+                loading.stage = "reading"
+                return await self._background.run(self._read_into_store, source, expected), source
+        except RuntimeError as error:
+            # A thread to fetch it in takes memory too.
+            if is_out_of_memory(error):
+                raise no_memory(loading.source) from None
+            raise
 
     async def alone(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `work` returns or raises, which reads an adapter for something else."""
@@ -72,9 +78,7 @@ class Intake:
             raise StoreError(f"adapter store: {error.strerror}") from error
         except Exception as error:
             if is_out_of_memory(error):
-                raise OutOfMemoryError(
-                    f"{source.label}: found no memory to read it into, expected some"
-                ) from None
+                raise no_memory(source.label) from None
             raise
 
     def _read_untouched(self, source: Source) -> Adapter:
@@ -92,6 +96,10 @@ class Intake:
             raise CorruptFileError(source.label, error.strerror, "a readable directory") from error
         source.check_untouched()
         return adapter
+
+
+def no_memory(label: str) -> OutOfMemoryError:
+    return OutOfMemoryError(f"{label}: found no memory to read it into, expected some")
 
 
 # Of their own: a source that keeps its readers waiting must not hold up files and digests.

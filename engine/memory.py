@@ -4,7 +4,13 @@ import errno
 
 from molehill.engine.errors import AdapterError
 
-_SIGNS = ("allocate memory", "not enough memory", "bad_alloc", "os error 12")
+_SIGNS = (
+    "allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "os error 12",
+    "can't start new thread",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
