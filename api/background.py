@@ -30,7 +30,7 @@ class Background:
 
         self._thread = ThreadPoolExecutor(1, name, leave_to_workers)
         # It is there when memory for a new thread may not be.
-        self._thread.submit(leave_to_workers).result()
+        self._thread.submit(lambda: None).result()
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `work` returns or raises."""

@@ -74,22 +74,23 @@ class LifecycleMetrics(Collector):
     def begin(self, name: str) -> None:
         """The name has weights: its series start, at zero."""
         self._names.add(name)
-        self._loading.labels(name)
-        for tier in get_args(Tier):
-            self._hits.labels(name, tier)
-        for tier in EVICTING:
-            self._evictions.labels(name, tier)
+        for metric, labels in self._series(name):
+            metric.labels(*labels)
 
     def end(self, name: str) -> None:
         """The name has none any more."""
-        if name not in self._names:
-            return
-        self._names.remove(name)
-        self._loading.remove(name)
+        if name in self._names:
+            self._names.remove(name)
+            for metric, labels in self._series(name):
+                metric.remove(*labels)
+
+    def _series(self, name: str) -> Iterator[tuple[Counter | Summary, tuple[str, ...]]]:
+        """All that are one adapter's, with their labels."""
+        yield self._loading, (name,)
         for tier in get_args(Tier):
-            self._hits.remove(name, tier)
+            yield self._hits, (name, tier)
         for tier in EVICTING:
-            self._evictions.remove(name, tier)
+            yield self._evictions, (name, tier)
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():

@@ -1,7 +1,7 @@
 """What routing came to in a slot, as backends count it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -79,10 +79,10 @@ def joined(first: SlotCounters, second: SlotCounters) -> SlotCounters:
     """One adapter's counters from two stays in a backend, which may list its sites in any order."""
     tokens = first.tokens + second.tokens
     if not first.names:
-        return SlotCounters(tokens, second.names, second.experts, second.counts, second.entropy)
+        return replace(second, tokens=tokens)
     if not second.names:
-        return SlotCounters(tokens, first.names, first.experts, first.counts, first.entropy)
+        return replace(first, tokens=tokens)
     rows = {name: row for row, name in enumerate(second.names)}
     order = torch.tensor([rows[name] for name in first.names])
     counts, entropy = first.counts + second.counts[order], first.entropy + second.entropy[order]
-    return SlotCounters(tokens, first.names, first.experts, counts, entropy)
+    return replace(first, tokens=tokens, counts=counts, entropy=entropy)

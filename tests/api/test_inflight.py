@@ -298,20 +298,6 @@ def test_a_stream_that_asks_late_runs_on_the_generation_in_its_header(
     play_in(4, scenario)
 
 
-def test_a_stream_that_asks_late_is_refused_before_it_begins(
-    play_in: Callable[[int, Any], None],
-) -> None:
-    async def scenario(w: World) -> None:
-        w.engine.capacity = 1
-        await w.load("a", 1)
-        await w.load("pinned", 2, pinned=True)
-        answer = await Client(streamed_late(w, "a"))()
-        assert (answer.status, w.engine.served) == (503, [])
-        assert all((g.in_flight, g.running) == (0, 0) for g in w.registry)
-
-    play_in(4, scenario)
-
-
 def test_a_route_that_only_looks_the_model_up_leaves_nothing(play: Play) -> None:
     async def scenario(w: World) -> None:
         await w.load("a", 1)
@@ -381,15 +367,16 @@ def test_a_client_that_stops_reading_and_goes_away_ends_its_request(
     play(scenario)
 
 
+@pytest.mark.parametrize("stream", [streamed, streamed_late])
 def test_a_stream_that_finds_no_room_is_refused_before_it_begins(
-    play_in: Callable[[int, Any], None],
+    stream: Callable[[World, str], Callable[[], Any]], play_in: Callable[[int, Any], None]
 ) -> None:
     async def scenario(w: World) -> None:
         w.engine.capacity = 1
         await w.load("a", 1)
         await w.load("pinned", 2, pinned=True)
-        answer = await Client(streamed(w, "a"))()
-        assert answer.status == 503
+        answer = await Client(stream(w, "a"))()
+        assert (answer.status, w.engine.served) == (503, [])
         assert "found 1 pinned" in json.loads(answer.body)["error"]["message"]
         assert all((g.in_flight, g.running) == (0, 0) for g in w.registry)
 
