@@ -52,10 +52,10 @@ def collapse(experts: Experts, weights: Tensor) -> Experts:
         a, b, factor = a[kept], b[:, kept], factor[kept]
     if bool((factor != 1).any()):
         b = b.double() * factor
-    if not (bool(a.any()) and bool(b.any())):
-        return _pair(a.new_zeros(1, a.shape[1]), a.new_zeros(b.shape[0], 1))
     if surely_full(a, b, NUMERICAL_RANK):
         return _pair(a, b.float())
+    if not (bool(a.any()) and bool(b.any())):
+        return _pair(a.new_zeros(1, a.shape[1]), a.new_zeros(b.shape[0], 1))
     return _recompressed(a, b)
 
 

@@ -1,5 +1,7 @@
 """Whether a low-rank pair has full numerical rank, without factorising it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def surely_full(a: Tensor, b: Tensor, threshold: float) -> bool:
     further ones only add to the smallest singular values.
     """
     rank, whole = len(a), max(a.shape[1], len(b))
-    if rank > min(a.shape[1], len(b)):
+    if not 0 < rank <= min(a.shape[1], len(b)):
         return False
     limit = threshold * _norm(a) * _norm(b)
     for width in sorted({min(SAMPLED * rank, whole), whole}):
@@ -39,4 +41,4 @@ def _least(rows: Tensor) -> float:
     gram = wide @ wide.T
     rounding = sum(wide.shape) * torch.finfo(torch.float64).eps * float(gram.trace())
     least = float(torch.linalg.eigvalsh(gram)[0]) - rounding
-    return max(least, 0.0) ** 0.5
+    return math.sqrt(max(least, 0.0))
