@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from molehill.engine.cores import keep_off, own_cores
+import torch
+
+from molehill.engine.cores import compute_with, keep_off, own_cores
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -18,12 +20,14 @@ SWITCH_SECONDS = 0.0005
 class Background:
     """One thread, which does one thing at a time.
 
-    taken: cores that workers compute on, which the thread leaves alone.
+    taken: cores that workers compute on, which the thread leaves alone. It computes on all others.
     """
 
     def __init__(self, taken: Collection[int] = (), name: str = "molehill-background") -> None:
         def leave_to_workers() -> None:
             keep_off(taken, own_cores())
+            if cores := own_cores():
+                compute_with(min(torch.get_num_threads(), len(cores)))
 
         # The event loop streams to clients meanwhile, and may wait so long for its turn.
         sys.setswitchinterval(SWITCH_SECONDS)

@@ -10,7 +10,7 @@ from molehill.api.errors import RequestError, encodable
 from molehill.api.paths import Source
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import AdapterError
-from molehill.engine.plan import plan
+from molehill.engine.static import gate
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class Content:
 
 
 def content_of(adapter: Adapter, path: Path) -> Content:
-    sites = plan(adapter)
-    static = sum(site.static for site in sites)
+    """Counts static sites; merging them is up to the workers."""
+    sites = adapter.sites.values()
+    static = sum(gate(mixture).weights is not None for mixture in sites)
     summary = {"sites": len(sites), "static": static, "dynamic": len(sites) - static}
     return Content(adapter.digest, adapter.kind, adapter.num_bytes, adapter.warnings, summary, path)
 

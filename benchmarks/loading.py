@@ -4,8 +4,10 @@ One stream of base tokens runs; beside it adapters are loaded and removed, in tu
 alone, which reads, checks and copies between two steps; in two phases, of which only the copy is
 between two steps; and as the server does, which also reads and stores in its own process first. A
 fourth arm loads nothing. Install is the second phase alone, the wait for the running step included.
+`molehill.benchmarks.stages` says what the stages of a load take, without an engine.
 
-Usage: python -m molehill.benchmarks.loading MODEL [--repetitions N] [--experts E] [--rank R]
+Usage: python -m molehill.benchmarks.loading MODEL [--repetitions N] [--kind dynmole|lora]
+    [--experts E] [--rank R]
 """
 
 import argparse
@@ -51,15 +53,21 @@ async def two_phases(engine: Any, request: Any) -> None:
 
 
 async def as_the_server(engine: Any, request: Any) -> None:
+    from molehill.api.background import Background
+    from molehill.api.generation import content_of
+    from molehill.api.plugin import workers_cores
     from molehill.engine import formats
     from molehill.engine.formats import native
 
     def read_into_store(folder: str) -> None:
         adapter = formats.read(Path(request.lora_path))
-        native.write(adapter, Path(folder) / adapter.digest)
+        path = Path(folder) / adapter.digest
+        native.write(adapter, path)
+        content_of(adapter, path)
 
+    background = Background(await workers_cores(engine))
     with tempfile.TemporaryDirectory() as folder:
-        await asyncio.to_thread(read_into_store, folder)
+        await background.run(read_into_store, folder)
         await two_phases(engine, request)
 
 
@@ -99,7 +107,7 @@ async def run(args: argparse.Namespace) -> None:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from molehill.benchmarks.synthetic import dynmole
+    from molehill.benchmarks.synthetic import dynmole, lora
     from molehill.engine.formats import native
     from molehill.engine.huggingface import base_model
     from molehill.engine.vllm.compilation import WORKER, lift_gate
@@ -109,7 +117,7 @@ async def run(args: argparse.Namespace) -> None:
         model=args.model,
         enable_lora=True,
         max_loras=8,
-        max_lora_rank=8,
+        max_lora_rank=max(8, args.rank),
         worker_cls=WORKER,
         max_model_len=2048,
         enforce_eager=args.eager,
@@ -117,7 +125,10 @@ async def run(args: argparse.Namespace) -> None:
     engine = AsyncLLM.from_engine_args(engine_args)
     base = base_model(args.model)
     sizes = dict.fromkeys(base.linears, 1.0)
-    adapter = dynmole(base, args.experts, args.rank, 2.0, sizes, seed=0)
+    if args.kind == "lora":
+        adapter = lora(base, args.rank, seed=0)
+    else:
+        adapter = dynmole(base, args.experts, args.rank, 2.0, sizes, seed=0)
     gaps: dict[str, list[float]] = {name: [] for name in ARMS}
     loads: dict[str, list[float]] = {name: [] for name in ARMS}
     times: list[float] = []
@@ -139,7 +150,7 @@ async def run(args: argparse.Namespace) -> None:
         engine.shutdown()
     typical = statistics.median(b - a for a, b in itertools.pairwise(times))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
-    print(f"adapter of {adapter.num_bytes / 1e6:.1f} MB; a token takes {typical * 1e3:.1f} ms")
+    print(f"{args.kind} of {adapter.num_bytes / 1e6:.1f} MB; a token takes {typical * 1e3:.1f} ms")
     for name in ARMS:
         gap, took = (statistics.median(found[name]) * 1e3 for found in (gaps, loads))
         worst = max(gaps[name]) * 1e3
@@ -151,7 +162,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--experts", type=int, default=2)
+    parser.add_argument("--kind", choices=("dynmole", "lora"), default="dynmole")
+    parser.add_argument("--experts", type=int, default=2, help="of DynMoLE")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--eager", action="store_true")
     asyncio.run(run(parser.parse_args()))

@@ -106,6 +106,17 @@ def mixlora(
     return Adapter("mixlora", sites, base.name)
 
 
+def lora(base: BaseModel, rank: int, seed: int) -> Adapter:
+    """A plain LoRA on all projections."""
+    generator = torch.Generator().manual_seed(seed)
+    sites: dict[str, Mixture] = {
+        site: LinearMixture(experts(shape, 1, rank, generator), Constant((1.0,)))
+        for site, shape in base.linears.items()
+        if site.rpartition(".")[2] in PROJECTIONS
+    }
+    return Adapter("lora", sites, base.name)
+
+
 def save(make: Callable[..., Adapter], directory: Path, **options: object) -> Path:
     """Writes `make(**options)` to `directory` and returns it."""
     native.write(make(**options), directory)
@@ -114,14 +125,11 @@ def save(make: Callable[..., Adapter], directory: Path, **options: object) -> Pa
 
 def save_lora(base: BaseModel, rank: int, directory: Path, seed: int = 0) -> Path:
     """A plain LoRA on all projections as PEFT writes it, for vLLM's own LoRA."""
-    generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for site, shape in base.linears.items():
-        if site.rpartition(".")[2] in PROJECTIONS:
-            pair = experts(shape, 1, rank, generator)
-            prefix = f"base_model.model.model.{site}"
-            tensors[f"{prefix}.lora_A.weight"] = pair.a.bfloat16()
-            tensors[f"{prefix}.lora_B.weight"] = pair.b.bfloat16().contiguous()
+    for name, tensor in lora(base, rank, seed).tensors():
+        site, _, half = name.rpartition(".")
+        key = f"base_model.model.model.{site}.lora_{half.upper()}.weight"
+        tensors[key] = tensor.bfloat16().contiguous()
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
     config = {

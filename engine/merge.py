@@ -14,6 +14,7 @@ from torch import Tensor
 from molehill.engine.adapter import Adapter, natural_key
 from molehill.engine.base import BaseModel
 from molehill.engine.errors import UnsupportedError
+from molehill.engine.rank import surely_full
 from molehill.engine.static import gate
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Constant
@@ -41,21 +42,37 @@ class SiteMerge:
 def collapse(experts: Experts, weights: Tensor) -> Experts:
     """sum_e w_e B_e A_e as one pair of its numerical rank, never a higher one than before.
 
-    weights: `[E]`. With A^T = Q_a R_a and B = Q_b R_b, both in float64, the product's singular
-    values are those of R_b R_a^T, `[R, R]` (recompression as for hierarchical matrices; Hackbusch,
-    ISBN 978-3-662-47324-5, 2.6). A pair of full numerical rank keeps its own A, and B times w.
+    weights: `[E]`. A pair of full numerical rank keeps its own A, and B times w; with w = 1 that is
+    the very pair.
     """
     factor = weights.double()[experts.expert_of_row]
     kept = factor != 0
-    a, b = experts.a[kept].double(), experts.b[:, kept].double() * factor[kept]
-    if not len(a):
-        return _pair(experts.a.new_zeros(1, a.shape[1]), experts.b.new_zeros(b.shape[0], 1))
-    q_a, r_a = torch.linalg.qr(a.T)
-    q_b, r_b = torch.linalg.qr(b)
+    a, b = experts.a, experts.b
+    if not bool(kept.all()):
+        a, b, factor = a[kept], b[:, kept], factor[kept]
+    if bool((factor != 1).any()):
+        b = b.double() * factor
+    if surely_full(a, b, NUMERICAL_RANK):
+        return _pair(a, b.float())
+    if not (bool(a.any()) and bool(b.any())):
+        return _pair(a.new_zeros(1, a.shape[1]), a.new_zeros(b.shape[0], 1))
+    return _recompressed(a, b)
+
+
+def _recompressed(a: Tensor, b: Tensor) -> Experts:
+    """B A as a pair of its numerical rank.
+
+    With A^T = Q_a R_a and B = Q_b R_b, both in float64, the product's singular values are those of
+    R_b R_a^T, `[R, R]` (recompression as for hierarchical matrices; Hackbusch,
+    ISBN 978-3-662-47324-5, 2.6).
+    """
+    tall_a, tall_b = a.double().T, b.double()
+    r_a, r_b = (torch.linalg.qr(tall, mode="r").R for tall in (tall_a, tall_b))
     u, sigma, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     rank = max(1, int((sigma > NUMERICAL_RANK * sigma[0]).sum()))
     if rank == len(a):
-        return _pair(experts.a[kept], b.float())
+        return _pair(a, b.float())
+    q_a, q_b = (torch.linalg.qr(tall).Q for tall in (tall_a, tall_b))
     root = sigma[:rank].sqrt()
     return _pair((root[:, None] * (v[:rank] @ q_a.T)).float(), ((q_b @ u[:, :rank]) * root).float())
 

@@ -3,15 +3,18 @@
 import copy
 import dataclasses
 import json
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from psutil import virtual_memory
 from safetensors.torch import load_file, save_file
 
 from molehill.engine import formats
@@ -23,7 +26,7 @@ from molehill.engine.errors import (
     ShapeError,
     UnsupportedError,
 )
-from molehill.engine.formats import native
+from molehill.engine.formats import files, native
 
 CASES = ("dora", "mixlora-expert-lora", "dynmole-renyi", "mola-official", "mov")
 
@@ -92,6 +95,48 @@ def test_a_copy_that_somebody_touched_is_refused_by_the_worker_too(stored, tmp_p
     for change in (flip, cut, empty, remove, lie):
         with pytest.raises(CorruptFileError):
             native.read_own(touched(change))
+
+
+def test_the_worker_says_which_file_is_too_short(stored, tmp_path):
+    shutil.copytree(stored / CASES[0], tmp_path / "copy")
+    weights = tmp_path / "copy" / native.WEIGHTS
+    size = weights.stat().st_size
+    os.truncate(weights, size - 4)
+    with pytest.raises(CorruptFileError) as caught:
+        native.read_own(tmp_path / "copy")
+    assert (
+        str(caught.value) == f"{native.WEIGHTS}: found {size - 4} bytes, expected at least {size}"
+    )
+
+
+SHORT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not SHORT.exists(), reason="needs a file with fewer bytes than its size")
+def test_a_file_that_ends_before_its_size_is_named_too():
+    with pytest.raises(
+        CorruptFileError, match=rf"enabled: found \d+ bytes, .*{SHORT.stat().st_size}"
+    ):
+        files.read_floats(SHORT)
+
+
+@pytest.mark.skipif(virtual_memory().available < 3 << 30, reason="needs 3 GiB of free memory")
+def test_a_file_over_2_gib_is_read_to_its_end(tmp_path):
+    """Linux reads 2 GiB less a page at once, and no more."""
+    rows, width = 1 << 10, (1 << 19) + 1024
+    size = 4 * rows * width
+    assert size > 2**31
+    fields = {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, size]}
+    header = json.dumps({"a": fields}).encode()
+    header += b" " * (-len(header) % 8)
+    path = tmp_path / native.WEIGHTS
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+        file.seek(-4, os.SEEK_END)
+        file.write(np.float32(7).tobytes())
+    found = files.read_floats(path)["a"]
+    assert (found.shape, found[-1, -1], found[-1, -2]) == ((rows, width), 7, 0)
 
 
 K = "layers.0.self_attn.k_proj"

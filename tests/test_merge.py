@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from golden import Case
+from operators import Operators
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -82,6 +83,26 @@ def test_singular_values_below_float32_go_and_those_above_stay():
     found = collapse(Experts(a, b * values, (3,)), torch.ones(1))
     assert found.ranks == (2,)
     assert_near((found.b @ found.a)[1, 1], torch.tensor(1e-5))
+
+
+def test_a_pair_that_is_one_already_stays_the_very_pair_and_is_not_factorised():
+    own = experts((8,), 256, 192)
+    mixture = LinearMixture(own, Constant((1.0,)))
+    adapter = Adapter("test", {"layers.0.mlp": mixture})
+    with Operators() as operators:
+        found = collapse(own, torch.ones(1))
+        assert merge_static(adapter) == (adapter, ())
+    assert operators.factorisations == []
+    assert (found.a is own.a, found.b is own.b) == (True, True)
+
+
+def test_a_plain_pair_without_an_effect_becomes_one_row_of_zeros():
+    own = Experts(random(8, IN), torch.zeros(OUT, 8), (8,))
+    sites, (merge,) = merged(LinearMixture(own, Constant((1.0,))))
+    assert (merge.rank_before, merge.rank_after) == (8, 1)
+    found = sites["layers.0.mlp"].experts
+    assert (found.a.shape, found.b.shape) == ((1, IN), (OUT, 1))
+    assert [bool(matrix.any()) for matrix in (found.a, found.b)] == [False, False]
 
 
 def test_experts_of_weight_zero_leave_nothing():

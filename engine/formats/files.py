@@ -103,20 +103,37 @@ def read_tensors(path: Path, limits: Limits) -> Weights:
 def read_floats(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file of ours, as views of one buffer: float32, not checked.
 
-    One call reads it, without the interpreter's lock. Raises OSError, and whatever else a damaged
-    file leads to.
+    Few calls read it, without the interpreter's lock. Raises CorruptFileError for a file that is
+    shorter than it says, OSError, and whatever else a damaged file leads to.
     """
-    data = torch.empty(path.stat().st_size, dtype=torch.uint8)
-    with path.open("rb", buffering=0) as file:
-        file.readinto(data.numpy().data)
+    data = _read_whole(path)
     start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+    _check_length(path, len(data), start)
     header = json.loads(data[8:start].numpy().tobytes())
+    places = {name: header[name]["data_offsets"] for name in header.keys() - {"__metadata__"}}
+    last = max((end for _, end in places.values()), default=0)
+    _check_length(path, len(data), start + last)
     floats = data[start:].view(torch.float32)
-    tensors = {}
-    for name in header.keys() - {"__metadata__"}:
-        begin, end = header[name]["data_offsets"]
-        tensors[name] = floats[begin // 4 : end // 4].view(header[name]["shape"])
-    return tensors
+    return {
+        name: floats[begin // 4 : end // 4].view(header[name]["shape"])
+        for name, (begin, end) in places.items()
+    }
+
+
+def _read_whole(path: Path) -> Tensor:
+    """uint8 `[bytes]`. One call reads at most 2 GiB, and may read less than it was asked for."""
+    data = torch.empty(path.stat().st_size, dtype=torch.uint8)
+    buffer, read = data.numpy().data, 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer[read:]):
+            read += count
+    _check_length(path, read, len(data))
+    return data
+
+
+def _check_length(path: Path, found: int, expected: int) -> None:
+    if found < expected:
+        raise CorruptFileError(path.name, f"{found} bytes", f"at least {expected}")
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -108,6 +108,8 @@ def read_own(directory: Path, pause: Callable[[], None] = lambda: None) -> Adapt
             sites={site: _mixture(weights, site, sites.object(site)) for site in sites.values},
             base_model=config.text("base_model"),
         )
+    except CorruptFileError:
+        raise
     except Exception as error:
         raise_if_out_of_memory(error)
         raise CorruptFileError(directory, error, "the store's own copy") from error

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from time import monotonic, sleep
 from typing import Generic, TypeVar
 
-from molehill.engine.cores import keep_off, own_cores
+from molehill.engine.cores import compute_with, keep_off, own_cores
 
 T = TypeVar("T")
 
@@ -16,8 +16,13 @@ PAUSE_SECONDS = 0.002
 
 
 def leave_to_steps() -> None:
-    """Moves the calling thread to cores of the engine that this worker does not compute on."""
+    """Moves the calling thread to cores of the engine that this worker does not compute on.
+
+    It computes alone: others of its OpenMP threads would be bound, and it with them, to the cores
+    that vLLM gave the worker's.
+    """
     keep_off(own_cores(), own_cores(os.getppid()))
+    compute_with(1)
 
 
 class Pulse:

@@ -1,5 +1,9 @@
 """A worker prepares an adapter beside its steps, and keeps no more than one."""
 
+import ast
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -124,3 +128,36 @@ def test_a_thread_leaves_cores_and_its_process_stays() -> None:
     # Where all cores are taken, it stays where it is.
     assert found == [before - taken, before]
     assert own_cores() == before
+
+
+BOUND = """
+import torch
+from molehill.engine.cores import own_cores
+from molehill.engine.vllm.preparing import Preparation
+
+def prepare(path, beside):
+    torch.ones(1 << 22).add(1)
+    return own_cores(), torch.get_num_threads()
+
+preparation = Preparation(prepare)
+preparation.start("a")
+print([preparation.take("a"), prepare("b", False)])
+"""
+
+
+@pytest.mark.skipif(len(own_cores()) < 2, reason="needs two cores, and a system that binds to them")
+def test_what_it_computes_stays_off_the_cores_that_openmp_is_bound_to() -> None:
+    """vLLM binds a CPU worker by OpenMP's variables. What a thread computes with others binds them,
+    and it, in the same way."""
+    cores = own_cores()
+    own = {min(cores)}
+    bound = {
+        "OMP_NUM_THREADS": "2",
+        "OMP_PLACES": str(own).replace(" ", ""),
+        "OMP_PROC_BIND": "true",
+    }
+    command = [sys.executable, "-c", BOUND]
+    done = subprocess.run(command, env=os.environ | bound, stdout=subprocess.PIPE, check=True)
+    beside, between = ast.literal_eval(done.stdout.decode())
+    assert between == (own, 2)
+    assert beside == (cores - own, 1)

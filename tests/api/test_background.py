@@ -1,0 +1,39 @@
+"""The thread beside the engine's steps computes on the cores that are its own."""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+
+from molehill.api.background import Background
+from molehill.engine.cores import own_cores
+
+
+def asked(background: Background) -> tuple[set[int], int]:
+    """Where the thread runs, and with how many threads torch computes there."""
+
+    def ask() -> tuple[set[int], int]:
+        torch.ones(1 << 20).add(1)
+        return own_cores(), torch.get_num_threads()
+
+    return asyncio.run(background.run(ask))
+
+
+@pytest.mark.skipif(len(own_cores()) < 2, reason="needs two cores, and a system that binds to them")
+def test_its_thread_has_as_many_threads_as_cores_and_others_keep_theirs() -> None:
+    cores, threads = own_cores(), torch.get_num_threads()
+    one = {min(cores)}
+    background = Background(cores - one)
+    assert asked(background) == (one, 1)
+    assert torch.get_num_threads() == threads
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert found == [threads]
+    assert asked(background) == (one, 1)
+
+
+def test_a_thread_with_all_cores_computes_on_all_that_torch_would() -> None:
+    assert asked(Background()) == (own_cores(), torch.get_num_threads())
