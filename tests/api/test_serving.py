@@ -113,15 +113,16 @@ def test_the_responses_route_runs_on_the_adapter(api: Api) -> None:
     assert answers["started"] != answers[BASE]
 
 
-def test_streamed_responses_name_their_generation_and_leave_nothing(api: Api) -> None:
+def test_streamed_responses_name_their_generation_and_are_counted(api: Api) -> None:
     def info() -> dict[str, Any]:
         found: dict[str, Any] = api.http.get("/v1/adapters/started").json()
         return found
 
     with api.openai.responses.with_streaming_response.create(
-        model="started", input="The lamp", max_output_tokens=40, temperature=0, stream=True
+        model="started", input="The lamp", max_output_tokens=400, temperature=0, stream=True
     ) as stream:
         assert stream.headers["molehill-generation"] == info()["generation"]
+        assert info()["requests_in_flight"] == 1
         assert "response.completed" in stream.read().decode()
     assert eventually(lambda: info()["requests_in_flight"] == 0)
 
