@@ -1,4 +1,4 @@
-"""What one of several test processes takes of the machine: its part of the cores.
+"""What a test process takes of the machine: one thread, and its part of the cores for servers.
 
 Has to be imported before torch, whose OpenMP reads the environment once.
 """
@@ -8,9 +8,9 @@ import os
 # Of pytest-xdist; neither is set where one process runs all tests.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-# What is set here for the tests' own computing, and is not handed to servers: those are to run as
-# they do for users. Threads that wait for the core of another process must not spin.
-OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+# For the tests' own computing. Matrices are tiny, and threads that wait for each other spin: on two
+# busy cores that took eight times as long. Servers do not get it: they run as they do for users.
+OPENMP = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def cores() -> list[int]:
@@ -22,15 +22,14 @@ def cores() -> list[int]:
 
 
 def take() -> None:
-    """Two servers that vLLM starts by itself would compute on the same core."""
+    for name, value in OPENMP.items():
+        os.environ.setdefault(name, value)
     own = cores()
-    if WORKERS == 1 or not own:
-        return
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(own)))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # One is left to the server's other processes, as vLLM does.
-    computing = own[: max(1, len(own) - 1)]
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, computing)))
+    if WORKERS > 1 and own:
+        # Two servers, left to vLLM, would compute on the same core. It leaves one to the server's
+        # other processes where it can.
+        computing = own[: max(1, len(own) - 1)]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, computing)))
 
 
 def environment() -> dict[str, str]:
