@@ -65,7 +65,7 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
 
 
 def allow_plugin(allowed: str | None) -> str:
-    """Value of VLLM_PLUGINS that adds molehill's routes to the plugins that would load anyway.
+    """Value of VLLM_PLUGINS that adds molehill's plugins to those that would load anyway.
 
     Unset, vLLM loads all plugins but those that add routes, which it wants named.
     """
@@ -77,6 +77,7 @@ def allow_plugin(allowed: str | None) -> str:
             for distribution in distributions()
             for entry in distribution.entry_points
             if entry.group.startswith("vllm.") and entry.group != "vllm.endpoint_plugins"
+            if entry.name != PLUGIN
         ]
     return ",".join(dict.fromkeys([*names, PLUGIN]))
 

@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 SUPPORTED = ((0, 32), (0, 33))
 # What vLLM hands to the kernels of an MoE block beside its input.
 ROUTING = ("topk_weights", "topk_ids", "shared_experts", "shared_experts_input")
+# How vLLM's SpinCondition.wait decides to spin.
+SPIN = ("self.last_read + self.busy_loop_s", "sched_yield()")
 
 
 def installed_version() -> str:
@@ -49,11 +51,7 @@ def check_seams() -> None:
         (RoutedExperts, "forward_modular", ["self", "x", *ROUTING]),
         (DefaultModelLoader, "get_all_weights", ["self", "model_config", "model"]),
     ):
-        function = getattr(owner, name, None)
-        found = None if function is None else list(inspect.signature(function).parameters)
-        if found != parameters:
-            where = f"{owner.__name__}.{name}"
-            raise RuntimeError(f"vLLM's {where} takes {found}, molehill expects {parameters}")
+        _check_parameters(owner, name, parameters)
     for owner, names in {
         LoRAMapping: ("index_mapping", "type"),
         LoRARequest: ("lora_name", "lora_int_id", "lora_path"),
@@ -64,3 +62,23 @@ def check_seams() -> None:
             raise RuntimeError(f"vLLM's {owner.__name__} has no {', '.join(missing)}")
     if "quant_method" not in inspect.getsource(LinearBase):
         raise RuntimeError("vLLM's LinearBase has no quant_method")
+    check_waiting()
+
+
+def check_waiting() -> None:
+    """Raises RuntimeError unless readers of vLLM's shared memory wait as `waiting` expects."""
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    _check_parameters(SpinCondition, "wait", ["self", "timeout_ms"])
+    source = inspect.getsource(SpinCondition.wait)
+    missing = [name for name in SPIN if name not in source]
+    if missing:
+        raise RuntimeError(f"vLLM's SpinCondition.wait has no {', '.join(missing)}")
+
+
+def _check_parameters(owner: type, name: str, parameters: list[str]) -> None:
+    function = getattr(owner, name, None)
+    found = None if function is None else list(inspect.signature(function).parameters)
+    if found != parameters:
+        where = f"{owner.__name__}.{name}"
+        raise RuntimeError(f"vLLM's {where} takes {found}, molehill expects {parameters}")
