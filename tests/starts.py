@@ -6,7 +6,7 @@ A mark that is written by hand is forgotten by hand, and then the fast run start
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -72,9 +72,17 @@ def reached(function: Callable[..., Any]) -> set[str]:
             continue
         own = inspect.unwrap(called)
         if isinstance(own, FunctionType) and TESTS in Path(own.__code__.co_filename).parents:
-            names = (own.__globals__.get(name) for name in _names(own.__code__))
-            waiting += [value for value in names if isinstance(value, FunctionType)]
+            waiting += _called(own)
     return found
+
+
+def _called(function: FunctionType) -> Iterator[FunctionType]:
+    """Functions that it names: globals of its module, and what it names of other modules."""
+    names = set(_names(function.__code__))
+    known = [function.__globals__[name] for name in names if name in function.__globals__]
+    modules = [value for value in known if isinstance(value, ModuleType)]
+    known += [vars(module)[name] for module in modules for name in names if name in vars(module)]
+    yield from (value for value in known if isinstance(value, FunctionType))
 
 
 def _names(code: CodeType) -> Iterator[str]:
