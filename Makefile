@@ -5,6 +5,8 @@ VENV ?= .venv
 MODEL ?= .models/SmolLM2-135M-Instruct
 TORCH ?= torch==2.13.0
 PORT ?= 8000
+# Processes that share the tests. Each may have a server of its own, which takes some 3 GB.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(shell find engine kernels api benchmarks -name '*.py' -o -path 'api/page/*' -o -name '*.cpp' -o -name '*.h')
 
@@ -12,13 +14,20 @@ SOURCES := pyproject.toml $(shell find engine kernels api benchmarks -name '*.py
 export PYTHONSAFEPATH = 1
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint clean
+# A group of tests is a file, or all that share a server: see tests/starts.py.
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+.PHONY: demo test check lint clean
 
 demo: $(VENV)/molehill.stamp $(MODEL)/config.json
 	$(BIN)/python demo/run.py $(MODEL) --port $(PORT) $(if $(ONCE),--once)
 
 test: $(VENV)/molehill.stamp $(MODEL)/config.json
-	MOLEHILL_SMOLLM2=$(MODEL) $(BIN)/pytest $(PYTEST_ARGS)
+	MOLEHILL_SMOLLM2=$(MODEL) $(PYTEST) $(PYTEST_ARGS)
+
+# What takes little time: no engine, no server, no browser.
+check: $(VENV)/molehill.stamp
+	$(PYTEST) -m "not engine and not server and not browser and not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/molehill.stamp
 	$(BIN)/ruff check .

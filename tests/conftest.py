@@ -3,10 +3,35 @@ import os
 from pathlib import Path
 
 import pytest
+import share  # Before torch.
+import starts
 import torch
 from safetensors.torch import load_file, save_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+assert share
+
+
+_groups: dict[pytest.Item, str] = {}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks tests by what they start, before any are deselected by marks."""
+    for mark in starts.marks(item):
+        item.add_marker(mark)
+    _groups[item] = starts.group(item)
+    if item.config.pluginmanager.hasplugin("xdist"):
+        item.add_marker(pytest.mark.xdist_group(_groups[item]))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the groups first that take longest."""
+    ranks: dict[str, int] = {}
+    for item in items:
+        group = _groups[item]
+        ranks[group] = min(ranks.get(group, starts.LAST), starts.rank(item, group))
+    items.sort(key=lambda item: ranks[_groups[item]])
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import share
+
 START_SECONDS = 400
 STOP_SECONDS = 60
 
@@ -74,7 +76,7 @@ def serve(
             command(model, *arguments),
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **ENVIRONMENT, **(environment or {})},
+            env={**share.environment(), **ENVIRONMENT, **(environment or {})},
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", log, process)

@@ -1,7 +1,6 @@
 """The dashboard in a real browser, on a server of canned answers or on a real one."""
 
 import math
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -9,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import uvicorn
+from browsers import headless
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from server import free_port
@@ -26,26 +25,13 @@ PROJECTIONS = ("q_proj", "v_proj", "down_proj")
 @contextmanager
 def browser(width: int = 1280, height: int = 1000, dark: bool = False) -> Iterator[Any]:
     """Headless Chromium; skips the test where there is none."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("chromium and chromium-driver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    for flag in (*flags, "--force-dark-mode" if dark else "--force-color-profile=srgb"):
-        options.add_argument(flag)
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    try:
+    with headless(["--force-dark-mode" if dark else "--force-color-profile=srgb"]) as chrome:
         # A window may not be as narrow as a phone; what the page is shown in may.
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
         yield chrome
-    finally:
-        chrome.quit()
 
 
 def until(condition: Any, what: str) -> Any:

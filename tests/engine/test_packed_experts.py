@@ -3,19 +3,71 @@
 import pytest
 import torch
 from vllm import _custom_ops
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEConfig,
+    FusedMoEParallelConfig,
+    RoutingMethodType,
+)
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
+    UnquantizedMoeBackend,
+    backend_to_kernel_cls,
+    select_unquantized_moe_backend,
+)
 
 from molehill.engine.vllm.experts import multiply, packs_as, unpack
 
 LAYOUTS = [("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = list(TOLERANCE)
 
 
-@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS)
+def chosen(dtype: torch.dtype) -> str:
+    """The layout of the kernel that vLLM takes on this processor for experts of a usual shape."""
+    config = FusedMoEConfig(
+        num_experts=4,
+        num_logical_experts=4,
+        num_local_experts=4,
+        experts_per_token=2,
+        hidden_dim=64,
+        intermediate_size=96,
+        activation=MoEActivation.SILU,
+        device="cpu",
+        routing_method=RoutingMethodType.Renormalize,
+        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+        in_dtype=dtype,
+    )
+    _, kernel = select_unquantized_moe_backend(config)
+    assert kernel is not None
+    return str(kernel.isa)
+
+
+def usable() -> set[str]:
+    """Layouts whose kernels, as vLLM says, run on this processor. Others' packing is undefined."""
+    kernels = backend_to_kernel_cls(UnquantizedMoeBackend.CPU)
+    return {kernel.isa for kernel in kernels if kernel._supports_current_device()}
+
+
+@pytest.fixture
+def layout(request: pytest.FixtureRequest) -> str:
+    name = str(request.param)
+    if name not in usable():
+        pytest.skip(f"vLLM has no kernel of the layout {name} for this processor: {usable()}")
+    return name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_layout_that_vllm_chooses_here_is_tested_here(dtype: torch.dtype) -> None:
+    assert (chosen(dtype), dtype) in LAYOUTS
+    assert chosen(dtype) in usable()
+
+
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, indirect=["layout"])
 def test_the_layout_is_known(layout: str, dtype: torch.dtype) -> None:
     assert packs_as(layout, dtype)
 
 
-@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS)
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, indirect=["layout"])
 @pytest.mark.parametrize("tokens", [1, 5, 33])
 def test_a_packed_weight_multiplies_as_the_plain_one(
     layout: str, dtype: torch.dtype, tokens: int

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from backend_cases import TOLERANCE, random, rounded
-from cpu_cases import usable_isas
-from hypothesis import HealthCheck, given, settings
+from cpu_cases import thread_count, usable_isas
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from random_adapters import SEEDS, ffn_mixtures, linear_mixtures, scale_mixtures
 from torch import Tensor
@@ -286,10 +286,7 @@ def check(model: Model, own: list[Slot], batch: list[tuple[int | None, int]]) ->
             assert_rows(out[rows], definition.ffn_mixture(wide, *arguments)[0], sound, dtype)
 
 
-ISAS = [*usable_isas(), "torch"]
-
-
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.slow
 @settings(
     max_examples=300,
     deadline=None,
@@ -297,8 +294,12 @@ ISAS = [*usable_isas(), "torch"]
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(world=worlds())
-def test_any_mixtures_in_any_batch_give_the_definition(isa, world):
+@given(world=worlds(), threads=st.sampled_from([1, 2]))
+def test_any_mixtures_in_any_batch_give_the_definition(world, threads):
+    """All backends on each example: to draw it takes longer than to compute it."""
     layer, own, batch = world
-    backend = TorchBackend() if isa == "torch" else CpuBackend(isa=isa)
-    check(Model(backend, layer, own), own, batch)
+    with thread_count(threads):
+        for isa in [*usable_isas(), "torch"]:
+            note(isa)
+            backend = TorchBackend() if isa == "torch" else CpuBackend(isa=isa)
+            check(Model(backend, layer, own), own, batch)
