@@ -10,6 +10,7 @@ from molehill.api import names
 from molehill.api.admission import Admission
 from molehill.api.errors import BadNameError
 from molehill.engine.base import Limits
+from molehill.engine.formats.expert_layout import LAYOUTS
 from molehill.engine.vllm.settings import Settings
 
 MEMORY = Settings.memory
@@ -123,6 +124,17 @@ def add_tolerance(parser: argparse._ActionsContainer) -> None:
         default=0.0,
         help="also merge experts whose low-rank products are within T of their mean, relative, in "
         "the Frobenius norm; an approximation (default: 0, exact merging only)",
+    )
+
+
+def add_layout(parser: argparse._ActionsContainer) -> None:
+    """The option of every command that reads one adapter."""
+    parser.add_argument(
+        "--lora-b-layout",
+        choices=LAYOUTS,
+        help="whose the columns of lora_B are, of LoRA on fused experts whose adapter_config.json "
+        "does not say it: rank_major as PEFT has them, grouped_by_expert as Unsloth had them until "
+        "September 2026",
     )
 
 

@@ -21,10 +21,10 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 FIELD = "lora_B_layout"
 README = "README.md"
+README_BYTES = 1 << 20
 
 _DETAIL = "unsloth_fused_expert_lora"
 _OPTION = "lora_b_layout"
-_README_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,6 @@ def _sign_of_unsloth(directory: Path, config: Fields) -> str | None:
         return "auto_mapping.unsloth_fixed"
     if base.lower().startswith("unsloth/"):
         return "its base_model_name_or_path"
-    if b"unsloth" in files.read_start(directory / README, _README_BYTES).lower():
+    if b"unsloth" in files.read_start(directory / README, README_BYTES).lower():
         return f"its {README}"
     return None

@@ -76,6 +76,16 @@ _LORA = {
 # Balancing the experts' load is for training only.
 _FORK = {*_LORA, "blc_alpha", "blc_weight", "lora_nums"}
 
+# LD-MoLE's; with its router off it is a LoRAMoE.
+_LDMOLE = {
+    *_FORK,
+    "lora_freeze",
+    "router_freeze",
+    "sparsegen",
+    "sparsegen_cfg",
+    "sparsegen_init",
+}
+
 _ADAMOLE = {
     *_COMMON,
     "exclude_modules",
@@ -115,19 +125,9 @@ _MIXLORA = {*_MOE_PEFT, "act_fn", "expert_lora"}
 FIELDS: dict[str, Collection[str]] = {
     "lora": {*_LORA, "lora_B_layout", "unsloth_fused_expert_lora"},
     "mola-official": {*_FORK, "top_k"},
-    "loramoe-official": _FORK,
+    "loramoe-official": _LDMOLE,
     "hydralora": _FORK,
-    "ldmole": {
-        *_FORK,
-        "ReLUMoE_cfg",
-        "lora_freeze",
-        "router_freeze",
-        "selected_topk",
-        "sparsegen",
-        "sparsegen_cfg",
-        "sparsegen_init",
-        "use_abs",
-    },
+    "ldmole": {*_LDMOLE, "ReLUMoE_cfg", "selected_topk", "use_abs"},
     "mole": {*_ADAMOLE, "threshold", "top_k"},
     "adamole": {*_ADAMOLE, "max_threshold"},
     "mixlora": {*_MIXLORA, "top_k"},

@@ -52,18 +52,20 @@ def check_siblings(file: str, modules: Iterable[str], targeting: Targeting) -> N
     knows them. Raises MissingTensorError.
     """
     children: dict[str, set[str]] = {}
-    blocks: dict[tuple[int, str, str], set[str]] = {}
+    blocks: dict[tuple[int, str], set[str]] = {}
+    prefixes: dict[tuple[int, str], str] = {}
     for module in modules:
-        prefix = "model." if module.startswith("model.") else ""
-        split = split_layer(module.removeprefix(prefix))
+        name = module.removeprefix("model.")
+        split = split_layer(name)
         if split is not None:
             layer, (block, _, child) = split[0], split[1].rpartition(".")
             children.setdefault(block, set()).add(child)
-            blocks.setdefault((layer, block, prefix), set()).add(child)
-    for (layer, block, prefix), found in sorted(blocks.items()):
+            blocks.setdefault((layer, block), set()).add(child)
+            prefixes[layer, block] = module.removesuffix(name)
+    for (layer, block), found in sorted(blocks.items()):
         for child in sorted(children[block] - found):
             name = f"layers.{layer}.{block}.{child}"
-            if targeting.against(prefix + name) is None:
+            if targeting.against(prefixes[layer, block] + name) is None:
                 _raise_missing(file, name)
 
 
