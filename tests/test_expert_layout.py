@@ -1,4 +1,4 @@
-"""Whose the columns of lora_B are on fused experts: PEFT's adapters, and the same in Unsloth's order.
+"""Whose the columns of lora_B are on fused experts: as PEFT has them, and as Unsloth had them.
 
 The oracle is PEFT, on the model that the adapter was made on.
 """
