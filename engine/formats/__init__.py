@@ -29,14 +29,12 @@ DEFAULT_LIMITS = Limits()
 
 def _read_lora(directory: Path, config: Fields, limits: Limits) -> Adapter:
     """PEFT's own files and those of its forks, which only their tensors tell apart."""
+    expert_layout.check_said(directory, config, peft_parameters.adapted(config))
     weights = files.read_weights(directory, limits)
     if ldmole.recognises(config, weights):
         return ldmole.read(config, weights)
-    if forks.recognises(weights):
-        return forks.read(config, weights)
-    parameters = peft_parameters.adapted(peft_parameters.read_targets(config))
-    expert_layout.check_said(directory, config, parameters)
-    return peft.read(config, weights)
+    reader = forks.read if forks.recognises(weights) else peft.read
+    return reader(config, weights)
 
 
 # By `peft_type`. A reader parses one on-disk format.

@@ -54,9 +54,9 @@ def read_targets(config: Fields) -> list[str]:
     return names
 
 
-def adapted(names: Iterable[str]) -> set[str]:
-    """The parameters that `target_parameters` names in any block."""
-    return {name.rpartition(".")[2] for name in names}
+def adapted(config: Fields) -> set[str]:
+    """The parameters that `target_parameters` names in any block. Raises as `read_targets`."""
+    return {name.rpartition(".")[2] for name in read_targets(config)}
 
 
 def warnings(config: Fields) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ def read(
     names, layouts = read_targets(config), expert_layout.read(config)
     blocks = sorted({module.removesuffix(_INNER) for module in modules})
     if names and not blocks:
-        expected = f"some for {sorted(adapted(names))}"
+        expected = f"some for {sorted(adapted(config))}"
         raise MissingTensorError(weights.file, "no tensors of experts", expected)
     sites = {}
     for block in blocks:
