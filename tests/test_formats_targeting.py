@@ -152,6 +152,12 @@ def test_forks_follow_the_same_rule(golden, edited):
     assert error.expected == "none, as layers_to_transform is [0]"
 
 
+def test_a_name_for_layers_that_none_has(saved, tmp_path):
+    fields = {"layers_to_transform": [0, 1, 2, 3], "layers_pattern": "h"}
+    error = refusal(UnsupportedError, changed(saved, tmp_path / "a", **fields))
+    assert error.expected == "none, as layers_pattern is 'h'"
+
+
 def test_tensors_that_are_missing_in_a_listed_layer(saved, tmp_path):
     lost = changed(
         saved,

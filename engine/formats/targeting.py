@@ -106,7 +106,10 @@ class Targeting:
             return "target_modules"
         if isinstance(self._targets, _Pattern) or module in self._targets or self._layers is None:
             return None
-        return None if self._layer(module) in self._layers else "layers_to_transform"
+        layer = self._layer(module)
+        if layer is None and self._config.values.get("layers_pattern"):
+            return "layers_pattern"
+        return None if layer in self._layers else "layers_to_transform"
 
     def warnings(self) -> tuple[str, ...]:
         """A `layers_pattern` by itself does nothing; PEFT's newer versions refuse it."""
