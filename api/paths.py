@@ -56,10 +56,17 @@ class Source:
         return type(error)(*(self.relabel(part) for part in parts))
 
 
-def operator_source(path: Path) -> Source:
+def operator_source(path: Path, lora_b_layout: Layout | None = None) -> Source:
     """Any directory that the operator names, at every start."""
     directory = path.resolve()
-    return Source(directory, str(path), fingerprint(directory), remembered=False, shared=True)
+    return Source(
+        directory,
+        str(path),
+        fingerprint(directory),
+        remembered=False,
+        shared=True,
+        lora_b_layout=lora_b_layout,
+    )
 
 
 def fingerprint(directory: Path) -> str:
