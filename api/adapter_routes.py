@@ -12,6 +12,7 @@ from molehill.api.errors import NotLoadedError
 from molehill.api.inflight import HEADER
 from molehill.api.services import CHANGES, LOADS, Injected, StrictBody, StrictRoute, refusals
 from molehill.api.terms import Anything, Expected, Terms
+from molehill.engine.formats.expert_layout import Layout
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=StrictRoute)
 json_only = [Depends(validate_json_request)]
@@ -21,7 +22,8 @@ class LoadBody(StrictBody):
     """name: what clients ask for. source: a path below an adapter root, `hf://OWNER/NAME[@REVISION]`
     or a URL. pinned: never take it out of the workers; left out, it stays as it is.
     expected_generation: load only if the name serves this generation now, null: only if it serves
-    none. allow_noop: serve it even if it does not change the base model's answers.
+    none. allow_noop: serve it even if it does not change the base model's answers. lora_b_layout:
+    of LoRA on fused experts whose files do not say it.
     """
 
     name: str
@@ -29,6 +31,7 @@ class LoadBody(StrictBody):
     pinned: bool | None = None
     expected_generation: str | None = None
     allow_noop: bool = False
+    lora_b_layout: Layout | None = None
 
     def terms(self) -> Terms:
         given = "expected_generation" in self.model_fields_set
@@ -55,7 +58,7 @@ async def list_adapters(found: Injected) -> Response:
 @router.post("", response_model=LoadedInfo, dependencies=json_only, responses=refusals(*LOADS))
 async def load_adapter(body: LoadBody, found: Injected) -> Response:
     """Loads or replaces. 200 means that the adapter serves; the same bytes again change nothing."""
-    fetch = found.sources.fetch(body.source)
+    fetch = found.sources.fetch(body.source, body.lora_b_layout)
     loaded = await found.registry.load(body.name, body.source, fetch, body.terms())
     return shown(adapter_info.of_generation(loaded.generation), status=loaded.status)
 

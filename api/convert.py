@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from molehill.api import options
 from molehill.engine import formats
 from molehill.engine.adapter import Adapter
 from molehill.engine.directory import check_free
 from molehill.engine.errors import AdapterError
 from molehill.engine.formats import isolation, native
+from molehill.engine.formats.expert_layout import Layout
 
 UNREADABLE = 1
 USER_ERROR = 2
@@ -19,6 +21,7 @@ USER_ERROR = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="adapter directory")
     parser.add_argument("destination", metavar="DST", type=Path, help="a directory to write")
+    options.add_layout(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
@@ -26,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """0 once it is written, 1 if SRC cannot be read, 2 if DST cannot be written."""
     try:
         check_free(args.destination)
-        adapter = read(args.source)
+        adapter = read(args.source, args.lora_b_layout)
         native.write(adapter, args.destination.absolute())
     except AdapterError as error:
         return unreadable(error, as_json=args.json)
@@ -41,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read(source: Path) -> Adapter:
+def read(source: Path, lora_b_layout: Layout | None = None) -> Adapter:
     """Any format; a process of its own reads pickles. Raises an AdapterError."""
     if isolation.is_pickled(source):
-        return isolation.read_isolated(source)
-    return formats.read(source)
+        return isolation.read_isolated(source, lora_b_layout=lora_b_layout)
+    return formats.read(source, lora_b_layout=lora_b_layout)
 
 
 def report(adapter: Adapter) -> dict[str, Any]:

@@ -31,13 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="adapter directory")
     parser.add_argument("--model", help="base model to check against: a directory or cached name")
     options.add_tolerance(parser)
+    options.add_layout(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
 def run(args: argparse.Namespace) -> int:
     """0 if the adapter can be served, 1 if there are problems."""
     try:
-        adapter = formats.read(args.path)
+        adapter = formats.read(args.path, lora_b_layout=args.lora_b_layout)
     except AdapterError as error:
         return _unreadable(error, as_json=args.json)
     found: list[AdapterError] = []

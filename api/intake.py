@@ -16,6 +16,7 @@ from molehill.api.store import AdapterStore
 from molehill.api.terms import check_content
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import AdapterError, CorruptFileError
+from molehill.engine.formats.expert_layout import Layout
 from molehill.engine.memory import is_out_of_memory
 
 # What a disk answers that is full, or has a quota that is.
@@ -23,14 +24,15 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Reader = Callable[[Path], Adapter]
+Reader = Callable[[Path, Layout | None], Adapter]
 
 # A source on its way here: entered in a thread, it is there; left, whatever was fetched is gone.
 Fetch = AbstractContextManager[Source]
 
 
 class Intake:
-    """read: parses and validates a directory; raises AdapterError. background: where it runs.
+    """read: parses and validates a directory, with the layout that a source names; raises
+    AdapterError. background: where it runs.
 
     reading: held by whoever reads an adapter there. What is not read waits, and says so.
     """
@@ -84,7 +86,7 @@ class Intake:
     def _read_untouched(self, source: Source) -> Adapter:
         """Raises AdapterError, SourceChangedError, OSError where there is no room to read it."""
         try:
-            adapter = self._read(source.directory)
+            adapter = self._read(source.directory, source.asked_layout)
         except AdapterError as error:
             # Half of one file and half of another are not the client's fault.
             source.check_untouched()

@@ -129,6 +129,12 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     twice = [name for name, count in Counter(name for name, _ in adapters).items() if count > 1]
     if twice:
         raise LaunchError(f"--adapter {twice[0]}: the name is given twice")
+    for name, layout in options.layouts:
+        if name not in dict(adapters):
+            found = f"{name}={layout}"
+            raise LaunchError(
+                f"--adapter-lora-b-layout: found {found}, expected an --adapter's name"
+            )
     if args.served_model_name is None and Path(args.model).is_dir():
         # Clients need not know where the model lies; those that do may go on using the path.
         names = (Path(args.model).resolve().name, args.model)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from molehill.engine.formats.expert_layout import LAYOUTS, Layout
+
 logger = logging.getLogger("vllm.molehill")
 
 FILE = "manifest.json"
@@ -19,8 +21,8 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One name. generation: digest of what it serves. source, fingerprint: see Source. probed: that
-    it has an effect was seen, or is not asked for.
+    """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout: see
+    Source; the last empty for none. probed: that it has an effect was seen, or is not asked for.
     """
 
     name: str
@@ -29,6 +31,11 @@ class Entry:
     fingerprint: str
     pinned: bool
     probed: bool = True
+    lora_b_layout: str = ""
+
+    @property
+    def layout(self) -> Layout | None:
+        return next((layout for layout in LAYOUTS if layout == self.lora_b_layout), None)
 
 
 class Manifest:
@@ -85,4 +92,6 @@ def entry(fields: dict[str, Any]) -> Entry:
     for name, kind in Entry.__annotations__.items():
         if not isinstance(getattr(made, name), kind):
             raise TypeError(f"{name}: found {getattr(made, name)!r}, expected {kind.__name__}")
+    if made.lora_b_layout not in ("", *LAYOUTS):
+        raise ValueError(f"lora_b_layout: found {made.lora_b_layout!r}, expected one of {LAYOUTS}")
     return made

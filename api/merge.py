@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: write the adapter as a plain PEFT LoRA)",
     )
     options.add_tolerance(parser)
+    options.add_layout(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable output")
 
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> dict[str, Any]:
     """Writes what was asked for; raises AdapterError, and OSError or ValueError for the model."""
-    adapter = convert.read(args.source)
+    adapter = convert.read(args.source, args.lora_b_layout)
     base = None
     if args.model:
         base = base_model(args.model)

@@ -10,6 +10,7 @@ from molehill.api import names
 from molehill.api.admission import Admission
 from molehill.api.errors import BadNameError
 from molehill.engine.base import Limits
+from molehill.engine.formats.expert_layout import LAYOUTS, Layout
 from molehill.engine.vllm.settings import Settings
 
 MEMORY = Settings.memory
@@ -38,6 +39,7 @@ class Options:
     """What the API side needs to know. The defaults hold where no launcher of ours ran.
 
     adapters: (name, directory) of the adapters to load at start, wherever they lie.
+    layouts: of lora_B on the fused experts of those whose files do not say it, by name.
     roots: directories that clients may load adapters from; without any, they may load none.
     store: where canonical copies go, readable on every node; None is a temporary directory.
     backend, memory, host_memory, limits: for the workers, see `molehill.engine.vllm.settings`.
@@ -51,6 +53,7 @@ class Options:
     """
 
     adapters: tuple[tuple[str, Path], ...] = ()
+    layouts: tuple[tuple[str, Layout], ...] = ()
     roots: tuple[Path, ...] = ()
     store: Path | None = None
     backend: str = "auto"
@@ -79,6 +82,16 @@ def named_path(text: str) -> tuple[str, Path]:
     except BadNameError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return name, existing_directory(path)
+
+
+def named_layout(text: str) -> tuple[str, Layout]:
+    """`NAME=LAYOUT`; raises argparse.ArgumentTypeError."""
+    name, _, found = text.rpartition("=")
+    for layout in LAYOUTS:
+        if name and found == layout:
+            return name, layout
+    expected = f"NAME= and one of {', '.join(LAYOUTS)}"
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")
 
 
 def existing_directory(text: str) -> Path:
@@ -126,6 +139,17 @@ def add_tolerance(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_layout(parser: argparse._ActionsContainer) -> None:
+    """The option of every command that reads one adapter."""
+    parser.add_argument(
+        "--lora-b-layout",
+        choices=LAYOUTS,
+        help="whose the columns of lora_B are, of LoRA on fused experts whose adapter_config.json "
+        "does not say it: rank_major as PEFT has them, grouped_by_expert as Unsloth had them until "
+        "September 2026",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = Limits()
     group = parser.add_argument_group("adapters")
@@ -136,6 +160,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=named_path,
         help="load an adapter at start and serve it as model NAME; may be repeated",
+    )
+    group.add_argument(
+        "--adapter-lora-b-layout",
+        metavar="NAME=LAYOUT",
+        action="append",
+        default=[],
+        type=named_layout,
+        help=f"read the LoRA on fused experts of --adapter NAME as one of {', '.join(LAYOUTS)}; may "
+        "be repeated (default: as its adapter_config.json says)",
     )
     group.add_argument(
         "--adapter-root",
@@ -280,6 +313,7 @@ def from_namespace(args: argparse.Namespace) -> Options:
     )
     return Options(
         adapters=tuple(args.adapter),
+        layouts=tuple(args.adapter_lora_b_layout),
         roots=tuple(args.adapter_root),
         store=args.adapter_store,
         backend=args.adapter_backend,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from molehill.api.errors import BadPathError, ForbiddenPathError, SourceChangedError
 from molehill.engine.errors import AdapterError, AdapterNotFoundError
+from molehill.engine.formats.expert_layout import Layout
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Source:
     label: brings the same adapter again; a repository with its commit. fingerprint: tells whether
     files that stay where they are have been touched since; empty for what was fetched.
     remembered: a restarted server serves it again by itself. shared: others may write to the
-    directory while it is read.
+    directory while it is read. lora_b_layout: how whoever loads it wants it read, see
+    `molehill.engine.formats.expert_layout`. canonical: the directory is a copy of what was read.
     """
 
     directory: Path
@@ -26,6 +28,13 @@ class Source:
     fingerprint: str = ""
     remembered: bool = True
     shared: bool = False
+    lora_b_layout: Layout | None = None
+    canonical: bool = False
+
+    @property
+    def asked_layout(self) -> Layout | None:
+        """What the directory's reader is told; a copy has the experts in order already."""
+        return None if self.canonical else self.lora_b_layout
 
     @property
     def public(self) -> str:
@@ -47,10 +56,17 @@ class Source:
         return type(error)(*(self.relabel(part) for part in parts))
 
 
-def operator_source(path: Path) -> Source:
+def operator_source(path: Path, lora_b_layout: Layout | None = None) -> Source:
     """Any directory that the operator names, at every start."""
     directory = path.resolve()
-    return Source(directory, str(path), fingerprint(directory), remembered=False, shared=True)
+    return Source(
+        directory,
+        str(path),
+        fingerprint(directory),
+        remembered=False,
+        shared=True,
+        lora_b_layout=lora_b_layout,
+    )
 
 
 def fingerprint(directory: Path) -> str:

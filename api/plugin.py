@@ -92,8 +92,10 @@ class MolehillRoutes:
         models.lora_requests = ServedRequests()
         found = await services(engine_client, models, options)
         state.molehill = found
+        layouts = dict(options.layouts)
         for name, path in options.adapters:
-            await found.registry.load(name, str(path), local(operator_source(path)))
+            source = operator_source(path, layouts.get(name))
+            await found.registry.load(name, str(path), local(source))
         # Held by the state, or it would be collected while it runs.
         state.molehill_task = asyncio.create_task(go_on(found, watch=options.watch))
 

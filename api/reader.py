@@ -8,6 +8,7 @@ from pathlib import Path
 from molehill.engine import formats, validation
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import BaseModel, Limits
+from molehill.engine.formats.expert_layout import Layout
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -20,9 +21,9 @@ class AdapterReader:
     limits: Limits
     names: Collection[str]
 
-    def __call__(self, directory: Path) -> Adapter:
+    def __call__(self, directory: Path, lora_b_layout: Layout | None = None) -> Adapter:
         """Parses and validates. Raises AdapterError."""
-        adapter = formats.read(directory, self.limits)
+        adapter = formats.read(directory, self.limits, lora_b_layout)
         validation.validate(adapter, self.base, self.limits)
         warning = doubt(adapter.base_model, self.names)
         if warning is None or warning in adapter.warnings:

@@ -32,7 +32,7 @@ def make_resident(name: str, args: argparse.Namespace, options: Options) -> Resi
         known = ", ".join(paths) or "no adapter"
         raise ValueError(f"--merge-into-base: found {name!r}, expected a start adapter ({known})")
     base = _base(args)
-    adapter = formats.read(paths[name], options.limits)
+    adapter = formats.read(paths[name], options.limits, dict(options.layouts).get(name))
     validate(adapter, base, options.limits)
     merged, _ = merge_static(adapter, base, options.merge_tolerance)
     if not plain_sites(merged):

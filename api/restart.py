@@ -98,7 +98,13 @@ class Restart:
 
     async def _bring_back(self, entry: Entry) -> Loaded:
         """From the copy, else from the source."""
-        copy = Source(self._store.path(entry.generation), entry.source, entry.fingerprint)
+        copy = Source(
+            self._store.path(entry.generation),
+            entry.source,
+            entry.fingerprint,
+            lora_b_layout=entry.layout,
+            canonical=True,
+        )
         terms = Terms(
             pinned=entry.pinned,
             content=entry.generation,
@@ -110,7 +116,8 @@ class Restart:
                 return await self._load(entry, local(copy), terms)
             except (AdapterError, SourceChangedError):
                 logger.warning("Adapter %s: its copy is damaged", entry.name)
-        return await self._load(entry, self._sources.fetch(entry.source), terms)
+        fetch = self._sources.fetch(entry.source, entry.layout)
+        return await self._load(entry, fetch, terms)
 
     async def _load(self, entry: Entry, fetch: Fetch, terms: Terms) -> Loaded:
         while self._registry.busy:
@@ -148,7 +155,8 @@ class Restart:
             with self._sources.fetch(entry.source) as source:
                 if source.fingerprint == entry.fingerprint:
                     return None
-                return None if self._read(source.directory).digest == entry.generation else CHANGED
+                found = self._read(source.directory, entry.layout).digest
+                return None if found == entry.generation else CHANGED
         except (AdapterError, RequestError, OSError):
             return GONE
 
@@ -177,6 +185,7 @@ class Restart:
                 generation.source.fingerprint,
                 generation.pinned,
                 probed=generation.check is None,
+                lora_b_layout=generation.source.lora_b_layout or "",
             )
             for generation in self._registry
             if generation.source.remembered

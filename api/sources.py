@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from molehill.api.intake import NO_ROOM, Fetch
 from molehill.api.options import URL_SCHEMES
 from molehill.api.paths import AdapterRoots, Source
 from molehill.engine.errors import AdapterError, AdapterNotFoundError, LimitError
-from molehill.engine.formats import files, native
+from molehill.engine.formats import expert_layout, files, native
+from molehill.engine.formats.expert_layout import Layout
 
 HUB = "hf://"
 
@@ -40,6 +41,10 @@ EXPECTED = " or ".join(" with ".join(names) for names in LAYOUTS)
 
 REPOSITORY = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 CHUNK = 1 << 20
+
+# Of an adapter whose maker must be known.
+README = expert_layout.README
+README_BYTES = expert_layout.README_BYTES
 
 # Until a server must have taken a connection, and between two pieces of what it sends.
 CONNECT_SECONDS = 10.0
@@ -61,17 +66,17 @@ class Sources:
     prefixes: Sequence[str] = ()
     limit: int = 8 << 30
 
-    def fetch(self, text: str) -> Fetch:
+    def fetch(self, text: str, lora_b_layout: Layout | None = None) -> Fetch:
         """Entering it checks, fetches and names the directory; leaving it deletes what was fetched.
 
-        Raises BadPathError, ForbiddenPathError, ForbiddenSourceError, FetchError,
-        AdapterNotFoundError, LimitError.
+        lora_b_layout: how it is to be read. Raises BadPathError, ForbiddenPathError,
+        ForbiddenSourceError, FetchError, AdapterNotFoundError, LimitError, ConfigError.
         """
         if text.startswith(HUB):
-            return self._from_hub(text)
-        if "://" in text:
-            return self._from_url(text)
-        return self._from_root(text)
+            fetch = self._from_hub(text)
+        else:
+            fetch = self._from_url(text) if "://" in text else self._from_root(text)
+        return fetch if lora_b_layout is None else read_as(fetch, lora_b_layout)
 
     @contextmanager
     def _from_root(self, text: str) -> Iterator[Source]:
@@ -108,6 +113,13 @@ class Sources:
 def local(source: Source) -> Iterator[Source]:
     """A source that is here already."""
     yield source
+
+
+@contextmanager
+def read_as(fetch: Fetch, lora_b_layout: Layout) -> Iterator[Source]:
+    """What `fetch` brings, to be read with a layout."""
+    with fetch as source:
+        yield replace(source, lora_b_layout=lora_b_layout)
 
 
 @contextmanager
@@ -167,7 +179,8 @@ def download_from_hub(repository: str, revision: str | None, target: Path, limit
     if len(known) < len(chosen):
         raise FetchError(f"{repository}: found files without a size, expected one for each")
     check_size(repository, sum(known), limit)
-    for name in chosen:
+
+    def download(name: str) -> None:
         huggingface_hub.hf_hub_download(
             repository,
             name,
@@ -175,6 +188,12 @@ def download_from_hub(repository: str, revision: str | None, target: Path, limit
             local_dir=target,
             etag_timeout=SILENCE_SECONDS,
         )
+
+    for name in chosen:
+        download(name)
+    readme = sizes.get(README)
+    if readme is not None and readme <= README_BYTES and needs_readme(target):
+        download(README)
     return str(info.sha)
 
 
@@ -188,6 +207,8 @@ def download_from_url(url: str, target: Path, limit: int) -> None:
         try:
             for name in names:
                 left -= copy(filesystem, f"{base}/{name}", target / name, left)
+            if needs_readme(target):
+                copy_readme(filesystem, base, target)
             return
         except FileNotFoundError as error:
             # Over HTTP fsspec says so of whatever is not the file, and of no answer at all.
@@ -195,6 +216,21 @@ def download_from_url(url: str, target: Path, limit: int) -> None:
             if cause is not None and getattr(cause, "status", None) != HTTPStatus.NOT_FOUND:
                 raise cause from None
     raise AdapterNotFoundError(base, "no such files", EXPECTED)
+
+
+def needs_readme(directory: Path) -> bool:
+    """Whether it may hang on who made an adapter how it is read, which a README tells."""
+    if not (directory / files.CONFIG).exists():
+        return False
+    return expert_layout.in_doubt(files.read_config(directory))
+
+
+def copy_readme(filesystem: Any, base: str, target: Path) -> None:
+    """If there is one; stores that list nothing say that it is forbidden where it is missing."""
+    try:
+        copy(filesystem, f"{base}/{README}", target / README, README_BYTES)
+    except (FileNotFoundError, PermissionError, LimitError):
+        return
 
 
 def filesystem_options(scheme: str) -> dict[str, Any]:

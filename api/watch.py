@@ -131,8 +131,10 @@ class Watcher:
         # What is new takes nobody's place in the workers before it is asked for; what takes the
         # place of other weights has to prove itself first.
         terms = Terms(expected=None if served is None else served.digest, eager=served is not None)
+        # As it was asked for, where a client loaded it: its files do not say.
+        layout = None if served is None else served.source.lora_b_layout
         try:
-            await self._registry.load(name, name, self._sources.fetch(name), terms)
+            await self._registry.load(name, name, self._sources.fetch(name, layout), terms)
             seen.done = True
         except NOT_NOW:
             return

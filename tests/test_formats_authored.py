@@ -50,7 +50,10 @@ def logits_of(model, tokens):
 def test_kind_policy_and_sites(authored, name):
     adapter = formats.read(authored[name].path)
     kind, policy = POLICIES[name]
-    assert (adapter.kind, adapter.base_model, adapter.warnings) == (kind, "tiny-llama", ())
+    assert (adapter.kind, adapter.base_model) == (kind, "tiny-llama")
+    # LD-MoLE's authors name a classifier, which their causal models have not.
+    said = ["modules_to_save is ['score'], but there are no tensors for it: no effect"]
+    assert list(adapter.warnings) == said * (name == "ldmole")
     assert {mixture.policy for mixture in adapter.sites.values()} == {policy}
     assert len(adapter.sites) == 8
     site = adapter.sites[Q]
@@ -244,7 +247,7 @@ def test_a_width_without_its_mlp_is_refused(authored, edited):
         ("adamole", {"lora_rank": None}, ConfigError, "lora_rank"),
         ("adamole", {"lora_rank": 4}, ShapeError, "lora_A.0"),
         ("adamole", {"num_experts": 3}, ShapeError, "lora_gating"),
-        ("adamole", {"modules_to_save": ["lm_head"]}, UnsupportedError, "modules_to_save"),
+        ("adamole", {"modules_to_save": "lm_head"}, ConfigError, "modules_to_save"),
         ("mole-top-k", {"top_k": None}, ConfigError, "threshold"),
         ("mole-top-k", {"threshold": 0.3}, ConfigError, "threshold"),
         ("mole-top-k", {"top_k": 0}, ConfigError, "top_k"),

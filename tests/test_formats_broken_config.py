@@ -77,7 +77,7 @@ def test_config_fields_of_the_wrong_type_or_range(edited, case, field, value):
 UNSUPPORTED = [
     ("lora", "peft_type", "IA3", "LORA, MIXLORA, MOLA, LORAMOE, DYNMOLE"),
     ("lora", "peft_type", "lora", "LORA"),
-    ("lora", "modules_to_save", ["lm_head"], "absent"),
+    ("lora", "enable_lora", [True, False], "absent"),
     ("lora", "fan_in_fan_out", True, "absent"),
     ("lora", "layer_replication", [[0, 4], [2, 4]], "absent"),
     ("lora", "trainable_token_indices", [1, 2], "absent"),
@@ -89,7 +89,8 @@ UNSUPPORTED = [
     ("lora", "sparsegen", True, "absent"),
     ("hydralora", "sparsegen", True, "absent"),
     ("hydralora", "fan_in_fan_out", True, "absent"),
-    ("loramoe-official", "modules_to_save", ["lm_head"], "absent"),
+    ("loramoe-official", "init_lora_weights", "pissa", "leaves them alone"),
+    ("loramoe-official", "target_parameters", ["down_proj"], "absent"),
     ("loramoe-official", "enable_lora", [True, False], "absent"),
     ("mola-official", "use_dora", True, "absent"),
     ("mola-official", "use_rslora", True, "absent"),

@@ -8,6 +8,7 @@ from molehill.engine.base import Limits
 from molehill.engine.errors import UnsupportedError
 from molehill.engine.formats import (
     adamole,
+    expert_layout,
     files,
     forks,
     ldmole,
@@ -16,7 +17,9 @@ from molehill.engine.formats import (
     mov,
     native,
     peft,
+    peft_parameters,
 )
+from molehill.engine.formats.expert_layout import Layout
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.policies import STRATEGIES
 from molehill.engine.validation import check
@@ -26,6 +29,7 @@ DEFAULT_LIMITS = Limits()
 
 def _read_lora(directory: Path, config: Fields, limits: Limits) -> Adapter:
     """PEFT's own files and those of its forks, which only their tensors tell apart."""
+    expert_layout.check_said(directory, config, peft_parameters.adapted(config))
     weights = files.read_weights(directory, limits)
     if ldmole.recognises(config, weights):
         return ldmole.read(config, weights)
@@ -52,26 +56,35 @@ _NOT_SERVED = {
 }
 
 
-def read(path: Path, limits: Limits = DEFAULT_LIMITS) -> Adapter:
+def read(
+    path: Path, limits: Limits = DEFAULT_LIMITS, lora_b_layout: Layout | None = None
+) -> Adapter:
     """The adapter in a directory, self-consistent and within the limits, for any base model.
 
-    Raises an AdapterError that names the file and the tensor or field.
+    lora_b_layout: of LoRA on fused experts whose config does not say it. Raises an AdapterError
+    that names the file and the tensor or field.
     """
     files.check_directory(path)
-    mixed = (path / mixes.CONFIG).exists()
-    adapter = mixes.read(path, limits, _read_one) if mixed else _read_one(path, limits)
+    if (path / mixes.CONFIG).exists():
+        expert_layout.refuse(lora_b_layout, f"as each adapter of a {mixes.CONFIG} says its own")
+        adapter = mixes.read(path, limits, _read_one)
+    else:
+        adapter = _read_one(path, limits, lora_b_layout)
     check(adapter, limits)
     return adapter
 
 
-def _read_one(path: Path, limits: Limits) -> Adapter:
+def _read_one(path: Path, limits: Limits, lora_b_layout: Layout | None = None) -> Adapter:
     """An adapter with tensors of its own."""
     if (path / native.CONFIG).exists():
+        expert_layout.refuse(lora_b_layout, f"as {native.CONFIG} has every expert by itself")
         return native.read(path, limits)
     config = files.read_config(path)
     kind = peft_type(config)
+    if kind != "LORA":
+        expert_layout.refuse(lora_b_layout, f"as {kind} has no LoRA on fused experts")
     fields = Fields(config.where, {**config.values, "peft_type": kind})
-    return READERS[kind](path, fields, limits)
+    return READERS[kind](path, expert_layout.with_given(fields, lora_b_layout), limits)
 
 
 def peft_type(config: Fields) -> str:

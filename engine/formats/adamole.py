@@ -18,7 +18,7 @@ from torch import Tensor
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
 from molehill.engine.errors import CorruptFileError, MissingTensorError, ShapeError
-from molehill.engine.formats import files, linears
+from molehill.engine.formats import files, known, linears, peft, saved_modules
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.linears import EXPERT, STEM, Layout
@@ -30,19 +30,21 @@ _COPY = re.compile(rf"{STEM}\.moe_layer\.experts\.(?P<e>{EXPERT})\.lora_(?P<half
 _KEY = re.compile(
     rf"{STEM}\.(?:lora_gating\.weight|lora_threshold\.(?:weight|bias)|lora_[AB]\.{EXPERT}\.weight)"
 )
-_UNSERVED = {"modules_to_save": "whole modules", "use_rslora": "rsLoRA's scaling"}
+_UNSERVED = {"use_rslora": "rsLoRA's scaling"}
 _THRESHOLD = ("lora_threshold.weight", "lora_threshold.bias")
 
 
 def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     config.refuse(_UNSERVED)
+    peft.check_initialisation(config)
     kind = str(config.values["peft_type"]).lower()
     more = _THRESHOLD if kind == "adamole" else ()
     layout = Layout(kind, "lora_gating.weight", "lora_A.{e}.weight", "lora_B.{e}.weight", more)
     policy = _policy(config, kind)
     scaling = Scaling(config.number("lora_alpha", above=0), config.integer("lora_rank"))
     weights = _without_copies(files.read_weights(directory, limits))
+    notes = saved_modules.check(config, weights)
     expected = "lora_gating, lora_threshold, lora_A or lora_B of a layer's linear"
     stems = linears.find_stems(weights, _KEY, expected)
     warnings = linears.check_targets(config, weights, stems)
@@ -52,7 +54,8 @@ def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     }
     experts = {stems[module]: mixture.num_experts for module, mixture in sites.items()}
     linears.check_all_used(weights, layout, experts)
-    return Adapter(kind, sites, config.text("base_model_name_or_path"), warnings)
+    notes += known.warnings(config, known.FIELDS[kind])
+    return Adapter(kind, sites, config.text("base_model_name_or_path"), warnings + notes)
 
 
 def _policy(config: Fields, kind: str) -> Callable[[int], Policy]:

@@ -23,7 +23,7 @@ class Fields:
 
     def error(self, name: str, expected: object) -> ConfigError:
         value = self.values.get(name)
-        found = "nothing" if name not in self.values else _shortened(value)
+        found = "nothing" if name not in self.values else shortened(value)
         return ConfigError(f"{self.where}: {name}", found, expected)
 
     def has(self, name: str) -> bool:
@@ -70,6 +70,13 @@ class Fields:
         value = self._get(name, None, "a string")
         if value is not None and not isinstance(value, str):
             raise self.error(name, "a string")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """A list of strings; empty when absent or false."""
+        value = self._get(name, [], "a list of strings") or []
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise self.error(name, "a list of strings")
         return value
 
     def choice(self, name: str, known: Sequence[str], default: str = _REQUIRED) -> str:
@@ -128,6 +135,7 @@ def _bounds(above: float, at_least: float, at_most: float) -> str:
     return " and".join(parts)
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value as a message shows it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -92,6 +92,15 @@ def read_weights(directory: Path, limits: Limits) -> Weights:
     raise MissingTensorError(directory.name, "no weights", f"{SAFETENSORS} or {PICKLE}")
 
 
+def read_start(path: Path, most: int) -> bytes:
+    """The first bytes of a file that may be there; none of one that cannot be read."""
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            return file.read(most) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+    except OSError:
+        return b""
+
+
 def read_tensors(path: Path, limits: Limits) -> Weights:
     """Every tensor of one file. Raises as `read_weights` does."""
     load = _load_safetensors if path.suffix == ".safetensors" else _load_pickle

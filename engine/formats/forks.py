@@ -11,9 +11,10 @@ MoLA's E and r differ by layer, and its k is saved nowhere.
 """
 
 import re
+from collections.abc import Collection
 
 from molehill.engine.adapter import Adapter
-from molehill.engine.formats import linears, peft
+from molehill.engine.formats import known, linears, peft, saved_modules
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.linears import EXPERT, STEM, Layout
@@ -31,7 +32,7 @@ _UNKNOWN = {
     "use_rslora": "rsLoRA's scaling",
     "rank_pattern": "ranks by pattern",
     "alpha_pattern": "scalings by pattern",
-    "enable_lora": "a LoRA on parts of a fused linear",
+    "target_parameters": "LoRA on fused experts",
     "sparsegen": "LD-MoLE's router",
 }
 
@@ -50,6 +51,8 @@ def recognises(weights: Weights) -> bool:
 def read(config: Fields, weights: Weights) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     config.refuse({**peft.UNSERVED, **_UNKNOWN})
+    peft.check_initialisation(config)
+    notes = saved_modules.check(config, weights)
     stems = linears.find_stems(weights, _KEY, "a router, lora_A or lora_B of a layer's linear")
     fork = _fork(weights)
     warnings = linears.check_targets(config, weights, stems)
@@ -59,7 +62,8 @@ def read(config: Fields, weights: Weights) -> Adapter:
     experts = {stems[module]: mixture.num_experts for module, mixture in sites.items()}
     linears.check_all_used(weights, fork, experts)
     base_model = config.text("base_model_name_or_path")
-    return Adapter(fork.method, sites, base_model, warnings + _warnings(config, fork))
+    notes += _warnings(config, fork) + known.warnings(config, _known(fork))
+    return Adapter(fork.method, sites, base_model, warnings + notes)
 
 
 def _fork(weights: Weights) -> Layout:
@@ -94,6 +98,11 @@ def _of_layer(config: Fields, name: str, module: str) -> int:
     if not isinstance(config.values.get(name), list):
         return config.integer(name)
     return config.items(name).integer(module.split(".")[1])
+
+
+def _known(fork: Layout) -> Collection[str]:
+    official = f"{fork.method}-official"
+    return known.FIELDS[official if official in known.FIELDS else fork.method]
 
 
 def _warnings(config: Fields, fork: Layout) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
 from molehill.engine.errors import AdapterError, CorruptFileError
 from molehill.engine.formats import DEFAULT_LIMITS, files, native, read
+from molehill.engine.formats.expert_layout import Layout
 
 _MODULE = "molehill.engine.formats.isolation"
 _ERRORS = {error.kind: error for error in AdapterError.__subclasses__()}
@@ -26,13 +27,15 @@ def is_pickled(path: Path) -> bool:
     return any(next(path.glob(where), None) for where in (files.PICKLE, f"*/{files.PICKLE}"))
 
 
-def read_isolated(path: Path, limits: Limits = DEFAULT_LIMITS) -> Adapter:
+def read_isolated(
+    path: Path, limits: Limits = DEFAULT_LIMITS, lora_b_layout: Layout | None = None
+) -> Adapter:
     """What `formats.read` gives. Raises what it raises; CorruptFileError if the process dies."""
     with tempfile.TemporaryDirectory(prefix="molehill-") as scratch:
         copy = Path(scratch) / "adapter"
-        bounds = json.dumps(dataclasses.asdict(limits))
+        how = json.dumps([dataclasses.asdict(limits), lora_b_layout])
         child = subprocess.run(
-            [sys.executable, "-m", _MODULE, str(path.absolute()), str(copy), bounds],
+            [sys.executable, "-m", _MODULE, str(path.absolute()), str(copy), how],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -56,9 +59,10 @@ def _error(path: Path, child: subprocess.CompletedProcess[str]) -> AdapterError:
 def main(arguments: Sequence[str]) -> int:
     """Reads arguments[0] and writes it to arguments[1] in the native format; 1 and the error as
     JSON on stdout if it cannot be read."""
-    source, target, bounds = arguments
+    source, target, how = arguments
+    limits, lora_b_layout = json.loads(how)
     try:
-        adapter = read(Path(source), Limits(**json.loads(bounds)))
+        adapter = read(Path(source), Limits(**limits), lora_b_layout)
     except AdapterError as error:
         print(json.dumps([error.kind, error.where, error.found, error.expected]))
         return 1

@@ -20,7 +20,7 @@ from molehill.engine.errors import (
     ShapeError,
     UnsupportedError,
 )
-from molehill.engine.formats import linears, peft
+from molehill.engine.formats import known, linears, peft, saved_modules
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.linears import EXPERT, STEM, Layout
@@ -36,15 +36,14 @@ _MLP = re.compile(
 _LAYOUT = Layout("ldmole", "lora_route.weight", "lora_A{e}.weight", "lora_B{e}.weight")
 _SHARED = "base_model.sparsegen_fn.mlp.proj_layers"
 
-# The authors name a classifier in `modules_to_save` whether the model has one or not: one that was
-# saved is refused by its tensor. The last three come from code that is not published.
+# The last two come from code that is not published.
 _UNSERVED = {
-    **{name: meaning for name, meaning in peft.UNSERVED.items() if name != "modules_to_save"},
+    **peft.UNSERVED,
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA's scaling",
     "rank_pattern": "ranks by pattern",
     "alpha_pattern": "scalings by pattern",
-    "enable_lora": "a LoRA on parts of a fused linear",
+    "target_parameters": "LoRA on fused experts",
     "use_abs": "a router of absolute values",
     "selected_topk": "a top-k of experts",
 }
@@ -67,6 +66,7 @@ def recognises(config: Fields, weights: Weights) -> bool:
 def read(config: Fields, weights: Weights) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     config.refuse(_UNSERVED)
+    peft.check_initialisation(config)
     if config.object("ReLUMoE_cfg").flag("enabled"):
         where = f"{config.where}: ReLUMoE_cfg"
         raise UnsupportedError(where, "ReLUMoE's router", "LD-MoLE's")
@@ -75,13 +75,16 @@ def read(config: Fields, weights: Weights) -> Adapter:
         raise config.error("sparsegen_cfg", "enabled true, as the file has tensors for it")
     own = {name: t for name, t in weights.tensors.items() if "sparsegen" not in name}
     weights = Weights(weights.file, own)
+    notes = saved_modules.check(config, weights)
     expected = "lora_route, lora_A or lora_B of a layer's linear, or its sparsegen"
     stems = linears.find_stems(weights, _KEY, expected)
     warnings = linears.check_targets(config, weights, stems)
     sites = {module: _mixture(config, weights, mlps, stem) for module, stem in stems.items()}
     experts = {stems[module]: mixture.num_experts for module, mixture in sites.items()}
     linears.check_all_used(weights, _LAYOUT, experts)
-    return Adapter("ldmole", sites, config.text("base_model_name_or_path"), warnings)
+    notes += known.warnings(config, known.FIELDS["ldmole"])
+    notes += known.warnings(config.object("sparsegen_cfg"), known.SPARSEGEN)
+    return Adapter("ldmole", sites, config.text("base_model_name_or_path"), warnings + notes)
 
 
 def _mlps(weights: Weights) -> dict[int, _Mlp]:

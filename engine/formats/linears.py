@@ -4,7 +4,7 @@ A linear's tensors begin with `base_model.model.model.layers.{i}.{block}.{proj}.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from molehill.engine.errors import CorruptFileError, ShapeError, UnsupportedError
@@ -12,12 +12,15 @@ from molehill.engine.formats import targets
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.lowrank import Pair
+from molehill.engine.formats.targeting import Targeting
 
 STEM = (
     r"(?P<stem>base_model\.model\.(?:model\.)?"
     r"(?P<module>layers\.(?:0|[1-9]\d{0,4})\.(?:\w+\.)*?\w+))"
 )
 EXPERT = r"(?:0|[1-9]\d{0,5})"
+
+_MODEL = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,15 @@ def find_stems(weights: Weights, key: re.Pattern[str], expected: str) -> dict[st
     return stems
 
 
-def check_targets(config: Fields, weights: Weights, modules: Iterable[str]) -> tuple[str, ...]:
-    """Every target is there in every layer, and nothing else. Warnings, or MissingTensorError,
-    UnsupportedError."""
-    wanted, found = targets.read_targets(config), list(modules)
-    targets.check_targeted(weights.file, found, wanted)
-    if not config.has("layers_to_transform") and wanted and not any("." in t for t in wanted):
-        targets.check_every_layer(weights.file, found)
-    return targets.unused(wanted, found)
+def check_targets(config: Fields, weights: Weights, stems: Mapping[str, str]) -> tuple[str, ...]:
+    """Every target is there in every layer, and nothing else. stems: as `find_stems` gives them.
+    Warnings, or MissingTensorError, UnsupportedError."""
+    wanted, targeting = targets.read_targets(config), Targeting(config)
+    targeting.check(weights.file, [stem.removeprefix(_MODEL) for stem in stems.values()])
+    chosen = any(config.values.get(field) for field in ("layers_to_transform", "exclude_modules"))
+    if not chosen and wanted and not any("." in target for target in wanted):
+        targets.check_every_layer(weights.file, stems)
+    return targets.unused(wanted, stems) + targeting.warnings()
 
 
 def count_experts(config: Fields, field: str, weights: Weights, router: str) -> int:

@@ -23,7 +23,7 @@ from molehill.engine.errors import (
     ShapeError,
     UnsupportedError,
 )
-from molehill.engine.formats import files, targets
+from molehill.engine.formats import files, known, saved_modules, targets
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.lowrank import (
@@ -83,7 +83,8 @@ class _Source:
 def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     method = str(config.values["peft_type"]).lower()
-    policy = STRATEGIES[_strategy(config, method)](config)
+    strategy = _strategy(config, method)
+    policy = STRATEGIES[strategy](config)
     scaling = read_scaling(config)
     expert_scaling = _expert_scaling(config, scaling)
     wanted = targets.read_targets(config)
@@ -97,6 +98,9 @@ def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     targets.check_targeted(weights.file, adapted, wanted)
     targets.check_every_layer(weights.file, adapted)
     warnings = targets.unused(wanted, adapted) + _dora_warnings(source, modules)
+    warnings += saved_modules.check(config, weights)
+    warnings += known.warnings(config, known.FIELDS[strategy])
+    warnings += known.warnings(config.object("expert_lora"), known.EXPERT_LORA)
     if method == "mixlora":
         sites, more = _mixlora_sites(source, modules, config.text("act_fn"))
         warnings += more

@@ -12,7 +12,7 @@ from pathlib import Path
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
 from molehill.engine.errors import ShapeError, UnsupportedError
-from molehill.engine.formats import files, targets
+from molehill.engine.formats import files, known, saved_modules, targets
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.kernels.mixture import ScaleMixture
@@ -41,7 +41,9 @@ def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     targets.check_every_layer(weights.file, modules)
     sites = {module: _mixture(config, weights, names) for module, names in modules.items()}
     base_model = config.text("base_model_name_or_path")
-    return Adapter("mov", sites, base_model, targets.unused(wanted, modules))
+    warnings = targets.unused(wanted, modules) + saved_modules.check(config, weights)
+    warnings += known.warnings(config, known.FIELDS["mov"])
+    return Adapter("mov", sites, base_model, warnings)
 
 
 def _modules(weights: Weights) -> dict[str, _Names]:

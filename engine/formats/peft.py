@@ -5,7 +5,7 @@ Keys: `base_model.model.model.layers.{i}.{block}.{proj}.lora_A.weight`, `.lora_B
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,12 @@ from molehill.engine.errors import (
     ShapeError,
     UnsupportedError,
 )
-from molehill.engine.formats import patterns, peft_parameters, targets
-from molehill.engine.formats.fields import Fields
+from molehill.engine.formats import known, patterns, peft_parameters, saved_modules, targets
+from molehill.engine.formats.fields import Fields, shortened
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.lowrank import Pair, Scaling, build_experts
 from molehill.engine.formats.patterns import Patterns
+from molehill.engine.formats.targeting import Targeting
 from molehill.engine.moe import canonical
 from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Constant
@@ -34,7 +35,7 @@ _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "
 # Fields that change the forward pass or the base weights; serving without them would be wrong.
 UNSERVED = {
     "fan_in_fan_out": "transposed weights",
-    "modules_to_save": "whole modules",
+    "enable_lora": "a LoRA on parts of a fused linear",
     "layer_replication": "replicated layers",
     "trainable_token_indices": "trained token embeddings",
     "lora_bias": "a bias in lora_B",
@@ -50,7 +51,8 @@ _FORKS = {
     "lora_nums": "a mixture (LoRAMoE, HydraLoRA or LD-MoLE) without its tensors",
     "sparsegen": "LD-MoLE's router",
 }
-_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Those that leave the base weights as they are.
+_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass
@@ -81,14 +83,15 @@ def read(config: Fields, weights: Weights) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     _refuse(config)
     scalings = _read_scalings(config)
-    wanted = targets.read_targets(config)
+    wanted, targeting = targets.read_targets(config), Targeting(config)
+    notes = saved_modules.check(config, weights) + targeting.warnings()
     grouped = _group(weights)
     modules = {name: m for name, m in grouped.items() if not peft_parameters.is_stack(name)}
     names = [name.removeprefix("model.") for name in modules]
     _check_spellings(weights, names)
-    targets.check_targeted(weights.file, names, wanted)
-    if not config.has("layers_to_transform") and wanted and not any("." in t for t in wanted):
-        targets.check_siblings(weights.file, names)
+    targeting.check(weights.file, modules)
+    if wanted and not any("." in target for target in wanted):
+        targets.check_siblings(weights.file, modules, targeting)
     dora = config.flag("use_dora")
     if dora:
         _check_magnitudes(weights, modules)
@@ -101,7 +104,12 @@ def read(config: Fields, weights: Weights) -> Adapter:
         kind="dora" if magnitudes else "lora",
         sites=sites,
         base_model=config.text("base_model_name_or_path"),
-        warnings=_warnings(wanted, names, lost_magnitudes=dora and not magnitudes),
+        warnings=(
+            *_warnings(wanted, modules, lost_magnitudes=dora and not magnitudes),
+            *notes,
+            *peft_parameters.warnings(config),
+            *known.warnings(config, known.FIELDS["lora"]),
+        ),
     )
 
 
@@ -119,13 +127,12 @@ def _fused_experts(
     config: Fields, weights: Weights, grouped: Mapping[str, _Module], scalings: _Scalings
 ) -> dict[str, LinearMixture]:
     """What `target_parameters` adapts; nothing without it."""
-    wanted = peft_parameters.read_targets(config)
     stacks = {
         name: _names(name, module)
         for name, module in grouped.items()
         if peft_parameters.is_stack(name)
     }
-    return peft_parameters.read(weights, stacks, wanted, scalings.of)
+    return peft_parameters.read(config, weights, stacks, scalings.of)
 
 
 def _names(name: str, module: _Module) -> Pair:
@@ -135,11 +142,17 @@ def _names(name: str, module: _Module) -> Pair:
 
 def _refuse(config: Fields) -> None:
     config.refuse({**UNSERVED, **_FORKS})
+    check_initialisation(config)
+
+
+def check_initialisation(config: Fields) -> None:
+    """Raises UnsupportedError for one that trains beside other base weights than the file's."""
     initialisation = config.values.get("init_lora_weights")
-    if initialisation not in _INITIALISATIONS:
+    name = initialisation.lower() if isinstance(initialisation, str) else initialisation
+    if name not in _INITIALISATIONS:
         raise UnsupportedError(
             f"{config.where}: init_lora_weights",
-            f"{initialisation}, which changes the base weights",
+            f"{shortened(initialisation)}, which changes the base weights",
             "an initialisation that leaves them alone",
         )
 
@@ -203,9 +216,9 @@ def _mixture(
 
 
 def _warnings(
-    wanted: list[str] | None, names: list[str], *, lost_magnitudes: bool
+    wanted: list[str] | None, modules: Iterable[str], *, lost_magnitudes: bool
 ) -> tuple[str, ...]:
-    warnings = targets.unused(wanted, names)
+    warnings = targets.unused(wanted, modules)
     if lost_magnitudes:
         warnings += ("use_dora is set but no magnitudes are saved: served as plain LoRA",)
     return warnings

@@ -2,19 +2,23 @@
 
 A block's experts are two parameters, `gate_up_proj` `[E, 2 I, d]` and `down_proj` `[E, d, I]`. PEFT
 wraps them one in the other, so that the file names neither: `...mlp.experts.lora_A.weight`
-`[E r, in]` (expert by expert), `.lora_B.weight` `[out, r E]` (the expert is the last index), and
-the same at `...mlp.experts.base_layer`. Which is which follows from the shapes.
+`[E r, in]` (expert by expert), `.lora_B.weight` `[out, r E]` (the expert is the last index, or the
+first: `molehill.engine.formats.expert_layout`), and the same at `...mlp.experts.base_layer`. Which
+is which follows from the shapes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from molehill.engine.errors import MissingTensorError, ShapeError, UnsupportedError
+from molehill.engine.formats import expert_layout
+from molehill.engine.formats.expert_layout import Layout
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.lowrank import Pair, Scaling
+from molehill.engine.formats.targeting import suffixes
 from molehill.engine.moe import canonical
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant
@@ -37,42 +41,53 @@ def is_stack(module: str) -> bool:
     return module.removesuffix(_INNER).endswith(".experts")
 
 
-def read_targets(config: Fields) -> set[str]:
-    """The parameters that are adapted: `gate_up_proj`, `down_proj`, both or none.
+def read_targets(config: Fields) -> list[str]:
+    """Names that the adapted parameters end with, each `gate_up_proj` or `down_proj` of some block.
 
     Raises ConfigError, UnsupportedError.
     """
-    names = config.values.get("target_parameters") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise config.error("target_parameters", "a list of parameter names")
+    names = config.texts("target_parameters")
     for name in names:
         if name not in (_GATE_UP, _DOWN) and not name.endswith((f".{_GATE_UP}", f".{_DOWN}")):
             expected = f"{_GATE_UP} or {_DOWN} of a block's experts"
             raise UnsupportedError(f"{config.where}: target_parameters", name, expected)
-    return {name.rpartition(".")[2] for name in names}
+    return names
+
+
+def adapted(config: Fields) -> set[str]:
+    """The parameters that `target_parameters` names in any block. Raises as `read_targets`."""
+    return {name.rpartition(".")[2] for name in read_targets(config)}
+
+
+def warnings(config: Fields) -> tuple[str, ...]:
+    """An order of columns means nothing without fused experts."""
+    if not config.has(expert_layout.FIELD) or config.values.get("target_parameters"):
+        return ()
+    return (f"{config.where}: {expert_layout.FIELD} without fused experts has no effect",)
 
 
 def read(
+    config: Fields,
     weights: Weights,
     modules: Mapping[str, Pair],
-    wanted: set[str],
     scaling_of: Callable[[str], Scaling],
 ) -> dict[str, LinearMixture]:
     """Static mixtures by site, gate and up of a fused pair with the same A.
 
     modules: the file's names of A and B by its names of modules. scaling_of: by
-    `{block}.{parameter}`. Raises MissingTensorError, ShapeError, UnsupportedError.
+    `{block}.{parameter}`. Raises ConfigError, MissingTensorError, ShapeError, UnsupportedError.
     """
+    names, layouts = read_targets(config), expert_layout.read(config)
     blocks = sorted({module.removesuffix(_INNER) for module in modules})
-    if blocks and not wanted:
-        where, found = weights.where(blocks[0]), "tensors of fused experts"
-        raise UnsupportedError(where, found, "target_parameters that name them")
-    if wanted and not blocks:
-        raise MissingTensorError(
-            weights.file, "no tensors of experts", f"some for {sorted(wanted)}"
-        )
+    if names and not blocks:
+        expected = f"some for {sorted(adapted(config))}"
+        raise MissingTensorError(weights.file, "no tensors of experts", expected)
     sites = {}
     for block in blocks:
+        wanted = _wanted(block, names)
+        if not wanted:
+            where, found = weights.where(block), "tensors of fused experts"
+            raise UnsupportedError(where, found, "target_parameters that name them")
         stacks = [
             Stack(weights.where(name), weights.tensor(pair.a, 2), weights.tensor(pair.b, 2))
             for name in (block, block + _INNER)
@@ -84,8 +99,18 @@ def read(
                 weights.where(block), found, f"one for each of {sorted(wanted)}"
             )
         for parameter, stack in _assign(stacks, wanted).items():
-            sites.update(_split(block, parameter, stack, scaling_of(f"{block}.{parameter}")))
+            scaling = scaling_of(f"{block}.{parameter}")
+            sites.update(_split(block, parameter, stack, scaling, layouts.of(parameter)))
     return sites
+
+
+def _wanted(block: str, names: Iterable[str]) -> set[str]:
+    """The parameters of one block that are adapted: those whose names end so, as PEFT matches."""
+    return {
+        parameter
+        for parameter in (_GATE_UP, _DOWN)
+        if not set(suffixes(f"{block}.{parameter}")).isdisjoint(names)
+    }
 
 
 def _assign(stacks: list[Stack], wanted: set[str]) -> dict[str, Stack]:
@@ -99,22 +124,31 @@ def _assign(stacks: list[Stack], wanted: set[str]) -> dict[str, Stack]:
     raise ShapeError(stacks[0].where, found, f"pairs of {_GATE_UP} and {_DOWN}")
 
 
-def _split(block: str, parameter: str, stack: Stack, scaling: Scaling) -> dict[str, LinearMixture]:
+def _split(
+    block: str, parameter: str, stack: Stack, scaling: Scaling, layout: Layout
+) -> dict[str, LinearMixture]:
     rows, rank = stack.a.shape[0], scaling.rank
     if rows % rank or stack.b.shape[1] != rows:
         expected = f"as many rows as columns, a multiple of the rank {rank}"
         raise ShapeError(stack.where, [list(stack.a.shape), list(stack.b.shape)], expected)
     experts = rows // rank
     a = stack.a.view(experts, rank, -1)
-    b = (stack.b * scaling.factor).view(-1, rank, experts)
+    b = _by_expert(stack.b * scaling.factor, experts, layout)
     sites = {}
     for e in range(experts):
-        parts = {_DOWN: b[:, :, e]}
+        parts = {_DOWN: b[e]}
         if parameter == _GATE_UP:
-            gate, up = b[:, :, e].chunk(2)
+            gate, up = b[e].chunk(2)
             parts = {"gate_proj": gate, "up_proj": up}
         for name, own in parts.items():
             pair = Experts(a[e].clone(), own.contiguous(), (rank,))
             site = canonical(f"{block.removeprefix('model.')}.{e}.{name}")
             sites[site] = LinearMixture(pair, Constant((1.0,)))
     return sites
+
+
+def _by_expert(b: Tensor, experts: int, layout: Layout) -> Tensor:
+    """`[out, columns]` to `[E, out, r]`."""
+    if layout == "grouped_by_expert":
+        return b.view(b.shape[0], experts, -1).transpose(0, 1)
+    return b.view(b.shape[0], -1, experts).permute(2, 0, 1)

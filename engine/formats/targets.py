@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from molehill.engine.errors import MissingTensorError, UnsupportedError
 from molehill.engine.formats.fields import Fields
+from molehill.engine.formats.targeting import Targeting, suffixes
 
 _LAYER = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(.+)")
 
@@ -36,27 +37,36 @@ def check_targeted(file: str, modules: Iterable[str], targets: list[str] | None)
     """A trainer ignores the tensors of a module that is no target. Raises UnsupportedError."""
     if targets is None:
         return
+    named = frozenset(targets)
     for module in modules:
-        if not any(module == target or f".{module}".endswith(f".{target}") for target in targets):
+        if named.isdisjoint(suffixes(module)):
             expected = f"one of target_modules {', '.join(targets)}"
             raise UnsupportedError(f"{file}: {module}", "tensors of an untargeted module", expected)
 
 
-def check_siblings(file: str, modules: Iterable[str]) -> None:
-    """A projection adapted in one layer is adapted in every layer where its parent block is.
+def check_siblings(file: str, modules: Iterable[str], targeting: Targeting) -> None:
+    """A projection adapted in one layer is adapted in every layer where its parent block is, unless
+    the config takes it out there.
 
-    `self_attn` with q and v in most layers and q alone in one means lost tensors. Raises
-    MissingTensorError.
+    `self_attn` with q and v in most layers and q alone in one means lost tensors. modules: as PEFT
+    knows them. Raises MissingTensorError.
     """
     children: dict[str, set[str]] = {}
     blocks: dict[tuple[int, str], set[str]] = {}
-    for layer, path in filter(None, map(split_layer, modules)):
-        block, _, child = path.rpartition(".")
-        children.setdefault(block, set()).add(child)
-        blocks.setdefault((layer, block), set()).add(child)
+    prefixes: dict[tuple[int, str], str] = {}
+    for module in modules:
+        name = module.removeprefix("model.")
+        split = split_layer(name)
+        if split is not None:
+            layer, (block, _, child) = split[0], split[1].rpartition(".")
+            children.setdefault(block, set()).add(child)
+            blocks.setdefault((layer, block), set()).add(child)
+            prefixes[layer, block] = module.removesuffix(name)
     for (layer, block), found in sorted(blocks.items()):
         for child in sorted(children[block] - found):
-            _raise_missing(file, f"layers.{layer}.{block}.{child}")
+            name = f"layers.{layer}.{block}.{child}"
+            if targeting.against(prefixes[layer, block] + name) is None:
+                _raise_missing(file, name)
 
 
 def check_every_layer(file: str, modules: Iterable[str]) -> None:
@@ -81,9 +91,9 @@ def _raise_missing(file: str, module: str) -> None:
 
 def unused(targets: list[str] | None, modules: Iterable[str]) -> tuple[str, ...]:
     """A warning for each target that the file has no tensors for; trainers ignore unknown names."""
-    dotted = [f".{module}" for module in modules]
+    found = {suffix for module in modules for suffix in suffixes(module)}
     return tuple(
         f"target_modules names {target}, but there are no tensors for it"
         for target in targets or ()
-        if not any(module.endswith(f".{target}") for module in dotted)
+        if target not in found
     )

@@ -39,6 +39,7 @@ def test_help_shows_our_options_without_importing_vllm() -> None:
     [
         (["--adapter", "nonsense"], "found 'nonsense', expected NAME=PATH"),
         (["--adapter", "=x"], "expected NAME=PATH"),
+        (["--adapter-lora-b-layout", "a=by_row"], "expected NAME= and one of rank_major"),
         (["--adapter", "../x=/tmp"], "adapter name: found '../x'"),
         (["--adapter", "x=/no/such"], "found no directory at '/no/such'"),
         (["--adapter-root", "/no/such"], "found no directory at '/no/such'"),
@@ -191,6 +192,15 @@ def test_lora_modules_become_start_adapters() -> None:
 def test_vllms_default_model_is_not_served_by_accident() -> None:
     with pytest.raises(LaunchError, match="no MODEL given"):
         launcher.parse(["--port", "1234"])
+
+
+def test_a_layout_is_of_a_start_adapter() -> None:
+    path = GOLDEN / "cases" / "lora"
+    ours = options.Options((("a", path),), (("b", "rank_major"),))
+    with pytest.raises(LaunchError, match="found b=rank_major, expected an --adapter's name"):
+        prepared(ours=ours)
+    given = options.Options((("a", path),), (("a", "rank_major"),))
+    assert vars(prepared(ours=given))["molehill"].layouts == (("a", "rank_major"),)
 
 
 def test_a_name_given_twice_is_refused() -> None:

@@ -10,7 +10,7 @@ from molehill.api.manifest import Entry, Manifest, ManifestError
 
 ENTRIES = [
     Entry("team/a", "0" * 64, "a", "f" * 64, True),
-    Entry("b", "1" * 64, "hf://org/b@main", "", False),
+    Entry("b", "1" * 64, "hf://org/b@main", "", False, lora_b_layout="grouped_by_expert"),
 ]
 
 
@@ -47,6 +47,7 @@ ENTRY = {"name": "a", "generation": "0", "source": "s", "fingerprint": "", "pinn
         {"version": 1, "adapters": [{"name": "a"}]},
         {"version": 1, "adapters": [{**ENTRY, "pinned": "yes"}]},
         {"version": 1, "adapters": [{**ENTRY, "more": 1}]},
+        {"version": 1, "adapters": [{**ENTRY, "lora_b_layout": "by_row"}]},
     ],
 )
 def test_a_manifest_that_is_not_understood_is_refused(tmp_path: Path, content: Any) -> None:

@@ -19,6 +19,7 @@ from molehill.api.sources import Sources
 from molehill.api.terms import Terms
 from molehill.engine.adapter import Adapter
 from molehill.engine.formats import native
+from molehill.engine.formats.expert_layout import Layout
 
 
 class Server:
@@ -300,7 +301,7 @@ def test_a_fault_while_sources_are_looked_at_ends_nothing(
         second = first.restarted()
         reading = []
 
-        def read(path: Path) -> Adapter:
+        def read(path: Path, _: Layout | None) -> Adapter:
             reading.append(second.world.registry.intake.reading.locked())
             if path.name == "1":
                 raise RuntimeError("a fault")
@@ -319,6 +320,32 @@ def test_a_fault_while_sources_are_looked_at_ends_nothing(
         fetch = second.sources.fetch("elsewhere")
         await second.world.registry.load("a2", "elsewhere", fetch)
         assert second.world.registry.get("a2").note is None
+
+    play(scenario())
+
+
+def test_what_a_client_said_of_the_files_is_remembered(tmp_path: Path) -> None:
+    """Who says how a source is read says it for the next server too, should the copy be lost."""
+
+    async def scenario() -> None:
+        first = Server(tmp_path)
+        native.write(adapter(1), first.root / "1")
+        fetch = first.sources.fetch("1", "grouped_by_expert")
+        await first.world.registry.load("a", "1", fetch)
+        assert first.world.layouts == ["grouped_by_expert"]
+        assert first.remembers()["a"].lora_b_layout == "grouped_by_expert"
+        digest = first.serves()["a"]
+        os.utime(first.root / "1" / native.CONFIG)
+        second = first.restarted()
+        await second.restart.run()
+        # The store's copy has the experts in order; the source, looked at again, has not.
+        assert second.world.layouts == [None, "grouped_by_expert"]
+        third = second.restarted()
+        shutil.rmtree(third.world.store.path(digest))
+        await third.restart.run()
+        assert third.serves() == {"a": digest}
+        assert third.world.layouts[0] == "grouped_by_expert"
+        assert third.remembers()["a"].lora_b_layout == "grouped_by_expert"
 
     play(scenario())
 

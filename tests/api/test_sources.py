@@ -22,7 +22,8 @@ from molehill.api.paths import AdapterRoots, Source
 from molehill.api.sources import Sources, allowed, reason
 from molehill.engine import formats
 from molehill.engine.errors import AdapterNotFoundError, LimitError
-from molehill.engine.formats import native
+from molehill.engine.formats import files, native
+from molehill.engine.formats.expert_layout import README
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PREFIX = "https://models.example/adapters"
@@ -94,11 +95,11 @@ class Files(http.server.BaseHTTPRequestHandler):
             self.end_headers()
         elif path.startswith(("/api/models/org/adapter", "/api/models/org/sizeless")):
             sized = "sizeless" not in path
-            files = [
+            listed_files = [
                 {"rfilename": file.name, **({"size": file.stat().st_size} if sized else {})}
                 for file in self.folder.iterdir()
             ]
-            listed = {"id": "org/adapter", "sha": COMMIT, "siblings": files}
+            listed = {"id": "org/adapter", "sha": COMMIT, "siblings": listed_files}
             self.send(json.dumps(listed).encode(), body)
         elif path.startswith(("/files/", f"/org/adapter/resolve/{COMMIT}/")):
             if (self.folder / name).exists():
@@ -156,6 +157,52 @@ def test_a_url_brings_the_adapter_and_nothing_else(
         kept = source.directory
     assert not kept.exists()
     assert not [path for path in asked if path.endswith(".bin")]
+
+
+@pytest.fixture
+def experts(folder: Path) -> Path:
+    """LoRA on fused experts in the native adapter's place; its config does not say who made it."""
+    for path in folder.iterdir():
+        path.unlink()
+    config = {"peft_type": "LORA", "target_parameters": ["mlp.experts.down_proj"]}
+    (folder / files.CONFIG).write_text(json.dumps(config))
+    (folder / files.SAFETENSORS).write_bytes(b"tensors")
+    return folder
+
+
+@pytest.mark.parametrize("readme", ["made with Unsloth", None])
+def test_a_url_brings_the_readme_that_tells_who_made_an_adapter(
+    remote: tuple[str, list[str]], experts: Path, readme: str | None
+) -> None:
+    url, _ = remote
+    if readme is not None:
+        (experts / README).write_text(readme)
+    with sources(url).fetch(f"{url}/files/adapter", "rank_major") as source:
+        fetched = {path.name: path.read_bytes() for path in source.directory.iterdir()}
+        assert source.lora_b_layout == "rank_major"
+    expected = {path.name: path.read_bytes() for path in experts.iterdir()}
+    assert fetched == expected
+
+
+def test_a_readme_is_not_asked_for_where_the_config_says_it(
+    remote: tuple[str, list[str]], experts: Path
+) -> None:
+    url, asked = remote
+    config = {"target_parameters": ["mlp.experts.down_proj"], "lora_B_layout": "rank_major"}
+    (experts / files.CONFIG).write_text(json.dumps(config))
+    (experts / README).write_text("made with Unsloth")
+    with sources(url).fetch(f"{url}/files/adapter") as source:
+        assert not (source.directory / README).exists()
+    assert not [path for path in asked if README in path]
+
+
+def test_a_hub_brings_the_readme_that_tells_who_made_an_adapter(
+    remote: tuple[str, list[str]], experts: Path, tmp_path: Path
+) -> None:
+    (experts / README).write_text("made with Unsloth")
+    url, _ = remote
+    (line,) = fetch_from_hub(url, tmp_path, [("hf://org/adapter@main", "10000000", "10000000")])
+    assert line.startswith("ConfigError adapter_config.json: lora_B_layout: found nothing")
 
 
 def test_a_url_brings_no_more_bytes_than_an_adapter_may_have(
@@ -273,19 +320,32 @@ for text, limit, room in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
 """
 
 
+def fetch_from_hub(url: str, home: Path, wanted: list[tuple[str, str, str]]) -> list[str]:
+    """A line for each of (source, bytes that an adapter may have, bytes that a file may have)."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(home / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, *(word for words in wanted for word in words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
 def test_what_a_hub_gives_is_pinned_and_bounded(
     remote: tuple[str, list[str]], folder: Path, tmp_path: Path
 ) -> None:
     """In a process of its own: the hub's client reads its address once, and files are bounded for
     the whole process."""
     url, asked = remote
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-    }
     much, little = "10000000", "1000"
     wanted = [
         ("hf://org/adapter@main", much, much),
@@ -296,14 +356,7 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
         ("hf://org/adapter", much, little),
         (f"{url}/files/adapter", much, little),
     ]
-    found = subprocess.run(
-        [sys.executable, "-c", FETCH, *(word for words in wanted for word in words)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout.splitlines()
+    found = fetch_from_hub(url, tmp_path, wanted)
     assert found[0] == f"hf://org/adapter@{COMMIT} {formats.read(folder).digest}"
     assert found[1].startswith("LimitError org/adapter")
     assert found[2].startswith("AdapterNotFoundError org/nobody")

@@ -26,6 +26,7 @@ from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
 from molehill.engine.errors import AdapterNotFoundError
 from molehill.engine.formats import native
+from molehill.engine.formats.expert_layout import Layout
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant
 
@@ -110,6 +111,7 @@ class World:
     ) -> None:
         self.folder = folder
         self.limits = Limits()
+        self.layouts: list[Layout | None] = []
         self.engine = FakeEngine()
         self.store = AdapterStore(folder / "store")
         self.served: dict[str, LoRARequest] = {}
@@ -125,7 +127,8 @@ class World:
         )
         count_requests(self.engine, self.registry)
 
-    def read(self, path: Path) -> Adapter:
+    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
+        self.layouts.append(lora_b_layout)
         if not path.exists():
             raise AdapterNotFoundError(path, "nothing", "a file")
         if (path / native.CONFIG).exists():

@@ -31,6 +31,7 @@ FUSED = ("experts.gate_up_proj", "experts.down_proj")
 def adapters(tmp_path_factory: Any) -> dict[str, Path]:
     return {
         "drlora": Case("drlora").path,
+        "experts-unsloth-grouped": Case("experts-unsloth-grouped").path,
         "attention": tmp_path_factory.mktemp("attention") / "attention",
         "both": tmp_path_factory.mktemp("both") / "both",
     }
@@ -41,7 +42,7 @@ def prompts(adapters: dict[str, Path]) -> list[Prompt]:
     """Of the golden cases, and of an adapter on attention alone and one on both."""
     ids = [prompt.ids for prompt in Case("drlora-base").prompts]
     model = tiny_models.load(TINY_MOE)
-    found = [*Case("drlora").prompts]
+    found = [*Case("drlora").prompts, *Case("experts-unsloth-grouped").prompts]
     found += [Prompt("base", p.ids, p.greedy, p.logits) for p in Case("drlora-base").prompts]
     attention = mixtures.dynmole(model, QKVO, seed=5)
     attention.save(adapters["attention"])
