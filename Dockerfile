@@ -22,8 +22,8 @@ RUN if [ -n "${TORCH}" ]; then pip install --no-cache-dir "${TORCH}"; fi \
     && pip install --no-cache-dir ".[${EXTRA}]" \
     && if [ "${EXTRA}" = cpu ]; then pip uninstall --yes torchvision torchaudio torchcodec; fi
 
-# Elsewhere the C++ kernels are compiled at their first use; here, for users without a cache.
-RUN if [ "${EXTRA}" = cpu ]; then python -m molehill.kernels.cpu; fi
+# Otherwise the C++ kernels are compiled at their first use, by every container.
+RUN if [ "${EXTRA}" = cpu ]; then molehill env --build; fi
 
 RUN useradd --create-home molehill && mkdir /adapters && chown molehill /adapters
 USER molehill

@@ -47,6 +47,7 @@ $(VENV)/dependencies.stamp: pyproject.toml
 $(VENV)/molehill.stamp: $(VENV)/dependencies.stamp $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
 	rm -rf build molehill.egg-info
+	$(BIN)/molehill env --build
 	touch $@
 
 $(MODEL)/config.json: | $(VENV)/dependencies.stamp

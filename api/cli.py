@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return convert(arguments[1:])
     if arguments[:1] == ["merge"]:
         return merge(arguments[1:])
-    if arguments == ["env"]:
-        return env()
+    if arguments[:1] == ["env"]:
+        return env(arguments[1:])
     top_parser().parse_args(arguments)
     return 0
 
@@ -78,11 +78,14 @@ def merge(arguments: Sequence[str]) -> int:
     return command.run(parser.parse_args(arguments))
 
 
-def env() -> int:
+def env(arguments: Sequence[str]) -> int:
     """`molehill env`."""
+    # Imports torch and vLLM, which other commands need not wait for.
     from molehill.api import env as command
 
-    return command.run()
+    parser = argparse.ArgumentParser(prog="molehill env")
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
 
 
 def serve_parser() -> argparse.ArgumentParser:

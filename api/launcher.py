@@ -15,6 +15,7 @@ from molehill.api.workers import ONE_ENGINE
 from molehill.engine.errors import AdapterError
 from molehill.engine.vllm.compilation import WORKER
 from molehill.engine.vllm.settings import Settings
+from molehill.kernels.cpu import build
 
 PLUGIN = "molehill"
 
@@ -26,7 +27,10 @@ CPU_KV_CACHE = 4 << 30
 
 # What vLLM is given where the user has not said otherwise. Samples of one request: each takes the
 # KV cache of a request, and vLLM's own bound, 16384, lets one client take all of it.
-ENVIRONMENT = {"VLLM_MAX_N_SEQUENCES": "128"}
+# The interval of a warning about "no available shared memory broadcast block", seconds: all that it
+# means while the model is compiled is that the engine core waits for a worker, which says itself
+# what it does.
+ENVIRONMENT = {"VLLM_MAX_N_SEQUENCES": "128", "VLLM_RINGBUFFER_WARNING_INTERVAL": "600"}
 
 # The settings under which vLLM would serve something else than the model that a client names, or
 # load adapters past the registry.
@@ -105,6 +109,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     share_is_default = args.gpu_memory_utilization == serve.get_default("gpu_memory_utilization")
     if current_platform.is_cpu() and not chosen and share_is_default:
         args.kv_cache_memory_bytes = CPU_KV_CACHE
+    if current_platform.is_cpu():
+        # torch's own place is lost with /tmp, and then the model is compiled again.
+        cache = build.cache_directory() / "torchinductor"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args
@@ -189,10 +197,12 @@ def module_path(module: Any) -> tuple[str, Path]:
 def run(args: argparse.Namespace) -> None:
     import uvloop
     from vllm.entrypoints.cli.serve import run_headless
-    from vllm.entrypoints.launchers.api_server.entry import run_server
 
     if args.headless:
         args.api_server_count = 0
         run_headless(args)
     else:
-        uvloop.run(run_server(args))
+        # vLLM's app, which is heavy to import, has no part in what these do before it.
+        from molehill.api import starting
+
+        uvloop.run(starting.run_server(args))

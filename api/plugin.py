@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
-from molehill.api import adapter_routes, dashboard, inflight, routes, routing
+from molehill.api import adapter_routes, dashboard, inflight, routes, routing, starting
 from molehill.api.background import Background
 from molehill.api.engine_metrics import drop_adapter_sets
 from molehill.api.events import LifecycleMetrics
@@ -31,6 +31,7 @@ from molehill.api.stats import WorkerStats
 from molehill.api.store import AdapterStore
 from molehill.api.watch import Watcher
 from molehill.api.workers import ONE_ENGINE, Workers
+from molehill.engine import startup
 from molehill.engine.base import BaseModel, Moe
 from molehill.engine.vllm import compat
 from molehill.engine.vllm.settings import Settings
@@ -94,10 +95,12 @@ class MolehillRoutes:
         state.molehill = found
         layouts = dict(options.layouts)
         for name, path in options.adapters:
+            startup.enter(f"loading adapter {name}")
             source = operator_source(path, layouts.get(name))
             await found.registry.load(name, str(path), local(source))
         # Held by the state, or it would be collected while it runs.
         state.molehill_task = asyncio.create_task(go_on(found, watch=options.watch))
+        await starting.hand_over()
 
 
 async def go_on(found: Services, *, watch: bool) -> None:

@@ -23,7 +23,7 @@ from molehill.engine.errors import (
 from molehill.engine.moe import PROJECTIONS, split
 from molehill.kernels.activation import ACTIVATIONS
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
-from molehill.kernels.policy import Arrow, DynMoLE, Policy, Soft, Sparsegen, TopK
+from molehill.kernels.policy import Arrow, Constant, DynMoLE, Policy, Soft, Sparsegen, TopK
 
 
 def validate(adapter: Adapter, base: BaseModel, limits: Limits) -> None:
@@ -93,7 +93,8 @@ def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
         heads, width = mixture.num_heads, mixture.router.shape[-1]
         expected = [heads if mixture.of == "output" else 1, mixture.num_experts, width]
         yield from _expect(f"{site}.vectors", mixture.vectors, expected)
-        if mixture.policy.extra_rows or mixture.policy.num_parameters:
+        more = mixture.policy.extra_rows or mixture.policy.num_parameters
+        if more or isinstance(mixture.policy, Constant):
             found = f"{type(mixture.policy).__name__} over vectors"
             yield UnsupportedError(f"{site}.routing", found, "a policy of the probabilities alone")
         return
@@ -118,15 +119,19 @@ def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
 
 
 def _inconsistent_parameters(site: str, mixture: Mixture) -> Iterator[AdapterError]:
-    """A policy has all of the parameters that it learned, or none."""
+    """A policy has all of the parameters that it learned, or none; and a router, unless its weights
+    are constant."""
     where, count = f"{site}.parameters", mixture.policy.num_parameters
     if mixture.parameters is not None:
         yield from _expect(where, mixture.parameters, [count])
     elif count:
         yield ShapeError(where, "no tensor", [count])
-    if mixture.router is None and mixture.policy.extra_rows:
+    constant = isinstance(mixture.policy, Constant)
+    if mixture.router is None and not constant:
         expected = f"one for {type(mixture.policy).__name__}"
         yield ShapeError(f"{site}.router", "no tensor", expected)
+    if mixture.router is not None and constant:
+        yield UnsupportedError(f"{site}.router", "a router beside constant weights", "none")
 
 
 def _inconsistent_widths(site: str, mixture: FfnMixture) -> Iterator[AdapterError]:

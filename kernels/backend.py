@@ -71,7 +71,8 @@ class LinearPiece:
     """One original projection of a fused linear, cut to this rank.
 
     experts.a `[R, in_local]`, experts.b `[out_local, R]` write columns `start` onwards.
-    router: float32 `[E + policy.extra_rows, in_local]` or None for constant weights.
+    router: float32 `[E + policy.extra_rows, in_local]`; None with the policy Constant, and only
+    with that: the one without the other is refused.
     parameters: float32 `[policy.num_parameters]` or None for none.
     output_scale: float32 `[E, out_local]`: the base output (less its bias) is multiplied by
     sum_e w_e output_scale[e] (DoRA; experts.b carries the same factor already).
@@ -146,6 +147,7 @@ class MoeShape:
 
     run: the base's own kernel: y `[T, hidden]` of x `[T, hidden]`, gate weights and chosen experts
     `[T, k]`. weights: what that kernel multiplies by. activation: a key of ACTIVATIONS.
+    hidden, intermediate: widths that LoRA on the experts must have; None if they are not known.
     """
 
     name: str
@@ -155,6 +157,8 @@ class MoeShape:
     weights: BaseExperts
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
+    hidden: int | None = None
+    intermediate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -285,13 +289,13 @@ class Backend(Protocol):
     def pack(self, weights: SlotWeights) -> Packed:
         """All of `store` that needs no pause between steps: may run in another thread beside one.
 
-        Raises CapacityError, ValueError, MemoryError.
+        Raises WeightsError for weights that do not fit their layers, CapacityError, MemoryError.
         """
 
     def store(self, slot: int, weights: SlotWeights | Packed) -> None:
         """Puts an adapter into an empty slot; on error the slot stays empty.
 
-        Raises CapacityError before anything is written, MemoryError.
+        Raises WeightsError, CapacityError before anything is written, MemoryError.
         """
 
     def erase(self, slot: int) -> Packed | None:

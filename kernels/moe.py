@@ -13,6 +13,7 @@ from torch import Tensor
 from molehill.kernels import ops
 from molehill.kernels.activation import ACTIVATIONS
 from molehill.kernels.backend import UNSERVED, MoePiece, MoeShape, Run
+from molehill.kernels.checks import check_moe
 from molehill.kernels.mixture import Experts
 
 Pair = tuple[Tensor, Tensor]
@@ -69,7 +70,12 @@ class MoeBlocks:
         return len(self._blocks) - 1
 
     def store(self, slot: int, pieces: Mapping[int, MoePiece]) -> None:
-        """Puts an adapter into an empty slot; on error the slot stays empty. Raises MemoryError."""
+        """Puts an adapter into an empty slot; on error the slot stays empty.
+
+        Raises WeightsError, MemoryError.
+        """
+        for handle, piece in pieces.items():
+            check_moe(piece, self._blocks[handle].shape)
         tables = {
             handle: MoeTable(piece, shape.dtype, shape.device)
             for handle, piece in pieces.items()

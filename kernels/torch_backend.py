@@ -22,6 +22,7 @@ from molehill.kernels.backend import (
     SlotWeights,
     Trace,
 )
+from molehill.kernels.checked import CheckedBackend
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.torch_scales import ScaleTable
 from molehill.kernels.torch_tables import FfnState, FfnTable, LinearTable, Router, Shrunk
@@ -50,12 +51,13 @@ class Ffn:
         self.states: dict[int, FfnState] = {}
 
 
-class TorchBackend:
+class TorchBackend(CheckedBackend):
     """See molehill.kernels.backend.Backend."""
 
     name = "torch"
 
     def __init__(self) -> None:
+        super().__init__()
         self._linears: list[Layer] = []
         self._ffns: list[Ffn] = []
         self._tokens: dict[int, int] = {}
@@ -66,14 +68,14 @@ class TorchBackend:
         self.ffn_op: Callable[..., Any] = torch.ops.molehill.ffn.default
         ops.install(self)
 
-    def register_linear(self, shape: LinearShape) -> int:
+    def _add_linear(self, shape: LinearShape) -> int:
         if shape.device.type != "cpu":
             # A device works on after the call has returned.
             self._seconds = None
         self._linears.append(Layer(shape))
         return len(self._linears) - 1
 
-    def register_ffn(self, shape: FfnShape) -> int:
+    def _add_ffn(self, shape: FfnShape) -> int:
         ffn = Ffn(shape)
         self._ffns.append(ffn)
         self._linears[shape.gate_up].gate_up_of = ffn
@@ -83,7 +85,7 @@ class TorchBackend:
     def seal(self) -> None:
         """Nothing here has a fixed address."""
 
-    def pack(self, weights: SlotWeights) -> Packed:
+    def _pack(self, weights: SlotWeights) -> Packed:
         linears = {
             handle: LinearTable(pieces, shape.dtype, shape.device)
             for handle, pieces in weights.linears.items()
@@ -107,10 +109,9 @@ class TorchBackend:
         }
         return Packed((linears, ffns, scales, ffn_scales))
 
-    def store(self, slot: int, weights: SlotWeights | Packed) -> None:
+    def _put(self, slot: int, packed: Packed) -> None:
         if slot in self._tokens:
             raise ValueError(f"slot {slot} is taken")
-        packed = weights if isinstance(weights, Packed) else self.pack(weights)
         linears, ffns, scales, ffn_scales = packed.layout
         for handle, linear in linears.items():
             self._linears[handle].tables[slot] = linear

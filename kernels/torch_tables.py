@@ -217,11 +217,7 @@ def _group(routed: Sequence[LinearPiece], device: torch.device) -> list[Router]:
 
 def _constant_weights(piece: LinearPiece) -> Tensor | None:
     """Gate weights `[E]` of a piece without a router, None with one."""
-    if piece.router is not None:
-        return None
-    if not isinstance(piece.policy, Constant):
-        raise TypeError(f"{piece.site}: a mixture without a router has the policy {piece.policy}")
-    return torch.tensor(piece.policy.weights)
+    return torch.tensor(piece.policy.weights) if isinstance(piece.policy, Constant) else None
 
 
 def _scale_base(y: Tensor, projection: Projection, gates: Tensor | None) -> None:

@@ -20,7 +20,7 @@ from molehill.engine.errors import (
 )
 from molehill.engine.huggingface import base_model
 from molehill.engine.validation import check, problems, validate
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, ScaleMixture
 from molehill.kernels.policy import AdaMoLE, Constant, Soft, Sparsegen, TopK
 
 CASES = ["lora", "dora", "mixlora-expert-lora", "mixlora-switch", "mola", "loramoe", "dynmole-k1"]
@@ -82,6 +82,8 @@ def test_a_base_model_comes_from_a_config_alone(golden, tiny):
         (AdaMoLE(0.2), None, 1, "router", "no tensor"),
         (Sparsegen(4), 6, 4, "parameters", "[4]"),
         (Soft(), 2, 1, "parameters", "[1]"),
+        (Soft(), None, None, "router", "no tensor"),
+        (TopK(1), None, None, "router", "no tensor"),
     ],
 )
 def test_a_policy_needs_its_rows_and_parameters(tiny, policy, rows, numbers, where, found):
@@ -94,6 +96,19 @@ def test_a_policy_needs_its_rows_and_parameters(tiny, policy, rows, numbers, whe
     site = "layers.0.self_attn.q_proj"
     error = refusal(ShapeError, adapter(**{site: mixture}), tiny)
     assert (error.where, error.found) == (f"{site}.{where}", found)
+
+
+def test_constant_weights_have_no_router(tiny):
+    mixture = dataclasses.replace(lora(), router=torch.ones(1, 64))
+    site = "layers.0.self_attn.q_proj"
+    error = refusal(UnsupportedError, adapter(**{site: mixture}), tiny)
+    assert (error.where, error.found) == (f"{site}.router", "a router beside constant weights")
+    mixture = dataclasses.replace(ffn(), policy=Constant((0.5, 0.5)))
+    error = refusal(UnsupportedError, adapter(**{"layers.0.mlp": mixture}), tiny)
+    assert error.where == "layers.0.mlp.router"
+    vectors = ScaleMixture(torch.ones(4, 2, 32), Constant((0.5, 0.5)), torch.ones(2, 32))
+    error = refusal(UnsupportedError, adapter(**{site: vectors}), tiny)
+    assert error.where == f"{site}.routing"
 
 
 @pytest.mark.parametrize(("rows", "numbers"), [(5, 7), (5, None), (4, 7)])

@@ -103,6 +103,8 @@ class Seams:
                 experts.Weights(block),
                 self._dtype,
                 device,
+                hidden=block.sizes.hidden,
+                intermediate=len(block.intermediate),
             )
             self._block_handles[site] = self._moes.register(shape)
             hook_experts(runner.routed_experts, self._block_handles[site], self._moes.op)

@@ -8,9 +8,10 @@ from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
+from molehill.engine import startup
 from molehill.engine.cores import own_cores
 from molehill.engine.merge import Resident
-from molehill.engine.vllm import compat, experts
+from molehill.engine.vllm import compat, compilation, experts
 from molehill.engine.vllm.clock import StepClock
 from molehill.engine.vllm.manager import AdapterManager
 
@@ -33,6 +34,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     _resident: Resident | None
 
     def init_device(self) -> None:
+        startup.follow()
         super().init_device()
         compat.check_seams()
         if self.vllm_config.lora_config is None:
@@ -43,6 +45,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         # Imports vLLM's loaders, which must not be before the platform's worker is set up.
         from molehill.engine.vllm import residence
 
+        startup.enter("loading the base model")
         self._resident = residence.install(self.vllm_config)
         with experts.on_cpu_kernels(self.vllm_config):
             super().load_model(**kwargs)
@@ -50,6 +53,13 @@ class Worker(PlatformWorker):  # type: ignore[misc]
             raise RuntimeError("vLLM did not install molehill's adapter manager")
         if self.adapters.backend.seconds() is not None:
             self.clock = StepClock(self.model_runner, self.adapters.backend.seconds)
+
+    def determine_available_memory(self) -> int:
+        """Runs the model for the first time, which compiles it."""
+        with compilation.announced(self.vllm_config):
+            available: int = super().determine_available_memory()
+        startup.enter("setting up the KV cache")
+        return available
 
     def _load_lora_model(
         self, model: nn.Module, vllm_config: VllmConfig, device: torch.device

@@ -1,4 +1,4 @@
-"""`Backend` in C++: validates what is stored, keeps site names, and leaves the rest to the ops."""
+"""`Backend` in C++: keeps site names, and leaves the rest to the ops."""
 
 import os
 import threading
@@ -12,7 +12,6 @@ from torch import Tensor
 from molehill.kernels.backend import (
     CapacityError,
     ExpertScale,
-    FfnPiece,
     FfnShape,
     LinearPiece,
     LinearShape,
@@ -22,6 +21,7 @@ from molehill.kernels.backend import (
     SlotWeights,
     Trace,
 )
+from molehill.kernels.checked import CheckedBackend
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.cpu import build
 from molehill.kernels.mixture import Experts
@@ -47,7 +47,7 @@ _reductions: dict[int, Callable[[Tensor], Tensor]] = {}
 _offered: list[bool] = []
 
 
-class CpuBackend:
+class CpuBackend(CheckedBackend):
     """The mixtures of all slots on a CPU. See molehill.kernels.backend.Backend.
 
     isa: one of ISAS; None takes `$MOLEHILL_CPU_ISA`, else the best that the processor has. Raises
@@ -60,6 +60,7 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self, isa: str | None = None) -> None:
+        super().__init__()
         build.load()
         _offer_reduce()
         self._ops = torch.ops.molehill_cpu
@@ -67,8 +68,6 @@ class CpuBackend:
         self.linear_op: Callable[..., Any] = self._ops.linear.default
         self.ffn_op: Callable[..., Any] = self._ops.ffn.default
         self._id: int = self._ops.create(self.isa)
-        self._linears: dict[int, LinearShape] = {}
-        self._ffns: dict[int, FfnShape] = {}
         self._linear_tensors: dict[int, Tensor] = {}
         self._ffn_tensors: dict[int, Tensor] = {}
         self._sites: dict[str, int] = {}
@@ -76,7 +75,7 @@ class CpuBackend:
         self._packing = threading.Lock()
         weakref.finalize(self, self._ops.destroy, self._id)
 
-    def register_linear(self, shape: LinearShape) -> int:
+    def _add_linear(self, shape: LinearShape) -> int:
         """Handle of a linear, unique in the process. Raises ValueError (dtype, device)."""
         if shape.dtype not in _DTYPES or shape.device.type != "cpu":
             found = f"{shape.dtype} on {shape.device}"
@@ -85,50 +84,29 @@ class CpuBackend:
         handle: int = self._ops.register_linear(
             self._id, shape.in_features, shape.out_features, shape.dtype, reduced
         )
-        self._linears[handle] = shape
         self._linear_tensors[handle] = torch.tensor([handle])
         if shape.reduce is not None:
             _reductions[handle] = shape.reduce
             weakref.finalize(self, _reductions.pop, handle, None)
         return handle
 
-    def register_ffn(self, shape: FfnShape) -> int:
-        """Handle of an FFN. Raises ValueError if a linear is unknown or has another width."""
-        for role, handle in (("gate_up", shape.gate_up), ("down", shape.down)):
-            if handle not in self._linears:
-                raise ValueError(f"{shape.name}: {role}: found {handle}, expected a linear handle")
-        gate_up, down = self._linears[shape.gate_up], self._linears[shape.down]
-        _expect(gate_up.name, "out_features", gate_up.out_features, 2 * shape.intermediate)
-        _expect(down.name, "in_features", down.in_features, shape.intermediate)
-        _expect(down.name, "dtype", down.dtype, gate_up.dtype)
-        handle = self._ops.register_ffn(shape.gate_up, shape.down, shape.intermediate)
-        self._ffns[handle] = shape
+    def _add_ffn(self, shape: FfnShape) -> int:
+        handle = int(self._ops.register_ffn(shape.gate_up, shape.down, shape.intermediate))
         self._ffn_tensors[handle] = torch.tensor([handle])
-        return int(handle)
+        return handle
 
     def seal(self) -> None:
         """Nothing here has a fixed address."""
 
-    def pack(self, weights: SlotWeights) -> Packed:
-        """In the ops' layout, in any thread. Raises ValueError: what does not fit, and where."""
-        for handle, pieces in weights.linears.items():
-            for piece in pieces:
-                self._check_linear(handle, piece)
-        for handle, ffn in weights.ffns.items():
-            self._check_ffn(handle, ffn)
-        for handle, scales in weights.scales.items():
-            for scale in scales:
-                _check_scale(scale, self._linears[handle].out_features)
-        for handle, scale in weights.ffn_scales.items():
-            _check_scale(scale, self._ffns[handle].intermediate, whole=True)
+    def _pack(self, weights: SlotWeights) -> Packed:
+        """In the ops' layout, in any thread. Raises CapacityError for too many router rows."""
+        _check_router_rows(weights)
         with self._packing:
-            return Packed(self._pack(weights))
+            return Packed(self._packed(weights))
 
-    def store(self, slot: int, weights: SlotWeights | Packed) -> None:
-        """Puts an adapter into an empty slot; raises as `pack` does."""
+    def _put(self, slot: int, packed: Packed) -> None:
         if slot < 0 or slot in self._slots:
             raise ValueError(f"slot: found {slot}, expected an empty slot, 0 or above")
-        packed = weights if isinstance(weights, Packed) else self.pack(weights)
         self._ops.store(self._id, packed.layout.number, slot)
         self._slots.add(slot)
 
@@ -177,52 +155,8 @@ class CpuBackend:
             raise ValueError(f"MOLEHILL_CPU_ISA: found {isa!r}, expected one of {usable}")
         return isa or usable[0]
 
-    def _check_linear(self, handle: int, piece: LinearPiece) -> None:
-        site = piece.site
-        if handle not in self._linears:
-            raise ValueError(f"{site}: found handle {handle}, expected a registered linear's")
-        shape, experts = self._linears[handle], len(piece.experts.ranks)
-        out = piece.experts.b.shape[0]
-        if piece.start < 0 or piece.start + out > shape.out_features:
-            columns = f"columns {piece.start} to {piece.start + out}"
-            raise ValueError(f"{site}: found {columns}, expected at most {shape.out_features}")
-        _check_experts(site, piece.experts, experts, shape.in_features, out)
-        if piece.shared is not None:
-            _check_experts(site, piece.shared, 1, shape.in_features, out)
-        _check_policy(site, piece.policy, experts)
-        _check_router(piece, experts, shape.in_features)
-        _check_table(site, "output_scale", piece.output_scale, (experts, out))
-        _check_table(site, "bias", piece.bias, (out,))
-
-    def _check_ffn(self, handle: int, piece: FfnPiece) -> None:
-        if handle not in self._ffns:
-            raise ValueError(f"{piece.site}: found handle {handle}, expected a registered FFN's")
-        shape, experts = self._ffns[handle], piece.num_experts
-        inputs = self._linears[shape.gate_up].in_features
-        outputs = self._linears[shape.down].out_features
-        if piece.activation not in _ACTIVATIONS:
-            known = sorted(_ACTIVATIONS)
-            raise ValueError(
-                f"{piece.site}: activation: found {piece.activation!r}, expected {known}"
-            )
-        for name, pair, ins, outs in (
-            ("gate", piece.gate, inputs, shape.intermediate),
-            ("up", piece.up, inputs, shape.intermediate),
-            ("down", piece.down, shape.intermediate, outputs),
-        ):
-            if pair is not None:
-                _check_experts(f"{piece.site}.{name}", pair, experts, ins, outs)
-        _check_policy(piece.site, piece.policy, experts)
-        _check_router(piece, experts, inputs)
-        _check_table(piece.site, "bias", piece.bias, (outputs,))
-        for name, scale in (("gate_scale", piece.gate_scale), ("up_scale", piece.up_scale)):
-            if scale is not None:
-                width = shape.intermediate
-                _check_table(piece.site, name, scale.factors, (experts, width))
-                _check_table(piece.site, f"{name}: bias", scale.bias, (width,))
-
-    def _pack(self, weights: SlotWeights) -> "Ticket":
-        dtype = next((shape.dtype for shape in self._linears.values()), torch.float32)
+    def _packed(self, weights: SlotWeights) -> "Ticket":
+        dtype = next((shape.dtype for shape in self._layers.linears.values()), torch.float32)
         number = self._ops.stage(self._id, weights.num_bytes(dtype))
         ticket = Ticket(self._ops, self._id, number)
         for handle, pieces in weights.linears.items():
@@ -232,7 +166,7 @@ class CpuBackend:
                     shared = LinearPiece(piece.site, piece.start, piece.shared, Constant((1.0,)))
                     self._pack_linear(ticket, handle, shared)
         for handle, ffn in weights.ffns.items():
-            dtype = self._linears[self._ffns[handle].gate_up].dtype
+            dtype = self._layers.linears[self._layers.ffns[handle].gate_up].dtype
             self._ops.pack_ffn(
                 ticket.number,
                 handle,
@@ -262,8 +196,8 @@ class CpuBackend:
             handle,
             self._site(piece.site),
             piece.start,
-            *_pair(piece.experts, self._linears[handle].dtype),
-            *_policy_numbers(_effective_policy(piece), piece.parameters),
+            *_pair(piece.experts, self._layers.linears[handle].dtype),
+            *_policy_numbers(piece.policy, piece.parameters),
             _floats(piece.router),
             _floats(piece.output_scale),
             _floats(piece.bias),
@@ -292,51 +226,21 @@ def _pair(
     return a, b, list(experts.ranks)
 
 
-def _expect(where: str, what: str, found: Any, expected: Any) -> None:
-    if found != expected:
-        raise ValueError(f"{where}: {what}: found {found}, expected {expected}")
-
-
-def _check_experts(site: str, pair: Experts, experts: int, inputs: int, outputs: int) -> None:
-    rank = sum(pair.ranks)
-    _expect(site, "experts", len(pair.ranks), experts)
-    _expect(site, "a", tuple(pair.a.shape), (rank, inputs))
-    _expect(site, "b", tuple(pair.b.shape), (outputs, rank))
-
-
-def _check_policy(site: str, policy: Policy, experts: int) -> None:
-    if not 1 <= experts <= MAX_ROUTER_ROWS - policy.extra_rows:
-        found = f"{experts} experts and {policy.extra_rows} more router rows"
-        raise CapacityError(site, found, f"1 to {MAX_ROUTER_ROWS} in all")
-    if isinstance(policy, Constant):
-        _expect(site, "constant weights", len(policy.weights), experts)
-
-
-def _check_router(piece: LinearPiece | FfnPiece, experts: int, inputs: int) -> None:
-    """A policy that has more than a row for each expert does nothing without them."""
-    rows, numbers = piece.policy.extra_rows, piece.policy.num_parameters
-    if rows and piece.router is None:
-        raise ValueError(f"{piece.site}: router: found none, expected {experts + rows} rows")
-    _check_table(piece.site, "router", piece.router, (experts + rows, inputs))
-    found = None if piece.parameters is None else tuple(piece.parameters.shape)
-    _expect(piece.site, "parameters", found, (numbers,) if numbers else None)
-
-
-def _check_table(site: str, name: str, table: Tensor | None, shape: tuple[int, ...]) -> None:
-    if table is not None:
-        _expect(site, name, tuple(table.shape), shape)
-
-
-def _check_scale(piece: ScalePiece, columns: int, *, whole: bool = False) -> None:
-    """whole: it must be one head over all columns."""
-    heads, experts, width = piece.vectors.shape
-    _check_policy(piece.site, piece.policy, experts)
-    _check_table(piece.site, "router", piece.router, (experts, width))
-    if whole:
-        _expect(piece.site, "vectors", (heads, width), (1, columns))
-    elif piece.start < 0 or piece.columns.stop > columns:
-        found = f"columns {piece.start} to {piece.columns.stop}"
-        raise ValueError(f"{piece.site}: found {found}, expected at most {columns}")
+def _check_router_rows(weights: SlotWeights) -> None:
+    linears = [piece for pieces in weights.linears.values() for piece in pieces]
+    scales = [piece for pieces in weights.scales.values() for piece in pieces]
+    counts = [
+        *((piece.site, piece.policy, len(piece.experts.ranks)) for piece in linears),
+        *((ffn.site, ffn.policy, ffn.num_experts) for ffn in weights.ffns.values()),
+        *(
+            (scale.site, scale.policy, scale.vectors.shape[1])
+            for scale in (*scales, *weights.ffn_scales.values())
+        ),
+    ]
+    for site, policy, experts in counts:
+        if experts + policy.extra_rows > MAX_ROUTER_ROWS:
+            found = f"{experts} experts and {policy.extra_rows} more router rows"
+            raise CapacityError(site, found, f"1 to {MAX_ROUTER_ROWS} in all")
 
 
 def _scale(scale: ExpertScale | None) -> tuple[Tensor | None, Tensor | None]:
@@ -345,15 +249,6 @@ def _scale(scale: ExpertScale | None) -> tuple[Tensor | None, Tensor | None]:
 
 def _vectors(piece: ScalePiece) -> tuple[str, list[float], Tensor | None, Tensor | None]:
     return *_policy_numbers(piece.policy, None), _floats(piece.router), _floats(piece.vectors)
-
-
-def _effective_policy(piece: LinearPiece) -> Policy:
-    """Without a router every token has the weights of a uniform distribution."""
-    if piece.router is not None:
-        return piece.policy
-    experts = len(piece.experts.ranks)
-    uniform = torch.full((1, experts), 1 / experts)
-    return Constant(tuple(piece.policy.route(uniform).weights[0].tolist()))
 
 
 def _policy_numbers(policy: Policy, parameters: Tensor | None) -> tuple[str, list[float]]:

@@ -1,23 +1,30 @@
 """The backend's shared library: shipped beside this file, or compiled once into a cache.
 
-`python -m molehill.kernels.cpu [DIRECTORY]` compiles it beside this file (or into DIRECTORY),
-for images whose users have no compiler.
+`molehill env --build` compiles it at installation, and so does `python -m molehill.kernels.cpu
+[DIRECTORY]`, beside this file or into DIRECTORY, for images whose users have no compiler.
+
+It takes from half a minute to several; what is going on is logged at once and every few seconds.
 """
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 
 import torch
+
+# vLLM shows what is logged below its own name.
+logger = logging.getLogger("vllm.molehill.kernels")
 
 HERE = Path(__file__).parent
 SOURCES = HERE / "csrc"
@@ -33,8 +40,17 @@ X86_ISAS = {
 }
 
 
+# Between two lines about a compilation that goes on.
+PROGRESS_SECONDS = 10.0
+LOOK_SECONDS = 0.2
+
+
 class BuildError(RuntimeError):
     """The library is neither shipped nor can it be compiled; the message says why."""
+
+
+class NoCompilerError(BuildError):
+    """There is none on this machine."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +79,66 @@ def load() -> Library:
     return _loaded[0]
 
 
+def install() -> Library:
+    """Finds or compiles the library without loading it, beside this file where that may be written,
+    else in the cache. Raises BuildError, NoCompilerError."""
+    name = library_name()
+    if (HERE / name).exists():
+        return Library(HERE / name, compiled=False)
+    if not os.access(HERE, os.W_OK):
+        return _find_or_compile()
+    cached = cache_directory() / name
+    if not cached.exists():
+        return Library(compile_into(HERE), compiled=True)
+    partial = HERE / f"{name}.partial"
+    shutil.copyfile(cached, partial)
+    return Library(partial.replace(HERE / name), compiled=False)
+
+
 def compile_into(directory: Path) -> Path:
     """Compiles the library into `directory` and returns its path. Raises BuildError."""
     compiler = _compiler()
-    target = directory / library_name()
+    target, units, start = directory / library_name(), _units(), monotonic()
+    _tell(
+        "compiling the C++ kernels",
+        f"compiling the C++ kernels, {len(units)} files on {COMPILERS} processors: about a minute "
+        f"on two, once; kept in {directory}, where later starts find them",
+    )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            with ThreadPoolExecutor(COMPILERS) as pool:
-                objects = list(pool.map(lambda u: _compile(compiler, u, Path(scratch)), _units()))
+            objects = _compile_all(compiler, units, Path(scratch), start)
             linked = Path(scratch) / "linked.so"
             _run([compiler, "-shared", *map(str, objects), "-o", str(linked), *_link_flags()])
             linked.replace(target)
     except OSError as error:
         raise BuildError(f"cannot write the C++ backend to {directory}: {error}") from error
+    logger.info("molehill: C++ kernels compiled in %.0f s", monotonic() - start)
     return target
+
+
+def _compile_all(compiler: str, units: "list[_Unit]", directory: Path, start: float) -> list[Path]:
+    """The objects, in the units' order. Raises BuildError for the first that fails, OSError."""
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        results = [pool.submit(_compile, compiler, unit, directory) for unit in units]
+        running: set[Future[Path]] = set(results)
+        try:
+            while running:
+                done, running = wait(running, PROGRESS_SECONDS, FIRST_EXCEPTION)
+                for result in done:
+                    result.result()
+                if running:
+                    count = f"{len(units) - len(running)} of {len(units)} files"
+                    what = f"compiling the C++ kernels: {count}"
+                    _tell(what, f"{what} after {monotonic() - start:.0f} s")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return [result.result() for result in results]
+
+
+def _tell(stage: str, line: str) -> None:
+    """A line of the log. stage: the same for clients, without this machine's paths."""
+    logger.info("molehill: %s", line, extra={"stage": stage})
 
 
 def library_name() -> str:
@@ -90,7 +151,7 @@ def library_name() -> str:
 
 def _find_or_compile() -> Library:
     name = library_name()
-    cache = _cache_directory()
+    cache = cache_directory()
     for directory in (HERE, cache):
         if (directory / name).exists():
             return Library(directory / name, compiled=False)
@@ -103,7 +164,8 @@ def _find_or_compile() -> Library:
         raise BuildError(f"no cache directory for the C++ backend: {error}") from error
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """`$MOLEHILL_CACHE_DIR`, or `molehill` in the user's cache."""
     chosen = os.environ.get("MOLEHILL_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -112,10 +174,25 @@ def _cache_directory() -> Path:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
+    """While no other process compiles into the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        told = None
+        while not _lock(file.fileno()):
+            if told is None or monotonic() - told >= PROGRESS_SECONDS:
+                what = "waiting for another process that compiles the C++ kernels"
+                _tell(what, f"{what} into {directory}")
+                told = monotonic()
+            sleep(LOOK_SECONDS)
         yield
+
+
+def _lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -165,7 +242,7 @@ def _compiler() -> str:
         path = shutil.which(name) if name else None
         if path:
             return path
-    raise BuildError("no C++ compiler: looked for $CXX, g++, c++ and clang++")
+    raise NoCompilerError("no C++ compiler: looked for $CXX, g++, c++ and clang++")
 
 
 def _compile(compiler: str, unit: _Unit, directory: Path) -> Path:

@@ -22,6 +22,7 @@ from molehill.kernels.backend import (
     SlotWeights,
     Trace,
 )
+from molehill.kernels.checked import CheckedBackend
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.blocks import Limits, Scratch, ScratchMemory, StripMemory, blocks_for
@@ -32,12 +33,13 @@ from molehill.kernels.triton.table import SlotTable
 from molehill.kernels.triton.tiles import buffer_size, table
 
 
-class TritonBackend:
+class TritonBackend(CheckedBackend):
     """See molehill.kernels.backend.Backend. `device` holds the arena and all tables."""
 
     name = "triton"
 
     def __init__(self, device: torch.device, limits: Limits) -> None:
+        super().__init__()
         self.limits = limits
         self._device = device
         self._linears: list[LinearShape] = []
@@ -56,12 +58,12 @@ class TritonBackend:
         self.ffn_op: Callable[..., Any] = torch.ops.molehill.ffn.default
         ops.install(self)
 
-    def register_linear(self, shape: LinearShape) -> int:
+    def _add_linear(self, shape: LinearShape) -> int:
         assert self._table is None, "linears are registered before adapters are stored"
         self._linears.append(shape)
         return len(self._linears) - 1
 
-    def register_ffn(self, shape: FfnShape) -> int:
+    def _add_ffn(self, shape: FfnShape) -> int:
         assert self._table is None, "FFNs are registered before adapters are stored"
         self._ffns.append(shape)
         handle = len(self._ffns) - 1
@@ -85,12 +87,11 @@ class TritonBackend:
                 self._strips = StripMemory(self.limits, self._device)
         return self._table
 
-    def pack(self, weights: SlotWeights) -> Packed:
+    def _pack(self, weights: SlotWeights) -> Packed:
         """On the host; copies to the device are left to `store`."""
         return Packed(self.table.pack(weights))
 
-    def store(self, slot: int, weights: SlotWeights | Packed) -> None:
-        packed = weights if isinstance(weights, Packed) else self.pack(weights)
+    def _put(self, slot: int, packed: Packed) -> None:
         self.table.store(slot, packed.layout)
         self._packed[slot] = packed
         self._tokens[slot] = 0

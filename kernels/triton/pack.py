@@ -187,8 +187,6 @@ def pack_ffn(
     fields = record.fields
     gate, count = _route(record, piece, piece.router, gate_up, limits)
     packing.sites.append(Site(piece.site, piece.policy, handle, None, gate, count))
-    if piece.activation not in ACTIVATION_CODES:
-        raise CapacityError(piece.site, piece.activation, f"one of {sorted(ACTIVATION_CODES)}")
     fields[at.ACTIVATION.value] = ACTIVATION_CODES[piece.activation]
     starts: list[int] = []
     for experts, row, place, rows in (
@@ -288,8 +286,4 @@ def _route(
 
 def _constant_weights(piece: LinearPiece) -> Tensor | None:
     """Gate weights `[E]` that no token changes, None where a router decides."""
-    if isinstance(piece.policy, Constant):
-        return torch.tensor(piece.policy.weights)
-    if piece.router is None:
-        raise TypeError(f"{piece.site}: a mixture without a router has the policy {piece.policy}")
-    return None
+    return torch.tensor(piece.policy.weights) if isinstance(piece.policy, Constant) else None

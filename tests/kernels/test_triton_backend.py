@@ -21,6 +21,7 @@ from triton_cases import (
 from molehill.kernels import definition
 from molehill.kernels.arena import ArenaFullError
 from molehill.kernels.backend import UNSERVED, LinearShape, Run, SlotWeights
+from molehill.kernels.checks import WeightsError
 from molehill.kernels.mixture import FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK
 from molehill.kernels.triton import expand, ffn, shrink
@@ -218,4 +219,4 @@ def test_traces_hold_what_the_kernels_routed() -> None:
 
 def test_a_routerless_mixture_needs_constant_weights() -> None:
     own = replace(mixture(Soft(), (1, 1), 16, 16), router=None)
-    refused(own, LIMITS, TypeError, "site: a mixture without a router")
+    refused(own, LIMITS, WeightsError, "site: router: found none, expected 2 rows")

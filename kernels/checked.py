@@ -1,0 +1,54 @@
+"""What stands before the kernels of every backend: its layers, and the check of what comes in."""
+
+from abc import ABC, abstractmethod
+
+from molehill.kernels.backend import FfnShape, LinearShape, Packed, SlotWeights
+from molehill.kernels.checks import Layers, check_ffn_shape, check_weights
+
+
+class CheckedBackend(ABC):
+    """The part of molehill.kernels.backend.Backend through which layers and weights come in.
+
+    A backend brings the methods with an underscore, which see nothing unchecked.
+    """
+
+    def __init__(self) -> None:
+        self._layers = Layers()
+
+    def register_linear(self, shape: LinearShape) -> int:
+        """Backend.register_linear. Raises ValueError for what the backend does not run."""
+        handle = self._add_linear(shape)
+        self._layers.linears[handle] = shape
+        return handle
+
+    def register_ffn(self, shape: FfnShape) -> int:
+        """Backend.register_ffn. Raises WeightsError if its linears do not fit it."""
+        check_ffn_shape(shape, self._layers)
+        handle = self._add_ffn(shape)
+        self._layers.ffns[handle] = shape
+        return handle
+
+    def pack(self, weights: SlotWeights) -> Packed:
+        """Backend.pack. Raises WeightsError as well."""
+        check_weights(weights, self._layers)
+        return self._pack(weights)
+
+    def store(self, slot: int, weights: SlotWeights | Packed) -> None:
+        """Backend.store. Raises WeightsError as well, and ValueError for a slot that is taken."""
+        self._put(slot, weights if isinstance(weights, Packed) else self.pack(weights))
+
+    @abstractmethod
+    def _add_linear(self, shape: LinearShape) -> int:
+        """The handle of a new linear."""
+
+    @abstractmethod
+    def _add_ffn(self, shape: FfnShape) -> int:
+        """The handle of a new FFN, whose linears fit it."""
+
+    @abstractmethod
+    def _pack(self, weights: SlotWeights) -> Packed:
+        """Weights that fit their layers."""
+
+    @abstractmethod
+    def _put(self, slot: int, packed: Packed) -> None:
+        """What `pack` returned, into a slot; on error the slot stays empty."""
