@@ -10,7 +10,8 @@ def drop_adapter_sets(engine_client: Any) -> None:
     """Ends `vllm:lora_requests_info`.
 
     It has one series for every set of adapters that ran or waited together, and keeps them all: of
-    a hundred adapters that come and go, more sets than can be held.
+    a hundred adapters that come and go, more sets than can be held. AdapterCollector has the set
+    of now under the same name.
     """
     manager = engine_client.logger_manager
     for logger in manager.stat_loggers if manager else ():

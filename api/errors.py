@@ -84,6 +84,14 @@ class NotLoadedError(RequestError):
     kind = "adapter_not_loaded"
 
 
+class UnknownModelError(RequestError):
+    """No base model and no adapter of that name is served."""
+
+    status = HTTPStatus.NOT_FOUND
+    # As vLLM calls it.
+    kind = "NotFoundError"
+
+
 class TooManyAdaptersError(RequestError):
     """The server holds as many names as it may."""
 
@@ -159,7 +167,7 @@ def encodable(message: str) -> str:
     return message.encode(errors="backslashreplace").decode()
 
 
-def body(message: str, kind: str, status: HTTPStatus) -> dict[str, Any]:
-    """The OpenAI protocol's error shape, as vLLM writes it."""
+def body(message: str, kind: str, status: HTTPStatus, param: str | None = None) -> dict[str, Any]:
+    """The OpenAI protocol's error shape, as vLLM writes it. param: the field that is wrong."""
     text = encodable(message)
-    return {"error": {"message": text, "type": kind, "param": None, "code": status.value}}
+    return {"error": {"message": text, "type": kind, "param": param, "code": status.value}}

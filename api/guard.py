@@ -62,10 +62,14 @@ OURS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 def kind_of(method: str, path: str) -> Kind:
-    """path: without the app's root path. A websocket counts as a POST."""
+    """path: without the app's root path. A websocket counts as a POST.
+
+    With a slash too many, a path is answered with a redirect: that is of its route's kind.
+    """
+    if method in READ and path in OPEN:
+        return Kind.OPEN
+    path = path.removesuffix("/")
     if method in READ:
-        if path in OPEN:
-            return Kind.OPEN
         asks = path in ASK or path.startswith(ASK_BELOW)
     else:
         asks = path in ASK or path in ASK_WRITES or CANCEL.fullmatch(path) is not None

@@ -4,8 +4,9 @@ Labels are names of loaded adapters only, never what clients send, and an adapte
 its memory is freed.
 """
 
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -16,6 +17,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from molehill.api.generation import Generation
 from molehill.api.registry import AdapterRegistry
 from molehill.api.stats import Snapshot
 from molehill.engine.figures import Figures
@@ -41,6 +43,7 @@ class AdapterCollector(Collector):
     """Metric families of what is in the engine now."""
 
     def __init__(self, registry: AdapterRegistry, snapshot: Snapshot) -> None:
+        self._time = time.time()
         self._loaded = len(registry)
         self._states = {
             "serving": len(registry),
@@ -54,6 +57,11 @@ class AdapterCollector(Collector):
         for generation in registry.alive():
             self._in_flight[generation.name] += generation.in_flight
             self._stored[generation.name] += generation.content.num_bytes
+        self._at_work = {
+            "max_lora": str(registry.residency.slots),
+            "waiting_lora_adapters": joined(registry.residency.waiting()),
+            "running_lora_adapters": joined(g for g in registry.alive() if g.running),
+        }
         self._figures = {name: snapshot.figures.get(name, Figures()) for name in self._in_flight}
 
     def collect(self) -> Iterator[Metric]:
@@ -61,6 +69,7 @@ class AdapterCollector(Collector):
             "molehill_adapters_loaded", "Adapters that are served by name.", self._loaded
         )
         yield self._by_state()
+        yield self._lora_requests()
         yield self._requests()
         yield self._bytes()
         yield from self._counters()
@@ -79,6 +88,16 @@ class AdapterCollector(Collector):
         for state, number in self._states.items():
             states.add_metric([state], number)
         return states
+
+    def _lora_requests(self) -> Metric:
+        """vLLM's metric in one series: a new set of adapters takes the place of the one before."""
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters that requests run on and wait for, at the time that is the value.",
+            labels=list(self._at_work),
+        )
+        info.add_metric(list(self._at_work.values()), self._time)
+        return info
 
     def _requests(self) -> Metric:
         in_flight = GaugeMetricFamily(
@@ -179,6 +198,11 @@ class AdapterCollector(Collector):
                 share.add_metric([name], total.op_seconds / seconds.steps)
         yield spent
         yield share
+
+
+def joined(generations: Iterable[Generation]) -> str:
+    """Their names, each once. None has a comma in it."""
+    return ",".join(sorted({generation.name for generation in generations}))
 
 
 def exposition(*collectors: Collector) -> bytes:

@@ -110,6 +110,10 @@ class AdapterRoots:
         except OSError as error:
             raise BadPathError(f"source: {error.strerror}") from error
 
+    def has(self, text: str) -> bool:
+        """Whether `resolve` finds something there, be it that it refuses it."""
+        return any(os.path.lexists(root / text) for root in self._roots)
+
     def _first_directory(self, text: str) -> Source:
         # An absolute `text` replaces the root in `root / text`.
         paths = [Path(os.path.realpath(root / text)) for root in self._roots]

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from vllm.exceptions import VLLMNotFoundError
 
 from molehill.api import adapter_routes, dashboard, inflight, routes, routing, starting
 from molehill.api.background import Background
@@ -25,6 +26,7 @@ from molehill.api.reader import AdapterReader
 from molehill.api.registry import AdapterRegistry
 from molehill.api.residency import Residency
 from molehill.api.restart import Restart
+from molehill.api.served_models import ServedModels, answer_not_found
 from molehill.api.services import Services, answer_http_error
 from molehill.api.sources import Sources, local
 from molehill.api.stats import WorkerStats
@@ -72,6 +74,7 @@ class MolehillRoutes:
         app.include_router(adapter_routes.router)
         args = app.state.args
         app.add_exception_handler(HTTPException, answer_http_error)
+        app.add_exception_handler(VLLMNotFoundError, answer_not_found)
         admin_keys = options_of(args).admin_keys
         # The last one added is the outermost.
         app.add_middleware(GenerationHeader)
@@ -149,7 +152,7 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     manifest = None if options.store is None else Manifest(store.root)
     restart = Restart(registry, store, sources, reader, manifest)
     stats, scraping = WorkerStats(workers, registry), Background(cores, "molehill-metrics")
-    return Services(registry, sources, stats, restart, models, scraping)
+    return Services(registry, sources, stats, restart, ServedModels(models, registry), scraping)
 
 
 async def prober(engine_client: Any) -> Prober | None:

@@ -48,6 +48,11 @@ class Residency:
     def full(self) -> bool:
         return len(self._residents) >= self.slots
 
+    def waiting(self) -> list[Generation]:
+        """Those that have requests, or a load, waiting for a slot."""
+        found = self._waiting.values()
+        return [generation for generation, turns in found if not all(t.done() for t in turns)]
+
     async def acquire(self, generation: Generation) -> Tier:
         """Waits until the generation is in the workers, and keeps it there until `release`.
 

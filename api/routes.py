@@ -10,8 +10,18 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from molehill.api import metrics
+from molehill.api.errors import UnknownModelError
 from molehill.api.generation import Generation
-from molehill.api.services import CHANGES, LOADS, Injected, StrictBody, StrictRoute, refusals
+from molehill.api.served_models import answer_unknown_model
+from molehill.api.services import (
+    CHANGES,
+    LOADS,
+    ErrorBody,
+    Injected,
+    StrictRoute,
+    VllmBody,
+    refusals,
+)
 from molehill.api.terms import Terms
 
 # What vLLM's clients may ask with parameters that only other servers know.
@@ -19,35 +29,37 @@ router = APIRouter()
 loading = APIRouter(route_class=StrictRoute)
 json_only = [Depends(validate_json_request)]
 
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
-class LoadRequest(StrictBody):
+
+class LoadRequest(VllmBody):
     """vLLM's fields. `is_3d_lora_weight` has no meaning here, so only its default is taken."""
 
+    route = LOAD
     lora_name: str
     lora_path: str
     load_inplace: bool = False
     is_3d_lora_weight: Literal[False] = False
 
 
-class UnloadRequest(StrictBody):
+class UnloadRequest(VllmBody):
     """vLLM takes, and ignores, an id beside the name; here the name alone decides."""
 
+    route = UNLOAD
     lora_name: str
     lora_int_id: int | None = None
 
 
-@loading.post("/v1/load_lora_adapter", dependencies=json_only, responses=refusals(*LOADS))
+@loading.post(LOAD, dependencies=json_only, responses=refusals(*LOADS))
 async def load_adapter(body: LoadRequest, found: Injected) -> Response:
     """200 means that the adapter serves."""
-    fetch = found.sources.fetch(body.lora_path)
+    fetch = found.sources.fetch_for_vllm(body.lora_path)
     terms = Terms(replace=body.load_inplace)
     loaded = await found.registry.load(body.lora_name, body.lora_path, fetch, terms)
     return JSONResponse({"status": loaded.status, **summary(loaded.generation)})
 
 
-@loading.post(
-    "/v1/unload_lora_adapter", dependencies=json_only, responses=refusals(*CHANGES, 404, 409)
-)
+@loading.post(UNLOAD, dependencies=json_only, responses=refusals(*CHANGES, 404, 409))
 async def unload_adapter(body: UnloadRequest, found: Injected) -> Response:
     """200 means that no new request gets the adapter; running ones finish on it."""
     generation = await found.registry.unload(body.lora_name)
@@ -66,28 +78,19 @@ def summary(generation: Generation) -> dict[str, Any]:
 
 
 @router.get("/v1/models")
+@router.get("/v1/models/", include_in_schema=False)
 async def list_models(found: Injected) -> Response:
-    """The base model's cards as vLLM writes them, and one per adapter, without server paths."""
-    listed = await found.models.registry.show_available_models()
-    # A local model also answers to its directory, which is not for everybody to know.
-    first, *others = listed.data
-    cards = [
-        card.model_dump() for card in (first, *others) if card is first or card.id != card.root
-    ]
-    base = cards[0]
-    for card in cards:
-        card["root"] = card["id"]
-    for generation in found.registry:
-        cards.append(
-            {
-                **base,
-                "id": generation.name,
-                "root": generation.name,
-                "parent": base["id"],
-                "created": generation.created,
-            }
-        )
-    return JSONResponse({"object": "list", "data": cards})
+    """The base model and the adapters."""
+    return JSONResponse({"object": "list", "data": await found.models.cards()})
+
+
+@router.get("/v1/models/{name:path}", responses={404: {"model": ErrorBody}})
+async def show_model(name: str, found: Injected) -> Response:
+    """One of the list's entries, or the base model by a name that is not listed."""
+    try:
+        return JSONResponse(await found.models.card(name))
+    except UnknownModelError as error:
+        return answer_unknown_model(error)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -1,9 +1,10 @@
 """What the routes work with, and how they answer and document refusals."""
 
+import logging
 from collections.abc import Callable, Coroutine, Set
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, Response
@@ -15,21 +16,28 @@ from molehill.api import errors
 from molehill.api.background import Background
 from molehill.api.registry import AdapterRegistry
 from molehill.api.restart import Restart
+from molehill.api.served_models import ServedModels
 from molehill.api.sources import Sources
 from molehill.api.stats import WorkerStats
 from molehill.engine.errors import AdapterError
 
+# Below vLLM's logger, whose handlers are the only ones that a server has.
+logger = logging.getLogger("vllm.molehill")
+
+# Of what a client may write into the log: fields of one body, and letters of each.
+LOGGED_FIELDS, LOGGED_LETTERS = 5, 40
+
 
 @dataclass(frozen=True)
 class Services:
-    """models: vLLM's OpenAIServingModels. scraping: where metrics are put into text: of a thousand
+    """scraping: where metrics are put into text: of a thousand
     adapters that takes as long as some steps do, and the event loop streams meanwhile."""
 
     registry: AdapterRegistry
     sources: Sources
     stats: WorkerStats
     restart: Restart
-    models: Any
+    models: ServedModels
     scraping: Background
 
 
@@ -45,6 +53,25 @@ class StrictBody(BaseModel):
     """A misspelt field is an error, not a default."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class VllmBody(BaseModel):
+    """As vLLM: what it does not know is ignored. A misspelt field is at least told in the log."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    route: ClassVar[str]
+
+    def model_post_init(self, _: Any) -> None:
+        unknown = list(self.model_extra or ())
+        if unknown:
+            shown = ", ".join(ascii(name[:LOGGED_LETTERS]) for name in unknown[:LOGGED_FIELDS])
+            more = len(unknown) - LOGGED_FIELDS
+            logger.warning(
+                "%s: ignored fields that it does not know: %s%s",
+                self.route,
+                shown,
+                f" and {more} more" if more > 0 else "",
+            )
 
 
 class StrictRoute(APIRoute):

@@ -39,6 +39,7 @@ HUB = "hf://"
 LAYOUTS = ((native.CONFIG, native.WEIGHTS), (files.CONFIG, files.SAFETENSORS))
 EXPECTED = " or ".join(" with ".join(names) for names in LAYOUTS)
 
+OWNER_AND_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 REPOSITORY = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 CHUNK = 1 << 20
 
@@ -77,6 +78,19 @@ class Sources:
         else:
             fetch = self._from_url(text) if "://" in text else self._from_root(text)
         return fetch if lora_b_layout is None else read_as(fetch, lora_b_layout)
+
+    def fetch_for_vllm(self, text: str) -> Fetch:
+        """As `fetch`, of a text as vLLM's clients write it: what reads as OWNER/NAME and is no
+        directory below a root is a repository, where the hub is allowed."""
+        if self.hub and OWNER_AND_NAME.fullmatch(text):
+            return self._from_root_or_hub(text)
+        return self.fetch(text)
+
+    @contextmanager
+    def _from_root_or_hub(self, text: str) -> Iterator[Source]:
+        there = self.roots.has(text)
+        with self._from_root(text) if there else self._from_hub(f"{HUB}{text}") as source:
+            yield source
 
     @contextmanager
     def _from_root(self, text: str) -> Iterator[Source]:

@@ -17,7 +17,8 @@ from molehill.engine.base import Limits
 from molehill.engine.errors import CorruptFileError, LimitError
 from molehill.engine.formats import files, pickles
 
-SECONDS = 5
+# Of this process's own work, whatever else the machine does. A bomb would take for ever.
+CPU_SECONDS = 5
 BYTES = 256 << 20
 
 
@@ -73,9 +74,9 @@ BOMBS = {
 @pytest.mark.parametrize("pickled", BOMBS.values(), ids=BOMBS)
 def test_a_small_pickle_takes_neither_memory_nor_time(adapter, pickled):
     write(adapter, pickled, {})
-    before, start = psutil.Process().memory_info().rss, time.monotonic()
+    before, start = psutil.Process().memory_info().rss, time.process_time()
     assert refusal(CorruptFileError, adapter).where == files.PICKLE
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < CPU_SECONDS
     assert psutil.Process().memory_info().rss - before < BYTES
 
 
@@ -158,7 +159,7 @@ def test_a_sparse_file_over_the_limit_is_refused_by_its_size(edited):
     with (directory / files.SAFETENSORS).open("r+b") as file:
         file.seek(1 << 40)
         file.write(struct.pack("<Q", 0))
-    start = time.monotonic()
+    start = time.process_time()
     error = refusal(LimitError, directory)
     assert error.found == f"{(1 << 40) + 8} bytes"
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < CPU_SECONDS

@@ -43,7 +43,7 @@ def test_a_reader_may_wait_for_what_comes() -> None:
     async def scenario() -> None:
         ahead = ReadAhead(outputs(), True, lambda: None)
         reading = asyncio.create_task(ahead.next())
-        assert (await asyncio.wait_for(reading, 1)).outputs[0].text
+        assert (await asyncio.wait_for(reading, 60)).outputs[0].text
 
     asyncio.run(scenario())
 

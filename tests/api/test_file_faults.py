@@ -19,7 +19,6 @@ from test_pickles import BOMBS, write
 from molehill.engine import formats
 from molehill.engine.formats import files
 
-SOON_SECONDS = 5
 # More than all processes grow by meanwhile on their own, far less than a bomb takes.
 BYTES = 256 << 20
 
@@ -89,24 +88,25 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_damaged_safetensors_are_refused_at_once(api: Api, damage: Callable[[Path], None]) -> None:
+def test_damaged_safetensors_are_refused(api: Api, damage: Callable[[Path], None]) -> None:
+    """What a header makes up would take for ever to read, and more memory than there is."""
     target = copy_adapter("dora", api.root / f"lying-{damage.__name__}")
     damage(target)
-    start = time.monotonic()
+    before = resident_memory()
     status, kind, message = api.error(api.load("bad", target.name))
-    assert time.monotonic() - start < SOON_SECONDS
+    assert resident_memory() - before < BYTES
     assert (status, kind) == (422, DAMAGE[damage])
     assert files.SAFETENSORS in message
     assert "bad" not in api.models()
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_pickle_bombs_are_refused_at_once(api: Api, bomb: str) -> None:
+def test_pickle_bombs_are_refused(api: Api, bomb: str) -> None:
+    """What they ask for would take for ever, and more memory than there is."""
     target = copy_adapter("lora", api.root / f"bomb-{bomb.replace(' ', '-')}")
     write(target, BOMBS[bomb], {})
-    before, start = resident_memory(), time.monotonic()
+    before = resident_memory()
     assert api.error(api.load("bad", target.name))[:2] == (422, "corrupt_file")
-    assert time.monotonic() - start < SOON_SECONDS
     assert resident_memory() - before < BYTES
 
 

@@ -28,7 +28,8 @@ READS = ("GET", "HEAD")
 # Every operation of vLLM's and of ours, on whatever model and with whatever options. A route that
 # is not here needs somebody to decide which kind it is.
 ASKS = {
-    *(f"GET {path}" for path in ("/version", "/load", "/v1/models")),
+    *(f"GET {path}" for path in ("/version", "/load", "/v1/models", "/v1/models/")),
+    "GET /v1/models/{name}",
     *(f"GET {path}" for path in ("/v1/routing", "/v1/adapters", "/v1/adapters/{name}")),
     *("GET /v1/adapters/{name}/routing", "GET /v1/responses/{response_id}"),
     *(
@@ -185,6 +186,14 @@ def test_without_an_admin_key_the_inherited_controls_do_not_exist(
             assert client.post(path, headers=headers).status_code == 404
 
 
+def test_a_slash_too_many_leads_to_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = TestClient(build(monkeypatch), follow_redirects=False)
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/load_lora_adapter"):
+        answer = client.post(f"{path}/", json={})
+        assert (path, answer.status_code) == (path, 307)
+        assert answer.headers["location"].endswith(path)
+
+
 def test_an_admin_key_alone_guards_what_changes_the_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -282,6 +291,13 @@ def test_what_our_routes_refuse_is_documented(app: Any) -> None:
         ("POST", "/v1/responses/x/y/cancel", Kind.ADMIN),
         ("POST", "/cohere/v2/chat", Kind.ASK),
         ("POST", "/tokenize", Kind.ASK),
+        # A route answers these with a redirect to itself.
+        ("POST", "/v1/completions/", Kind.ASK),
+        ("POST", "/v1/responses/x/cancel/", Kind.ASK),
+        ("GET", "/version/", Kind.ASK),
+        ("POST", "/v1/completions//", Kind.ADMIN),
+        ("POST", "/v1/adapters/", Kind.ADMIN),
+        ("POST", "/pause/", Kind.ADMIN),
         ("GET", "/is_sleeping", Kind.ADMIN),
         ("GET", "/whatever/comes/next", Kind.ADMIN),
     ],

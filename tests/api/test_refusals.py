@@ -236,16 +236,30 @@ def test_bad_names_are_refused(api: Api, name: str) -> None:
         {},
         {"lora_name": "x"},
         {"lora_path": "lora"},
-        {"lora_name": "x", "lora_path": "lora", "load_in_place": True},
         {"lora_name": 5, "lora_path": "lora"},
         {"lora_name": "x", "lora_path": ["lora"]},
         {"lora_name": "x", "lora_path": "lora", "load_inplace": "yes"},
         [],
     ],
 )
-def test_misspelt_and_mistyped_fields_are_refused(api: Api, body: Any) -> None:
+def test_missing_and_mistyped_fields_are_refused(api: Api, body: Any) -> None:
     response = api.http.post("/v1/load_lora_adapter", json=body)
     assert api.error(response)[0] == 400
+    assert "x" not in api.models()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/adapters", {"name": "x", "source": "lora", "pined": True}),
+        ("/v1/adapters", {"name": "x", "source": "lora", "base_model_name": BASE}),
+        ("/v1/adapters/started/pin", {"pinned": False, "x": 1}),
+    ],
+)
+def test_our_own_routes_refuse_misspelt_fields(api: Api, path: str, body: Any) -> None:
+    status, _, message = api.error(api.http.post(path, json=body))
+    assert status == 400
+    assert list(body)[-1] in message
     assert "x" not in api.models()
 
 

@@ -17,7 +17,12 @@ from api_client import copy_adapter
 from world import World, settle
 
 from molehill.api.admission import Admission
-from molehill.api.errors import BadPathError, FetchError, ForbiddenSourceError
+from molehill.api.errors import (
+    BadPathError,
+    FetchError,
+    ForbiddenPathError,
+    ForbiddenSourceError,
+)
 from molehill.api.paths import AdapterRoots, Source
 from molehill.api.sources import Sources, allowed, reason
 from molehill.engine import formats
@@ -268,7 +273,7 @@ def test_sources_that_keep_loads_waiting_hold_up_no_other_load(tmp_path: Path) -
 
     @contextmanager
     def silent() -> Iterator[Source]:
-        answer.wait(20)
+        answer.wait(60)
         raise FetchError("silent")
         yield
 
@@ -279,7 +284,8 @@ def test_sources_that_keep_loads_waiting_hold_up_no_other_load(tmp_path: Path) -
         ]
         await settle()
         try:
-            assert (await asyncio.wait_for(w.load("a", 1), 5)).status == "loaded"
+            assert (await w.load("a", 1)).status == "loaded"
+            assert not any(task.done() for task in stuck)
         finally:
             answer.set()
         found = await asyncio.gather(*stuck, return_exceptions=True)
@@ -301,6 +307,23 @@ def test_what_is_no_repository_is_refused(text: str) -> None:
         pass
 
 
+def test_a_repository_as_vllm_names_it_takes_nothing_from_the_roots(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "org" / "adapter").mkdir(parents=True)
+    (root / "org" / "outside").symlink_to(tmp_path)
+    hub, closed = Sources(AdapterRoots([root]), hub=True), Sources(AdapterRoots([root]))
+    for sources in (hub, closed):
+        with sources.fetch_for_vllm("org/adapter") as source:
+            assert source.directory == root / "org" / "adapter"
+        for text in ("org/outside", "../root2/x", "../secret"):
+            with pytest.raises(ForbiddenPathError), sources.fetch_for_vllm(text):
+                pass
+    with pytest.raises(AdapterNotFoundError), closed.fetch_for_vllm("org/nobody"):
+        pass
+    with pytest.raises(ForbiddenSourceError), closed.fetch_for_vllm("hf://org/nobody"):
+        pass
+
+
 FETCH = """
 import resource, sys
 from molehill.api import sources
@@ -313,7 +336,7 @@ for text, limit, room in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
     prefix = text.rpartition("/")[0]
     allowed = sources.Sources(AdapterRoots([]), hub=True, prefixes=[prefix], limit=int(limit))
     try:
-        with allowed.fetch(text) as source:
+        with allowed.fetch_for_vllm(text) as source:
             print(source.label, formats.read(source.directory).digest)
     except Exception as error:
         print(type(error).__name__, error)
@@ -355,6 +378,8 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
         ("hf://org/silent", much, much),
         ("hf://org/adapter", much, little),
         (f"{url}/files/adapter", much, little),
+        ("org/adapter", much, much),
+        ("org/nobody", much, much),
     ]
     found = fetch_from_hub(url, tmp_path, wanted)
     assert found[0] == f"hf://org/adapter@{COMMIT} {formats.read(folder).digest}"
@@ -365,6 +390,8 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
     # The bound has the errors that a full disk and a quota have.
     assert found[5] == "StoreError org/adapter: no room to download it: File too large"
     assert found[6] == f"StoreError {url}/files/adapter: no room to download it: File too large"
+    # As vLLM's clients name a repository.
+    assert (found[7], found[8]) == (found[0], found[2])
     assert not [line for line in found if "molehill-fetch" in line]
     fetched = {path for path in asked if "/resolve/" in path}
     assert fetched

@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
 from molehill.engine.cores import keep_off, own_cores
 from molehill.engine.errors import CorruptFileError
+from molehill.engine.vllm import preparing
 from molehill.engine.vllm.preparing import IDLE_SECONDS, PAUSE_SECONDS, Preparation, Pulse
 
 
@@ -89,26 +89,31 @@ def test_an_error_is_raised_where_it_is_taken_and_the_next_start_reads_again() -
     assert preparation.take("a") == "content of a"
 
 
-def test_a_thread_waits_for_the_next_step_and_not_at_all_without_steps() -> None:
+def test_a_thread_waits_for_the_next_step_and_not_at_all_without_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a clock that only its own pauses move."""
     pulse = Pulse()
-    start = time.monotonic()
-    pulse.wait()
-    assert time.monotonic() - start < IDLE_SECONDS
-    pulse.beat()
-    waited = threading.Event()
+    now, pauses, next_step = 100.0, 0, 5
 
-    def wait() -> None:
-        pulse.wait()
-        waited.set()
+    def sleep(seconds: float) -> None:
+        nonlocal now, pauses
+        now += seconds
+        pauses += 1
+        if pauses == next_step:
+            pulse.beat()
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    assert not waited.wait(5 * PAUSE_SECONDS)
-    pulse.beat()
-    assert waited.wait(10)
-    thread.join()
-    # The last step was the last: it does not wait for ever.
+    monkeypatch.setattr(preparing, "monotonic", lambda: now)
+    monkeypatch.setattr(preparing, "sleep", sleep)
     pulse.wait()
+    assert pauses == 0
+    pulse.beat()
+    pulse.wait()
+    assert pauses == next_step
+    # That step was the last: it does not wait for ever.
+    start = now
+    pulse.wait()
+    assert now - start == pytest.approx(IDLE_SECONDS, abs=2 * PAUSE_SECONDS)
 
 
 @pytest.mark.skipif(len(own_cores()) < 2, reason="needs two cores, and a system that binds to them")

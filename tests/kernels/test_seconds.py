@@ -1,5 +1,6 @@
 """The ops' own stopwatch against one outside of them."""
 
+from statistics import median
 from time import perf_counter
 
 import pytest
@@ -65,12 +66,14 @@ def test_base_steps_take_no_adapter_seconds(layer):
 
 @pytest.mark.parametrize("slot", [0, 1, UNSERVED])
 def test_seconds_are_those_of_the_calls(layer, slot):
-    outside = 0.0
+    shares = []
     for _ in range(50):
         before = layer.backend.seconds()
         wall = layer.run(Run(slot, 0, TOKENS))
-        assert 0 < layer.backend.seconds() - before <= wall
-        outside += wall
+        seconds = layer.backend.seconds() - before
+        assert 0 < seconds <= wall
+        shares.append(seconds / wall)
     if slot != UNSERVED:
-        # What lies between the two stopwatches is the calls' overhead.
-        assert layer.backend.seconds() > 0.3 * outside
+        # What lies between the two stopwatches is the calls' overhead, and now and then whatever
+        # else the machine does.
+        assert median(shares) > 0.3
