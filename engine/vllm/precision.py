@@ -142,8 +142,9 @@ def count_parameters(model: str, revision: str | None) -> int:
     """Of a directory, the local cache or the hub, from the headers of its safetensors files."""
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-    tensors = get_safetensors_params_metadata(model, revision=revision)
-    return sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+    # Of a local file there is `__metadata__` beside the tensors.
+    entries = get_safetensors_params_metadata(model, revision=revision).values()
+    return sum(math.prod(entry["shape"]) for entry in entries if "shape" in entry)
 
 
 def available_memory() -> int:
