@@ -32,10 +32,10 @@ DELTA_NET = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
 }
 # By `model_type`: what differs from SIZES. head_dim * heads is not the hidden size where it can.
 MODELS: Mapping[str, Mapping[str, Any]] = {

@@ -25,6 +25,8 @@ _ITEM = 4
 _MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 # Its gated delta net is another one, for GPUs only.
 _OTHER_DELTA_NETS = ("olmo_hybrid",)
+# Widths of their heads for which vLLM 0.32 has CPU kernels.
+_DELTA_NET_HEADS = (64, 128)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Choice:
-    """A dtype as `--dtype` takes it, and the sentence that says why; no sentence, nothing to say."""
+    """A dtype as `--dtype` takes it, and a sentence that says why, where there is one to say."""
 
     dtype: str
     why: str = ""
@@ -77,6 +79,18 @@ def check(config: Any, dtype: str) -> None:
             f"--dtype: found {dtype}, expected bfloat16: vLLM's CPU kernels for the gated delta "
             f"net of {kind} take nothing else"
         )
+    if needs_bfloat16(config):
+        _check_heads(config.get_text_config())
+
+
+def _check_heads(text: Any) -> None:
+    widths = (text.linear_key_head_dim, text.linear_value_head_dim)
+    if widths not in [(width, width) for width in _DELTA_NET_HEADS]:
+        raise ValueError(
+            f"linear_key_head_dim, linear_value_head_dim: found {widths[0]}, {widths[1]}, expected "
+            f"both {' or both '.join(map(str, _DELTA_NET_HEADS))}: vLLM's CPU kernels for the "
+            f"gated delta net of {text.model_type} take nothing else"
+        )
 
 
 def choose(config: Any, parameters: Callable[[], int], room: Callable[[], Room]) -> Choice:
@@ -103,9 +117,9 @@ def _float32_if_it_fits(config: Any, weights: int, room: Room) -> Choice:
         return Choice(AUTO, _stays(f"{what}, {_gib(room.available)} are free"))
     return Choice(
         FLOAT32,
-        f"dtype: float32 in place of bfloat16, for which this processor has no instructions; {GAIN}. "
-        f"The weights take {_gib(weights)}, and a token of KV cache twice as much as in bfloat16. "
-        "--dtype bfloat16 keeps bfloat16.",
+        "dtype: float32 in place of bfloat16, for which this processor has no instructions; "
+        f"{GAIN}. The weights take {_gib(weights)}, and a token of KV cache twice as much as in "
+        "bfloat16. --dtype bfloat16 keeps bfloat16.",
     )
 
 

@@ -78,6 +78,35 @@ def test_bfloat16_of_gated_delta_nets_is_not(dtype: str) -> None:
     precision.check(config("qwen3_next"), dtype)
 
 
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 256])
+def test_the_widths_of_heads_are_those_of_vllms_kernel(width: int) -> None:
+    from vllm import _custom_ops as ops
+
+    head = torch.randn(1, 4, 1, width).bfloat16()
+    gates = torch.randn(4, 1).bfloat16()
+    g, beta = ops.fused_gdn_gating_cpu(torch.ones(1), gates, gates, torch.ones(1).bfloat16())
+    heads = {"linear_key_head_dim": width, "linear_value_head_dim": width}
+    try:
+        ops.chunk_gated_delta_rule_cpu(
+            query=head,
+            key=head,
+            value=head,
+            g=g,
+            beta=beta,
+            initial_state=torch.zeros(1, 1, width, width),
+            output_final_state=True,
+            cu_seqlens=torch.tensor([0, 4], dtype=torch.int32),
+            head_first=False,
+            use_qk_l2norm_in_kernel=True,
+            initial_state_indices=torch.zeros(1, dtype=torch.int32),
+        )
+    except RuntimeError:
+        with pytest.raises(ValueError, match=rf"found {width}, {width}, expected both 64 or both"):
+            precision.check(config("qwen3_next", **heads), "bfloat16")
+    else:
+        precision.check(config("qwen3_next", **heads), "bfloat16")
+
+
 def test_float32_where_bfloat16_is_slow_and_why(slow: None) -> None:
     choice = choose(config("llama"), parameters=135 * 10**6)
     assert choice.dtype == "float32"
