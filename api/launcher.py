@@ -9,6 +9,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from molehill.api import precision
 from molehill.api.lock import check_free
 from molehill.api.options import Options, Resident, api_keys
 from molehill.api.workers import ONE_ENGINE
@@ -57,12 +58,14 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
         os.environ.setdefault(name, value)
     os.environ["VLLM_PLUGINS"] = allow_plugin(os.environ.get("VLLM_PLUGINS"))
 
-    from molehill.engine.vllm import compat, compilation
+    from molehill.engine.vllm import compat, compilation, vision
 
     try:
         compat.check_version()
+        vision.check()
         compilation.lift_gate()
         args = parse(vllm_arguments)
+        precision.settle(args)
     except (RuntimeError, TypeError, ValueError) as error:
         raise LaunchError(str(error)) from error
     run(prepare(args, options))

@@ -167,8 +167,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=named_layout,
-        help=f"read the LoRA on fused experts of --adapter NAME as one of {', '.join(LAYOUTS)}; may "
-        "be repeated (default: as its adapter_config.json says)",
+        help=f"read the LoRA on fused experts of --adapter NAME as one of {', '.join(LAYOUTS)}; "
+        "may be repeated (default: as its adapter_config.json says)",
     )
     group.add_argument(
         "--adapter-root",

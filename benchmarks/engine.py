@@ -2,9 +2,11 @@
 
 Arms run in turn on the same prompts, over several repetitions, on up to four engines that live side
 by side (idle ones wait). Ratios are taken within a repetition. Decode speed counts from the first
-to the last token of a batch, prefill from the call to the first token.
+to the last token of a batch, prefill from the call to the first token. An arm that takes more than
+--budget seconds for a workload is stopped there and left out of it; the result says so.
 
 Usage: python benchmarks/engine.py MODEL [--repetitions N] [--output DIRECTORY] [--arms a,b,...]
+    [--points a,b,...] [--budget SECONDS] [--dtype auto] [--eager]
 """
 
 import argparse
@@ -18,10 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 EXPERTS, RANK, MANY = 8, 8, 32
 # vLLM's own LoRA reads a prompt at some 20 tokens/s on CPU: it gets short prompts and few tokens.
 SHORT, FEW = 16, 12
+# Seconds for one arm, one workload, one repetition.
+BUDGET = 120.0
 # Spread of the routers' logits. At 1 DynMoLE chooses about 4 of 8 experts, and a quarter of its
 # decisions is soft (what was counted is printed with the results).
 SHARPNESS = 1.0
@@ -67,6 +72,7 @@ POINTS = (
     Point("decode, batch 32", 32, 16, 32),
     Point("decode, batch 2, 1k context", 2, 1000, 32),
     Point("prefill, 4 x 512", 4, 512, 1),
+    Point("prefill, 1 x 128", 1, 128, 1),
 )
 
 
@@ -80,11 +86,21 @@ class Sample:
     speed: float
 
 
+class OverBudgetError(Exception):
+    """An arm took too long for a workload and was stopped."""
+
+
+def progress(text: str) -> None:
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def running_engines(model: str, arms: str, lora: Path) -> Iterator[dict[str, Any]]:
+def running_engines(
+    model: str, arms: str, lora: Path, options: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
     """The engines that the arms need, all compiled but vLLM's own LoRA (it cannot be, on CPU).
 
-    lora: what is merged into the base weights of the last one.
+    lora: what is merged into the base weights of the last one. options: of every engine.
     """
     from vllm import LLM
 
@@ -97,20 +113,22 @@ def running_engines(model: str, arms: str, lora: Path) -> Iterator[dict[str, Any
         "enable_prefix_caching": False,
         "disable_log_stats": False,
         "max_num_seqs": 64,
+        **options,
+    }
+    worker = {"worker_cls": compilation.WORKER, "enable_lora": True, "max_loras": 40}
+    stock = {"enable_lora": True, "max_lora_rank": EXPERTS * RANK}
+    resident = {"additional_config": Settings(resident=str(lora)).to_config()}
+    own: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "molehill": worker,
+        "lora": stock,
+        "merged": {**worker, **resident},
     }
     engines: dict[str, Any] = {}
     try:
-        if "a" in arms:
-            engines["plain"] = LLM(model, **common)
-        worker = {"worker_cls": compilation.WORKER, "enable_lora": True, "max_loras": 40}
-        if set(arms) & set("bdef"):
-            engines["molehill"] = LLM(model, **common, **worker)
-        if "c" in arms:
-            stock = {"enable_lora": True, "max_lora_rank": EXPERTS * RANK}
-            engines["lora"] = LLM(model, **common, **stock)
-        if "g" in arms:
-            resident = Settings(resident=str(lora)).to_config()
-            engines["merged"] = LLM(model, **common, **worker, additional_config=resident)
+        for name in dict.fromkeys(map(engine_of, arms)):
+            progress(f"starting engine {name!r}")
+            engines[name] = LLM(model, **common, **own[name])
         yield engines
     finally:
         for llm in engines.values():
@@ -167,19 +185,38 @@ def engine_of(arm: str) -> str:
     return {"a": "plain", "c": "lora", "g": "merged"}.get(arm, "molehill")
 
 
-def measure(llm: Any, point: Point, requests: Sequence[Any], seed: int) -> float:
+def generate(
+    llm: Any, prompts: Sequence[Any], sampling: Any, loras: Sequence[Any], budget: float
+) -> list[Any]:
+    """As LLM.generate, stopped with OverBudgetError at the first step that ends after `budget`
+    seconds."""
+    end = time.perf_counter() + budget
+    names = llm.enqueue(prompts, sampling, lora_request=loras, use_tqdm=False)
+    outputs = []
+    while llm.llm_engine.has_unfinished_requests():
+        outputs += [output for output in llm.llm_engine.step() if output.finished]
+        if time.perf_counter() > end and llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.abort_request(names, internal=True)
+            raise OverBudgetError
+    return outputs
+
+
+def measure(
+    llm: Any, point: Point, requests: Sequence[Any], seed: int, budget: float = BUDGET
+) -> float:
     """Tokens per second: generated ones, or prompt tokens of a prefill point."""
     from vllm import SamplingParams
 
     dice = random.Random(seed)
+    vocabulary = min(40000, llm.llm_engine.model_config.get_vocab_size())
     prompts = [
-        {"prompt_token_ids": [dice.randrange(100, 40000) for _ in range(point.prompt)]}
+        {"prompt_token_ids": [dice.randrange(100, vocabulary) for _ in range(point.prompt)]}
         for _ in range(point.batch)
     ]
     sampling = SamplingParams(temperature=0, max_tokens=point.tokens, ignore_eos=True)
     loras = [requests[i % len(requests)] for i in range(point.batch)]
     start = time.perf_counter()
-    outputs = llm.generate(prompts, sampling, lora_request=loras, use_tqdm=False)
+    outputs = generate(llm, prompts, sampling, loras, budget)
     seconds = time.perf_counter() - start
     if point.is_prefill:
         return point.batch * point.prompt / seconds
@@ -194,20 +231,33 @@ def run(
     arms: str,
     points: Sequence[Point],
     repetitions: int,
-) -> list[Sample]:
-    samples = []
+    budget: float = BUDGET,
+) -> tuple[list[Sample], list[str]]:
+    """The samples, and what was stopped: it is left out from then on."""
+    samples: list[Sample] = []
+    stopped: dict[tuple[str, str], str] = {}
     for repetition in range(-1, repetitions):  # the first one warms up
-        for point in points:
-            for arm in arms:
-                if arm == "c" and point.prompt > SHORT:
-                    continue
-                llm = engines[engine_of(arm)]
-                tokens = min(point.tokens, FEW) if arm == "c" else point.tokens
-                speed = measure(llm, replace(point, tokens=tokens), requests[arm], repetition)
-                if repetition >= 0:
-                    samples.append(Sample(arm, point.name, repetition, speed))
-                    print(f"{repetition} {point.name:28} {arm} {speed:9.1f}", file=sys.stderr)
-    return samples
+        for point, arm in product(points, arms):
+            if (arm, point.name) in stopped or (arm == "c" and point.prompt > SHORT):
+                continue
+            llm = engines[engine_of(arm)]
+            tokens = min(point.tokens, FEW) if arm == "c" else point.tokens
+            short = replace(point, tokens=tokens)
+            where = f"{repetition if repetition >= 0 else 'warm-up':7} {point.name:28} {arm}"
+            try:
+                speed = measure(llm, short, requests[arm], repetition, budget)
+            except OverBudgetError:
+                work = f"{point.batch} x ({point.prompt} + {tokens}) tokens"
+                stopped[arm, point.name] = (
+                    f"{arm}, {point.name}: stopped in repetition {repetition}, "
+                    f"{work} take more than {budget:.0f} s"
+                )
+                progress(f"{where} stopped after {budget:.0f} s and left out")
+                continue
+            progress(f"{where} {speed:9.1f}")
+            if repetition >= 0:
+                samples.append(Sample(arm, point.name, repetition, speed))
+    return samples, list(stopped.values())
 
 
 def ratios(samples: list[Sample], arm: str, over: str, point: str) -> list[float]:
@@ -277,7 +327,7 @@ def host() -> dict[str, str]:
     }
 
 
-def report(samples: list[Sample], arms: str) -> str:
+def report(samples: list[Sample], arms: str, stopped: Sequence[str] = ()) -> str:
     """A row per point: best speed of each arm, and the median ratio with its spread."""
     pairs = [(arm, "a") for arm in "bdecfg" if {arm, "a"} <= set(arms)]
     pairs += [(arm, over) for arm, over in (("f", "d"), ("d", "c")) if {arm, over} <= set(arms)]
@@ -301,6 +351,7 @@ def report(samples: list[Sample], arms: str) -> str:
                 f"  {arm}/{over} median {statistics.median(values):.3f} "
                 f"best/best {best_ratio:.3f} ({spread})"
             )
+    lines += ["", *stopped] if stopped else []
     return "\n".join(lines)
 
 
@@ -323,23 +374,28 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--points", default="", help="only workloads with one of these words, a,b")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds per arm and workload")
+    parser.add_argument("--dtype", default="auto", help="of every engine")
+    parser.add_argument("--eager", action="store_true", help="compile no engine")
     args = parser.parse_args()
     arms = args.arms.replace(",", "")
     points = [p for p in POINTS if any(word in p.name for word in args.points.split(","))]
-    facts: dict[str, Any] = {"host": host(), "limits": limits(args.model)}
+    options = {"dtype": args.dtype, "enforce_eager": args.eager}
+    facts: dict[str, Any] = {"host": host(), "engines": options, "limits": limits(args.model)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         base = adapter_options(args.model)["base"]
         lora = synthetic.save_lora(base, EXPERTS * RANK, folder / "lora")
-        with running_engines(args.model, arms, lora) as engines:
+        with running_engines(args.model, arms, lora, options) as engines:
+            progress("making and loading adapters")
             requests = make_requests(engines, args.model, folder, lora)
-            samples = run(engines, requests, arms, points, args.repetitions)
+            samples, stopped = run(engines, requests, arms, points, args.repetitions, args.budget)
             if "molehill" in engines:
                 facts["routing"] = routing(engines, requests)
     if {"a", "d", "f"} <= set(arms):
         chosen = facts["routing"]["d"]["experts"]
         facts["limits"]["f/d, batch 32"] = many_limit(args.model, samples, chosen)
-    text = "\n".join([report(samples, arms), "", json.dumps(facts, indent=1)])
+    text = "\n".join([report(samples, arms, stopped), "", json.dumps(facts, indent=1)])
     print(text)
     write(args.output, samples, facts, text)
 

@@ -26,6 +26,17 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
+# A gated delta net and a full attention: heads of widths that vLLM's CPU kernels take.
+DELTA_NET = {
+    "head_dim": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
 # By `model_type`: what differs from SIZES. head_dim * heads is not the hidden size where it can.
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"head_dim": 32, "sliding_window": None},
@@ -46,6 +57,14 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "sliding_window": None,
+    },
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_next": {
+        **DELTA_NET,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
     },
 }
 

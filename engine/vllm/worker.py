@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from molehill.engine import startup
 from molehill.engine.cores import own_cores
 from molehill.engine.merge import Resident
-from molehill.engine.vllm import compat, compilation, experts
+from molehill.engine.vllm import compat, compilation, experts, precision
 from molehill.engine.vllm.clock import StepClock
 from molehill.engine.vllm.manager import AdapterManager
 
@@ -39,6 +39,9 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         compat.check_seams()
         if self.vllm_config.lora_config is None:
             raise RuntimeError("molehill's worker needs enable_lora=True (--enable-lora)")
+        if current_platform.is_cpu():
+            model = self.vllm_config.model_config
+            precision.check(model.hf_config, str(model.dtype).removeprefix("torch."))
         self.model_runner.load_lora_model = self._load_lora_model
 
     def load_model(self, **kwargs: Any) -> None:

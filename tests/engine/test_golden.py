@@ -9,6 +9,7 @@ import torch
 from asking import LOGIT_TOLERANCE, Reply, ask, ask_each, assert_golden, every_prompt, request
 from golden import SERVED, Case, greatest_difference
 
+from molehill.benchmarks import engine as benchmark
 from molehill.engine import formats
 from molehill.engine.formats import native
 
@@ -198,3 +199,19 @@ def test_a_bad_adapter_met_in_a_step_never_answers_as_the_base(llm: Any, tmp_pat
     assert void != base.greedy
     assert plain == base.greedy
     assert mixed == mola.greedy
+
+
+def test_the_benchmark_leaves_out_what_takes_too_long_and_tells_how_far_it_is(
+    llm: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long, short = benchmark.Point("long", 2, 16, 48), benchmark.Point("short", 1, 16, 1)
+    samples, stopped = benchmark.run(
+        {"plain": llm}, {"a": [None]}, "a", [long, short], repetitions=2, budget=0.0
+    )
+    # Nothing stops what is done with its first step.
+    assert [(s.point, s.repetition) for s in samples] == [("short", 0), ("short", 1)]
+    assert stopped == ["a, long: stopped in repetition -1, 2 x (16 + 48) tokens take more than 0 s"]
+    assert stopped[0] in benchmark.report(samples, "a", stopped)
+    lines = [line.split()[1:3] for line in capsys.readouterr().err.splitlines()]
+    expected = [["warm-up", "long"], ["warm-up", "short"], ["0", "short"], ["1", "short"]]
+    assert [line for line in lines if line in expected] == expected

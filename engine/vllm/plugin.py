@@ -1,0 +1,12 @@
+"""vLLM's general plugin: what every process of vLLM needs before it knows the model.
+
+vLLM calls it in the API server, the engine core, the workers, and in the process that looks into a
+model's file; in some of them more than once.
+"""
+
+from molehill.engine.vllm import vision, waiting
+
+
+def install() -> None:
+    vision.install()
+    waiting.install()
