@@ -23,6 +23,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import psutil
 
+from molehill.benchmarks.engine import host
+
 # VLLM_PLUGINS of each arm. An empty one loads none.
 ARMS = {"spin": "", "sleep": "molehill"}
 PROMPT, LONGEST = 16, 4096
@@ -107,6 +109,7 @@ def main() -> None:
         # Rotary positions: a model of fewer goes on beyond them.
         "hf_overrides": {"max_position_embeddings": LONGEST},
     }
+    print(host(), flush=True)
     arms = {name: Arm(args.model, plugins, options) for name, plugins in ARMS.items()}
     try:
         for batch in map(int, args.batches.split(",")):
