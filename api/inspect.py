@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             found = problems(adapter, base, DEFAULT_LIMITS)
             if not found:
                 change = _logit_change(args, adapter, base)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             print(f"--model {args.model}: {error}", file=sys.stderr)
             return 1
     sites = plan(adapter, base, args.merge_tolerance)

@@ -14,6 +14,7 @@ from molehill.api.lock import check_free
 from molehill.api.options import Options, Resident, api_keys
 from molehill.api.workers import ONE_ENGINE
 from molehill.engine.errors import AdapterError
+from molehill.engine.torchvision import check_importable
 from molehill.engine.vllm.compilation import WORKER
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.cpu import build
@@ -58,15 +59,15 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
         os.environ.setdefault(name, value)
     os.environ["VLLM_PLUGINS"] = allow_plugin(os.environ.get("VLLM_PLUGINS"))
 
-    from molehill.engine.vllm import compat, compilation, vision
+    from molehill.engine.vllm import compat, compilation
 
     try:
         compat.check_version()
-        vision.check()
+        check_importable()
         compilation.lift_gate()
         args = parse(vllm_arguments)
         precision.settle(args)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise LaunchError(str(error)) from error
     run(prepare(args, options))
 

@@ -50,14 +50,15 @@ def run(args: argparse.Namespace) -> int:
         print_report(merge(args), as_json=args.json)
     except AdapterError as error:
         return convert.unreadable(error, as_json=args.json)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"molehill merge: {error}", file=sys.stderr)
         return USER_ERROR
     return 0
 
 
 def merge(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes what was asked for; raises AdapterError, and OSError or ValueError for the model."""
+    """Writes what was asked for; raises AdapterError, and for the model what
+    `base_model` does."""
     adapter = convert.read(args.source, args.lora_b_layout)
     base = None
     if args.model:

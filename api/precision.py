@@ -62,14 +62,12 @@ def parameters(args: argparse.Namespace) -> int:
 
 
 def room(args: argparse.Namespace, config: Any) -> precision.Room:
-    """What this machine has free, and what of it the KV cache takes."""
-    available = precision.available_memory()
-    cache = args.kv_cache_memory_bytes
+    """What this machine has free, or the share of its memory that vLLM is given."""
     space = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    if space:
-        cache = int(space) << 30
-    if not cache:
-        cache = int(available * args.gpu_memory_utilization)
+    cache = int(space) << 30 if space else args.kv_cache_memory_bytes
+    free, total = precision.memory()
+    available = free if cache else min(free, int(total * args.gpu_memory_utilization))
+    cache = (cache or 0) * args.tensor_parallel_size * args.pipeline_parallel_size
     tokens = args.max_model_len
     if tokens is None:
         tokens = getattr(config.get_text_config(), "max_position_embeddings", None) or 0

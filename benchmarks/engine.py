@@ -151,7 +151,7 @@ def adapter_options(model: str) -> dict[str, Any]:
 
 
 def make_requests(
-    engines: dict[str, Any], model: str, folder: Path, lora: Path
+    engines: dict[str, Any], arms: str, model: str, folder: Path, lora: Path
 ) -> dict[str, list[Any]]:
     """LoRARequests by arm; a batch takes them in turn. lora: of the arms with a plain one."""
     from vllm.lora.request import LoRARequest
@@ -159,25 +159,24 @@ def make_requests(
     from molehill.benchmarks import synthetic
 
     options = adapter_options(model)
-    requests: dict[str, list[Any]] = {"a": [None], "b": [None]}
+    number = MANY if "f" in arms else 1 if "d" in arms else 0
     many = [
         LoRARequest(
             f"dynmole-{seed}",
             seed + 1,
             str(synthetic.save(synthetic.dynmole, folder / f"d{seed}", **options, seed=seed)),
         )
-        for seed in range(MANY)
+        for seed in range(number)
     ]
-    mixlora = synthetic.save(synthetic.mixlora, folder / "e", **options, seed=0)
-    requests["d"], requests["f"] = many[:1], many
-    requests["e"] = [LoRARequest("mixlora", MANY + 1, str(mixlora))]
+    requests: dict[str, list[Any]] = {"a": [None], "b": [None], "d": many[:1], "f": many}
     requests["c"] = requests["g"] = [LoRARequest("lora", 1, str(lora))]
-    if "molehill" in engines:
-        for request in [*many, *requests["e"]]:
-            engines["molehill"].llm_engine.add_lora(request)
-    for engine in ("lora", "merged"):
-        if engine in engines:
-            engines[engine].llm_engine.add_lora(requests["c"][0])
+    if "e" in arms:
+        mixlora = synthetic.save(synthetic.mixlora, folder / "e", **options, seed=0)
+        requests["e"] = [LoRARequest("mixlora", MANY + 1, str(mixlora))]
+    for arm in arms:
+        for request in requests[arm]:
+            if request is not None:
+                engines[engine_of(arm)].llm_engine.add_lora(request)
     return requests
 
 
@@ -274,7 +273,9 @@ def routing(engines: dict[str, Any], requests: dict[str, list[Any]]) -> dict[str
     """Mean experts per decision and share of soft decisions, as the workers counted."""
     (stats,) = engines["molehill"].collective_rpc("molehill_stats", args=([],))
     found = {}
-    for arm in ("d", "e"):
+    for arm in set(requests) & set("de"):
+        if not requests[arm]:
+            continue
         figures = stats["adapters"][requests[arm][0].lora_int_id]["figures"]
         decisions = figures["decisions"]
         if decisions:
@@ -388,7 +389,7 @@ def main() -> None:
         lora = synthetic.save_lora(base, EXPERTS * RANK, folder / "lora")
         with running_engines(args.model, arms, lora, options) as engines:
             progress("making and loading adapters")
-            requests = make_requests(engines, args.model, folder, lora)
+            requests = make_requests(engines, arms, args.model, folder, lora)
             samples, stopped = run(engines, requests, arms, points, args.repetitions, args.budget)
             if "molehill" in engines:
                 facts["routing"] = routing(engines, requests)

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from molehill.engine import moe
 from molehill.engine.base import BaseModel, Moe
+from molehill.engine.torchvision import check_importable
 
 _FFN_PROJECTIONS = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
 
@@ -16,8 +17,10 @@ _FFN_PROJECTIONS = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "dow
 def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
     """From a model directory, a name in the local cache, or a config.
 
-    Its linears are those inside the layers; the head and the embeddings are never adapted.
+    Its linears are those inside the layers; the head and the embeddings are never adapted. Raises
+    OSError or ValueError as Transformers does, and ImportError where it lacks something.
     """
+    check_importable()
     config = source if isinstance(source, PretrainedConfig) else AutoConfig.from_pretrained(source)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

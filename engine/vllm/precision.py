@@ -31,7 +31,8 @@ _DELTA_NET_HEADS = (64, 128)
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes. available: of this machine's memory, now. cache: the KV cache of all workers.
+    """Bytes. available: for weights and KV cache. cache: the KV cache of all workers; 0 where it is
+    what the weights leave.
 
     tokens: the longest request, whose KV cache must fit; 0 where vLLM fits the length itself.
     """
@@ -108,24 +109,25 @@ def choose(config: Any, parameters: Callable[[], int], room: Callable[[], Room])
 def _float32_if_it_fits(config: Any, weights: int, room: Room) -> Choice:
     if not weights:
         return Choice(AUTO, _stays("the size of the checkpoint is not known"))
-    cache = max(room.cache, room.tokens * cache_bytes(config))
-    if cache > room.cache:
-        what = f"a request of {room.tokens} tokens takes {_gib(cache)} of KV cache in float32"
+    longest = room.tokens * cache_bytes(config)
+    if 0 < room.cache < longest:
+        what = f"a request of {room.tokens} tokens takes {_gib(longest)} of KV cache in float32"
         return Choice(AUTO, _stays(f"{what}, {_gib(room.cache)} are given"))
+    cache = room.cache or longest
     if weights + cache > room.available:
         what = f"weights and KV cache take {_gib(weights + cache)} in float32"
         return Choice(AUTO, _stays(f"{what}, {_gib(room.available)} are free"))
     return Choice(
         FLOAT32,
-        "dtype: float32 in place of bfloat16, for which this processor has no instructions; "
-        f"{GAIN}. The weights take {_gib(weights)}, and a token of KV cache twice as much as in "
-        "bfloat16. --dtype bfloat16 keeps bfloat16.",
+        "dtype: float32 in place of 16 bits, which oneDNN does not multiply on this processor; "
+        f"{GAIN}. The weights take {_gib(weights)}, and weights and KV cache twice as much memory "
+        "as in 16 bits. --dtype bfloat16 takes these all the same.",
     )
 
 
 def _stays(why: str) -> str:
     return (
-        "dtype: 16 bits, for which this processor has no instructions; float32 would be faster "
+        "dtype: 16 bits, which oneDNN does not multiply on this processor; float32 would be faster "
         f"({GAIN}), but {why}. --dtype float32 takes it all the same."
     )
 
@@ -161,12 +163,12 @@ def count_parameters(model: str, revision: str | None) -> int:
     return sum(math.prod(entry["shape"]) for entry in entries if "shape" in entry)
 
 
-def available_memory() -> int:
-    """Bytes that are free on the memory nodes that vLLM uses."""
+def memory() -> tuple[int, int]:
+    """Bytes that are free on the memory nodes that vLLM uses, and that they have."""
     from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 
-    nodes = get_visible_memory_node() or [0]
-    return sum(get_memory_node_info(node).available_memory for node in nodes)
+    nodes = [get_memory_node_info(node) for node in get_visible_memory_node() or [0]]
+    return sum(n.available_memory for n in nodes), sum(n.total_memory for n in nodes)
 
 
 def _gib(size: int) -> str:

@@ -4,7 +4,6 @@ PyPI's torchvision is built for CUDA and cannot be imported beside a CPU build o
 model file imports Qwen's image processor, and that torchvision, for text models too.
 """
 
-import importlib
 import importlib.util
 import sys
 from importlib.metadata import version
@@ -44,21 +43,3 @@ def install() -> None:
     module, functional = Missing(_IMPORTED), Missing(f"{_IMPORTED}.{_NAME}")
     setattr(module, _NAME, functional)
     sys.modules.update({module.__name__: module, functional.__name__: functional})
-
-
-def check() -> None:
-    """Raises RuntimeError where torchvision is installed and cannot be imported.
-
-    vLLM and Transformers take it for there and fail while they are imported, in processes that run
-    nothing of ours before.
-    """
-    if importlib.util.find_spec(_PACKAGE) is None:
-        return
-    try:
-        importlib.import_module(_PACKAGE)
-    except Exception as error:
-        raise RuntimeError(
-            f"{_PACKAGE} {version(_PACKAGE)} is installed and cannot be imported beside torch "
-            f"{version('torch')} ({error}): `pip uninstall {_PACKAGE}`, which text models do not "
-            "need, or install its build for this torch"
-        ) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from golden import TINY_LLAMA, Case
 
 from molehill.engine.vllm import vision
 
@@ -78,8 +79,9 @@ def fake(directory: Path, body: str) -> Path:
 def test_a_torchvision_that_works_is_left_alone(tmp_path: Path) -> None:
     code = """
 import sys
+from molehill.engine.torchvision import check_importable
 from molehill.engine.vllm import vision
-vision.check()
+check_importable()
 vision.install()
 import torchvision
 assert "torchvision.transforms.v2" not in sys.modules
@@ -92,14 +94,31 @@ print(torchvision.__name__)
 BROKEN = "import torch\ntorch.library.register_fake('torchvision::nms')(lambda: None)\n"
 
 
-def test_serve_says_what_to_do_about_a_torchvision_for_another_torch(tmp_path: Path) -> None:
+MOLEHILL = "import sys; from molehill.api.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["serve", "m"], 2),
+        (["inspect", str(Case("lora").path), "--model", str(TINY_LLAMA)], 1),
+        (["merge", str(Case("lora").path), "NEW", "--model", str(TINY_LLAMA)], 2),
+    ],
+    ids=["serve", "inspect", "merge"],
+)
+def test_what_to_do_about_a_torchvision_for_another_torch_is_said(
+    arguments: list[str], status: int, tmp_path: Path
+) -> None:
+    arguments = [str(tmp_path / "new") if a == "NEW" else a for a in arguments]
     environment = {**os.environ, "PYTHONPATH": str(fake(tmp_path, BROKEN))}
-    code = "import sys; from molehill.api.cli import main; sys.exit(main(['serve', 'm']))"
     found: Any = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", MOLEHILL, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
-    assert found.returncode == 2, found.stderr[-2000:]
+    assert found.returncode == status, found.stderr[-2000:]
     message = found.stderr.splitlines()[-1]
-    assert message.startswith("molehill serve: torchvision 0.1 is installed and cannot be imported")
+    assert "torchvision 0.1 is installed and cannot be imported beside torch" in message
     assert "operator torchvision::nms does not exist" in message
     assert "`pip uninstall torchvision`" in message
