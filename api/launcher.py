@@ -57,6 +57,9 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
             raise LaunchError(f"{name} is set, which {why}")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # torch's own place for compiled models is lost with /tmp. It sets this itself when it is asked.
+    models = build.cache_directory() / "torchinductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(models))
     os.environ["VLLM_PLUGINS"] = allow_plugin(os.environ.get("VLLM_PLUGINS"))
 
     from molehill.engine.vllm import compat, compilation
@@ -113,10 +116,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     share_is_default = args.gpu_memory_utilization == serve.get_default("gpu_memory_utilization")
     if current_platform.is_cpu() and not chosen and share_is_default:
         args.kv_cache_memory_bytes = CPU_KV_CACHE
-    if current_platform.is_cpu():
-        # torch's own place is lost with /tmp, and then the model is compiled again.
-        cache = build.cache_directory() / "torchinductor"
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args

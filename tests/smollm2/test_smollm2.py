@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from openai import OpenAI
 from safetensors.torch import load_file
-from server import serve
+from server import Server, serve
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = REPOSITORY / os.environ.get("MOLEHILL_SMOLLM2", ".models/SmolLM2-135M-Instruct")
@@ -30,7 +31,7 @@ needs_oracles = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: Any) -> Iterator[OpenAI]:
+def server(tmp_path_factory: Any) -> Iterator[Server]:
     """A server in float32, compiled as by default, that has loaded every adapter."""
     cases = [f"--adapter={name}={ORACLES / name}" for name in CASES if ORACLES.is_dir()]
     arguments = [
@@ -43,7 +44,12 @@ def client(tmp_path_factory: Any) -> Iterator[OpenAI]:
     ]
     log = tmp_path_factory.mktemp("smollm2") / "server.log"
     with serve(MODEL, log, [*arguments, "--served-model-name=base"]) as server:
-        yield OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
 
 def answer(client: OpenAI, model: str, question: str) -> str:
@@ -55,6 +61,16 @@ def answer(client: OpenAI, model: str, question: str) -> str:
         stop=["\n", "<|im_end|>"],
     )
     return str(completion.choices[0].text).strip()
+
+
+def test_the_log_tells_that_the_base_is_compiled_and_where_it_is_kept(server: Server) -> None:
+    text = server.log.read_text(errors="replace")
+    assert "molehill: compiling the base model: one to five minutes on a CPU the first time" in text
+    end = (
+        r"molehill: base model (compiled in \d+ s|read from the cache of compiled models in \d+ s)"
+    )
+    assert re.search(end, text)
+    assert "No available shared memory broadcast block" not in text
 
 
 def test_numwords_spells_the_number(client: OpenAI) -> None:
