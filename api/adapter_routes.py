@@ -12,7 +12,7 @@ from molehill.api.errors import NotLoadedError
 from molehill.api.inflight import HEADER
 from molehill.api.services import CHANGES, LOADS, Injected, StrictBody, StrictRoute, refusals
 from molehill.api.terms import Anything, Expected, Terms
-from molehill.engine.formats.expert_layout import Layout
+from molehill.engine.layout import Layout
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=StrictRoute)
 json_only = [Depends(validate_json_request)]

@@ -12,7 +12,7 @@ from molehill.engine.adapter import Adapter
 from molehill.engine.directory import check_free
 from molehill.engine.errors import AdapterError
 from molehill.engine.formats import isolation, native
-from molehill.engine.formats.expert_layout import Layout
+from molehill.engine.layout import Layout
 
 UNREADABLE = 1
 USER_ERROR = 2

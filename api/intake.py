@@ -16,7 +16,7 @@ from molehill.api.store import AdapterStore
 from molehill.api.terms import check_content
 from molehill.engine.adapter import Adapter
 from molehill.engine.errors import AdapterError, CorruptFileError
-from molehill.engine.formats.expert_layout import Layout
+from molehill.engine.layout import Layout
 from molehill.engine.memory import is_out_of_memory
 
 # What a disk answers that is full, or has a quota that is.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from molehill.engine.formats.expert_layout import LAYOUTS, Layout
+from molehill.engine.layout import LAYOUTS, Layout
 
 logger = logging.getLogger("vllm.molehill")
 

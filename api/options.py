@@ -10,7 +10,7 @@ from molehill.api import names
 from molehill.api.admission import Admission
 from molehill.api.errors import BadNameError
 from molehill.engine.base import Limits
-from molehill.engine.formats.expert_layout import LAYOUTS, Layout
+from molehill.engine.layout import LAYOUTS, Layout
 from molehill.engine.vllm.settings import Settings
 
 MEMORY = Settings.memory
@@ -167,8 +167,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=named_layout,
-        help=f"read the LoRA on fused experts of --adapter NAME as one of {', '.join(LAYOUTS)}; "
-        "may be repeated (default: as its adapter_config.json says)",
+        help="how to read the LoRA on fused experts of --adapter NAME: one of "
+        f"{', '.join(LAYOUTS)}; may be repeated (default: as its adapter_config.json says)",
     )
     group.add_argument(
         "--adapter-root",

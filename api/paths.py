@@ -9,7 +9,7 @@ from pathlib import Path
 
 from molehill.api.errors import BadPathError, ForbiddenPathError, SourceChangedError
 from molehill.engine.errors import AdapterError, AdapterNotFoundError
-from molehill.engine.formats.expert_layout import Layout
+from molehill.engine.layout import Layout
 
 
 @dataclass(frozen=True)

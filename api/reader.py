@@ -8,7 +8,7 @@ from pathlib import Path
 from molehill.engine import formats, validation
 from molehill.engine.adapter import Adapter
 from molehill.engine.base import BaseModel, Limits
-from molehill.engine.formats.expert_layout import Layout
+from molehill.engine.layout import Layout
 
 logger = logging.getLogger("vllm.molehill")
 

@@ -31,7 +31,7 @@ from molehill.api.options import URL_SCHEMES
 from molehill.api.paths import AdapterRoots, Source
 from molehill.engine.errors import AdapterError, AdapterNotFoundError, LimitError
 from molehill.engine.formats import expert_layout, files, native
-from molehill.engine.formats.expert_layout import Layout
+from molehill.engine.layout import Layout
 
 HUB = "hf://"
 

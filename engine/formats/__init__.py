@@ -19,9 +19,9 @@ from molehill.engine.formats import (
     peft,
     peft_parameters,
 )
-from molehill.engine.formats.expert_layout import Layout
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.policies import STRATEGIES
+from molehill.engine.layout import Layout
 from molehill.engine.validation import check
 
 DEFAULT_LIMITS = Limits()

@@ -10,14 +10,11 @@ parameter; files that Unsloth made before are refused until somebody says which 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from molehill.engine.errors import UnsupportedError
 from molehill.engine.formats import files
 from molehill.engine.formats.fields import Fields
-
-Layout = Literal["rank_major", "grouped_by_expert"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+from molehill.engine.layout import LAYOUTS, Layout
 
 FIELD = "lora_B_layout"
 README = "README.md"

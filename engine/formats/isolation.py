@@ -16,7 +16,7 @@ from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
 from molehill.engine.errors import AdapterError, CorruptFileError
 from molehill.engine.formats import DEFAULT_LIMITS, files, native, read
-from molehill.engine.formats.expert_layout import Layout
+from molehill.engine.layout import Layout
 
 _MODULE = "molehill.engine.formats.isolation"
 _ERRORS = {error.kind: error for error in AdapterError.__subclasses__()}

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from molehill.engine.errors import MissingTensorError, ShapeError, UnsupportedError
 from molehill.engine.formats import expert_layout
-from molehill.engine.formats.expert_layout import Layout
 from molehill.engine.formats.fields import Fields
 from molehill.engine.formats.files import Weights
 from molehill.engine.formats.lowrank import Pair, Scaling
 from molehill.engine.formats.targeting import suffixes
+from molehill.engine.layout import Layout
 from molehill.engine.moe import canonical
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant

@@ -196,10 +196,10 @@ def test_vllms_default_model_is_not_served_by_accident() -> None:
 
 def test_a_layout_is_of_a_start_adapter() -> None:
     path = GOLDEN / "cases" / "lora"
-    ours = options.Options((("a", path),), (("b", "rank_major"),))
+    ours = options.Options((("a", path),), layouts=(("b", "rank_major"),))
     with pytest.raises(LaunchError, match="found b=rank_major, expected an --adapter's name"):
         prepared(ours=ours)
-    given = options.Options((("a", path),), (("a", "rank_major"),))
+    given = options.Options((("a", path),), layouts=(("a", "rank_major"),))
     assert vars(prepared(ours=given))["molehill"].layouts == (("a", "rank_major"),)
 
 

@@ -19,7 +19,7 @@ from molehill.api.sources import Sources
 from molehill.api.terms import Terms
 from molehill.engine.adapter import Adapter
 from molehill.engine.formats import native
-from molehill.engine.formats.expert_layout import Layout
+from molehill.engine.layout import Layout
 
 
 class Server:

@@ -26,7 +26,7 @@ from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
 from molehill.engine.errors import AdapterNotFoundError
 from molehill.engine.formats import native
-from molehill.engine.formats.expert_layout import Layout
+from molehill.engine.layout import Layout
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant
 
