@@ -84,6 +84,7 @@ def assert_near(found, expected):
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", TIMED)
 def test_contestants_compute_the_same_plain_lora(arm):
     point = Point(tokens=5, experts=1, rank=64, policy=Constant((1.0,)), adapters=2)
@@ -152,6 +153,7 @@ def table(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_script_writes_the_promised_columns_and_sane_values(table):
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -174,12 +176,14 @@ def test_script_writes_the_promised_columns_and_sane_values(table):
     assert 1 <= float(dynmole["chosen"]) <= 8
 
 
+@pytest.mark.slow
 def test_script_times_vllms_own_lora_where_it_is_installed(table):
     pytest.importorskip("vllm", reason=NO_VLLM)
     with table.open(newline="") as file:
         assert all(float(row["vllm_us"]) > 0 for row in csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_plot_has_a_panel_per_sweep(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is in the dev extra")
     row = dict.fromkeys(COLUMNS, 1.0) | {"sweep": "rank", "op": "layer", "policy": "DynMoLE"}

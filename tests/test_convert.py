@@ -33,6 +33,7 @@ def run(*arguments):
 
 
 # Pickled and safetensors sources.
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["mola-official", "mixlora-expert-lora", "dora"])
 def test_any_format_becomes_the_native_one(golden, tmp_path, capsys, case):
     source, destination = golden / "cases" / case, tmp_path / "new" / "adapter"
@@ -91,6 +92,7 @@ def test_a_destination_below_a_file(golden, tmp_path, capsys):
     assert "molehill convert: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("safetensors", [False, True])
 def test_a_source_that_cannot_be_read(edited, tmp_path, capsys, safetensors):
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
@@ -115,6 +117,7 @@ def test_no_source(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("AdapterNotFoundError: ")
 
 
+@pytest.mark.slow
 def test_the_command(golden, tmp_path, capsys):
     source = str(golden / "cases" / "dora")
     assert cli.main(["convert", source, str(tmp_path / "a")]) == 0
@@ -145,6 +148,7 @@ def test_pickles_are_found(golden, tmp_path):
     assert isolation.is_pickled(tmp_path)
 
 
+@pytest.mark.slow
 def test_errors_and_limits_cross_the_processes(golden, edited):
     with pytest.raises(LimitError) as caught:
         isolation.read_isolated(golden / "cases" / "hydralora", Limits(experts=2))

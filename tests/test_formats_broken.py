@@ -272,6 +272,7 @@ DAMAGED = [
 ]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=400)
 @given(source=st.sampled_from(DAMAGED), damage=st.lists(DAMAGE, min_size=1, max_size=3))
 def test_damaged_bytes_give_an_adapter_or_a_typed_error(golden, source, damage):

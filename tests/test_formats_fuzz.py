@@ -137,6 +137,7 @@ def go_through(config, tensors, base) -> None:
 FUZZ = settings(deadline=None, derandomize=True)
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=300)
 @given(
     case=st.sampled_from(SERVED),
@@ -150,6 +151,7 @@ def test_a_config_with_other_fields(originals, base, case, changes):
     go_through(config, tensors, base)
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=300)
 @given(case=st.sampled_from(SERVED), changes=st.lists(TENSOR_CHANGE, min_size=1, max_size=2))
 def test_other_tensors(originals, base, case, changes):

@@ -366,6 +366,7 @@ def places(value, path=()):
         yield from places(child, (*path, name))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(case=st.sampled_from(CASES), where=st.integers(0, 10**6), value=VALUES, remove=st.booleans())
 def test_a_changed_field_gives_a_typed_error_or_the_same_adapter(

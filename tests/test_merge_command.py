@@ -100,6 +100,7 @@ def test_sites_of_other_ranks_are_exceptions_that_peft_reads(wide, edited, tmp_p
     assert_close(found, expected_of(wide, source))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lora", "rslora", "dora"])
 def test_a_merged_base_gives_the_oracles_logits(wide, tmp_path, case):
     assert run(Case(case).path, tmp_path / "base", "--into-base", "--model", wide) == 0
@@ -110,6 +111,7 @@ def test_a_merged_base_gives_the_oracles_logits(wide, tmp_path, case):
         assert_close(found, prompt.logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lora", "dora"])
 def test_a_merged_base_has_the_weights_that_peft_merges(wide, tmp_path, case):
     peft = pytest.importorskip("peft", reason=NO_PEFT)
@@ -152,6 +154,7 @@ def test_shards_config_and_tokenizer_stay(wide, zeroed, tmp_path, capsys):
     assert_close(logits_of(load(tmp_path / "base")), expected_of(wide, zeroed))
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_is_rounded_once(golden, tmp_path):
     base = golden / "tiny-llama"
     assert run(Case("lora").path, tmp_path / "base", "--into-base", "--model", base) == 0
@@ -164,6 +167,7 @@ def test_a_bfloat16_base_is_rounded_once(golden, tmp_path):
         assert ((after[name].double() - exact).abs() <= 2**-8 * exact.abs() * (1 + 1e-4)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "into", "message"),
     [
@@ -211,6 +215,7 @@ def copy_of(folder, target):
     return shutil.copytree(folder, target)
 
 
+@pytest.mark.slow
 def test_the_command(zeroed, tmp_path, capsys):
     assert cli.main(["merge", str(Case("lora").path), str(tmp_path / "lora")]) == 0
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()

@@ -28,6 +28,7 @@ def made(request: Any, tmp_path_factory: Any) -> Made:
     return tiny_models.load(path), base_model(path), adapters, prompts
 
 
+@pytest.mark.slow
 def test_every_adapter_fits_the_shapes_of_the_config(made: Made) -> None:
     _, base, adapters, _ = made
     for adapter in adapters.values():

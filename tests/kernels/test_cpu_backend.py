@@ -141,6 +141,7 @@ def test_rows_that_are_not_contiguous_are_read_and_written_in_place():
     assert wide[:, :8].count_nonzero() == wide[:, 32:].count_nonzero() == 0
 
 
+@pytest.mark.slow
 def test_the_ops_trace_under_torch_compile():
     piece = LinearPiece("q", 0, experts(16, 24, [4]), Constant((1.0,)))
     backend, handle = one_linear(16, 24, [piece], torch.float32)
@@ -163,6 +164,7 @@ def test_an_unknown_instruction_set_is_refused():
         CpuBackend(isa="sse9")
 
 
+@pytest.mark.slow
 def test_without_a_compiler_and_a_library_the_reason_is_told(tmp_path):
     code = "from molehill.kernels.cpu.build import load; load()"
     environment = {**os.environ, "MOLEHILL_CACHE_DIR": str(tmp_path), "PATH": "", "CXX": ""}

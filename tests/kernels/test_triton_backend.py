@@ -45,6 +45,7 @@ class Recorder:
         return launch
 
 
+@pytest.mark.slow
 def test_launches_captured_before_any_adapter_serve_the_adapters_loaded_later(monkeypatch) -> None:
     """The same grids and addresses, replayed after loading, unloading and loading again."""
     d, width, tokens = 24, 40, 8

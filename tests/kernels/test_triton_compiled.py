@@ -26,6 +26,7 @@ def has_ptxas() -> bool:
         return shutil.which("ptxas") is not None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_ptxas(), reason=NO_PTXAS)
 def test_kernels_compile_for_hopper_without_spills() -> None:
     """In a process of its own: kernels imported under TRITON_INTERPRET cannot be compiled."""

@@ -27,6 +27,7 @@ from molehill.kernels.policy import Soft, TopK, TopP
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "policy", "dtype"),
     [
@@ -60,6 +61,7 @@ def test_ffn_mixtures_agree_with_the_definition(names, policy, dtype) -> None:
     assert site.decisions == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "d", "width"), [(5, 600, 130), (260, 24, 70)])
 def test_split_inputs_and_long_steps_of_ffn_mixtures_agree_with_the_definition(
     tokens, d, width
@@ -77,6 +79,7 @@ def test_split_inputs_and_long_steps_of_ffn_mixtures_agree_with_the_definition(
     assert_close(y, definition.ffn_mixture(x, weights, biases, "silu", own)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("biased", [True, False])
 def test_experts_that_are_dora_agree_with_the_definition(biased, dtype) -> None:
@@ -106,6 +109,7 @@ def test_experts_that_are_dora_agree_with_the_definition(biased, dtype) -> None:
         assert_close(y[1:], definition.ffn_mixture(x[1:], weights, biases, "silu", mixture)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_every_activation_agrees_with_torch(activation) -> None:
     d, width = 16, 20

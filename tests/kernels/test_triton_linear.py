@@ -95,6 +95,7 @@ def test_constant_weights_agree_with_their_definition(policy) -> None:
     check_linear(mixture(policy, (5, 2, 3)[: len(policy.weights)], 40, 24), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_ties_go_to_the_lower_expert(policy) -> None:
     own = mixture(policy, (2, 2, 2, 2), 16, 16)
@@ -103,6 +104,7 @@ def test_ties_go_to_the_lower_expert(policy) -> None:
     check_linear(replace(own, router=torch.zeros(4, 16)), 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("tokens", "features", "out", "ranks"),
@@ -119,11 +121,13 @@ def test_odd_shapes_agree_with_the_definition(tokens, features, out, ranks, dtyp
     check_linear(mixture(TopK(2), ranks, features, out), tokens, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_steps_agree_with_the_definition(dtype) -> None:
     check_linear(mixture(TopK(2), (4, 3), 30, 20), tiles.DECODE_TOKENS + 5, dtype)
 
 
+@pytest.mark.slow
 def test_more_rank_rows_and_routers_than_programs_agree_with_the_definition() -> None:
     """Programs take several blocks of rank rows and of router rows each."""
     limits = replace(LIMITS, rank=1024, gates=96, experts=32)
@@ -140,6 +144,7 @@ def test_more_rank_rows_and_routers_than_programs_agree_with_the_definition() ->
     assert_close(y, torch.cat(expected, dim=1))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LONG, reason="minutes in the interpreter; MOLEHILL_LONG_TESTS=1 runs it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
