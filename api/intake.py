@@ -54,8 +54,8 @@ class Intake:
             async with fetched(fetch) as source, self.reading:
                 loading.stage = "reading"
                 return await self._background.run(self._read_into_store, source, expected), source
-        except RuntimeError as error:
-            # A thread to fetch it in takes memory too.
+        except (RuntimeError, MemoryError, OSError) as error:
+            # What fetches it, and a thread to do that in, takes memory too.
             if is_out_of_memory(error):
                 raise no_memory(loading.source) from None
             raise
@@ -74,11 +74,11 @@ class Intake:
             adapter = self._read_untouched(source)
             check_content(source.label, adapter.digest, expected)
             return content_of(adapter, self._store.acquire(adapter, source.directory))
-        except OSError as error:
-            raise StoreError(f"adapter store: {error.strerror}") from error
         except Exception as error:
             if is_out_of_memory(error):
                 raise no_memory(source.label) from None
+            if isinstance(error, OSError):
+                raise StoreError(f"adapter store: {error.strerror}") from error
             raise
 
     def _read_untouched(self, source: Source) -> Adapter:
@@ -90,7 +90,7 @@ class Intake:
             source.check_untouched()
             raise source.relabel_error(error) from error
         except OSError as error:
-            if error.errno in NO_ROOM:
+            if error.errno in NO_ROOM or is_out_of_memory(error):
                 raise
             source.check_untouched()
             raise CorruptFileError(source.label, error.strerror, "a readable directory") from error

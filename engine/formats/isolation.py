@@ -16,9 +16,11 @@ from molehill.engine.adapter import Adapter
 from molehill.engine.base import Limits
 from molehill.engine.errors import AdapterError, CorruptFileError
 from molehill.engine.formats import DEFAULT_LIMITS, files, native, read
+from molehill.engine.memory import is_out_of_memory
 
 _MODULE = "molehill.engine.formats.isolation"
 _ERRORS = {error.kind: error for error in AdapterError.__subclasses__()}
+_NO_MEMORY = "out_of_memory"
 
 
 def is_pickled(path: Path) -> bool:
@@ -27,7 +29,8 @@ def is_pickled(path: Path) -> bool:
 
 
 def read_isolated(path: Path, limits: Limits = DEFAULT_LIMITS) -> Adapter:
-    """What `formats.read` gives. Raises what it raises; CorruptFileError if the process dies."""
+    """What `formats.read` gives. Raises what it raises, MemoryError too; CorruptFileError if the
+    process dies."""
     with tempfile.TemporaryDirectory(prefix="molehill-") as scratch:
         copy = Path(scratch) / "adapter"
         bounds = json.dumps(dataclasses.asdict(limits))
@@ -43,9 +46,11 @@ def read_isolated(path: Path, limits: Limits = DEFAULT_LIMITS) -> Adapter:
     raise _error(path, child)
 
 
-def _error(path: Path, child: subprocess.CompletedProcess[str]) -> AdapterError:
+def _error(path: Path, child: subprocess.CompletedProcess[str]) -> AdapterError | MemoryError:
     try:
         kind, *details = json.loads(child.stdout)
+        if kind == _NO_MEMORY:
+            return MemoryError(*details)
         return _ERRORS[kind](*map(str, details))
     except (ValueError, KeyError, TypeError):
         last = (child.stderr.strip().splitlines() or ["nothing said"])[-1]
@@ -58,11 +63,15 @@ def main(arguments: Sequence[str]) -> int:
     JSON on stdout if it cannot be read."""
     source, target, bounds = arguments
     try:
-        adapter = read(Path(source), Limits(**json.loads(bounds)))
+        native.write(read(Path(source), Limits(**json.loads(bounds))), Path(target))
     except AdapterError as error:
         print(json.dumps([error.kind, error.where, error.found, error.expected]))
         return 1
-    native.write(adapter, Path(target))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(json.dumps([_NO_MEMORY, str(error)]))
+        return 1
     return 0
 
 
