@@ -19,6 +19,9 @@ Tier = Literal["worker", "host", "disk"]
 # Nothing leaves the disk to make room.
 EVICTING: tuple[Tier, ...] = ("worker", "host")
 
+# Who starts tasks that nobody awaits.
+TaskKind = Literal["registry", "residency", "restart", "watch"]
+
 
 class LifecycleMetrics(Collector):
     """Loads, refusals, cache hits, evictions and faults since the start of the process.
@@ -70,6 +73,15 @@ class LifecycleMetrics(Collector):
             "Changes of the adapters that a restart would not know, as the disk did not take them.",
             registry=self._registry,
         )
+
+        self._tasks = Counter(
+            "molehill_task_failures",
+            "Faults of what goes on in the background, by whose work it was.",
+            ["task"],
+            registry=self._registry,
+        )
+        for kind in get_args(TaskKind):
+            self._tasks.labels(kind)
 
     def begin(self, name: str) -> None:
         """The name has weights: its series start, at zero."""
@@ -135,3 +147,6 @@ class LifecycleMetrics(Collector):
 
     def manifest_failed(self) -> None:
         self._unwritten.inc()
+
+    def task_failed(self, kind: TaskKind) -> None:
+        self._tasks.labels(kind).inc()

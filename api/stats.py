@@ -84,11 +84,11 @@ def host_bytes(
 ) -> dict[str, int]:
     """What waits in the workers' host memory, by adapter name."""
     found: Counter[str] = Counter()
-    names = {generation.request.lora_path: generation.name for generation in generations}
+    names = {generation.lora_int_id: generation.name for generation in generations}
     for answer in answers:
-        for path, taken in answer["host"].items():
-            if path in names:
-                found[names[path]] += taken
+        for lora_id, taken in answer["host"].items():
+            if lora_id in names:
+                found[names[lora_id]] += taken
     return dict(found)
 
 

@@ -141,13 +141,13 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
         (answer,) = llm.collective_rpc("molehill_install", args=(own.lora_name, 93, path))
         assert answer["refusal"] == ""
 
-    def host() -> dict[str, int]:
+    def host() -> dict[int, int]:
         (stats,) = llm.collective_rpc("molehill_stats", args=([93],))
         return dict(stats["host"])
 
     def prepare() -> bool:
-        (started,) = llm.collective_rpc("molehill_prepare", args=(path,))
-        while not llm.collective_rpc("molehill_prepared", args=(path,))[0]:
+        (started,) = llm.collective_rpc("molehill_prepare", args=(93, path))
+        while not llm.collective_rpc("molehill_prepared", args=(93, path))[0]:
             time.sleep(0.01)
         return bool(started)
 
@@ -157,10 +157,10 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
     assert_golden(ask_each(llm, ids, requests), prompts)
     (before,) = llm.collective_rpc("molehill_routing", args=(93,))
     llm.collective_rpc("molehill_remove", args=(93, path, True))
-    assert host()[path] > 0
+    assert host()[93] > 0
     assert not prepare()
     install()
-    assert path not in host()
+    assert 93 not in host()
     assert llm.reset_prefix_cache()
     assert_golden(ask_each(llm, ids, requests), prompts)
     (after,) = llm.collective_rpc("molehill_routing", args=(93,))
@@ -168,7 +168,7 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
     for site, figures in before["sites"].items():
         assert after["sites"][site]["decisions"] == 2 * figures["decisions"], site
     llm.collective_rpc("molehill_remove", args=(93, path, False))
-    assert path not in host()
+    assert 93 not in host()
 
 
 def test_a_bad_adapter_is_refused_by_add_lora_and_the_engine_lives(llm: Any, tmp_path: Any) -> None:
