@@ -1,8 +1,11 @@
 """vLLM's endpoint plugin: puts molehill's routes and registry into vLLM's API server."""
 
 import asyncio
+import logging
+import os
+import signal
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -29,11 +32,15 @@ from molehill.api.services import Services, answer_http_error
 from molehill.api.sources import Sources, local
 from molehill.api.stats import WorkerStats
 from molehill.api.store import AdapterStore
+from molehill.api.tasks import failure
 from molehill.api.watch import Watcher
 from molehill.api.workers import ONE_ENGINE, Workers
 from molehill.engine.base import BaseModel, Moe
 from molehill.engine.vllm import compat
 from molehill.engine.vllm.settings import Settings
+
+# Below vLLM's logger, whose handlers are the only ones that a server has.
+logger = logging.getLogger("vllm.molehill")
 
 
 class ServedRequests(dict[str, Any]):
@@ -95,7 +102,23 @@ class MolehillRoutes:
         for name, path in options.adapters:
             await found.registry.load(name, str(path), local(operator_source(path)))
         # Held by the state, or it would be collected while it runs.
-        state.molehill_task = asyncio.create_task(go_on(found, watch=options.watch))
+        state.molehill_task = start(go_on(found, watch=options.watch))
+
+
+def start(going_on: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Ends the process if it fails: a server that will never be ready, or serves nothing new, is
+    better started again by whoever watches it."""
+    task = asyncio.create_task(going_on)
+    task.add_done_callback(end_with)
+    return task
+
+
+def end_with(task: asyncio.Task[None]) -> None:
+    error = failure(task)
+    if error is not None:
+        logger.critical("What goes on beside requests failed; the server ends", exc_info=error)
+        # As from outside: what runs is finished, as far as the server's time for that goes.
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def go_on(found: Services, *, watch: bool) -> None:

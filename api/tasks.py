@@ -5,7 +5,9 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from molehill.api.errors import RequestError
 from molehill.api.events import LifecycleMetrics, TaskKind
+from molehill.engine.errors import AdapterError
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -14,7 +16,7 @@ T = TypeVar("T")
 
 class Tasks:
     """Keeps tasks while they run, which the event loop does not; one that fails is logged and
-    counted, as `kind`."""
+    counted, as `kind`. A refusal is logged: whoever refuses counts."""
 
     def __init__(self, kind: TaskKind, events: LifecycleMetrics) -> None:
         self._kind: TaskKind = kind
@@ -46,8 +48,15 @@ class Tasks:
         return task
 
     def _look(self, task: asyncio.Task[Any], failed: Callable[[], None] = lambda: None) -> None:
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
+        error = failure(task)
+        if isinstance(error, RequestError | AdapterError):
+            logger.warning("A task of the %s was refused: %s", self._kind, error)
+        elif error is not None:
             logger.error("A task of the %s failed", self._kind, exc_info=error)
             self._events.task_failed(self._kind)
             failed()
+
+
+def failure(ended: "asyncio.Future[Any]") -> BaseException | None:
+    """What ended it; None if it was cancelled, which somebody asked for."""
+    return None if ended.cancelled() else ended.exception()
