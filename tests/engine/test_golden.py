@@ -171,6 +171,38 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
     assert 93 not in host()
 
 
+def test_names_of_the_same_bytes_have_a_host_copy_each(llm: Any, tmp_path: Any) -> None:
+    """One that goes takes nothing of the other's with it, nor is it prepared in its place."""
+    path = str(tmp_path / "copy")
+    native.write(formats.read(Case("mola").path), Path(path))
+    ids = (94, 95)
+
+    def call(method: str, *args: Any) -> Any:
+        (answer,) = llm.collective_rpc(f"molehill_{method}", args=args)
+        return answer
+
+    def host() -> dict[int, int]:
+        return {lora_id: size for lora_id, size in call("stats", ids)["host"].items() if size}
+
+    # Both are prepared at a time.
+    assert all(call("prepare", lora_id, path) for lora_id in ids)
+    while not all(call("prepared", lora_id, path) for lora_id in ids):
+        time.sleep(0.01)
+    for lora_id in ids:
+        assert call("install", f"m-{lora_id}", lora_id, path)["refusal"] == ""
+    for lora_id in ids:
+        assert call("remove", lora_id, path, True) == []
+    sizes = host()
+    assert sizes.keys() == set(ids)
+    assert sizes[94] == sizes[95] > 0
+    call("remove", 94, path, False)
+    assert host() == {95: sizes[95]}
+    assert not call("prepare", 95, path)
+    assert call("install", "m-95", 95, path)["refusal"] == ""
+    call("remove", 95, path, False)
+    assert host() == {}
+
+
 def test_a_bad_adapter_is_refused_by_add_lora_and_the_engine_lives(llm: Any, tmp_path: Any) -> None:
     from vllm.lora.request import LoRARequest
 
