@@ -12,6 +12,7 @@ from molehill.api.background import Background
 from molehill.api.errors import OutOfMemoryError, StoreError
 from molehill.api.generation import Content, Loading, content_of
 from molehill.api.paths import Source
+from molehill.api.reading import Reading, most_bytes
 from molehill.api.store import AdapterStore
 from molehill.api.terms import check_content
 from molehill.engine.adapter import Adapter
@@ -30,16 +31,19 @@ Fetch = AbstractContextManager[Source]
 
 
 class Intake:
-    """read: parses and validates a directory; raises AdapterError. background: where it runs.
+    """read: parses and validates a directory, in any thread; raises AdapterError. background: where
+    it runs. memory: bytes that the largest adapter may take.
 
     reading: held by whoever reads an adapter there. What is not read waits, and says so.
     """
 
-    def __init__(self, read: Reader, store: AdapterStore, background: Background) -> None:
+    def __init__(
+        self, read: Reader, store: AdapterStore, background: Background, memory: int
+    ) -> None:
         self._read = read
         self._store = store
         self._background = background
-        self.reading = asyncio.Lock()
+        self.reading = Reading(memory)
 
     async def take_in(
         self, loading: Loading, fetch: Fetch, expected: str | None
@@ -51,9 +55,12 @@ class Intake:
         """
         loading.stage = "fetching"
         try:
-            async with fetched(fetch) as source, self.reading:
-                loading.stage = "reading"
-                return await self._background.run(self._read_into_store, source, expected), source
+            async with fetched(fetch) as source:
+                size = await asyncio.to_thread(most_bytes, source.directory)
+                async with self.reading.beside(size):
+                    loading.stage = "reading"
+                    read = self._background.run(self._read_into_store, source, expected)
+                    return await read, source
         except (RuntimeError, MemoryError, OSError) as error:
             # What fetches it, and a thread to do that in, takes memory too.
             if is_out_of_memory(error):

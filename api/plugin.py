@@ -25,6 +25,7 @@ from molehill.api.options import Options, api_keys
 from molehill.api.paths import AdapterRoots, operator_source
 from molehill.api.probe import Prober
 from molehill.api.reader import AdapterReader
+from molehill.api.reading import READERS
 from molehill.api.registry import AdapterRegistry
 from molehill.api.residency import Residency
 from molehill.api.restart import Restart
@@ -156,8 +157,8 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
         resident=(resident.name, resident.digest) if resident else None,
-        # An adapter at a time is in this process's memory.
-        background=Background(cores),
+        background=Background(cores, threads=READERS),
+        memory=limits.adapter_bytes,
     )
     models.lora_requests.registry = registry
     count_requests(engine_client, registry)

@@ -32,10 +32,12 @@ from molehill.api.errors import (
 from molehill.api.generation import Content, Failure, Generation, Loaded, Loading, failure_of
 from molehill.api.intake import Fetch, Intake, Reader
 from molehill.api.paths import Source
+from molehill.api.reading import READERS
 from molehill.api.residency import Residency
 from molehill.api.store import AdapterStore
 from molehill.api.tasks import Tasks
 from molehill.api.terms import Anything, Expected, Terms, check_expected
+from molehill.engine.base import Limits
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
 logger = logging.getLogger("vllm.molehill")
@@ -46,7 +48,7 @@ Probe = Callable[[Generation], Awaitable[None]]
 class AdapterRegistry:
     """Loads, replaces and unloads adapters by name. All methods run on the event loop's thread.
 
-    read, store, background: see Intake.
+    read, store, background, memory: see Intake.
     served: name to LoRARequest, which vLLM looks a request's model up in; the registry writes it.
     probe: raises RequestError for a generation that must not be served, EngineRefusedError where
     that could not be found out, or None.
@@ -67,11 +69,12 @@ class AdapterRegistry:
         probe: Probe | None = None,
         resident: tuple[str, str] | None = None,
         background: Background | None = None,
+        memory: int = Limits().adapter_bytes,
     ) -> None:
         self.residency = residency
         self.events = residency.events
         self.changed: Callable[[], Coroutine[Any, Any, None]] = nobody_told
-        self.intake = Intake(read, store, background or Background())
+        self.intake = Intake(read, store, background or Background(threads=READERS), memory)
         self._served = served
         self._base_models = base_models
         self._admission = admission
