@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-# Adapters that are read at a time, each in a thread: what reads fast does not wait for one that reads
-# slowly. They take turns with the event loop, which streams meanwhile: more would hold that up.
+# Adapters that are read at a time, each in a thread: one that reads slowly holds up no other. They
+# take turns with the event loop, which streams meanwhile: more would hold that up.
 READERS = 2
 
 
