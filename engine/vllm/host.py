@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from molehill.engine.figures import Costs
 from molehill.kernels.backend import MoePiece, Packed, SlotWeights
@@ -17,6 +17,11 @@ class Wanted(NamedTuple):
 
     lora_id: int
     path: str
+
+    @classmethod
+    def of(cls, request: Any) -> "Wanted":
+        """request: vLLM's LoRARequest."""
+        return cls(request.lora_int_id, request.lora_path)
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class AdapterManager:
         """
         if request.lora_int_id in self._slots:
             return True
-        wanted = wanted_of(request)
+        wanted = Wanted.of(request)
         kept = self.host.take(wanted)
         try:
             with self._all_ranks_or_none():
@@ -376,10 +376,10 @@ class AdapterManager:
         except (FullError, OtherRankError) as error:
             return {"refusal": str(error), "full": True}
         except AdapterError as error:
-            self.preparation.drop(wanted_of(request))
+            self.preparation.drop(Wanted.of(request))
             return {"refusal": str(error), "full": False}
         except Exception as error:
-            self.preparation.drop(wanted_of(request))
+            self.preparation.drop(Wanted.of(request))
             if not is_out_of_memory(error):
                 raise
             refusal = "adapter memory: found none left on this machine, expected some"
@@ -406,7 +406,3 @@ class AdapterManager:
     def _counters(self, slot: int) -> SlotCounters:
         counters = self.backend.counters(slot)
         return replace(counters, tokens=counters.tokens + self._idle_tokens[slot])
-
-
-def wanted_of(request: LoRARequest) -> Wanted:
-    return Wanted(request.lora_int_id, request.lora_path)
