@@ -4,12 +4,12 @@ metrics put into text."""
 import asyncio
 import sys
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 import torch
 
 from molehill.engine.cores import compute_with, keep_off, own_cores
+from molehill.engine.threads import started
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -18,12 +18,14 @@ SWITCH_SECONDS = 0.0005
 
 
 class Background:
-    """One thread, which does one thing at a time.
+    """Threads, each of which does one thing at a time.
 
-    taken: cores that workers compute on, which the thread leaves alone. It computes on all others.
+    taken: cores that workers compute on, which the threads leave alone. They compute on all others.
     """
 
-    def __init__(self, taken: Collection[int] = (), name: str = "molehill-background") -> None:
+    def __init__(
+        self, taken: Collection[int] = (), name: str = "molehill-background", threads: int = 1
+    ) -> None:
         def leave_to_workers() -> None:
             keep_off(taken, own_cores())
             if cores := own_cores():
@@ -32,11 +34,9 @@ class Background:
         # The event loop streams to clients meanwhile, and may wait so long for its turn.
         sys.setswitchinterval(SWITCH_SECONDS)
 
-        self._thread = ThreadPoolExecutor(1, name, leave_to_workers)
-        # It is there when memory for a new thread may not be.
-        self._thread.submit(lambda: None).result()
+        self._threads = started(threads, name, leave_to_workers)
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `work` returns or raises."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, lambda: work(*args, **kwargs))
+        return await loop.run_in_executor(self._threads, lambda: work(*args, **kwargs))

@@ -19,7 +19,14 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the process's exit code: 2 for what the user can put right."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(list(sys.argv[1:] if argv is None else argv))
+    except MemoryError as error:
+        print(f"molehill: found no memory for it, expected some: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def run(arguments: list[str]) -> int:
     if arguments[:1] == ["serve"]:
         return serve(arguments[1:])
     if arguments[:1] == ["inspect"]:

@@ -135,6 +135,10 @@ class EngineRefusedError(RequestError):
     kind = "engine_refused"
 
 
+class NotProbedError(EngineRefusedError):
+    """The engine gave no answer that shows whether the adapter has an effect. Not its fault."""
+
+
 class CannotPinError(RequestError):
     """One more pin would leave no slot for adapters that are not pinned."""
 

@@ -19,6 +19,12 @@ Tier = Literal["worker", "host", "disk"]
 # Nothing leaves the disk to make room.
 EVICTING: tuple[Tier, ...] = ("worker", "host")
 
+# Who starts tasks that nobody awaits.
+TaskKind = Literal["metrics", "registry", "residency", "restart", "watch"]
+
+# Why a scrape shows the workers' figures of an earlier one.
+ScrapeFailure = Literal["error", "late"]
+
 
 class LifecycleMetrics(Collector):
     """Loads, refusals, cache hits, evictions and faults since the start of the process.
@@ -71,6 +77,23 @@ class LifecycleMetrics(Collector):
             registry=self._registry,
         )
 
+        self._scrapes = Counter(
+            "molehill_worker_scrape_failures",
+            "Scrapes without new figures of the workers: by an error, or as they were too busy.",
+            ["kind"],
+            registry=self._registry,
+        )
+        for kind in get_args(ScrapeFailure):
+            self._scrapes.labels(kind)
+        self._tasks = Counter(
+            "molehill_task_failures",
+            "Faults of what goes on in the background, by whose work it was.",
+            ["task"],
+            registry=self._registry,
+        )
+        for task in get_args(TaskKind):
+            self._tasks.labels(task)
+
     def begin(self, name: str) -> None:
         """The name has weights: its series start, at zero."""
         self._names.add(name)
@@ -102,6 +125,13 @@ class LifecycleMetrics(Collector):
     def load(self, name: str) -> Iterator[None]:
         """Around a load: counts what it came to."""
         start = time.perf_counter()
+        with self.refusals():
+            yield
+        self.loaded(name, time.perf_counter() - start)
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Around what can refuse a load."""
         try:
             yield
         except (RequestError, AdapterError) as error:
@@ -111,7 +141,6 @@ class LifecycleMetrics(Collector):
         except Exception:
             self.refused("internal_error")
             raise
-        self.loaded(name, time.perf_counter() - start)
 
     def loaded(self, name: str, seconds: float) -> None:
         self._loads.observe(seconds)
@@ -135,3 +164,9 @@ class LifecycleMetrics(Collector):
 
     def manifest_failed(self) -> None:
         self._unwritten.inc()
+
+    def task_failed(self, kind: TaskKind) -> None:
+        self._tasks.labels(kind).inc()
+
+    def scrape_failed(self, kind: ScrapeFailure) -> None:
+        self._scrapes.labels(kind).inc()

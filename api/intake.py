@@ -12,6 +12,7 @@ from molehill.api.background import Background
 from molehill.api.errors import OutOfMemoryError, StoreError
 from molehill.api.generation import Content, Loading, content_of
 from molehill.api.paths import Source
+from molehill.api.reading import Reading, most_bytes
 from molehill.api.store import AdapterStore
 from molehill.api.terms import check_content
 from molehill.engine.adapter import Adapter
@@ -31,17 +32,19 @@ Fetch = AbstractContextManager[Source]
 
 
 class Intake:
-    """read: parses and validates a directory, with the layout that a source names; raises
-    AdapterError. background: where it runs.
+    """read: parses and validates a directory, in any thread, with the layout that a source names;
+    raises AdapterError. background: where it runs. memory: bytes that the largest adapter may take.
 
     reading: held by whoever reads an adapter there. What is not read waits, and says so.
     """
 
-    def __init__(self, read: Reader, store: AdapterStore, background: Background) -> None:
+    def __init__(
+        self, read: Reader, store: AdapterStore, background: Background, memory: int
+    ) -> None:
         self._read = read
         self._store = store
         self._background = background
-        self.reading = asyncio.Lock()
+        self.reading = Reading(memory)
 
     async def take_in(
         self, loading: Loading, fetch: Fetch, expected: str | None
@@ -53,11 +56,14 @@ class Intake:
         """
         loading.stage = "fetching"
         try:
-            async with fetched(fetch) as source, self.reading:
-                loading.stage = "reading"
-                return await self._background.run(self._read_into_store, source, expected), source
-        except RuntimeError as error:
-            # A thread to fetch it in takes memory too.
+            async with fetched(fetch) as source:
+                size = await asyncio.to_thread(most_bytes, source.directory)
+                async with self.reading.beside(size):
+                    loading.stage = "reading"
+                    read = self._background.run(self._read_into_store, source, expected)
+                    return await read, source
+        except (RuntimeError, MemoryError, OSError) as error:
+            # What fetches it, and a thread to do that in, takes memory too.
             if is_out_of_memory(error):
                 raise no_memory(loading.source) from None
             raise
@@ -76,11 +82,11 @@ class Intake:
             adapter = self._read_untouched(source)
             check_content(source.label, adapter.digest, expected)
             return content_of(adapter, self._store.acquire(adapter, source.directory))
-        except OSError as error:
-            raise StoreError(f"adapter store: {error.strerror}") from error
         except Exception as error:
             if is_out_of_memory(error):
                 raise no_memory(source.label) from None
+            if isinstance(error, OSError):
+                raise StoreError(f"adapter store: {error.strerror}") from error
             raise
 
     def _read_untouched(self, source: Source) -> Adapter:
@@ -92,7 +98,7 @@ class Intake:
             source.check_untouched()
             raise source.relabel_error(error) from error
         except OSError as error:
-            if error.errno in NO_ROOM:
+            if error.errno in NO_ROOM or is_out_of_memory(error):
                 raise
             source.check_untouched()
             raise CorruptFileError(source.label, error.strerror, "a readable directory") from error

@@ -68,6 +68,12 @@ class AdapterCollector(Collector):
         yield GaugeMetricFamily(
             "molehill_adapters_loaded", "Adapters that are served by name.", self._loaded
         )
+        yield GaugeMetricFamily(
+            "molehill_worker_figures_age_seconds",
+            "Since the workers told the figures that are shown; since the start where they never "
+            "have.",
+            self._snapshot.age,
+        )
         yield self._by_state()
         yield self._lora_requests()
         yield self._requests()

@@ -1,8 +1,11 @@
 """vLLM's endpoint plugin: puts molehill's routes and registry into vLLM's API server."""
 
 import asyncio
+import logging
+import os
+import signal
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -23,6 +26,7 @@ from molehill.api.options import Options, api_keys
 from molehill.api.paths import AdapterRoots, operator_source
 from molehill.api.probe import Prober
 from molehill.api.reader import AdapterReader
+from molehill.api.reading import READERS
 from molehill.api.registry import AdapterRegistry
 from molehill.api.residency import Residency
 from molehill.api.restart import Restart
@@ -31,12 +35,16 @@ from molehill.api.services import Services, answer_http_error
 from molehill.api.sources import Sources, local
 from molehill.api.stats import WorkerStats
 from molehill.api.store import AdapterStore
+from molehill.api.tasks import failure
 from molehill.api.watch import Watcher
 from molehill.api.workers import ONE_ENGINE, Workers
 from molehill.engine import startup
 from molehill.engine.base import BaseModel, Moe
 from molehill.engine.vllm import compat
 from molehill.engine.vllm.settings import Settings
+
+# Below vLLM's logger, whose handlers are the only ones that a server has.
+logger = logging.getLogger("vllm.molehill")
 
 
 class ServedRequests(dict[str, Any]):
@@ -102,8 +110,24 @@ class MolehillRoutes:
             source = operator_source(path, layouts.get(name))
             await found.registry.load(name, str(path), local(source))
         # Held by the state, or it would be collected while it runs.
-        state.molehill_task = asyncio.create_task(go_on(found, watch=options.watch))
+        state.molehill_task = start(go_on(found, watch=options.watch))
         await starting.hand_over()
+
+
+def start(going_on: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Ends the process if it fails: a server that will never be ready, or serves nothing new, is
+    better started again by whoever watches it."""
+    task = asyncio.create_task(going_on)
+    task.add_done_callback(end_with)
+    return task
+
+
+def end_with(task: asyncio.Task[None]) -> None:
+    error = failure(task)
+    if error is not None:
+        logger.critical("What goes on beside requests failed; the server ends", exc_info=error)
+        # As from outside: what runs is finished, as far as the server's time for that goes.
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def go_on(found: Services, *, watch: bool) -> None:
@@ -141,8 +165,8 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
         resident=(resident.name, resident.digest) if resident else None,
-        # An adapter at a time is in this process's memory.
-        background=Background(cores),
+        background=Background(cores, threads=READERS),
+        memory=limits.adapter_bytes,
     )
     models.lora_requests.registry = registry
     count_requests(engine_client, registry)

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.sampling_params import SamplingParams
 
-from molehill.api.errors import NoEffectError
+from molehill.api.errors import NoEffectError, NotProbedError
 from molehill.api.generation import Generation
 
 logger = logging.getLogger("vllm.molehill")
@@ -34,24 +34,32 @@ class Prober:
         self._asked = 0
 
     async def __call__(self, generation: Generation) -> None:
-        """Raises NoEffectError if every log-probability is the base's, to the last bit.
+        """Raises NoEffectError if every log-probability is the base's, to the last bit, and
+        NotProbedError where the engine gives none.
 
         What else is in a batch can move the last bit too, so an adapter without effect may pass on
         a busy server; one with an effect is never refused for it.
         """
         for tokens in (SHORT_TOKENS, PROMPT_TOKENS):
-            try:
-                base = await self._answer(None, tokens)
-            except Exception:
-                name = generation.name
-                logger.exception("Adapter %s is not probed: the base gives no answer", name)
-                return
-            if await self._answer(generation.request, tokens) != base:
+            if await self._differs(generation, tokens):
                 return
         raise NoEffectError(
             f"{generation.name!a}: found the base model's log-probabilities at all of "
             f"{PROMPT_TOKENS} probe tokens, expected a difference; allow_noop serves it anyway"
         )
+
+    async def _differs(self, generation: Generation, tokens: int) -> bool:
+        try:
+            base = await self._answer(None, tokens)
+            own = await self._answer(generation.request, tokens)
+        except Exception as error:
+            logger.exception("Adapter %s could not be probed", generation.name)
+            raise NotProbedError(
+                f"{generation.name!a}: found no answer to the probe prompt ({type(error).__name__})"
+                ", expected log-probabilities; try again, or serve it unprobed with allow_noop or "
+                "--no-adapter-probe"
+            ) from error
+        return own != base
 
     async def _answer(self, request: Any, tokens: int) -> Answer:
         self._asked += 1
@@ -62,6 +70,8 @@ class Prober:
             prompt, params, f"molehill-probe-{self._asked}", lora_request=request
         ):
             last = output
+        if last is None or not last.prompt_logprobs:
+            raise RuntimeError("the engine gave no log-probabilities of the prompt")
         return [
             {token: found.logprob for token, found in position.items()}
             for position in last.prompt_logprobs

@@ -10,7 +10,7 @@ import itertools
 import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 from vllm.exceptions import VLLMNotFoundError
@@ -32,23 +32,26 @@ from molehill.api.errors import (
 from molehill.api.generation import Content, Failure, Generation, Loaded, Loading, failure_of
 from molehill.api.intake import Fetch, Intake, Reader
 from molehill.api.paths import Source
+from molehill.api.reading import READERS
 from molehill.api.residency import Residency
 from molehill.api.store import AdapterStore
+from molehill.api.tasks import Tasks
 from molehill.api.terms import Anything, Expected, Terms, check_expected
+from molehill.engine.base import Limits
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
 logger = logging.getLogger("vllm.molehill")
 
-T = TypeVar("T")
 Probe = Callable[[Generation], Awaitable[None]]
 
 
 class AdapterRegistry:
     """Loads, replaces and unloads adapters by name. All methods run on the event loop's thread.
 
-    read, store, background: see Intake.
+    read, store, background, memory: see Intake.
     served: name to LoRARequest, which vLLM looks a request's model up in; the registry writes it.
-    probe: raises RequestError for a generation that must not be served, or None.
+    probe: raises RequestError for a generation that must not be served, EngineRefusedError where
+    that could not be found out, or None.
     failures: names that a restart or a watched root should serve, and why they do not.
     awaited: names that a restart is still to load. No name in either is served.
     changed: called after the names or their pins have changed.
@@ -66,11 +69,12 @@ class AdapterRegistry:
         probe: Probe | None = None,
         resident: tuple[str, str] | None = None,
         background: Background | None = None,
+        memory: int = Limits().adapter_bytes,
     ) -> None:
         self.residency = residency
         self.events = residency.events
         self.changed: Callable[[], Coroutine[Any, Any, None]] = nobody_told
-        self.intake = Intake(read, store, background or Background())
+        self.intake = Intake(read, store, background or Background(threads=READERS), memory)
         self._served = served
         self._base_models = base_models
         self._admission = admission
@@ -84,7 +88,7 @@ class AdapterRegistry:
         self._ids = itertools.count(1)
         # Weak, so that a lock lives only while somebody holds it or waits for it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks("registry", residency.events)
 
     def __len__(self) -> int:
         return len(self._current)
@@ -114,12 +118,12 @@ class AdapterRegistry:
         MergedIntoBaseError, AdapterError, StoreError, EngineRefusedError, and what `fetch` and the
         probe raise; then everything is as before.
         """
-        with self.events.load(name):
+        with self.events.refusals():
             names.check(name, self._base_models)
             self._admit_load(name)
-            loading = Loading(name, label)
-            self._loading.append(loading)
-            return await self._see_through(self._load(loading, fetch, terms or Terms()))
+        loading = Loading(name, label)
+        self._loading.append(loading)
+        return await self._tasks.see_through(self._counted(loading, fetch, terms or Terms()))
 
     async def unload(self, name: str, expected: Expected = Anything) -> Generation:
         """Takes the name away at once; memory goes when the last running request ends.
@@ -127,11 +131,11 @@ class AdapterRegistry:
         A name that should serve and does not, or not yet, is forgotten. Raises NotLoadedError (for
         such a name too), GenerationMismatchError, MergedIntoBaseError.
         """
-        return await self._see_through(self._unload(name, expected))
+        return await self._tasks.see_through(self._unload(name, expected))
 
     async def dismiss(self, name: str) -> Failure | Loading | None:
         """Forgets a name that should serve and does not, or not yet; None if it is no such name."""
-        return await self._see_through(self._dismiss(name))
+        return await self._tasks.see_through(self._dismiss(name))
 
     def fail(self, name: str, source: str, error: Exception) -> None:
         """Notes why a name that should serve does not, unless it does by now."""
@@ -143,7 +147,7 @@ class AdapterRegistry:
 
         Raises NotLoadedError, CannotPinError, EngineRefusedError.
         """
-        return await self._see_through(self._pin(name, pinned))
+        return await self._tasks.see_through(self._pin(name, pinned))
 
     def admit(self, request: Any) -> Generation:
         """The generation that a request runs on, the current one of its name if its own retired.
@@ -163,7 +167,7 @@ class AdapterRegistry:
     def leave(self, generation: Generation) -> None:
         generation.in_flight -= 1
         if generation.retired and not generation.in_flight:
-            self._spawn(self._free(generation))
+            self._tasks.start(self._free(generation))
 
     @property
     def busy(self) -> bool:
@@ -185,6 +189,11 @@ class AdapterRegistry:
                 f"adapters: found {taken}, expected fewer than {self._admission.adapters}; "
                 "unload one first"
             )
+
+    async def _counted(self, loading: Loading, fetch: Fetch, terms: Terms) -> Loaded:
+        """Also where nobody waits for it any more."""
+        with self.events.load(loading.name):
+            return await self._load(loading, fetch, terms)
 
     async def _load(self, loading: Loading, fetch: Fetch, terms: Terms) -> Loaded:
         try:
@@ -223,6 +232,8 @@ class AdapterRegistry:
 
     async def _unchanged(self, old: Generation, source: Source, terms: Terms) -> Loaded:
         old.source, old.note = source, None
+        if terms.allow_noop:
+            old.check = None
         if terms.pinned is not None:
             await self._bring_and_pin(old, terms.pinned)
         await self.changed()
@@ -282,6 +293,9 @@ class AdapterRegistry:
         assert self._probe is not None
         try:
             await self._probe(generation)
+        except EngineRefusedError:
+            # It is probed when it comes in again.
+            raise
         except Exception as error:
             if isinstance(error, RequestError):
                 self._withdraw(generation, error)
@@ -295,7 +309,7 @@ class AdapterRegistry:
             del self._served[generation.name]
             self.fail(generation.name, generation.source.public, error)
             logger.error("Adapter %s is not served any more: %s", generation.name, error)
-            self._spawn(self.changed())
+            self._tasks.start(self.changed())
 
     async def _pin(self, name: str, pinned: bool) -> Generation:
         async with self._lock(name):
@@ -380,20 +394,15 @@ class AdapterRegistry:
         if not any(other.name == generation.name for other in self._alive.values()):
             self.events.end(generation.name)
         await self.residency.forget(generation)
-        await self.intake.let_go(generation.digest)
+        try:
+            await self.intake.let_go(generation.digest)
+        except Exception:
+            # Whoever unloads or replaces it has done so all the same.
+            logger.exception("The copy of adapter %s could not be freed", generation.name)
+            self.events.free_failed()
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
-
-    async def _see_through(self, work: Coroutine[Any, Any, T]) -> T:
-        """Awaits `work`, which goes on to its end if the caller is cancelled (client gone)."""
-        return await asyncio.shield(self._spawn(work))
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
 
 def relabelled(error: EngineRefusedError, generation: Generation, label: str) -> EngineRefusedError:

@@ -70,17 +70,29 @@ class Restart:
 
     async def run(self) -> None:
         """Loads every remembered adapter, one after the other, then looks at their sources."""
-        restored = []
-        for entry in list(self._absent.values()):
-            # What the command line or a client has loaded since is newer, or deleted.
-            if entry.name in self._registry.awaited:
-                generation = await self._restore(entry)
-                if generation is not None:
-                    restored.append((entry, generation))
+        restored: list[tuple[Entry, Generation]] = []
+        try:
+            for entry in list(self._absent.values()):
+                # What the command line or a client has loaded since is newer, or deleted.
+                if entry.name in self._registry.awaited:
+                    generation = await self._restore(entry)
+                    if generation is not None:
+                        restored.append((entry, generation))
+        except Exception as error:
+            self._break_off(error)
         await self._remember()
         self.ready = True
         for entry, generation in restored:
             await self._check_source(entry, generation)
+
+    def _break_off(self, error: Exception) -> None:
+        """A fault of the restart's own: what it did not come to is reported, not awaited for
+        ever."""
+        logger.error("The restart broke off", exc_info=error)
+        self._registry.events.task_failed("restart")
+        for name, loading in list(self._registry.awaited.items()):
+            self._registry.fail(name, loading.source, error)
+        self._registry.awaited.clear()
 
     async def _restore(self, entry: Entry) -> Generation | None:
         name = entry.name
@@ -169,10 +181,19 @@ class Restart:
             entries = self._entries()
             if entries == self._on_disk:
                 return
-            if await asyncio.to_thread(self._manifest.write, entries):
+            if await self._write(self._manifest, entries):
                 self._on_disk = entries
             else:
                 self._registry.events.manifest_failed()
+
+    async def _write(self, manifest: Manifest, entries: list[Entry]) -> bool:
+        """Whether it is on disk. Raises nothing: what has been loaded or unloaded is, whether or
+        not it is remembered."""
+        try:
+            return await asyncio.to_thread(manifest.write, entries)
+        except Exception:
+            logger.exception("The manifest could not be written; a restart would not know this")
+            return False
 
     def _entries(self) -> list[Entry]:
         awaited = self._registry.awaited.keys() | self._registry.failures.keys()

@@ -1,5 +1,6 @@
 """The routes that molehill puts in the place of vLLM's, and the one that says it is ready."""
 
+from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Request
@@ -9,7 +10,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from molehill.api import metrics
+from molehill.api import errors, metrics
 from molehill.api.errors import UnknownModelError
 from molehill.api.generation import Generation
 from molehill.api.served_models import answer_unknown_model
@@ -22,6 +23,7 @@ from molehill.api.services import (
     VllmBody,
     refusals,
 )
+from molehill.api.tasks import failure
 from molehill.api.terms import Terms
 
 # What vLLM's clients may ask with parameters that only other servers know.
@@ -108,11 +110,19 @@ async def show_metrics(found: Injected) -> Response:
 @router.get("/health/ready", response_class=Response, responses={503: {}})
 async def show_ready(found: Injected, request: Request) -> Response:
     """200 once all that an earlier server remembered is loaded or reported, 503 until then, and
-    503 for good when the engine is dead."""
+    503 for good when the engine is dead, or when what goes on beside requests has failed, which the
+    answer then says."""
     try:
         await request.app.state.engine_client.check_health()
     except EngineDeadError:
         return Response(status_code=503)
+    task = getattr(request.app.state, "molehill_task", None)
+    error = failure(task) if task is not None and task.done() else None
+    if error is not None:
+        # Its message is for the operator alone.
+        message = f"found {type(error).__name__} in the background; see the server's log"
+        body = errors.body(message, "internal_error", HTTPStatus.SERVICE_UNAVAILABLE)
+        return JSONResponse(body, status_code=503)
     if found.restart.ready:
         return Response(status_code=200)
     return Response(status_code=503, headers={"Retry-After": "1"})

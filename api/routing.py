@@ -81,6 +81,7 @@ class StepSeconds(BaseModel):
 class Overview(BaseModel):
     """seconds: null where the workers cannot measure them, as on a GPU."""
 
+    age_seconds: float = Field(description="Since the workers told these figures.")
     seconds: StepSeconds | None
     adapters: list[AdapterSummary]
 
@@ -91,6 +92,7 @@ async def show_overview(found: Injected) -> Overview:
     snapshot = await found.stats.refresh()
     spent = snapshot.seconds
     return Overview(
+        age_seconds=snapshot.age,
         seconds=StepSeconds(steps=spent.steps, adapter_ops=spent.ops) if spent else None,
         adapters=summaries(found.registry, snapshot),
     )

@@ -26,12 +26,13 @@ from molehill.api.errors import (
     RequestError,
     StoreError,
 )
-from molehill.api.intake import NO_ROOM, Fetch
+from molehill.api.intake import NO_ROOM, Fetch, no_memory
 from molehill.api.options import URL_SCHEMES
 from molehill.api.paths import AdapterRoots, Source
 from molehill.engine.errors import AdapterError, AdapterNotFoundError, LimitError
 from molehill.engine.formats import expert_layout, files, native
 from molehill.engine.layout import Layout
+from molehill.engine.memory import is_out_of_memory
 
 HUB = "hf://"
 
@@ -145,12 +146,14 @@ def scratch() -> Iterator[Path]:
 @contextmanager
 def reporting(where: str) -> Iterator[None]:
     """Whatever stops a download, as a refusal: AdapterError, StoreError where the disk is full,
-    else FetchError. A client gets to know no path of this server."""
+    OutOfMemoryError, else FetchError. A client gets to know no path of this server."""
     try:
         yield
     except (AdapterError, RequestError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise no_memory(where) from error
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise StoreError(f"{where}: no room to download it: {error.strerror}") from error
         raise FetchError(f"{where}: {reason(error)}") from error

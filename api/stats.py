@@ -5,13 +5,15 @@ Workers count on their own; a scrape asks them.
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from molehill.api.generation import Generation
 from molehill.api.registry import AdapterRegistry
+from molehill.api.tasks import Tasks
 from molehill.api.workers import Engine
 from molehill.engine.figures import Figures, SiteFigures
 
@@ -40,12 +42,16 @@ class Told:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One answer of the workers, by adapter name. seconds: None where they are not measured."""
+    """One answer of the workers, by adapter name. seconds: None where they are not measured.
+
+    age: seconds since the question that they answered; since the start where they never have.
+    """
 
     figures: Mapping[str, Figures] = field(default_factory=dict)
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
     host_bytes: Mapping[str, int] = field(default_factory=dict)
     seconds: Seconds | None = None
+    age: float = 0.0
 
 
 def told(answers: Iterable[Mapping[str, Any]]) -> dict[int, Told]:
@@ -84,11 +90,11 @@ def host_bytes(
 ) -> dict[str, int]:
     """What waits in the workers' host memory, by adapter name."""
     found: Counter[str] = Counter()
-    names = {generation.request.lora_path: generation.name for generation in generations}
+    names = {generation.lora_int_id: generation.name for generation in generations}
     for answer in answers:
-        for path, taken in answer["host"].items():
-            if path in names:
-                found[names[path]] += taken
+        for lora_id, taken in answer["host"].items():
+            if lora_id in names:
+                found[names[lora_id]] += taken
     return dict(found)
 
 
@@ -131,20 +137,27 @@ class WorkerStats:
         self._registry = registry
         self._totals = Totals()
         self._last = Snapshot()
+        # When the workers were asked for it, on the monotonic clock.
+        self._asked = time.monotonic()
         self._asking: asyncio.Task[None] | None = None
+        self._tasks = Tasks("metrics", registry.events)
 
     async def refresh(self) -> Snapshot:
-        """The workers' figures, or the last ones if they take too long.
+        """The workers' figures, or the last ones if they take too long or give none; `age` tells.
 
         The question itself is never cut short: vLLM would take its late answer for the next one's.
         """
         if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask())
+            self._asking = self._tasks.start(self._ask())
         try:
             await asyncio.wait_for(asyncio.shield(self._asking), PATIENCE_SECONDS)
         except TimeoutError:
             logger.warning("Workers are busy; adapter metrics are those of the last scrape")
-        return self._last
+            self._registry.events.scrape_failed("late")
+        except Exception:
+            # A dead engine must not take the metrics with it that show it. The task has logged it.
+            self._registry.events.scrape_failed("error")
+        return replace(self._last, age=time.monotonic() - self._asked)
 
     async def routing(self, lora_int_id: int) -> tuple[int, dict[str, SiteFigures]]:
         """One generation's tokens, and its figures by site."""
@@ -158,12 +171,8 @@ class WorkerStats:
 
     async def _ask(self) -> None:
         known = {generation.lora_int_id for generation in self._registry.alive()}
-        try:
-            answers = await self._engine.collective_rpc("molehill_stats", args=(list(known),))
-        except Exception:
-            # A dead engine must not take the metrics with it that show it.
-            logger.exception("Adapter metrics could not be read from the workers")
-            return
+        asked = time.monotonic()
+        answers = await self._engine.collective_rpc("molehill_stats", args=(list(known),))
         generations = told(answers)
         names = {generation.name for generation in self._registry.alive()}
         resident = dict.fromkeys(names, 0)
@@ -173,3 +182,4 @@ class WorkerStats:
         figures = self._totals.settle(generations, known, names)
         waiting = host_bytes(answers, self._registry.alive())
         self._last = Snapshot(figures, resident, waiting, seconds(answers))
+        self._asked = asked

@@ -78,6 +78,7 @@ class Watcher:
             except Exception:
                 # Whatever it is, what appears next is served all the same.
                 logger.exception("The adapter roots could not be looked at")
+                self._registry.events.task_failed("watch")
             await asyncio.sleep(PERIOD_SECONDS)
 
     async def look(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from molehill.api.errors import EngineRefusedError
 from molehill.api.events import Tier
+from molehill.engine.vllm.preparing import AT_ONCE
 
 # Seconds between questions to the workers, which answer between two steps.
 FIRST_PAUSE = 0.005
@@ -31,23 +32,38 @@ class NoRoomError(EngineRefusedError):
 
 
 class Workers:
-    """Puts adapters of the store into all workers and takes them out."""
+    """Puts adapters of the store into all workers and takes them out.
+
+    at_once: how many they may prepare, and hold prepared, at a time.
+    """
+
+    at_once = AT_ONCE
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def prepare(self, path: str) -> Tier:
-        """Has every worker read `path` in a thread, or find it in host memory; where it was.
+    async def begin(self, request: Any) -> bool:
+        """Has every worker read the adapter in a thread, unless it is in host memory; whether one
+        does. Raises EngineRefusedError."""
+        return any(await self._ask("molehill_prepare", request.lora_int_id, request.lora_path))
+
+    async def prepare(self, request: Any) -> Tier:
+        """Returns when every worker has the adapter ready for a slot; where it was.
 
         Raises EngineRefusedError.
         """
-        if not any(await self._ask("molehill_prepare", path)):
+        if not await self.begin(request):
             return "host"
+        wanted = (request.lora_int_id, request.lora_path)
         pause = FIRST_PAUSE
-        while not all(await self._ask("molehill_prepared", path)):
+        while not all(await self._ask("molehill_prepared", *wanted)):
             await asyncio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE)
         return "disk"
+
+    async def discard(self, request: Any) -> None:
+        """Lets go of what was prepared. Raises EngineRefusedError."""
+        await self._ask("molehill_discard", request.lora_int_id, request.lora_path)
 
     async def install(self, request: Any) -> None:
         """Copies what was prepared into a slot of every worker.
@@ -66,10 +82,10 @@ class Workers:
             raise EngineRefusedError(hopeless[0])
         raise NoRoomError(refusals[0]["refusal"])
 
-    async def remove(self, request: Any, keep: bool) -> set[str]:
+    async def remove(self, request: Any, keep: bool) -> set[int]:
         """Frees the adapter's slots. keep: it may come back.
 
-        Returns the paths of what had to leave host memory for it. Raises EngineRefusedError.
+        Returns the ids of what had to leave host memory for it. Raises EngineRefusedError.
         """
         answers = await self._ask("molehill_remove", request.lora_int_id, request.lora_path, keep)
         return set(chain(*answers))

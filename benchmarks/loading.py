@@ -46,7 +46,7 @@ async def two_phases(engine: Any, request: Any) -> None:
     from molehill.api.workers import Workers
 
     workers = Workers(engine)
-    await workers.prepare(request.lora_path)
+    await workers.prepare(request)
     start = time.perf_counter()
     await workers.install(request)
     installs.append(time.perf_counter() - start)

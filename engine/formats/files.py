@@ -182,6 +182,7 @@ def _reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
+        raise_if_out_of_memory(error)
         raise CorruptFileError(path.name, error.strerror or error, "a readable file") from None
 
 

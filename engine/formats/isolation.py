@@ -17,9 +17,11 @@ from molehill.engine.base import Limits
 from molehill.engine.errors import AdapterError, CorruptFileError
 from molehill.engine.formats import DEFAULT_LIMITS, files, native, read
 from molehill.engine.layout import Layout
+from molehill.engine.memory import is_out_of_memory
 
 _MODULE = "molehill.engine.formats.isolation"
 _ERRORS = {error.kind: error for error in AdapterError.__subclasses__()}
+_NO_MEMORY = "out_of_memory"
 
 
 def is_pickled(path: Path) -> bool:
@@ -30,7 +32,8 @@ def is_pickled(path: Path) -> bool:
 def read_isolated(
     path: Path, limits: Limits = DEFAULT_LIMITS, lora_b_layout: Layout | None = None
 ) -> Adapter:
-    """What `formats.read` gives. Raises what it raises; CorruptFileError if the process dies."""
+    """What `formats.read` gives. Raises what it raises, MemoryError too; CorruptFileError if the
+    process dies."""
     with tempfile.TemporaryDirectory(prefix="molehill-") as scratch:
         copy = Path(scratch) / "adapter"
         how = json.dumps([dataclasses.asdict(limits), lora_b_layout])
@@ -46,9 +49,11 @@ def read_isolated(
     raise _error(path, child)
 
 
-def _error(path: Path, child: subprocess.CompletedProcess[str]) -> AdapterError:
+def _error(path: Path, child: subprocess.CompletedProcess[str]) -> AdapterError | MemoryError:
     try:
         kind, *details = json.loads(child.stdout)
+        if kind == _NO_MEMORY:
+            return MemoryError(*details)
         return _ERRORS[kind](*map(str, details))
     except (ValueError, KeyError, TypeError):
         last = (child.stderr.strip().splitlines() or ["nothing said"])[-1]
@@ -62,11 +67,15 @@ def main(arguments: Sequence[str]) -> int:
     source, target, how = arguments
     limits, lora_b_layout = json.loads(how)
     try:
-        adapter = read(Path(source), Limits(**limits), lora_b_layout)
+        native.write(read(Path(source), Limits(**limits), lora_b_layout), Path(target))
     except AdapterError as error:
         print(json.dumps([error.kind, error.where, error.found, error.expected]))
         return 1
-    native.write(adapter, Path(target))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(json.dumps([_NO_MEMORY, str(error)]))
+        return 1
     return 0
 
 

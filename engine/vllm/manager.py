@@ -25,9 +25,9 @@ from molehill.engine.memory import is_out_of_memory
 from molehill.engine.merge import Resident, merge_static, subtract
 from molehill.engine.validation import validate
 from molehill.engine.vllm import backends
-from molehill.engine.vllm.host import HostMemory, Prepared
+from molehill.engine.vllm.host import HostMemory, Prepared, Wanted
 from molehill.engine.vllm.ledger import Ledger
-from molehill.engine.vllm.preparing import Preparation, Pulse
+from molehill.engine.vllm.preparing import AT_ONCE, Preparation, Pulse
 from molehill.engine.vllm.seams import Seams
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.backend import (
@@ -83,10 +83,10 @@ class AdapterManager:
         # Bytes by slot.
         self._taken: dict[int, int] = {}
         # By id, where it was read and what it was before a slot took it.
-        self._entered: dict[int, tuple[str, Prepared]] = {}
+        self._entered: dict[int, tuple[Wanted, Prepared]] = {}
         # Ranks that do not all keep the same would not meet at DoRA's collectives.
         alone = self._tp.world_size == 1
-        self.host = HostMemory(self.settings.host_memory if alone else 0)
+        self.host = HostMemory[Wanted](self.settings.host_memory if alone else 0)
         self._refused: set[int] = set()
         self._dummies: set[int] = set()
         # Slots that hold nothing on this rank: their rows are plain, whatever their adapter.
@@ -95,13 +95,14 @@ class AdapterManager:
         self._resident = resident
         self._ledger = Ledger(self._counters, self._resident_bytes)
         self._pulse = Pulse()
-        self.preparation = Preparation(self._prepare)
+        self.preparation = Preparation(self._prepare, AT_ONCE)
         if resident is not None:
             base = self._on_resident(Adapter("base", {}))
             self._put(BASE, self._prepared(base))
 
-    def _prepare(self, path: str, beside: bool) -> Adapter | Prepared:
-        """Parses, checks, merges, cuts and packs. Changes no state: it may run beside a step.
+    def _prepare(self, wanted: Wanted, beside: bool) -> Adapter | Prepared:
+        """Parses, checks, merges, cuts and packs. Changes no state: it may run beside a step, and
+        beside itself.
 
         beside: it does run beside steps, and reads a copy of the store, which the API process has
         checked against `base`.
@@ -110,10 +111,10 @@ class AdapterManager:
         weights through the layers that the step is using.
         """
         if beside:
-            adapter = native.read_own(Path(path), self._pulse.wait)
+            adapter = native.read_own(Path(wanted.path), self._pulse.wait)
             self._pulse.wait()
         else:
-            adapter = formats.read(Path(path), self.settings.limits)
+            adapter = formats.read(Path(wanted.path), self.settings.limits)
             validate(adapter, self.base, self.settings.limits)
         served = self._on_resident(self._merged(adapter))
         alone = self._tp.world_size == 1
@@ -166,20 +167,21 @@ class AdapterManager:
         """
         if request.lora_int_id in self._slots:
             return True
-        path, kept = request.lora_path, self.host.take(request.lora_path)
+        wanted = Wanted.of(request)
+        kept = self.host.take(wanted)
         try:
             with self._all_ranks_or_none():
-                found = kept or self.preparation.take(path)
+                found = kept or self.preparation.take(wanted)
                 ready = found if isinstance(found, Prepared) else self._prepared(found)
             slot = self._put(request.lora_int_id, ready)
         except Exception:
             if kept is not None:
-                self.host.put(path, kept)
+                self.host.put(wanted, kept)
             raise
-        self._entered[request.lora_int_id] = path, replace(ready, weights=Packed(None))
+        self._entered[request.lora_int_id] = wanted, replace(ready, weights=Packed(None))
         self._ledger.enter(request.lora_int_id, request.lora_name, slot, ready.costs)
         self._refused.discard(request.lora_int_id)
-        self.preparation.drop(path)
+        self.preparation.drop(wanted)
         logger.info("molehill: adapter %s stored in slot %d", request.lora_name, slot)
         return True
 
@@ -257,19 +259,20 @@ class AdapterManager:
         if slot is None:
             return False
         self._ledger.leave(lora_id)
-        path, adapter = self._entered.pop(lora_id)
+        wanted, adapter = self._entered.pop(lora_id)
         packed = self._erase(slot)
         if keep and packed is not None:
-            self.host.put(path, replace(adapter, weights=packed))
+            self.host.put(wanted, replace(adapter, weights=packed))
         del self._taken[slot]
         self._idle.discard(slot)
         del self._idle_tokens[slot]
         return True
 
-    def forget(self, lora_id: int, path: str) -> None:
+    def forget(self, wanted: Wanted) -> None:
         """A removed adapter will not come back."""
-        self.host.drop(path)
-        self._ledger.close(lora_id)
+        self.host.drop(wanted)
+        self.preparation.drop(wanted)
+        self._ledger.close(wanted.lora_id)
 
     def remove_all_adapters(self) -> None:
         if self._dummies:
@@ -356,11 +359,11 @@ class AdapterManager:
 
     # What molehill's API asks for
 
-    def prepare(self, path: str) -> bool:
+    def prepare(self, wanted: Wanted) -> bool:
         """Starts to read a copy of the store in a thread, unless it is in host memory."""
-        if path in self.host:
+        if wanted in self.host:
             return False
-        self.preparation.start(path)
+        self.preparation.start(wanted)
         return True
 
     def install(self, request: LoRARequest) -> dict[str, Any]:
@@ -373,10 +376,10 @@ class AdapterManager:
         except (FullError, OtherRankError) as error:
             return {"refusal": str(error), "full": True}
         except AdapterError as error:
-            self.preparation.drop(request.lora_path)
+            self.preparation.drop(Wanted.of(request))
             return {"refusal": str(error), "full": False}
         except Exception as error:
-            self.preparation.drop(request.lora_path)
+            self.preparation.drop(Wanted.of(request))
             if not is_out_of_memory(error):
                 raise
             refusal = "adapter memory: found none left on this machine, expected some"
@@ -388,11 +391,11 @@ class AdapterManager:
 
     def stats(self, known: Sequence[int], op_seconds: float) -> dict[str, Any]:
         """stage: this worker's of the pipeline. adapters: see Ledger.settle. host: bytes of the
-        adapters in host memory, by path."""
+        adapters in host memory, by id."""
         return {
             "stage": get_pp_group().rank_in_group,
             "adapters": self._ledger.settle(known, op_seconds),
-            "host": self.host.sizes(),
+            "host": {wanted.lora_id: size for wanted, size in self.host.sizes().items()},
         }
 
     def routing(self, lora_id: int) -> dict[str, Any]:

@@ -1,14 +1,24 @@
-"""Reads adapters in a thread, so that what a worker does between two steps is short."""
+"""Reads adapters in threads, so that what a worker does between two steps is short."""
 
+import logging
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from functools import partial
 from time import monotonic, sleep
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from molehill.engine.cores import compute_with, keep_off, own_cores
+from molehill.engine.threads import started
 
+logger = logging.getLogger("vllm.molehill")
+
+Key = TypeVar("Key", bound=Hashable)
 T = TypeVar("T")
+
+# Adapters that a worker prepares beside each other: what reads fast need not wait for what reads
+# slowly, or for what waits for room. Each takes the memory of one serving copy more.
+AT_ONCE = 2
 
 # Without a step for so long, a worker has nothing to do.
 IDLE_SECONDS = 0.2
@@ -45,39 +55,50 @@ class Pulse:
             sleep(PAUSE_SECONDS)
 
 
-class Preparation(Generic[T]):
-    """What was prepared last, by path. Loads come one at a time, so there is never more to keep.
+class Preparation(Generic[Key, T]):
+    """What was prepared and not taken yet: the `most` that were begun last, each in a thread.
 
-    prepare: of a path, and whether it runs in the thread, beside steps. What it raises, `take`
-    raises.
+    prepare: of a key, and whether it runs in a thread, beside steps. What it raises, `take` raises.
     """
 
-    def __init__(self, prepare: Callable[[str, bool], T]) -> None:
+    def __init__(self, prepare: Callable[[Key, bool], T], most: int = 1) -> None:
         self._prepare = prepare
-        self._thread = ThreadPoolExecutor(1, "molehill-prepare", leave_to_steps)
-        self._path = ""
-        self._result: Future[T] | None = None
+        self._most = most
+        self._threads = started(most, "molehill-prepare", leave_to_steps)
+        # In the order in which they were begun.
+        self._results: dict[Key, Future[T]] = {}
 
-    def start(self, path: str) -> None:
-        """Returns at once. Drops what was prepared before, unless it is the same."""
-        if path != self._path or self._failed():
-            self._path = path
-            self._result = self._thread.submit(self._prepare, path, True)
+    def start(self, key: Key) -> None:
+        """Returns at once. Drops what was begun first, where there would be too many."""
+        if key in self._results and not failed(self._results[key]):
+            return
+        self.drop(key)
+        while len(self._results) >= self._most:
+            self.drop(next(iter(self._results)))
+        self._results[key] = self._threads.submit(self._prepare, key, True)
 
-    def done(self, path: str) -> bool:
+    def done(self, key: Key) -> bool:
         """Whether `take` would answer at once."""
-        return path != self._path or self._result is None or self._result.done()
+        return key not in self._results or self._results[key].done()
 
-    def take(self, path: str) -> T:
-        """What was prepared for `path`, or prepares it here and now. Raises what `prepare` does."""
-        if path == self._path and self._result is not None:
-            return self._result.result()
-        return self._prepare(path, False)
+    def take(self, key: Key) -> T:
+        """What was prepared for `key`, or prepares it here and now. Raises what `prepare` does."""
+        result = self._results.get(key)
+        return self._prepare(key, False) if result is None else result.result()
 
-    def drop(self, path: str) -> None:
-        if path == self._path:
-            self._path, self._result = "", None
+    def drop(self, key: Key) -> None:
+        """Lets go of it. What still runs goes on to its end, for nobody."""
+        result = self._results.pop(key, None)
+        if result is not None:
+            result.add_done_callback(partial(tell, key))
 
-    def _failed(self) -> bool:
-        result = self._result
-        return result is None or (result.done() and result.exception() is not None)
+
+def failed(result: Future[T]) -> bool:
+    return result.done() and result.exception() is not None
+
+
+def tell(key: Any, result: Future[Any]) -> None:
+    """Of what nobody takes any more: a fault of it would be seen nowhere else."""
+    error = result.exception()
+    if error is not None:
+        logger.warning("molehill: %s was prepared for nobody and failed: %s", key, error)

@@ -13,6 +13,7 @@ from molehill.engine.cores import own_cores
 from molehill.engine.merge import Resident
 from molehill.engine.vllm import compat, compilation, experts, precision
 from molehill.engine.vllm.clock import StepClock
+from molehill.engine.vllm.host import Wanted
 from molehill.engine.vllm.manager import AdapterManager
 
 compat.check_version()
@@ -92,28 +93,32 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         """See AdapterManager.routing."""
         return self.adapters.routing(lora_int_id)
 
-    def molehill_prepare(self, path: str) -> bool:
+    def molehill_prepare(self, lora_int_id: int, path: str) -> bool:
         """Starts to read an adapter of the store, beside the steps; False if it is in host memory,
         ready."""
-        return self.adapters.prepare(path)
+        return self.adapters.prepare(Wanted(lora_int_id, path))
 
-    def molehill_prepared(self, path: str) -> bool:
+    def molehill_prepared(self, lora_int_id: int, path: str) -> bool:
         """Whether it is read, or was refused, which `molehill_install` then says."""
-        return self.adapters.preparation.done(path)
+        return self.adapters.preparation.done(Wanted(lora_int_id, path))
+
+    def molehill_discard(self, lora_int_id: int, path: str) -> None:
+        """Lets go of an adapter that was prepared and is not waited for any more."""
+        self.adapters.preparation.drop(Wanted(lora_int_id, path))
 
     def molehill_install(self, name: str, lora_int_id: int, path: str) -> dict[str, Any]:
         """Copies a prepared adapter into a slot; see AdapterManager.install."""
         return self.adapters.install(LoRARequest(name, lora_int_id, path))
 
-    def molehill_remove(self, lora_int_id: int, path: str, keep: bool) -> list[str]:
+    def molehill_remove(self, lora_int_id: int, path: str, keep: bool) -> list[int]:
         """Frees an adapter's slot, if it has one. keep: it may come back, from host memory.
 
-        Returns the paths of what had to leave host memory since the last call.
+        Returns the ids of what had to leave host memory since the last call.
         """
         self.adapters.remove_adapter(lora_int_id, keep)
         if not keep:
-            self.adapters.forget(lora_int_id, path)
-        return self.adapters.host.evicted()
+            self.adapters.forget(Wanted(lora_int_id, path))
+        return [wanted.lora_id for wanted in self.adapters.host.evicted()]
 
     def molehill_trace(self, enabled: bool) -> list[tuple[str, list[Any], list[Any], list[Any]]]:
         """Starts or ends recording; returns (site, probabilities, weights, entropies) so far."""

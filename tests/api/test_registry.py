@@ -1,7 +1,10 @@
 """The order of events in the registry: races that a real engine cannot be made to run."""
 
 import asyncio
+import errno
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,6 +210,37 @@ def test_an_adapter_that_there_is_no_memory_to_read_is_refused(tmp_path: Path) -
         assert (await w.load("a", 1)).status == "loaded"
 
     asyncio.run(asyncio.wait_for(scenario(Unlucky(tmp_path)), 20))
+
+
+class Exhausted(World):
+    """There is no memory where an adapter is read, as the system says it."""
+
+    def read(self, path: Path) -> Adapter:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def test_a_system_without_memory_is_not_a_damaged_adapter(tmp_path: Path) -> None:
+    async def scenario(w: World) -> None:
+        with pytest.raises(OutOfMemoryError, match=r"^label: "):
+            await w.load("a", Source(w.folder / "adapter", "label"))
+
+    asyncio.run(asyncio.wait_for(scenario(Exhausted(tmp_path)), 20))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "no memory")], ids=repr)
+def test_an_adapter_that_there_is_no_memory_to_fetch_is_refused(
+    play: Play, error: Exception
+) -> None:
+    @contextmanager
+    def fetch() -> Iterator[Source]:
+        raise error
+        yield
+
+    async def scenario(w: World) -> None:
+        with pytest.raises(OutOfMemoryError, match=r"^label: "):
+            await w.registry.load("a", "label", fetch())
+
+    play(scenario)
 
 
 def test_errors_name_the_label_and_not_the_servers_path(play: Play) -> None:

@@ -2,13 +2,15 @@
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from molehill.api import stats
 from molehill.api.events import LifecycleMetrics
-from molehill.api.stats import Seconds, Told, Totals, WorkerStats, seconds, told
+from molehill.api.metrics import AdapterCollector, exposition
+from molehill.api.stats import Seconds, Snapshot, Told, Totals, WorkerStats, seconds, told
 from molehill.engine.figures import Figures
 
 
@@ -78,8 +80,16 @@ class NoAdapters:
     def __init__(self) -> None:
         self.events = LifecycleMetrics()
 
+        self.failures: dict[str, Any] = {}
+
     def alive(self) -> list[Any]:
         return []
+
+    def loading(self) -> list[Any]:
+        return []
+
+    def __len__(self) -> int:
+        return 0
 
 
 class SlowWorkers:
@@ -88,11 +98,14 @@ class SlowWorkers:
     def __init__(self) -> None:
         self.questions = 0
         self.release = asyncio.Event()
+        self.dead = False
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
         assert (method, args) == ("molehill_stats", ([],))
         self.questions += 1
         await self.release.wait()
+        if self.dead:
+            raise RuntimeError("engine dead")
         spent = {"steps": float(self.questions), "ops": 0.0}
         return [{"stage": 0, "adapters": {}, "host": {}, "seconds": spent}]
 
@@ -113,6 +126,70 @@ def test_busy_workers_are_asked_once_and_the_last_figures_shown(
         assert (await found.refresh()).seconds == Seconds(2.0, 0.0)
 
     asyncio.run(scenario())
+
+
+def samples(registry: NoAdapters, snapshot: Snapshot) -> dict[str, float]:
+    """As a scrape shows them."""
+    text = exposition(AdapterCollector(registry, snapshot), registry.events).decode()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+LATE = 'molehill_worker_scrape_failures_total{kind="late"}'
+ERROR = 'molehill_worker_scrape_failures_total{kind="error"}'
+AGE = "molehill_worker_figures_age_seconds"
+
+
+def test_figures_say_how_old_they_are_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Busy workers, then an answer, then a dead engine."""
+    monkeypatch.setattr(stats, "PATIENCE_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        workers, registry = SlowWorkers(), NoAdapters()
+        found = WorkerStats(workers, registry)
+
+        async def scrape() -> dict[str, float]:
+            return samples(registry, await found.refresh())
+
+        first, second = await scrape(), await scrape()
+        assert 0 < first[AGE] < second[AGE]
+        assert (second[LATE], second[ERROR]) == (2, 0)
+        workers.release.set()
+        await scrape()
+        # It asks anew, and is answered at once.
+        fresh = await scrape()
+        assert fresh[AGE] < second[AGE]
+        workers.dead = True
+        await asyncio.sleep(second[AGE])
+        stale = await scrape()
+        assert stale[AGE] >= fresh[AGE] + second[AGE]
+        assert (stale[LATE], stale[ERROR]) == (2, 1)
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_cannot_be_understood_takes_no_scrape_with_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class StrangeWorkers:
+        async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+            return [{"stage": 0}]
+
+    registry = NoAdapters()
+    found = WorkerStats(StrangeWorkers(), registry)
+    snapshot = asyncio.run(found.refresh())
+    assert samples(registry, snapshot)[ERROR] == 1
+    assert "KeyError" in caplog.text
+
+
+def test_host_bytes_of_names_that_share_weights_are_each_names_own() -> None:
+    def generation(name: str, lora_id: int) -> Any:
+        request = SimpleNamespace(lora_int_id=lora_id, lora_path="store/digest")
+        return SimpleNamespace(name=name, lora_int_id=lora_id, request=request)
+
+    told = [{"host": {1: 30, 2: 30}}, {"host": {2: 30}}]
+    names = [generation("a", 1), generation("b", 2)]
+    assert stats.host_bytes(told, names) == {"a": 30, "b": 60}
 
 
 def test_a_dead_engine_leaves_the_last_figures() -> None:

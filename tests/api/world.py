@@ -62,29 +62,44 @@ class FakeEngine:
         self.proceed.set()
         self.more = asyncio.Event()
         self.served: list[int] = []
-        self.kept: list[str] = []
+        self.kept: list[int] = []
         self.host = 100
+        # Ids of adapters that the workers are not done with reading.
+        self.slow: set[int] = set()
+        self.begun: list[int] = []
+        # Of installs that find no room beside what is loaded, by id.
+        self.large: set[int] = set()
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
         if method == "molehill_remove":
             lora_int_id, path, keep = args
-            self.kept = [other for other in self.kept if other != path] + [path] * keep
+            installed = lora_int_id in self.loaded
+            self.kept = [other for other in self.kept if other != lora_int_id or keep]
+            self.kept += [lora_int_id] * (keep and installed)
             evicted, self.kept = self.kept[: -self.host], self.kept[-self.host :]
             self.calls.append(("remove", lora_int_id))
             self.loaded.pop(lora_int_id, None)
             return [evicted]
-        if method != "molehill_install":
-            (path,) = args
+        if method == "molehill_prepare":
+            lora_int_id, path = args
             assert (Path(path) / "molehill.json").exists()
-            return [path not in self.kept if method == "molehill_prepare" else True]
+            if lora_int_id not in self.kept:
+                self.begun.append(lora_int_id)
+            return [lora_int_id not in self.kept]
+        if method == "molehill_prepared":
+            return [args[0] not in self.slow]
+        if method == "molehill_discard":
+            self.calls.append(("discard", args[0]))
+            return [None]
+        assert method == "molehill_install"
         name, lora_int_id, path = args
-        self.kept = [other for other in self.kept if other != path]
         self.calls.append(("install", lora_int_id))
         await self.proceed.wait()
-        if len(self.loaded) >= self.capacity:
+        if len(self.loaded) >= self.capacity or (lora_int_id in self.large and self.loaded):
             return [{"refusal": "memory", "full": True}]
         if not self.refusal:
             self.loaded[lora_int_id] = name
+            self.kept = [other for other in self.kept if other != lora_int_id]
         return [{"refusal": self.refusal, "full": False}]
 
     async def generate(

@@ -142,13 +142,13 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
         (answer,) = llm.collective_rpc("molehill_install", args=(own.lora_name, 93, path))
         assert answer["refusal"] == ""
 
-    def host() -> dict[str, int]:
+    def host() -> dict[int, int]:
         (stats,) = llm.collective_rpc("molehill_stats", args=([93],))
         return dict(stats["host"])
 
     def prepare() -> bool:
-        (started,) = llm.collective_rpc("molehill_prepare", args=(path,))
-        while not llm.collective_rpc("molehill_prepared", args=(path,))[0]:
+        (started,) = llm.collective_rpc("molehill_prepare", args=(93, path))
+        while not llm.collective_rpc("molehill_prepared", args=(93, path))[0]:
             time.sleep(0.01)
         return bool(started)
 
@@ -158,10 +158,10 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
     assert_golden(ask_each(llm, ids, requests), prompts)
     (before,) = llm.collective_rpc("molehill_routing", args=(93,))
     llm.collective_rpc("molehill_remove", args=(93, path, True))
-    assert host()[path] > 0
+    assert host()[93] > 0
     assert not prepare()
     install()
-    assert path not in host()
+    assert 93 not in host()
     assert llm.reset_prefix_cache()
     assert_golden(ask_each(llm, ids, requests), prompts)
     (after,) = llm.collective_rpc("molehill_routing", args=(93,))
@@ -169,7 +169,39 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
     for site, figures in before["sites"].items():
         assert after["sites"][site]["decisions"] == 2 * figures["decisions"], site
     llm.collective_rpc("molehill_remove", args=(93, path, False))
-    assert path not in host()
+    assert 93 not in host()
+
+
+def test_names_of_the_same_bytes_have_a_host_copy_each(llm: Any, tmp_path: Any) -> None:
+    """One that goes takes nothing of the other's with it, nor is it prepared in its place."""
+    path = str(tmp_path / "copy")
+    native.write(formats.read(Case("mola").path), Path(path))
+    ids = (94, 95)
+
+    def call(method: str, *args: Any) -> Any:
+        (answer,) = llm.collective_rpc(f"molehill_{method}", args=args)
+        return answer
+
+    def host() -> dict[int, int]:
+        return {lora_id: size for lora_id, size in call("stats", ids)["host"].items() if size}
+
+    # Both are prepared at a time.
+    assert all(call("prepare", lora_id, path) for lora_id in ids)
+    while not all(call("prepared", lora_id, path) for lora_id in ids):
+        time.sleep(0.01)
+    for lora_id in ids:
+        assert call("install", f"m-{lora_id}", lora_id, path)["refusal"] == ""
+    for lora_id in ids:
+        assert call("remove", lora_id, path, True) == []
+    sizes = host()
+    assert sizes.keys() == set(ids)
+    assert sizes[94] == sizes[95] > 0
+    call("remove", 94, path, False)
+    assert host() == {95: sizes[95]}
+    assert not call("prepare", 95, path)
+    assert call("install", "m-95", 95, path)["refusal"] == ""
+    call("remove", 95, path, False)
+    assert host() == {}
 
 
 def test_a_bad_adapter_is_refused_by_add_lora_and_the_engine_lives(llm: Any, tmp_path: Any) -> None:

@@ -79,8 +79,8 @@ def test_a_copy_that_finds_no_memory_leaves_nothing_and_others_serve(
 
     def refuse() -> None:
         load(llm, 52, saved[MEDIUM])
-        llm.collective_rpc("molehill_prepare", args=(str(path),))
-        while not all(llm.collective_rpc("molehill_prepared", args=(str(path),))):
+        llm.collective_rpc("molehill_prepare", args=(51, str(path)))
+        while not all(llm.collective_rpc("molehill_prepared", args=(51, str(path)))):
             time.sleep(0.01)
         llm.llm_engine.remove_lora(52)
         with limited(process.pid, resource.RLIMIT_AS, process.memory_info().vms):
