@@ -17,7 +17,6 @@ from molehill.engine.errors import AdapterError
 from molehill.engine.torchvision import check_importable
 from molehill.engine.vllm.compilation import WORKER
 from molehill.engine.vllm.settings import Settings
-from molehill.kernels.cpu import build
 
 PLUGIN = "molehill"
 
@@ -57,9 +56,6 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
             raise LaunchError(f"{name} is set, which {why}")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # torch's own place for compiled models is lost with /tmp. It sets this itself when it is asked.
-    models = build.cache_directory() / "torchinductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(models))
     os.environ["VLLM_PLUGINS"] = allow_plugin(os.environ.get("VLLM_PLUGINS"))
 
     from molehill.engine.vllm import compat, compilation

@@ -47,41 +47,24 @@ def announced(config: Any) -> Iterator[None]:
     vLLM says nothing meanwhile, but for a line of the engine core's about a shared memory block:
     that is where it waits for this worker.
     """
+    from vllm import envs
+    from vllm.compilation.counter import compilation_counter
     from vllm.config import CompilationMode
 
     if config.compilation_config.mode == CompilationMode.NONE:
         yield
         return
-    what, cache = "compiling the base model", cache_of(config)
-    line = (
-        f"{what}: one to five minutes on a CPU the first time. It is kept in {cache}, and later "
-        "starts with the same model and settings read it there. --enforce-eager starts without, "
-        "and serves slower"
-    )
+    what = "compiling the base model"
+    # vLLM's own place, for every compiled model that it keeps.
+    kept = f"It is kept in {envs.VLLM_CACHE_ROOT}/torch_compile_cache, where later starts with the "
+    kept += "same model and settings read it."
+    if envs.VLLM_DISABLE_COMPILE_CACHE:
+        kept = "It is not kept, as VLLM_DISABLE_COMPILE_CACHE is set."
+    line = f"{what}: one to five minutes on a CPU the first time. {kept} --enforce-eager starts "
+    line += "without, and serves slower"
+    before = compilation_counter.num_aot_artifacts_loaded
     with startup.long_step(what, line) as seconds:
         yield
-    found, made = cached_graphs()
-    took = f"{seconds():.0f} s"
-    if found and not made:
-        logger.info("molehill: base model read from the cache of compiled models in %s", took)
-    else:
-        text = "molehill: base model compiled in %s; the next start reads it from %s"
-        logger.info(text, took, cache)
-
-
-def cache_of(config: Any) -> str:
-    """Where what is compiled is kept."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-    from vllm.config import CompilationMode
-
-    if config.compilation_config.mode == CompilationMode.VLLM_COMPILE:
-        return config.compilation_config.cache_dir or "vLLM's cache"
-    return str(cache_dir())
-
-
-def cached_graphs() -> tuple[int, int]:
-    """Of this process: graphs that were found in torch's cache, and graphs that were compiled."""
-    from torch._dynamo.utils import counters
-
-    own = counters["inductor"]
-    return own["fxgraph_cache_hit"], own["fxgraph_cache_miss"] + own["fxgraph_cache_bypass"]
+    read = compilation_counter.num_aot_artifacts_loaded > before
+    how = "read from the cache of compiled models" if read else "compiled"
+    logger.info("molehill: base model %s in %.0f s", how, seconds())
