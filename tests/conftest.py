@@ -20,8 +20,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     for mark in starts.marks(item):
         item.add_marker(mark)
     _groups[item] = starts.group(item)
-    if item.config.pluginmanager.hasplugin("xdist"):
-        item.add_marker(pytest.mark.xdist_group(_groups[item]))
+    item.add_marker(pytest.mark.xdist_group(_groups[item]))
 
 
 @pytest.hookimpl(trylast=True)
@@ -32,6 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = _groups[item]
         ranks[group] = min(ranks.get(group, starts.LAST), starts.rank(item, group))
     items.sort(key=lambda item: ranks[_groups[item]])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """With some versions of pytest, pytest-xdist forgets the groups and says nothing."""
+    grouped = session.config.getoption("loadgroup", default=False)
+    if grouped and session.items and "@" not in session.items[0].nodeid:
+        pytest.exit("pytest-xdist does not see the tests' groups: see pyproject.toml", returncode=3)
 
 
 @pytest.fixture(scope="session")
