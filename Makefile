@@ -8,7 +8,7 @@ PORT ?= 8000
 # Processes that share the tests. Each may have a server of its own, which takes some 3 GB.
 WORKERS ?= 2
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml $(shell find engine kernels api benchmarks -name '*.py' -o -path 'api/page/*' -o -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml $(shell find engine kernels api benchmarks -name '*.py' -o -path 'api/http/page/*' -o -name '*.cpp' -o -name '*.h')
 
 # The top-level folder `kernels` must not shadow the Hugging Face package of that name.
 export PYTHONSAFEPATH = 1

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from molehill.api import names
-from molehill.api.admission import Admission
-from molehill.api.errors import BadNameError
-from molehill.engine.base import Limits
-from molehill.engine.layout import LAYOUTS, Layout
+from molehill.api.adapters import names
+from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.errors import BadNameError
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.layout import LAYOUTS, Layout
 from molehill.engine.vllm.settings import Settings
 
 MEMORY = Settings.memory
@@ -44,7 +44,7 @@ class Options:
     store: where canonical copies go, readable on every node; None is a temporary directory.
     backend, memory, host_memory, limits: for the workers, see `molehill.engine.vllm.settings`.
     merge: whether static parts of adapters become one low-rank pair as they load.
-    merge_tolerance: above 0, nearly equal experts do too, see `molehill.engine.static.gate`.
+    merge_tolerance: above 0, nearly equal experts do too, see `static_gates.gate`.
     merge_into_base: the start adapter whose static part goes into the base weights.
     resident: what the launcher made of that adapter.
     admission: bounds on all adapters together. hub, url_prefixes: what else may be loaded from.

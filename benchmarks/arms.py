@@ -10,16 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from molehill.benchmarks.workload import (
-    DTYPE,
-    HIDDEN,
-    INTERMEDIATE,
-    LINEARS,
-    OPS,
-    Layer,
-    Point,
-)
-from molehill.kernels.backend import Backend, FfnShape, LinearShape, SlotWeights
+from molehill.benchmarks.workload import DTYPE, HIDDEN, INTERMEDIATE, LINEARS, OPS, Layer, Point
+from molehill.kernels.interface import Backend, FfnShape, LinearShape, SlotWeights
 from molehill.kernels.mixture import Experts
 
 RunLayer = Callable[[int], None]

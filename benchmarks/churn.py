@@ -264,7 +264,7 @@ async def failures(client: Client, sizes: Sizes, sources: Sequence[Path]) -> dic
 def save_adapters(model: Path, root: Path, small: int) -> tuple[list[Path], list[Path]]:
     """Three of about 10 MB, and `small` tiny ones; no two are alike."""
     from molehill.benchmarks import synthetic
-    from molehill.engine.huggingface import base_model
+    from molehill.engine.hf.shapes import base_model
 
     base = base_model(model)
     sizes = dict.fromkeys(base.linears, 1.0)

@@ -15,9 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molehill.kernels.triton.blocks import MAX_REGISTERS, Limits, blocks_for
 from molehill.kernels.triton.expand import expand_kernel
 from molehill.kernels.triton.ffn import ffn_kernel
+from molehill.kernels.triton.launch_config import MAX_REGISTERS, Limits, blocks_for
 from molehill.kernels.triton.shrink import shrink_kernel
 
 # A step of each kind, tokens: a decode step and a prefill step.

@@ -139,7 +139,7 @@ def running_engines(
 def adapter_options(model: str) -> dict[str, Any]:
     """What every mixture of the run has in common."""
     from molehill.benchmarks import synthetic
-    from molehill.engine.huggingface import base_model
+    from molehill.engine.hf.shapes import base_model
 
     return {
         "base": base_model(model),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from molehill.benchmarks.race import race
 from molehill.benchmarks.workload import DTYPE, HIDDEN, LINEARS, OPS, Layer, Point
-from molehill.kernels import definition
+from molehill.kernels import reference
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy
 
@@ -103,7 +103,7 @@ def work(layers: Sequence[Layer], point: Point, inputs: Mapping[int, Tensor]) ->
     sites = [site for layer in layers for site in _sites(layer, point)]
     for site in sites:
         x = inputs[site.inputs]
-        weights = definition.route(x, site.router, site.policy, site.experts).weights
+        weights = reference.route(x, site.router, site.policy, site.experts).weights
         taken = weights != 0
         pairs = int(taken.sum())
         used = sum(int(taken[run.start : run.stop].any(0).sum()) for run in point.runs)

@@ -25,17 +25,10 @@ from molehill.benchmarks.arms import Arm, MixtureArm, VllmArm
 from molehill.benchmarks.figures import Result, Row
 from molehill.benchmarks.floor import Machine, work
 from molehill.benchmarks.race import race
-from molehill.benchmarks.workload import (
-    LAYERS,
-    LINEARS,
-    Layer,
-    Point,
-    make_inputs,
-    make_layers,
-)
+from molehill.benchmarks.workload import LAYERS, LINEARS, Layer, Point, make_inputs, make_layers
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.policy import Constant, DynMoLE, Policy, Soft, TopK, TopP
-from molehill.kernels.torch_backend import TorchBackend
+from molehill.kernels.pytorch.backend import TorchBackend
 
 DEFAULT = Point()
 FFN = Point(op="ffn", policy=TopK(2))

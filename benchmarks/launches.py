@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from molehill.benchmarks.compiled import ARCHITECTURES, compile_for, specialisations
-from molehill.kernels.backend import FfnShape, LinearShape, Run
+from molehill.kernels.interface import FfnShape, LinearShape, Run
 from molehill.kernels.triton import expand, ffn, shrink
 from molehill.kernels.triton.backend import TritonBackend
-from molehill.kernels.triton.blocks import Blocks, Limits, blocks_for
+from molehill.kernels.triton.launch_config import Blocks, Limits, blocks_for
 
 HALF, FLOAT = 2, 4
 

@@ -43,7 +43,7 @@ async def between_steps(engine: Any, request: Any) -> None:
 
 
 async def two_phases(engine: Any, request: Any) -> None:
-    from molehill.api.workers import Workers
+    from molehill.api.vllm.worker_client import Workers
 
     workers = Workers(engine)
     await workers.prepare(request)
@@ -53,9 +53,9 @@ async def two_phases(engine: Any, request: Any) -> None:
 
 
 async def as_the_server(engine: Any, request: Any) -> None:
-    from molehill.api.background import Background
-    from molehill.api.generation import content_of
-    from molehill.api.plugin import workers_cores
+    from molehill.api.adapters.background import Background
+    from molehill.api.adapters.generation import content_of
+    from molehill.api.app import workers_cores
     from molehill.engine import formats
     from molehill.engine.formats import native
 
@@ -109,7 +109,7 @@ async def run(args: argparse.Namespace) -> None:
 
     from molehill.benchmarks.synthetic import dynmole, lora
     from molehill.engine.formats import native
-    from molehill.engine.huggingface import base_model
+    from molehill.engine.hf.shapes import base_model
     from molehill.engine.vllm.compilation import WORKER, lift_gate
 
     lift_gate()

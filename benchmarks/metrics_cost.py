@@ -56,7 +56,7 @@ class Turn:
 
 def save_adapters(model: str, folder: Path, number: int) -> list[Path]:
     from molehill.benchmarks import synthetic
-    from molehill.engine.huggingface import base_model
+    from molehill.engine.hf.shapes import base_model
 
     base = base_model(model)
     sizes = synthetic.input_sizes(model)
@@ -75,7 +75,7 @@ def save_adapters(model: str, folder: Path, number: int) -> list[Path]:
 
 def save_small(model: str, folder: Path, number: int) -> list[Path]:
     from molehill.benchmarks import synthetic
-    from molehill.engine.huggingface import base_model
+    from molehill.engine.hf.shapes import base_model
 
     return synthetic.save_tiny(base_model(model), folder, number)
 

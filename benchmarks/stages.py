@@ -19,22 +19,22 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from molehill.api.background import Background
-from molehill.api.generation import content_of
+from molehill.api.adapters.background import Background
+from molehill.api.adapters.generation import content_of
 from molehill.benchmarks.engine import host
 from molehill.benchmarks.synthetic import dynmole, save, save_lora
 from molehill.engine import formats
-from molehill.engine.base import BaseModel, Limits
-from molehill.engine.cores import own_cores
+from molehill.engine.adapter.base_model import BaseModel, Limits
+from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import native
-from molehill.engine.huggingface import base_model
-from molehill.engine.merge import merge_static
-from molehill.engine.validation import validate
-from molehill.engine.vllm.layers import Linear, Projection
-from molehill.engine.vllm.preparing import Preparation
-from molehill.engine.vllm.shards import cut_linear
-from molehill.kernels.backend import LinearPiece, LinearShape, SlotWeights
+from molehill.engine.hf.shapes import base_model
+from molehill.engine.system.cpu_affinity import own_cores
+from molehill.engine.transform.merge import merge_static
+from molehill.engine.vllm.model.discovery import Linear, Projection
+from molehill.engine.vllm.model.sharding import cut_linear
+from molehill.engine.vllm.prefetch import Preparation
 from molehill.kernels.cpu.backend import CpuBackend
+from molehill.kernels.interface import LinearPiece, LinearShape, SlotWeights
 from molehill.kernels.mixture import LinearMixture
 
 LLAMA_8B = LlamaConfig(

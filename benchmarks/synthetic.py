@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from molehill.engine.adapter import Adapter
-from molehill.engine.base import BaseModel
+from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
-from molehill.engine.huggingface import canonical_name
+from molehill.engine.hf.shapes import canonical_name
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
 from molehill.kernels.policy import Constant, DynMoLE, TopK
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from molehill.kernels.backend import FfnPiece, LinearPiece, Run
+from molehill.kernels.interface import FfnPiece, LinearPiece, Run
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Constant, DynMoLE, Policy
 

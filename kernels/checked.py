@@ -2,12 +2,12 @@
 
 from abc import ABC, abstractmethod
 
-from molehill.kernels.backend import FfnShape, LinearShape, Packed, SlotWeights
 from molehill.kernels.checks import Layers, check_ffn_shape, check_weights
+from molehill.kernels.interface import FfnShape, LinearShape, Packed, SlotWeights
 
 
 class CheckedBackend(ABC):
-    """The part of molehill.kernels.backend.Backend through which layers and weights come in.
+    """The part of molehill.kernels.interface.Backend through which layers and weights come in.
 
     A backend brings the methods with an underscore, which see nothing unchecked.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.backend import (
+from molehill.kernels.interface import (
     FfnPiece,
     FfnShape,
     LinearPiece,

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from golden import TINY_LLAMA
 
-from molehill.engine.adapter import Adapter
+from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
-from molehill.engine.huggingface import base_model
+from molehill.engine.hf.shapes import base_model
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Soft
 

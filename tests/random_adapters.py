@@ -7,8 +7,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from molehill.engine.adapter import Adapter
-from molehill.engine.base import BaseModel
+from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.adapter.model import Adapter
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK, TopP
 

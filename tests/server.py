@@ -54,7 +54,7 @@ def free_port() -> int:
 
 def command(model: Path, *arguments: str) -> list[str]:
     """`molehill serve`, from the package that the tests import."""
-    code = "import sys; from molehill.api.cli import main; sys.exit(main())"
+    code = "import sys; from molehill.api.cli.main import main; sys.exit(main())"
     return [sys.executable, "-c", code, "serve", str(model), *arguments]
 
 

@@ -12,11 +12,11 @@ from molehill.benchmarks import figures, kernels, race
 from molehill.benchmarks.arms import MixtureArm, VllmArm
 from molehill.benchmarks.floor import work
 from molehill.benchmarks.workload import LINEARS, Point, make_inputs, make_layers
-from molehill.kernels import definition
+from molehill.kernels import reference
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Constant, Soft, TopK
-from molehill.kernels.torch_backend import TorchBackend
+from molehill.kernels.pytorch.backend import TorchBackend
 
 COLUMNS = [
     "sweep",
@@ -66,7 +66,7 @@ def defined(layer, inputs):
     for name, pieces in layer.linears.items():
         x = inputs[LINEARS[name][0]]
         parts = [
-            definition.linear_mixture(
+            reference.linear_mixture(
                 x,
                 torch.zeros(p.experts.b.shape[0], x.shape[1]),
                 None,

@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from molehill.api import cli, convert
+from molehill.api.cli import convert, main
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter
-from molehill.engine.base import Limits
-from molehill.engine.errors import CorruptFileError, LimitError, MissingTensorError
-from molehill.engine.formats import isolation, native
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.errors import CorruptFileError, LimitError, MissingTensorError
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.formats import native
+from molehill.engine.formats.io import isolation
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, TopK
 
@@ -120,9 +121,9 @@ def test_no_source(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_command(golden, tmp_path, capsys):
     source = str(golden / "cases" / "dora")
-    assert cli.main(["convert", source, str(tmp_path / "a")]) == 0
+    assert main.main(["convert", source, str(tmp_path / "a")]) == 0
     with pytest.raises(SystemExit) as caught:
-        cli.main(["convert", source])
+        main.main(["convert", source])
     assert caught.value.code == 2
     assert "DST" in capsys.readouterr().err
 

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter
-from molehill.engine.errors import MissingTensorError, ShapeError, UnsupportedError
+from molehill.engine.adapter.errors import MissingTensorError, ShapeError, UnsupportedError
+from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
-from molehill.engine.reference import attach
+from molehill.engine.hf.reference import attach
 
 TOKENS = torch.tensor([[303, 316, 288, 262, 352, 17, 5]])
 MAGNITUDE = "mixlora.layers.1.mlp.up_proj.experts.2.lora_magnitude_vector"

@@ -15,11 +15,12 @@ from test_formats_broken import refusal
 from test_moe_experts import FUSED, TOKENS, check_oracle, logits_of, save_peft
 from transformers import AutoModelForCausalLM
 
-from molehill.api import convert, inspect, merge
+from molehill.api.cli import convert, inspect, merge
 from molehill.engine import formats
-from molehill.engine.errors import ConfigError, UnsupportedError
-from molehill.engine.formats import isolation, native
-from molehill.engine.reference import attach
+from molehill.engine.adapter.errors import ConfigError, UnsupportedError
+from molehill.engine.formats import native
+from molehill.engine.formats.io import isolation
+from molehill.engine.hf.reference import attach
 
 LOGITS = 1e-4
 EXPERTS = 4

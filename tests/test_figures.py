@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from molehill.engine.adapter import Adapter
-from molehill.engine.figures import (
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.routing_stats import (
     Figures,
     SiteCost,
     SiteFigures,
@@ -16,7 +16,7 @@ from molehill.engine.figures import (
     tabulated,
     total,
 )
-from molehill.kernels import definition
+from molehill.kernels import reference
 from molehill.kernels.counters import SiteCounters, SlotCounters, joined
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, TopK
@@ -54,8 +54,8 @@ def test_a_linear_mixture_costs_what_torch_counts() -> None:
     mixture = linear_mixture()
     cost = costs(Adapter("mola", {LINEAR: mixture})).sites[LINEAR]
     x, weight = torch.randn(7, WIDTH), torch.randn(INNER, WIDTH)
-    router = counted(lambda: definition.probabilities(x, mixture.router))
-    everything = counted(lambda: definition.linear_mixture(x, weight, None, mixture))
+    router = counted(lambda: reference.probabilities(x, mixture.router))
+    everything = counted(lambda: reference.linear_mixture(x, weight, None, mixture))
     base = counted(lambda: x @ weight.T)
     assert router == 7 * cost.router
     assert everything - base - router == 7 * sum(cost.experts)
@@ -80,11 +80,11 @@ def test_an_ffn_mixture_costs_what_torch_counts() -> None:
     x, biases = torch.randn(7, WIDTH), dict.fromkeys(weights)
 
     def run(some):
-        return counted(lambda: definition.ffn_mixture(x, weights, biases, "silu", some))
+        return counted(lambda: reference.ffn_mixture(x, weights, biases, "silu", some))
 
     cost = costs(Adapter("mixlora", {FFN: mixture})).sites[FFN]
     assert run(mixture) - run(bare) == 7 * sum(cost.experts)
-    assert counted(lambda: definition.probabilities(x, mixture.router)) == 7 * cost.router
+    assert counted(lambda: reference.probabilities(x, mixture.router)) == 7 * cost.router
 
 
 def counters_of(routing):
@@ -101,7 +101,7 @@ def test_done_and_avoided_flops_are_those_of_the_policys_choices() -> None:
     mixture = linear_mixture()
     cost = SiteCost((10, 100, 1000), 7)
     x = torch.randn(50, WIDTH)
-    routing = definition.route(x, mixture.router, mixture.policy, 3)
+    routing = reference.route(x, mixture.router, mixture.policy, 3)
     counters = SlotCounters.of(50, {LINEAR: counters_of(routing)})
     found = site_figures(counters, tabulated(((LINEAR, cost),)))[LINEAR]
     chosen = [set(row.nonzero().flatten().tolist()) for row in routing.weights]

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from molehill.engine import formats
-from molehill.engine.errors import ConfigError, CorruptFileError, ShapeError, UnsupportedError
+from molehill.engine.adapter.errors import (
+    ConfigError,
+    CorruptFileError,
+    ShapeError,
+    UnsupportedError,
+)
 from molehill.engine.formats import native
 from molehill.kernels.mixture import FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK, TopP

@@ -8,9 +8,9 @@ from authored import EXPERTS, HIDDEN, METHODS, tiny_llama
 from golden import greatest_difference
 from safetensors.torch import load_file, save_file
 
-from molehill.api import cli
+from molehill.api.cli import main
 from molehill.engine import formats
-from molehill.engine.errors import (
+from molehill.engine.adapter.errors import (
     ConfigError,
     CorruptFileError,
     MissingTensorError,
@@ -18,7 +18,7 @@ from molehill.engine.errors import (
     UnsupportedError,
 )
 from molehill.engine.formats import native
-from molehill.engine.reference import attach
+from molehill.engine.hf.reference import attach
 from molehill.kernels.policy import AdaMoLE, Constant, Soft, Sparsegen, Threshold, TopK
 
 LOGITS = 1e-3
@@ -107,14 +107,14 @@ def test_a_parameter_is_part_of_the_digest(authored, edited):
 @pytest.mark.parametrize("name", NAMES)
 def test_inspect_shows_it(authored, golden, capsys, name):
     arguments = ["inspect", str(authored[name].path), "--model", str(golden / "tiny-llama")]
-    assert cli.main([*arguments, "--json"]) == 0
+    assert main.main([*arguments, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["kind"], shown["problems"]) == (POLICIES[name][0], [])
     assert {site["routing"]["policy"] for site in shown["sites"]} == {
         type(POLICIES[name][1]).__name__
     }
     assert not any(site["static"] for site in shown["sites"])
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
 
 
 def test_the_greatest_threshold_may_be_in_the_config(authored, edited):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molehill.engine import formats
-from molehill.engine.errors import (
+from molehill.engine.adapter.errors import (
     AdapterError,
     CorruptFileError,
     MissingTensorError,

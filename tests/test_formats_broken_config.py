@@ -4,7 +4,7 @@ import pytest
 import torch
 from broken import refusal
 
-from molehill.engine.errors import ConfigError, UnsupportedError
+from molehill.engine.adapter.errors import ConfigError, UnsupportedError
 
 CONFIG_ERRORS = [
     ("lora", "r", 0),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from broken import NAME, refusal
 
-from molehill.engine.base import Limits
-from molehill.engine.errors import (
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.errors import (
     AdapterNotFoundError,
     ConfigError,
     CorruptFileError,

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from molehill.engine import formats
-from molehill.engine.errors import AdapterError
-from molehill.engine.formats import files, native
-from molehill.engine.huggingface import base_model
-from molehill.engine.merge import merge_static
-from molehill.engine.plan import plan
-from molehill.engine.validation import validate
+from molehill.engine.adapter.errors import AdapterError
+from molehill.engine.adapter.validation import validate
+from molehill.engine.formats import native
+from molehill.engine.formats.io import files
+from molehill.engine.hf.shapes import base_model
+from molehill.engine.transform.merge import merge_static
+from molehill.engine.transform.plan import plan
 
 WORDS = ["LORA", "MIXLORA", "mola", "soft", "renyi", "tsallis", "all", "none", "q_proj", "up_proj"]
 SCALARS = st.one_of(

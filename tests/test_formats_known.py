@@ -10,8 +10,8 @@ from test_formats_broken import refusal
 from test_inspect import run as inspect
 
 from molehill.engine import formats
-from molehill.engine.errors import ConfigError, UnsupportedError
-from molehill.engine.formats import known
+from molehill.engine.adapter.errors import ConfigError, UnsupportedError
+from molehill.engine.formats.readers import known
 
 EVERY_FORMAT = [*CASES, "drlora"]
 UNKNOWN = "fields that molehill does not know, served as if they were not there: "

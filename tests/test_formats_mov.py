@@ -8,8 +8,7 @@ from broken import refusal
 from safetensors.torch import load_file, save_file
 
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter
-from molehill.engine.errors import (
+from molehill.engine.adapter.errors import (
     ConfigError,
     MissingTensorError,
     NothingBoundError,
@@ -17,9 +16,10 @@ from molehill.engine.errors import (
     UnknownTargetError,
     UnsupportedError,
 )
-from molehill.engine.huggingface import base_model
-from molehill.engine.plan import plan
-from molehill.engine.validation import check, problems
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import check, problems
+from molehill.engine.hf.shapes import base_model
+from molehill.engine.transform.plan import plan
 from molehill.kernels.mixture import Experts, FfnMixture, ScaleMixture
 from molehill.kernels.policy import AdaMoLE, Soft, TopK
 

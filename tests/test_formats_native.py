@@ -18,7 +18,7 @@ from psutil import virtual_memory
 from safetensors.torch import load_file, save_file
 
 from molehill.engine import formats
-from molehill.engine.errors import (
+from molehill.engine.adapter.errors import (
     AdapterError,
     ConfigError,
     CorruptFileError,
@@ -26,7 +26,8 @@ from molehill.engine.errors import (
     ShapeError,
     UnsupportedError,
 )
-from molehill.engine.formats import files, native
+from molehill.engine.formats import native
+from molehill.engine.formats.io import files
 
 CASES = ("dora", "mixlora-expert-lora", "dynmole-renyi", "mola-official", "mov")
 

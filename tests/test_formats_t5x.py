@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from molehill.engine import formats
-from molehill.engine.base import Limits
-from molehill.engine.errors import (
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.errors import (
     ConfigError,
     LimitError,
     MissingTensorError,
@@ -15,8 +15,9 @@ from molehill.engine.errors import (
     ShapeError,
     UnsupportedError,
 )
-from molehill.engine.formats import native, t5x
-from molehill.kernels.definition import linear_mixture, scale_mixture
+from molehill.engine.formats import native
+from molehill.engine.formats.convert import t5x
+from molehill.kernels.reference import linear_mixture, scale_mixture
 
 PATH = "decoder/layers_3/mlp/wi_lora"
 KERNEL = f"{PATH}/router/router_weights/v/kernel"

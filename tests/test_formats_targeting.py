@@ -11,10 +11,15 @@ from test_reference import logits_of
 from transformers import AutoModelForCausalLM
 
 from molehill.engine import formats
-from molehill.engine.errors import ConfigError, LimitError, MissingTensorError, UnsupportedError
-from molehill.engine.formats.fields import Fields
-from molehill.engine.formats.targeting import Targeting
-from molehill.engine.reference import attach
+from molehill.engine.adapter.errors import (
+    ConfigError,
+    LimitError,
+    MissingTensorError,
+    UnsupportedError,
+)
+from molehill.engine.formats.io.fields import Fields
+from molehill.engine.formats.readers.targeting import Targeting
+from molehill.engine.hf.reference import attach
 
 MODULES = [
     *(
@@ -188,7 +193,7 @@ def test_fields_of_the_wrong_type(saved, tmp_path, fields, where):
 
 
 def test_a_pattern_that_would_take_for_ever_is_refused(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("molehill.engine.formats.targeting._SECONDS", 0.2)
+    monkeypatch.setattr("molehill.engine.formats.readers.targeting._SECONDS", 0.2)
     pattern = ".*?" * 12 + "[?!]"
     error = refusal(LimitError, changed(saved, tmp_path / "a", exclude_modules=pattern))
     assert error.where == "adapter_config.json: exclude_modules"

@@ -5,7 +5,7 @@ import torch
 from test_formats_broken import refusal
 
 from molehill.engine import formats
-from molehill.engine.errors import ShapeError, UnsupportedError
+from molehill.engine.adapter.errors import ShapeError, UnsupportedError
 
 PREFIX = "mixlora.layers.1.mlp"
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from molehill.api import inspect
+from molehill.api.cli import inspect
 
 
 def run(*arguments):

@@ -10,14 +10,20 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter
-from molehill.engine.base import BaseModel
-from molehill.engine.merge import collapse, merge_static, merged_weight, plain_sites, subtract
-from molehill.engine.reference import attach
-from molehill.engine.static import deviation, gate
-from molehill.kernels.definition import ffn_mixture, linear_mixture
+from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.hf.reference import attach
+from molehill.engine.transform.merge import (
+    collapse,
+    merge_static,
+    merged_weight,
+    plain_sites,
+    subtract,
+)
+from molehill.engine.transform.static_gates import deviation, gate
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK, TopP
+from molehill.kernels.reference import ffn_mixture, linear_mixture
 
 IN, OUT, TOKENS = 24, 40, 7
 # Of the largest value: two float32 computations in another order.

@@ -10,9 +10,9 @@ from golden import Case
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from molehill.api import cli, merge
+from molehill.api.cli import main, merge
 from molehill.engine import formats
-from molehill.engine.reference import attach
+from molehill.engine.hf.reference import attach
 
 TOKENS = torch.tensor([[303, 316, 288, 262, 352, 17, 5]])
 LOGITS = 1e-3
@@ -217,10 +217,10 @@ def copy_of(folder, target):
 
 @pytest.mark.slow
 def test_the_command(zeroed, tmp_path, capsys):
-    assert cli.main(["merge", str(Case("lora").path), str(tmp_path / "lora")]) == 0
+    assert main.main(["merge", str(Case("lora").path), str(tmp_path / "lora")]) == 0
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
     with pytest.raises(SystemExit):
-        cli.main(["merge", str(zeroed), str(tmp_path / "x"), "--merge-tolerance", "-1"])
+        main.main(["merge", str(zeroed), str(tmp_path / "x"), "--merge-tolerance", "-1"])
     assert "expected a number of at least 0" in capsys.readouterr().err
 
 

@@ -10,12 +10,10 @@ import torch
 from authored import SCALES, TASKS, save_lora, tiny_llama
 from golden import greatest_difference
 
-from molehill.api import cli
+from molehill.api.cli import main
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter
-from molehill.engine.arrow import prototype
-from molehill.engine.base import Limits
-from molehill.engine.errors import (
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.errors import (
     ConfigError,
     CorruptFileError,
     LimitError,
@@ -25,9 +23,12 @@ from molehill.engine.errors import (
     UnknownTargetError,
     UnsupportedError,
 )
-from molehill.engine.formats import isolation, native
-from molehill.engine.mix import Part, mix
-from molehill.engine.reference import attach
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.formats import native
+from molehill.engine.formats.io import isolation
+from molehill.engine.hf.reference import attach
+from molehill.engine.transform.arrow import prototype
+from molehill.engine.transform.weighted_sum import Part, mix
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Arrow, Constant
 
@@ -80,7 +81,7 @@ def test_native_round_trip_keeps_the_digest(authored, tmp_path, name):
 @pytest.mark.parametrize("name", MADE)
 def test_inspect_shows_it(authored, golden, capsys, name):
     arguments = ["inspect", str(authored[name].path), "--model", str(golden / "tiny-llama")]
-    assert cli.main([*arguments, "--json"]) == 0
+    assert main.main([*arguments, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["kind"], shown["problems"]) == (name.removesuffix("-general"), [])
     assert {site["static"] for site in shown["sites"]} == {name == "mix"}

@@ -10,11 +10,11 @@ from architectures import ARCHITECTURES, make
 from golden import Prompt, greatest_difference
 
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter
-from molehill.engine.base import BaseModel, Limits
-from molehill.engine.huggingface import base_model
-from molehill.engine.reference import attach
-from molehill.engine.validation import problems
+from molehill.engine.adapter.base_model import BaseModel, Limits
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import problems
+from molehill.engine.hf.reference import attach
+from molehill.engine.hf.shapes import base_model
 from molehill.kernels.mixture import Experts, FfnMixture
 from molehill.kernels.policy import TopK
 

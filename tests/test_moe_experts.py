@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from test_formats_broken import refusal
 from transformers import AutoModelForCausalLM
 
-from molehill.engine import formats, moe
-from molehill.engine.adapter import Adapter
-from molehill.engine.base import Limits, Moe
-from molehill.engine.errors import (
+from molehill.engine import formats
+from molehill.engine.adapter import expert_sites
+from molehill.engine.adapter.base_model import Limits, Moe
+from molehill.engine.adapter.errors import (
     ConfigError,
     CorruptFileError,
     MissingTensorError,
@@ -20,11 +20,14 @@ from molehill.engine.errors import (
     UnknownTargetError,
     UnsupportedError,
 )
-from molehill.engine.formats import files, native, peft
-from molehill.engine.formats.patterns import Patterns
-from molehill.engine.huggingface import base_model
-from molehill.engine.reference import attach
-from molehill.engine.validation import problems
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import problems
+from molehill.engine.formats import native
+from molehill.engine.formats.io import files
+from molehill.engine.formats.readers import peft
+from molehill.engine.formats.readers.patterns import Patterns
+from molehill.engine.hf.reference import attach
+from molehill.engine.hf.shapes import base_model
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, Soft, TopK
 
@@ -238,7 +241,7 @@ def test_ranks_and_scalings_are_the_files(golden):
     ],
 )
 def test_canonical_names(name, expected):
-    assert moe.canonical(name) == expected
+    assert expert_sites.canonical(name) == expected
 
 
 def test_two_spellings_of_one_expert(fused):

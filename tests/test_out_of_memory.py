@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from molehill.api import cli
-from molehill.api.errors import OutOfMemoryError
-from molehill.api.sources import reporting
-from molehill.engine.errors import AdapterError, CorruptFileError
-from molehill.engine.formats import files, isolation
-from molehill.engine.memory import is_out_of_memory, raise_if_out_of_memory
+from molehill.api.adapters.errors import OutOfMemoryError
+from molehill.api.cli import main
+from molehill.api.sources.fetch import reporting
+from molehill.engine.adapter.errors import AdapterError, CorruptFileError
+from molehill.engine.formats.io import files, isolation
+from molehill.engine.system.out_of_memory import is_out_of_memory, raise_if_out_of_memory
 
 
 def of_allocator() -> RuntimeError:
@@ -88,8 +88,8 @@ def test_a_command_without_memory_says_so_in_one_line(
         raise_if_out_of_memory(of_allocator())
         return 0
 
-    monkeypatch.setattr(cli, "inspect", exhausted)
-    assert cli.main(["inspect"]) == cli.USER_ERROR
+    monkeypatch.setattr(main, "inspect", exhausted)
+    assert main.main(["inspect"]) == main.USER_ERROR
     said = capsys.readouterr().err
     assert "found no memory" in said
     assert "Traceback" not in said

@@ -13,9 +13,9 @@ import pytest
 import torch
 from broken import NAME, refusal
 
-from molehill.engine.base import Limits
-from molehill.engine.errors import CorruptFileError, LimitError
-from molehill.engine.formats import files, pickles
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.errors import CorruptFileError, LimitError
+from molehill.engine.formats.io import files, pickles
 
 # Of this process's own work, whatever else the machine does. A bomb would take for ever.
 CPU_SECONDS = 5

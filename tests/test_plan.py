@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter
-from molehill.engine.plan import plan
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.transform.plan import plan
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import AdaMoLE, Arrow, Constant, DynMoLE, Soft, Threshold, TopK, TopP
 

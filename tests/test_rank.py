@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molehill.engine.merge import NUMERICAL_RANK
-from molehill.engine.rank import surely_full
+from molehill.engine.transform.merge import NUMERICAL_RANK
+from molehill.engine.transform.rank import surely_full
 
 IN, OUT = 60, 40
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter
-from molehill.engine.errors import UnknownTargetError
-from molehill.engine.reference import attach
+from molehill.engine.adapter.errors import UnknownTargetError
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.hf.reference import attach
 
 UNROUTED = ("lora", "rslora", "dora")
 LOGITS = 1e-3

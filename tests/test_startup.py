@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from molehill.engine import startup
+from molehill.engine.system import startup
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter
-from molehill.engine.base import BaseModel, Limits
-from molehill.engine.errors import (
+from molehill.engine.adapter.base_model import BaseModel, Limits
+from molehill.engine.adapter.errors import (
     BaseMismatchError,
     LimitError,
     NonFiniteError,
@@ -18,8 +17,9 @@ from molehill.engine.errors import (
     UnknownTargetError,
     UnsupportedError,
 )
-from molehill.engine.huggingface import base_model
-from molehill.engine.validation import check, problems, validate
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import check, problems, validate
+from molehill.engine.hf.shapes import base_model
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, ScaleMixture
 from molehill.kernels.policy import AdaMoLE, Constant, Soft, Sparsegen, TopK
 

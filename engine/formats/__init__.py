@@ -3,26 +3,26 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from molehill.engine.adapter import Adapter
-from molehill.engine.base import Limits
-from molehill.engine.errors import UnsupportedError
-from molehill.engine.formats import (
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.adapter.layout import Layout
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import check
+from molehill.engine.formats import native
+from molehill.engine.formats.io import files
+from molehill.engine.formats.io.fields import Fields
+from molehill.engine.formats.readers import (
     adamole,
     expert_layout,
-    files,
     forks,
     ldmole,
     mixes,
     moepeft,
     mov,
-    native,
     peft,
     peft_parameters,
 )
-from molehill.engine.formats.fields import Fields
-from molehill.engine.formats.policies import STRATEGIES
-from molehill.engine.layout import Layout
-from molehill.engine.validation import check
+from molehill.engine.formats.readers.policies import STRATEGIES
 
 DEFAULT_LIMITS = Limits()
 

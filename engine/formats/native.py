@@ -14,15 +14,15 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from molehill.engine.adapter import Adapter, describe
-from molehill.engine.base import Limits
-from molehill.engine.directory import appearing
-from molehill.engine.errors import CorruptFileError, ShapeError, UnsupportedError
-from molehill.engine.formats import files
-from molehill.engine.formats.fields import Fields
-from molehill.engine.formats.files import Weights
-from molehill.engine.formats.policies import parse_policy
-from molehill.engine.memory import raise_if_out_of_memory
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.errors import CorruptFileError, ShapeError, UnsupportedError
+from molehill.engine.adapter.model import Adapter, describe
+from molehill.engine.formats.io import files
+from molehill.engine.formats.io.fields import Fields
+from molehill.engine.formats.io.files import Weights
+from molehill.engine.formats.readers.policies import parse_policy
+from molehill.engine.system.atomic_directory import appearing
+from molehill.engine.system.out_of_memory import raise_if_out_of_memory
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Constant, Policy
 

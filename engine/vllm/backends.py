@@ -4,10 +4,10 @@ import torch
 from vllm.config import VllmConfig
 
 from molehill.engine.vllm.settings import Settings
-from molehill.kernels.backend import Backend
 from molehill.kernels.cpu.backend import CpuBackend
 from molehill.kernels.cpu.build import BuildError
-from molehill.kernels.torch_backend import TorchBackend
+from molehill.kernels.interface import Backend
+from molehill.kernels.pytorch.backend import TorchBackend
 
 NAMES = ("auto", "cpu", "torch", "triton")
 
@@ -42,7 +42,7 @@ def on_cpu(name: str) -> tuple[Backend, str]:
 
 def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tuple[Backend, str]:
     from molehill.kernels.triton.backend import TritonBackend
-    from molehill.kernels.triton.blocks import Limits
+    from molehill.kernels.triton.launch_config import Limits
 
     if settings.backend == "cpu":
         raise ValueError(f"backend: found 'cpu' on {device}, expected one of auto, torch, triton")

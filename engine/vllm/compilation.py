@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from molehill.engine import startup
+from molehill.engine.system import startup
 
 logger = logging.getLogger("vllm.molehill")
 

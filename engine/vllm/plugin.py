@@ -4,9 +4,9 @@ vLLM calls it in the API server, the engine core, the workers, and in the proces
 model's file; in some of them more than once.
 """
 
-from molehill.engine.vllm import vision, waiting
+from molehill.engine.vllm import shm_wait, vision
 
 
 def install() -> None:
     vision.install()
-    waiting.install()
+    shm_wait.install()

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from molehill.engine.base import Limits
+from molehill.engine.adapter.base_model import Limits
 
 GIB = 1 << 30
 
@@ -16,7 +16,7 @@ class Settings:
     at start, a CPU worker takes them as adapters come.
     host_memory: bytes for adapters that left the slots of one worker and may come back.
     merge: whether static parts of adapters become one low-rank pair as they load.
-    merge_tolerance: above 0, nearly equal experts do too, see `molehill.engine.static.gate`.
+    merge_tolerance: above 0, nearly equal experts do too, see `static_gates.gate`.
     resident: directory of the adapter that is merged into the base weights, see `residence`; it is
     served to requests for the adapter whose digest is `resident_digest`.
     """

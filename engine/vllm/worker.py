@@ -8,13 +8,14 @@ from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
-from molehill.engine import startup
-from molehill.engine.cores import own_cores
-from molehill.engine.merge import Resident
-from molehill.engine.vllm import compat, compilation, experts, precision
-from molehill.engine.vllm.clock import StepClock
-from molehill.engine.vllm.host import Wanted
-from molehill.engine.vllm.manager import AdapterManager
+from molehill.engine.system import startup
+from molehill.engine.system.cpu_affinity import own_cores
+from molehill.engine.transform.merge import Resident
+from molehill.engine.vllm import compat, compilation, precision
+from molehill.engine.vllm.host_cache import Wanted
+from molehill.engine.vllm.lora_manager import AdapterManager
+from molehill.engine.vllm.model import moe_blocks
+from molehill.engine.vllm.step_timer import StepClock
 
 compat.check_version()
 
@@ -47,11 +48,11 @@ class Worker(PlatformWorker):  # type: ignore[misc]
 
     def load_model(self, **kwargs: Any) -> None:
         # Imports vLLM's loaders, which must not be before the platform's worker is set up.
-        from molehill.engine.vllm import residence
+        from molehill.engine.vllm.model import merged_base_loader
 
         startup.enter("loading the base model")
-        self._resident = residence.install(self.vllm_config)
-        with experts.on_cpu_kernels(self.vllm_config):
+        self._resident = merged_base_loader.install(self.vllm_config)
+        with moe_blocks.on_cpu_kernels(self.vllm_config):
             super().load_model(**kwargs)
         if not isinstance(getattr(self.model_runner, "lora_manager", None), AdapterManager):
             raise RuntimeError("vLLM did not install molehill's adapter manager")

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molehill.kernels.backend import (
+from molehill.kernels.checked import CheckedBackend
+from molehill.kernels.counters import SlotCounters
+from molehill.kernels.cpu import build
+from molehill.kernels.interface import (
     CapacityError,
     ExpertScale,
     FfnShape,
@@ -21,9 +24,6 @@ from molehill.kernels.backend import (
     SlotWeights,
     Trace,
 )
-from molehill.kernels.checked import CheckedBackend
-from molehill.kernels.counters import SlotCounters
-from molehill.kernels.cpu import build
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import (
     AdaMoLE,
@@ -48,7 +48,7 @@ _offered: list[bool] = []
 
 
 class CpuBackend(CheckedBackend):
-    """The mixtures of all slots on a CPU. See molehill.kernels.backend.Backend.
+    """The mixtures of all slots on a CPU. See molehill.kernels.interface.Backend.
 
     isa: one of ISAS; None takes `$MOLEHILL_CPU_ISA`, else the best that the processor has. Raises
     BuildError if there is no library, ValueError for an isa that cannot be had. Activations are

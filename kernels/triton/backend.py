@@ -13,28 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molehill.kernels import ops
-from molehill.kernels.backend import (
-    FfnShape,
-    LinearShape,
-    Packed,
-    Run,
-    SlotWeights,
-    Trace,
-)
+from molehill.kernels import custom_ops
 from molehill.kernels.checked import CheckedBackend
 from molehill.kernels.counters import SlotCounters
+from molehill.kernels.interface import FfnShape, LinearShape, Packed, Run, SlotWeights, Trace
 from molehill.kernels.triton import layout as at
-from molehill.kernels.triton.blocks import Limits, Scratch, ScratchMemory, StripMemory, blocks_for
 from molehill.kernels.triton.expand import expand
 from molehill.kernels.triton.ffn import ffn as launch_ffn
+from molehill.kernels.triton.launch_config import (
+    Limits,
+    Scratch,
+    ScratchMemory,
+    StripMemory,
+    blocks_for,
+)
 from molehill.kernels.triton.shrink import shrink
-from molehill.kernels.triton.table import SlotTable
-from molehill.kernels.triton.tiles import buffer_size, table
+from molehill.kernels.triton.slot_table import SlotTable
+from molehill.kernels.triton.tiling import buffer_size, table
 
 
 class TritonBackend(CheckedBackend):
-    """See molehill.kernels.backend.Backend. `device` holds the arena and all tables."""
+    """See molehill.kernels.interface.Backend. `device` holds the arena and all tables."""
 
     name = "triton"
 
@@ -56,7 +55,7 @@ class TritonBackend(CheckedBackend):
         self._steps = torch.zeros(size, dtype=torch.int32, device=device)
         self.linear_op: Callable[..., Any] = torch.ops.molehill.linear.default
         self.ffn_op: Callable[..., Any] = torch.ops.molehill.ffn.default
-        ops.install(self)
+        custom_ops.install(self)
 
     def _add_linear(self, shape: LinearShape) -> int:
         assert self._table is None, "linears are registered before adapters are stored"

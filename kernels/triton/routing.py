@@ -5,7 +5,7 @@ ties by index, an expert is kept if it is among the first `keep`, or by what the
 with it) sum to, or if the token is soft: entropy(p) > threshold. Where there is a floor, only
 experts that reach it are kept; it is a number, or the token's own, which q is then less by. w = q
 where kept, else 0; w / sum(w) if normalised and not all 0. Every class of molehill.kernels.policy
-that has a place here is one choice of these parameters (molehill.kernels.triton.policy).
+that has a place here is one choice of these parameters (molehill.kernels.triton.policy_encoding).
 """
 
 import triton

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import language as tl
 
 from molehill.kernels.triton import layout as at
-from molehill.kernels.triton.blocks import MAX_REGISTERS, Blocks, Scratch
+from molehill.kernels.triton.launch_config import MAX_REGISTERS, Blocks, Scratch
 
 
 @triton.jit

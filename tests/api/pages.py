@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from server import free_port
 from starlette.requests import Request
 
-from molehill.api import dashboard
+from molehill.api.http import dashboard
 
 PATIENCE_SECONDS = 30
 LAYERS, EXPERTS = 24, 8

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 import pytest
 from vllm.outputs import CompletionOutput, RequestOutput
 
-from molehill.api.ahead import ReadAhead
+from molehill.api.vllm.read_ahead import ReadAhead
 
 
 def output(text: str, token: int, finished: bool = False) -> RequestOutput:

@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
-from molehill.api.background import Background
-from molehill.engine.cores import own_cores
+from molehill.api.adapters.background import Background
+from molehill.engine.system.cpu_affinity import own_cores
 
 
 def asked(background: Background) -> tuple[set[int], int]:

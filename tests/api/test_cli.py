@@ -9,24 +9,26 @@ import pytest
 from api_client import BASE, GOLDEN
 from server import TINY, serve
 
-from molehill.api import cli, launcher, options
-from molehill.api.launcher import LaunchError, allow_plugin
-from molehill.api.lock import DirectoryLock, LockedError
-from molehill.engine.base import Limits
+from molehill.api import options
+from molehill.api.adapters.store_lock import DirectoryLock, LockedError
+from molehill.api.cli import main
+from molehill.api.vllm import launcher
+from molehill.api.vllm.launcher import LaunchError, allow_plugin
+from molehill.engine.adapter.base_model import Limits
 
 TINY_LLAMA = GOLDEN / "tiny-llama"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(["--version"])
+        main.main(["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out == f"molehill {version('molehill')}\n"
 
 
 def test_help_shows_our_options_without_importing_vllm() -> None:
     code = (
-        "import sys; from molehill.api.cli import main; main(['serve', '--help']); "
+        "import sys; from molehill.api.cli.main import main; main(['serve', '--help']); "
         "assert 'vllm' not in sys.modules and 'torch' not in sys.modules"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -55,7 +57,7 @@ def test_bad_values_are_one_clear_error(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(["serve", "m", *arguments])
+        main.main(["serve", "m", *arguments])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -65,7 +67,7 @@ def test_unsafe_settings_are_refused(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(name, "1")
-    assert cli.main(["serve", "m"]) == 2
+    assert main.main(["serve", "m"]) == 2
     assert capsys.readouterr().err.startswith(f"molehill serve: {name} is set")
 
 
@@ -138,7 +140,7 @@ def test_the_admin_key_is_also_an_api_key_where_there_are_any(
 
 def test_the_admin_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     def keys(*arguments: str) -> tuple[str, ...]:
-        return options.from_namespace(cli.serve_parser().parse_args(arguments)).admin_keys
+        return options.from_namespace(main.serve_parser().parse_args(arguments)).admin_keys
 
     assert keys() == ()
     monkeypatch.setenv("MOLEHILL_ADMIN_API_KEY", "hidden")
@@ -154,7 +156,7 @@ def test_several_engines_are_refused() -> None:
 
 def test_pickles_are_taken_unless_the_operator_says_no() -> None:
     def limits(*arguments: str) -> Limits:
-        return options.from_namespace(cli.serve_parser().parse_args(arguments)).limits
+        return options.from_namespace(main.serve_parser().parse_args(arguments)).limits
 
     assert limits().pickles is True
     assert limits("--no-adapter-pickles").pickles is False

@@ -3,7 +3,7 @@
 import pytest
 from fake_compiler import compiler, empty_installation, without_compiler
 
-from molehill.api import cli, env
+from molehill.api.cli import env, main
 from molehill.kernels.cpu import build
 
 
@@ -28,5 +28,5 @@ def test_no_compiler_is_no_failure(here, tmp_path, monkeypatch, capsys):
 
 def test_a_compiler_that_fails_is_one(here, tmp_path, monkeypatch, capsys):
     compiler(monkeypatch, tmp_path, fails="scale.cpp")
-    assert cli.main(["env", "--build"]) == 1
+    assert main.main(["env", "--build"]) == 1
     assert "no such instruction" in capsys.readouterr().err

@@ -2,9 +2,9 @@
 
 import pytest
 
-from molehill.api.errors import BadNameError
-from molehill.api.events import LifecycleMetrics
-from molehill.engine.errors import ShapeError
+from molehill.api.adapters.errors import BadNameError
+from molehill.api.adapters.events import LifecycleMetrics
+from molehill.engine.adapter.errors import ShapeError
 
 
 def samples(events: LifecycleMetrics) -> dict[tuple[str, ...], float]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_pickles import BOMBS, write
 
 from molehill.engine import formats
-from molehill.engine.formats import files
+from molehill.engine.formats.io import files
 
 # More than all processes grow by meanwhile on their own, far less than a bomb takes.
 BYTES = 256 << 20

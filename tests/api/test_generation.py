@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from operators import Operators
 
-from molehill.api.generation import content_of
-from molehill.engine.adapter import Adapter
+from molehill.api.adapters.generation import content_of
+from molehill.engine.adapter.model import Adapter
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant, Soft
 

@@ -14,9 +14,9 @@ from fastapi import APIRouter
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
-from molehill.api import launcher
-from molehill.api.guard import Kind, kind_of
+from molehill.api.http.auth import Kind, kind_of
 from molehill.api.options import Options
+from molehill.api.vllm import launcher
 
 KEY, ADMIN = "a-key", "an-admin-key"
 

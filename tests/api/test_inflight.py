@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.exceptions import VLLMNotFoundError
 from world import Play, World, adapter, settle
 
-from molehill.api import inflight
-from molehill.api.inflight import HEADER, Answering, GenerationHeader, answering
+from molehill.api.vllm import request_tracking
+from molehill.api.vllm.request_tracking import HEADER, Answering, GenerationHeader, answering
 
 
 def test_an_unloaded_generation_is_freed_after_its_last_request(play: Play) -> None:
@@ -269,7 +269,7 @@ def streamed_late(w: World, name: str) -> Callable[[], Any]:
             yield output
 
     async def route() -> Response:
-        inflight.admit(w.registry, w.served[name])
+        request_tracking.admit(w.registry, w.served[name])
         return StreamingResponse(events(), media_type="text/event-stream")
 
     return route
@@ -304,7 +304,7 @@ def test_a_route_that_only_looks_the_model_up_leaves_nothing(play: Play) -> None
 
         async def route() -> Response:
             for _ in range(2):
-                inflight.admit(w.registry, w.served["a"])
+                request_tracking.admit(w.registry, w.served["a"])
             assert w.registry.get("a").in_flight == 1
             return PlainTextResponse("bad request", 400)
 
@@ -318,7 +318,7 @@ def test_a_route_that_only_looks_the_model_up_leaves_nothing(play: Play) -> None
 def test_a_client_that_stops_reading_does_not_keep_its_slot(
     play_in: Callable[[int, Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inflight, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(request_tracking, "PATIENCE_SECONDS", 0.01)
 
     async def scenario(w: World) -> None:
         await w.load("a", 1)
@@ -348,7 +348,7 @@ def test_a_client_that_stops_reading_does_not_keep_its_slot(
 def test_a_client_that_stops_reading_and_goes_away_ends_its_request(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inflight, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(request_tracking, "PATIENCE_SECONDS", 0.01)
 
     async def scenario(w: World) -> None:
         await w.load("a", 1)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from molehill.api.lifeline import Lifeline
+from molehill.api.vllm.lifeline import Lifeline
 
 
 class Dead(Exception):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from molehill.api.manifest import Entry, Manifest, ManifestError
+from molehill.api.sources.manifest import Entry, Manifest, ManifestError
 
 ENTRIES = [
     Entry("team/a", "0" * 64, "a", "f" * 64, True),

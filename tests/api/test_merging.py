@@ -10,11 +10,12 @@ from api_client import BASE, GOLDEN, KEY, Api, copy_adapter, edit_tensors, oracl
 from server import TINY, serve
 from transformers import AutoModelForCausalLM
 
-from molehill.api import launcher, options
-from molehill.api.launcher import LaunchError
+from molehill.api import options
+from molehill.api.vllm import launcher
+from molehill.api.vllm.launcher import LaunchError
 from molehill.engine import formats
-from molehill.engine.errors import BaseMismatchError, UnsupportedError
-from molehill.engine.reference import attach
+from molehill.engine.adapter.errors import BaseMismatchError, UnsupportedError
+from molehill.engine.hf.reference import attach
 
 TINY_LLAMA = GOLDEN / "tiny-llama"
 LORA, MOLA = GOLDEN / "cases" / "lora", GOLDEN / "cases" / "mola"

@@ -3,8 +3,9 @@
 import pytest
 from fastapi.routing import APIRoute
 
-from molehill.api import adapter_routes, names, routing
-from molehill.api.errors import BadNameError
+from molehill.api.adapters import names
+from molehill.api.adapters.errors import BadNameError
+from molehill.api.http import adapters, router_stats
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_bad_names_are_refused_and_shown_escaped(name: str) -> None:
 def test_no_name_reads_as_the_route_of_another_adapter() -> None:
     paths = {
         route.path
-        for router in (adapter_routes.router, routing.router)
+        for router in (adapters.router, router_stats.router)
         for route in router.routes
         if isinstance(route, APIRoute)
     }

@@ -19,7 +19,7 @@ from operated import ADMIN, SENDING, Operated, copy_and_load, remembered, servin
 from server import TINY, Server, serve
 
 from molehill.engine import formats
-from molehill.engine.base import Limits
+from molehill.engine.adapter.base_model import Limits
 from molehill.engine.formats import native
 
 HEADER = "Molehill-Generation"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from fastapi.responses import JSONResponse
 
-from molehill.api import errors
-from molehill.api.errors import BadPathError, ForbiddenPathError, SourceChangedError
-from molehill.api.paths import AdapterRoots, Source, fingerprint
-from molehill.engine.errors import AdapterNotFoundError, ShapeError
+from molehill.api.adapters import errors
+from molehill.api.adapters.errors import BadPathError, ForbiddenPathError, SourceChangedError
+from molehill.api.sources.roots import AdapterRoots, Source, fingerprint
+from molehill.engine.adapter.errors import AdapterNotFoundError, ShapeError
 
 
 @pytest.fixture

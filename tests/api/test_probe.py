@@ -11,8 +11,8 @@ import pytest
 from vllm.exceptions import GracefulHTTPError
 from world import World, settle
 
-from molehill.api.errors import EngineRefusedError, NoEffectError, NotProbedError
-from molehill.api.probe import PROMPT_TOKENS, Prober
+from molehill.api.adapters.errors import EngineRefusedError, NoEffectError, NotProbedError
+from molehill.api.vllm.probe import PROMPT_TOKENS, Prober
 
 Answer = list[Mapping[int, Any] | None] | None
 

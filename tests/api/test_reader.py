@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from api_client import GOLDEN
 
-from molehill.api.reader import AdapterReader, doubt
+from molehill.api.adapters.reader import AdapterReader, doubt
 from molehill.engine import formats
-from molehill.engine.base import Limits
-from molehill.engine.errors import UnsupportedError
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.formats import native
-from molehill.engine.huggingface import base_model
+from molehill.engine.hf.shapes import base_model
 
 NAMES = ("/models/SmolLM2-135M-Instruct/", "tiny")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from world import World, settle
 
-from molehill.api.reading import READERS, Reading, most_bytes
-from molehill.engine.adapter import Adapter
+from molehill.api.adapters.reading import READERS, Reading, most_bytes
+from molehill.engine.adapter.model import Adapter
 
 
 class SlowDisk(World):

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from molehill.api import routes
+from molehill.api.http import vllm_routes
 
 
 class Engine:
@@ -34,7 +34,7 @@ def test_ready_is_what_is_restored_and_has_an_engine(
     restored: bool, dead: bool, status: int, retry: str | None
 ) -> None:
     app = FastAPI()
-    app.include_router(routes.router)
+    app.include_router(vllm_routes.router)
     app.state.engine_client = Engine(dead)
     app.state.molehill = SimpleNamespace(restart=SimpleNamespace(ready=restored))
     answer = TestClient(app).get("/health/ready")

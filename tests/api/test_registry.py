@@ -13,7 +13,7 @@ import pytest
 import torch
 from world import Play, World, adapter, settle
 
-from molehill.api.errors import (
+from molehill.api.adapters.errors import (
     AlreadyLoadedError,
     BadNameError,
     BusyError,
@@ -26,9 +26,9 @@ from molehill.api.errors import (
     StoreError,
     TooManyAdaptersError,
 )
-from molehill.api.paths import Source, fingerprint
-from molehill.engine.adapter import Adapter
-from molehill.engine.errors import AdapterNotFoundError, CorruptFileError
+from molehill.api.sources.roots import Source, fingerprint
+from molehill.engine.adapter.errors import AdapterNotFoundError, CorruptFileError
+from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
 
 

@@ -12,10 +12,10 @@ import pytest
 from vllm.exceptions import GracefulHTTPError
 from world import World, settle
 
-from molehill.api.admission import Admission
-from molehill.api.errors import EngineRefusedError
-from molehill.api.metrics import AdapterCollector
-from molehill.api.stats import Snapshot
+from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.errors import EngineRefusedError
+from molehill.api.metrics.prometheus import AdapterCollector
+from molehill.api.metrics.worker_stats import Snapshot
 
 MANY = Admission(adapters=2000, loads=4)
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from world import World, adapter, settle
 
-from molehill.api.admission import Admission
-from molehill.api.errors import NotLoadedError
-from molehill.api.manifest import Entry, Manifest
-from molehill.api.paths import AdapterRoots
-from molehill.api.restart import Restart
-from molehill.api.sources import Sources
-from molehill.api.terms import Terms
-from molehill.engine.adapter import Adapter
+from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.errors import NotLoadedError
+from molehill.api.adapters.load_options import Terms
+from molehill.api.sources.fetch import Sources
+from molehill.api.sources.manifest import Entry, Manifest
+from molehill.api.sources.restore import Restart
+from molehill.api.sources.roots import AdapterRoots
+from molehill.engine.adapter.layout import Layout
+from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
-from molehill.engine.layout import Layout
 
 
 class Server:

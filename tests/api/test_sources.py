@@ -16,19 +16,20 @@ import pytest
 from api_client import copy_adapter
 from world import World, settle
 
-from molehill.api.admission import Admission
-from molehill.api.errors import (
+from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.errors import (
     BadPathError,
     FetchError,
     ForbiddenPathError,
     ForbiddenSourceError,
 )
-from molehill.api.paths import AdapterRoots, Source
-from molehill.api.sources import Sources, allowed, reason
+from molehill.api.sources.fetch import Sources, allowed, reason
+from molehill.api.sources.roots import AdapterRoots, Source
 from molehill.engine import formats
-from molehill.engine.errors import AdapterNotFoundError, LimitError
-from molehill.engine.formats import files, native
-from molehill.engine.formats.expert_layout import README
+from molehill.engine.adapter.errors import AdapterNotFoundError, LimitError
+from molehill.engine.formats import native
+from molehill.engine.formats.io import files
+from molehill.engine.formats.readers.expert_layout import README
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PREFIX = "https://models.example/adapters"
@@ -245,7 +246,7 @@ def test_what_a_server_answers_instead_of_a_file_is_not_taken_for_it(
 def test_a_server_that_is_silent_is_given_up(
     remote: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("molehill.api.sources.SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr("molehill.api.sources.fetch.SILENCE_SECONDS", 0.2)
     url, _ = remote
     with (
         pytest.raises(FetchError, match="Timeout"),
@@ -327,7 +328,7 @@ def test_a_repository_as_vllm_names_it_takes_nothing_from_the_roots(tmp_path: Pa
 FETCH = """
 import resource, sys
 from molehill.api import sources
-from molehill.api.paths import AdapterRoots
+from molehill.api.sources.roots import AdapterRoots
 from molehill.engine import formats
 sources.SILENCE_SECONDS = 1.0
 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)

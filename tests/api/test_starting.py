@@ -17,8 +17,8 @@ import uvicorn
 from server import ENVIRONMENT, TINY, command, free_port, stop
 from starlette.responses import PlainTextResponse
 
-from molehill.api.starting import StartingServer
-from molehill.engine import startup
+from molehill.api.vllm.starting import StartingServer
+from molehill.engine.system import startup
 
 PLAIN = Namespace(ssl_keyfile=None, ssl_certfile=None, ssl_ca_certs=None, ssl_cert_reqs=0)
 

@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 
-from molehill.api import stats
-from molehill.api.events import LifecycleMetrics
-from molehill.api.metrics import AdapterCollector, exposition
-from molehill.api.stats import Seconds, Snapshot, Told, Totals, WorkerStats, seconds, told
-from molehill.engine.figures import Figures
+from molehill.api.adapters.events import LifecycleMetrics
+from molehill.api.metrics import worker_stats
+from molehill.api.metrics.prometheus import AdapterCollector, exposition
+from molehill.api.metrics.worker_stats import (
+    Seconds,
+    Snapshot,
+    Told,
+    Totals,
+    WorkerStats,
+    seconds,
+    told,
+)
+from molehill.engine.routing_stats import Figures
 
 
 def answer(stage: int, figures: Figures, resident: int | None = 100) -> dict[str, Any]:
@@ -113,7 +121,7 @@ class SlowWorkers:
 def test_busy_workers_are_asked_once_and_the_last_figures_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stats, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(worker_stats, "PATIENCE_SECONDS", 0.01)
 
     async def scenario() -> None:
         workers = SlowWorkers()
@@ -142,7 +150,7 @@ AGE = "molehill_worker_figures_age_seconds"
 
 def test_figures_say_how_old_they_are_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """Busy workers, then an answer, then a dead engine."""
-    monkeypatch.setattr(stats, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(worker_stats, "PATIENCE_SECONDS", 0.01)
 
     async def scenario() -> None:
         workers, registry = SlowWorkers(), NoAdapters()
@@ -189,7 +197,7 @@ def test_host_bytes_of_names_that_share_weights_are_each_names_own() -> None:
 
     told = [{"host": {1: 30, 2: 30}}, {"host": {2: 30}}]
     names = [generation("a", 1), generation("b", 2)]
-    assert stats.host_bytes(told, names) == {"a": 30, "b": 60}
+    assert worker_stats.host_bytes(told, names) == {"a": 30, "b": 60}
 
 
 def test_a_dead_engine_leaves_the_last_figures() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from molehill.api.lock import LockedError, check_free
-from molehill.api.store import AdapterStore
-from molehill.engine.adapter import Adapter
-from molehill.engine.base import Limits
+from molehill.api.adapters.store import AdapterStore
+from molehill.api.adapters.store_lock import LockedError, check_free
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant
@@ -65,7 +65,7 @@ def test_a_store_has_one_server(tmp_path: Path) -> None:
 
 def test_a_store_is_free_when_its_server_was_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from molehill.api.lock import DirectoryLock; "
+        "import sys, time, pathlib; from molehill.api.adapters.store_lock import DirectoryLock; "
         "own = DirectoryLock(pathlib.Path(sys.argv[1])); print('locked', flush=True); "
         "time.sleep(60)"
     )

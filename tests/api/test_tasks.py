@@ -17,11 +17,12 @@ from test_restart import Server, play
 from test_watch import Watched
 from world import World, adapter, settle
 
-from molehill.api import routes, watch
-from molehill.api.errors import EngineRefusedError
-from molehill.api.lifeline import Lifeline
-from molehill.api.paths import AdapterRoots
-from molehill.api.restart import Restart
+from molehill.api.adapters.errors import EngineRefusedError
+from molehill.api.http import vllm_routes
+from molehill.api.sources import watcher
+from molehill.api.sources.restore import Restart
+from molehill.api.sources.roots import AdapterRoots
+from molehill.api.vllm.lifeline import Lifeline
 
 
 def counted(world: World, name: str) -> dict[str, float]:
@@ -129,8 +130,8 @@ def test_a_load_whose_client_has_gone_is_counted_and_logged(
 def test_looks_that_fail_are_counted_and_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "PERIOD_SECONDS", 0.001)
-    monkeypatch.setattr(watch, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(watcher, "PERIOD_SECONDS", 0.001)
+    monkeypatch.setattr(watcher, "SETTLE_SECONDS", 0.0)
 
     async def scenario(w: Watched) -> None:
         def fault(_: AdapterRoots) -> Any:
@@ -182,7 +183,7 @@ def test_a_server_whose_background_has_failed_says_so_where_readiness_is_asked()
         return task
 
     app = FastAPI()
-    app.include_router(routes.router)
+    app.include_router(vllm_routes.router)
     app.state.engine_client = Engine(dead=False)
     app.state.molehill = SimpleNamespace(restart=SimpleNamespace(ready=False))
     app.state.molehill_task = asyncio.run(ended())

@@ -9,8 +9,8 @@ import pytest
 from vllm.exceptions import GracefulHTTPError
 from world import World, settle
 
-from molehill.api.admission import Admission
-from molehill.api.residency import Residency
+from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.slots import Residency
 
 MANY = Admission(adapters=100, loads=4)
 

@@ -13,13 +13,13 @@ import pytest
 from vllm.exceptions import GracefulHTTPError
 from world import World, adapter, settle
 
-from molehill.api import watch
-from molehill.api.admission import Admission
-from molehill.api.errors import NoEffectError
-from molehill.api.paths import AdapterRoots
-from molehill.api.sources import Sources, local
-from molehill.api.watch import Watcher
-from molehill.engine.adapter import Adapter
+from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.errors import NoEffectError
+from molehill.api.sources import watcher
+from molehill.api.sources.fetch import Sources, local
+from molehill.api.sources.roots import AdapterRoots
+from molehill.api.sources.watcher import Watcher
+from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
 
 
@@ -54,8 +54,8 @@ class Watched(World):
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has to settle, and nothing waits before it is tried again."""
-    monkeypatch.setattr(watch, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(watch, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(watcher, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(watcher, "FIRST_PAUSE_SECONDS", 0.0)
 
 
 def play(w: Watched, scenario: Callable[[Watched], Awaitable[None]]) -> None:
@@ -177,7 +177,7 @@ def test_a_busy_moment_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_a_pause_lies_between_two_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "FIRST_PAUSE_SECONDS", 1000.0)
+    monkeypatch.setattr(watcher, "FIRST_PAUSE_SECONDS", 1000.0)
 
     async def scenario(w: Watched) -> None:
         w.put("a", 1)
@@ -280,7 +280,7 @@ def test_a_failure_keeps_no_adapter_in_memory(
 ) -> None:
     read: list[weakref.ref[Adapter]] = []
     # Pytest keeps what is logged.
-    monkeypatch.setattr(watch.logger, "disabled", True)
+    monkeypatch.setattr(watcher.logger, "disabled", True)
 
     def full(written: Adapter, *_: Any) -> None:
         read.append(weakref.ref(written))

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from vllm.lora.request import LoRARequest
 
-from molehill.api.admission import Admission
-from molehill.api.events import LifecycleMetrics
-from molehill.api.generation import Loaded
-from molehill.api.inflight import count_requests
-from molehill.api.paths import Source
-from molehill.api.registry import AdapterRegistry, Probe
-from molehill.api.residency import Residency
-from molehill.api.sources import local
-from molehill.api.store import AdapterStore
-from molehill.api.terms import Terms
-from molehill.api.workers import Workers
-from molehill.engine.adapter import Adapter
-from molehill.engine.base import Limits
-from molehill.engine.errors import AdapterNotFoundError
+from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.events import LifecycleMetrics
+from molehill.api.adapters.generation import Loaded
+from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.registry import AdapterRegistry, Probe
+from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.store import AdapterStore
+from molehill.api.sources.fetch import local
+from molehill.api.sources.roots import Source
+from molehill.api.vllm.request_tracking import count_requests
+from molehill.api.vllm.worker_client import Workers
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.errors import AdapterNotFoundError
+from molehill.engine.adapter.layout import Layout
+from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
-from molehill.engine.layout import Layout
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant
 

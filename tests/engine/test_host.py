@@ -1,8 +1,8 @@
 """Host memory for adapters that left the slots."""
 
-from molehill.engine.figures import tabulated
-from molehill.engine.vllm.host import HostMemory, Prepared
-from molehill.kernels.backend import MoePiece, Packed
+from molehill.engine.routing_stats import tabulated
+from molehill.engine.vllm.host_cache import HostMemory, Prepared
+from molehill.kernels.interface import MoePiece, Packed
 
 
 def adapter(num_bytes: int, moes: dict[int, MoePiece] | None = None) -> Prepared:

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from molehill.engine.adapter import Adapter
-from molehill.engine.figures import costs
-from molehill.engine.vllm import ledger as module
-from molehill.engine.vllm.ledger import Ledger
-from molehill.kernels.backend import LinearPiece, LinearShape, Run, SlotWeights
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.routing_stats import costs
+from molehill.engine.vllm import adapter_stats as module
+from molehill.engine.vllm.adapter_stats import Ledger
+from molehill.kernels.interface import LinearPiece, LinearShape, Run, SlotWeights
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import TopK
-from molehill.kernels.torch_backend import TorchBackend
+from molehill.kernels.pytorch.backend import TorchBackend
 
 SITE, IN, OUT, EXPERTS = "layers.0.self_attn.q_proj", 8, 6, 4
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from molehill.engine import formats
 from molehill.engine.formats import native
-from molehill.engine.merge import merge_static
+from molehill.engine.transform.merge import merge_static
 
 TINY_MOE = GOLDEN / "tiny-moe"
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")

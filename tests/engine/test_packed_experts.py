@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
     select_unquantized_moe_backend,
 )
 
-from molehill.engine.vllm.experts import multiply, packs_as, unpack
+from molehill.engine.vllm.model.moe_blocks import multiply, packs_as, unpack
 
 LAYOUTS = [("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

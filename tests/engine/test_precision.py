@@ -10,8 +10,9 @@ import torch
 from golden import TINY_LLAMA, VOCABULARY
 from transformers import AutoConfig
 
-from molehill.api import cli, launcher
-from molehill.api import precision as api_precision
+from molehill.api.cli import main
+from molehill.api.vllm import launcher
+from molehill.api.vllm import precision as api_precision
 from molehill.engine.vllm import precision
 from molehill.engine.vllm.precision import Choice, Room
 
@@ -207,7 +208,7 @@ def test_serve_refuses_a_dtype_that_its_kernels_do_not_take(
     sizes = {**tiny_models.SIZES, **tiny_models.MODELS["qwen3_next"], "vocab_size": VOCABULARY}
     AutoConfig.for_model("qwen3_next", **sizes).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3_next"
-    assert cli.main(["serve", str(tmp_path), "--dtype", "float32"]) == 2
+    assert main.main(["serve", str(tmp_path), "--dtype", "float32"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "molehill serve: --dtype: found float32, expected bfloat16: vLLM's CPU kernels for the "
         "gated delta net of qwen3_next take nothing else"

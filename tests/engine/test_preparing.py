@@ -8,10 +8,10 @@ import threading
 
 import pytest
 
-from molehill.engine.cores import keep_off, own_cores
-from molehill.engine.errors import CorruptFileError
-from molehill.engine.vllm import preparing
-from molehill.engine.vllm.preparing import IDLE_SECONDS, PAUSE_SECONDS, Preparation, Pulse
+from molehill.engine.adapter.errors import CorruptFileError
+from molehill.engine.system.cpu_affinity import keep_off, own_cores
+from molehill.engine.vllm import prefetch
+from molehill.engine.vllm.prefetch import IDLE_SECONDS, PAUSE_SECONDS, Preparation, Pulse
 
 
 class Reader:
@@ -103,8 +103,8 @@ def test_a_thread_waits_for_the_next_step_and_not_at_all_without_steps(
         if pauses == next_step:
             pulse.beat()
 
-    monkeypatch.setattr(preparing, "monotonic", lambda: now)
-    monkeypatch.setattr(preparing, "sleep", sleep)
+    monkeypatch.setattr(prefetch, "monotonic", lambda: now)
+    monkeypatch.setattr(prefetch, "sleep", sleep)
     pulse.wait()
     assert pauses == 0
     pulse.beat()
@@ -137,8 +137,8 @@ def test_a_thread_leaves_cores_and_its_process_stays() -> None:
 
 BOUND = """
 import torch
-from molehill.engine.cores import own_cores
-from molehill.engine.vllm.preparing import Preparation
+from molehill.engine.system.cpu_affinity import own_cores
+from molehill.engine.vllm.prefetch import Preparation
 
 def prepare(path, beside):
     torch.ones(1 << 22).add(1)

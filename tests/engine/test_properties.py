@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from molehill.engine import formats
-from molehill.engine.adapter import Adapter
-from molehill.engine.errors import NothingBoundError
+from molehill.engine.adapter.errors import NothingBoundError
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import check
 from molehill.engine.formats import native
-from molehill.engine.huggingface import base_model
-from molehill.engine.reference import attach
-from molehill.engine.validation import check
-from molehill.kernels.backend import Trace
+from molehill.engine.hf.reference import attach
+from molehill.engine.hf.shapes import base_model
+from molehill.kernels.interface import Trace
 
 HEAD = 32
 BASE = base_model(TINY_LLAMA)

@@ -79,7 +79,7 @@ def fake(directory: Path, body: str) -> Path:
 def test_a_torchvision_that_works_is_left_alone(tmp_path: Path) -> None:
     code = """
 import sys
-from molehill.engine.torchvision import check_importable
+from molehill.engine.system.torchvision import check_importable
 from molehill.engine.vllm import vision
 check_importable()
 vision.install()
@@ -94,7 +94,7 @@ print(torchvision.__name__)
 BROKEN = "import torch\ntorch.library.register_fake('torchvision::nms')(lambda: None)\n"
 
 
-MOLEHILL = "import sys; from molehill.api.cli import main; sys.exit(main(sys.argv[1:]))"
+MOLEHILL = "import sys; from molehill.api.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.mark.parametrize(

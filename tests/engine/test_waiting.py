@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from molehill.engine.vllm import compat, waiting
+from molehill.engine.vllm import compat, shm_wait
 
 STEPS, STEP_SECONDS = 8, 0.1
 # A reader that spins looks tens of thousands of times a step, also where it gets a tenth of a core.
@@ -61,7 +61,7 @@ def test_who_waits_for_a_step_looks_now_and_then() -> None:
 def test_a_process_that_reads_no_shared_memory_does_not_import_it() -> None:
     code = (
         "import sys; from vllm.plugins import load_general_plugins; load_general_plugins(); "
-        "print('molehill.engine.vllm.waiting' in sys.modules, "
+        "print('molehill.engine.vllm.shm_wait' in sys.modules, "
         "'vllm.distributed.device_communicators.shm_broadcast' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -80,10 +80,10 @@ def spinning(monkeypatch: pytest.MonkeyPatch) -> type:
 
 def test_it_is_installed_once_and_is_no_changed_seam(spinning: Any) -> None:
     own = spinning.wait
-    waiting.install()
+    shm_wait.install()
     installed = spinning.wait
     assert installed is not own
-    waiting.install()
+    shm_wait.install()
     assert spinning.wait is installed
     compat.check_seams()
 
@@ -93,7 +93,7 @@ def test_a_gpu_keeps_vllms_own(spinning: Any, monkeypatch: pytest.MonkeyPatch) -
 
     own = spinning.wait
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    waiting.install()
+    shm_wait.install()
     assert spinning.wait is own
 
 
@@ -105,8 +105,8 @@ def test_a_vllm_that_waits_otherwise_is_left_alone_and_named(
     def wait(self: Any, timeout_ms: int | None = None) -> None: ...
 
     monkeypatch.setattr(spinning, "wait", wait)
-    with caplog.at_level(logging.WARNING, waiting.__name__):
-        waiting.install()
+    with caplog.at_level(logging.WARNING, shm_wait.__name__):
+        shm_wait.install()
     assert spinning.wait is wait
     assert "SpinCondition.wait has no self.last_read + self.busy_loop_s" in caplog.text
     with pytest.raises(RuntimeError, match=r"SpinCondition\.wait has no"):

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from molehill.kernels.backend import LinearPiece
-from molehill.kernels.definition import linear_mixture
+from molehill.kernels.interface import LinearPiece
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK, TopP
+from molehill.kernels.reference import linear_mixture
 
 # Relative to the largest output. bfloat16 has 8 bits: half a unit is 0.002 of one rounding, and
 # the delta goes through two (the shrunk input, the output).

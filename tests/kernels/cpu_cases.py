@@ -6,9 +6,9 @@ from functools import cache
 
 import torch
 
-from molehill.kernels.backend import LinearPiece, LinearShape, SlotWeights
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.cpu.backend import ISAS
+from molehill.kernels.interface import LinearPiece, LinearShape, SlotWeights
 
 
 @cache

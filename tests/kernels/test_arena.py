@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molehill.kernels.arena import ALIGNMENT, Arena, ArenaFullError, Extent, Reservation
+from molehill.kernels.triton.arena import ALIGNMENT, Arena, ArenaFullError, Extent, Reservation
 
 CPU = torch.device("cpu")
 UNITS = 64

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from random_adapters import SEEDS, ffn_mixtures, linear_mixtures, scale_mixtures
 from torch import Tensor
 
-from molehill.kernels import definition
+from molehill.kernels import reference
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.backend import (
+from molehill.kernels.cpu import CpuBackend
+from molehill.kernels.interface import (
     UNSERVED,
     ExpertScale,
     FfnPiece,
@@ -27,10 +28,9 @@ from molehill.kernels.backend import (
     ScalePiece,
     SlotWeights,
 )
-from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.mixture import FfnMixture, LinearMixture, ScaleMixture
 from molehill.kernels.policy import Policy
-from molehill.kernels.torch_backend import TorchBackend
+from molehill.kernels.pytorch.backend import TorchBackend
 
 BASE, EMPTY = None, 9
 
@@ -230,15 +230,15 @@ def expected_qkv(layer: Layer, slot: Slot, x: Tensor, base: Tensor) -> tuple[Ten
     for i, mixture in slot.linears.items():
         columns = slice(layer.starts[i], layer.starts[i] + layer.widths[i])
         if isinstance(mixture, ScaleMixture):
-            heads = definition.split_heads(base[:, columns], mixture.num_heads)
+            heads = reference.split_heads(base[:, columns], mixture.num_heads)
             logits = (heads @ mixture.router.T).flatten(0, 1)
             sound &= decisive(mixture.policy, logits).view(len(x), -1).all(1)
-            y[:, columns] = definition.scale_mixture(base[:, columns], mixture)[0]
+            y[:, columns] = reference.scale_mixture(base[:, columns], mixture)[0]
             continue
         if mixture.router is not None:
             sound &= decisive(mixture.policy, x @ mixture.router.T)
         weight = torch.zeros(layer.widths[i], layer.inputs)
-        y[:, columns] += definition.linear_mixture(x, weight, None, mixture)[0]
+        y[:, columns] += reference.linear_mixture(x, weight, None, mixture)[0]
     return y, sound
 
 
@@ -279,11 +279,11 @@ def check(model: Model, own: list[Slot], batch: list[tuple[int | None, int]]) ->
         elif isinstance(slot.ffn, ScaleMixture):
             before = plain[1][rows].float()
             sound = decisive(slot.ffn.policy, before @ slot.ffn.router.T)
-            assert_rows(h[rows], definition.scale_mixture(before, slot.ffn)[0], sound, dtype)
+            assert_rows(h[rows], reference.scale_mixture(before, slot.ffn)[0], sound, dtype)
         else:
             sound = decisive(slot.ffn.policy, wide @ slot.ffn.router.T)
             arguments = layer.weights, layer.biases, "silu", slot.ffn
-            assert_rows(out[rows], definition.ffn_mixture(wide, *arguments)[0], sound, dtype)
+            assert_rows(out[rows], reference.ffn_mixture(wide, *arguments)[0], sound, dtype)
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ import torch
 from backend_cases import experts, random, router
 from triton_cases import LIMITS
 
-from molehill.kernels.backend import (
+from molehill.kernels.checks import WeightsError
+from molehill.kernels.cpu import CpuBackend
+from molehill.kernels.interface import (
     ExpertScale,
     FfnPiece,
     FfnShape,
@@ -21,11 +23,9 @@ from molehill.kernels.backend import (
     ScalePiece,
     SlotWeights,
 )
-from molehill.kernels.checks import WeightsError
-from molehill.kernels.cpu import CpuBackend
-from molehill.kernels.moe import MoeBlocks
+from molehill.kernels.moe_blocks import MoeBlocks
 from molehill.kernels.policy import AdaMoLE, Constant, Soft, TopK
-from molehill.kernels.torch_backend import TorchBackend
+from molehill.kernels.pytorch.backend import TorchBackend
 from molehill.kernels.triton.backend import TritonBackend
 
 D, INNER, OUT = 16, 24, 20

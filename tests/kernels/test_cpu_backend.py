@@ -12,8 +12,8 @@ import torch
 from backend_cases import assert_near, experts, piece_delta, random, router
 from cpu_cases import one_linear
 
-from molehill.kernels.backend import LinearPiece, LinearShape, Run, SlotWeights
 from molehill.kernels.cpu import BuildError, CpuBackend
+from molehill.kernels.interface import LinearPiece, LinearShape, Run, SlotWeights
 from molehill.kernels.policy import Constant, Soft
 
 

@@ -9,11 +9,11 @@ from backend_cases import TOLERANCE, assert_near, experts, random, rounded, rout
 from cpu_cases import thread_count
 
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.backend import FfnPiece, FfnShape, LinearShape, Run, SlotWeights
 from molehill.kernels.cpu import CpuBackend
-from molehill.kernels.definition import ffn_mixture
+from molehill.kernels.interface import FfnPiece, FfnShape, LinearShape, Run, SlotWeights
 from molehill.kernels.mixture import FfnMixture
 from molehill.kernels.policy import DynMoLE, TopK, TopP
+from molehill.kernels.reference import ffn_mixture
 
 WIDTHS = {"gate": (36, 76), "up": (36, 76), "down": (76, 36)}
 

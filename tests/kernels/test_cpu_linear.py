@@ -15,11 +15,11 @@ from cpu_cases import one_linear, thread_count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molehill.kernels.backend import UNSERVED, LinearPiece, LinearShape, Run, SlotWeights
 from molehill.kernels.cpu import CpuBackend
-from molehill.kernels.definition import probabilities
+from molehill.kernels.interface import UNSERVED, LinearPiece, LinearShape, Run, SlotWeights
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK
+from molehill.kernels.reference import probabilities
 
 # Constant weights have no router, which decides nothing that could be counted.
 ROUTED = {name: policy for name, policy in POLICIES.items() if not isinstance(policy, Constant)}

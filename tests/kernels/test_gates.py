@@ -10,7 +10,8 @@ from cpu_cases import thread_count, usable_isas
 from triton_cases import CPU as DEVICE
 from triton_cases import LIMITS, ffn_experts, ffn_piece, ffn_weights, run_ffn
 
-from molehill.kernels.backend import (
+from molehill.kernels.cpu import CpuBackend
+from molehill.kernels.interface import (
     CapacityError,
     FfnShape,
     LinearPiece,
@@ -18,11 +19,10 @@ from molehill.kernels.backend import (
     Run,
     SlotWeights,
 )
-from molehill.kernels.cpu import CpuBackend
-from molehill.kernels.definition import decide, ffn_mixture, linear_mixture
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import AdaMoLE, Arrow, Soft, Sparsegen, Threshold
-from molehill.kernels.torch_backend import TorchBackend
+from molehill.kernels.pytorch.backend import TorchBackend
+from molehill.kernels.reference import decide, ffn_mixture, linear_mixture
 from molehill.kernels.triton.backend import TritonBackend
 
 INPUTS, OUT, ROWS = 72, 40, 23

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from molehill.kernels.backend import UNSERVED, MoePiece, MoeShape, Run
-from molehill.kernels.definition import moe_experts
+from molehill.kernels.interface import UNSERVED, MoePiece, MoeShape, Run
 from molehill.kernels.mixture import Experts
-from molehill.kernels.moe import MoeBlocks
+from molehill.kernels.moe_blocks import MoeBlocks
+from molehill.kernels.reference import moe_experts
 
 HIDDEN, INNER, EXPERTS, TOP_K = 24, 40, 5, 2
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}

@@ -7,7 +7,8 @@ import torch
 from backend_cases import assert_near, experts, random, router
 from cpu_cases import thread_count, usable_isas
 
-from molehill.kernels.backend import (
+from molehill.kernels.cpu import CpuBackend
+from molehill.kernels.interface import (
     CapacityError,
     FfnShape,
     LinearPiece,
@@ -16,13 +17,12 @@ from molehill.kernels.backend import (
     ScalePiece,
     SlotWeights,
 )
-from molehill.kernels.cpu import CpuBackend
-from molehill.kernels.definition import probabilities, scale_mixture, split_heads
 from molehill.kernels.mixture import ScaleMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK
-from molehill.kernels.torch_backend import TorchBackend
+from molehill.kernels.pytorch.backend import TorchBackend
+from molehill.kernels.reference import probabilities, scale_mixture, split_heads
 from molehill.kernels.triton.backend import TritonBackend
-from molehill.kernels.triton.blocks import Limits
+from molehill.kernels.triton.launch_config import Limits
 
 HEADS, EXPERTS, WIDTH, ROWS = 3, 5, 20, 17
 

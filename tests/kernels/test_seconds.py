@@ -6,7 +6,8 @@ from time import perf_counter
 import pytest
 import torch
 
-from molehill.kernels.backend import (
+from molehill.kernels.cpu import CpuBackend
+from molehill.kernels.interface import (
     UNSERVED,
     FfnPiece,
     FfnShape,
@@ -15,10 +16,9 @@ from molehill.kernels.backend import (
     Run,
     SlotWeights,
 )
-from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import TopK
-from molehill.kernels.torch_backend import TorchBackend
+from molehill.kernels.pytorch.backend import TorchBackend
 
 WIDTH, INNER, TOKENS = 256, 512, 64
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 from triton_cases import LIMITS
 
-from molehill.kernels.backend import (
+from molehill.kernels.cpu import CpuBackend
+from molehill.kernels.interface import (
     CapacityError,
     FfnPiece,
     FfnShape,
@@ -18,11 +19,10 @@ from molehill.kernels.backend import (
     Run,
     SlotWeights,
 )
-from molehill.kernels.cpu import CpuBackend
-from molehill.kernels.definition import ffn_mixture, linear_mixture
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK
-from molehill.kernels.torch_backend import TorchBackend
+from molehill.kernels.pytorch.backend import TorchBackend
+from molehill.kernels.reference import ffn_mixture, linear_mixture
 from molehill.kernels.triton.backend import TritonBackend
 
 CPU = torch.device("cpu")

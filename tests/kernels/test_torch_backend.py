@@ -4,7 +4,7 @@ import pytest
 import torch
 from backend_cases import POLICIES, assert_near, experts, piece_delta, random, router
 
-from molehill.kernels.backend import (
+from molehill.kernels.interface import (
     UNSERVED,
     FfnPiece,
     FfnShape,
@@ -13,10 +13,10 @@ from molehill.kernels.backend import (
     Run,
     SlotWeights,
 )
-from molehill.kernels.definition import ffn_mixture, probabilities
 from molehill.kernels.mixture import FfnMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK, TopP
-from molehill.kernels.torch_backend import TorchBackend
+from molehill.kernels.pytorch.backend import TorchBackend
+from molehill.kernels.reference import ffn_mixture, probabilities
 
 INPUTS, OUT, ROWS = 72, 40, 23
 RANKS = [4, 8, 1, 3, 9]
@@ -143,7 +143,7 @@ def test_logits_of_sharded_inputs_are_summed_before_they_are_routed():
 @pytest.mark.parametrize("policy", [TopK(2), TopP(0.5), TopK(1, normalize=False)])
 def test_experts_inside_an_ffn_give_the_definition(policy, names, monkeypatch):
     # Several chunks of rows.
-    monkeypatch.setattr("molehill.kernels.torch_tables.FFN_CHUNK", 5 * 3 * 30)
+    monkeypatch.setattr("molehill.kernels.pytorch.tables.FFN_CHUNK", 5 * 3 * 30)
     d, width, ranks = 24, 30, (2, 1, 3)
     shapes = {"gate_proj": (d, width), "up_proj": (d, width), "down_proj": (width, d)}
     own = {n: experts(*shapes[n], ranks, seed=i) for i, n in enumerate(names)}

@@ -18,15 +18,15 @@ from triton_cases import (
     run_ffn,
 )
 
-from molehill.kernels import definition
-from molehill.kernels.arena import ArenaFullError
-from molehill.kernels.backend import UNSERVED, LinearShape, Run, SlotWeights
+from molehill.kernels import reference
 from molehill.kernels.checks import WeightsError
+from molehill.kernels.interface import UNSERVED, LinearShape, Run, SlotWeights
 from molehill.kernels.mixture import FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK
 from molehill.kernels.triton import expand, ffn, shrink
-from molehill.kernels.triton.blocks import Limits
-from molehill.kernels.triton.pack import CapacityError
+from molehill.kernels.triton.arena import ArenaFullError
+from molehill.kernels.triton.launch_config import Limits
+from molehill.kernels.triton.packing import CapacityError
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -84,7 +84,7 @@ def test_launches_captured_before_any_adapter_serve_the_adapters_loaded_later(mo
         serving.store(seed % 2, SlotWeights({}, {handle: ffn_piece(own)}))
         serving.begin_step([Run(seed % 2, 2, 7)])
         found = replay()
-        assert_close(found[2:7], definition.ffn_mixture(x[2:7], weights, biases, "silu", own)[0])
+        assert_close(found[2:7], reference.ffn_mixture(x[2:7], weights, biases, "silu", own)[0])
         serving.begin_step([])
         base = replay()
         assert torch.equal(base[:2], found[:2])
@@ -124,7 +124,7 @@ def test_inputs_and_outputs_may_be_parts_of_larger_tensors() -> None:
     for x in (wide[:, 5:21], random(16, 4, seed=9).T):
         memory = torch.zeros(4, 30)
         serving.linear(memory[:, 7:23], x, handle)
-        expected = definition.linear_mixture(x, torch.zeros(16, 16), None, own)[0]
+        expected = reference.linear_mixture(x, torch.zeros(16, 16), None, own)[0]
         assert_close(memory[:, 7:23], expected)
         assert memory[:, :7].count_nonzero() == memory[:, 23:].count_nonzero() == 0
 
@@ -212,7 +212,7 @@ def test_traces_hold_what_the_kernels_routed() -> None:
     traces = {trace.site: trace for trace in serving.trace(False)}
     assert set(traces) == {"up", "mlp"}
     for site, router, policy in (("up", up.router, up.policy), ("mlp", own.router, own.policy)):
-        expected = definition.route(x[2:5], router, policy, len(router))
+        expected = reference.route(x[2:5], router, policy, len(router))
         torch.testing.assert_close(traces[site].weights, expected.weights)
         torch.testing.assert_close(traces[site].entropy, expected.entropy)
     assert serving.trace(False) == []

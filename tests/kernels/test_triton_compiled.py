@@ -11,10 +11,10 @@ import torch
 from triton import knobs
 
 from molehill.benchmarks.compiled import STEPS, specialisations
-from molehill.kernels.backend import FfnShape, LinearShape, Run
+from molehill.kernels.interface import FfnShape, LinearShape, Run
 from molehill.kernels.triton import expand, ffn, shrink
 from molehill.kernels.triton.backend import TritonBackend
-from molehill.kernels.triton.blocks import Limits
+from molehill.kernels.triton.launch_config import Limits
 
 NO_PTXAS = "neither Triton's package nor this machine has ptxas"
 

@@ -18,9 +18,9 @@ from triton_cases import (
     run_ffn_biased,
 )
 
-from molehill.kernels import definition
+from molehill.kernels import reference
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.backend import UNSERVED, ExpertScale, Run, SlotWeights
+from molehill.kernels.interface import UNSERVED, ExpertScale, Run, SlotWeights
 from molehill.kernels.mixture import FfnMixture
 from molehill.kernels.policy import Soft, TopK, TopP
 
@@ -52,7 +52,7 @@ def test_ffn_mixtures_agree_with_the_definition(names, policy, dtype) -> None:
     serving.begin_step([Run(2, 0, 4), Run(UNSERVED, 4, 5)])
     y = run_ffn(serving, handle, linears, weights, x, bias)
     biases = {"gate_proj": None, "up_proj": None, "down_proj": bias}
-    expected, routing = definition.ffn_mixture(x[:4], weights, biases, "silu", own)
+    expected, routing = reference.ffn_mixture(x[:4], weights, biases, "silu", own)
     assert_close(y[:4], expected)
     assert torch.equal(y[5:], base[5:])
     assert y[4].count_nonzero() == 0
@@ -76,7 +76,7 @@ def test_split_inputs_and_long_steps_of_ffn_mixtures_agree_with_the_definition(
     serving.begin_step([Run(0, 0, tokens)])
     y = run_ffn(serving, handle, linears, weights, x)
     biases = dict.fromkeys(weights)
-    assert_close(y, definition.ffn_mixture(x, weights, biases, "silu", own)[0])
+    assert_close(y, reference.ffn_mixture(x, weights, biases, "silu", own)[0])
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_experts_that_are_dora_agree_with_the_definition(biased, dtype) -> None:
         serving.begin_step([Run(1, 1, 6)])
         y = run_ffn_biased(serving, handle, linears, weights, biases, x)
         mixture = replace(own, magnitudes=magnitudes)
-        assert_close(y[1:], definition.ffn_mixture(x[1:], weights, biases, "silu", mixture)[0])
+        assert_close(y[1:], reference.ffn_mixture(x[1:], weights, biases, "silu", mixture)[0])
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_every_activation_agrees_with_torch(activation) -> None:
     serving.begin_step([Run(0, 0, 3)])
     y = run_ffn(serving, handle, linears, weights, x, activation=activation)
     biases = dict.fromkeys(("gate_proj", "up_proj", "down_proj"))
-    assert_close(y, definition.ffn_mixture(x, weights, biases, activation, own)[0])
+    assert_close(y, reference.ffn_mixture(x, weights, biases, activation, own)[0])
 
 
 def test_an_ffn_mixture_and_linear_mixtures_live_in_one_ffn() -> None:
@@ -141,16 +141,16 @@ def test_an_ffn_mixture_and_linear_mixtures_live_in_one_ffn() -> None:
     serving.begin_step([Run(0, 0, 3), Run(1, 3, 6), Run(2, 6, 9)])
     y = run_ffn(serving, handle, linears, weights, x)
     biases = dict.fromkeys(weights)
-    whole = definition.ffn_mixture(x, weights, biases, "silu", own)[0]
+    whole = reference.ffn_mixture(x, weights, biases, "silu", own)[0]
     assert_close(y[:3], whole[:3])
     hidden = (
         torch.nn.functional.silu(x @ weights["gate_proj"].T)
-        * (definition.linear_mixture(x, weights["up_proj"], None, up)[0])
+        * (reference.linear_mixture(x, weights["up_proj"], None, up)[0])
     )
-    expected = definition.linear_mixture(hidden, weights["down_proj"], None, down)[0]
+    expected = reference.linear_mixture(hidden, weights["down_proj"], None, down)[0]
     assert_close(y[3:6], expected[3:6])
     # Slot 2's linear mixture on down reads h = sum_e w_e u_e, which the definition keeps inside.
-    w = definition.route(x, own.router, own.policy, 3).weights
+    w = reference.route(x, own.router, own.policy, 3).weights
     pairs = [own.experts[name].split() for name in names[:2]]
     h = torch.zeros(9, width)
     for e in range(3):
@@ -159,5 +159,5 @@ def test_an_ffn_mixture_and_linear_mixtures_live_in_one_ffn() -> None:
             for name, split in zip(names, pairs, strict=False)
         )
         h += w[:, e : e + 1] * torch.nn.functional.silu(gate) * up_e
-    more = definition.linear_mixture(h, torch.zeros(d, width), None, down)[0]
+    more = reference.linear_mixture(h, torch.zeros(d, width), None, down)[0]
     assert_close(y[6:], (whole + more)[6:])

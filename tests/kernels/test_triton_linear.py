@@ -21,17 +21,11 @@ from triton_cases import (
     rounded,
 )
 
-from molehill.kernels import definition
-from molehill.kernels.backend import (
-    UNSERVED,
-    LinearPiece,
-    LinearShape,
-    Run,
-    SlotWeights,
-)
+from molehill.kernels import reference
+from molehill.kernels.interface import UNSERVED, LinearPiece, LinearShape, Run, SlotWeights
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK, TopP
-from molehill.kernels.triton import tiles
+from molehill.kernels.triton import tiling
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -70,7 +64,7 @@ def check_linear(own: LinearMixture, tokens: int, dtype: torch.dtype = torch.flo
     base = y.clone()
     serving.begin_step([Run(1, 1, tokens - 1)])
     serving.linear(y, x, handle)
-    expected, routing = definition.linear_mixture(x[1:-1], weight, None, rounded(own, dtype))
+    expected, routing = reference.linear_mixture(x[1:-1], weight, None, rounded(own, dtype))
     assert_close(y[1:-1], expected)
     assert torch.equal(y[[0, -1]], base[[0, -1]])
     counters = serving.counters(1)
@@ -124,7 +118,7 @@ def test_odd_shapes_agree_with_the_definition(tokens, features, out, ranks, dtyp
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_steps_agree_with_the_definition(dtype) -> None:
-    check_linear(mixture(TopK(2), (4, 3), 30, 20), tiles.DECODE_TOKENS + 5, dtype)
+    check_linear(mixture(TopK(2), (4, 3), 30, 20), tiling.DECODE_TOKENS + 5, dtype)
 
 
 @pytest.mark.slow
@@ -140,7 +134,7 @@ def test_more_rank_rows_and_routers_than_programs_agree_with_the_definition() ->
     serving.begin_step([Run(0, 0, 4)])
     serving.linear(y, x, handle)
     nothing = torch.zeros(24, 20)
-    expected = [definition.linear_mixture(x, nothing, None, own)[0] for own in owns]
+    expected = [reference.linear_mixture(x, nothing, None, own)[0] for own in owns]
     assert_close(y, torch.cat(expected, dim=1))
 
 
@@ -180,9 +174,9 @@ def test_fused_projections_keep_their_own_routers_and_columns() -> None:
         columns = slice(start, start + width)
         rows = [slice(0, 4), slice(6, 9)] if start == 64 else [slice(0, 4)]
         for part in rows:
-            expected[part, columns] = definition.linear_mixture(
-                x[part], weight[columns], None, own
-            )[0]
+            expected[part, columns] = reference.linear_mixture(x[part], weight[columns], None, own)[
+                0
+            ]
     assert_close(y, expected)
     assert torch.equal(y[4:6], expected[4:6])
     assert set(serving.counters(0).sites) == {"0", "64"}
@@ -211,7 +205,7 @@ def test_adapters_of_every_kind_share_a_batch() -> None:
         part = slice(run.start, run.stop)
         expected[part] = 0
         if run.slot in owns:
-            expected[part] = definition.linear_mixture(x[part], weight, bias, owns[run.slot])[0]
+            expected[part] = reference.linear_mixture(x[part], weight, bias, owns[run.slot])[0]
     assert_close(y, expected)
     assert torch.equal(y[23:], expected[23:])
     assert y[9:12].count_nonzero() == 0
@@ -232,7 +226,7 @@ def test_output_scales_agree_with_the_formula(policy, with_bias) -> None:
     y = torch.cat([torch.ones(6, 4), base if bias is None else base + bias], dim=1)
     serving.begin_step([Run(0, 0, 6)])
     serving.linear(y, x, handle)
-    w = definition.route(x, own.router, policy, 2).weights
+    w = reference.route(x, own.router, policy, 2).weights
     rows = (x @ own.experts.a.T) * w[:, own.experts.expert_of_row]
     expected = base * (w @ scale) + rows @ own.experts.b.T
     assert_close(y[:, 4:], expected if bias is None else expected + bias)
@@ -263,4 +257,4 @@ def test_sharded_inputs_route_on_the_sum_of_all_ranks_logits() -> None:
         return y
 
     y = run(*parts) + run(*reversed(parts))
-    assert_close(y, definition.linear_mixture(x, weight, None, own)[0])
+    assert_close(y, reference.linear_mixture(x, weight, None, own)[0])

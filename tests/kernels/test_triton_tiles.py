@@ -5,11 +5,8 @@ from types import SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molehill.kernels.backend import (
-    UNSERVED,
-    Run,
-)
-from molehill.kernels.triton import tiles
+from molehill.kernels.interface import UNSERVED, Run
+from molehill.kernels.triton import tiling
 
 
 @st.composite
@@ -28,16 +25,16 @@ def steps(draw) -> tuple[list[Run], int]:
 def test_tiles_cover_every_row_once_and_fit_the_grid(step) -> None:
     runs, tokens = step
     adapters, stored = 3, {0, 1, 2}
-    table = tiles.table(runs, stored, adapters, tokens).tolist()
-    assert len(table) <= tiles.buffer_size(max(tokens, 1), adapters + 1)
+    table = tiling.table(runs, stored, adapters, tokens).tolist()
+    assert len(table) <= tiling.buffer_size(max(tokens, 1), adapters + 1)
     wanted = {
         row: run.slot if run.slot in stored else UNSERVED
         for run in runs
         for row in range(run.start, run.stop)
     }
-    for place, size in ((0, tiles.SMALL_TILE), (2, tiles.LARGE_TILE)):
+    for place, size in ((0, tiling.SMALL_TILE), (2, tiling.LARGE_TILE)):
         count, first = table[place : place + 2]
-        assert count <= tiles.max_tiles(max(tokens, 1), adapters + 1, size)
+        assert count <= tiling.max_tiles(max(tokens, 1), adapters + 1, size)
         found = {}
         for i in range(first, first + 3 * count, 3):
             slot, start, rows = table[i : i + 3]
@@ -45,20 +42,20 @@ def test_tiles_cover_every_row_once_and_fit_the_grid(step) -> None:
             for row in table[table[4] + start : table[4] + start + rows]:
                 assert row not in found
                 found[row] = slot
-        long = any(run.stop > tiles.DECODE_TOKENS for run in runs)
-        assert found == ({} if long and size == tiles.SMALL_TILE else wanted)
+        long = any(run.stop > tiling.DECODE_TOKENS for run in runs)
+        assert found == ({} if long and size == tiling.SMALL_TILE else wanted)
 
 
 def test_the_grid_of_a_padded_step_has_room_for_every_shorter_one() -> None:
     for groups, size in ((1, 16), (4, 16), (9, 64)):
-        bounds = [tiles.max_tiles(tokens, groups, size) for tokens in range(1, 400)]
+        bounds = [tiling.max_tiles(tokens, groups, size) for tokens in range(1, 400)]
         assert bounds == sorted(bounds)
 
 
 def test_the_worked_example_of_the_tiles_holds(monkeypatch) -> None:
-    monkeypatch.setattr(tiles, "SMALL_TILE", 4)
+    monkeypatch.setattr(tiling, "SMALL_TILE", 4)
     runs = [Run(2, 0, 5), Run(0, 5, 6), Run(2, 9, 11)]
-    table = tiles.table(runs, {0, 2}, 3, 11).tolist()
+    table = tiling.table(runs, {0, 2}, 3, 11).tolist()
     head = SimpleNamespace(small=table[0:2], order=table[4])
     assert table[head.order :] == [0, 1, 2, 3, 4, 9, 10, 5]
     first = head.small[1]

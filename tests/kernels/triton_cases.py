@@ -5,16 +5,11 @@ from dataclasses import replace
 import torch
 
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.backend import (
-    FfnPiece,
-    FfnShape,
-    LinearPiece,
-    LinearShape,
-)
+from molehill.kernels.interface import FfnPiece, FfnShape, LinearPiece, LinearShape
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant
 from molehill.kernels.triton.backend import TritonBackend
-from molehill.kernels.triton.blocks import Limits
+from molehill.kernels.triton.launch_config import Limits
 
 CPU = torch.device("cpu")
 LIMITS = Limits(

@@ -1,0 +1,172 @@
+"""Counts what happens to adapters as they come and go."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from molehill.api.adapters.errors import RequestError
+from molehill.engine.adapter.errors import AdapterError
+
+# Seconds. A load reads, checks and copies: milliseconds for small adapters, minutes over a network.
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+Tier = Literal["worker", "host", "disk"]
+# Nothing leaves the disk to make room.
+EVICTING: tuple[Tier, ...] = ("worker", "host")
+
+# Who starts tasks that nobody awaits.
+TaskKind = Literal["metrics", "registry", "residency", "restart", "watch"]
+
+# Why a scrape shows the workers' figures of an earlier one.
+ScrapeFailure = Literal["error", "late"]
+
+
+class LifecycleMetrics(Collector):
+    """Loads, refusals, cache hits, evictions and faults since the start of the process.
+
+    Only names between `begin` and `end` have series of their own: never what clients write.
+    """
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._names: set[str] = set()
+        self._loads = Histogram(
+            "molehill_adapter_load_seconds",
+            "From the request for a load to an adapter that serves.",
+            buckets=BUCKETS,
+            registry=self._registry,
+        )
+        self._loading = Summary(
+            "molehill_adapter_loading_seconds",
+            "The same of each adapter, over what was loaded under its name.",
+            ["adapter"],
+            registry=self._registry,
+        )
+        self._refused = Counter(
+            "molehill_adapter_loads_refused",
+            "Loads that were refused, by the error's type.",
+            ["kind"],
+            registry=self._registry,
+        )
+        self._hits = Counter(
+            "molehill_adapter_cache_hits",
+            "Requests by the tier where they found their adapter; from `host` and `disk` it had to "
+            "be brought in.",
+            ["adapter", "tier"],
+            registry=self._registry,
+        )
+        self._evictions = Counter(
+            "molehill_adapter_evictions",
+            "How often the adapter made room for others in the tier.",
+            ["adapter", "tier"],
+            registry=self._registry,
+        )
+        self._unfreed = Counter(
+            "molehill_adapter_free_failures",
+            "Adapters that the workers did not give back.",
+            registry=self._registry,
+        )
+        self._unwritten = Counter(
+            "molehill_manifest_write_failures",
+            "Changes of the adapters that a restart would not know, as the disk did not take them.",
+            registry=self._registry,
+        )
+
+        self._scrapes = Counter(
+            "molehill_worker_scrape_failures",
+            "Scrapes without new figures of the workers: by an error, or as they were too busy.",
+            ["kind"],
+            registry=self._registry,
+        )
+        for kind in get_args(ScrapeFailure):
+            self._scrapes.labels(kind)
+        self._tasks = Counter(
+            "molehill_task_failures",
+            "Faults of what goes on in the background, by whose work it was.",
+            ["task"],
+            registry=self._registry,
+        )
+        for task in get_args(TaskKind):
+            self._tasks.labels(task)
+
+    def begin(self, name: str) -> None:
+        """The name has weights: its series start, at zero."""
+        self._names.add(name)
+        for metric, labels in self._series(name):
+            metric.labels(*labels)
+
+    def end(self, name: str) -> None:
+        """The name has none any more."""
+        if name in self._names:
+            self._names.remove(name)
+            for metric, labels in self._series(name):
+                metric.remove(*labels)
+
+    def _series(self, name: str) -> Iterator[tuple[Counter | Summary, tuple[str, ...]]]:
+        """All that are one adapter's, with their labels."""
+        yield self._loading, (name,)
+        for tier in get_args(Tier):
+            yield self._hits, (name, tier)
+        for tier in EVICTING:
+            yield self._evictions, (name, tier)
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            # Of no use beside the process's own start time.
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric
+
+    @contextmanager
+    def load(self, name: str) -> Iterator[None]:
+        """Around a load: counts what it came to."""
+        start = time.perf_counter()
+        with self.refusals():
+            yield
+        self.loaded(name, time.perf_counter() - start)
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Around what can refuse a load."""
+        try:
+            yield
+        except (RequestError, AdapterError) as error:
+            # A class's own constant, so that the label takes no values from outside.
+            self.refused(type(error).kind)
+            raise
+        except Exception:
+            self.refused("internal_error")
+            raise
+
+    def loaded(self, name: str, seconds: float) -> None:
+        self._loads.observe(seconds)
+        # It may have been unloaded since.
+        if name in self._names:
+            self._loading.labels(name).observe(seconds)
+
+    def refused(self, kind: str) -> None:
+        self._refused.labels(kind).inc()
+
+    def hit(self, name: str, tier: Tier) -> None:
+        if name in self._names:
+            self._hits.labels(name, tier).inc()
+
+    def evicted(self, name: str, tier: Tier) -> None:
+        if name in self._names:
+            self._evictions.labels(name, tier).inc()
+
+    def free_failed(self) -> None:
+        self._unfreed.inc()
+
+    def manifest_failed(self) -> None:
+        self._unwritten.inc()
+
+    def task_failed(self, kind: TaskKind) -> None:
+        self._tasks.labels(kind).inc()
+
+    def scrape_failed(self, kind: ScrapeFailure) -> None:
+        self._scrapes.labels(kind).inc()

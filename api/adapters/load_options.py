@@ -1,0 +1,47 @@
+"""What a request may ask of a name, and what it makes sure of first."""
+
+from dataclasses import dataclass
+
+from molehill.api.adapters.errors import GenerationMismatchError, SourceChangedError
+from molehill.api.adapters.generation import Generation
+
+
+class Anything:
+    """The expectation of a request that names no generation."""
+
+
+# A generation's digest, None for a name that serves nothing.
+Expected = str | type[Anything] | None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a load wants its name to be.
+
+    replace: whether it may take the place of other weights. expected: digest of the generation
+    that must be served now, None for none. pinned: None leaves it as it is. allow_noop: serve it
+    even if it changes nothing. content: digest that the source must have, None for any. eager:
+    bring it into the workers even where another adapter must leave them for it.
+    """
+
+    replace: bool = True
+    expected: Expected = Anything
+    pinned: bool | None = None
+    allow_noop: bool = False
+    content: str | None = None
+    eager: bool = True
+
+
+def check_expected(name: str, current: Generation | None, expected: Expected) -> None:
+    """Raises GenerationMismatchError unless `current` is the expected one."""
+    found = None if current is None else current.digest
+    if expected is not Anything and expected != found:
+        raise GenerationMismatchError(
+            f"{name!a}: found generation {found or 'none'}, expected {expected or 'none'}"
+        )
+
+
+def check_content(source: str, digest: str, expected: str | None) -> None:
+    """Raises SourceChangedError."""
+    if expected is not None and digest != expected:
+        raise SourceChangedError(f"{source}: found {digest}, expected {expected}")

@@ -1,0 +1,218 @@
+"""vLLM's endpoint plugin: puts molehill's routes and registry into vLLM's API server."""
+
+import asyncio
+import logging
+import os
+import signal
+from argparse import Namespace
+from collections.abc import Coroutine, Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from vllm.exceptions import VLLMNotFoundError
+
+from molehill.api.adapters.background import Background
+from molehill.api.adapters.events import LifecycleMetrics
+from molehill.api.adapters.reader import AdapterReader
+from molehill.api.adapters.reading import READERS
+from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.store import AdapterStore
+from molehill.api.adapters.tasks import failure
+from molehill.api.http import adapters, dashboard, router_stats, vllm_routes
+from molehill.api.http.auth import Guard
+from molehill.api.http.dependencies import Services, answer_http_error
+from molehill.api.metrics.worker_stats import WorkerStats
+from molehill.api.options import Options, api_keys
+from molehill.api.sources.fetch import Sources, local
+from molehill.api.sources.manifest import Manifest
+from molehill.api.sources.restore import Restart
+from molehill.api.sources.roots import AdapterRoots, operator_source
+from molehill.api.sources.watcher import Watcher
+from molehill.api.vllm import request_tracking, starting
+from molehill.api.vllm.engine_metrics import drop_adapter_sets
+from molehill.api.vllm.lifeline import Lifeline
+from molehill.api.vllm.probe import Prober
+from molehill.api.vllm.request_tracking import GenerationHeader, count_requests
+from molehill.api.vllm.served_models import ServedModels, answer_not_found
+from molehill.api.vllm.worker_client import ONE_ENGINE, Workers
+from molehill.engine.adapter.base_model import BaseModel, Moe
+from molehill.engine.system import startup
+from molehill.engine.vllm import compat
+from molehill.engine.vllm.settings import Settings
+
+# Below vLLM's logger, whose handlers are the only ones that a server has.
+logger = logging.getLogger("vllm.molehill")
+
+
+class ServedRequests(dict[str, Any]):
+    """Names to LoRARequests, as vLLM looks them up by a request's model; that admits the request.
+
+    In chat, vLLM also goes through all values for an adapter *named* like a content part's type
+    (`text`, `image`) and runs the base model's requests on it. It finds none here.
+    """
+
+    registry: AdapterRegistry | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        found = super().__getitem__(name)
+        if self.registry is not None:
+            request_tracking.admit(self.registry, found)
+        return found
+
+    def values(self) -> Any:
+        return {}.values()
+
+
+class MolehillRoutes:
+    """Found by vLLM through the entry point `vllm.endpoint_plugins`."""
+
+    name = "molehill"
+    required_tasks = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Replaces vLLM's routes of the same path and method, and guards all of them."""
+        # First: an adapter's name may have slashes, so that its own route would match too.
+        app.include_router(router_stats.router)
+        app.include_router(dashboard.router)
+        app.include_router(vllm_routes.router)
+        app.include_router(vllm_routes.loading)
+        app.include_router(adapters.router)
+        args = app.state.args
+        app.add_exception_handler(HTTPException, answer_http_error)
+        app.add_exception_handler(VLLMNotFoundError, answer_not_found)
+        admin_keys = options_of(args).admin_keys
+        # The last one added is the outermost.
+        app.add_middleware(GenerationHeader)
+        app.add_middleware(Guard, keys=api_keys(args), admin_keys=admin_keys)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Sets up the registry and loads the start adapters, before the server listens.
+
+        Raises RuntimeError where the engine is not molehill's, ManifestError, LockedError, and for
+        a start adapter AdapterError or RequestError; the server then does not start.
+        """
+        if engine_client is None:
+            raise RuntimeError("molehill needs an engine; this server only renders prompts")
+        compat.check_version()
+        options = options_of(args)
+        models = state.openai_serving_models
+        if models.lora_requests:
+            raise RuntimeError("adapters were loaded past molehill; use molehill serve --adapter")
+        models.lora_requests = ServedRequests()
+        found = await services(engine_client, models, options)
+        state.molehill = found
+        layouts = dict(options.layouts)
+        for name, path in options.adapters:
+            startup.enter(f"loading adapter {name}")
+            source = operator_source(path, layouts.get(name))
+            await found.registry.load(name, str(path), local(source))
+        # Held by the state, or it would be collected while it runs.
+        state.molehill_task = start(go_on(found, watch=options.watch))
+        await starting.hand_over()
+
+
+def start(going_on: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Ends the process if it fails: a server that will never be ready, or serves nothing new, is
+    better started again by whoever watches it."""
+    task = asyncio.create_task(going_on)
+    task.add_done_callback(end_with)
+    return task
+
+
+def end_with(task: asyncio.Task[None]) -> None:
+    error = failure(task)
+    if error is not None:
+        logger.critical("What goes on beside requests failed; the server ends", exc_info=error)
+        # As from outside: what runs is finished, as far as the server's time for that goes.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def go_on(found: Services, *, watch: bool) -> None:
+    """What goes on while the server serves."""
+    await found.restart.run()
+    if watch:
+        await Watcher(found.sources.roots, found.sources, found.registry).run()
+
+
+def options_of(args: Namespace) -> Options:
+    found: Options = getattr(args, "molehill", Options())
+    return found
+
+
+async def services(engine_client: Any, models: Any, options: Options) -> Services:
+    """All that the routes need, on this engine. Raises RuntimeError, ManifestError, LockedError."""
+    config = engine_client.vllm_config
+    if config.parallel_config.data_parallel_size > 1:
+        raise RuntimeError(f"found data parallelism, expected none: {ONE_ENGINE}")
+    # The workers check against these too; here a bad adapter gets its own error.
+    limits = Settings.from_config(config.additional_config).limits
+    base = replace(await base_model(engine_client), name=models.base_model_paths[0].name)
+    names = {path.name for path in models.base_model_paths}
+    reader = AdapterReader(base, limits, {config.model_config.model, *names})
+    store, resident = AdapterStore(options.store), options.resident
+    workers, cores = Lifeline(engine_client), await workers_cores(engine_client)
+    if resident is not None:
+        store.hold(resident.directory)
+    registry = AdapterRegistry(
+        residency=Residency(Workers(workers), config.lora_config.max_loras, LifecycleMetrics()),
+        read=reader,
+        store=store,
+        served=models.lora_requests,
+        base_models=names,
+        admission=options.admission,
+        probe=await prober(engine_client) if options.probe else None,
+        resident=(resident.name, resident.digest) if resident else None,
+        background=Background(cores, threads=READERS),
+        memory=limits.adapter_bytes,
+    )
+    models.lora_requests.registry = registry
+    count_requests(engine_client, registry)
+    drop_adapter_sets(engine_client)
+    roots = AdapterRoots(options.roots)
+    sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
+    manifest = None if options.store is None else Manifest(store.root)
+    restart = Restart(registry, store, sources, reader, manifest)
+    stats, scraping = WorkerStats(workers, registry), Background(cores, "molehill-metrics")
+    return Services(registry, sources, stats, restart, ServedModels(models, registry), scraping)
+
+
+async def prober(engine_client: Any) -> Prober | None:
+    """None for a model that does not generate, or may not show its log-probabilities."""
+    tasks = await engine_client.get_supported_tasks()
+    if "generate" not in tasks or engine_client.model_config.max_logprobs == 0:
+        return None
+    return Prober(engine_client.generate, engine_client.model_config.get_vocab_size())
+
+
+async def workers_cores(engine_client: Any) -> set[int]:
+    """What the workers compute on."""
+    return set(chain(*await engine_client.collective_rpc("molehill_cores")))
+
+
+async def base_model(engine_client: Any) -> BaseModel:
+    """What the workers serve. Raises RuntimeError if they are not molehill's."""
+    try:
+        answers = await engine_client.collective_rpc("molehill_describe")
+    except Exception as error:
+        raise RuntimeError(
+            "the workers do not know molehill; start with `molehill serve`, or give "
+            "--worker-cls molehill.engine.vllm.worker.Worker --enable-lora"
+        ) from error
+    return parse_base(answers[0])
+
+
+def parse_base(answer: Mapping[str, Any]) -> BaseModel:
+    linears = {name: (shape[0], shape[1]) for name, shape in answer["linears"].items()}
+    moes = {name: Moe(**sizes) for name, sizes in answer["moes"].items()}
+    return BaseModel(
+        answer["name"],
+        answer["architecture"],
+        linears,
+        dict(answer["ffns"]),
+        moes,
+        dict(answer["refused"]),
+    )

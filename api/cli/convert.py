@@ -1,0 +1,85 @@
+"""`molehill convert`: an adapter of any readable format into molehill's own."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from molehill.api import options
+from molehill.engine import formats
+from molehill.engine.adapter.errors import AdapterError
+from molehill.engine.adapter.layout import Layout
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.formats import native
+from molehill.engine.formats.io import isolation
+from molehill.engine.system.atomic_directory import check_free
+
+UNREADABLE = 1
+USER_ERROR = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", type=Path, help="adapter directory")
+    parser.add_argument("destination", metavar="DST", type=Path, help="a directory to write")
+    options.add_layout(parser)
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 once it is written, 1 if SRC cannot be read, 2 if DST cannot be written."""
+    try:
+        check_free(args.destination)
+        adapter = read(args.source, args.lora_b_layout)
+        native.write(adapter, args.destination.absolute())
+    except AdapterError as error:
+        return unreadable(error, as_json=args.json)
+    except OSError as error:
+        print(f"molehill convert: {error}", file=sys.stderr)
+        return USER_ERROR
+    found = report(adapter)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+    return 0
+
+
+def read(source: Path, lora_b_layout: Layout | None = None) -> Adapter:
+    """Any format; a process of its own reads pickles. Raises an AdapterError."""
+    if isolation.is_pickled(source):
+        return isolation.read_isolated(source, lora_b_layout=lora_b_layout)
+    return formats.read(source, lora_b_layout=lora_b_layout)
+
+
+def report(adapter: Adapter) -> dict[str, Any]:
+    """What was written, as plain JSON. bytes: of all tensors."""
+    return {
+        "kind": adapter.kind,
+        "digest": adapter.digest,
+        "sites": len(adapter.sites),
+        "bytes": adapter.num_bytes,
+        "warnings": list(adapter.warnings),
+        "problems": [],
+    }
+
+
+def unreadable(error: AdapterError, *, as_json: bool) -> int:
+    if as_json:
+        problem = {
+            "type": error.kind,
+            "where": error.where,
+            "found": error.found,
+            "expected": error.expected,
+        }
+        print(json.dumps({"problems": [problem]}, indent=2))
+    else:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return UNREADABLE
+
+
+def _print(found: dict[str, Any]) -> None:
+    for name in ("kind", "digest", "sites", "bytes"):
+        print(f"{name:8}{found[name]}")
+    for warning in found["warnings"]:
+        print(f"warning {warning}")

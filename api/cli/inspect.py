@@ -1,0 +1,134 @@
+"""`molehill inspect`: what an adapter is, how it would be served, and what is wrong with it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+
+from molehill.api import options
+from molehill.api.cli import probe_prompts, tables
+from molehill.engine import formats
+from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.adapter.errors import AdapterError
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import problems
+from molehill.engine.formats import DEFAULT_LIMITS
+from molehill.engine.hf.shapes import base_model
+from molehill.engine.transform.merge import merge_static
+from molehill.engine.transform.plan import SitePlan, plan
+
+_SHOWN_PROBLEMS = 20
+_WIDEST = 240
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="adapter directory")
+    parser.add_argument("--model", help="base model to check against: a directory or cached name")
+    options.add_tolerance(parser)
+    options.add_layout(parser)
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 if the adapter can be served, 1 if there are problems."""
+    try:
+        adapter = formats.read(args.path, lora_b_layout=args.lora_b_layout)
+    except AdapterError as error:
+        return _unreadable(error, as_json=args.json)
+    found: list[AdapterError] = []
+    base, change = None, None
+    if args.model:
+        try:
+            base = base_model(args.model)
+            found = problems(adapter, base, DEFAULT_LIMITS)
+            if not found:
+                change = _logit_change(args, adapter, base)
+        except (ImportError, OSError, ValueError) as error:
+            print(f"--model {args.model}: {error}", file=sys.stderr)
+            return 1
+    sites = plan(adapter, base, args.merge_tolerance)
+    if args.json:
+        print(json.dumps(report(adapter, sites, found, change), indent=2))
+    else:
+        _print(adapter, sites, found, args.model, change)
+    return 1 if found else 0
+
+
+def _logit_change(
+    args: argparse.Namespace, adapter: Adapter, base: BaseModel
+) -> probe_prompts.LogitChange | None:
+    """What a lossy merge changes; None where it is exact."""
+    merged, merges = merge_static(adapter, base, args.merge_tolerance)
+    if not any(merge.error for merge in merges):
+        return None
+    return probe_prompts.logit_change(args.model, adapter, merged)
+
+
+def report(
+    adapter: Adapter,
+    sites: Sequence[SitePlan],
+    found: Sequence[AdapterError],
+    change: probe_prompts.LogitChange | None = None,
+) -> dict[str, Any]:
+    """All that is known of an adapter, as plain JSON."""
+    return {
+        "kind": adapter.kind,
+        "digest": adapter.digest,
+        "base_model": adapter.base_model,
+        "bytes": adapter.num_bytes,
+        "warnings": list(adapter.warnings),
+        "problems": [_problem(error) for error in found],
+        "per_token": asdict(tables.totals(sites)),
+        "logit_change": None if change is None else change.as_json(),
+        "sites": [site.as_json() for site in sites],
+    }
+
+
+def _problem(error: AdapterError) -> dict[str, str]:
+    return {
+        "type": error.kind,
+        "where": error.where,
+        "found": error.found,
+        "expected": error.expected,
+    }
+
+
+def _unreadable(error: AdapterError, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"problems": [_problem(error)]}, indent=2))
+    else:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return 1
+
+
+def _print(
+    adapter: Adapter,
+    sites: Sequence[SitePlan],
+    found: Sequence[AdapterError],
+    model: str | None,
+    change: probe_prompts.LogitChange | None,
+) -> None:
+    console = Console()
+    table = tables.site_table(sites)
+    wide = console.options.update(max_width=_WIDEST)
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    console.print(tables.summary(adapter, sites))
+    console.print(table)
+    if change is not None:
+        console.print(f"[yellow]merged[/] logits {change}", highlight=False, soft_wrap=True)
+    for warning in adapter.warnings:
+        console.print(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)
+    for error in found[:_SHOWN_PROBLEMS]:
+        line = f"[red]{type(error).__name__}[/] {escape(str(error))}"
+        console.print(line, highlight=False, soft_wrap=True)
+    if len(found) > _SHOWN_PROBLEMS:
+        console.print(f"... and {len(found) - _SHOWN_PROBLEMS} more problems")
+    if model and not found:
+        console.print(f"[green]fits[/] {escape(model)}", highlight=False, soft_wrap=True)

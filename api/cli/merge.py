@@ -1,0 +1,123 @@
+"""`molehill merge`: a static adapter as a plain PEFT LoRA, or merged into its base model."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from molehill.api import options
+from molehill.api.cli import convert, probe_prompts
+from molehill.engine.adapter.errors import AdapterError
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import validate
+from molehill.engine.formats import DEFAULT_LIMITS
+from molehill.engine.formats.convert.peft_writer import write_lora
+from molehill.engine.hf.shapes import base_model
+from molehill.engine.system.atomic_directory import check_free
+from molehill.engine.transform.merge import SiteMerge, merge_static
+from molehill.engine.transform.merge_checkpoint import merge_checkpoint
+
+REFUSED = 1
+USER_ERROR = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", type=Path, help="adapter directory")
+    parser.add_argument("destination", metavar="DST", type=Path, help="a directory to write")
+    parser.add_argument(
+        "--model", metavar="BASE", help="base model to check against: a directory or cached name"
+    )
+    parser.add_argument(
+        "--into-base",
+        action="store_true",
+        help="write the base model of --model with the adapter merged into its weights "
+        "(default: write the adapter as a plain PEFT LoRA)",
+    )
+    options.add_tolerance(parser)
+    options.add_layout(parser)
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 once it is written, 1 if the adapter cannot be read or merged, 2 for other mistakes."""
+    if args.into_base and not args.model:
+        print("molehill merge: --into-base needs --model BASE", file=sys.stderr)
+        return USER_ERROR
+    try:
+        check_free(args.destination)
+        print_report(merge(args), as_json=args.json)
+    except AdapterError as error:
+        return convert.unreadable(error, as_json=args.json)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"molehill merge: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def merge(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes what was asked for; raises AdapterError, and for the model what
+    `base_model` does."""
+    adapter = convert.read(args.source, args.lora_b_layout)
+    base = None
+    if args.model:
+        base = base_model(args.model)
+        validate(adapter, base, DEFAULT_LIMITS)
+    merged, sites = merge_static(adapter, base, args.merge_tolerance)
+    destination = args.destination.absolute()
+    found = report(adapter, sites)
+    if args.into_base:
+        found["weights_changed"] = merge_checkpoint(checkpoint_of(args.model), merged, destination)
+    else:
+        write_lora(merged, destination)
+    if args.model and any(site.error for site in sites):
+        found["logit_change"] = probe_prompts.logit_change(args.model, adapter, merged).as_json()
+    return found
+
+
+def checkpoint_of(model: str) -> Path:
+    """The directory of a model that is one, or is in the local cache. Raises OSError."""
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, local_files_only=True))
+
+
+def report(adapter: Adapter, merges: tuple[SiteMerge, ...]) -> dict[str, Any]:
+    """What was merged, as plain JSON. error: see `static_gates.deviation`."""
+    return {
+        "kind": adapter.kind,
+        "digest": adapter.digest,
+        "sites": len(adapter.sites),
+        "merged": [
+            {
+                "site": merge.site,
+                "reason": merge.reason,
+                "rank_before": merge.rank_before,
+                "rank_after": merge.rank_after,
+                "error": merge.error,
+            }
+            for merge in merges
+        ],
+        "problems": [],
+    }
+
+
+def print_report(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    merged = found["merged"]
+    for name in ("kind", "digest", "sites"):
+        print(f"{name:8}{found[name]}")
+    before, after = (sum(site[key] for site in merged) for key in ("rank_before", "rank_after"))
+    print(f"merged  {len(merged)} sites, {before} rank rows to {after}")
+    worst = max((site["error"] for site in merged), default=0.0)
+    if worst:
+        print(f"error   at most {worst:.3g} of a site's mean expert: this is an approximation")
+    if "logit_change" in found:
+        print(f"logits  {probe_prompts.LogitChange(**found['logit_change'])}")
+    if "weights_changed" in found:
+        largest = max(found["weights_changed"].values(), default=0.0)
+        print(f"weights {len(found['weights_changed'])} changed, by at most {100 * largest:.3g} %")

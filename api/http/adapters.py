@@ -1,0 +1,100 @@
+"""molehill's own routes: adapters by name, with their generation."""
+
+from typing import Any
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import JSONResponse, Response
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+from molehill.api.adapters.errors import NotLoadedError
+from molehill.api.adapters.load_options import Anything, Expected, Terms
+from molehill.api.http import schemas
+from molehill.api.http.dependencies import (
+    CHANGES,
+    LOADS,
+    Injected,
+    StrictBody,
+    StrictRoute,
+    refusals,
+)
+from molehill.api.http.schemas import AdapterInfo, AdapterList, LoadedInfo
+from molehill.api.vllm.request_tracking import HEADER
+from molehill.engine.adapter.layout import Layout
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=StrictRoute)
+json_only = [Depends(validate_json_request)]
+
+
+class LoadBody(StrictBody):
+    """name: what clients ask for. source: a path below an adapter root, `hf://OWNER/NAME[@REVISION]`
+    or a URL. pinned: never take it out of the workers; left out, it stays as it is.
+    expected_generation: load only if the name serves this generation now, null: only if it serves
+    none. allow_noop: serve it even if it does not change the base model's answers. lora_b_layout:
+    of LoRA on fused experts whose files do not say it.
+    """
+
+    name: str
+    source: str
+    pinned: bool | None = None
+    expected_generation: str | None = None
+    allow_noop: bool = False
+    lora_b_layout: Layout | None = None
+
+    def terms(self) -> Terms:
+        given = "expected_generation" in self.model_fields_set
+        expected: Expected = self.expected_generation if given else Anything
+        return Terms(expected=expected, pinned=self.pinned, allow_noop=self.allow_noop)
+
+
+class PinBody(StrictBody):
+    pinned: bool = True
+
+
+def shown(info: AdapterInfo, **more: Any) -> Response:
+    headers = {} if info.generation is None else {HEADER: info.generation}
+    return JSONResponse({**info.model_dump(), **more}, headers=headers)
+
+
+@router.get("", response_model=AdapterList, responses=refusals())
+async def list_adapters(found: Injected) -> Response:
+    """Every adapter: served, loading, draining and failed ones."""
+    data = list(schemas.everything(found.registry))
+    return JSONResponse(AdapterList(data=data).model_dump())
+
+
+@router.post("", response_model=LoadedInfo, dependencies=json_only, responses=refusals(*LOADS))
+async def load_adapter(body: LoadBody, found: Injected) -> Response:
+    """Loads or replaces. 200 means that the adapter serves; the same bytes again change nothing."""
+    fetch = found.sources.fetch(body.source, body.lora_b_layout)
+    loaded = await found.registry.load(body.name, body.source, fetch, body.terms())
+    return shown(schemas.of_generation(loaded.generation), status=loaded.status)
+
+
+@router.post(
+    "/{name:path}/pin", response_model=AdapterInfo, responses=refusals(*CHANGES, 404, 409, 503)
+)
+async def pin_adapter(name: str, found: Injected, body: PinBody = PinBody()) -> Response:  # noqa: B008
+    """Keeps an adapter in the workers, or lets it be taken out when it is idle."""
+    return shown(schemas.of_generation(await found.registry.pin(name, body.pinned)))
+
+
+@router.get("/{name:path}", response_model=AdapterInfo, responses=refusals(404))
+async def show_adapter(name: str, found: Injected) -> Response:
+    """What the name serves, or how far its load is, or why it failed."""
+    info = schemas.of_name(found.registry, name)
+    if info is None:
+        raise NotLoadedError(f"The adapter {name!a} cannot be found.")
+    return shown(info)
+
+
+@router.delete("/{name:path}", response_model=AdapterInfo, responses=refusals(*CHANGES, 404, 409))
+async def delete_adapter(
+    name: str, found: Injected, expected_generation: str | None = None
+) -> Response:
+    """Takes the name away; running requests finish, then the memory is freed. A name that failed or
+    is not loaded again yet is forgotten."""
+    absent = await found.registry.dismiss(name)
+    if absent is not None:
+        return shown(schemas.of_absent(absent))
+    expected: Expected = Anything if expected_generation is None else expected_generation
+    return shown(schemas.of_generation(await found.registry.unload(name, expected)))

@@ -1,0 +1,186 @@
+"""What routing does and costs, as JSON: all adapters, and one by layer and projection."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from molehill.api.adapters.errors import NotLoadedError
+from molehill.api.adapters.generation import Generation
+from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.http import schemas
+from molehill.api.http.dependencies import Injected, StrictRoute, refusals
+from molehill.api.http.schemas import AdapterInfo, State
+from molehill.api.metrics.worker_stats import Snapshot
+from molehill.engine.adapter.model import natural_key
+from molehill.engine.routing_stats import Figures, SiteFigures
+
+router = APIRouter(tags=["adapters"], route_class=StrictRoute)
+
+
+class Routing(BaseModel):
+    """Since the load. Ratios are null before the first decision."""
+
+    decisions: int = Field(description="Routing decisions: one token at one router.")
+    experts_activated: int = Field(description="Experts that the decisions chose.")
+    experts_per_decision: float | None
+    soft_share: float | None = Field(description="Decisions that fell back to all experts.")
+    mean_entropy: float | None = Field(description="Of the router, over its maximum.")
+    imbalance: float | None = Field(
+        description="Tokens of the busiest expert over the mean; of several routers their average."
+    )
+    flops_done: int = Field(description="Of routers and chosen experts; a multiply-add is two.")
+    flops_avoided: int = Field(description="Of the experts that were not chosen.")
+
+
+class SiteRouting(Routing):
+    """One router, or one projection whose experts always all work."""
+
+    site: str
+    layer: int | None
+    projection: str
+    experts: int
+    expert_tokens: list[int] = Field(description="Decisions that chose each expert.")
+    expert_shares: list[float] | None = Field(description="The same over decisions.")
+
+
+class AdapterRouting(BaseModel):
+    """The current generation of an adapter, by layer and projection."""
+
+    adapter: str
+    generation: str
+    kind: str
+    tokens: int
+    total: Routing
+    sites: list[SiteRouting]
+
+
+class AdapterSummary(BaseModel):
+    """One adapter, over its generations. note: how far a load is, or why there is none."""
+
+    adapter: str
+    kind: str | None
+    state: State
+    note: str | None
+    requests_in_flight: int
+    resident_bytes: int = Field(description="In the slots of all workers.")
+    tokens: int
+    op_seconds: float = Field(description="Its part of the adapter ops' worker-seconds, by FLOPs.")
+    total: Routing
+
+
+class StepSeconds(BaseModel):
+    """Worker-seconds since the start."""
+
+    steps: float = Field(description="Forward passes and sampling.")
+    adapter_ops: float = Field(description="Adapter ops in them, of all adapters together.")
+
+
+class Overview(BaseModel):
+    """seconds: null where the workers cannot measure them, as on a GPU."""
+
+    age_seconds: float = Field(description="Since the workers told these figures.")
+    seconds: StepSeconds | None
+    adapters: list[AdapterSummary]
+
+
+@router.get("/v1/routing", response_model=Overview, responses=refusals())
+async def show_overview(found: Injected) -> Overview:
+    """All adapters' traffic and routing cost."""
+    snapshot = await found.stats.refresh()
+    spent = snapshot.seconds
+    return Overview(
+        age_seconds=snapshot.age,
+        seconds=StepSeconds(steps=spent.steps, adapter_ops=spent.ops) if spent else None,
+        adapters=summaries(found.registry, snapshot),
+    )
+
+
+@router.get(
+    "/v1/adapters/{name:path}/routing", response_model=AdapterRouting, responses=refusals(404)
+)
+async def show_routing(name: str, found: Injected) -> AdapterRouting:
+    """One adapter's routing by layer and projection. 404 if it is not loaded."""
+    generation = found.registry.get(name)
+    if generation is None:
+        raise NotLoadedError(f"The adapter {name!a} cannot be found.")
+    tokens, sites = await found.stats.routing(generation.lora_int_id)
+    return adapter_routing(generation, tokens, sites)
+
+
+def summaries(registry: AdapterRegistry, snapshot: Snapshot) -> list[AdapterSummary]:
+    """By name; a name stays while requests run on it. The first that is known of a name counts:
+    what it serves, a load, a failure."""
+    infos: dict[str, AdapterInfo] = {}
+    for info in schemas.everything(registry):
+        infos.setdefault(info.name, info)
+    running = Counter[str]()
+    for generation in registry.alive():
+        running[generation.name] += generation.in_flight
+    return [
+        AdapterSummary(
+            adapter=name,
+            kind=info.kind,
+            state=info.state,
+            note=info.stage or info.error or info.source_note,
+            requests_in_flight=running[name],
+            resident_bytes=snapshot.resident_bytes.get(name, 0),
+            tokens=figures.tokens,
+            op_seconds=figures.op_seconds,
+            total=routing_of(figures),
+        )
+        for name, info in sorted(infos.items())
+        for figures in [snapshot.figures.get(name, Figures())]
+    ]
+
+
+def routing_of(figures: Figures) -> Routing:
+    imbalance = figures.imbalance / figures.imbalanced if figures.imbalanced else None
+    return _routing(figures, sum(figures.expert_tokens), imbalance)
+
+
+def _routing(figures: Figures | SiteFigures, activated: int, imbalance: float | None) -> Routing:
+    decisions = figures.decisions
+    return Routing(
+        decisions=decisions,
+        experts_activated=activated,
+        experts_per_decision=activated / decisions if decisions else None,
+        soft_share=figures.soft / decisions if decisions else None,
+        mean_entropy=figures.entropy / decisions if decisions else None,
+        imbalance=imbalance,
+        flops_done=figures.flops_done,
+        flops_avoided=figures.flops_avoided,
+    )
+
+
+def adapter_routing(
+    generation: Generation, tokens: int, sites: Mapping[str, SiteFigures]
+) -> AdapterRouting:
+    total = Figures(tokens)
+    for site in sites.values():
+        total.add_site(site)
+    return AdapterRouting(
+        adapter=generation.name,
+        generation=generation.digest,
+        kind=generation.content.kind,
+        tokens=tokens,
+        total=routing_of(total),
+        sites=[site_routing(site, sites[site]) for site in sorted(sites, key=natural_key)],
+    )
+
+
+def site_routing(site: str, figures: SiteFigures) -> SiteRouting:
+    numbered = re.match(r"layers\.(\d+)\.(.+)", site)
+    chosen = figures.expert_tokens
+    decisions = figures.decisions
+    return SiteRouting(
+        **vars(_routing(figures, sum(chosen), figures.imbalance)),
+        site=site,
+        layer=int(numbered[1]) if numbered else None,
+        projection=numbered[2].rpartition(".")[2] if numbered else site,
+        experts=figures.experts,
+        expert_tokens=list(chosen),
+        expert_shares=[tokens / decisions for tokens in chosen] if decisions else None,
+    )

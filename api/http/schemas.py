@@ -1,0 +1,125 @@
+"""An adapter as clients see it."""
+
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel
+
+from molehill.api.adapters.generation import Failure, Generation, Loading
+from molehill.api.adapters.registry import AdapterRegistry
+
+State = Literal["loading", "serving", "draining", "failed"]
+
+
+class Plan(BaseModel):
+    """How many sites the adapter changes, and at how many its gate reads the token."""
+
+    sites: int
+    static: int
+    dynamic: int
+
+
+class AdapterInfo(BaseModel):
+    """One adapter. A name that is being replaced appears once for each generation.
+
+    state: loading (stage says how far), serving, draining (replaced or unloaded, finishing its
+    requests) or failed (error and error_type say why a remembered or watched adapter does not
+    serve).
+    generation: sha256 of the content. bytes: of its tensors in float32. resident: where it is: in
+    the workers (ready at once), or on disk (the next request waits for it). last_used: Unix
+    seconds. loads: how often it came into the workers. source_note: what has become of the source.
+    """
+
+    name: str
+    state: State
+    stage: str | None = None
+    error: str | None = None
+    error_type: str | None = None
+    kind: str | None = None
+    generation: str | None = None
+    source: str
+    source_note: str | None = None
+    bytes: int | None = None
+    resident: Literal["workers", "disk"] | None = None
+    pinned: bool = False
+    requests_in_flight: int = 0
+    created: int | None = None
+    last_used: float | None = None
+    loads: int = 0
+    loading_seconds: float | None = None
+    plan: Plan | None = None
+    warnings: list[str] = []
+
+
+class AdapterList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[AdapterInfo]
+
+
+class LoadedInfo(AdapterInfo):
+    """What a load came to: loaded, replaced (another generation), or unchanged (the same)."""
+
+    status: Literal["loaded", "replaced", "unchanged"]
+
+
+def of_generation(generation: Generation) -> AdapterInfo:
+    content = generation.content
+    return AdapterInfo(
+        name=generation.name,
+        state="draining" if generation.retired else "serving",
+        kind=content.kind,
+        generation=generation.digest,
+        source=generation.source.public,
+        source_note=generation.note,
+        bytes=content.num_bytes,
+        resident="workers" if generation.resident else "disk",
+        pinned=generation.pinned,
+        requests_in_flight=generation.in_flight,
+        created=generation.created,
+        last_used=generation.last_used,
+        loads=generation.loads,
+        plan=Plan(**content.plan),
+        warnings=list(content.warnings),
+    )
+
+
+def of_loading(loading: Loading) -> AdapterInfo:
+    return AdapterInfo(
+        name=loading.name,
+        state="loading",
+        stage=loading.stage,
+        source=loading.source,
+        loading_seconds=time.time() - loading.started,
+    )
+
+
+def of_failure(failure: Failure) -> AdapterInfo:
+    return AdapterInfo(
+        name=failure.name,
+        state="failed",
+        source=failure.source,
+        error=failure.message,
+        error_type=failure.kind,
+    )
+
+
+def of_absent(absent: Failure | Loading) -> AdapterInfo:
+    """A name that should serve and does not, or not yet."""
+    return of_failure(absent) if isinstance(absent, Failure) else of_loading(absent)
+
+
+def everything(registry: AdapterRegistry) -> Iterator[AdapterInfo]:
+    """Served names first, then what is on its way in, out, or nowhere."""
+    yield from map(of_generation, registry)
+    yield from map(of_loading, registry.loading())
+    yield from (of_generation(other) for other in registry.alive() if other.retired)
+    yield from map(of_failure, registry.failures.values())
+
+
+def of_name(registry: AdapterRegistry, name: str) -> AdapterInfo | None:
+    """What the name serves, else what is known of it."""
+    current = registry.get(name)
+    if current is not None:
+        return of_generation(current)
+    return next((info for info in everything(registry) if info.name == name), None)

@@ -1,0 +1,129 @@
+"""The routes that molehill puts in the place of vLLM's, and the one that says it is ready."""
+
+from http import HTTPStatus
+from typing import Any, Literal
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from molehill.api.adapters import errors
+from molehill.api.adapters.errors import UnknownModelError
+from molehill.api.adapters.generation import Generation
+from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.tasks import failure
+from molehill.api.http.dependencies import (
+    CHANGES,
+    LOADS,
+    ErrorBody,
+    Injected,
+    StrictRoute,
+    VllmBody,
+    refusals,
+)
+from molehill.api.metrics import prometheus
+from molehill.api.vllm.served_models import answer_unknown_model
+
+# What vLLM's clients may ask with parameters that only other servers know.
+router = APIRouter()
+loading = APIRouter(route_class=StrictRoute)
+json_only = [Depends(validate_json_request)]
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+class LoadRequest(VllmBody):
+    """vLLM's fields. `is_3d_lora_weight` has no meaning here, so only its default is taken."""
+
+    route = LOAD
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    is_3d_lora_weight: Literal[False] = False
+
+
+class UnloadRequest(VllmBody):
+    """vLLM takes, and ignores, an id beside the name; here the name alone decides."""
+
+    route = UNLOAD
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+@loading.post(LOAD, dependencies=json_only, responses=refusals(*LOADS))
+async def load_adapter(body: LoadRequest, found: Injected) -> Response:
+    """200 means that the adapter serves."""
+    fetch = found.sources.fetch_for_vllm(body.lora_path)
+    terms = Terms(replace=body.load_inplace)
+    loaded = await found.registry.load(body.lora_name, body.lora_path, fetch, terms)
+    return JSONResponse({"status": loaded.status, **summary(loaded.generation)})
+
+
+@loading.post(UNLOAD, dependencies=json_only, responses=refusals(*CHANGES, 404, 409))
+async def unload_adapter(body: UnloadRequest, found: Injected) -> Response:
+    """200 means that no new request gets the adapter; running ones finish on it."""
+    generation = await found.registry.unload(body.lora_name)
+    running = {"requests_in_flight": generation.in_flight}
+    return JSONResponse({"status": "unloaded", **summary(generation), **running})
+
+
+def summary(generation: Generation) -> dict[str, Any]:
+    return {
+        "lora_name": generation.name,
+        "kind": generation.content.kind,
+        "digest": generation.digest,
+        "bytes": generation.content.num_bytes,
+        "warnings": list(generation.content.warnings),
+    }
+
+
+@router.get("/v1/models")
+@router.get("/v1/models/", include_in_schema=False)
+async def list_models(found: Injected) -> Response:
+    """The base model and the adapters."""
+    return JSONResponse({"object": "list", "data": await found.models.cards()})
+
+
+@router.get("/v1/models/{name:path}", responses={404: {"model": ErrorBody}})
+async def show_model(name: str, found: Injected) -> Response:
+    """One of the list's entries, or the base model by a name that is not listed."""
+    try:
+        return JSONResponse(await found.models.card(name))
+    except UnknownModelError as error:
+        return answer_unknown_model(error)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def show_metrics(found: Injected) -> Response:
+    """vLLM's metrics and molehill's."""
+    adapters = prometheus.AdapterCollector(found.registry, await found.stats.refresh())
+    events = found.registry.events
+
+    def text() -> bytes:
+        return generate_latest(get_prometheus_registry()) + prometheus.exposition(adapters, events)
+
+    return Response(await found.scraping.run(text), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/health/ready", response_class=Response, responses={503: {}})
+async def show_ready(found: Injected, request: Request) -> Response:
+    """200 once all that an earlier server remembered is loaded or reported, 503 until then, and
+    503 for good when the engine is dead, or when what goes on beside requests has failed, which the
+    answer then says."""
+    try:
+        await request.app.state.engine_client.check_health()
+    except EngineDeadError:
+        return Response(status_code=503)
+    task = getattr(request.app.state, "molehill_task", None)
+    error = failure(task) if task is not None and task.done() else None
+    if error is not None:
+        # Its message is for the operator alone.
+        message = f"found {type(error).__name__} in the background; see the server's log"
+        body = errors.body(message, "internal_error", HTTPStatus.SERVICE_UNAVAILABLE)
+        return JSONResponse(body, status_code=503)
+    if found.restart.ready:
+        return Response(status_code=200)
+    return Response(status_code=503, headers={"Retry-After": "1"})

@@ -1,0 +1,185 @@
+"""What the workers count, summed over workers and generations.
+
+Workers count on their own; a scrape asks them.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from molehill.api.adapters.generation import Generation
+from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.tasks import Tasks
+from molehill.api.vllm.worker_client import Engine
+from molehill.engine.routing_stats import Figures, SiteFigures
+
+logger = logging.getLogger("vllm.molehill")
+
+# A scrape does not wait longer for busy workers; it then shows the figures of the last one.
+PATIENCE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Worker-seconds in model steps and, within them, in adapter ops, since the start."""
+
+    steps: float
+    ops: float
+
+
+@dataclass
+class Told:
+    """One generation over all workers. resident_bytes: None if it is in no worker's slots."""
+
+    name: str
+    figures: Figures = field(default_factory=Figures)
+    resident_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One answer of the workers, by adapter name. seconds: None where they are not measured.
+
+    age: seconds since the question that they answered; since the start where they never have.
+    """
+
+    figures: Mapping[str, Figures] = field(default_factory=dict)
+    resident_bytes: Mapping[str, int] = field(default_factory=dict)
+    host_bytes: Mapping[str, int] = field(default_factory=dict)
+    seconds: Seconds | None = None
+    age: float = 0.0
+
+
+def told(answers: Iterable[Mapping[str, Any]]) -> dict[int, Told]:
+    """By `lora_int_id`. Each answer: see AdapterManager.stats.
+
+    Tensor-parallel workers see the same tokens at the same sites, pipeline stages at their own:
+    every stage counts once. Memory and seconds add up.
+    """
+    found: dict[int, Told] = {}
+    counted: set[tuple[int, int]] = set()
+    for answer in answers:
+        for lora_id, own in answer["adapters"].items():
+            entry = found.setdefault(lora_id, Told(own["name"]))
+            if own["resident_bytes"] is not None:
+                entry.resident_bytes = (entry.resident_bytes or 0) + own["resident_bytes"]
+            if (lora_id, answer["stage"]) in counted:
+                entry.figures.op_seconds += own["figures"]["op_seconds"]
+                continue
+            counted.add((lora_id, answer["stage"]))
+            tokens = max(entry.figures.tokens, own["figures"]["tokens"])
+            entry.figures.add(Figures(**own["figures"]))
+            entry.figures.tokens = tokens
+    return found
+
+
+def seconds(answers: Iterable[Mapping[str, Any]]) -> Seconds | None:
+    """Summed over workers; None if one of them does not measure."""
+    measured = [answer["seconds"] for answer in answers]
+    if not measured or None in measured:
+        return None
+    return Seconds(sum(own["steps"] for own in measured), sum(own["ops"] for own in measured))
+
+
+def host_bytes(
+    answers: Iterable[Mapping[str, Any]], generations: Iterable[Generation]
+) -> dict[str, int]:
+    """What waits in the workers' host memory, by adapter name."""
+    found: Counter[str] = Counter()
+    names = {generation.lora_int_id: generation.name for generation in generations}
+    for answer in answers:
+        for lora_id, taken in answer["host"].items():
+            if lora_id in names:
+                found[names[lora_id]] += taken
+    return dict(found)
+
+
+class Totals:
+    """Figures by name, which go on where a generation takes the place of another."""
+
+    def __init__(self) -> None:
+        self._ended: dict[str, Figures] = {}
+
+    def settle(
+        self, generations: Mapping[int, Told], known: Collection[int], names: Collection[str]
+    ) -> dict[str, Figures]:
+        """One answer of the workers; none may be given twice.
+
+        known: the generations that the workers were asked about. Others that are in no slot have
+        been told for the last time. names: what is served or still runs; the figures of other names
+        end.
+        """
+        self._ended = {name: own for name, own in self._ended.items() if name in names}
+        living = []
+        for lora_id, generation in generations.items():
+            if lora_id in known or generation.resident_bytes is not None:
+                living.append(generation)
+            elif generation.name in names:
+                self._ended.setdefault(generation.name, Figures()).add(generation.figures)
+        sums = {name: Figures() for name in names}
+        for name, figures in self._ended.items():
+            sums[name].add(figures)
+        for generation in living:
+            if generation.name in sums:
+                sums[generation.name].add(generation.figures)
+        return sums
+
+
+class WorkerStats:
+    """The workers' counters, refreshed when asked for."""
+
+    def __init__(self, engine: Engine, registry: AdapterRegistry) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._totals = Totals()
+        self._last = Snapshot()
+        # When the workers were asked for it, on the monotonic clock.
+        self._asked = time.monotonic()
+        self._asking: asyncio.Task[None] | None = None
+        self._tasks = Tasks("metrics", registry.events)
+
+    async def refresh(self) -> Snapshot:
+        """The workers' figures, or the last ones if they take too long or give none; `age` tells.
+
+        The question itself is never cut short: vLLM would take its late answer for the next one's.
+        """
+        if self._asking is None or self._asking.done():
+            self._asking = self._tasks.start(self._ask())
+        try:
+            await asyncio.wait_for(asyncio.shield(self._asking), PATIENCE_SECONDS)
+        except TimeoutError:
+            logger.warning("Workers are busy; adapter metrics are those of the last scrape")
+            self._registry.events.scrape_failed("late")
+        except Exception:
+            # A dead engine must not take the metrics with it that show it. The task has logged it.
+            self._registry.events.scrape_failed("error")
+        return replace(self._last, age=time.monotonic() - self._asked)
+
+    async def routing(self, lora_int_id: int) -> tuple[int, dict[str, SiteFigures]]:
+        """One generation's tokens, and its figures by site."""
+        answers = await self._engine.collective_rpc("molehill_routing", args=(lora_int_id,))
+        sites = {
+            site: SiteFigures(**{**fields, "expert_tokens": tuple(fields["expert_tokens"])})
+            for answer in answers
+            for site, fields in answer["sites"].items()
+        }
+        return max(answer["tokens"] for answer in answers), sites
+
+    async def _ask(self) -> None:
+        known = {generation.lora_int_id for generation in self._registry.alive()}
+        asked = time.monotonic()
+        answers = await self._engine.collective_rpc("molehill_stats", args=(list(known),))
+        generations = told(answers)
+        names = {generation.name for generation in self._registry.alive()}
+        resident = dict.fromkeys(names, 0)
+        for generation in generations.values():
+            if generation.name in names:
+                resident[generation.name] += generation.resident_bytes or 0
+        figures = self._totals.settle(generations, known, names)
+        waiting = host_bytes(answers, self._registry.alive())
+        self._last = Snapshot(figures, resident, waiting, seconds(answers))
+        self._asked = asked

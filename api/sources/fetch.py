@@ -1,0 +1,293 @@
+"""Where adapters come from: a directory below a root, a Hugging Face repository, a URL.
+
+Only what the operator allowed is fetched, only the files of an adapter, no pickles, and never more
+bytes than an adapter may have. Whoever is silent is given up.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import fsspec
+import huggingface_hub
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from molehill.api.adapters.errors import (
+    BadPathError,
+    FetchError,
+    ForbiddenSourceError,
+    RequestError,
+    StoreError,
+)
+from molehill.api.adapters.ingest import NO_ROOM, Fetch, no_memory
+from molehill.api.options import URL_SCHEMES
+from molehill.api.sources.roots import AdapterRoots, Source
+from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError, LimitError
+from molehill.engine.adapter.layout import Layout
+from molehill.engine.formats import native
+from molehill.engine.formats.io import files
+from molehill.engine.formats.readers import expert_layout
+from molehill.engine.system.out_of_memory import is_out_of_memory
+
+HUB = "hf://"
+
+# One layout or the other; (config, tensors).
+LAYOUTS = ((native.CONFIG, native.WEIGHTS), (files.CONFIG, files.SAFETENSORS))
+EXPECTED = " or ".join(" with ".join(names) for names in LAYOUTS)
+
+OWNER_AND_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+REPOSITORY = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+CHUNK = 1 << 20
+
+# Of an adapter whose maker must be known.
+README = expert_layout.README
+README_BYTES = expert_layout.README_BYTES
+
+# Until a server must have taken a connection, and between two pieces of what it sends.
+CONNECT_SECONDS = 10.0
+SILENCE_SECONDS = 30.0
+
+SCRATCH = "molehill-fetch-"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What clients may load from. prefixes: of URLs. limit: bytes of one adapter's files.
+
+    The text of a source says which kind it is: `hf://organisation/name[@revision]`, a URL, or else
+    a path.
+    """
+
+    roots: AdapterRoots
+    hub: bool = False
+    prefixes: Sequence[str] = ()
+    limit: int = 8 << 30
+
+    def fetch(self, text: str, lora_b_layout: Layout | None = None) -> Fetch:
+        """Entering it checks, fetches and names the directory; leaving it deletes what was fetched.
+
+        lora_b_layout: how it is to be read. Raises BadPathError, ForbiddenPathError,
+        ForbiddenSourceError, FetchError, AdapterNotFoundError, LimitError, ConfigError.
+        """
+        if text.startswith(HUB):
+            fetch = self._from_hub(text)
+        else:
+            fetch = self._from_url(text) if "://" in text else self._from_root(text)
+        return fetch if lora_b_layout is None else read_as(fetch, lora_b_layout)
+
+    def fetch_for_vllm(self, text: str) -> Fetch:
+        """As `fetch`, of a text as vLLM's clients write it: what reads as OWNER/NAME and is no
+        directory below a root is a repository, where the hub is allowed."""
+        if self.hub and OWNER_AND_NAME.fullmatch(text):
+            return self._from_root_or_hub(text)
+        return self.fetch(text)
+
+    @contextmanager
+    def _from_root_or_hub(self, text: str) -> Iterator[Source]:
+        there = self.roots.has(text)
+        with self._from_root(text) if there else self._from_hub(f"{HUB}{text}") as source:
+            yield source
+
+    @contextmanager
+    def _from_root(self, text: str) -> Iterator[Source]:
+        yield self.roots.resolve(text)
+
+    @contextmanager
+    def _from_hub(self, text: str) -> Iterator[Source]:
+        if not self.hub:
+            raise ForbiddenSourceError("source: this server was started without --allow-hub")
+        match = REPOSITORY.fullmatch(text.removeprefix(HUB))
+        if match is None:
+            raise BadPathError(f"source: found {text[:200]!a}, expected {HUB}OWNER/NAME[@REVISION]")
+        repository, revision = match["id"], match["revision"]
+        with ExitStack() as stack:
+            with reporting(repository):
+                directory = stack.enter_context(scratch())
+                commit = download_from_hub(repository, revision, directory, self.limit)
+            yield Source(directory, f"{HUB}{repository}@{commit}")
+
+    @contextmanager
+    def _from_url(self, text: str) -> Iterator[Source]:
+        if not allowed(text, self.prefixes):
+            raise ForbiddenSourceError(
+                f"source: found {text[:200]!a}, expected a URL below an --allow-url-prefix"
+            )
+        with ExitStack() as stack:
+            with reporting(text):
+                directory = stack.enter_context(scratch())
+                download_from_url(text, directory, self.limit)
+            yield Source(directory, text)
+
+
+@contextmanager
+def local(source: Source) -> Iterator[Source]:
+    """A source that is here already."""
+    yield source
+
+
+@contextmanager
+def read_as(fetch: Fetch, lora_b_layout: Layout) -> Iterator[Source]:
+    """What `fetch` brings, to be read with a layout."""
+    with fetch as source:
+        yield replace(source, lora_b_layout=lora_b_layout)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True) as folder:
+        yield Path(folder).resolve()
+
+
+@contextmanager
+def reporting(where: str) -> Iterator[None]:
+    """Whatever stops a download, as a refusal: AdapterError, StoreError where the disk is full,
+    OutOfMemoryError, else FetchError. A client gets to know no path of this server."""
+    try:
+        yield
+    except (AdapterError, RequestError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise no_memory(where) from error
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise StoreError(f"{where}: no room to download it: {error.strerror}") from error
+        raise FetchError(f"{where}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{type(error).__name__}: {error.strerror}"
+    line = str(error).strip().partition("\n")[0]
+    line = re.sub(rf"[^\s'\"]*{SCRATCH}[^\s'\"]*", "a temporary file", line)
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def allowed(url: str, prefixes: Sequence[str]) -> bool:
+    """Whether a URL lies below a prefix, however it is written. No `..`, no escapes, no query, no
+    user: what is compared is what is asked for."""
+    if re.fullmatch(r"[a-z0-9]+://[\w.:-]+(/[\w.@+=-]+)*/?", url, re.ASCII) is None:
+        return False
+    parts = urlsplit(url)
+    steps = [step for step in parts.path.split("/") if set(step) == {"."}]
+    if parts.scheme not in URL_SCHEMES or steps:
+        return False
+    return any(
+        url.startswith(prefix if prefix.endswith("/") else f"{prefix}/") for prefix in prefixes
+    )
+
+
+def download_from_hub(repository: str, revision: str | None, target: Path, limit: int) -> str:
+    """Fetches an adapter's files at one commit, and returns the commit."""
+    try:
+        info = huggingface_hub.HfApi().model_info(
+            repository, revision=revision, files_metadata=True, timeout=SILENCE_SECONDS
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        found = type(error).__name__.removesuffix("Error")
+        raise AdapterNotFoundError(repository, found, "a repository and revision") from error
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    chosen = layout(repository, sizes.__contains__)
+    known = [size for name in chosen if (size := sizes[name]) is not None]
+    if len(known) < len(chosen):
+        raise FetchError(f"{repository}: found files without a size, expected one for each")
+    check_size(repository, sum(known), limit)
+
+    def download(name: str) -> None:
+        huggingface_hub.hf_hub_download(
+            repository,
+            name,
+            revision=info.sha,
+            local_dir=target,
+            etag_timeout=SILENCE_SECONDS,
+        )
+
+    for name in chosen:
+        download(name)
+    readme = sizes.get(README)
+    if readme is not None and readme <= README_BYTES and needs_readme(target):
+        download(README)
+    return str(info.sha)
+
+
+def download_from_url(url: str, target: Path, limit: int) -> None:
+    """Fetches an adapter's files from right below `url`."""
+    base = url.rstrip("/")
+    scheme = urlsplit(base).scheme
+    filesystem = fsspec.filesystem(scheme, skip_instance_cache=True, **filesystem_options(scheme))
+    for names in LAYOUTS:
+        left = limit
+        try:
+            for name in names:
+                left -= copy(filesystem, f"{base}/{name}", target / name, left)
+            if needs_readme(target):
+                copy_readme(filesystem, base, target)
+            return
+        except FileNotFoundError as error:
+            # Over HTTP fsspec says so of whatever is not the file, and of no answer at all.
+            cause = error.__cause__
+            if cause is not None and getattr(cause, "status", None) != HTTPStatus.NOT_FOUND:
+                raise cause from None
+    raise AdapterNotFoundError(base, "no such files", EXPECTED)
+
+
+def needs_readme(directory: Path) -> bool:
+    """Whether it may hang on who made an adapter how it is read, which a README tells."""
+    if not (directory / files.CONFIG).exists():
+        return False
+    return expert_layout.in_doubt(files.read_config(directory))
+
+
+def copy_readme(filesystem: Any, base: str, target: Path) -> None:
+    """If there is one; stores that list nothing say that it is forbidden where it is missing."""
+    try:
+        copy(filesystem, f"{base}/{README}", target / README, README_BYTES)
+    except (FileNotFoundError, PermissionError, LimitError):
+        return
+
+
+def filesystem_options(scheme: str) -> dict[str, Any]:
+    if scheme == "s3":
+        timeouts = {"connect_timeout": CONNECT_SECONDS, "read_timeout": SILENCE_SECONDS}
+        return {"config_kwargs": timeouts}
+    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
+    if scheme == "gs":
+        return {"requests_timeout": timeout}
+    client = {"timeout": timeout, "raise_for_status": refuse_redirect}
+    return {"client_kwargs": client, "allow_redirects": False}
+
+
+async def refuse_redirect(response: aiohttp.ClientResponse) -> None:
+    """It could lead anywhere."""
+    if 300 <= response.status < 400:
+        raise FetchError(f"{response.url}: found a redirect, expected the file itself")
+
+
+def copy(filesystem: Any, url: str, target: Path, limit: int) -> int:
+    """Bytes copied. What a server says of a file's size is not relied on."""
+    copied = 0
+    with filesystem.open(url, "rb", block_size=0) as read, target.open("wb") as written:
+        while chunk := read.read(CHUNK):
+            copied += len(chunk)
+            check_size(url, copied, limit)
+            written.write(chunk)
+    return copied
+
+
+def layout(where: str, exists: Callable[[str], bool]) -> tuple[str, str]:
+    """The two files to fetch. Raises AdapterNotFoundError."""
+    for names in LAYOUTS:
+        if all(map(exists, names)):
+            return names
+    raise AdapterNotFoundError(where, "no such files", EXPECTED)
+
+
+def check_size(where: str, found: int, limit: int) -> None:
+    if found > limit:
+        raise LimitError(where, f"{found} bytes or more", f"at most {limit} bytes")

@@ -1,0 +1,210 @@
+"""What a server remembers of the one before it, and how it takes that up again.
+
+The store holds the bytes that were served, so a restarted server serves the same generations
+whatever has become of their sources meanwhile; a source that changed is reported. Where the store
+lost a copy, the source must still have the very same content.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+
+from molehill.api.adapters.errors import NotLoadedError, RequestError, SourceChangedError
+from molehill.api.adapters.generation import Generation, Loaded, Loading
+from molehill.api.adapters.ingest import Fetch, Reader
+from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.store import AdapterStore
+from molehill.api.sources.fetch import Sources, local
+from molehill.api.sources.manifest import Entry, Manifest
+from molehill.api.sources.roots import Source
+from molehill.engine.adapter.errors import AdapterError
+
+logger = logging.getLogger("vllm.molehill")
+
+# Between two tries where clients' loads take all places.
+PAUSE_SECONDS = 0.1
+
+CHANGED = "the source has other content now; what was loaded is served"
+GONE = "the source cannot be read any more; what was loaded is served"
+
+
+class Restart:
+    """Keeps the manifest, and loads what it names. ready: whether that is done.
+
+    manifest: None for a server that remembers nothing.
+    """
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        store: AdapterStore,
+        sources: Sources,
+        read: Reader,
+        manifest: Manifest | None,
+    ) -> None:
+        """Raises ManifestError."""
+        self._registry = registry
+        self._store = store
+        self._sources = sources
+        self._read = read
+        self._manifest = manifest
+        entries = [] if manifest is None else manifest.read()
+        # What the manifest names and nothing serves.
+        self._absent = {entry.name: entry for entry in entries}
+        registry.awaited.update(
+            (entry.name, Loading(entry.name, entry.source)) for entry in entries
+        )
+        self._writing = asyncio.Lock()
+        self._on_disk = entries
+        self.ready = False
+        if manifest is not None:
+            store.sweep({entry.generation for entry in entries})
+            registry.changed = self._remember
+
+    async def run(self) -> None:
+        """Loads every remembered adapter, one after the other, then looks at their sources."""
+        restored: list[tuple[Entry, Generation]] = []
+        try:
+            for entry in list(self._absent.values()):
+                # What the command line or a client has loaded since is newer, or deleted.
+                if entry.name in self._registry.awaited:
+                    generation = await self._restore(entry)
+                    if generation is not None:
+                        restored.append((entry, generation))
+        except Exception as error:
+            self._break_off(error)
+        await self._remember()
+        self.ready = True
+        for entry, generation in restored:
+            await self._check_source(entry, generation)
+
+    def _break_off(self, error: Exception) -> None:
+        """A fault of the restart's own: what it did not come to is reported, not awaited for
+        ever."""
+        logger.error("The restart broke off", exc_info=error)
+        self._registry.events.task_failed("restart")
+        for name, loading in list(self._registry.awaited.items()):
+            self._registry.fail(name, loading.source, error)
+        self._registry.awaited.clear()
+
+    async def _restore(self, entry: Entry) -> Generation | None:
+        name = entry.name
+        try:
+            return (await self._bring_back(entry)).generation
+        except NotLoadedError:
+            logger.info("Adapter %s: a client was quicker than the restart", name)
+        except Exception as error:
+            # Whatever it is, the others are served all the same.
+            logger.error("Adapter %s is not served after the restart: %s", name, error)
+            self._registry.fail(name, entry.source, error)
+        finally:
+            self._registry.awaited.pop(name, None)
+        return None
+
+    async def _bring_back(self, entry: Entry) -> Loaded:
+        """From the copy, else from the source."""
+        copy = Source(
+            self._store.path(entry.generation),
+            entry.source,
+            entry.fingerprint,
+            lora_b_layout=entry.layout,
+            canonical=True,
+        )
+        terms = Terms(
+            pinned=entry.pinned,
+            content=entry.generation,
+            allow_noop=entry.probed,
+            eager=entry.pinned,
+        )
+        if copy.directory.is_dir():
+            try:
+                return await self._load(entry, local(copy), terms)
+            except (AdapterError, SourceChangedError):
+                logger.warning("Adapter %s: its copy is damaged", entry.name)
+        fetch = self._sources.fetch(entry.source, entry.layout)
+        return await self._load(entry, fetch, terms)
+
+    async def _load(self, entry: Entry, fetch: Fetch, terms: Terms) -> Loaded:
+        while self._registry.busy:
+            # With clients' loads; clients that were refused wait longer before they try again.
+            await asyncio.sleep(PAUSE_SECONDS)
+        wanted = self._while_awaited(entry.name, fetch)
+        return await self._registry.load(entry.name, entry.source, wanted, terms)
+
+    @contextmanager
+    def _while_awaited(self, name: str, fetch: Fetch) -> Iterator[Source]:
+        """Entered under the name's lock, which whoever loads or deletes the name needs too."""
+        if name not in self._registry.awaited:
+            raise NotLoadedError(f"The lora adapter {name!a} was loaded or deleted meanwhile.")
+        with fetch as source:
+            yield source
+
+    async def _check_source(self, entry: Entry, generation: Generation) -> None:
+        source = generation.source
+        try:
+            note = await self._registry.intake.alone(self._compare, entry)
+        except Exception:
+            logger.exception("The source of adapter %s could not be looked at", entry.name)
+            return
+        # Somebody may have loaded the same content again, from elsewhere.
+        if note is not None and generation.source is source:
+            generation.note = note
+            logger.warning("Adapter %s: %s", entry.name, note)
+
+    def _compare(self, entry: Entry) -> str | None:
+        """Only a directory can change: a repository is named with its commit, and a URL is asked
+        for again when somebody loads it."""
+        if not entry.fingerprint:
+            return None
+        try:
+            with self._sources.fetch(entry.source) as source:
+                if source.fingerprint == entry.fingerprint:
+                    return None
+                found = self._read(source.directory, entry.layout).digest
+                return None if found == entry.generation else CHANGED
+        except (AdapterError, RequestError, OSError):
+            return GONE
+
+    async def _remember(self) -> None:
+        """Returns when what holds now is on disk, or could not be written."""
+        if self._manifest is None:
+            return
+        async with self._writing:
+            # What came while one was written goes to disk together, with whoever is next.
+            entries = self._entries()
+            if entries == self._on_disk:
+                return
+            if await self._write(self._manifest, entries):
+                self._on_disk = entries
+            else:
+                self._registry.events.manifest_failed()
+
+    async def _write(self, manifest: Manifest, entries: list[Entry]) -> bool:
+        """Whether it is on disk. Raises nothing: what has been loaded or unloaded is, whether or
+        not it is remembered."""
+        try:
+            return await asyncio.to_thread(manifest.write, entries)
+        except Exception:
+            logger.exception("The manifest could not be written; a restart would not know this")
+            return False
+
+    def _entries(self) -> list[Entry]:
+        awaited = self._registry.awaited.keys() | self._registry.failures.keys()
+        self._absent = {name: entry for name, entry in self._absent.items() if name in awaited}
+        served = [
+            Entry(
+                generation.name,
+                generation.digest,
+                generation.source.label,
+                generation.source.fingerprint,
+                generation.pinned,
+                probed=generation.check is None,
+                lora_b_layout=generation.source.lora_b_layout or "",
+            )
+            for generation in self._registry
+            if generation.source.remembered
+        ]
+        return sorted([*served, *self._absent.values()], key=attrgetter("name"))

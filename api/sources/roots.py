@@ -1,0 +1,169 @@
+"""Where clients may load adapters from."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from molehill.api.adapters.errors import BadPathError, ForbiddenPathError, SourceChangedError
+from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError
+from molehill.engine.adapter.layout import Layout
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter's directory (resolved), and what to call it before clients.
+
+    label: brings the same adapter again; a repository with its commit. fingerprint: tells whether
+    files that stay where they are have been touched since; empty for what was fetched.
+    remembered: a restarted server serves it again by itself. shared: others may write to the
+    directory while it is read. lora_b_layout: how whoever loads it wants it read, see
+    `formats.readers.expert_layout`. canonical: the directory is a copy of what was read.
+    """
+
+    directory: Path
+    label: str
+    fingerprint: str = ""
+    remembered: bool = True
+    shared: bool = False
+    lora_b_layout: Layout | None = None
+    canonical: bool = False
+
+    @property
+    def asked_layout(self) -> Layout | None:
+        """What the directory's reader is told; a copy has the experts in order already."""
+        return None if self.canonical else self.lora_b_layout
+
+    @property
+    def public(self) -> str:
+        """The label, unless it is a path of the operator's."""
+        return self.label if self.remembered else "--adapter"
+
+    def check_untouched(self) -> None:
+        """Raises SourceChangedError if what was read is not what `fingerprint` was taken of."""
+        if self.shared and fingerprint(self.directory) != self.fingerprint:
+            raise SourceChangedError(f"{self.label}: the files changed while they were read")
+
+    def relabel(self, message: str) -> str:
+        """`message` with the label in place of the server's path."""
+        return message.replace(str(self.directory), self.label)
+
+    def relabel_error(self, error: AdapterError) -> AdapterError:
+        """The same error with the label in place of the server's path."""
+        parts = (error.where, error.found, error.expected)
+        return type(error)(*(self.relabel(part) for part in parts))
+
+
+def operator_source(path: Path, lora_b_layout: Layout | None = None) -> Source:
+    """Any directory that the operator names, at every start."""
+    directory = path.resolve()
+    return Source(
+        directory,
+        str(path),
+        fingerprint(directory),
+        remembered=False,
+        shared=True,
+        lora_b_layout=lora_b_layout,
+    )
+
+
+def fingerprint(directory: Path) -> str:
+    """Names, sizes and times of the files and folders; it changes when any of them is written or
+    exchanged, and when one is moved away and back."""
+    sha = hashlib.sha256()
+    for folder, directories, files in os.walk(directory):
+        directories.sort()
+        for name in (".", *sorted(files)):
+            path = Path(folder, name)
+            try:
+                found = path.stat()
+            except OSError:
+                continue
+            where = path.relative_to(directory)
+            facts = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+            # Names may be bytes that are no UTF-8.
+            sha.update(f"{where}\0{facts}\0".encode(errors="surrogateescape"))
+    return sha.hexdigest()
+
+
+class AdapterRoots:
+    """The directories below which clients may name adapters, resolved once at start."""
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = [root.resolve(strict=True) for root in roots]
+
+    def resolve(self, text: str) -> Source:
+        """The directory that a client means: below a root, or relative to the first that has it.
+
+        Raises BadPathError, ForbiddenPathError if the path or an entry below it leads out of the
+        root (by `..`, an absolute path or a symbolic link) or is no regular file, and
+        AdapterNotFoundError. What lies outside is refused whether it exists or not.
+        """
+        if not text or "\0" in text or not text.isprintable():
+            raise BadPathError("source: found an empty path or one that cannot be printed")
+        if not self._roots:
+            raise ForbiddenPathError("source: this server was started without --adapter-root")
+        try:
+            return self._first_directory(text)
+        except OSError as error:
+            raise BadPathError(f"source: {error.strerror}") from error
+
+    def has(self, text: str) -> bool:
+        """Whether `resolve` finds something there, be it that it refuses it."""
+        return any(os.path.lexists(root / text) for root in self._roots)
+
+    def _first_directory(self, text: str) -> Source:
+        # An absolute `text` replaces the root in `root / text`.
+        paths = [Path(os.path.realpath(root / text)) for root in self._roots]
+        for path in paths:
+            root = self._root_of(path)
+            if root is not None and path.is_dir():
+                source = Source(path, text, fingerprint(path), shared=True)
+                check_entries(source, root)
+                return source
+        if any(self._root_of(path) is None for path in paths):
+            raise ForbiddenPathError(f"source: {text!r} leads out of the adapter roots")
+        raise AdapterNotFoundError(text, "no such directory", "an adapter below an adapter root")
+
+    def entries(self) -> tuple[dict[str, Path], dict[Path, str]]:
+        """The directories right below the roots by name, of the first root that has each; and what
+        cannot be looked at, with the reason."""
+        found: dict[str, Path] = {}
+        odd: dict[Path, str] = {}
+        for root in self._roots:
+            try:
+                entries = list(os.scandir(root))
+            except OSError as error:
+                odd[root] = str(error)
+                continue
+            for entry in entries:
+                try:
+                    if entry.is_dir():
+                        found.setdefault(entry.name, Path(entry.path))
+                except OSError as error:
+                    odd[Path(entry.path)] = str(error)
+        return found, odd
+
+    def _root_of(self, path: Path) -> Path | None:
+        return next((root for root in self._roots if path.is_relative_to(root)), None)
+
+
+def check_entries(source: Source, root: Path) -> None:
+    """Raises ForbiddenPathError for a link that leaves `root`, or for a pipe, socket or device."""
+    for folder, directories, files in os.walk(source.directory):
+        for name in (*directories, *files):
+            path = Path(folder, name)
+            target = Path(os.path.realpath(path))
+            if not target.is_relative_to(root):
+                raise ForbiddenPathError(
+                    f"{source.relabel(str(path))}: a link that leads out of the adapter root"
+                )
+            try:
+                mode = target.stat().st_mode
+            except OSError:
+                # A link to nothing, or a file that has just gone: its reader says so.
+                continue
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                raise ForbiddenPathError(f"{source.relabel(str(path))}: not a regular file")

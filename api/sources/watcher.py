@@ -1,0 +1,155 @@
+"""Serves what is put into an adapter root, under the name of its directory.
+
+A directory counts as finished when nothing in it has changed for a while and it is a whole, valid
+adapter. Half of one is refused by its reader, and tried again when it has changed. What is refused
+for want of room, and not for what it holds, is tried again by itself.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from molehill.api.adapters import names
+from molehill.api.adapters.errors import (
+    BadNameError,
+    ForbiddenPathError,
+    GenerationMismatchError,
+    MergedIntoBaseError,
+    NoEffectError,
+    RequestError,
+    SourceChangedError,
+)
+from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.sources.fetch import Sources
+from molehill.api.sources.roots import AdapterRoots, fingerprint
+from molehill.engine.adapter.errors import AdapterError
+from molehill.engine.formats import native
+from molehill.engine.formats.io import files
+from molehill.engine.formats.readers import mixes
+
+logger = logging.getLogger("vllm.molehill")
+
+PERIOD_SECONDS = 1.0
+SETTLE_SECONDS = 2.0
+
+# Between two tries of what there was no room for; it doubles.
+FIRST_PAUSE_SECONDS = 2.0
+LAST_PAUSE_SECONDS = 60.0
+
+# A directory without one of them holds other directories, or has just begun to fill.
+CONFIGS = (native.CONFIG, files.CONFIG, mixes.CONFIG)
+
+# Somebody else was quicker, or is still writing: the next look decides anew.
+NOT_NOW = (GenerationMismatchError, SourceChangedError)
+
+# What only other files, or another name, can put right.
+FINAL = (AdapterError, BadNameError, ForbiddenPathError, MergedIntoBaseError, NoEffectError)
+
+
+@dataclass
+class Seen:
+    """A directory as it was last. mark: its fingerprint, and `since` when it has been that. later:
+    when it is tried again (both: seconds of the monotonic clock), and pause: seconds until the time
+    after that; unless it is done: it serves, or never will.
+    """
+
+    mark: str
+    since: float
+    pause: float
+    later: float = 0.0
+    done: bool = False
+
+
+class Watcher:
+    """Looks at the roots again and again; file systems that report changes are not relied on."""
+
+    def __init__(self, roots: AdapterRoots, sources: Sources, registry: AdapterRegistry) -> None:
+        self._roots = roots
+        self._sources = sources
+        self._registry = registry
+        self._seen: dict[str, Seen] = {}
+        self._odd: dict[Path, str] = {}
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.look()
+            except Exception:
+                # Whatever it is, what appears next is served all the same.
+                logger.exception("The adapter roots could not be looked at")
+                self._registry.events.task_failed("watch")
+            await asyncio.sleep(PERIOD_SECONDS)
+
+    async def look(self) -> None:
+        """Loads every directory that has become finished since the last look."""
+        marks = await asyncio.to_thread(self._marks)
+        now = time.monotonic()
+        for name in self._seen.keys() - marks.keys():
+            await self._forget(name)
+        for name, mark in marks.items():
+            seen = self._seen.get(name)
+            if seen is None or seen.mark != mark:
+                seen = self._seen[name] = Seen(mark, now, FIRST_PAUSE_SECONDS)
+            settled = now - seen.since >= SETTLE_SECONDS and now >= seen.later
+            if settled and not seen.done and self._is_free(name) and not self._registry.busy:
+                await self._load(name, seen)
+
+    def _marks(self) -> dict[str, str]:
+        """Fingerprints of the adapters right below the roots."""
+        entries, odd = self._roots.entries()
+        found = {}
+        for name, directory in entries.items():
+            try:
+                if any((directory / config).is_file() for config in CONFIGS):
+                    names.check(name, base_models=())
+                    found[name] = fingerprint(directory)
+            except (OSError, BadNameError) as error:
+                odd[directory] = str(error)
+        for path, why in odd.items():
+            if self._odd.get(path) != why:
+                logger.warning("Adapter root: %a is not watched: %a", str(path), why)
+        self._odd = odd
+        return found
+
+    async def _forget(self, name: str) -> None:
+        """Of a directory that is gone. What it served goes on; what it was refused for is over."""
+        del self._seen[name]
+        failure = self._registry.failures.get(name)
+        if failure is not None and failure.source == name:
+            await self._registry.dismiss(name)
+
+    def _is_free(self, name: str) -> bool:
+        """A name that somebody gave to another source is not taken away from it."""
+        served = self._registry.get(name)
+        return served is None or served.source.label == name
+
+    async def _load(self, name: str, seen: Seen) -> None:
+        served = self._registry.get(name)
+        if served is not None and served.source.fingerprint == seen.mark:
+            seen.done = True
+            return
+        # What is new takes nobody's place in the workers before it is asked for; what takes the
+        # place of other weights has to prove itself first.
+        terms = Terms(expected=None if served is None else served.digest, eager=served is not None)
+        # As it was asked for, where a client loaded it: its files do not say.
+        layout = None if served is None else served.source.lora_b_layout
+        try:
+            await self._registry.load(name, name, self._sources.fetch(name, layout), terms)
+            seen.done = True
+        except NOT_NOW:
+            return
+        except Exception as error:
+            self._refused(name, seen, error)
+
+    def _refused(self, name: str, seen: Seen, error: Exception) -> None:
+        if isinstance(error, RequestError | AdapterError):
+            logger.warning("Adapter root: %s is not served: %s", name, error)
+            seen.done = isinstance(error, FINAL)
+        else:
+            logger.exception("Adapter root: %s could not be loaded", name)
+        seen.later = time.monotonic() + seen.pause
+        seen.pause = min(2 * seen.pause, LAST_PAUSE_SECONDS)
+        self._registry.fail(name, name, error)

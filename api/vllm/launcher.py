@@ -1,0 +1,207 @@
+"""Starts vLLM's own server with molehill's worker and routes in place."""
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from molehill.api.adapters.store_lock import check_free
+from molehill.api.options import Options, Resident, api_keys
+from molehill.api.vllm import precision
+from molehill.api.vllm.worker_client import ONE_ENGINE
+from molehill.engine.adapter.errors import AdapterError
+from molehill.engine.system.torchvision import check_importable
+from molehill.engine.vllm.compilation import WORKER
+from molehill.engine.vllm.settings import Settings
+
+PLUGIN = "molehill"
+
+# Engine slots are bookkeeping: an adapter's memory is taken when it loads, not per slot.
+MAX_LORAS = 32
+
+# Bytes. vLLM's default on CPU, 92 % of the machine's memory, fails wherever anything else runs.
+CPU_KV_CACHE = 4 << 30
+
+# What vLLM is given where the user has not said otherwise. Samples of one request: each takes the
+# KV cache of a request, and vLLM's own bound, 16384, lets one client take all of it.
+# The interval of a warning about "no available shared memory broadcast block", seconds: all that it
+# means while the model is compiled is that the engine core waits for a worker, which says itself
+# what it does.
+ENVIRONMENT = {"VLLM_MAX_N_SEQUENCES": "128", "VLLM_RINGBUFFER_WARNING_INTERVAL": "600"}
+
+# The settings under which vLLM would serve something else than the model that a client names, or
+# load adapters past the registry.
+UNSAFE_ENVIRONMENT = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "opens vLLM's own adapter loading; use --adapter-root",
+    "VLLM_SKIP_MODEL_NAME_VALIDATION": "lets the base model answer for unknown model names",
+    "VLLM_USE_RUST_FRONTEND": "replaces the API server that molehill extends",
+}
+
+
+class LaunchError(ValueError):
+    """A combination of options or settings that molehill does not serve."""
+
+
+def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
+    """Serves until stopped.
+
+    Raises LaunchError, LockedError, and for a start adapter AdapterError or RequestError.
+    """
+    for name, why in UNSAFE_ENVIRONMENT.items():
+        if os.environ.get(name, "0").lower() not in ("", "0", "false"):
+            raise LaunchError(f"{name} is set, which {why}")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["VLLM_PLUGINS"] = allow_plugin(os.environ.get("VLLM_PLUGINS"))
+
+    from molehill.engine.vllm import compat, compilation
+
+    try:
+        compat.check_version()
+        check_importable()
+        compilation.lift_gate()
+        args = parse(vllm_arguments)
+        precision.settle(args)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise LaunchError(str(error)) from error
+    run(prepare(args, options))
+
+
+def allow_plugin(allowed: str | None) -> str:
+    """Value of VLLM_PLUGINS that adds molehill's plugins to those that would load anyway.
+
+    Unset, vLLM loads all plugins but those that add routes, which it wants named.
+    """
+    if allowed is not None:
+        names = [name for name in allowed.split(",") if name]
+    else:
+        names = [
+            entry.name
+            for distribution in distributions()
+            for entry in distribution.entry_points
+            if entry.group.startswith("vllm.") and entry.group != "vllm.endpoint_plugins"
+            if entry.name != PLUGIN
+        ]
+    return ",".join(dict.fromkeys([*names, PLUGIN]))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses vLLM's options, with the defaults that molehill needs."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+
+    parser = FlexibleArgumentParser(prog="molehill")
+    commands = parser.add_subparsers(dest="subparser")
+    serve = make_arg_parser(commands.add_parser("serve", prog="molehill serve"))
+    serve.set_defaults(worker_cls=WORKER, enable_lora=True, max_lora_rank=8, max_loras=MAX_LORAS)
+    args: argparse.Namespace = parser.parse_args(["serve", *arguments])
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    elif args.model == serve.get_default("model"):
+        raise LaunchError("no MODEL given")
+    chosen = args.kv_cache_memory_bytes or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    share_is_default = args.gpu_memory_utilization == serve.get_default("gpu_memory_utilization")
+    if current_platform.is_cpu() and not chosen and share_is_default:
+        args.kv_cache_memory_bytes = CPU_KV_CACHE
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
+    """Refuses what molehill cannot serve, and puts `options` where the plugin finds them."""
+    for refused, why in (
+        (args.worker_cls != WORKER, "--worker-cls: molehill brings its own worker"),
+        (not args.enable_lora, "--no-enable-lora: adapters need it"),
+        (args.api_server_count not in (None, 1), "--api-server-count: one process must know all"),
+        (args.grpc, "--grpc: molehill serves over HTTP"),
+        (args.data_parallel_size > 1, f"--data-parallel-size above 1: {ONE_ENGINE}"),
+        (args.default_mm_loras, "--default-mm-loras"),
+    ):
+        if refused:
+            raise LaunchError(f"cannot be used with molehill serve: {why}")
+    if options.watch and not options.roots:
+        raise LaunchError("--watch-adapter-roots: found no --adapter-root, expected one to watch")
+    modules = [module_path(module) for module in args.lora_modules or ()]
+    adapters = (*options.adapters, *modules)
+    twice = [name for name, count in Counter(name for name, _ in adapters).items() if count > 1]
+    if twice:
+        raise LaunchError(f"--adapter {twice[0]}: the name is given twice")
+    for name, layout in options.layouts:
+        if name not in dict(adapters):
+            found = f"{name}={layout}"
+            raise LaunchError(
+                f"--adapter-lora-b-layout: found {found}, expected an --adapter's name"
+            )
+    if args.served_model_name is None and Path(args.model).is_dir():
+        # Clients need not know where the model lies; those that do may go on using the path.
+        names = (Path(args.model).resolve().name, args.model)
+        args.served_model_name = list(dict.fromkeys(names))
+    args.lora_modules = None
+    args.api_server_count = None
+    options = replace(options, adapters=adapters)
+    if not args.headless:
+        # Again when the store is opened; but this is before anything is written there.
+        check_free(options.store)
+    if options.merge_into_base is not None:
+        options = replace(options, resident=_resident(options.merge_into_base, args, options))
+    keys = api_keys(args)
+    # Who may change the server may also ask it; vLLM's own check stands before ours.
+    args.api_key = [*keys, *options.admin_keys] if keys else None
+    resident = options.resident
+    settings = Settings(
+        options.backend,
+        options.memory,
+        options.limits,
+        options.merge,
+        options.merge_tolerance,
+        None if resident is None else str(resident.directory),
+        "" if resident is None else resident.digest,
+        options.host_memory,
+    )
+    args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
+    args.molehill = options
+    return args
+
+
+def _resident(name: str, args: argparse.Namespace, options: Options) -> Resident:
+    # Transformers: only who merges need wait for it.
+    from molehill.api.vllm.merged_base import make_resident
+
+    try:
+        return make_resident(name, args, options)
+    except AdapterError:
+        raise
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+
+
+def module_path(module: Any) -> tuple[str, Path]:
+    """An entry of vLLM's --lora-modules as an adapter to load at start."""
+    path = Path(module.path).expanduser()
+    if not path.is_dir():
+        raise LaunchError(f"--lora-modules {module.name}: found no directory at {module.path!r}")
+    return module.name, path
+
+
+def run(args: argparse.Namespace) -> None:
+    import uvloop
+    from vllm.entrypoints.cli.serve import run_headless
+
+    if args.headless:
+        args.api_server_count = 0
+        run_headless(args)
+    else:
+        # vLLM's app, which is heavy to import, has no part in what these do before it.
+        from molehill.api.vllm import starting
+
+        uvloop.run(starting.run_server(args))

@@ -1,0 +1,79 @@
+"""Whether an adapter changes anything: the base model and the adapter answer one probe prompt.
+
+An adapter can be well-formed and still do nothing, by too small a scale or because it never reaches
+the layers that it names. It would be the base model under another name.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+
+from molehill.api.adapters.errors import NoEffectError, NotProbedError
+from molehill.api.adapters.generation import Generation
+
+logger = logging.getLogger("vllm.molehill")
+
+# A few tokens hardly lengthen the step of those who are being served; more are asked before an
+# adapter is refused. One token would not do: attention over it alone is blind to q and k.
+SHORT_TOKENS = 3
+PROMPT_TOKENS = 16
+
+# Of the prompt's token and the most likely one at each position: token to log-probability.
+Answer = list[Mapping[int, float]]
+
+
+class Prober:
+    """Asks an engine client. vocabulary: of the base model, from which the prompt is spread."""
+
+    def __init__(self, generate: Callable[..., Any], vocabulary: int) -> None:
+        self._generate = generate
+        step = max(1, vocabulary // PROMPT_TOKENS)
+        self._prompt = [min(i * step + step // 2, vocabulary - 1) for i in range(PROMPT_TOKENS)]
+        self._asked = 0
+
+    async def __call__(self, generation: Generation) -> None:
+        """Raises NoEffectError if every log-probability is the base's, to the last bit, and
+        NotProbedError where the engine gives none.
+
+        What else is in a batch can move the last bit too, so an adapter without effect may pass on
+        a busy server; one with an effect is never refused for it.
+        """
+        for tokens in (SHORT_TOKENS, PROMPT_TOKENS):
+            if await self._differs(generation, tokens):
+                return
+        raise NoEffectError(
+            f"{generation.name!a}: found the base model's log-probabilities at all of "
+            f"{PROMPT_TOKENS} probe tokens, expected a difference; allow_noop serves it anyway"
+        )
+
+    async def _differs(self, generation: Generation, tokens: int) -> bool:
+        try:
+            base = await self._answer(None, tokens)
+            own = await self._answer(generation.request, tokens)
+        except Exception as error:
+            logger.exception("Adapter %s could not be probed", generation.name)
+            raise NotProbedError(
+                f"{generation.name!a}: found no answer to the probe prompt ({type(error).__name__})"
+                ", expected log-probabilities; try again, or serve it unprobed with allow_noop or "
+                "--no-adapter-probe"
+            ) from error
+        return own != base
+
+    async def _answer(self, request: Any, tokens: int) -> Answer:
+        self._asked += 1
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+        prompt = {"prompt_token_ids": self._prompt[:tokens]}
+        last: Any = None
+        async for output in self._generate(
+            prompt, params, f"molehill-probe-{self._asked}", lora_request=request
+        ):
+            last = output
+        if last is None or not last.prompt_logprobs:
+            raise RuntimeError("the engine gave no log-probabilities of the prompt")
+        return [
+            {token: found.logprob for token, found in position.items()}
+            for position in last.prompt_logprobs
+            if position
+        ]

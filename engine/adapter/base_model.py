@@ -1,0 +1,75 @@
+"""What an adapter must fit: the base model's linears and FFNs by canonical name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from molehill.engine.adapter import expert_sites
+
+
+@dataclass(frozen=True)
+class Moe:
+    """A mixture-of-experts block: `experts` gated FFNs from `hidden` over `intermediate` back."""
+
+    experts: int
+    hidden: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Shapes of a base model, no weights.
+
+    name: as served. architecture: the config's first `architectures` entry.
+    linears: (in_features, out_features) by canonical name, `layers.3.self_attn.q_proj`.
+    ffns: the activation's Transformers name by canonical name of each gated FFN, `layers.3.mlp`,
+        whose projections are `gate_proj` and `up_proj`, or both fused in `gate_up_proj`, and
+        `down_proj`.
+    moes: the blocks of routed experts by canonical name, `layers.3.mlp`.
+    refused: why what lies below a module cannot be adapted on this base, by the module's name.
+    """
+
+    name: str
+    architecture: str
+    linears: Mapping[str, tuple[int, int]]
+    ffns: Mapping[str, str]
+    moes: Mapping[str, Moe] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def linear(self, site: str) -> tuple[int, int] | None:
+        """(in_features, out_features) of a linear or of an expert's projection; None if unknown."""
+        expert = expert_sites.split(site)
+        block = self.moes.get(expert.block) if expert else None
+        if expert is None or block is None:
+            return self.linears.get(site)
+        if expert.expert >= block.experts or expert.projection not in expert_sites.PROJECTIONS:
+            return None
+        if expert.projection == "down_proj":
+            return block.intermediate, block.hidden
+        return block.hidden, block.intermediate
+
+    def ffn_projection(self, ffn: str, projection: str) -> tuple[int, int]:
+        """(in_features, out_features) of `gate_proj`, `up_proj` or `down_proj` of one of `ffns`."""
+        intermediate, hidden = self.linears[f"{ffn}.down_proj"]
+        return (intermediate, hidden) if projection == "down_proj" else (hidden, intermediate)
+
+    def refusal(self, site: str) -> str | None:
+        """Why the site cannot be adapted although the base has it."""
+        return next(
+            (why for name, why in self.refused.items() if f"{site}.".startswith(f"{name}.")), None
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds that an adapter is held to before anything is allocated.
+
+    rank: of one expert. experts: of one site. total_rank: rank rows of one site.
+    adapter_bytes: of one adapter, in canonical float32 and on disk.
+    pickles: whether weights may be pickled, which take longer to check and more memory to read.
+    """
+
+    rank: int = 512
+    experts: int = 128
+    total_rank: int = 4096
+    adapter_bytes: int = 8 << 30
+    pickles: bool = True

@@ -1,0 +1,331 @@
+"""Whether an adapter can be served: by itself, and on a given base model.
+
+Runs before anything is allocated for serving.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from molehill.engine.adapter.base_model import BaseModel, Limits
+from molehill.engine.adapter.errors import (
+    AdapterError,
+    BaseMismatchError,
+    LimitError,
+    NonFiniteError,
+    NothingBoundError,
+    ShapeError,
+    UnknownTargetError,
+    UnsupportedError,
+)
+from molehill.engine.adapter.expert_sites import PROJECTIONS, split
+from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.kernels.activation import ACTIVATIONS
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.policy import Arrow, Constant, DynMoLE, Policy, Soft, Sparsegen, TopK
+
+
+def validate(adapter: Adapter, base: BaseModel, limits: Limits) -> None:
+    """Raises the first of `problems`."""
+    for problem in problems(adapter, base, limits):
+        raise problem
+
+
+def check(adapter: Adapter, limits: Limits) -> None:
+    """Raises the first problem that no choice of base model can mend."""
+    for problem in own_problems(adapter, limits):
+        raise problem
+
+
+def problems(adapter: Adapter, base: BaseModel, limits: Limits) -> list[AdapterError]:
+    """All that stands against serving the adapter on this base, the most telling first.
+
+    LimitError, NonFiniteError, NothingBoundError, ShapeError, UnsupportedError from the adapter
+    itself; UnknownTargetError and ShapeError where it does not fit the base; ahead of those, a
+    BaseMismatchError if most sites do not.
+    """
+    misfits = [
+        problem
+        for site in sorted(adapter.sites, key=natural_key)
+        for problem in _misfits(site, adapter.sites[site], base)
+    ]
+    return [*own_problems(adapter, limits), *_mismatch(adapter, base, misfits), *misfits]
+
+
+def own_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
+    """The problems that need no base model to be seen."""
+    found: list[AdapterError] = []
+    if adapter.num_bytes > limits.adapter_bytes:
+        found.append(
+            LimitError(
+                "adapter", f"{adapter.num_bytes} bytes", f"at most {limits.adapter_bytes} bytes"
+            )
+        )
+    for site in sorted(adapter.sites, key=natural_key):
+        mixture = adapter.sites[site]
+        found += [*_inconsistent(site, mixture), *_over_limits(site, mixture, limits)]
+        found += _unservable(site, mixture, adapter.sites)
+    for name, tensor in adapter.tensors():
+        if not is_finite(tensor):
+            found.append(NonFiniteError(name, "NaN or Inf", "finite values"))
+    if not found and not any(_acts(mixture) for mixture in adapter.sites.values()):
+        sites = len(adapter.sites)
+        found.append(NothingBoundError("adapter", f"{sites} sites, no effect", "at least one"))
+    return found
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or Inf; several times as fast as `isfinite().all()`."""
+    return not tensor.numel() or all(math.isfinite(end) for end in tensor.aminmax())
+
+
+def _stacks(site: str, mixture: Mixture) -> list[tuple[str, Experts]]:
+    if isinstance(mixture, LinearMixture):
+        return [(site, mixture.experts)]
+    if isinstance(mixture, ScaleMixture):
+        return []
+    return [(f"{site}.{name}", experts) for name, experts in sorted(mixture.experts.items())]
+
+
+def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
+    if isinstance(mixture, ScaleMixture):
+        heads, width = mixture.num_heads, mixture.router.shape[-1]
+        expected = [heads if mixture.of == "output" else 1, mixture.num_experts, width]
+        yield from _expect(f"{site}.vectors", mixture.vectors, expected)
+        more = mixture.policy.extra_rows or mixture.policy.num_parameters
+        if more or isinstance(mixture.policy, Constant):
+            found = f"{type(mixture.policy).__name__} over vectors"
+            yield UnsupportedError(f"{site}.routing", found, "a policy of the probabilities alone")
+        return
+    for stem, experts in _stacks(site, mixture):
+        rows = sum(experts.ranks)
+        yield from _expect(f"{stem}.a", experts.a, [rows, experts.a.shape[-1]])
+        yield from _expect(f"{stem}.b", experts.b, [experts.b.shape[0], rows])
+        if len(experts.ranks) != mixture.num_experts:
+            found = f"{len(experts.ranks)} experts"
+            yield ShapeError(stem, found, f"the router's {mixture.num_experts}")
+    yield from _inconsistent_parameters(site, mixture)
+    if isinstance(mixture, FfnMixture):
+        yield from _inconsistent_widths(site, mixture)
+        yield from _inconsistent_magnitudes(site, mixture)
+        return
+    a, b = mixture.experts.a, mixture.experts.b
+    if mixture.router is not None:
+        rows = mixture.num_experts + mixture.policy.extra_rows
+        yield from _expect(f"{site}.router", mixture.router, [rows, a.shape[-1]])
+    if mixture.magnitude is not None:
+        yield from _expect(f"{site}.magnitude", mixture.magnitude, [b.shape[0]])
+
+
+def _inconsistent_parameters(site: str, mixture: Mixture) -> Iterator[AdapterError]:
+    """A policy has all of the parameters that it learned, or none; and a router, unless its weights
+    are constant."""
+    where, count = f"{site}.parameters", mixture.policy.num_parameters
+    if mixture.parameters is not None:
+        yield from _expect(where, mixture.parameters, [count])
+    elif count:
+        yield ShapeError(where, "no tensor", [count])
+    constant = isinstance(mixture.policy, Constant)
+    if mixture.router is None and not constant:
+        expected = f"one for {type(mixture.policy).__name__}"
+        yield ShapeError(f"{site}.router", "no tensor", expected)
+    if mixture.router is not None and constant:
+        yield UnsupportedError(f"{site}.router", "a router beside constant weights", "none")
+
+
+def _inconsistent_widths(site: str, mixture: FfnMixture) -> Iterator[AdapterError]:
+    """Gate and up read the router's input and write what down reads."""
+    width, inner = mixture.router.shape[-1], None
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        if name not in mixture.experts:
+            continue
+        a, b = mixture.experts[name].a, mixture.experts[name].b
+        reads, writes = (b, a) if name == "down_proj" else (a, b)
+        outer_half, outer = ("b", reads.shape[0]) if name == "down_proj" else ("a", reads.shape[1])
+        if outer != width:
+            where = f"{site}.{name}.{outer_half}"
+            yield ShapeError(where, f"width {outer}", f"the router's {width}")
+        inside = writes.shape[1] if name == "down_proj" else writes.shape[0]
+        inner = inner or inside
+        if inside != inner:
+            where = f"{site}.{name}.{'a' if name == 'down_proj' else 'b'}"
+            yield ShapeError(where, f"width {inside}", f"the FFN's inner width {inner}")
+
+
+def _inconsistent_magnitudes(site: str, mixture: FfnMixture) -> Iterator[AdapterError]:
+    for name, magnitude in sorted(mixture.magnitudes.items()):
+        where = f"{site}.{name}.magnitude"
+        if name not in mixture.experts:
+            yield ShapeError(where, "magnitudes without experts", "experts of this projection")
+        else:
+            expected = [mixture.num_experts, mixture.experts[name].b.shape[0]]
+            yield from _expect(where, magnitude, expected)
+
+
+def _expect(where: str, tensor: Tensor, shape: list[int]) -> Iterator[AdapterError]:
+    if list(tensor.shape) != shape:
+        yield ShapeError(where, list(tensor.shape), shape)
+
+
+def _over_limits(site: str, mixture: Mixture, limits: Limits) -> Iterator[AdapterError]:
+    stacks = [experts for _, experts in _stacks(site, mixture)]
+    figures = {
+        "experts": (mixture.num_experts, limits.experts),
+        "rank": (max((max(e.ranks, default=0) for e in stacks), default=0), limits.rank),
+        "rank rows": (sum(sum(e.ranks) for e in stacks), limits.total_rank),
+    }
+    for name, (found, limit) in figures.items():
+        if found > limit:
+            yield LimitError(site, f"{name} {found}", f"at most {limit}")
+
+
+def _unservable(
+    site: str, mixture: Mixture, sites: Mapping[str, Mixture]
+) -> Iterator[AdapterError]:
+    if not isinstance(mixture, FfnMixture):
+        return
+    if mixture.activation is not None and mixture.activation not in ACTIVATIONS:
+        expected = f"one of {', '.join(ACTIVATIONS)}"
+        yield UnsupportedError(f"{site}.activation", mixture.activation, expected)
+    if "down_proj" in mixture.magnitudes:
+        # Factors on its output would not commute with the sum over the experts.
+        found = "DoRA on the experts of down_proj, whose base GEMM would run once per expert"
+        expected = "magnitudes on gate_proj and up_proj only"
+        yield UnsupportedError(f"{site}.down_proj.magnitude", found, expected)
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        if f"{site}.{projection}" in sites:
+            where = f"{site}.{projection}"
+            yield UnsupportedError(where, "a linear inside an FFN mixture", "one of the two")
+
+
+def sums_to_one(policy: Policy) -> bool:
+    """Whether a router's weights sum to 1 for every token. A threshold may leave no expert."""
+    normalized = isinstance(policy, TopK) and policy.normalize
+    return (
+        isinstance(policy, Soft | Arrow | Sparsegen)
+        or normalized
+        or (isinstance(policy, DynMoLE) and policy.normalize_weights)
+    )
+
+
+def _acts(mixture: Mixture) -> bool:
+    """Whether the output can differ from the base's. Weights that do not sum to 1 scale a whole
+    FFN even if every B is zero, and an output even if every vector is ones."""
+    if isinstance(mixture, LinearMixture):
+        return mixture.magnitude is not None or _nonzero(mixture.experts)
+    if not sums_to_one(mixture.policy):
+        return True
+    if isinstance(mixture, ScaleMixture):
+        return bool((mixture.vectors != 1).any())
+    return bool(mixture.magnitudes) or any(map(_nonzero, mixture.experts.values()))
+
+
+def _nonzero(experts: Experts) -> bool:
+    return bool((experts.a.any(dim=1) & experts.b.any(dim=0)).any())
+
+
+def _misfits(site: str, mixture: Mixture, base: BaseModel) -> Iterator[AdapterError]:
+    if refusal := base.refusal(site):
+        yield UnsupportedError(site, refusal, "a base model and settings that allow it")
+    elif isinstance(mixture, FfnMixture):
+        yield from _ffn_misfits(site, mixture, base)
+    elif isinstance(mixture, ScaleMixture):
+        yield from _misfit_vectors(site, mixture, base)
+    elif (shape := base.linear(site)) is None:
+        yield _unknown(site, "linear", _linear_names(base))
+    else:
+        yield from _misfit(site, mixture.experts, shape)
+        if split(site):
+            yield from _expert_misfits(site, mixture)
+
+
+def _expert_misfits(site: str, mixture: LinearMixture) -> Iterator[AdapterError]:
+    """The base's router has the say over its experts; what is on them is static."""
+    if mixture.router is not None:
+        found = "a router on an expert of the base model"
+        yield UnsupportedError(site, found, "plain LoRA on experts")
+    if mixture.magnitude is not None:
+        yield UnsupportedError(site, "DoRA on an expert of the base model", "plain LoRA on experts")
+
+
+def _ffn_misfits(site: str, mixture: FfnMixture, base: BaseModel) -> Iterator[AdapterError]:
+    if site in base.moes:
+        found = f"an FFN mixture on a block of {base.moes[site].experts} experts"
+        yield UnsupportedError(site, found, "a base model with one FFN per layer")
+        return
+    if site not in base.ffns:
+        yield _unknown(site, "gated FFN", list(base.ffns))
+        return
+    inputs, _ = base.ffn_projection(site, "gate_proj")
+    yield from _expect(f"{site}.router", mixture.router, [mixture.router.shape[0], inputs])
+    if mixture.activation is None and base.ffns[site] not in ACTIVATIONS:
+        expected = f"one of {', '.join(ACTIVATIONS)}"
+        yield UnsupportedError(f"{site}: the base's activation", base.ffns[site], expected)
+    for projection, experts in sorted(mixture.experts.items()):
+        shape = base.ffn_projection(site, projection)
+        yield from _misfit(f"{site}.{projection}", experts, shape)
+
+
+def _linear_names(base: BaseModel) -> list[str]:
+    experts = [f"{block}.experts.0.{name}" for block in base.moes for name in PROJECTIONS]
+    return [*base.linears, *experts]
+
+
+def _misfit(name: str, experts: Experts, shape: tuple[int, int]) -> Iterator[AdapterError]:
+    inputs, outputs = shape
+    yield from _expect(f"{name}.a", experts.a, [experts.a.shape[0], inputs])
+    yield from _expect(f"{name}.b", experts.b, [outputs, experts.b.shape[1]])
+
+
+def _misfit_vectors(site: str, mixture: ScaleMixture, base: BaseModel) -> Iterator[AdapterError]:
+    if site not in base.linears:
+        yield _unknown(site, "linear", list(base.linears))
+        return
+    parent, _, leaf = site.rpartition(".")
+    if mixture.of == "input" and (leaf != "down_proj" or parent not in base.ffns):
+        yield UnsupportedError(site, "vectors on its input", "the down_proj of a gated FFN")
+    inputs, outputs = base.linears[site]
+    heads, _, width = mixture.vectors.shape
+    expected = outputs if mixture.of == "output" else inputs
+    if heads * width != expected:
+        found = f"{heads} heads of width {width}"
+        yield ShapeError(f"{site}.vectors", found, f"{expected} {mixture.of}s in all")
+
+
+def _unknown(site: str, noun: str, known: list[str]) -> UnknownTargetError:
+    """With some of the base's names, of the same layer if it has it."""
+    layer, block = ".".join(site.split(".")[:2]), ".".join(site.split(".")[:3])
+    near = [name for name in known if name.startswith(f"{layer}.")] or known
+    near.sort(key=lambda name: not name.startswith(f"{block}."))
+    examples = ", ".join(near[:4]) or f"a base with a {noun}"
+    return UnknownTargetError(site, f"no such {noun} in the base model", f"e.g. {examples}")
+
+
+def _layer(site: str) -> int | None:
+    head, _, rest = site.partition(".")
+    number = rest.split(".")[0]
+    return int(number) if head == "layers" and number.isdigit() else None
+
+
+def _mismatch(adapter: Adapter, base: BaseModel, misfits: list[AdapterError]) -> list[AdapterError]:
+    """A base of another size: most sites are of other widths or in layers it does not have."""
+    names = [*base.linears, *base.moes]
+    layers = 1 + max((layer for name in names if (layer := _layer(name)) is not None), default=-1)
+    beyond = [site for site in adapter.sites if (_layer(site) or 0) >= layers]
+    wide = [
+        site
+        for site in adapter.sites
+        if any(isinstance(p, ShapeError) and p.where.startswith(f"{site}.") for p in misfits)
+    ]
+    strange = len(beyond) + len(wide)
+    if strange < 2 or 2 * strange <= len(adapter.sites):
+        return []
+    first = next(p for p in misfits if isinstance(p, ShapeError | UnknownTargetError))
+    return [
+        BaseMismatchError(
+            f"adapter for {adapter.base_model or 'an unnamed base model'}",
+            f"{strange} of {len(adapter.sites)} sites of other widths or layers ({first})",
+            f"the shapes of {base.name} ({base.architecture}, {layers} layers)",
+        )
+    ]

@@ -1,0 +1,72 @@
+"""A plain LoRA in the files of Hugging Face PEFT: adapter_config.json, adapter_model.safetensors.
+
+Any PEFT reader takes it: PEFT itself, vLLM's own LoRA, molehill. alpha equals the rank everywhere,
+for scalings are in B already.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.engine.formats.io import files
+from molehill.engine.system.atomic_directory import appearing
+from molehill.engine.transform.merge import plain_sites
+from molehill.engine.transform.static_gates import gate
+from molehill.kernels.mixture import Experts, Mixture
+
+
+def write_lora(adapter: Adapter, directory: Path) -> None:
+    """Writes an adapter of plain low-rank pairs, as `merge_static` leaves them, to a new directory.
+
+    Raises UnsupportedError for the first site that is something else, FileExistsError.
+    """
+    pairs = _pairs(adapter)
+    with appearing(directory) as partial:
+        tensors = {}
+        for site, experts in pairs.items():
+            tensors[f"base_model.model.model.{site}.lora_A.weight"] = experts.a.contiguous()
+            tensors[f"base_model.model.model.{site}.lora_B.weight"] = experts.b.contiguous()
+        safetensors.torch.save_file(tensors, partial / files.SAFETENSORS, {"format": "pt"})
+        (partial / files.CONFIG).write_text(json.dumps(_config(adapter, pairs), indent=2))
+
+
+def _pairs(adapter: Adapter) -> dict[str, Experts]:
+    plain = plain_sites(adapter)
+    for site in sorted(adapter.sites, key=natural_key):
+        if site not in plain:
+            found = why_not_plain(adapter.sites[site])
+            raise UnsupportedError(site, found, "one low-rank pair, as a plain LoRA has")
+    return plain
+
+
+def why_not_plain(mixture: Mixture) -> str:
+    """What keeps a site from being one low-rank pair."""
+    if getattr(mixture, "magnitude", None) is not None:
+        return "a magnitude (DoRA)"
+    return f"a dynamic site ({gate(mixture).reason})"
+
+
+def _config(adapter: Adapter, pairs: dict[str, Experts]) -> dict[str, Any]:
+    """The most frequent rank is `r`, the others are exceptions by module."""
+    ranks = {f"model.{site}": experts.ranks[0] for site, experts in pairs.items()}
+    ((usual, _),) = Counter(ranks.values()).most_common(1)
+    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base_model,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": list(pairs),
+    }

@@ -1,0 +1,127 @@
+"""Adapters made of others: a static mix, or Arrow routing, of the adapters in sub-directories.
+
+`molehill_mix.json` says how; docs/format.md describes it.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.errors import AdapterError, ConfigError, LimitError, UnsupportedError
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.formats.io import files
+from molehill.engine.formats.io.fields import Fields
+from molehill.engine.formats.readers import peft
+from molehill.engine.transform.arrow import Lora, arrow
+from molehill.engine.transform.weighted_sum import Part, mix
+from molehill.kernels.policy import Arrow
+
+CONFIG = "molehill_mix.json"
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+_Reader = Callable[[Path, Limits], Adapter]
+
+
+def read(directory: Path, limits: Limits, read_one: _Reader) -> Adapter:
+    """read_one: reads an adapter that has tensors of its own.
+
+    Raises an AdapterError that names the sub-directory, file and tensor or field.
+    """
+    config = files.read_config(directory, CONFIG)
+    members = _Members(directory, config, limits)
+    if config.choice("kind", ("mix", "arrow")) == "mix":
+        return _read_mix(config, members, read_one)
+    return _read_arrow(config, members)
+
+
+def _read_mix(config: Fields, members: "_Members", read_one: _Reader) -> Adapter:
+    config.only("kind", "adapters")
+    scales = config.object("adapters")
+    members.check("adapters", list(scales.values))
+    numbers = {name: scales.number(name) for name in scales.values}
+    return mix([Part(name, members.read(name, read_one), numbers[name]) for name in numbers])
+
+
+def _read_arrow(config: Fields, members: "_Members") -> Adapter:
+    """Names and defaults of PEFT's ArrowConfig; `general` takes the place of `use_gks`."""
+    config.only("kind", "adapters", "general", "top_k", "router_temperature")
+    tasks = list(config.items("adapters").values.values())
+    general = list(config.items("general").values.values()) if config.has("general") else []
+    members.check("adapters", tasks)
+    if general:
+        members.check("general", general)
+    policy = Arrow(config.integer("top_k", 3), config.number("router_temperature", 1.0, above=0))
+    if policy.k > len(tasks):
+        expected = f"at most {len(tasks)}, as many as there are adapters"
+        raise UnsupportedError(f"{config.where}: top_k", policy.k, expected)
+    loras = [members.read_lora(name) for name in (*tasks, *general)]
+    return arrow(loras[: len(tasks)], policy, loras[len(tasks) :])
+
+
+class _Members:
+    """The sub-directories of a mix, read one by one within the limits of one adapter."""
+
+    def __init__(self, directory: Path, config: Fields, limits: Limits) -> None:
+        self._directory, self._config, self._limits = directory, config, limits
+        self._bytes = 0
+
+    def check(self, field: str, names: Sequence[Any]) -> None:
+        """Every name is that of a directory right below, and none comes twice."""
+        where = f"{self._config.where}: {field}"
+        if not names:
+            raise self._config.error(field, "at least one adapter")
+        if len(names) > self._limits.experts:
+            expected = f"at most {self._limits.experts}"
+            raise LimitError(where, f"{len(names)} adapters", expected)
+        for name in names:
+            if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
+                expected = "a directory beside this file, by letters, digits, `.`, `_` and `-`"
+                raise UnsupportedError(where, ascii(name)[:80], expected)
+            if (self._directory / name).is_symlink():
+                raise UnsupportedError(where, f"{name}, a link", "a directory")
+            if not (self._directory / name).is_dir():
+                expected = "a directory beside this file"
+                raise ConfigError(where, f"{name}, no directory", expected)
+        if len(set(names)) < len(names):
+            raise self._config.error(field, "every adapter once")
+
+    def read(self, name: str, read_one: _Reader) -> Adapter:
+        path = self._directory / name
+        with _named(name):
+            if (path / CONFIG).exists():
+                expected = "an adapter with tensors of its own"
+                raise UnsupportedError(CONFIG, "a mix inside a mix", expected)
+            adapter = read_one(path, self._limits)
+        self._bytes += adapter.num_bytes
+        if self._bytes > self._limits.adapter_bytes:
+            expected = f"at most {self._limits.adapter_bytes} bytes for all of the mix"
+            raise LimitError(name, f"{self._bytes} bytes up to here", expected)
+        return adapter
+
+    def read_lora(self, name: str) -> Lora:
+        """One that PEFT saved: only its config tells the factor in B."""
+        factors: dict[str, float] = {}
+
+        def read_one(path: Path, limits: Limits) -> Adapter:
+            config = files.read_config(path)
+            if config.text("peft_type") not in (None, "LORA"):
+                found = config.text("peft_type")
+                raise UnsupportedError(f"{config.where}: peft_type", found, "LORA")
+            weights = files.read_weights(path, limits)
+            factors.update(peft.factors(config, weights))
+            return peft.read(config, weights)
+
+        return Lora(name, self.read(name, read_one), factors)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors inside say which adapter of the mix they are about."""
+    try:
+        yield
+    except AdapterError as error:
+        raise type(error)(f"{name}/{error.where}", error.found, error.expected) from None

@@ -1,0 +1,224 @@
+"""LoRA, rsLoRA and DoRA as Hugging Face PEFT writes them (and MoE-PEFT its plain LoRA).
+
+Keys: `base_model.model.model.layers.{i}.{block}.{proj}.lora_A.weight`, `.lora_B.weight`,
+`.lora_magnitude_vector` (with `.weight` from some versions).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from molehill.engine.adapter.errors import (
+    CorruptFileError,
+    MissingTensorError,
+    ShapeError,
+    UnsupportedError,
+)
+from molehill.engine.adapter.expert_sites import canonical
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.formats.io.fields import Fields, shortened
+from molehill.engine.formats.io.files import Weights
+from molehill.engine.formats.readers import known, patterns, peft_parameters, saved_modules, targets
+from molehill.engine.formats.readers.lowrank import Pair, Scaling, build_experts
+from molehill.engine.formats.readers.patterns import Patterns
+from molehill.engine.formats.readers.targeting import Targeting
+from molehill.kernels.mixture import LinearMixture
+from molehill.kernels.policy import Constant
+
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>(?:model\.)?layers\.(?:0|[1-9]\d{0,4})\.[\w.]+?)"
+    r"\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:(?<=vector)\.weight)?"
+)
+_PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
+
+# Fields that change the forward pass or the base weights; serving without them would be wrong.
+UNSERVED = {
+    "fan_in_fan_out": "transposed weights",
+    "enable_lora": "a LoRA on parts of a fused linear",
+    "layer_replication": "replicated layers",
+    "trainable_token_indices": "trained token embeddings",
+    "lora_bias": "a bias in lora_B",
+    "alora_invocation_tokens": "an activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing, which a molehill_mix.json sets up",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "kasa_config": "KaSA",
+}
+_FORKS = {
+    "lora_nums": "a mixture (LoRAMoE, HydraLoRA or LD-MoLE) without its tensors",
+    "sparsegen": "LD-MoLE's router",
+}
+# Those that leave the base weights as they are.
+_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass
+class _Module:
+    """The names, in the file, of one linear's tensors."""
+
+    a: str | None = None
+    b: str | None = None
+    magnitude: str | None = None
+
+
+@dataclass(frozen=True)
+class _Scalings:
+    """`r` and `lora_alpha` with their exceptions by module name."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    ranks: Patterns[int]
+    alphas: Patterns[float]
+
+    def of(self, module: str) -> Scaling:
+        rank, alpha = self.ranks.get(module, self.rank), self.alphas.get(module, self.alpha)
+        return Scaling(alpha, rank, self.rslora)
+
+
+def read(config: Fields, weights: Weights) -> Adapter:
+    """Raises an AdapterError for whatever cannot be served exactly."""
+    _refuse(config)
+    scalings = _read_scalings(config)
+    wanted, targeting = targets.read_targets(config), Targeting(config)
+    notes = saved_modules.check(config, weights) + targeting.warnings()
+    grouped = _group(weights)
+    modules = {name: m for name, m in grouped.items() if not peft_parameters.is_stack(name)}
+    names = [name.removeprefix("model.") for name in modules]
+    _check_spellings(weights, names)
+    targeting.check(weights.file, modules)
+    if wanted and not any("." in target for target in wanted):
+        targets.check_siblings(weights.file, modules, targeting)
+    dora = config.flag("use_dora")
+    if dora:
+        _check_magnitudes(weights, modules)
+    sites = _fused_experts(config, weights, grouped, scalings)
+    for name, module in modules.items():
+        site = canonical(name.removeprefix("model."))
+        sites[site] = _mixture(weights, name, module, scalings.of(name), dora)
+    magnitudes = any(mixture.magnitude is not None for mixture in sites.values())
+    return Adapter(
+        kind="dora" if magnitudes else "lora",
+        sites=sites,
+        base_model=config.text("base_model_name_or_path"),
+        warnings=(
+            *_warnings(wanted, modules, lost_magnitudes=dora and not magnitudes),
+            *notes,
+            *peft_parameters.warnings(config),
+            *known.warnings(config, known.FIELDS["lora"]),
+        ),
+    )
+
+
+def factors(config: Fields, weights: Weights) -> dict[str, float]:
+    """What `read` multiplies B by, alpha / r for a LoRA, by canonical module name."""
+    scalings = _read_scalings(config)
+    names = _group(weights)
+    for name in filter(peft_parameters.is_stack, names):
+        where, found = weights.where(name), "fused experts of the base model in a mix"
+        raise UnsupportedError(where, found, "adapters of linears")
+    return {canonical(n.removeprefix("model.")): scalings.of(n).factor for n in names}
+
+
+def _fused_experts(
+    config: Fields, weights: Weights, grouped: Mapping[str, _Module], scalings: _Scalings
+) -> dict[str, LinearMixture]:
+    """What `target_parameters` adapts; nothing without it."""
+    stacks = {
+        name: _names(name, module)
+        for name, module in grouped.items()
+        if peft_parameters.is_stack(name)
+    }
+    return peft_parameters.read(config, weights, stacks, scalings.of)
+
+
+def _names(name: str, module: _Module) -> Pair:
+    stem = f"base_model.model.{name}"
+    return Pair(module.a or f"{stem}.lora_A.weight", module.b or f"{stem}.lora_B.weight")
+
+
+def _refuse(config: Fields) -> None:
+    config.refuse({**UNSERVED, **_FORKS})
+    check_initialisation(config)
+
+
+def check_initialisation(config: Fields) -> None:
+    """Raises UnsupportedError for one that trains beside other base weights than the file's."""
+    initialisation = config.values.get("init_lora_weights")
+    name = initialisation.lower() if isinstance(initialisation, str) else initialisation
+    if name not in _INITIALISATIONS:
+        raise UnsupportedError(
+            f"{config.where}: init_lora_weights",
+            f"{shortened(initialisation)}, which changes the base weights",
+            "an initialisation that leaves them alone",
+        )
+
+
+def _read_scalings(config: Fields) -> _Scalings:
+    ranks, alphas = (patterns.check(config, f"{name}_pattern") for name in ("rank", "alpha"))
+    return _Scalings(
+        rank=config.integer("r"),
+        alpha=config.number("lora_alpha", above=0),
+        rslora=config.flag("use_rslora"),
+        ranks=Patterns({pattern: ranks.integer(pattern) for pattern in ranks.values}),
+        alphas=Patterns({pattern: alphas.number(pattern, above=0) for pattern in alphas.values}),
+    )
+
+
+def _group(weights: Weights) -> dict[str, _Module]:
+    modules: dict[str, _Module] = {}
+    for key in weights.tensors:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            expected = "lora_A.weight, lora_B.weight or lora_magnitude_vector of a layer's linear"
+            raise UnsupportedError(weights.where(key), "an unknown tensor", expected)
+        module, part = match["module"], _PARTS[match["part"]]
+        names = modules.setdefault(module, _Module())
+        if getattr(names, part) is not None:
+            raise CorruptFileError(weights.where(key), "a second tensor of this part", "one")
+        setattr(names, part, key)
+    return modules
+
+
+def _check_spellings(weights: Weights, names: list[str]) -> None:
+    found: set[str] = set()
+    for name in names:
+        if canonical(name) in found:
+            raise CorruptFileError(weights.where(name), "two spellings of one module", "one")
+        found.add(canonical(name))
+
+
+def _check_magnitudes(weights: Weights, modules: dict[str, _Module]) -> None:
+    """MoE-PEFT saves no magnitude at all; PEFT saves one for every module."""
+    without = [name for name, module in modules.items() if module.magnitude is None]
+    if without and len(without) < len(modules):
+        where = weights.where(f"base_model.model.{without[0]}.lora_magnitude_vector")
+        raise MissingTensorError(where, "no such tensor", "one, as other modules have")
+
+
+def _mixture(
+    weights: Weights, name: str, module: _Module, scaling: Scaling, dora: bool
+) -> LinearMixture:
+    experts = build_experts(weights, [_names(name, module)], scaling)
+    magnitude: Any = None
+    if module.magnitude is not None:
+        if not dora:
+            where = weights.where(module.magnitude)
+            raise UnsupportedError(where, "a DoRA magnitude", "none, as use_dora is not set")
+        magnitude = weights.tensor(module.magnitude, 1)
+        if magnitude.shape[0] != experts.b.shape[0]:
+            expected = [experts.b.shape[0]]
+            raise ShapeError(weights.where(module.magnitude), list(magnitude.shape), expected)
+    return LinearMixture(experts, Constant((1.0,)), magnitude=magnitude)
+
+
+def _warnings(
+    wanted: list[str] | None, modules: Iterable[str], *, lost_magnitudes: bool
+) -> tuple[str, ...]:
+    warnings = targets.unused(wanted, modules)
+    if lost_magnitudes:
+        warnings += ("use_dora is set but no magnitudes are saved: served as plain LoRA",)
+    return warnings

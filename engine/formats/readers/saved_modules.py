@@ -1,0 +1,29 @@
+"""What PEFT may save beside an adapter's own tensors: whole modules, and biases of the base's."""
+
+from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.formats.io.fields import Fields, shortened
+from molehill.engine.formats.io.files import Weights
+
+_FIELD = "modules_to_save"
+
+
+def check(config: Fields, weights: Weights) -> tuple[str, ...]:
+    """Warnings of what the config names and the file does not hold, for it changes nothing.
+
+    Raises ConfigError; UnsupportedError where the file holds a whole module.
+    """
+    names = config.texts(_FIELD)
+    modules = [f".{name}" for name in weights.tensors if "lora_" not in name]
+    absent: list[str] = []
+    for name in dict.fromkeys(names):
+        if any(f".{name}." in module for module in modules):
+            expected = "the field absent, or no tensors for it"
+            raise UnsupportedError(f"{config.where}: {_FIELD}", f"whole modules ({name})", expected)
+        absent.append(name)
+    found = []
+    if absent:
+        found.append(f"{_FIELD} is {shortened(absent)}, but there are no tensors for it: no effect")
+    bias = config.values.get("bias")
+    if bias not in (None, False, "none"):
+        found.append(f"bias is {shortened(bias)}, but the file has none of the base's: no effect")
+    return tuple(found)

@@ -1,0 +1,183 @@
+"""Which modules a config of PEFT's adapts: the rule of PEFT's `check_target_module_exists`.
+
+PEFT drops the tensors of all other modules without a word, so a file that holds some contradicts
+its config. Patterns are regular expressions of a stranger's: they get a bounded time.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+
+from molehill.engine.adapter.errors import ConfigError, LimitError, UnsupportedError
+from molehill.engine.formats.io.fields import Fields, shortened
+
+# For all patterns of one config, on all modules of its file.
+_SECONDS = 5.0
+_LONGEST = 1 << 14
+_ALL_LINEAR = "all-linear"
+# The first number that follows a name, as PEFT finds a layer where no `layers_pattern` says how.
+_ANY_LAYERS = r".*?\.[^.]*"
+
+
+def suffixes(module: str) -> Iterable[str]:
+    """`a.b.c`, `b.c` and `c` of `a.b.c`."""
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module
+
+
+class _Clock:
+    """What is left of the time for all patterns."""
+
+    def __init__(self) -> None:
+        self.left = _SECONDS
+
+    def run(self, where: str, match: Callable[..., Any], text: str) -> Any:
+        """Raises LimitError."""
+        start = time.monotonic()
+        try:
+            return match(text, timeout=max(self.left, 1e-3), concurrent=True)
+        except TimeoutError:
+            expected = f"at most {_SECONDS:g} seconds for all modules"
+            raise LimitError(where, "a pattern that takes longer", expected) from None
+        finally:
+            self.left -= time.monotonic() - start
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    where: str
+    compiled: Any
+    clock: _Clock
+
+    def fullmatch(self, text: str) -> bool:
+        return self.clock.run(self.where, self.compiled.fullmatch, text) is not None
+
+    def match(self, text: str) -> Any:
+        return self.clock.run(self.where, self.compiled.match, text)
+
+
+class Targeting:
+    """targets: what a module's name must end with, or a pattern; None where the trainer chose by
+    the model's architecture, which is not in the file."""
+
+    def __init__(self, config: Fields) -> None:
+        """Raises ConfigError, UnsupportedError."""
+        self._config, self._clock = config, _Clock()
+        self._targets = self._names(_target_modules(config), "target_modules")
+        self._excluded = self._names(config.values.get("exclude_modules"), "exclude_modules")
+        self._saved = [
+            self._pattern("modules_to_save", rf"(^|.*\.){name}($|\..*)", name)
+            for name in config.texts("modules_to_save")
+        ]
+        self._layers = _layers(config)
+        self._layer_patterns = self._read_layer_patterns()
+        if self._layers is not None and isinstance(self._targets, _Pattern):
+            expected = "none beside a pattern in target_modules, as PEFT demands"
+            raise config.error("layers_to_transform", expected)
+
+    def check(self, file: str, modules: Iterable[str]) -> None:
+        """modules: as PEFT knows them, the tensors' names less `base_model.model.`.
+
+        Raises UnsupportedError for the first that is not adapted, LimitError for a slow pattern.
+        """
+        for module in modules:
+            field = self.against(module)
+            if field is not None:
+                value = shortened(self._config.values.get(field))
+                expected = f"none, as {field} is {value}"
+                raise UnsupportedError(
+                    f"{file}: {module}", "tensors of an untargeted module", expected
+                )
+
+    def against(self, module: str) -> str | None:
+        """The field by which a module is not adapted; None if it is. Raises LimitError."""
+        if self._excluded is not None and _named(module, self._excluded):
+            return "exclude_modules"
+        if any(pattern.match(module) for pattern in self._saved):
+            return "modules_to_save"
+        if self._targets is None:
+            return None
+        if not _named(module, self._targets):
+            return "target_modules"
+        if isinstance(self._targets, _Pattern) or module in self._targets or self._layers is None:
+            return None
+        layer = self._layer(module)
+        if layer is None and self._config.values.get("layers_pattern"):
+            return "layers_pattern"
+        return None if layer in self._layers else "layers_to_transform"
+
+    def warnings(self) -> tuple[str, ...]:
+        """A `layers_pattern` by itself does nothing; PEFT's newer versions refuse it."""
+        if not self._config.values.get("layers_pattern") or self._layers is not None:
+            return ()
+        where = self._config.where
+        return (f"{where}: layers_pattern without layers_to_transform has no effect",)
+
+    def _layer(self, module: str) -> int | None:
+        found = (pattern.match(module) for pattern in self._layer_patterns)
+        match = next(filter(None, found), None)
+        return None if match is None else int(match["idx"])
+
+    def _read_layer_patterns(self) -> list[_Pattern]:
+        value = self._config.values.get("layers_pattern")
+        names = [value] if isinstance(value, str) else self._config.texts("layers_pattern")
+        patterns = {name: rf"(?:^|.*?\.){name}" for name in names if name}
+        whole = patterns or {_ANY_LAYERS: _ANY_LAYERS}
+        return [
+            self._pattern("layers_pattern", rf"{pattern}\.(?P<idx>\d{{1,9}})\.", name)
+            for name, pattern in whole.items()
+        ]
+
+    def _names(self, value: Any, field: str) -> Collection[str] | _Pattern | None:
+        """A set of suffixes, a pattern, or None for nothing."""
+        if value is None or value == _ALL_LINEAR:
+            return None
+        if isinstance(value, str):
+            return self._pattern(field, value, value)
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self._config.error(field, "a list of module names, or a pattern")
+        return frozenset(value)
+
+    def _pattern(self, field: str, pattern: str, own: str) -> _Pattern:
+        """own: the part that the config holds."""
+        where = f"{self._config.where}: {field}"
+        if len(own) > _LONGEST:
+            expected = f"at most {_LONGEST}"
+            raise LimitError(where, f"a pattern of {len(own)} characters", expected)
+        try:
+            return _Pattern(where, regex.compile(pattern), self._clock)
+        except (regex.error, RecursionError, OverflowError) as error:
+            found = f"{shortened(own)} ({error})"
+            raise ConfigError(where, found, "a regular expression") from None
+
+
+def _named(module: str, names: Collection[str] | _Pattern) -> bool:
+    if isinstance(names, _Pattern):
+        return names.fullmatch(module)
+    return any(suffix in names for suffix in suffixes(module))
+
+
+def _target_modules(config: Fields) -> Any:
+    """MoE-PEFT also writes {suffix: whether}."""
+    value = config.values.get("target_modules")
+    if not isinstance(value, Mapping):
+        return value
+    if not all(isinstance(wanted, bool) for wanted in value.values()):
+        raise config.error("target_modules", "true or false for each module")
+    return [name for name, wanted in value.items() if wanted]
+
+
+def _layers(config: Fields) -> Collection[int] | None:
+    """Those of `layers_to_transform`; None for all."""
+    value = config.values.get("layers_to_transform")
+    if value is None or value == []:
+        return None
+    layers = value if isinstance(value, list) else [value]
+    if not all(type(layer) is int for layer in layers):
+        raise config.error("layers_to_transform", "a whole number, or a list of them")
+    return frozenset(layers)

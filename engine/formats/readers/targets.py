@@ -1,0 +1,99 @@
+"""What `target_modules` promises, held against the modules that a file has tensors for."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from molehill.engine.adapter.errors import MissingTensorError, UnsupportedError
+from molehill.engine.formats.io.fields import Fields
+from molehill.engine.formats.readers.targeting import Targeting, suffixes
+
+_LAYER = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(.+)")
+
+
+def read_targets(config: Fields) -> list[str] | None:
+    """Module suffixes; None if `target_modules` is a pattern or absent. Raises ConfigError.
+
+    MoE-PEFT also writes {suffix: whether}.
+    """
+    value = config.values.get("target_modules")
+    if value is None or isinstance(value, str):
+        return None
+    if isinstance(value, Mapping):
+        if not all(isinstance(wanted, bool) for wanted in value.values()):
+            raise config.error("target_modules", "true or false for each module")
+        value = [name for name, wanted in value.items() if wanted]
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise config.error("target_modules", "a list of module names")
+    return value
+
+
+def split_layer(module: str) -> tuple[int, str] | None:
+    """`layers.3.mlp.up_proj` to (3, `mlp.up_proj`); None for a module outside the layers."""
+    match = _LAYER.fullmatch(module)
+    return (int(match[1]), match[2]) if match else None
+
+
+def check_targeted(file: str, modules: Iterable[str], targets: list[str] | None) -> None:
+    """A trainer ignores the tensors of a module that is no target. Raises UnsupportedError."""
+    if targets is None:
+        return
+    named = frozenset(targets)
+    for module in modules:
+        if named.isdisjoint(suffixes(module)):
+            expected = f"one of target_modules {', '.join(targets)}"
+            raise UnsupportedError(f"{file}: {module}", "tensors of an untargeted module", expected)
+
+
+def check_siblings(file: str, modules: Iterable[str], targeting: Targeting) -> None:
+    """A projection adapted in one layer is adapted in every layer where its parent block is, unless
+    the config takes it out there.
+
+    `self_attn` with q and v in most layers and q alone in one means lost tensors. modules: as PEFT
+    knows them. Raises MissingTensorError.
+    """
+    children: dict[str, set[str]] = {}
+    blocks: dict[tuple[int, str], set[str]] = {}
+    prefixes: dict[tuple[int, str], str] = {}
+    for module in modules:
+        name = module.removeprefix("model.")
+        split = split_layer(name)
+        if split is not None:
+            layer, (block, _, child) = split[0], split[1].rpartition(".")
+            children.setdefault(block, set()).add(child)
+            blocks.setdefault((layer, block), set()).add(child)
+            prefixes[layer, block] = module.removesuffix(name)
+    for (layer, block), found in sorted(blocks.items()):
+        for child in sorted(children[block] - found):
+            name = f"layers.{layer}.{block}.{child}"
+            if targeting.against(prefixes[layer, block] + name) is None:
+                _raise_missing(file, name)
+
+
+def check_every_layer(file: str, modules: Iterable[str]) -> None:
+    """MoE-PEFT adapts each target in every layer, from 0 to the last. Raises MissingTensorError."""
+    present = set(modules)
+    split = [part for part in map(split_layer, present) if part is not None]
+    last = max((layer for layer, _ in split), default=-1)
+    if last + 1 > len(present):
+        missing = next(i for i in range(last) if not any(layer == i for layer, _ in split))
+        _raise_missing(file, f"layers.{missing}")
+    for path in sorted({path for _, path in split}):
+        for layer in range(last + 1):
+            if f"layers.{layer}.{path}" not in present:
+                _raise_missing(file, f"layers.{layer}.{path}")
+
+
+def _raise_missing(file: str, module: str) -> None:
+    raise MissingTensorError(
+        f"{file}: {module}", "no tensors", "some, as other layers have for this target"
+    )
+
+
+def unused(targets: list[str] | None, modules: Iterable[str]) -> tuple[str, ...]:
+    """A warning for each target that the file has no tensors for; trainers ignore unknown names."""
+    found = {suffix for module in modules for suffix in suffixes(module)}
+    return tuple(
+        f"target_modules names {target}, but there are no tensors for it"
+        for target in targets or ()
+        if target not in found
+    )

@@ -1,0 +1,90 @@
+"""The shapes of a base model from its Transformers config, without loading weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from molehill.engine.adapter import expert_sites
+from molehill.engine.adapter.base_model import BaseModel, Moe
+from molehill.engine.system.torchvision import check_importable
+
+_FFN_PROJECTIONS = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
+
+
+def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
+    """From a model directory, a name in the local cache, or a config.
+
+    Its linears are those inside the layers; the head and the embeddings are never adapted. Raises
+    OSError or ValueError as Transformers does, and ImportError where it lacks something.
+    """
+    check_importable()
+    config = source if isinstance(source, PretrainedConfig) else AutoConfig.from_pretrained(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return BaseModel(
+        name=str(source if isinstance(source, str | Path) else config.name_or_path),
+        architecture=(config.architectures or [type(model).__name__])[0],
+        linears=_linears(model),
+        ffns=_ffns(model, activation(config)),
+        moes=_moes(model),
+    )
+
+
+def canonical_name(module: str) -> str:
+    """A module's name in the adapter's terms: without the leading `model.`."""
+    return expert_sites.canonical(module.removeprefix("model."))
+
+
+def activation(config: Any) -> str:
+    """The Transformers name of a causal LM's FFN activation."""
+    text = config.get_text_config()
+    name = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
+    return str(name)
+
+
+def fused_experts(module: nn.Module) -> Moe | None:
+    """The sizes of a module that holds a block's experts in two parameters, `gate_up_proj`
+    `[E, 2 I, d]`, all gates before all ups, and `down_proj` `[E, d, I]`; None for any other."""
+    own = dict(module.named_parameters(recurse=False))
+    if set(own) != {"gate_up_proj", "down_proj"} or getattr(module, "is_transposed", False):
+        return None
+    if not getattr(module, "is_concatenated", True) or own["down_proj"].ndim != 3:
+        return None
+    experts, hidden, intermediate = own["down_proj"].shape
+    if tuple(own["gate_up_proj"].shape) != (experts, 2 * intermediate, hidden):
+        return None
+    return Moe(experts, hidden, intermediate)
+
+
+def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        canonical_name(name): (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in f".{name}"
+    }
+
+
+def _ffns(model: nn.Module, activation: str) -> dict[str, str]:
+    return {
+        canonical_name(name): activation
+        for name, module in model.named_modules()
+        if _is_gated_ffn({n: m for n, m in module.named_children() if isinstance(m, nn.Linear)})
+    }
+
+
+def _is_gated_ffn(linears: dict[str, nn.Linear]) -> bool:
+    if not any(projections <= set(linears) for projections in _FFN_PROJECTIONS):
+        return False
+    fused = linears.get("gate_up_proj")
+    return fused is None or fused.out_features == 2 * linears["down_proj"].in_features
+
+
+def _moes(model: nn.Module) -> dict[str, Moe]:
+    return {
+        canonical_name(name).removesuffix(".experts"): block
+        for name, module in model.named_modules()
+        if name.endswith(".experts") and (block := fused_experts(module)) is not None
+    }

@@ -1,0 +1,231 @@
+"""Merging: what is static becomes one low-rank pair, and low-rank pairs become part of W.
+
+`collapse` and `merge_static` are exact up to float32's rounding, unless a tolerance is asked for.
+`subtract` is the other direction: what an adapter must do on a base into which another is merged.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.engine.transform.rank import surely_full
+from molehill.engine.transform.static_gates import gate
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.policy import Constant
+
+# Singular values below this part of the largest are gone in float32's rounding of the product.
+NUMERICAL_RANK = torch.finfo(torch.float32).eps
+
+PLAIN = Constant((1.0,))
+
+
+@dataclass(frozen=True)
+class SiteMerge:
+    """One site that merged. rank_before: of all experts together; rank_after: of the one pair.
+
+    An FFN's figures are its projections' sums. error: `static.deviation`, 0 where it is exact.
+    """
+
+    site: str
+    reason: str
+    rank_before: int
+    rank_after: int
+    error: float
+
+
+def collapse(experts: Experts, weights: Tensor) -> Experts:
+    """sum_e w_e B_e A_e as one pair of its numerical rank, never a higher one than before.
+
+    weights: `[E]`. A pair of full numerical rank keeps its own A, and B times w; with w = 1 that is
+    the very pair.
+    """
+    factor = weights.double()[experts.expert_of_row]
+    kept = factor != 0
+    a, b = experts.a, experts.b
+    if not bool(kept.all()):
+        a, b, factor = a[kept], b[:, kept], factor[kept]
+    if bool((factor != 1).any()):
+        b = b.double() * factor
+    if surely_full(a, b, NUMERICAL_RANK):
+        return _pair(a, b.float())
+    if not (bool(a.any()) and bool(b.any())):
+        return _pair(a.new_zeros(1, a.shape[1]), a.new_zeros(b.shape[0], 1))
+    return _recompressed(a, b)
+
+
+def _recompressed(a: Tensor, b: Tensor) -> Experts:
+    """B A as a pair of its numerical rank.
+
+    With A^T = Q_a R_a and B = Q_b R_b, both in float64, the product's singular values are those of
+    R_b R_a^T, `[R, R]` (recompression as for hierarchical matrices; Hackbusch,
+    ISBN 978-3-662-47324-5, 2.6).
+    """
+    tall_a, tall_b = a.double().T, b.double()
+    r_a, r_b = (torch.linalg.qr(tall, mode="r").R for tall in (tall_a, tall_b))
+    u, sigma, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    rank = max(1, int((sigma > NUMERICAL_RANK * sigma[0]).sum()))
+    if rank == len(a):
+        return _pair(a, b.float())
+    q_a, q_b = (torch.linalg.qr(tall).Q for tall in (tall_a, tall_b))
+    root = sigma[:rank].sqrt()
+    return _pair((root[:, None] * (v[:rank] @ q_a.T)).float(), ((q_b @ u[:, :rank]) * root).float())
+
+
+def _pair(a: Tensor, b: Tensor) -> Experts:
+    return Experts(a.contiguous(), b.contiguous(), (a.shape[0],))
+
+
+def merge_static(
+    adapter: Adapter, base: BaseModel | None = None, tolerance: float = 0.0
+) -> tuple[Adapter, tuple[SiteMerge, ...]]:
+    """The adapter with every static site as plain low-rank pairs, and what was merged.
+
+    A static FFN mixture becomes linears. Sites with a magnitude (DoRA) stay as they are. The same
+    adapter comes back if nothing merges, so merging twice is merging once.
+    base: what FFN mixtures that name an activation are held against; unknown, those stay.
+    tolerance: see `static.gate`; above 0 the result is an approximation.
+    """
+    sites: dict[str, Mixture] = {}
+    merges: list[SiteMerge] = []
+    for site in sorted(adapter.sites, key=natural_key):
+        mixture = adapter.sites[site]
+        activation = base.ffns.get(site) if base else None
+        merged = merge_site(site, mixture, activation, tolerance)
+        sites.update({site: mixture} if merged is None else merged[0])
+        if merged is not None:
+            merges.append(merged[1])
+    return (replace(adapter, sites=sites) if merges else adapter), tuple(merges)
+
+
+def merge_site(
+    site: str, mixture: Mixture, activation: str | None = None, tolerance: float = 0.0
+) -> tuple[dict[str, LinearMixture], SiteMerge] | None:
+    """One static site as linears; None if it is dynamic, merged already, or of vectors.
+
+    activation: the base's, of an FFN.
+    """
+    if isinstance(mixture, ScaleMixture):
+        return None
+    if isinstance(mixture, LinearMixture) and mixture.magnitude is not None:
+        return None
+    found = gate(mixture, activation, tolerance)
+    if found.weights is None:
+        return None
+    if isinstance(mixture, FfnMixture):
+        stacks = {f"{site}.{name}": experts for name, experts in sorted(mixture.experts.items())}
+    else:
+        stacks = {site: mixture.experts}
+    merged = {
+        name: LinearMixture(collapse(experts, found.weights), PLAIN)
+        for name, experts in stacks.items()
+    }
+    before = sum(sum(experts.ranks) for experts in stacks.values())
+    after = sum(sum(linear.experts.ranks) for linear in merged.values())
+    if before == after and is_plain(mixture):
+        return None
+    return merged, SiteMerge(site, found.reason, before, after, found.error)
+
+
+def is_plain(mixture: Mixture) -> bool:
+    """Whether a site is nothing but y = W x + B A x."""
+    return (
+        isinstance(mixture, LinearMixture)
+        and mixture.policy == PLAIN
+        and mixture.router is None
+        and mixture.magnitude is None
+    )
+
+
+def plain_sites(adapter: Adapter) -> dict[str, Experts]:
+    """The pairs B A of the sites that are nothing else: after `merge_static`, all that can go into
+    base weights and come out again as a low-rank pair."""
+    return {
+        site: mixture.experts
+        for site, mixture in adapter.sites.items()
+        if isinstance(mixture, LinearMixture) and is_plain(mixture)
+    }
+
+
+@dataclass(frozen=True)
+class Resident:
+    """The adapter whose plain pairs are in the base's weights.
+
+    digest: of the adapter as it was loaded, or "" for one that came as `merged` is.
+    """
+
+    merged: Adapter
+    digest: str = ""
+
+    @cached_property
+    def pairs(self) -> dict[str, Experts]:
+        """The merged pairs by site."""
+        return plain_sites(self.merged)
+
+
+def merged_weight(weight: Tensor, mixture: LinearMixture) -> Tensor:
+    """W + B A, with a magnitude m / ||W + B A|| * (W + B A) by rows: `[out, in]`.
+
+    Computed in float32 and rounded once, to the dtype of `weight`. The site must be plain or DoRA.
+    """
+    adapted = weight.float() + mixture.experts.b @ mixture.experts.a
+    if mixture.magnitude is not None:
+        adapted = adapted * (mixture.magnitude / adapted.norm(dim=1))[:, None]
+    return adapted.to(weight.dtype)
+
+
+def subtract(adapter: Adapter, resident: Mapping[str, Experts]) -> Adapter:
+    """What does on W + B A what `adapter` does on W; resident: the merged pairs by site.
+
+    A site whose pair is the resident's own bits is left out: the weights do that already. Raises
+    UnsupportedError for what a low-rank pair beside it cannot set right: vectors, and magnitudes of
+    experts inside an FFN, whose norms are of W.
+    """
+    sites: dict[str, Mixture] = dict(adapter.sites)
+    for site, own in sites.items():
+        if isinstance(own, ScaleMixture) and site in resident:
+            _refuse(site, "vectors")
+        if isinstance(own, FfnMixture):
+            for name in own.magnitudes:
+                if f"{site}.{name}" in resident:
+                    _refuse(f"{site}.{name}", "magnitudes of experts")
+    for site, merged in resident.items():
+        undo = Experts(merged.a, -merged.b, merged.ranks)
+        present = sites.get(site)
+        if present is None:
+            sites[site] = LinearMixture(undo, PLAIN)
+        elif isinstance(present, LinearMixture):
+            if is_plain(present) and _equal(present.experts, merged):
+                del sites[site]
+            else:
+                sites[site] = _beside(present, undo)
+    return replace(adapter, sites=sites)
+
+
+def _refuse(site: str, found: str) -> None:
+    expected = "none where an adapter is merged into the base weights"
+    raise UnsupportedError(site, found, expected)
+
+
+def _equal(one: Experts, other: Experts) -> bool:
+    return torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
+
+
+def _beside(own: LinearMixture, undo: Experts) -> LinearMixture:
+    """`own` and a pair that every token gets. Beside a magnitude it joins the one expert, for the
+    magnitude scales the original W."""
+    if own.router is not None:
+        return replace(own, shared=undo)
+    a = torch.cat([own.experts.a, undo.a])
+    b = torch.cat([own.experts.b, undo.b], dim=1)
+    if own.magnitude is not None:
+        return replace(own, experts=_pair(a, b))
+    weights = gate(own).weights
+    assert weights is not None
+    experts = Experts(a, b, (*own.experts.ranks, *undo.ranks))
+    return LinearMixture(experts, Constant((*weights.tolist(), 1.0)))

@@ -1,0 +1,92 @@
+"""A base checkpoint with an adapter merged into its weights."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import safe_open
+from torch import Tensor
+
+from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
+from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.engine.formats.convert.peft_writer import why_not_plain
+from molehill.engine.hf.shapes import canonical_name
+from molehill.engine.system.atomic_directory import appearing
+from molehill.engine.transform.merge import is_plain, merged_weight
+from molehill.kernels.mixture import LinearMixture
+
+_WHOLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# Weights in other files would be those of the base, unmerged.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+def merge_checkpoint(base: Path, adapter: Adapter, directory: Path) -> dict[str, float]:
+    """Writes `base` with W + B A (m / ||W + B A|| * (W + B A) with DoRA) to a new directory.
+
+    adapter: fits the base, and its sites are plain or DoRA, as `merge_static` leaves them. Sums are
+    float32, rounded once to the weight's dtype. Shards keep their names and tensors; config and
+    tokenizer are copied. Returns the relative change ||W' - W|| / ||W|| by site.
+
+    Raises UnsupportedError (a dynamic site; a quantised base, or one without safetensors),
+    UnknownTargetError (a site whose weight no shard has), FileExistsError, OSError.
+    """
+    sites = _sites(adapter)
+    shards = _shards(base)
+    changes: dict[str, float] = {}
+    with appearing(directory) as partial:
+        for shard in shards:
+            with safe_open(base / shard, framework="pt") as file:
+                metadata = file.metadata()
+            tensors = safetensors.torch.load_file(base / shard)
+            changes.update(_merge(tensors, sites))
+            safetensors.torch.save_file(tensors, partial / shard, metadata)
+        for site in sites:
+            if site not in changes:
+                found = f"no weight of it in {', '.join(shards)}"
+                raise UnknownTargetError(site, found, "one in the base's checkpoint")
+        for file_path in base.iterdir():
+            if file_path.is_file() and file_path.suffix not in _OTHER_WEIGHTS:
+                shutil.copyfile(file_path, partial / file_path.name)
+    return changes
+
+
+def _sites(adapter: Adapter) -> dict[str, LinearMixture]:
+    found = {}
+    for site in sorted(adapter.sites, key=natural_key):
+        mixture = adapter.sites[site]
+        if not isinstance(mixture, LinearMixture) or not (is_plain(mixture) or _is_dora(mixture)):
+            raise UnsupportedError(site, why_not_plain(mixture), "a static site")
+        found[site] = mixture
+    return found
+
+
+def _is_dora(mixture: LinearMixture) -> bool:
+    return mixture.magnitude is not None
+
+
+def _shards(base: Path) -> list[str]:
+    config = json.loads((base / "config.json").read_text())
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        raise UnsupportedError("config.json: quantization_config", method, "unquantised weights")
+    if (base / _INDEX).exists():
+        names = json.loads((base / _INDEX).read_text())["weight_map"].values()
+        return sorted(set(names))
+    if (base / _WHOLE).exists():
+        return [_WHOLE]
+    raise UnsupportedError(base, "no safetensors checkpoint", f"{_WHOLE} or {_INDEX}")
+
+
+def _merge(tensors: dict[str, Tensor], sites: Mapping[str, LinearMixture]) -> dict[str, float]:
+    """Changes the weights of `sites` among a shard's tensors; the relative change of each."""
+    changes = {}
+    for name, weight in tensors.items():
+        site = canonical_name(name.removesuffix(".weight"))
+        if site in sites and name.endswith(".weight"):
+            tensors[name] = merged_weight(weight, sites[site])
+            before = weight.float()
+            changes[site] = float((tensors[name].float() - before).norm() / before.norm())
+    return changes

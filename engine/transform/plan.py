@@ -1,0 +1,187 @@
+"""What each site of an adapter is: static or not and why, what merging leaves, what it costs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.adapter.model import (
+    Adapter,
+    describe_mixture,
+    describe_policy,
+    natural_key,
+    site_tensors,
+)
+from molehill.engine.transform.merge import merge_site
+from molehill.engine.transform.static_gates import gate, most_experts
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.policy import Policy
+
+# Bytes of a number of A and B in a serving copy, and of the base's weights; routers are float32.
+SERVED = 2
+ROUTER = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Per token: multiply-adds counted as two, and bytes of weights read (16-bit, routers 32-bit).
+
+    Element-wise work is left out. base_flops, base_bytes: of the base's own linears there, None if
+    the adapter does not tell their shape.
+    """
+
+    flops: int
+    bytes: int
+    base_flops: int | None
+    base_bytes: int | None
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One site.
+
+    shape: `linear`, `ffn` or `scale`. ranks: of each expert, by projection; none of vectors.
+    bytes: in canonical float32. static: the gate cannot depend on the token. reason: why it is
+    static or not. error: of the merge, `static.deviation`; 0 if it is exact. merged: the one rank
+    by projection that merging leaves, None where nothing merges. cost: of one token as it is
+    served, at the most.
+    """
+
+    site: str
+    shape: str
+    policy: Policy
+    experts: int
+    ranks: Mapping[str, tuple[int, ...]]
+    bytes: int
+    static: bool
+    reason: str
+    error: float
+    merged: Mapping[str, int] | None
+    cost: Cost
+
+    def as_json(self) -> dict[str, Any]:
+        cost = self.cost
+        return {
+            "site": self.site,
+            "shape": self.shape,
+            "routing": describe_policy(self.policy),
+            "experts": self.experts,
+            "ranks": {name: list(ranks) for name, ranks in self.ranks.items()},
+            "bytes": self.bytes,
+            "static": self.static,
+            "reason": self.reason,
+            "error": self.error,
+            "merged_ranks": None if self.merged is None else dict(self.merged),
+            "flops_per_token": cost.flops,
+            "flops_share": share(cost.flops, cost.base_flops),
+            "bytes_per_token": cost.bytes,
+            "bytes_share": share(cost.bytes, cost.base_bytes),
+        }
+
+
+def share(extra: int, base: int | None) -> float | None:
+    """`extra` as a part of the base's; None where that is not known."""
+    return None if not base else extra / base
+
+
+def plan(
+    adapter: Adapter, base: BaseModel | None = None, tolerance: float = 0.0
+) -> tuple[SitePlan, ...]:
+    """One SitePlan per site, in natural order. base, tolerance: as in `merge.merge_static`."""
+    return tuple(
+        _site_plan(site, adapter.sites[site], base.ffns.get(site) if base else None, tolerance)
+        for site in sorted(adapter.sites, key=natural_key)
+    )
+
+
+def _site_plan(site: str, mixture: Mixture, activation: str | None, tolerance: float) -> SitePlan:
+    found = gate(mixture, activation, tolerance)
+    merged = merge_site(site, mixture, activation, tolerance)
+    return SitePlan(
+        site=site,
+        shape=describe_mixture(mixture)["shape"],
+        policy=mixture.policy,
+        experts=mixture.num_experts,
+        ranks=_ranks(site, mixture),
+        bytes=sum(tensor.nbytes for _, tensor in site_tensors(mixture)),
+        static=found.weights is not None,
+        reason=found.reason,
+        error=found.error,
+        merged=None if merged is None else _merged_ranks(merged[0]),
+        cost=_cost(mixture, None if merged is None else merged[0]),
+    )
+
+
+def _ranks(site: str, mixture: Mixture) -> dict[str, tuple[int, ...]]:
+    if isinstance(mixture, LinearMixture):
+        return {_leaf(site): mixture.experts.ranks}
+    if isinstance(mixture, ScaleMixture):
+        return {}
+    return {name: experts.ranks for name, experts in sorted(mixture.experts.items())}
+
+
+def _merged_ranks(merged: Mapping[str, LinearMixture]) -> dict[str, int]:
+    return {_leaf(site): mixture.experts.ranks[0] for site, mixture in merged.items()}
+
+
+def _leaf(site: str) -> str:
+    return site.rpartition(".")[2]
+
+
+def _cost(mixture: Mixture, merged: Mapping[str, LinearMixture] | None) -> Cost:
+    """See `Cost`."""
+    if isinstance(mixture, ScaleMixture):
+        return _vectors_cost(mixture)
+    return _low_rank_cost(mixture, merged)
+
+
+def _vectors_cost(mixture: ScaleMixture) -> Cost:
+    """The router reads every head; vectors are kept in float32."""
+    router, heads = mixture.router.numel(), mixture.num_heads
+    read = router + mixture.vectors.numel() * most_experts(mixture) // mixture.num_experts
+    return Cost(2 * router * heads, ROUTER * read, None, None)
+
+
+def _low_rank_cost(
+    mixture: LinearMixture | FfnMixture, merged: Mapping[str, LinearMixture] | None
+) -> Cost:
+    """A token reads the A and B of its experts, of those with the highest ranks, and the router."""
+    if merged is not None:
+        elements = sum(_elements(linear.experts, 1) for linear in merged.values())
+        router = 0
+    else:
+        chosen = most_experts(mixture)
+        elements = sum(_elements(experts, chosen) for experts in _stacks(mixture))
+        router = 0 if mixture.router is None else mixture.router.numel()
+    weights = _base_weights(mixture)
+    return Cost(
+        flops=2 * (elements + router),
+        bytes=SERVED * elements + ROUTER * router,
+        base_flops=None if weights is None else 2 * weights,
+        base_bytes=None if weights is None else SERVED * weights,
+    )
+
+
+def _stacks(mixture: LinearMixture | FfnMixture) -> list[Experts]:
+    if isinstance(mixture, LinearMixture):
+        return [mixture.experts]
+    return list(mixture.experts.values())
+
+
+def _elements(experts: Experts, chosen: int) -> int:
+    ranks = sum(sorted(experts.ranks)[-chosen:])
+    return ranks * (experts.a.shape[1] + experts.b.shape[0])
+
+
+def _base_weights(mixture: LinearMixture | FfnMixture) -> int | None:
+    """Elements of W; of an FFN's three, whose inner width any of its pairs tells."""
+    if isinstance(mixture, LinearMixture):
+        return mixture.experts.a.shape[1] * mixture.experts.b.shape[0]
+    return _ffn_weights(mixture)
+
+
+def _ffn_weights(mixture: FfnMixture) -> int | None:
+    for name, experts in mixture.experts.items():
+        inner = experts.a.shape[1] if name == "down_proj" else experts.b.shape[0]
+        return 3 * mixture.router.shape[1] * inner
+    return None

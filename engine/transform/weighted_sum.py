@@ -1,0 +1,94 @@
+"""Static mixes: one adapter that adds up several LoRAs, each times a number."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from molehill.engine.adapter.errors import ConfigError, ShapeError, UnsupportedError
+from molehill.engine.adapter.model import Adapter
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
+from molehill.kernels.policy import Constant
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter of a mix. name: what errors call it. scale: any finite number."""
+
+    name: str
+    adapter: Adapter
+    scale: float
+
+
+def mix(parts: Sequence[Part]) -> Adapter:
+    """The adapter whose delta is sum_i scale_i * delta_i, exactly, on every linear.
+
+    A linear's experts are those of all parts that adapt it, scales folded into B. The result is not
+    checked against limits. Raises ConfigError without parts, UnsupportedError for a part that is no
+    LoRA (named, with the reason), ShapeError where two parts disagree.
+    """
+    if not parts:
+        raise ConfigError("mix", "no adapters", "at least one")
+    stacks: dict[str, list[Experts]] = {}
+    for part in parts:
+        for site, mixture in part.adapter.sites.items():
+            own = low_rank(part.name, site, mixture)
+            scaled = Experts(own.a, own.b * part.scale, own.ranks)
+            stack = stacks.setdefault(site, [])
+            if stack:
+                check_alike(part.name, site, scaled, stack[0])
+            stack.append(scaled)
+    sites = {site: _constant(stack_up(stack)) for site, stack in stacks.items()}
+    adapters = [part.adapter for part in parts]
+    return Adapter("mix", sites, common_base(adapters), warnings(parts))
+
+
+def low_rank(name: str, site: str, mixture: Mixture) -> Experts:
+    """A static site's pairs, constant gate weights folded into B.
+
+    Raises UnsupportedError if what the site adds is not one product B A, whatever the token.
+    """
+    where, expected = f"{name}: {site}", "a LoRA's, which is the same for every token"
+    if isinstance(mixture, FfnMixture):
+        raise UnsupportedError(where, "a mixture of whole FFNs", expected)
+    if mixture.router is not None or not isinstance(mixture.policy, Constant):
+        found = f"a mixture that reads the token ({type(mixture.policy).__name__})"
+        raise UnsupportedError(where, found, expected)
+    if mixture.magnitude is not None:
+        raise UnsupportedError(where, "a DoRA magnitude, which does not add up", expected)
+    experts = mixture.experts
+    weights = torch.tensor(mixture.policy.weights)[experts.expert_of_row]
+    return Experts(experts.a, experts.b * weights, experts.ranks)
+
+
+def check_alike(name: str, site: str, own: Experts, first: Experts) -> None:
+    """Two parts' pairs must be of the same linear. Raises ShapeError."""
+    for half, found, expected in (
+        ("a", own.a.shape[1], first.a.shape[1]),
+        ("b", own.b.shape[0], first.b.shape[0]),
+    ):
+        if found != expected:
+            where = f"{name}: {site}.{half}"
+            raise ShapeError(where, f"width {found}", f"the other adapters' {expected}")
+
+
+def stack_up(stack: Iterable[Experts]) -> Experts:
+    """All experts side by side."""
+    pairs = list(stack)
+    a, b = torch.cat([own.a for own in pairs]), torch.cat([own.b for own in pairs], dim=1)
+    return Experts(a, b, tuple(rank for own in pairs for rank in own.ranks))
+
+
+def _constant(experts: Experts) -> LinearMixture:
+    return LinearMixture(experts, Constant((1.0,) * len(experts.ranks)))
+
+
+def common_base(adapters: Iterable[Adapter]) -> str | None:
+    """The base model that all adapters name which name one."""
+    names = {adapter.base_model for adapter in adapters} - {None}
+    return names.pop() if len(names) == 1 else None
+
+
+def warnings(parts: Iterable[Part]) -> tuple[str, ...]:
+    """The parts' own, by name."""
+    return tuple(f"{part.name}: {text}" for part in parts for text in part.adapter.warnings)

@@ -1,0 +1,79 @@
+"""Adapters ready for a slot, and those of them that wait in host memory, out of the slots."""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from molehill.engine.routing_stats import Costs
+from molehill.kernels.interface import MoePiece, Packed, SlotWeights
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Wanted(NamedTuple):
+    """An adapter as a worker is asked for it. Names of the same bytes have a path in common, and
+    each an id of its own: what is done for one is not undone for the other."""
+
+    lora_id: int
+    path: str
+
+    @classmethod
+    def of(cls, request: Any) -> "Wanted":
+        """request: vLLM's LoRARequest."""
+        return cls(request.lora_int_id, request.lora_path)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One rank's share of an adapter. num_bytes: of its serving copy.
+
+    weights: as the backend keeps them, or as they were cut where there was no room to pack them.
+    """
+
+    costs: Costs
+    moes: Mapping[int, MoePiece]
+    num_bytes: int
+    is_empty: bool
+    weights: SlotWeights | Packed
+
+
+class HostMemory(Generic[Key]):
+    """The prepared adapters that left the slots last, each under a key of its own, in at most
+    `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._evicted: list[Key] = []
+        self._adapters: OrderedDict[Key, Prepared] = OrderedDict()
+
+    def sizes(self) -> dict[Key, int]:
+        """Bytes by key."""
+        return {key: adapter.num_bytes for key, adapter in self._adapters.items()}
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._adapters
+
+    def put(self, key: Key, adapter: Prepared) -> None:
+        """Makes room by letting go of those that left before; what is larger than all is left out.
+
+        Adapters on a base model's experts are left out too: theirs are not packed.
+        """
+        if adapter.num_bytes > self.limit or adapter.moes:
+            return
+        self._adapters.pop(key, None)
+        while sum(self.sizes().values()) + adapter.num_bytes > self.limit:
+            self._evicted.append(self._adapters.popitem(last=False)[0])
+        self._adapters[key] = adapter
+
+    def evicted(self) -> list[Key]:
+        """Keys of what made room for others since the last call."""
+        gone, self._evicted = self._evicted, []
+        return gone
+
+    def take(self, key: Key) -> Prepared | None:
+        """The adapter, which is not kept here any more."""
+        return self._adapters.pop(key, None)
+
+    def drop(self, key: Key) -> None:
+        self._adapters.pop(key, None)

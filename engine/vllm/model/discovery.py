@@ -1,0 +1,166 @@
+"""Finds the linears and FFNs of a loaded vLLM model, and what each holds of the original model."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import nn
+from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+
+from molehill.engine.adapter import expert_sites
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear of the original model inside a (possibly fused) vLLM linear, on this rank.
+
+    site: canonical name. in_features, out_features: of the whole original, not of this rank.
+    outputs: ranges of the original's outputs that this rank computes; they lie side by side from
+    column `start` of the linear. inputs: the range of its inputs that this rank sees.
+    """
+
+    site: str
+    in_features: int
+    out_features: int
+    outputs: tuple[range, ...]
+    inputs: range
+    start: int
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A vLLM linear and its original projections, in the order of its columns."""
+
+    name: str
+    module: LinearBase
+    projections: tuple[Projection, ...]
+
+    @property
+    def in_features(self) -> int:
+        return len(self.projections[0].inputs)
+
+    @property
+    def out_features(self) -> int:
+        last = self.projections[-1]
+        return last.start + sum(map(len, last.outputs))
+
+    @property
+    def input_is_sharded(self) -> bool:
+        return self.in_features != self.projections[0].in_features
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """A gated FFN (`layers.3.mlp`): its module, the names of its linears and of its activation."""
+
+    site: str
+    module: nn.Module
+    gate_up: str
+    down: str
+    activation_child: str
+    activation: str
+
+
+def canonical(name: str) -> str:
+    """A module's name without what precedes the decoder layers: `layers.3.self_attn.qkv_proj`."""
+    return expert_sites.canonical(re.sub(r"^(?:language_model\.)?(?:model\.)*", "", name))
+
+
+def find_linears(model: nn.Module) -> list[Linear]:
+    """Every linear that an adapter can change, in the model's order. The router of an MoE block
+    is none: vLLM has kernels of its own for it."""
+    packed = getattr(model, "packed_modules_mapping", {})
+    return [
+        Linear(canonical(name), module, _projections(canonical(name), module, packed))
+        for name, module in model.named_modules()
+        if isinstance(module, LinearBase) and not isinstance(module, GateLinear)
+    ]
+
+
+def _projections(
+    name: str, module: LinearBase, packed: Mapping[str, list[str]]
+) -> tuple[Projection, ...]:
+    parent, _, leaf = name.rpartition(".")
+    parts = _parts(module)
+    inputs = range(module.input_size)
+    if isinstance(module, RowParallelLinear):
+        width = module.input_size_per_partition
+        inputs = range(module.tp_rank * width, (module.tp_rank + 1) * width)
+    names = packed.get(leaf, [leaf])
+    starts = [0, *accumulate(len(own) for _, own in parts)]
+    if len(names) != len(parts):
+        # The original model has it fused too (Phi-3): one projection over all parts.
+        offsets = [0, *accumulate(total for total, _ in parts)]
+        own = tuple(
+            range(offset + part.start, offset + part.stop)
+            for offset, (_, part) in zip(offsets, parts, strict=False)
+        )
+        return (Projection(name, module.input_size, offsets[-1], own, inputs, 0),)
+    return tuple(
+        Projection(
+            f"{parent}.{original}" if parent else original,
+            module.input_size,
+            total,
+            (own,),
+            inputs,
+            start,
+        )
+        for original, (total, own), start in zip(names, parts, starts, strict=False)
+    )
+
+
+def _parts(module: LinearBase) -> list[tuple[int, range]]:
+    """(outputs of the whole original, this rank's range of them) of each part, by column."""
+    if isinstance(module, QKVParallelLinear):
+        heads = [
+            (module.total_num_heads, module.num_heads, module.head_size, 1),
+            *(
+                (module.total_num_kv_heads, module.num_kv_heads, size, module.num_kv_head_replicas)
+                for size in (module.head_size, module.v_head_size)
+            ),
+        ]
+        return [
+            (total * size, _nth(module.tp_rank // replicas, local * size))
+            for total, local, size, replicas in heads
+        ]
+    if isinstance(module, MergedColumnParallelLinear):
+        return [(n, _nth(module.tp_rank, n // module.tp_size)) for n in module.output_sizes]
+    if isinstance(module, ColumnParallelLinear):
+        return [(module.output_size, _nth(module.tp_rank, module.output_size_per_partition))]
+    return [(module.output_size, range(module.output_size))]
+
+
+def _nth(index: int, size: int) -> range:
+    return range(index * size, (index + 1) * size)
+
+
+def find_ffns(linears: list[Linear], model: nn.Module) -> list[Ffn]:
+    """Every FFN made of a fused gate/up linear, a multiplying activation, and a down linear."""
+    by_name = {linear.name: linear for linear in linears}
+    found = []
+    for name, module in model.named_modules():
+        site = canonical(name)
+        gate_up, down = f"{site}.gate_up_proj", f"{site}.down_proj"
+        child, activation = _activation(module)
+        if gate_up in by_name and down in by_name and activation:
+            found.append(Ffn(site, module, gate_up, down, child, activation))
+    return found
+
+
+def _activation(module: nn.Module) -> tuple[str, str]:
+    """(child's name, its Transformers name) of an FFN's activation; empty if it is another one."""
+    for name, child in module.named_children():
+        if type(child) is SiluAndMul:
+            return name, "silu"
+        if type(child) is GeluAndMul:
+            return name, "gelu_pytorch_tanh" if child.approximate == "tanh" else "gelu"
+    return "", ""

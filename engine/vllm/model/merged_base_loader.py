@@ -1,0 +1,99 @@
+"""Loads a base model with an adapter merged into its weights (`--merge-into-base`).
+
+(name, tensor) pairs are changed as they come from the checkpoint, before vLLM shards, fuses and
+packs them, and so whatever it does with them. The adapter is a directory in the native format whose
+plain low-rank pairs are merged; the rest of it is served as any adapter is.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from molehill.engine import formats
+from molehill.engine.transform.merge import PLAIN, Resident, merged_weight
+from molehill.engine.vllm.model.discovery import canonical
+from molehill.engine.vllm.settings import Settings
+from molehill.kernels.mixture import Experts, LinearMixture
+
+logger = init_logger("vllm.molehill")
+
+# vLLM's formats whose loader yields a checkpoint's tensors one by one and under their own names.
+FORMATS = ("auto", "hf", "safetensors")
+_PREFIX = "molehill-"
+
+_resident: dict[str, Experts] = {}
+
+
+def install(config: VllmConfig) -> Resident | None:
+    """Makes this process load the base with the resident adapter of `config` merged into it.
+
+    Raises RuntimeError for a base that cannot be merged into, AdapterError for the adapter.
+    """
+    settings = Settings.from_config(config.additional_config)
+    _resident.clear()
+    if settings.resident is None:
+        return None
+    for refused, what in (
+        (config.model_config.quantization is not None, "a quantised base model"),
+        (config.speculative_config is not None, "speculative decoding"),
+        (config.load_config.load_format not in FORMATS, f"another load format than {FORMATS}"),
+    ):
+        if refused:
+            raise RuntimeError(f"merging an adapter into the base weights: found {what}")
+    merged = formats.read(Path(settings.resident), settings.limits)
+    resident = Resident(merged, settings.resident_digest)
+    _resident.update(resident.pairs)
+    config.load_config.load_format = _PREFIX + config.load_config.load_format
+    return resident
+
+
+class MergingLoader(DefaultModelLoader):  # type: ignore[misc]
+    """vLLM's loader for a checkpoint, with the resident's B A added to what it yields."""
+
+    def __init__(self, load_config: Any) -> None:
+        plain = copy.copy(load_config)
+        plain.load_format = load_config.load_format.removeprefix(_PREFIX)
+        super().__init__(plain)
+
+    def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
+        weights = super().get_all_weights(model_config, model)
+        yield from with_resident(weights, _resident, model_config.dtype)
+
+
+for _format in FORMATS:
+    register_model_loader(_PREFIX + _format)(MergingLoader)
+
+
+def with_resident(
+    weights: Iterator[tuple[str, Tensor]], resident: Mapping[str, Experts], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """`weights` with W + B A in the place of each merged W, rounded once, to `dtype`: the served
+    one, for a wider one than the checkpoint's would round twice or lose what it can hold.
+
+    Raises RuntimeError for a weight of another shape or kind, and at the end for a merged site that
+    no weight was found for: nothing may be subtracted that was not added.
+    """
+    missing = set(resident)
+    for name, weight in weights:
+        site = canonical(name.removesuffix(".weight"))
+        if site not in resident or not name.endswith(".weight"):
+            yield name, weight
+            continue
+        pair = resident[site]
+        expected = [pair.b.shape[0], pair.a.shape[1]]
+        if not weight.is_floating_point() or list(weight.shape) != expected:
+            found = f"{weight.dtype} {list(weight.shape)}"
+            raise RuntimeError(f"{name}: found {found}, expected floating point {expected}")
+        missing.discard(site)
+        yield name, merged_weight(weight.float(), LinearMixture(pair, PLAIN)).to(dtype)
+    if missing:
+        raise RuntimeError(f"{min(missing)}: found no weight in the checkpoint to merge into")
+    logger.info("molehill: an adapter is merged into %d of the base's linears", len(resident))

@@ -1,0 +1,189 @@
+"""Where adapters act in a loaded vLLM model: finds and hooks the places, cuts adapters to fit."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group, get_world_group
+from vllm.logger import init_logger
+
+from molehill.engine.adapter import expert_pairs
+from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.engine.vllm.model import discovery, moe_blocks, sharding
+from molehill.engine.vllm.model.hooks import hook_experts, hook_ffn, hook_linear
+from molehill.kernels.interface import (
+    Backend,
+    FfnPiece,
+    FfnShape,
+    LinearPiece,
+    LinearShape,
+    MoePiece,
+    MoeShape,
+    ScalePiece,
+    SlotWeights,
+)
+from molehill.kernels.mixture import FfnMixture, LinearMixture, ScaleMixture
+from molehill.kernels.moe_blocks import MoeBlocks
+
+logger = init_logger("vllm.molehill")
+
+
+class Seams:
+    """The linears, FFNs and MoE blocks of this rank, registered with the backend and hooked.
+
+    base: the shapes of the whole model, all pipeline stages together.
+    """
+
+    def __init__(
+        self,
+        config: VllmConfig,
+        device: torch.device,
+        model: nn.Module,
+        backend: Backend,
+        moes: MoeBlocks,
+    ) -> None:
+        self._backend, self._moes = backend, moes
+        self._tp = get_tp_group()
+        self._linears = discovery.find_linears(model)
+        self._ffns = discovery.find_ffns(self._linears, model)
+        self._blocks: dict[str, moe_blocks.Block] = {}
+        self._block_handles: dict[str, int] = {}
+        self._refusals: dict[str, str] = {}
+        if not self._linears:
+            raise RuntimeError(f"{type(model).__name__} has no linear that molehill can hook")
+        self._by_name = {linear.name: linear for linear in self._linears}
+        self._projections = {
+            projection.site: (linear, projection)
+            for linear in self._linears
+            for projection in linear.projections
+        }
+        self._handles: dict[str, int] = {}
+        self._ffn_handles: dict[str, int] = {}
+        self._dtype = config.model_config.dtype
+        self._install(self._dtype, device)
+        self._install_experts(config, model, device)
+        self.base = self._describe_base(config)
+
+    def _install(self, dtype: torch.dtype, device: torch.device) -> None:
+        handles = self._handles
+        for linear in self._linears:
+            reduce = self._sum_over_ranks if linear.input_is_sharded else None
+            shape = LinearShape(
+                linear.name, linear.in_features, linear.out_features, dtype, device, reduce
+            )
+            handles[linear.name] = self._backend.register_linear(shape)
+            hook_linear(linear.module, handles[linear.name], self._backend.linear_op)
+        for ffn in self._ffns:
+            width = self._by_name[ffn.down].in_features
+            handle = self._backend.register_ffn(
+                FfnShape(ffn.site, handles[ffn.gate_up], handles[ffn.down], width)
+            )
+            self._ffn_handles[ffn.site] = handle
+            hook_ffn(ffn, handle, self._backend.ffn_op)
+        self._backend.seal()
+        hooked = len(self._linears), len(self._ffns)
+        logger.info("molehill: %d linears and %d FFNs hooked", *hooked)
+
+    def _install_experts(self, config: VllmConfig, model: nn.Module, device: torch.device) -> None:
+        graphs = device.type != "cpu" and not config.model_config.enforce_eager
+        for site, runner in moe_blocks.find_blocks(model):
+            self._refusals[f"{site}.gate"] = "the base's own router"
+            if refusal := moe_blocks.refusal(runner, graphs):
+                self._refusals[f"{site}.experts"] = refusal
+            block = self._blocks[site] = moe_blocks.describe(site, runner)
+            if refusal:
+                continue
+            shape = MoeShape(
+                site,
+                block.sizes.experts,
+                block.activation,
+                moe_blocks.kernel(block),
+                moe_blocks.Weights(block),
+                self._dtype,
+                device,
+                hidden=block.sizes.hidden,
+                intermediate=len(block.intermediate),
+            )
+            self._block_handles[site] = self._moes.register(shape)
+            hook_experts(runner.routed_experts, self._block_handles[site], self._moes.op)
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self._tp.all_reduce(tensor)
+        return total
+
+    def _describe_base(self, config: VllmConfig) -> BaseModel:
+        """Shapes of the whole model: pipeline stages hold different layers, so they are united."""
+        own = (
+            {
+                site: (projection.in_features, projection.out_features)
+                for site, (_, projection) in self._projections.items()
+            },
+            {ffn.site: ffn.activation for ffn in self._ffns},
+            {site: block.sizes for site, block in self._blocks.items()},
+            self._refusals,
+        )
+        world = get_world_group()
+        everyone: list[Any] = [own] * world.world_size
+        if world.world_size > 1:
+            torch.distributed.all_gather_object(everyone, own, group=world.cpu_group)
+        return BaseModel(
+            name=config.model_config.model,
+            architecture=config.model_config.architectures[0],
+            linears={site: shape for stage in everyone for site, shape in stage[0].items()},
+            ffns={site: name for stage in everyone for site, name in stage[1].items()},
+            moes={site: sizes for stage in everyone for site, sizes in stage[2].items()},
+            refused={site: why for stage in everyone for site, why in stage[3].items()},
+        )
+
+    def has_counted(self, site: str) -> bool:
+        """Whether a site is on this pipeline stage, and its tokens are counted."""
+        return site in self._ffn_handles or site in self._projections
+
+    def cut(self, adapter: Adapter) -> SlotWeights:
+        """This rank's share of an adapter; sites of other pipeline stages are left out."""
+        linears: dict[int, list[LinearPiece]] = {}
+        scales: dict[int, list[ScalePiece]] = {}
+        ffns: dict[int, FfnPiece] = {}
+        ffn_scales: dict[int, ScalePiece] = {}
+        # In one order on all ranks: DoRA's norms are summed over them on the way.
+        for site in sorted(adapter.sites, key=natural_key):
+            mixture = adapter.sites[site]
+            if isinstance(mixture, FfnMixture):
+                if site in self._ffn_handles:
+                    ffns[self._ffn_handles[site]] = self._cut_ffn(site, mixture)
+            elif site not in self._projections:
+                continue
+            elif isinstance(mixture, ScaleMixture):
+                linear, projection = self._projections[site]
+                if mixture.of == "input":
+                    ffn = self._ffn_handles[site.rpartition(".")[0]]
+                    ffn_scales[ffn] = sharding.cut_ffn_scale(mixture, projection)
+                else:
+                    vectors = sharding.cut_scale(mixture, linear, projection)
+                    scales.setdefault(self._handles[linear.name], []).append(vectors)
+            else:
+                handle, piece = self._cut_linear(site, mixture)
+                linears.setdefault(handle, []).append(piece)
+        return SlotWeights(linears, ffns, scales, ffn_scales, self._cut_moes(adapter))
+
+    def _cut_moes(self, adapter: Adapter) -> dict[int, MoePiece]:
+        return {
+            self._block_handles[site]: sharding.cut_moe(site, projections, self._blocks[site])
+            for site, projections in expert_pairs.group(adapter.sites).items()
+            if site in self._block_handles
+        }
+
+    def _cut_linear(self, site: str, mixture: LinearMixture) -> tuple[int, LinearPiece]:
+        linear, projection = self._projections[site]
+        return self._handles[linear.name], sharding.cut_linear(
+            mixture, linear, projection, self._sum_over_ranks
+        )
+
+    def _cut_ffn(self, site: str, mixture: FfnMixture) -> FfnPiece:
+        ffn = next(ffn for ffn in self._ffns if ffn.site == site)
+        down = self._by_name[ffn.down]
+        bias = getattr(down.module, "bias", None) if self._tp.rank_in_group == 0 else None
+        inner = down.projections[0].inputs
+        return sharding.cut_ffn(mixture, ffn, self._by_name[ffn.gate_up], inner, bias)

@@ -1,0 +1,168 @@
+"""Sizes that the kernels are compiled for and launched with, and the scratch between them.
+
+Everything here depends on the number of (padded) tokens and on the limits of the server alone,
+never on what adapters are loaded, so that a captured CUDA graph stays right.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from molehill.kernels.triton import layout as at
+from molehill.kernels.triton.tiling import DECODE_TOKENS, LARGE_TILE, SMALL_TILE, max_tiles
+
+# Inputs that one split of a short step adds up, and the most splits that are made.
+SPLIT_INPUTS = 512
+MAX_SPLITS = 16
+# Programs that an FFN launch aims at: about two for each multiprocessor of a large GPU.
+FFN_PROGRAMS = 256
+
+# Given to ptxas where its own choice would rather spill a little than keep fewer programs resident.
+MAX_REGISTERS = 255
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server is built for. Fixed when it starts: addresses and grids follow from it.
+
+    adapters: different ones in one step (vLLM's max_loras). slots: loaded at once. tokens: of the
+    longest step. rank: stacked rank rows of one adapter on one (fused) linear. experts: of one
+    router, at most 32 are tested. gates: stacked router rows of one adapter on one linear.
+    pieces: original projections of one linear. memory: bytes for adapter weights.
+    """
+
+    adapters: int
+    tokens: int
+    slots: int = 64
+    rank: int = 1024
+    experts: int = 32
+    gates: int = 128
+    pieces: int = 8
+    memory: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Constants of one launch's kernels. tile_list: which tiles of the steps buffer they read.
+
+    rank_programs, gate_programs: that share a tile's rank rows and router rows, block by block.
+    """
+
+    tile: int
+    tile_list: int
+    groups: int
+    max_rank: int
+    max_gates: int
+    max_experts: int
+    max_pieces: int
+    rank: int
+    expand_rank: int
+    rank_programs: int
+    gates: int
+    gate_programs: int
+    inputs: int
+    columns: int
+    warps: int
+
+    def tiles(self, tokens: int) -> int:
+        """Programs that a step of `tokens` needs for its tiles."""
+        return max_tiles(tokens, self.groups, self.tile)
+
+    def splits(self, tokens: int, features: int) -> int:
+        """Parts that the inputs of a linear are cut into: where tokens are few, more programs."""
+        if tokens > DECODE_TOKENS:
+            return 1
+        return min(MAX_SPLITS, -(-features // SPLIT_INPUTS))
+
+    def strips(self, tokens: int, intermediate: int) -> int:
+        """Parts that an FFN's intermediate is cut into."""
+        wanted = max(1, FFN_PROGRAMS // self.tiles(tokens))
+        return min(wanted, -(-intermediate // self.columns))
+
+
+@lru_cache
+def blocks_for(tokens: int, limits: Limits) -> Blocks:
+    """Short steps have small tiles; long ones large tiles."""
+    short = tokens <= DECODE_TOKENS
+    return Blocks(
+        tile=SMALL_TILE if short else LARGE_TILE,
+        tile_list=(at.SMALL if short else at.LARGE).value,
+        groups=limits.adapters + 1,
+        max_rank=_round_up(limits.rank, 16),
+        max_gates=_round_up(limits.gates, 16),
+        max_experts=_power_of_two(limits.experts),
+        max_pieces=limits.pieces,
+        rank=32 if short else 64,
+        expand_rank=32,
+        rank_programs=8 if short else 4,
+        gates=32,
+        gate_programs=2,
+        inputs=64,
+        columns=64,
+        warps=4 if short else 8,
+    )
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _power_of_two(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What passes from one launch to the next: partial sums of rank rows and of router logits.
+
+    rows: float32 `[splits, T, max_rank]`, logits: float32 `[splits, T, max_gates]`.
+    """
+
+    splits: int
+    rows: Tensor
+    logits: Tensor
+
+
+class ScratchMemory:
+    """Room for the scratch of any step, at a fixed address."""
+
+    def __init__(self, limits: Limits, device: torch.device) -> None:
+        self._limits = limits
+        most = max(min(limits.tokens, DECODE_TOKENS) * MAX_SPLITS, limits.tokens)
+        blocks = blocks_for(limits.tokens, limits)
+        self._rows = torch.zeros(most * blocks.max_rank, device=device)
+        self._logits = torch.zeros(most * blocks.max_gates, device=device)
+
+    def of(self, tokens: int, features: int) -> Scratch:
+        """The scratch of a linear with `features` inputs."""
+        blocks = blocks_for(tokens, self._limits)
+        splits = blocks.splits(tokens, features)
+        return Scratch(
+            splits,
+            _shaped(self._rows, splits, tokens, blocks.max_rank),
+            _shaped(self._logits, splits, tokens, blocks.max_gates),
+        )
+
+
+class StripMemory:
+    """Room for the strips of an FFN launch: partial sums of down's rank rows."""
+
+    def __init__(self, limits: Limits, device: torch.device) -> None:
+        self._limits = limits
+        blocks = blocks_for(limits.tokens, limits)
+        # strips * tokens is at most FFN_PROGRAMS * tile, or tokens with one strip.
+        most = max(FFN_PROGRAMS * LARGE_TILE, limits.tokens)
+        self._rows = torch.zeros(most * blocks.max_rank, device=device)
+
+    def of(self, tokens: int, intermediate: int) -> Tensor:
+        """float32 `[strips, T, max_rank]`."""
+        blocks = blocks_for(tokens, self._limits)
+        strips = blocks.strips(tokens, intermediate)
+        return _shaped(self._rows, strips, tokens, blocks.max_rank)
+
+
+def _shaped(flat: Tensor, *shape: int) -> Tensor:
+    size = shape[0] * shape[1] * shape[2]
+    return flat[:size].view(shape)

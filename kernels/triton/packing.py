@@ -1,0 +1,289 @@
+"""One adapter's weights as the matrices and records that the kernels read.
+
+Packing only computes: a Packing lists what goes into the arena and, for every record, which fields
+are the places of those matrices. The slot table writes it once the arena has room.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from molehill.kernels.interface import CapacityError, ExpertScale, FfnPiece, LinearPiece
+from molehill.kernels.mixture import Experts
+from molehill.kernels.policy import Constant, Policy, Sparsegen
+from molehill.kernels.triton import layout as at
+from molehill.kernels.triton.launch_config import Limits
+from molehill.kernels.triton.policy_encoding import encode
+
+ACTIVATION_CODES = {
+    "silu": at.SILU.value,
+    "swish": at.SILU.value,
+    "gelu": at.GELU.value,
+    "gelu_new": at.GELU_TANH.value,
+    "gelu_pytorch_tanh": at.GELU_TANH.value,
+    "relu": at.RELU.value,
+}
+
+
+@dataclass
+class Record:
+    """Fields of one record; `places` maps a field to the matrix whose offset belongs there."""
+
+    fields: list[int]
+    places: dict[int, int] = field(default_factory=dict)
+    parameters: list[float] = field(default_factory=lambda: [0.0] * at.POLICY.value)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a router's decisions are found: columns of the logits, and row of the counters.
+
+    handle, piece: of the linear; piece is None for an FFN mixture and the handle an FFN's.
+    """
+
+    name: str
+    policy: Policy
+    handle: int
+    piece: int | None
+    gate: int
+    experts: int
+
+
+@dataclass
+class Packing:
+    """Matrices `[rows, width]` in their serving dtype, rows padded to the pitch, and the records.
+
+    heads, pieces: by linear handle; ffns: by FFN handle.
+    """
+
+    matrices: list[Tensor] = field(default_factory=list)
+    heads: dict[int, Record] = field(default_factory=dict)
+    pieces: dict[int, list[Record]] = field(default_factory=dict)
+    ffns: dict[int, Record] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [matrix.nbytes for matrix in self.matrices]
+
+    def add(self, matrix: Tensor, dtype: torch.dtype, over: int | None = None) -> int:
+        """Number of a matrix `[rows, width]` that goes into the arena, in the place of `over`."""
+        pitch = at.PITCH.value
+        padded = -(-matrix.shape[1] // pitch) * pitch
+        stored = torch.zeros(matrix.shape[0], padded, dtype=dtype)
+        stored[:, : matrix.shape[1]] = matrix
+        if over is not None:
+            self.matrices[over] = stored
+            return over
+        self.matrices.append(stored)
+        return len(self.matrices) - 1
+
+    def add_integers(self, values: Sequence[int]) -> int:
+        self.matrices.append(torch.tensor([list(values)], dtype=torch.int32))
+        return len(self.matrices) - 1
+
+
+@dataclass
+class Stack:
+    """Rank rows and router rows that one linear's pieces (and FFN mixture) stack up."""
+
+    name: str
+    handle: int
+    a: list[Tensor] = field(default_factory=list)
+    routers: list[Tensor] = field(default_factory=list)
+    rank: int = 0
+    gates: int = 0
+    mixed: int = 0
+    pieces: list[Record] = field(default_factory=list)
+
+    def add_rows(self, a: Tensor) -> int:
+        first, self.rank = self.rank, self.rank + a.shape[0]
+        self.a.append(a)
+        return first
+
+    def add_router(self, router: Tensor) -> int:
+        first, self.gates = self.gates, self.gates + router.shape[0]
+        self.routers.append(router)
+        return first
+
+    def check(self, limits: Limits) -> None:
+        """Raises CapacityError."""
+        for what, found, most in (
+            ("rank rows", self.rank + self.mixed, limits.rank),
+            ("router rows", self.gates, limits.gates),
+            ("projections", len(self.pieces), limits.pieces),
+        ):
+            if found > most:
+                raise CapacityError(self.name, f"{found} {what}", f"at most {most}")
+
+    def head(self, packing: Packing, dtype: torch.dtype) -> Record:
+        record = Record([0] * at.HEAD.value)
+        record.fields[at.HEAD_RANK.value] = self.rank
+        record.fields[at.HEAD_GATES.value] = self.gates
+        record.fields[at.HEAD_MIXED.value] = self.mixed
+        record.fields[at.HEAD_PIECES.value] = len(self.pieces)
+        if self.rank:
+            record.places[at.HEAD_A.value] = packing.add(torch.cat(self.a), dtype)
+        if self.gates:
+            record.places[at.HEAD_ROUTERS.value] = packing.add(
+                torch.cat(self.routers), torch.float32
+            )
+        return record
+
+
+def pack_piece(
+    piece: LinearPiece, stack: Stack, packing: Packing, dtype: torch.dtype, limits: Limits
+) -> None:
+    """Constant gate weights are multiplied into B and the output scale; no router is left then.
+
+    The rows of a shared pair belong to the expert after the last, whose weight is always 1.
+    """
+    weights = _constant_weights(piece)
+    experts = piece.experts
+    a, b = experts.a, experts.b
+    owner, scale = experts.expert_of_row, piece.output_scale
+    if weights is not None:
+        b = b * weights[owner]
+        owner = torch.zeros_like(owner)
+        scale = None if scale is None else (weights @ scale).unsqueeze(0)
+    record = Record([0] * at.PIECE.value)
+    if piece.shared is not None:
+        if len(experts.ranks) >= limits.experts:
+            found = f"{len(experts.ranks)} experts and a shared one"
+            raise CapacityError(piece.site, found, f"at most {limits.experts} together")
+        always = torch.full((sum(piece.shared.ranks),), len(experts.ranks))
+        a, b = torch.cat([a, piece.shared.a]), torch.cat([b, piece.shared.b], dim=1)
+        owner = torch.cat([owner, always])
+    if weights is None and piece.router is not None:
+        gate, count = _route(record, piece, piece.router, stack, limits)
+        position = len(stack.pieces)
+        packing.sites.append(Site(piece.site, piece.policy, stack.handle, position, gate, count))
+    fields = record.fields
+    fields[at.START.value], fields[at.WIDTH.value] = piece.start, b.shape[0]
+    fields[at.ROW.value], fields[at.RANK.value] = stack.add_rows(a), b.shape[1]
+    fields[at.SCALE.value] = fields[at.BIAS.value] = -1
+    record.places[at.B.value] = packing.add(b.T, dtype)
+    record.places[at.OWNER.value] = packing.add_integers(owner.tolist())
+    if scale is not None:
+        record.places[at.SCALE.value] = packing.add(scale, torch.float32)
+        if piece.bias is not None:
+            record.places[at.BIAS.value] = packing.add(piece.bias.unsqueeze(0), torch.float32)
+    stack.pieces.append(record)
+
+
+def pack_ffn(
+    piece: FfnPiece,
+    handle: int,
+    gate_up: Stack,
+    down: Stack,
+    packing: Packing,
+    dtype: torch.dtype,
+    limits: Limits,
+) -> Record:
+    """gate and up shrink with the gate_up linear; down's rows are expanded by the down linear."""
+    record = Record([0] * at.FFN.value)
+    fields = record.fields
+    gate, count = _route(record, piece, piece.router, gate_up, limits)
+    packing.sites.append(Site(piece.site, piece.policy, handle, None, gate, count))
+    fields[at.ACTIVATION.value] = ACTIVATION_CODES[piece.activation]
+    starts: list[int] = []
+    for experts, row, place, rows in (
+        (piece.gate, at.GATE_ROW, at.GATE_B, gate_up.add_rows),
+        (piece.up, at.UP_ROW, at.UP_B, gate_up.add_rows),
+        (piece.down, None, at.DOWN_A, None),
+    ):
+        starts += _starts(experts, count)
+        if experts is None or not sum(experts.ranks):
+            continue
+        if row is not None and rows is not None:
+            fields[row.value] = rows(experts.a)
+            record.places[place.value] = packing.add(experts.b.T, dtype)
+        else:
+            record.places[place.value] = packing.add(experts.a, dtype)
+    record.places[at.STARTS.value] = packing.add_integers(starts)
+    _pack_scale(piece.gate_scale, record, at.GATE_SCALE.value, at.GATE_BIAS.value, packing)
+    _pack_scale(piece.up_scale, record, at.UP_SCALE.value, at.UP_BIAS.value, packing)
+    _pack_down(piece, record, down, packing, dtype)
+    return record
+
+
+def _pack_scale(
+    scale: ExpertScale | None, record: Record, factors: int, bias: int, packing: Packing
+) -> None:
+    """factors, bias: the fields of their places."""
+    record.fields[factors] = record.fields[bias] = -1
+    if scale is None:
+        return
+    record.places[factors] = packing.add(scale.factors, torch.float32)
+    if scale.bias is not None:
+        record.places[bias] = packing.add(scale.bias.unsqueeze(0), torch.float32)
+
+
+def _pack_down(
+    piece: FfnPiece, record: Record, down: Stack, packing: Packing, dtype: torch.dtype
+) -> None:
+    """A piece of the down linear whose rows the FFN kernel made; the bias is one more rank row.
+
+    An unrouted piece that writes the same columns becomes part of it: programs of two pieces would
+    write the columns at the same time. Its rank rows lie just before those of the FFN kernel.
+    """
+    b = [] if piece.down is None else [piece.down.b.T]
+    rank = sum(part.shape[0] for part in b)
+    record.fields[at.DOWN_RANK.value] = rank
+    if piece.bias is not None:
+        record.fields[at.DOWN_BIAS.value] = 1
+        b.append(piece.bias.unsqueeze(0))
+    if not b:
+        return
+    down.mixed = sum(part.shape[0] for part in b)
+    first, over = down.rank, None
+    if len(down.pieces) == 1 and _is_plain(down.pieces[0]):
+        plain = down.pieces.pop()
+        first, over = plain.fields[at.ROW.value], plain.places[at.B.value]
+        b.insert(0, packing.matrices[over][:, : plain.fields[at.WIDTH.value]])
+    stacked = torch.cat([part.float() for part in b])
+    own = Record([0] * at.PIECE.value)
+    own.fields[at.WIDTH.value] = stacked.shape[1]
+    own.fields[at.RANK.value] = stacked.shape[0]
+    own.fields[at.ROW.value] = first
+    own.fields[at.SCALE.value] = own.fields[at.BIAS.value] = -1
+    own.places[at.B.value] = packing.add(stacked, dtype, over)
+    own.places[at.OWNER.value] = packing.add_integers([0] * stacked.shape[0])
+    down.pieces.append(own)
+
+
+def _is_plain(record: Record) -> bool:
+    """A piece with neither router nor output scale."""
+    return record.fields[at.EXPERTS.value] == 0 and at.SCALE.value not in record.places
+
+
+def _starts(experts: Experts | None, count: int) -> list[int]:
+    """First rank row of each expert, and the end: `[count + 1]`."""
+    starts = [0]
+    for rank in (0,) * count if experts is None else experts.ranks:
+        starts.append(starts[-1] + rank)
+    return starts
+
+
+def _route(
+    record: Record, piece: LinearPiece | FfnPiece, router: Tensor, stack: Stack, limits: Limits
+) -> tuple[int, int]:
+    """Writes the router's fields; its first column of the logits, and its experts."""
+    policy, experts = piece.policy, router.shape[0] - piece.policy.extra_rows
+    if isinstance(policy, Sparsegen):
+        expected = "a policy without an MLP: the Triton kernels have none"
+        raise CapacityError(piece.site, f"the policy {policy}", expected)
+    if experts > limits.experts:
+        raise CapacityError(piece.site, f"{experts} experts", f"at most {limits.experts}")
+    integers, record.parameters = encode(policy, experts, piece.parameters)
+    gate = stack.add_router(router)
+    record.fields[at.GATE.value], record.fields[at.EXPERTS.value] = gate, experts
+    record.fields[at.KEEP.value : at.SCORES.value + 1] = integers
+    return gate, experts
+
+
+def _constant_weights(piece: LinearPiece) -> Tensor | None:
+    """Gate weights `[E]` that no token changes, None where a router decides."""
+    return torch.tensor(piece.policy.weights) if isinstance(piece.policy, Constant) else None
