@@ -12,15 +12,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 assert share
 
 
-_groups: dict[pytest.Item, str] = {}
+GROUP = pytest.StashKey[str]()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Marks tests by what they start, before any are deselected by marks."""
     for mark in starts.marks(item):
         item.add_marker(mark)
-    _groups[item] = starts.group(item)
-    item.add_marker(pytest.mark.xdist_group(_groups[item]))
+    item.stash[GROUP] = starts.group(item)
+    item.add_marker(pytest.mark.xdist_group(item.stash[GROUP]))
 
 
 @pytest.hookimpl(trylast=True)
@@ -28,9 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the groups first that take longest."""
     ranks: dict[str, int] = {}
     for item in items:
-        group = _groups[item]
+        group = item.stash[GROUP]
         ranks[group] = min(ranks.get(group, starts.LAST), starts.rank(item, group))
-    items.sort(key=lambda item: ranks[_groups[item]])
+    items.sort(key=lambda item: ranks[item.stash[GROUP]])
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

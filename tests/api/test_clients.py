@@ -58,7 +58,7 @@ ASKED = {
     "/v1/responses": lambda model: {"model": model, "input": "x"},
     "/v1/messages": chat,
     "/tokenize": lambda model: {"model": model, "prompt": "x"},
-    "/v1/completions/render": lambda model: {"model": model, "prompt": "x"},
+    "/detokenize": lambda model: {"model": model, "tokens": [5]},
 }
 
 
