@@ -130,8 +130,8 @@ def _float32_if_it_fits(config: Any, weights: int, room: Room) -> Choice:
 
 def _stays(why: str) -> str:
     return (
-        "dtype: 16 bits, which oneDNN does not multiply on this processor; float32 would read prompts faster "
-        f"({GAIN}), but {why}. --dtype float32 takes it all the same."
+        "dtype: 16 bits, which oneDNN does not multiply on this processor; float32 would read "
+        f"prompts faster ({GAIN}), but {why}. --dtype float32 takes it all the same."
     )
 
 
