@@ -19,7 +19,11 @@ from molehill.benchmarks.engine import Point, Sample, progress
 
 DTYPES = ("bfloat16", "float32")
 ARMS = {"b": "base", "d": "DynMoLE"}
-POINTS = (Point("decode, batch 1", 1, 16, 24), Point("prefill, 1 x 128", 1, 128, 1))
+POINTS = (
+    Point("decode, batch 1", 1, 16, 24),
+    Point("decode, batch 8", 8, 16, 16),
+    Point("prefill, 1 x 128", 1, 128, 1),
+)
 
 
 def run(

@@ -55,12 +55,16 @@ def announced(config: Any) -> Iterator[None]:
         yield
         return
     what = "compiling the base model"
-    # vLLM's own place, for every compiled model that it keeps.
-    kept = f"It is kept in {envs.VLLM_CACHE_ROOT}/torch_compile_cache, where later starts with the "
-    kept += "same model and settings read it."
+    place = f"{envs.VLLM_CACHE_ROOT}/torch_compile_cache"
     if envs.VLLM_DISABLE_COMPILE_CACHE:
         kept = "It is not kept, as VLLM_DISABLE_COMPILE_CACHE is set."
-    line = f"{what}: one to five minutes on a CPU the first time. {kept} --enforce-eager starts "
+    elif config.compilation_config.mode == CompilationMode.VLLM_COMPILE:
+        kept = f"It is kept in {place} for later starts with the same model and settings."
+    else:
+        # As on CPU: it stores the whole ("saved AOT compiled function"), and fails to load it
+        # ("'function' object has no attribute 'finalize_loading'").
+        kept = f"Parts of it are kept in {place}; vLLM compiles the rest again at every start."
+    line = f"{what}: one to five minutes on a CPU. {kept} --enforce-eager starts "
     line += "without, and serves slower"
     before = compilation_counter.num_aot_artifacts_loaded
     with startup.long_step(what, line) as seconds:

@@ -36,7 +36,6 @@ def test_the_base_starts_without_torchvision_and_agrees_with_transformers(
         with torch.inference_mode():
             logits = oracle(torch.tensor([prompt])).logits[0, -1]
         expected, found = logits.log_softmax(-1), reply.logits.log_softmax(-1)
-        print("DIFF", (expected - found).abs().max(), expected.std(), (expected - found).std())
         assert (expected - found).abs().max() < TOLERANCE
 
 

@@ -9,7 +9,7 @@ namespace {
 template <class From, class To>
 void convert(const void* x, void* y, size_t count) {
   size_t i = 0;
-  for (; i + 16 <= count; i += 16) store((To*)y + i, load((const From*)x + i));
+  for (; i + kWide <= count; i += kWide) store((To*)y + i, load((const From*)x + i));
   if (i < count) store_some((To*)y + i, load_some((const From*)x + i, int(count - i)), int(count - i));
 }
 
@@ -23,8 +23,8 @@ void route(const float* const* x, int rows, const float* panel, int steps, float
 }
 
 void exponentials(float* values, size_t count) {
-  for (size_t i = 0; i < count; i += 16) {
-    const int some = count - i < 16 ? int(count - i) : 16;
+  for (size_t i = 0; i < count; i += kWide) {
+    const int some = count - i < kWide ? int(count - i) : kWide;
     const Floats x = load_some(values + i, some);
     // exponential() saturates where a probability is as good as zero.
     store_some(values + i, x < -87.0f ? Floats{} : exponential(x), some);
@@ -32,8 +32,8 @@ void exponentials(float* values, size_t count) {
 }
 
 void powers(const float* values, float exponent, float* results, size_t count) {
-  for (size_t i = 0; i < count; i += 16) {
-    const int some = count - i < 16 ? int(count - i) : 16;
+  for (size_t i = 0; i < count; i += kWide) {
+    const int some = count - i < kWide ? int(count - i) : kWide;
     const Floats x = load_some(values + i, some);
     // 0^p is 0 for p > 0; exponential() would saturate above it.
     const Floats y = exponential(exponent * logarithm(x));
@@ -42,8 +42,8 @@ void powers(const float* values, float exponent, float* results, size_t count) {
 }
 
 void entropies(const float* values, float* results, size_t count) {
-  for (size_t i = 0; i < count; i += 16) {
-    const int some = count - i < 16 ? int(count - i) : 16;
+  for (size_t i = 0; i < count; i += kWide) {
+    const int some = count - i < kWide ? int(count - i) : kWide;
     const Floats x = load_some(values + i, some);
     store_some(results + i, x > 0.0f ? -x * logarithm(x) : Floats{}, some);
   }
@@ -52,15 +52,16 @@ void entropies(const float* values, float* results, size_t count) {
 // Counts those ahead of each expert instead of sorting: no branches to mispredict.
 void rank(const float* values, int experts, uint16_t* order) {
   for (int e = 0; e < experts; ++e) order[e] = uint16_t(e);
-  Ints expert{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int first = 0; first < experts; first += 16, expert += 16) {
+  Ints expert;
+  for (int i = 0; i < kWide; ++i) expert[i] = i;
+  for (int first = 0; first < experts; first += kWide, expert += kWide) {
     const Floats own = load_some(values + first, experts - first);
     Ints ahead = {};
     for (int other = 0; other < experts; ++other) {
       const Floats value = splat(values[other]);
       ahead -= (value > own) | ((value == own) & (expert > other));
     }
-    for (int i = 0; i < 16 && first + i < experts; ++i) order[ahead[i]] = uint16_t(first + i);
+    for (int i = 0; i < kWide && first + i < experts; ++i) order[ahead[i]] = uint16_t(first + i);
   }
 }
 
@@ -69,10 +70,11 @@ INLINE void store_panel(float* z, const float* sums, float weight) {
 }
 
 INLINE void store_panel(bf16* z, const float* sums, float weight) {
-  Floats padded = {};
-  for (int i = 0; i < kPanelRows; ++i) padded[i] = weight * sums[i];
-  bf16 rounded[16];
-  store(rounded, padded);
+  constexpr int count = kPanelRows < kWide ? kWide : kPanelRows;
+  float weighted[count] = {};
+  bf16 rounded[count];
+  for (int i = 0; i < kPanelRows; ++i) weighted[i] = weight * sums[i];
+  for (int i = 0; i < kPanelRows; i += kWide) store(rounded + i, load(weighted + i));
   __builtin_memcpy(z, rounded, kPanelRows * sizeof *z);
 }
 
@@ -132,14 +134,14 @@ void expand_tiles(const ExpandJob& job, int column) {
   T* out = (T*)job.out + column;
   for (ptrdiff_t row = 0; row < choice.rows; ++row, z += ranks, out += out_stride) {
     typename M::template Columns<N> columns;
-#pragma GCC unroll 8
-    for (int c = 0; c < 4 * N; ++c) {
-      const int some = plain ? 16 : job.columns - column - c * 16;
+#pragma GCC unroll 16
+    for (int c = 0; c < kTileVectors * N; ++c) {
+      const int some = plain ? kWide : job.columns - column - c * kWide;
       if constexpr (plain)
-        columns.sums[c / 4][c % 4] = load(out + c * 16);
+        columns.sums[c / kTileVectors][c % kTileVectors] = load(out + c * kWide);
       else
-        columns.sums[c / 4][c % 4] =
-            some > 0 ? base_column<T>(job, int(row), column + c * 16, some) : Floats{};
+        columns.sums[c / kTileVectors][c % kTileVectors] =
+            some > 0 ? base_column<T>(job, int(row), column + c * kWide, some) : Floats{};
     }
     const uint16_t* expert = choice.experts + row * choice.max_experts;
     for (const uint16_t* end = expert + choice.counts[row]; expert != end; ++expert) {
@@ -147,13 +149,13 @@ void expand_tiles(const ExpandJob& job, int column) {
       const T* tiles = (const T*)job.b + first * all_columns + own * own_column;
       columns.add(z + first, tiles, own * kTileColumns, int(own));
     }
-#pragma GCC unroll 8
-    for (int c = 0; c < 4 * N; ++c) {
-      const int some = plain ? 16 : job.columns - column - c * 16;
+#pragma GCC unroll 16
+    for (int c = 0; c < kTileVectors * N; ++c) {
+      const int some = plain ? kWide : job.columns - column - c * kWide;
       if constexpr (plain)
-        store(out + c * 16, columns.sums[c / 4][c % 4]);
+        store(out + c * kWide, columns.sums[c / kTileVectors][c % kTileVectors]);
       else if (some > 0)
-        store_some(out + c * 16, columns.sums[c / 4][c % 4], some);
+        store_some(out + c * kWide, columns.sums[c / kTileVectors][c % kTileVectors], some);
     }
   }
 }
@@ -188,7 +190,7 @@ INLINE void add_side(Tile<M>& tile, int row, int e, const FfnSide& side) {
 template <class M>
 INLINE void shrink_down(const FfnJob& job, int row, int e, const Floats* u) {
   typename M::Operand operands[kTileColumns];
-  for (int c = 0; c < 4; ++c) store(operands + c * 16, u[c]);
+  for (int c = 0; c < kTileVectors; ++c) store(operands + c * kWide, u[c]);
   const typename M::Operand* x = operands;
   for (int k = job.down_first_rank[e]; k < job.down_first_rank[e + 1]; k += kPanelRows) {
     const auto* panel =
@@ -215,38 +217,38 @@ INLINE void ffn_row(const FfnJob& job, ptrdiff_t row) {
   const T* base_gate = (const T*)job.gate + row * job.gate_up_stride;
   const T* base_up = (const T*)job.up + row * job.gate_up_stride;
   T* out = (T*)job.h + row * job.h_stride;
-  Floats h[4] = {};
+  Floats h[kTileVectors] = {};
   for (int i = 0; i < choice.counts[row]; ++i) {
     const int e = choice.experts[row * choice.max_experts + i];
     const float weight = choice.weights[ptrdiff_t(e) * choice.rows + row];
     Tile<M> gate, up;
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      const int some = full ? 16 : larger(job.columns - c * 16, 0);
-      gate.sums[0][c] = full ? load(base_gate + c * 16) : load_some(base_gate + c * 16, some);
-      up.sums[0][c] = full ? load(base_up + c * 16) : load_some(base_up + c * 16, some);
+#pragma GCC unroll 16
+    for (int c = 0; c < kTileVectors; ++c) {
+      const int some = full ? kWide : larger(job.columns - c * kWide, 0);
+      gate.sums[0][c] = full ? load(base_gate + c * kWide) : load_some(base_gate + c * kWide, some);
+      up.sums[0][c] = full ? load(base_up + c * kWide) : load_some(base_up + c * kWide, some);
       if constexpr (scaled) {
-        gate.sums[0][c] = rescale(job.gate_side, e, c * 16, some, gate.sums[0][c]);
-        up.sums[0][c] = rescale(job.up_side, e, c * 16, some, up.sums[0][c]);
+        gate.sums[0][c] = rescale(job.gate_side, e, c * kWide, some, gate.sums[0][c]);
+        up.sums[0][c] = rescale(job.up_side, e, c * kWide, some, up.sums[0][c]);
       }
     }
     add_side<M>(gate, int(row), e, job.gate_side);
     add_side<M>(up, int(row), e, job.up_side);
-    Floats u[4];
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
+    Floats u[kTileVectors];
+#pragma GCC unroll 16
+    for (int c = 0; c < kTileVectors; ++c) {
       u[c] = activate(job.activation, gate.sums[0][c]) * up.sums[0][c];
       h[c] += weight * u[c];
     }
     if (job.down) shrink_down<M>(job, int(row), e, u);
   }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const int some = full ? 16 : larger(job.columns - c * 16, 0);
+#pragma GCC unroll 16
+  for (int c = 0; c < kTileVectors; ++c) {
+    const int some = full ? kWide : larger(job.columns - c * kWide, 0);
     if (full)
-      store(out + c * 16, h[c]);
+      store(out + c * kWide, h[c]);
     else
-      store_some(out + c * 16, h[c], some);
+      store_some(out + c * kWide, h[c], some);
   }
 }
 
@@ -269,8 +271,8 @@ void ffn(const FfnJob& job) {
 
 template <class T>
 void scale(const ScaleJob& job) {
-  for (int column = 0; column < job.width; column += 16) {
-    const int some = job.width - column < 16 ? job.width - column : 16;
+  for (int column = 0; column < job.width; column += kWide) {
+    const int some = job.width - column < kWide ? job.width - column : kWide;
     Floats factor = {};
     for (int e = 0; e < job.experts; ++e)
       if (job.weights[e] != 0)

@@ -2,9 +2,6 @@
 #pragma once
 #include "kernels.h"
 #include "vector.h"
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 namespace molehill::MOLEHILL_ISA {
 namespace {
@@ -22,14 +19,22 @@ constexpr int kFloatRows = 1;
 constexpr int kTilesAtOnce = 1;
 #endif
 
-INLINE Floats four_times(const float* p) {
-#ifdef __AVX512F__
+// Four floats, over and over.
+INLINE Floats repeated(const float* p) {
+#if defined(__AVX512F__)
   return (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_broadcast_ps((const __m128*)p);
 #else
-  return Floats{p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3],
-                p[0], p[1], p[2], p[3], p[0], p[1], p[2], p[3]};
+  return load(p);
 #endif
 }
+
+// Vectors of a step's panel, 8 rows of 4 inputs, and of a tile's columns.
+constexpr int kPanelVectors = 32 / kWide;
+constexpr int kTileVectors = kTileColumns / kWide;
+// Columns of a tile whose sums are in registers at once: all, or where there are few registers, half.
+constexpr int kSumsAtOnce = kTileVectors < 8 ? kTileVectors : 8;
 
 // Weights of type T times floats, in float.
 template <class T>
@@ -40,20 +45,20 @@ struct FloatMath {
 
   template <int R>
   static INLINE void dot_rows(const float* const* x, const T* panel, int steps, float* sums) {
-    Floats low[R] = {}, high[R] = {};
+    Floats acc[R][kPanelVectors] = {};
     for (int s = 0; s < steps; ++s) {
-      const Floats a = load(panel + s * 32), b = load(panel + s * 32 + 16);
-      for (int r = 0; r < R; ++r) {
-        const Floats v = four_times(x[r] + s * 4);
-        low[r] += a * v;
-        high[r] += b * v;
+      Floats v[R];
+      for (int r = 0; r < R; ++r) v[r] = repeated(x[r] + s * 4);
+      for (int i = 0; i < kPanelVectors; ++i) {
+        const Floats a = load(panel + s * 32 + i * kWide);
+        for (int r = 0; r < R; ++r) acc[r][i] += a * v[r];
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 4; ++i) {
-        sums[r * 8 + i] = low[r][4 * i] + low[r][4 * i + 1] + low[r][4 * i + 2] + low[r][4 * i + 3];
-        sums[r * 8 + 4 + i] =
-            high[r][4 * i] + high[r][4 * i + 1] + high[r][4 * i + 2] + high[r][4 * i + 3];
+      for (int i = 0; i < 8; ++i) {
+        const Floats& four = acc[r][4 * i / kWide];
+        const int at = 4 * i % kWide;
+        sums[r * 8 + i] = four[at] + four[at + 1] + four[at + 2] + four[at + 3];
       }
   }
 
@@ -75,14 +80,16 @@ struct FloatMath {
   // N tiles of an output row, to which B z is added expert by expert.
   template <int N>
   struct Columns {
-    Floats sums[N][4];
+    Floats sums[N][kTileVectors];
 
     INLINE void add(const float* z, const T* tile, ptrdiff_t tile_stride, int ranks) {
-      for (int k = 0; k < ranks; ++k)
-        for (int n = 0; n < N; ++n) {
-          const T* b = tile + n * tile_stride + k * kTileColumns;
-          for (int c = 0; c < 4; ++c) sums[n][c] += z[k] * load(b + c * 16);
-        }
+      for (int first = 0; first < kTileVectors; first += kSumsAtOnce)
+        for (int k = 0; k < ranks; ++k)
+          for (int n = 0; n < N; ++n) {
+            const T* b = tile + n * tile_stride + k * kTileColumns;
+            for (int c = first; c < first + kSumsAtOnce; ++c)
+              sums[n][c] += z[k] * load(b + c * kWide);
+          }
     }
   };
 };

@@ -1,7 +1,8 @@
-// Sixteen floats at a time, in the compiler's own vector types: every instruction set from one text.
+// As many floats at a time as a register holds, in the compiler's own vector types: every instruction
+// set from one text. (Vectors that are wider than registers GCC keeps in memory, float by float.)
 #pragma once
 #include <cstdint>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -10,10 +11,18 @@
 namespace molehill::MOLEHILL_ISA {
 namespace {
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
+constexpr int kWide = 16;
+#elif defined(__AVX2__)
+constexpr int kWide = 8;
+#else
+constexpr int kWide = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kWide)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWide)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWide)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kWide)));
 
 struct bf16 {
   uint16_t bits;
@@ -65,11 +74,11 @@ INLINE void store(bf16* p, Floats v) {
 
 #endif
 
-// Sixteen elements of which only `count` exist.
+// kWide elements of which only `count` exist, 0 or more.
 template <class T>
 INLINE Floats load_some(const T* p, int count) {
-  if (count >= 16) return load(p);
-  T padded[16] = {};
+  if (count >= kWide) return load(p);
+  T padded[kWide] = {};
   for (int i = 0; i < count; ++i) padded[i] = p[i];
   return load(padded);
 }
@@ -83,8 +92,8 @@ INLINE Floats load_some(const float* p, int count) {
 
 template <class T>
 INLINE void store_some(T* p, Floats v, int count) {
-  if (count >= 16) return store(p, v);
-  T padded[16];
+  if (count >= kWide) return store(p, v);
+  T padded[kWide];
   store(padded, v);
   for (int i = 0; i < count; ++i) p[i] = padded[i];
 }
