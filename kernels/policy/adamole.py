@@ -1,0 +1,35 @@
+"""Experts above a threshold that the token sets."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molehill.kernels.policy.base import Gate, Routing, divided_by_sum, never_soft, shannon
+
+
+@dataclass(frozen=True)
+class AdaMoLE(Gate):
+    """Experts above a threshold that depends on the token (AdaMoLE, arXiv 2405.00361).
+
+    The last router row and the one parameter make t = sigmoid(logit + parameter) * max_threshold;
+    w = max(p - t, 0), divided by its sum. No expert above t: no weights.
+    """
+
+    max_threshold: float
+
+    @property
+    def extra_rows(self) -> int:
+        return 1
+
+    @property
+    def num_parameters(self) -> int:
+        return 1
+
+    def decide(self, logits: Tensor, parameters: Tensor | None = None) -> tuple[Tensor, Routing]:
+        assert parameters is not None
+        probabilities = torch.softmax(logits[..., :-1], dim=-1)
+        threshold = torch.sigmoid(logits[..., -1:] + parameters) * self.max_threshold
+        weights = divided_by_sum((probabilities - threshold).clamp(min=0))
+        entropy = shannon(probabilities)
+        return probabilities, Routing(weights, entropy, never_soft(probabilities))
