@@ -7,25 +7,32 @@ Most policies route on the softmax of the logits alone (`route`). Probabilities 
 `[..., E]` and sum to 1 over the last axis. Ties go to the lower expert index.
 """
 
+from collections.abc import Mapping
+
 from molehill.kernels.policy.adamole import AdaMoLE
 from molehill.kernels.policy.arrow import Arrow
-from molehill.kernels.policy.base import Routing, shannon
+from molehill.kernels.policy.base import JsonFields, Policy, Routing, shannon
 from molehill.kernels.policy.constant import Constant
 from molehill.kernels.policy.dynmole import DynMoLE
 from molehill.kernels.policy.soft import Soft
-from molehill.kernels.policy.sparsegen import SPARSEGEN_EPS, Sparsegen, sparsemax
+from molehill.kernels.policy.sparsegen import Sparsegen, sparsemax
 from molehill.kernels.policy.threshold import Threshold
 from molehill.kernels.policy.top_k import TopK
 from molehill.kernels.policy.top_p import TopP
 
-Policy = Constant | Soft | TopK | TopP | DynMoLE | Threshold | Arrow | AdaMoLE | Sparsegen
+# By the name that they have in JSON.
+POLICIES: Mapping[str, type[Policy]] = {
+    policy.__name__: policy
+    for policy in (Constant, Soft, TopK, TopP, DynMoLE, Threshold, Arrow, AdaMoLE, Sparsegen)
+}
 
 __all__ = [
-    "SPARSEGEN_EPS",
+    "POLICIES",
     "AdaMoLE",
     "Arrow",
     "Constant",
     "DynMoLE",
+    "JsonFields",
     "Policy",
     "Routing",
     "Soft",

@@ -1,15 +1,23 @@
 """Experts above a threshold that the token sets."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from molehill.kernels.policy.base import Gate, Routing, divided_by_sum, never_soft, shannon
+from molehill.kernels.policy.base import (
+    JsonFields,
+    Policy,
+    Routing,
+    divided_by_sum,
+    never_soft,
+    shannon,
+)
 
 
 @dataclass(frozen=True)
-class AdaMoLE(Gate):
+class AdaMoLE(Policy):
     """Experts above a threshold that depends on the token (AdaMoLE, arXiv 2405.00361).
 
     The last router row and the one parameter make t = sigmoid(logit + parameter) * max_threshold;
@@ -17,6 +25,15 @@ class AdaMoLE(Gate):
     """
 
     max_threshold: float
+
+    @classmethod
+    def from_json(cls, fields: JsonFields) -> Self:
+        return cls(fields.number("max_threshold", at_least=0))
+
+    @property
+    def sums_to_one(self) -> bool:
+        """No: it may leave no expert."""
+        return False
 
     @property
     def extra_rows(self) -> int:

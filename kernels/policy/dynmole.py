@@ -2,16 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from molehill.kernels.policy.base import Gate, Routing, never_soft, ranked, unranked
+from molehill.kernels.policy.base import JsonFields, Policy, Routing, never_soft, ranked, unranked
 
 
 @dataclass(frozen=True)
-class DynMoLE(Gate):
+class DynMoLE(Policy):
     """Hybrid routing by the entropy of the router (DynMoLE, arXiv 2504.00661).
 
     Sparse: experts by falling probability while their running sum is at most `top_p`, and always
@@ -33,6 +33,25 @@ class DynMoLE(Gate):
     normalize_weights: bool = False
     include_crossing: bool = False
     normalize_entropy: bool = True
+
+    @classmethod
+    def from_json(cls, fields: JsonFields) -> Self:
+        kind = fields.choice("entropy_type", ("tsallis", "renyi"), cls.entropy_type)
+        return cls(
+            top_p=fields.number("top_p", cls.top_p, above=0, at_most=1),
+            keep_top_k=fields.integer("keep_top_k", cls.keep_top_k),
+            entropy_threshold=fields.number("entropy_threshold", cls.entropy_threshold, at_least=0),
+            entropy_index=fields.number("entropy_index", cls.entropy_index, above=0, at_most=2),
+            entropy_type="renyi" if kind == "renyi" else "tsallis",
+            entropy_eps=fields.number("entropy_eps", cls.entropy_eps, at_least=0, at_most=1),
+            normalize_weights=fields.flag("normalize_weights", cls.normalize_weights),
+            include_crossing=fields.flag("include_crossing", cls.include_crossing),
+            normalize_entropy=fields.flag("normalize_entropy", cls.normalize_entropy),
+        )
+
+    @property
+    def sums_to_one(self) -> bool:
+        return self.normalize_weights
 
     def route(self, probabilities: Tensor) -> Routing:
         values, order = ranked(probabilities)

@@ -1,18 +1,19 @@
 """A sparse projection whose sparsity the token sets."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from molehill.kernels.policy.base import Gate, Routing, never_soft, shannon
+from molehill.kernels.policy.base import JsonFields, Policy, Routing, never_soft, shannon
 
 SPARSEGEN_EPS = 1e-2
 
 
 @dataclass(frozen=True)
-class Sparsegen(Gate):
+class Sparsegen(Policy):
     """Sparse routing whose sparsity depends on the token (LD-MoLE, arXiv 2509.25684).
 
     The last `hidden` router rows are the hidden layer of an MLP, whose biases b [hidden], output
@@ -22,6 +23,14 @@ class Sparsegen(Gate):
     """
 
     hidden: int
+
+    @classmethod
+    def from_json(cls, fields: JsonFields) -> Self:
+        return cls(fields.integer("hidden"))
+
+    @property
+    def sums_to_one(self) -> bool:
+        return True
 
     @property
     def extra_rows(self) -> int:

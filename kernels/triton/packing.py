@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molehill.kernels.interface import CapacityError, ExpertScale, FfnPiece, LinearPiece
 from molehill.kernels.mixture import Experts
-from molehill.kernels.policy import Constant, Policy, Sparsegen
+from molehill.kernels.policy import Policy, Sparsegen
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.launch_config import Limits
 from molehill.kernels.triton.policy_encoding import encode
@@ -286,4 +286,5 @@ def _route(
 
 def _constant_weights(piece: LinearPiece) -> Tensor | None:
     """Gate weights `[E]` that no token changes, None where a router decides."""
-    return torch.tensor(piece.policy.weights) if isinstance(piece.policy, Constant) else None
+    constant = piece.policy.constant_weights
+    return None if constant is None else torch.tensor(constant)
