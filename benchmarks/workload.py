@@ -9,7 +9,7 @@ from torch import Tensor
 
 from molehill.kernels.interface import FfnPiece, LinearPiece, Run
 from molehill.kernels.mixture import Experts
-from molehill.kernels.policy import Constant, DynMoLE, Policy
+from molehill.kernels.policy import DynMoLE, Policy
 
 DTYPE = torch.bfloat16
 HIDDEN, INTERMEDIATE, LAYERS = 576, 1536, 30
@@ -95,7 +95,7 @@ def _router(inputs: int, experts: int) -> Tensor:
 
 def _linear_pieces(name: str, point: Point) -> list[LinearPiece]:
     inputs, outputs = LINEARS[name]
-    routed = not isinstance(point.policy, Constant)
+    routed = point.policy.constant_weights is None
     return [
         LinearPiece(
             f"{name}.{i}",

@@ -24,7 +24,7 @@ from molehill.kernels.interface import (
     SlotWeights,
 )
 from molehill.kernels.mixture import Experts
-from molehill.kernels.policy import Constant, Policy
+from molehill.kernels.policy import Policy
 
 Shape = tuple[int, ...]
 
@@ -202,11 +202,12 @@ def _check_gate(site: str, policy: Policy, experts: int, *, has_router: bool) ->
     without the other would mean."""
     if experts < 1:
         raise WeightsError(site, f"{experts} experts", "at least 1")
-    if isinstance(policy, Constant):
-        _expect(f"{site}: constant weights", len(policy.weights), experts)
-    if has_router and isinstance(policy, Constant):
+    constant = policy.constant_weights
+    if constant is not None:
+        _expect(f"{site}: constant weights", len(constant), experts)
+    if has_router and constant is not None:
         raise WeightsError(f"{site}: router", "one beside constant weights", "none")
-    if not has_router and not isinstance(policy, Constant):
+    if not has_router and constant is None:
         rows = experts + policy.extra_rows
         raise WeightsError(f"{site}: router", "none", f"{rows} rows for the policy {policy}")
 

@@ -9,9 +9,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from molehill.engine.adapter.model import Adapter, describe_policy
+from molehill.engine.adapter.model import Adapter
 from molehill.engine.transform.plan import SitePlan, share
-from molehill.kernels.policy import Constant, Policy
+from molehill.kernels.policy import Policy
 
 # Width of the last column, so that a table of common names and ranks fits into 100.
 _GATE = 20
@@ -116,12 +116,12 @@ def groups(sites: Iterable[SitePlan]) -> list[Group]:
 
 
 def _routings(sites: Iterable[SitePlan]) -> list[str]:
-    routed = (site.policy for site in sites if not isinstance(site.policy, Constant))
+    routed = (site.policy for site in sites if site.policy.constant_weights is None)
     return list(dict.fromkeys(map(_routing, routed)))
 
 
 def _routing(policy: Policy) -> str:
-    described = describe_policy(policy)
+    described = policy.to_json()
     name = described.pop("policy")
     parameters = ", ".join(f"{key} {value}" for key, value in described.items())
     return f"{name} ({parameters})" if parameters else str(name)

@@ -6,7 +6,6 @@ import torch
 
 from molehill.engine.adapter.expert_sites import split
 from molehill.kernels.mixture import Experts, LinearMixture, Mixture
-from molehill.kernels.policy import Constant
 
 
 def group(sites: Mapping[str, Mixture]) -> dict[str, dict[str, dict[int, Experts]]]:
@@ -17,9 +16,9 @@ def group(sites: Mapping[str, Mixture]) -> dict[str, dict[str, dict[int, Experts
         site = split(name)
         if site is None or not isinstance(mixture, LinearMixture):
             continue
-        assert isinstance(mixture.policy, Constant), name
-        experts = mixture.experts
-        weights = torch.tensor(mixture.policy.weights)[experts.expert_of_row]
+        constant, experts = mixture.policy.constant_weights, mixture.experts
+        assert constant is not None, name
+        weights = torch.tensor(constant)[experts.expert_of_row]
         pair = Experts(experts.a, experts.b * weights, (sum(experts.ranks),))
         found.setdefault(site.block, {}).setdefault(site.projection, {})[site.expert] = pair
     return found

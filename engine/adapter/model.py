@@ -1,6 +1,5 @@
 """The canonical adapter: what every file format is read into. Immutable and framework-neutral."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from molehill.kernels.mixture import Experts, LinearMixture, Mixture, ScaleMixture
-from molehill.kernels.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -87,15 +85,9 @@ def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
         yield f"{projection}.b", experts.b
 
 
-def describe_policy(policy: Policy) -> dict[str, Any]:
-    """A policy as plain JSON: its class name under `policy`, and its fields."""
-    fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
-    return {"policy": type(policy).__name__, **fields}
-
-
 def describe_mixture(mixture: Mixture) -> dict[str, Any]:
     """All of one site but its tensors, as plain JSON."""
-    policy = describe_policy(mixture.policy)
+    policy = mixture.policy.to_json()
     if isinstance(mixture, LinearMixture):
         return {"shape": "linear", "routing": policy, "ranks": list(mixture.experts.ranks)}
     if isinstance(mixture, ScaleMixture):
@@ -120,7 +112,6 @@ __all__ = [
     "Experts",
     "describe",
     "describe_mixture",
-    "describe_policy",
     "natural_key",
     "site_tensors",
 ]

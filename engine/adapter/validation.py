@@ -23,7 +23,6 @@ from molehill.engine.adapter.expert_sites import PROJECTIONS, split
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.kernels.activation import ACTIVATIONS
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
-from molehill.kernels.policy import Arrow, Constant, DynMoLE, Policy, Soft, Sparsegen, TopK
 
 
 def validate(adapter: Adapter, base: BaseModel, limits: Limits) -> None:
@@ -94,7 +93,7 @@ def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
         expected = [heads if mixture.of == "output" else 1, mixture.num_experts, width]
         yield from _expect(f"{site}.vectors", mixture.vectors, expected)
         more = mixture.policy.extra_rows or mixture.policy.num_parameters
-        if more or isinstance(mixture.policy, Constant):
+        if more or mixture.policy.constant_weights is not None:
             found = f"{type(mixture.policy).__name__} over vectors"
             yield UnsupportedError(f"{site}.routing", found, "a policy of the probabilities alone")
         return
@@ -126,7 +125,7 @@ def _inconsistent_parameters(site: str, mixture: Mixture) -> Iterator[AdapterErr
         yield from _expect(where, mixture.parameters, [count])
     elif count:
         yield ShapeError(where, "no tensor", [count])
-    constant = isinstance(mixture.policy, Constant)
+    constant = mixture.policy.constant_weights is not None
     if mixture.router is None and not constant:
         expected = f"one for {type(mixture.policy).__name__}"
         yield ShapeError(f"{site}.router", "no tensor", expected)
@@ -199,22 +198,12 @@ def _unservable(
             yield UnsupportedError(where, "a linear inside an FFN mixture", "one of the two")
 
 
-def sums_to_one(policy: Policy) -> bool:
-    """Whether a router's weights sum to 1 for every token. A threshold may leave no expert."""
-    normalized = isinstance(policy, TopK) and policy.normalize
-    return (
-        isinstance(policy, Soft | Arrow | Sparsegen)
-        or normalized
-        or (isinstance(policy, DynMoLE) and policy.normalize_weights)
-    )
-
-
 def _acts(mixture: Mixture) -> bool:
     """Whether the output can differ from the base's. Weights that do not sum to 1 scale a whole
     FFN even if every B is zero, and an output even if every vector is ones."""
     if isinstance(mixture, LinearMixture):
         return mixture.magnitude is not None or _nonzero(mixture.experts)
-    if not sums_to_one(mixture.policy):
+    if not mixture.policy.sums_to_one:
         return True
     if isinstance(mixture, ScaleMixture):
         return bool((mixture.vectors != 1).any())

@@ -24,7 +24,7 @@ from molehill.engine.formats.readers.policies import parse_policy
 from molehill.engine.system.atomic_directory import appearing
 from molehill.engine.system.out_of_memory import raise_if_out_of_memory
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
-from molehill.kernels.policy import Constant, Policy
+from molehill.kernels.policy import Policy
 
 CONFIG = "molehill.json"
 WEIGHTS = "molehill.safetensors"
@@ -143,13 +143,13 @@ def _linear(weights: Weights, site: str, fields: Fields, policy: Policy) -> Line
     fields.only("shape", "routing", "ranks")
     experts = _experts(weights, site, fields, "ranks")
     router, magnitude = f"{site}.router", f"{site}.magnitude"
-    if not isinstance(policy, Constant):
+    if policy.constant_weights is None:
         if magnitude in weights.tensors:
             found = f"a magnitude beside {type(policy).__name__}"
             raise UnsupportedError(weights.where(magnitude), found, "none, as there is a router")
         parameters = _parameters(weights, site, policy)
         return LinearMixture(experts, policy, weights.tensor(router, 2), parameters=parameters)
-    if len(policy.weights) != len(experts.ranks):
+    if len(policy.constant_weights) != len(experts.ranks):
         expected = f"one for each of {len(experts.ranks)} experts"
         raise fields.object("routing").error("weights", expected)
     if magnitude not in weights.tensors:
@@ -188,9 +188,9 @@ def _scale(weights: Weights, site: str, fields: Fields, policy: Policy) -> Scale
 
 
 def _check_routed(fields: Fields, policy: Policy) -> None:
-    if isinstance(policy, Constant):
+    if policy.constant_weights is not None:
         expected = "a policy that reads the router"
-        raise UnsupportedError(f"{fields.where}: routing", "Constant", expected)
+        raise UnsupportedError(f"{fields.where}: routing", type(policy).__name__, expected)
 
 
 def _parameters(weights: Weights, site: str, policy: Policy) -> Tensor | None:

@@ -8,12 +8,11 @@ from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import (
     Adapter,
     describe_mixture,
-    describe_policy,
     natural_key,
     site_tensors,
 )
 from molehill.engine.transform.merge import merge_site
-from molehill.engine.transform.static_gates import gate, most_experts
+from molehill.engine.transform.static_gates import gate
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Policy
 
@@ -64,7 +63,7 @@ class SitePlan:
         return {
             "site": self.site,
             "shape": self.shape,
-            "routing": describe_policy(self.policy),
+            "routing": self.policy.to_json(),
             "experts": self.experts,
             "ranks": {name: list(ranks) for name, ranks in self.ranks.items()},
             "bytes": self.bytes,
@@ -138,7 +137,8 @@ def _cost(mixture: Mixture, merged: Mapping[str, LinearMixture] | None) -> Cost:
 def _vectors_cost(mixture: ScaleMixture) -> Cost:
     """The router reads every head; vectors are kept in float32."""
     router, heads = mixture.router.numel(), mixture.num_heads
-    read = router + mixture.vectors.numel() * most_experts(mixture) // mixture.num_experts
+    chosen = mixture.policy.most_experts(mixture.num_experts)
+    read = router + mixture.vectors.numel() * chosen // mixture.num_experts
     return Cost(2 * router * heads, ROUTER * read, None, None)
 
 
@@ -150,7 +150,7 @@ def _low_rank_cost(
         elements = sum(_elements(linear.experts, 1) for linear in merged.values())
         router = 0
     else:
-        chosen = most_experts(mixture)
+        chosen = mixture.policy.most_experts(mixture.num_experts)
         elements = sum(_elements(experts, chosen) for experts in _stacks(mixture))
         router = 0 if mixture.router is None else mixture.router.numel()
     weights = _base_weights(mixture)

@@ -10,9 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from molehill.engine.adapter.validation import sums_to_one
 from molehill.kernels.mixture import Experts, FfnMixture, Mixture, ScaleMixture
-from molehill.kernels.policy import Arrow, TopK
 
 IDENTICAL = "identical experts with weights summing to 1"
 DYNAMIC = "router reads the token"
@@ -39,7 +37,7 @@ def gate(mixture: Mixture, activation: str | None = None, tolerance: float = 0.0
         return _ffn_gate(mixture, activation)
     if fixed := _fixed(mixture):
         return fixed
-    if sums_to_one(mixture.policy):
+    if mixture.policy.sums_to_one:
         if isinstance(mixture, ScaleMixture):
             return _vectors_gate(mixture)
         if _identical(mixture.experts):
@@ -80,7 +78,7 @@ def _ffn_gate(mixture: FfnMixture, activation: str | None) -> Gate:
     if mixture.magnitudes:
         return Gate(None, "experts with magnitudes inside the FFN's activation")
     found = _fixed(mixture)
-    if found is None and sums_to_one(mixture.policy) and all(map(_identical, _stacks(mixture))):
+    if found is None and mixture.policy.sums_to_one and all(map(_identical, _stacks(mixture))):
         found = Gate(_only_first(mixture), IDENTICAL)
     if found is None:
         return Gate(None, "experts inside the FFN's activation")
@@ -121,9 +119,3 @@ def deviation(experts: Experts) -> float:
     if distance == 0:
         return 0.0
     return float((distance / mean.clamp(min=0)).sqrt())
-
-
-def most_experts(mixture: Mixture) -> int:
-    """The most experts that one token can have."""
-    chosen = mixture.policy.k if isinstance(mixture.policy, Arrow | TopK) else mixture.num_experts
-    return min(chosen, mixture.num_experts)

@@ -51,13 +51,14 @@ def low_rank(name: str, site: str, mixture: Mixture) -> Experts:
     where, expected = f"{name}: {site}", "a LoRA's, which is the same for every token"
     if isinstance(mixture, FfnMixture):
         raise UnsupportedError(where, "a mixture of whole FFNs", expected)
-    if mixture.router is not None or not isinstance(mixture.policy, Constant):
+    constant = mixture.policy.constant_weights
+    if mixture.router is not None or constant is None:
         found = f"a mixture that reads the token ({type(mixture.policy).__name__})"
         raise UnsupportedError(where, found, expected)
     if mixture.magnitude is not None:
         raise UnsupportedError(where, "a DoRA magnitude, which does not add up", expected)
     experts = mixture.experts
-    weights = torch.tensor(mixture.policy.weights)[experts.expert_of_row]
+    weights = torch.tensor(constant)[experts.expert_of_row]
     return Experts(experts.a, experts.b * weights, experts.ranks)
 
 

@@ -217,7 +217,8 @@ def _group(routed: Sequence[LinearPiece], device: torch.device) -> list[Router]:
 
 def _constant_weights(piece: LinearPiece) -> Tensor | None:
     """Gate weights `[E]` of a piece without a router, None with one."""
-    return torch.tensor(piece.policy.weights) if isinstance(piece.policy, Constant) else None
+    constant = piece.policy.constant_weights
+    return None if constant is None else torch.tensor(constant)
 
 
 def _scale_base(y: Tensor, projection: Projection, gates: Tensor | None) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from molehill.kernels.interface import CapacityError, ExpertScale, FfnPiece, LinearPiece
 from molehill.kernels.mixture import Experts
-from molehill.kernels.policy import Constant, Policy, Sparsegen
+from molehill.kernels.policy import Policy
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.launch_config import Limits
-from molehill.kernels.triton.policy_encoding import encode
+from molehill.kernels.triton.policy_encoding import NoPlaceError, encode
 
 ACTIVATION_CODES = {
     "silu": at.SILU.value,
@@ -272,18 +272,20 @@ def _route(
 ) -> tuple[int, int]:
     """Writes the router's fields; its first column of the logits, and its experts."""
     policy, experts = piece.policy, router.shape[0] - piece.policy.extra_rows
-    if isinstance(policy, Sparsegen):
-        expected = "a policy without an MLP: the Triton kernels have none"
-        raise CapacityError(piece.site, f"the policy {policy}", expected)
     if experts > limits.experts:
         raise CapacityError(piece.site, f"{experts} experts", f"at most {limits.experts}")
-    integers, record.parameters = encode(policy, experts, piece.parameters)
+    try:
+        encoded = encode(policy, experts, piece.parameters)
+    except NoPlaceError as error:
+        raise CapacityError(piece.site, f"the policy {policy}", error.expected) from None
+    record.parameters = encoded.floats()
     gate = stack.add_router(router)
     record.fields[at.GATE.value], record.fields[at.EXPERTS.value] = gate, experts
-    record.fields[at.KEEP.value : at.SCORES.value + 1] = integers
+    record.fields[at.KEEP.value : at.SCORES.value + 1] = encoded.integers()
     return gate, experts
 
 
 def _constant_weights(piece: LinearPiece) -> Tensor | None:
     """Gate weights `[E]` that no token changes, None where a router decides."""
-    return torch.tensor(piece.policy.weights) if isinstance(piece.policy, Constant) else None
+    constant = piece.policy.constant_weights
+    return None if constant is None else torch.tensor(constant)

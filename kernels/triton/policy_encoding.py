@@ -1,13 +1,14 @@
 """Policies as the parameters of the routing kernel (molehill.kernels.triton.routing)."""
 
 import math
+from dataclasses import dataclass, replace
+from functools import singledispatch
 
 from torch import Tensor
 
 from molehill.kernels.policy import (
     AdaMoLE,
     Arrow,
-    Constant,
     DynMoLE,
     Policy,
     Soft,
@@ -18,57 +19,151 @@ from molehill.kernels.policy import (
 )
 from molehill.kernels.triton import layout as at
 
-Record = tuple[list[int], list[float]]
 
+@dataclass(frozen=True)
+class PolicyRecord:
+    """What the kernel reads of a policy: see molehill.kernels.triton.layout for every field.
 
-def encode(policy: Policy, experts: int, learned: Tensor | None = None) -> Record:
-    """(KEEP, NUCLEUS, NORMALIZE, ENTROPY, SCORES) and the float parameters, for a router over
-    `experts`; learned: the policy's parameters.
-
-    Raises TypeError for Constant, which has no router, and for Sparsegen, whose MLP does not fit
-    in the kernel's registers.
+    experts: of the router, not part of the record; `keep` and `most` follow from it.
     """
-    keep, nucleus, normalize, scores = experts, at.NO_NUCLEUS.value, False, at.PLAIN.value
-    divisor, top_p, tempered, floor, offset = 1.0, 0.0, 1.0, 0.0, 0.0
-    match policy:
-        case Soft():
-            pass
-        case TopK(k=k, normalize=flag):
-            keep, normalize = k, flag
-        case TopP(top_p=top_p, temperature=temperature):
-            keep, nucleus = 1, at.BEFORE_AT_MOST.value
-            divisor = temperature if temperature > 0 else 1.0
-        case DynMoLE(top_p=top_p):
-            keep, normalize = policy.keep_top_k, policy.normalize_weights
-            crossing = policy.include_crossing
-            nucleus = at.BEFORE_UNDER.value if crossing else at.WITH_AT_MOST.value
-        case Arrow(k=keep, temperature=tempered):
-            normalize, scores = True, at.ABSOLUTE.value
-        case Threshold(threshold=floor):
-            normalize, scores = True, at.FLOORED.value
-        case AdaMoLE(max_threshold=floor):
-            assert learned is not None
-            normalize, scores, offset = True, at.LEARNED.value, learned.item()
-        case Constant() | Sparsegen():
-            raise TypeError(f"a router has the policy {policy}")
-    kind, entropy = _entropy(policy, experts)
-    integers = [min(keep, experts), nucleus, int(normalize), kind, scores]
-    floats = [divisor, top_p, *entropy, tempered, floor, offset]
-    return integers, floats + [0.0] * (at.POLICY.value - len(floats))
+
+    experts: int
+    keep: int
+    nucleus: int = at.NO_NUCLEUS.value
+    normalize: bool = False
+    entropy: int = at.SHANNON.value
+    scores: int = at.PLAIN.value
+    divisor: float = 1.0
+    top_p: float = 0.0
+    threshold: float = math.inf
+    index: float = 1.0
+    eps: float = 0.0
+    most: float = math.inf
+    temperature: float = 1.0
+    floor: float = 0.0
+    offset: float = 0.0
+
+    def integers(self) -> list[int]:
+        """Fields KEEP to SCORES of a piece or FFN record."""
+        keep = min(self.keep, self.experts)
+        return [keep, self.nucleus, int(self.normalize), self.entropy, self.scores]
+
+    def floats(self) -> list[float]:
+        """The policy parameters, `[POLICY]`."""
+        floats = [0.0] * at.POLICY.value
+        floats[at.DIVISOR.value] = self.divisor
+        floats[at.TOP_P.value] = self.top_p
+        floats[at.THRESHOLD.value] = self.threshold
+        floats[at.INDEX.value] = self.index
+        floats[at.EPS.value] = self.eps
+        floats[at.MOST.value] = self.most
+        floats[at.TEMPERATURE.value] = self.temperature
+        floats[at.FLOOR.value] = self.floor
+        floats[at.OFFSET.value] = self.offset
+        return floats
 
 
-def _entropy(policy: Policy, experts: int) -> tuple[int, list[float]]:
-    """Kind of entropy, and (THRESHOLD, INDEX, EPS, MOST). One expert has the entropy 0."""
-    kind, threshold, index, eps = at.SHANNON.value, math.inf, 1.0, 0.0
-    most = math.log(experts)
-    if isinstance(policy, DynMoLE):
-        index = policy.entropy_index
-        if policy.entropy_threshold < 1.0:
-            threshold = policy.entropy_threshold
-        if index != 1.0:
-            tsallis = policy.entropy_type == "tsallis"
-            kind = at.TSALLIS.value if tsallis else at.RENYI.value
-            if tsallis:
-                most = (1.0 - experts ** (1.0 - index)) / (index - 1.0)
-        eps, most = (policy.entropy_eps, most) if policy.normalize_entropy else (0.0, 1.0)
-    return kind, [threshold, index, eps, most if experts > 1 else math.inf]
+class NoPlaceError(TypeError):
+    """A policy that the routing kernel cannot compute. expected: what it could."""
+
+    def __init__(self, expected: str) -> None:
+        self.expected = expected
+        super().__init__(f"expected {expected}")
+
+
+@singledispatch
+def encode(policy: Policy, experts: int, learned: Tensor | None = None) -> PolicyRecord:
+    """The record of a policy over a router of `experts`; learned: the policy's parameters `[n]`.
+
+    Raises NoPlaceError for a policy that has no entry below.
+    """
+    raise NoPlaceError("a policy that the Triton kernels have an encoding of")
+
+
+@encode.register
+def _soft(policy: Soft, experts: int, learned: Tensor | None = None) -> PolicyRecord:
+    return _keeping(experts, experts)
+
+
+@encode.register
+def _top_k(policy: TopK, experts: int, learned: Tensor | None = None) -> PolicyRecord:
+    return replace(_keeping(policy.k, experts), normalize=policy.normalize)
+
+
+@encode.register
+def _top_p(policy: TopP, experts: int, learned: Tensor | None = None) -> PolicyRecord:
+    return replace(
+        _keeping(1, experts),
+        nucleus=at.BEFORE_AT_MOST.value,
+        top_p=policy.top_p,
+        divisor=policy.temperature if policy.temperature > 0 else 1.0,
+    )
+
+
+@encode.register
+def _dynmole(policy: DynMoLE, experts: int, learned: Tensor | None = None) -> PolicyRecord:
+    crossing = policy.include_crossing
+    record = replace(
+        _keeping(policy.keep_top_k, experts),
+        nucleus=at.BEFORE_UNDER.value if crossing else at.WITH_AT_MOST.value,
+        top_p=policy.top_p,
+        normalize=policy.normalize_weights,
+        threshold=policy.entropy_threshold if policy.entropy_threshold < 1.0 else math.inf,
+        index=policy.entropy_index,
+    )
+    if policy.entropy_index != 1.0 and policy.entropy_type == "tsallis":
+        most = (1.0 - experts ** (1.0 - policy.entropy_index)) / (policy.entropy_index - 1.0)
+        record = replace(record, entropy=at.TSALLIS.value, most=most)
+    elif policy.entropy_index != 1.0:
+        record = replace(record, entropy=at.RENYI.value)
+    if policy.normalize_entropy:
+        record = replace(record, eps=policy.entropy_eps)
+    else:
+        record = replace(record, most=1.0)
+    # One expert has the entropy 0, whatever the definition.
+    return record if experts > 1 else replace(record, most=math.inf)
+
+
+@encode.register
+def _arrow(policy: Arrow, experts: int, learned: Tensor | None = None) -> PolicyRecord:
+    return replace(
+        _keeping(policy.k, experts),
+        normalize=True,
+        scores=at.ABSOLUTE.value,
+        temperature=policy.temperature,
+    )
+
+
+@encode.register
+def _threshold(policy: Threshold, experts: int, learned: Tensor | None = None) -> PolicyRecord:
+    return replace(
+        _keeping(experts, experts),
+        normalize=True,
+        scores=at.FLOORED.value,
+        floor=policy.threshold,
+    )
+
+
+@encode.register
+def _adamole(policy: AdaMoLE, experts: int, learned: Tensor | None = None) -> PolicyRecord:
+    assert learned is not None
+    return replace(
+        _keeping(experts, experts),
+        normalize=True,
+        scores=at.LEARNED.value,
+        floor=policy.max_threshold,
+        offset=learned.item(),
+    )
+
+
+@encode.register
+def _sparsegen(policy: Sparsegen, experts: int, learned: Tensor | None = None) -> PolicyRecord:
+    """Its MLP does not fit in the kernel's registers."""
+    raise NoPlaceError("a policy without an MLP: the Triton kernels have none")
+
+
+def _keeping(keep: int, experts: int) -> PolicyRecord:
+    """The first `keep` by probability, with the entropy of most policies. One expert has the
+    entropy 0."""
+    most = math.log(experts) if experts > 1 else math.inf
+    return PolicyRecord(experts, keep, most=most)

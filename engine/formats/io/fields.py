@@ -100,6 +100,13 @@ class Fields:
             raise self.error(name, "a list")
         return Fields(f"{self.where}: {name}", {str(i): item for i, item in enumerate(value)})
 
+    def numbers(self, name: str) -> list[float]:
+        """A list of finite numbers, not empty."""
+        items = self.items(name)
+        if not items.values:
+            raise self.error(name, "a list of numbers")
+        return [items.number(place) for place in items.values]
+
     def only(self, *names: str) -> None:
         """Raises UnsupportedError for the first field that is none of these."""
         for name in sorted(self.values):
