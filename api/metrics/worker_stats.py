@@ -55,7 +55,7 @@ class Snapshot:
 
 
 def told(answers: Iterable[Mapping[str, Any]]) -> dict[int, Told]:
-    """By `lora_int_id`. Each answer: see AdapterManager.stats.
+    """By `lora_int_id`. Each answer: see WorkerAdapters.report.
 
     Tensor-parallel workers see the same tokens at the same sites, pipeline stages at their own:
     every stage counts once. Memory and seconds add up.

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from molehill.engine.system import startup
@@ -13,9 +12,10 @@ from molehill.engine.system.cpu_affinity import own_cores
 from molehill.engine.transform.merge import Resident
 from molehill.engine.vllm import compat, compilation, precision
 from molehill.engine.vllm.host_cache import Wanted
-from molehill.engine.vllm.lora_manager import AdapterManager
+from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
 from molehill.engine.vllm.step_timer import StepClock
+from molehill.engine.vllm.worker_adapters import WorkerAdapters
 
 compat.check_version()
 
@@ -26,12 +26,12 @@ else:
 
 
 class Worker(PlatformWorker):  # type: ignore[misc]
-    """vLLM's worker with molehill's adapter manager in place of the LoRA manager.
+    """vLLM's worker with molehill's LoRA manager in place of vLLM's.
 
     Methods named `molehill_*` are reached with `collective_rpc`.
     """
 
-    adapters: AdapterManager
+    adapters: WorkerAdapters
     clock: StepClock | None = None
     _resident: Resident | None
 
@@ -54,8 +54,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self._resident = merged_base_loader.install(self.vllm_config)
         with moe_blocks.on_cpu_kernels(self.vllm_config):
             super().load_model(**kwargs)
-        if not isinstance(getattr(self.model_runner, "lora_manager", None), AdapterManager):
-            raise RuntimeError("vLLM did not install molehill's adapter manager")
+        if not isinstance(getattr(self.model_runner, "lora_manager", None), LoRAManager):
+            raise RuntimeError("vLLM did not install molehill's LoRA manager")
         if self.adapters.backend.seconds() is not None:
             self.clock = StepClock(self.model_runner, self.adapters.backend.seconds)
 
@@ -69,8 +69,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     def _load_lora_model(
         self, model: nn.Module, vllm_config: VllmConfig, device: torch.device
     ) -> nn.Module:
-        self.adapters = AdapterManager(vllm_config, device, model, self._resident)
-        self.model_runner.lora_manager = self.adapters
+        self.adapters = WorkerAdapters(vllm_config, device, model, self._resident)
+        self.model_runner.lora_manager = LoRAManager(self.adapters)
         return model
 
     def molehill_describe(self) -> dict[str, Any]:
@@ -82,16 +82,16 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         return sorted(own_cores())
 
     def molehill_stats(self, known: list[int]) -> dict[str, Any]:
-        """See AdapterManager.stats; and seconds in `steps` and in adapter `ops`, or None.
+        """See WorkerAdapters.report; and seconds in `steps` and in adapter `ops`, or None.
 
         known: `lora_int_id`s that the API may ask for again.
         """
         seconds = self.clock and {"steps": self.clock.steps, "ops": self.clock.ops}
         ops = self.clock.ops if self.clock else 0.0
-        return {**self.adapters.stats(known, ops), "seconds": seconds}
+        return {**self.adapters.report(known, ops), "seconds": seconds}
 
     def molehill_routing(self, lora_int_id: int) -> dict[str, Any]:
-        """See AdapterManager.routing."""
+        """See WorkerAdapters.routing."""
         return self.adapters.routing(lora_int_id)
 
     def molehill_prepare(self, lora_int_id: int, path: str) -> bool:
@@ -101,25 +101,22 @@ class Worker(PlatformWorker):  # type: ignore[misc]
 
     def molehill_prepared(self, lora_int_id: int, path: str) -> bool:
         """Whether it is read, or was refused, which `molehill_install` then says."""
-        return self.adapters.preparation.done(Wanted(lora_int_id, path))
+        return self.adapters.is_prepared(Wanted(lora_int_id, path))
 
     def molehill_discard(self, lora_int_id: int, path: str) -> None:
         """Lets go of an adapter that was prepared and is not waited for any more."""
-        self.adapters.preparation.drop(Wanted(lora_int_id, path))
+        self.adapters.discard(Wanted(lora_int_id, path))
 
     def molehill_install(self, name: str, lora_int_id: int, path: str) -> dict[str, Any]:
-        """Copies a prepared adapter into a slot; see AdapterManager.install."""
-        return self.adapters.install(LoRARequest(name, lora_int_id, path))
+        """Copies a prepared adapter into a slot; see WorkerAdapters.install."""
+        return self.adapters.install(name, Wanted(lora_int_id, path))
 
     def molehill_remove(self, lora_int_id: int, path: str, keep: bool) -> list[int]:
         """Frees an adapter's slot, if it has one. keep: it may come back, from host memory.
 
         Returns the ids of what had to leave host memory since the last call.
         """
-        self.adapters.remove_adapter(lora_int_id, keep)
-        if not keep:
-            self.adapters.forget(Wanted(lora_int_id, path))
-        return [wanted.lora_id for wanted in self.adapters.host.evicted()]
+        return self.adapters.uninstall(Wanted(lora_int_id, path), keep)
 
     def molehill_trace(self, enabled: bool) -> list[tuple[str, list[Any], list[Any], list[Any]]]:
         """Starts or ends recording; returns (site, probabilities, weights, entropies) so far."""

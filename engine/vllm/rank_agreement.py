@@ -1,0 +1,48 @@
+"""Tensor-parallel ranks that load an adapter together or not at all."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed import ProcessGroup
+
+
+class OtherRankError(RuntimeError):
+    """This rank could have served the adapter, another one refused."""
+
+
+class RankAgreement:
+    """The tensor-parallel ranks of a worker.
+
+    group: for tensors on the CPU; it is not used where there is one rank.
+    """
+
+    def __init__(self, ranks: int, group: ProcessGroup | None) -> None:
+        self.ranks = ranks
+        self._group = group
+
+    @property
+    def is_alone(self) -> bool:
+        return self.ranks == 1
+
+    @contextmanager
+    def all_or_none(self, undo: Callable[[], object] | None = None) -> Iterator[None]:
+        """Either the body succeeds on every rank, or it raises on every one: its own error where it
+        failed, OtherRankError where only others did.
+
+        undo: called before OtherRankError is raised.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failed = torch.tensor([error is not None], dtype=torch.int32)
+        if not self.is_alone:
+            torch.distributed.all_reduce(failed, group=self._group)
+        if error is not None:
+            raise error
+        if failed.item():
+            if undo is not None:
+                undo()
+            raise OtherRankError("another tensor-parallel rank could not load the adapter")

@@ -1,0 +1,123 @@
+"""Which adapter is in which slot of a worker, and the memory that the slots take."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import count
+
+from molehill.engine.adapter.errors import LimitError
+from molehill.engine.system.out_of_memory import is_out_of_memory
+from molehill.engine.vllm.host_cache import Prepared
+from molehill.engine.vllm.rank_agreement import RankAgreement
+from molehill.kernels.counters import SlotCounters
+from molehill.kernels.interface import Backend, CapacityError, Packed
+from molehill.kernels.moe_blocks import MoeBlocks
+
+# The id that vLLM gives to rows without an adapter. They have a slot only if an adapter is merged
+# into the base weights.
+BASE = 0
+
+
+class FullError(LimitError):
+    """No room beside the adapters that are here now."""
+
+
+class SlotTable:
+    """The slots of one worker, in its backend and its MoE blocks. Adapters go by `lora_int_id`.
+
+    memory: bytes for all of them.
+    """
+
+    def __init__(
+        self, backend: Backend, moes: MoeBlocks, memory: int, ranks: RankAgreement
+    ) -> None:
+        self._backend, self._moes = backend, moes
+        self._memory = memory
+        self._ranks = ranks
+        self._slots: dict[int, int] = {}
+        # Bytes by slot.
+        self._taken: dict[int, int] = {}
+        # Slots that hold nothing on this rank: their rows are plain, whatever their adapter.
+        self._idle: set[int] = set()
+        self._idle_tokens: Counter[int] = Counter()
+
+    def __contains__(self, lora_id: int) -> bool:
+        return lora_id in self._slots
+
+    def adapters(self) -> set[int]:
+        """Ids of what is in the slots, but for the base's rows."""
+        return self._slots.keys() - {BASE}
+
+    def slot(self, lora_id: int) -> int | None:
+        """None if it is in no slot."""
+        return self._slots.get(lora_id)
+
+    @property
+    def free_bytes(self) -> int:
+        return self._memory - sum(self._taken.values())
+
+    def store(self, lora_id: int, adapter: Prepared) -> int:
+        """Stores an adapter's share of this rank in a free slot; returns the slot.
+
+        Raises FullError where it would fit beside fewer adapters, LimitError where it never will,
+        OtherRankError where another rank raised; then no rank keeps anything of it.
+        """
+        slot = next(slot for slot in count() if slot not in self._slots.values())
+        with self._ranks.all_or_none(undo=lambda: self._erase(slot)):
+            self._store(slot, adapter)
+        self._slots[lora_id] = slot
+        self._taken[slot] = self.resident_bytes(slot)
+        if adapter.is_empty:
+            self._idle.add(slot)
+        return slot
+
+    def erase(self, lora_id: int) -> Packed | None:
+        """Frees the slot of an adapter that has one; what can be stored again, if anything."""
+        slot = self._slots.pop(lora_id)
+        packed = self._erase(slot)
+        del self._taken[slot]
+        self._idle.discard(slot)
+        del self._idle_tokens[slot]
+        return packed
+
+    def resident_bytes(self, slot: int) -> int:
+        return self._backend.resident_bytes(slot) + self._moes.resident_bytes(slot)
+
+    def is_idle(self, slot: int) -> bool:
+        """Whether nothing of its adapter is on this rank."""
+        return slot in self._idle
+
+    def count_idle_tokens(self, slot: int, tokens: int) -> None:
+        """Tokens of an idle slot, which the backend does not see."""
+        self._idle_tokens[slot] += tokens
+
+    def counters(self, slot: int) -> SlotCounters:
+        """Since something was stored in it."""
+        counters = self._backend.counters(slot)
+        return replace(counters, tokens=counters.tokens + self._idle_tokens[slot])
+
+    def _store(self, slot: int, adapter: Prepared) -> None:
+        """Raises LimitError before anything is written if the memory for adapters is spent."""
+        needed, free = adapter.num_bytes, self.free_bytes
+        if needed > free:
+            raise self._over_memory(needed, f"at most {free} of {self._memory}")
+        try:
+            self._moes.store(slot, adapter.moes)
+            self._backend.store(slot, adapter.weights)
+        except Exception as error:
+            self._moes.erase(slot)
+            if isinstance(error, CapacityError):
+                full = FullError if self.adapters() else LimitError
+                raise full(error.where, error.found, error.expected) from error
+            if is_out_of_memory(error):
+                raise self._over_memory(needed, "memory to be had") from error
+            raise
+
+    def _over_memory(self, needed: int, expected: str) -> LimitError:
+        # A full memory may have room later, an adapter that is larger than all of it never fits.
+        fits = needed <= self._memory and self.adapters()
+        error = FullError if fits else LimitError
+        return error("adapter memory", f"{needed} bytes", expected)
+
+    def _erase(self, slot: int) -> Packed | None:
+        self._moes.erase(slot)
+        return self._backend.erase(slot)

@@ -1,0 +1,194 @@
+"""The adapters of one worker: on their way to a slot, in one, and on their way out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tp_group
+from vllm.logger import init_logger
+
+from molehill.engine.adapter.errors import AdapterError
+from molehill.engine.system.out_of_memory import is_out_of_memory
+from molehill.engine.transform.merge import Resident
+from molehill.engine.vllm import backends
+from molehill.engine.vllm.adapter_loader import AdapterLoader
+from molehill.engine.vllm.adapter_stats import Ledger
+from molehill.engine.vllm.host_cache import HostMemory, Prepared, Wanted
+from molehill.engine.vllm.model.patched_model import Seams
+from molehill.engine.vllm.prefetch import AT_ONCE, Preparation, Pulse
+from molehill.engine.vllm.rank_agreement import OtherRankError, RankAgreement
+from molehill.engine.vllm.settings import Settings
+from molehill.engine.vllm.slot_table import BASE, FullError, SlotTable
+from molehill.kernels.interface import Packed
+from molehill.kernels.moe_blocks import MoeBlocks
+
+logger = init_logger("vllm.molehill")
+
+
+class WorkerAdapters:
+    """Loads adapters into the backend's slots and takes them out.
+
+    resident: pairs by site that are in the model's weights (`--merge-into-base`). The base's rows
+    and other adapters take them back.
+    """
+
+    def __init__(
+        self,
+        config: VllmConfig,
+        device: torch.device,
+        model: nn.Module,
+        resident: Resident | None = None,
+    ) -> None:
+        settings = Settings.from_config(config.additional_config)
+        self.backend, why = backends.for_worker(config, settings, device)
+        logger.info("molehill: %s backend (%s)", self.backend.name, why)
+        tp = get_tp_group()
+        self._ranks = RankAgreement(tp.world_size, tp.cpu_group)
+        self.moes = MoeBlocks()
+        patched = Seams(config, device, model, self.backend, self.moes)
+        self._base = patched.base
+        self.slots = SlotTable(self.backend, self.moes, settings.memory, self._ranks)
+        self.stats = Ledger(self.slots.counters, self.slots.resident_bytes)
+        self.pulse = Pulse()
+        self._loader = AdapterLoader(
+            settings,
+            self.backend,
+            patched,
+            config.model_config.dtype,
+            self.pulse,
+            lambda: self.slots.free_bytes,
+            self._ranks.is_alone,
+            resident,
+        )
+        self._preparation = Preparation(self._loader.load, AT_ONCE)
+        # Ranks that do not all keep the same would not meet at DoRA's collectives.
+        self._host = HostMemory[Wanted](settings.host_memory if self._ranks.is_alone else 0)
+        # By id, where it was read and what it was before a slot took it.
+        self._entered: dict[int, tuple[Wanted, Prepared]] = {}
+        self._refused: set[int] = set()
+        if resident is not None:
+            self.slots.store(BASE, self._loader.pack(self._loader.base_rows()))
+
+    def add(self, name: str, wanted: Wanted) -> None:
+        """Reads, checks and stores an adapter; a second call for the same id is a no-op.
+
+        Raises AdapterError, or RuntimeError when another tensor-parallel rank refused; then no rank
+        keeps anything.
+        """
+        if wanted.lora_id in self.slots:
+            return
+        kept = self._host.take(wanted)
+        try:
+            with self._ranks.all_or_none():
+                loaded = kept or self._preparation.take(wanted)
+                ready = loaded if isinstance(loaded, Prepared) else self._loader.pack(loaded)
+            slot = self.slots.store(wanted.lora_id, ready)
+        except Exception:
+            if kept is not None:
+                self._host.put(wanted, kept)
+            raise
+        self._entered[wanted.lora_id] = wanted, replace(ready, weights=Packed(None))
+        self.stats.enter(wanted.lora_id, name, slot, ready.costs)
+        self._refused.discard(wanted.lora_id)
+        self._preparation.drop(wanted)
+        logger.info("molehill: adapter %s stored in slot %d", name, slot)
+
+    def add_late(self, name: str, wanted: Wanted) -> None:
+        """Loads an adapter that nobody announced with `add_lora`, as plain `LLM.generate` does.
+
+        Never raises: that would end the engine. What was refused is not tried again until it is
+        removed or added.
+        """
+        if wanted.lora_id in self._refused:
+            return
+        try:
+            self.add(name, wanted)
+        except Exception as error:
+            # The base's answer in the adapter's name would be worse than none.
+            self._refused.add(wanted.lora_id)
+            logger.error(
+                "molehill: adapter %s cannot be served, its outputs are zeroed. Load adapters with "
+                "add_lora first to get this error there. %s",
+                name,
+                error,
+            )
+
+    def remove(self, lora_id: int, keep: bool = False) -> bool:
+        """Frees the adapter's slot; False if it has none. keep: in host memory, if there is any for
+        it."""
+        self._refused.discard(lora_id)
+        if lora_id not in self.slots:
+            return False
+        self.stats.leave(lora_id)
+        wanted, adapter = self._entered.pop(lora_id)
+        packed = self.slots.erase(lora_id)
+        if keep and packed is not None:
+            self._host.put(wanted, replace(adapter, weights=packed))
+        return True
+
+    # What molehill's API asks for
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self._base)
+
+    def prepare(self, wanted: Wanted) -> bool:
+        """Starts to read a copy of the store in a thread, unless it is in host memory."""
+        if wanted in self._host:
+            return False
+        self._preparation.start(wanted)
+        return True
+
+    def is_prepared(self, wanted: Wanted) -> bool:
+        return self._preparation.done(wanted)
+
+    def discard(self, wanted: Wanted) -> None:
+        self._preparation.drop(wanted)
+
+    def install(self, name: str, wanted: Wanted) -> dict[str, Any]:
+        """`add` whose refusals are answers.
+
+        refusal: why not, or empty. full: it is for other adapters' memory, and can change.
+        """
+        try:
+            self.add(name, wanted)
+        except (FullError, OtherRankError) as error:
+            return {"refusal": str(error), "full": True}
+        except AdapterError as error:
+            self._preparation.drop(wanted)
+            return {"refusal": str(error), "full": False}
+        except Exception as error:
+            self._preparation.drop(wanted)
+            if not is_out_of_memory(error):
+                raise
+            refusal = "adapter memory: found none left on this machine, expected some"
+            return {"refusal": refusal, "full": False}
+        return {"refusal": "", "full": False}
+
+    def uninstall(self, wanted: Wanted, keep: bool) -> list[int]:
+        """`remove`. keep: it may come back.
+
+        Returns the ids of what had to leave host memory since the last call.
+        """
+        self.remove(wanted.lora_id, keep)
+        if not keep:
+            self._host.drop(wanted)
+            self._preparation.drop(wanted)
+            self.stats.close(wanted.lora_id)
+        return [gone.lora_id for gone in self._host.evicted()]
+
+    def report(self, known: Sequence[int], op_seconds: float) -> dict[str, Any]:
+        """stage: this worker's of the pipeline. adapters: see Ledger.settle. host: bytes of the
+        adapters in host memory, by id."""
+        return {
+            "stage": get_pp_group().rank_in_group,
+            "adapters": self.stats.settle(known, op_seconds),
+            "host": {wanted.lora_id: size for wanted, size in self._host.sizes().items()},
+        }
+
+    def routing(self, lora_id: int) -> dict[str, Any]:
+        """tokens, and sites: fields of SiteFigures by site, of this worker's pipeline stage."""
+        tokens, sites = self.stats.sites(lora_id)
+        return {"tokens": tokens, "sites": {site: vars(own) for site, own in sites.items()}}
