@@ -41,9 +41,9 @@ from molehill.api.adapters.ingest import Fetch, Intake, Reader
 from molehill.api.adapters.load_options import Anything, Expected, Terms, check_expected
 from molehill.api.adapters.reading import READERS
 from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.source import Source
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import Tasks
-from molehill.api.sources.roots import Source
 from molehill.engine.adapter.base_model import Limits
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.

@@ -27,8 +27,9 @@ from molehill.api.adapters.errors import (
     StoreError,
 )
 from molehill.api.adapters.ingest import NO_ROOM, Fetch, no_memory
+from molehill.api.adapters.source import Source
 from molehill.api.options import URL_SCHEMES
-from molehill.api.sources.roots import AdapterRoots, Source
+from molehill.api.sources.roots import AdapterRoots
 from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError, LimitError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.formats import native

@@ -26,7 +26,7 @@ from molehill.api.adapters.errors import (
     StoreError,
     TooManyAdaptersError,
 )
-from molehill.api.sources.roots import Source, fingerprint
+from molehill.api.adapters.source import Source, fingerprint
 from molehill.engine.adapter.errors import AdapterNotFoundError, CorruptFileError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native

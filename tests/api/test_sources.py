@@ -23,8 +23,9 @@ from molehill.api.adapters.errors import (
     ForbiddenPathError,
     ForbiddenSourceError,
 )
+from molehill.api.adapters.source import Source
 from molehill.api.sources.fetch import Sources, allowed, reason
-from molehill.api.sources.roots import AdapterRoots, Source
+from molehill.api.sources.roots import AdapterRoots
 from molehill.engine import formats
 from molehill.engine.adapter.errors import AdapterNotFoundError, LimitError
 from molehill.engine.formats import native

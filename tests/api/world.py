@@ -17,9 +17,9 @@ from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.load_options import Terms
 from molehill.api.adapters.registry import AdapterRegistry, Probe
 from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.source import Source
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.sources.fetch import local
-from molehill.api.sources.roots import Source
 from molehill.api.vllm.request_tracking import count_requests
 from molehill.api.vllm.worker_client import Workers
 from molehill.engine.adapter.base_model import Limits
