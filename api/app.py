@@ -32,13 +32,14 @@ from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.restore import Restart
 from molehill.api.sources.roots import AdapterRoots, operator_source
 from molehill.api.sources.watcher import Watcher
-from molehill.api.vllm import request_tracking, starting
+from molehill.api.vllm import starting
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.lifeline import Lifeline
+from molehill.api.vllm.lora_requests import ServedRequests, make_request
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, count_requests
 from molehill.api.vllm.served_models import ServedModels, answer_not_found
-from molehill.api.vllm.worker_client import ONE_ENGINE, Workers
+from molehill.api.vllm.worker_client import ONE_ENGINE, WorkerClient
 from molehill.engine.adapter.base_model import BaseModel, Moe
 from molehill.engine.system import startup
 from molehill.engine.vllm import compat
@@ -46,25 +47,6 @@ from molehill.engine.vllm.settings import Settings
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
 logger = logging.getLogger("vllm.molehill")
-
-
-class ServedRequests(dict[str, Any]):
-    """Names to LoRARequests, as vLLM looks them up by a request's model; that admits the request.
-
-    In chat, vLLM also goes through all values for an adapter *named* like a content part's type
-    (`text`, `image`) and runs the base model's requests on it. It finds none here.
-    """
-
-    registry: AdapterRegistry | None = None
-
-    def __getitem__(self, name: str) -> Any:
-        found = super().__getitem__(name)
-        if self.registry is not None:
-            request_tracking.admit(self.registry, found)
-        return found
-
-    def values(self) -> Any:
-        return {}.values()
 
 
 class MolehillRoutes:
@@ -158,9 +140,12 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     if resident is not None:
         store.hold(resident.directory)
     registry = AdapterRegistry(
-        residency=Residency(Workers(workers), config.lora_config.max_loras, LifecycleMetrics()),
+        residency=Residency(
+            WorkerClient(workers), config.lora_config.max_loras, LifecycleMetrics()
+        ),
         read=reader,
         store=store,
+        make_request=make_request,
         served=models.lora_requests,
         base_models=names,
         admission=options.admission,

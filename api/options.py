@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from molehill.api.adapters import names
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import BadNameError
+from molehill.api.sources.urls import URL_SCHEMES
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.layout import LAYOUTS, Layout
 from molehill.engine.vllm.settings import Settings
@@ -18,8 +19,6 @@ HOST_MEMORY = Settings.host_memory
 
 # Command lines can be seen by every user of a machine, environments cannot.
 ADMIN_KEY_VARIABLE = "MOLEHILL_ADMIN_API_KEY"
-
-URL_SCHEMES = ("https", "http", "s3", "gs")
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ async def between_steps(engine: Any, request: Any) -> None:
 
 
 async def two_phases(engine: Any, request: Any) -> None:
-    from molehill.api.vllm.worker_client import Workers
+    from molehill.api.vllm.worker_client import WorkerClient
 
-    workers = Workers(engine)
+    workers = WorkerClient(engine)
     await workers.prepare(request)
     start = time.perf_counter()
     await workers.install(request)

@@ -135,6 +135,10 @@ class EngineRefusedError(RequestError):
     kind = "engine_refused"
 
 
+class NoRoomError(EngineRefusedError):
+    """The workers' memory for adapters is spent, for now."""
+
+
 class NotProbedError(EngineRefusedError):
     """The engine gave no answer that shows whether the adapter has an effect. Not its fault."""
 

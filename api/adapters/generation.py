@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from molehill.api.adapters.errors import RequestError, encodable
-from molehill.api.sources.roots import Source
+from molehill.api.adapters.source import Source
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.transform.static_gates import gate

@@ -13,8 +13,8 @@ from molehill.api.adapters.errors import OutOfMemoryError, StoreError
 from molehill.api.adapters.generation import Content, Loading, content_of
 from molehill.api.adapters.load_options import check_content
 from molehill.api.adapters.reading import Reading, most_bytes
+from molehill.api.adapters.source import Source
 from molehill.api.adapters.store import AdapterStore
-from molehill.api.sources.roots import Source
 from molehill.engine.adapter.errors import AdapterError, CorruptFileError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter

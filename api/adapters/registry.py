@@ -13,9 +13,6 @@ from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
-from vllm.exceptions import VLLMNotFoundError
-from vllm.lora.request import LoRARequest
-
 from molehill.api.adapters import names
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.background import Background
@@ -28,6 +25,7 @@ from molehill.api.adapters.errors import (
     NotLoadedError,
     RequestError,
     TooManyAdaptersError,
+    UnknownModelError,
 )
 from molehill.api.adapters.generation import (
     Content,
@@ -41,9 +39,9 @@ from molehill.api.adapters.ingest import Fetch, Intake, Reader
 from molehill.api.adapters.load_options import Anything, Expected, Terms, check_expected
 from molehill.api.adapters.reading import READERS
 from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.source import Source
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import Tasks
-from molehill.api.sources.roots import Source
 from molehill.engine.adapter.base_model import Limits
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
@@ -51,12 +49,17 @@ logger = logging.getLogger("vllm.molehill")
 
 Probe = Callable[[Generation], Awaitable[None]]
 
+# The engine's request for an adapter: of its name, an id that is never used again, and its path.
+# It has them as `lora_name`, `lora_int_id` and `lora_path`.
+MakeRequest = Callable[[str, int, str], Any]
+
 
 class AdapterRegistry:
     """Loads, replaces and unloads adapters by name. All methods run on the event loop's thread.
 
     read, store, background, memory: see Intake.
-    served: name to LoRARequest, which vLLM looks a request's model up in; the registry writes it.
+    make_request: see MakeRequest. served: name to what that makes, which the engine looks a
+    request's model up in; the registry writes it.
     probe: raises RequestError for a generation that must not be served, EngineRefusedError where
     that could not be found out, or None.
     failures: names that a restart or a watched root should serve, and why they do not.
@@ -70,6 +73,7 @@ class AdapterRegistry:
         residency: Residency,
         read: Reader,
         store: AdapterStore,
+        make_request: MakeRequest,
         served: dict[str, Any],
         base_models: Collection[str],
         admission: Admission = Admission(),  # noqa: B008
@@ -82,6 +86,7 @@ class AdapterRegistry:
         self.events = residency.events
         self.changed: Callable[[], Coroutine[Any, Any, None]] = nobody_told
         self.intake = Intake(read, store, background or Background(threads=READERS), memory)
+        self._make_request = make_request
         self._served = served
         self._base_models = base_models
         self._admission = admission
@@ -159,13 +164,13 @@ class AdapterRegistry:
     def admit(self, request: Any) -> Generation:
         """The generation that a request runs on, the current one of its name if its own retired.
 
-        Raises VLLMNotFoundError (404) if the name is gone: the base must never answer for it.
+        Raises UnknownModelError if the name is gone: the base must never answer for it.
         """
         generation = self._alive.get(request.lora_int_id)
         if generation is None or generation.retired:
             generation = self._current.get(request.lora_name)
         if generation is None:
-            raise VLLMNotFoundError(f"The model `{request.lora_name}` does not exist.")
+            raise UnknownModelError(f"The model `{request.lora_name}` does not exist.")
         return generation
 
     def enter(self, generation: Generation) -> None:
@@ -261,7 +266,7 @@ class AdapterRegistry:
         old: Generation | None,
         terms: Terms,
     ) -> Generation:
-        request = LoRARequest(loading.name, next(self._ids), str(content.path))
+        request = self._make_request(loading.name, next(self._ids), str(content.path))
         generation = Generation(loading.name, content, source, request)
         self._alive[request.lora_int_id] = generation
         self.events.begin(loading.name)

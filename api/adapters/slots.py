@@ -21,12 +21,12 @@ import logging
 import time
 from contextlib import suppress
 
-from molehill.api.adapters.errors import EngineRefusedError
+from molehill.api.adapters.errors import EngineRefusedError, NoRoomError
 from molehill.api.adapters.events import LifecycleMetrics, Tier
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.tasks import Tasks
 from molehill.api.adapters.waiting import Turn, Waiting
-from molehill.api.vllm.worker_client import NoRoomError, Workers
+from molehill.api.adapters.workers import Workers
 
 logger = logging.getLogger("vllm.molehill")
 

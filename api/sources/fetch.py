@@ -27,8 +27,9 @@ from molehill.api.adapters.errors import (
     StoreError,
 )
 from molehill.api.adapters.ingest import NO_ROOM, Fetch, no_memory
-from molehill.api.options import URL_SCHEMES
-from molehill.api.sources.roots import AdapterRoots, Source
+from molehill.api.adapters.source import Source
+from molehill.api.sources.roots import AdapterRoots
+from molehill.api.sources.urls import allowed
 from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError, LimitError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.formats import native
@@ -167,20 +168,6 @@ def reason(error: Exception) -> str:
     line = str(error).strip().partition("\n")[0]
     line = re.sub(rf"[^\s'\"]*{SCRATCH}[^\s'\"]*", "a temporary file", line)
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
-
-
-def allowed(url: str, prefixes: Sequence[str]) -> bool:
-    """Whether a URL lies below a prefix, however it is written. No `..`, no escapes, no query, no
-    user: what is compared is what is asked for."""
-    if re.fullmatch(r"[a-z0-9]+://[\w.:-]+(/[\w.@+=-]+)*/?", url, re.ASCII) is None:
-        return False
-    parts = urlsplit(url)
-    steps = [step for step in parts.path.split("/") if set(step) == {"."}]
-    if parts.scheme not in URL_SCHEMES or steps:
-        return False
-    return any(
-        url.startswith(prefix if prefix.endswith("/") else f"{prefix}/") for prefix in prefixes
-    )
 
 
 def download_from_hub(repository: str, revision: str | None, target: Path, limit: int) -> str:

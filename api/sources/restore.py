@@ -16,10 +16,10 @@ from molehill.api.adapters.generation import Generation, Loaded, Loading
 from molehill.api.adapters.ingest import Fetch, Reader
 from molehill.api.adapters.load_options import Terms
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.source import Source
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.sources.fetch import Sources, local
 from molehill.api.sources.manifest import Entry, Manifest
-from molehill.api.sources.roots import Source
 from molehill.engine.adapter.errors import AdapterError
 
 logger = logging.getLogger("vllm.molehill")

@@ -23,8 +23,9 @@ from molehill.api.adapters.errors import (
 )
 from molehill.api.adapters.load_options import Terms
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.source import fingerprint
 from molehill.api.sources.fetch import Sources
-from molehill.api.sources.roots import AdapterRoots, fingerprint
+from molehill.api.sources.roots import AdapterRoots
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.formats import native
 from molehill.engine.formats.io import files

@@ -22,11 +22,12 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from vllm.sampling_params import RequestOutputKind
 
-from molehill.api.adapters.errors import EngineRefusedError
+from molehill.api.adapters.errors import EngineRefusedError, UnknownModelError
 from molehill.api.adapters.events import Tier
+from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.vllm.lease import Stay
 from molehill.api.vllm.read_ahead import ReadAhead
@@ -55,7 +56,7 @@ class Answering:
         if found is not None and not found.over:
             found.join()
             return found
-        new = Stay(registry, registry.admit(lora_request))
+        new = Stay(registry, admitted(registry, lora_request))
         if not self.ended:
             new.join()
             self.stays[lora_request.lora_name] = new
@@ -134,6 +135,14 @@ def refusal(error: GracefulHTTPError) -> Response:
     return JSONResponse(body.model_dump(), body.error.code)
 
 
+def admitted(registry: AdapterRegistry, lora_request: Any) -> Generation:
+    """See AdapterRegistry.admit. Raises VLLMNotFoundError, as vLLM's routes understand it."""
+    try:
+        return registry.admit(lora_request)
+    except UnknownModelError as error:
+        raise VLLMNotFoundError(str(error)) from error
+
+
 def admit(registry: AdapterRegistry, lora_request: Any) -> None:
     """A route has looked its request's model up."""
     request = answering.get()
@@ -156,7 +165,7 @@ def counted(call: Callable[..., Any], registry: AdapterRegistry) -> Callable[...
         request = answering.get()
         # A refusal must come before a streaming response has begun.
         if request is None:
-            stay = Stay(registry, registry.admit(lora_request))
+            stay = Stay(registry, admitted(registry, lora_request))
         else:
             stay = request.stay(registry, lora_request)
         stay.asked = True

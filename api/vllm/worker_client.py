@@ -4,7 +4,7 @@ import asyncio
 from itertools import chain
 from typing import Any, Protocol
 
-from molehill.api.adapters.errors import EngineRefusedError
+from molehill.api.adapters.errors import EngineRefusedError, NoRoomError
 from molehill.api.adapters.events import Tier
 from molehill.engine.vllm.prefetch import AT_ONCE
 
@@ -27,15 +27,8 @@ class Engine(Protocol):
         """One answer per worker; raises with a worker's message."""
 
 
-class NoRoomError(EngineRefusedError):
-    """The workers' memory for adapters is spent, for now."""
-
-
-class Workers:
-    """Puts adapters of the store into all workers and takes them out.
-
-    at_once: how many they may prepare, and hold prepared, at a time.
-    """
+class WorkerClient:
+    """The Workers of an engine, which it asks between two of their steps."""
 
     at_once = AT_ONCE
 
@@ -43,15 +36,11 @@ class Workers:
         self._engine = engine
 
     async def begin(self, request: Any) -> bool:
-        """Has every worker read the adapter in a thread, unless it is in host memory; whether one
-        does. Raises EngineRefusedError."""
+        """See Workers."""
         return any(await self._ask("molehill_prepare", request.lora_int_id, request.lora_path))
 
     async def prepare(self, request: Any) -> Tier:
-        """Returns when every worker has the adapter ready for a slot; where it was.
-
-        Raises EngineRefusedError.
-        """
+        """See Workers."""
         if not await self.begin(request):
             return "host"
         wanted = (request.lora_int_id, request.lora_path)
@@ -62,15 +51,11 @@ class Workers:
         return "disk"
 
     async def discard(self, request: Any) -> None:
-        """Lets go of what was prepared. Raises EngineRefusedError."""
+        """See Workers."""
         await self._ask("molehill_discard", request.lora_int_id, request.lora_path)
 
     async def install(self, request: Any) -> None:
-        """Copies what was prepared into a slot of every worker.
-
-        Raises NoRoomError if it would fit beside fewer adapters, EngineRefusedError if it never
-        will. Some of several workers may have taken it then; `remove` makes sure.
-        """
+        """See Workers."""
         # As plain values: vLLM's wire format does not carry its own classes inside arguments.
         plain = (request.lora_name, request.lora_int_id, request.lora_path)
         refusals = await self._ask("molehill_install", *plain)
@@ -83,10 +68,7 @@ class Workers:
         raise NoRoomError(refusals[0]["refusal"])
 
     async def remove(self, request: Any, keep: bool) -> set[int]:
-        """Frees the adapter's slots. keep: it may come back.
-
-        Returns the ids of what had to leave host memory for it. Raises EngineRefusedError.
-        """
+        """See Workers."""
         answers = await self._ask("molehill_remove", request.lora_int_id, request.lora_path, keep)
         return set(chain(*answers))
 

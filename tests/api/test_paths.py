@@ -9,7 +9,8 @@ from fastapi.responses import JSONResponse
 
 from molehill.api.adapters import errors
 from molehill.api.adapters.errors import BadPathError, ForbiddenPathError, SourceChangedError
-from molehill.api.sources.roots import AdapterRoots, Source, fingerprint
+from molehill.api.adapters.source import Source, fingerprint
+from molehill.api.sources.roots import AdapterRoots
 from molehill.engine.adapter.errors import AdapterNotFoundError, ShapeError
 
 

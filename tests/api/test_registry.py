@@ -26,8 +26,9 @@ from molehill.api.adapters.errors import (
     StoreError,
     TooManyAdaptersError,
 )
-from molehill.api.sources.roots import Source, fingerprint
+from molehill.api.adapters.source import Source, fingerprint
 from molehill.engine.adapter.errors import AdapterNotFoundError, CorruptFileError
+from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
 
@@ -159,10 +160,10 @@ def test_a_store_that_cannot_be_written_is_an_error_without_traces(
 class Unlucky(World):
     """Something happens while an adapter is read."""
 
-    def read(self, path: Path) -> Adapter:
+    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
         if path.name == "exhausting":
             torch.empty(1 << 60)
-        found = super().read(path / "molehill" if path.name == "touched" else path)
+        found = super().read(path / "molehill" if path.name == "touched" else path, lora_b_layout)
         if path.name == "touched":
             (path / "more").touch()
         return found
@@ -171,7 +172,7 @@ class Unlucky(World):
 class Unlinked(World):
     """A file goes between two reads of it."""
 
-    def read(self, path: Path) -> Adapter:
+    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
         (path / native.WEIGHTS).unlink()
         (path / native.WEIGHTS).stat()
         raise AssertionError
@@ -215,7 +216,7 @@ def test_an_adapter_that_there_is_no_memory_to_read_is_refused(tmp_path: Path) -
 class Exhausted(World):
     """There is no memory where an adapter is read, as the system says it."""
 
-    def read(self, path: Path) -> Adapter:
+    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 

@@ -23,8 +23,10 @@ from molehill.api.adapters.errors import (
     ForbiddenPathError,
     ForbiddenSourceError,
 )
-from molehill.api.sources.fetch import Sources, allowed, reason
-from molehill.api.sources.roots import AdapterRoots, Source
+from molehill.api.adapters.source import Source
+from molehill.api.sources.fetch import Sources, reason
+from molehill.api.sources.roots import AdapterRoots
+from molehill.api.sources.urls import allowed
 from molehill.engine import formats
 from molehill.engine.adapter.errors import AdapterNotFoundError, LimitError
 from molehill.engine.formats import native
@@ -327,7 +329,7 @@ def test_a_repository_as_vllm_names_it_takes_nothing_from_the_roots(tmp_path: Pa
 
 FETCH = """
 import resource, sys
-from molehill.api import sources
+from molehill.api.sources import fetch as sources
 from molehill.api.sources.roots import AdapterRoots
 from molehill.engine import formats
 sources.SILENCE_SECONDS = 1.0

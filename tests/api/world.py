@@ -17,11 +17,12 @@ from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.load_options import Terms
 from molehill.api.adapters.registry import AdapterRegistry, Probe
 from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.source import Source
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.sources.fetch import local
-from molehill.api.sources.roots import Source
+from molehill.api.vllm.lora_requests import make_request
 from molehill.api.vllm.request_tracking import count_requests
-from molehill.api.vllm.worker_client import Workers
+from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import AdapterNotFoundError
 from molehill.engine.adapter.layout import Layout
@@ -130,11 +131,12 @@ class World:
         self.engine = FakeEngine()
         self.store = AdapterStore(folder / "store")
         self.served: dict[str, LoRARequest] = {}
-        self.residency = Residency(Workers(self.engine), slots, LifecycleMetrics())
+        self.residency = Residency(WorkerClient(self.engine), slots, LifecycleMetrics())
         self.registry = AdapterRegistry(
             self.residency,
             self.read,
             self.store,
+            make_request,
             self.served,
             base_models={"base"},
             admission=admission,

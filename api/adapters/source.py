@@ -1,0 +1,73 @@
+"""What an adapter is read from, and whether that has been touched since."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from molehill.api.adapters.errors import SourceChangedError
+from molehill.engine.adapter.errors import AdapterError
+from molehill.engine.adapter.layout import Layout
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter's directory (resolved), and what to call it before clients.
+
+    label: brings the same adapter again; a repository with its commit. fingerprint: tells whether
+    files that stay where they are have been touched since; empty for what was fetched.
+    remembered: a restarted server serves it again by itself. shared: others may write to the
+    directory while it is read. lora_b_layout: how whoever loads it wants it read, see
+    `formats.readers.expert_layout`. canonical: the directory is a copy of what was read.
+    """
+
+    directory: Path
+    label: str
+    fingerprint: str = ""
+    remembered: bool = True
+    shared: bool = False
+    lora_b_layout: Layout | None = None
+    canonical: bool = False
+
+    @property
+    def asked_layout(self) -> Layout | None:
+        """What the directory's reader is told; a copy has the experts in order already."""
+        return None if self.canonical else self.lora_b_layout
+
+    @property
+    def public(self) -> str:
+        """The label, unless it is a path of the operator's."""
+        return self.label if self.remembered else "--adapter"
+
+    def check_untouched(self) -> None:
+        """Raises SourceChangedError if what was read is not what `fingerprint` was taken of."""
+        if self.shared and fingerprint(self.directory) != self.fingerprint:
+            raise SourceChangedError(f"{self.label}: the files changed while they were read")
+
+    def relabel(self, message: str) -> str:
+        """`message` with the label in place of the server's path."""
+        return message.replace(str(self.directory), self.label)
+
+    def relabel_error(self, error: AdapterError) -> AdapterError:
+        """The same error with the label in place of the server's path."""
+        parts = (error.where, error.found, error.expected)
+        return type(error)(*(self.relabel(part) for part in parts))
+
+
+def fingerprint(directory: Path) -> str:
+    """Names, sizes and times of the files and folders; it changes when any of them is written or
+    exchanged, and when one is moved away and back."""
+    sha = hashlib.sha256()
+    for folder, directories, files in os.walk(directory):
+        directories.sort()
+        for name in (".", *sorted(files)):
+            path = Path(folder, name)
+            try:
+                found = path.stat()
+            except OSError:
+                continue
+            where = path.relative_to(directory)
+            facts = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+            # Names may be bytes that are no UTF-8.
+            sha.update(f"{where}\0{facts}\0".encode(errors="surrogateescape"))
+    return sha.hexdigest()

@@ -1,0 +1,32 @@
+"""vLLM's requests for adapters: how one is made, and where vLLM looks them up."""
+
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+
+from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.vllm import request_tracking
+
+
+def make_request(name: str, number: int, path: str) -> LoRARequest:
+    """See MakeRequest of the registry. vLLM keys its prefix cache by the name and the path."""
+    return LoRARequest(name, number, path)
+
+
+class ServedRequests(dict[str, Any]):
+    """Names to LoRARequests, as vLLM looks them up by a request's model; that admits the request.
+
+    In chat, vLLM also goes through all values for an adapter *named* like a content part's type
+    (`text`, `image`) and runs the base model's requests on it. It finds none here.
+    """
+
+    registry: AdapterRegistry | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        request = super().__getitem__(name)
+        if self.registry is not None:
+            request_tracking.admit(self.registry, request)
+        return request
+
+    def values(self) -> Any:
+        return {}.values()
