@@ -20,7 +20,7 @@ from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import CorruptFileError, LimitError, MissingTensorError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
-from molehill.engine.formats.io import isolation
+from molehill.engine.formats.convert import isolation
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, TopK
 

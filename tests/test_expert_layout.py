@@ -19,7 +19,7 @@ from molehill.api.cli import convert, inspect, merge
 from molehill.engine import formats
 from molehill.engine.adapter.errors import ConfigError, UnsupportedError
 from molehill.engine.formats import native
-from molehill.engine.formats.io import isolation
+from molehill.engine.formats.convert import isolation
 from molehill.engine.hf.reference import attach
 
 LOGITS = 1e-4

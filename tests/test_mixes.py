@@ -25,7 +25,7 @@ from molehill.engine.adapter.errors import (
 )
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
-from molehill.engine.formats.io import isolation
+from molehill.engine.formats.convert import isolation
 from molehill.engine.hf.reference import attach
 from molehill.engine.transform.arrow import prototype
 from molehill.engine.transform.weighted_sum import Part, mix

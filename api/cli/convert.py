@@ -12,7 +12,7 @@ from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
-from molehill.engine.formats.io import isolation
+from molehill.engine.formats.convert import isolation
 from molehill.engine.system.atomic_directory import check_free
 
 UNREADABLE = 1

@@ -142,6 +142,13 @@ def is_plain(mixture: Mixture) -> bool:
     )
 
 
+def why_not_plain(mixture: Mixture) -> str:
+    """What keeps a site from being one low-rank pair."""
+    if getattr(mixture, "magnitude", None) is not None:
+        return "a magnitude (DoRA)"
+    return f"a dynamic site ({gate(mixture).reason})"
+
+
 def plain_sites(adapter: Adapter) -> dict[str, Experts]:
     """The pairs B A of the sites that are nothing else: after `merge_static`, all that can go into
     base weights and come out again as a low-rank pair."""

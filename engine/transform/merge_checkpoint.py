@@ -11,10 +11,9 @@ from torch import Tensor
 
 from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
 from molehill.engine.adapter.model import Adapter, natural_key
-from molehill.engine.formats.convert.peft_writer import why_not_plain
 from molehill.engine.hf.shapes import canonical_name
 from molehill.engine.system.atomic_directory import appearing
-from molehill.engine.transform.merge import is_plain, merged_weight
+from molehill.engine.transform.merge import is_plain, merged_weight, why_not_plain
 from molehill.kernels.mixture import LinearMixture
 
 _WHOLE = "model.safetensors"

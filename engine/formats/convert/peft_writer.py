@@ -15,9 +15,8 @@ from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.formats.io import files
 from molehill.engine.system.atomic_directory import appearing
-from molehill.engine.transform.merge import plain_sites
-from molehill.engine.transform.static_gates import gate
-from molehill.kernels.mixture import Experts, Mixture
+from molehill.engine.transform.merge import plain_sites, why_not_plain
+from molehill.kernels.mixture import Experts
 
 
 def write_lora(adapter: Adapter, directory: Path) -> None:
@@ -42,13 +41,6 @@ def _pairs(adapter: Adapter) -> dict[str, Experts]:
             found = why_not_plain(adapter.sites[site])
             raise UnsupportedError(site, found, "one low-rank pair, as a plain LoRA has")
     return plain
-
-
-def why_not_plain(mixture: Mixture) -> str:
-    """What keeps a site from being one low-rank pair."""
-    if getattr(mixture, "magnitude", None) is not None:
-        return "a magnitude (DoRA)"
-    return f"a dynamic site ({gate(mixture).reason})"
 
 
 def _config(adapter: Adapter, pairs: dict[str, Experts]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from molehill.engine.formats import DEFAULT_LIMITS, native, read
 from molehill.engine.formats.io import files
 from molehill.engine.system.out_of_memory import is_out_of_memory
 
-_MODULE = "molehill.engine.formats.io.isolation"
+_MODULE = "molehill.engine.formats.convert.isolation"
 _ERRORS = {error.kind: error for error in AdapterError.__subclasses__()}
 _NO_MEMORY = "out_of_memory"
 
