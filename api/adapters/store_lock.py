@@ -1,4 +1,7 @@
-"""One server per directory, for as long as its process lives."""
+"""One server per directory, for as long as its process lives.
+
+Not by filelock: it cannot open a directory, and its file would be one more thing in every store.
+"""
 
 import fcntl
 import logging

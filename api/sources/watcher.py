@@ -3,6 +3,9 @@
 A directory counts as finished when nothing in it has changed for a while and it is a whole, valid
 adapter. Half of one is refused by its reader, and tried again when it has changed. What is refused
 for want of room, and not for what it holds, is tried again by itself.
+
+Not by watchfiles: most looks follow no change of a file, but time that has passed, room or a name
+that has become free, or a root that has come back; roots on network file systems report nothing.
 """
 
 import asyncio

@@ -8,7 +8,8 @@ from molehill.api.adapters.errors import EngineRefusedError, NoRoomError
 from molehill.api.adapters.events import Tier
 from molehill.engine.vllm.prefetch import AT_ONCE
 
-# Seconds between questions to the workers, which answer between two steps.
+# Seconds between questions to the workers, which answer between two steps. The same
+# pauses take more lines with tenacity.
 FIRST_PAUSE = 0.005
 LAST_PAUSE = 0.1
 

@@ -4,6 +4,11 @@
 [DIRECTORY]`, beside this file or into DIRECTORY, for images whose users have no compiler.
 
 It takes from half a minute to several; what is going on is logged at once and every few seconds.
+
+Not by torch.utils.cpp_extension or scikit-build-core: one library holds the same source compiled
+for several instruction sets, torch's load() has the same flags for all files, needs ninja and says
+nothing meanwhile, its lock outlives a process that is killed, and a wheel's build would tie the
+package to one version of torch.
 """
 
 import fcntl
@@ -165,7 +170,11 @@ def _find_or_compile() -> Library:
 
 
 def cache_directory() -> Path:
-    """`$MOLEHILL_CACHE_DIR`, or `molehill` in the user's cache."""
+    """`$MOLEHILL_CACHE_DIR`, or `molehill` in the user's cache.
+
+    The rule of the XDG base directories, which is platformdirs' on Linux; this package imports
+    nothing but torch and triton.
+    """
     chosen = os.environ.get("MOLEHILL_CACHE_DIR")
     if chosen:
         return Path(chosen)

@@ -2,7 +2,8 @@
 
 One buffer, allocated once at a fixed address, so that CUDA graphs hold while adapters come and go.
 A matrix of rank rows (A and a router by in-width, B transposed by out-width) owns one contiguous
-extent; an adapter's extents are reserved all at once or not at all.
+extent; an adapter's extents are reserved all at once or not at all. Not by torch's allocator: its
+blocks lie anywhere, while kernels take offsets from one address that a graph has captured.
 
 Example, in units of ALIGNMENT bytes: of 10 free units, `reserve` of 6 and 3 leaves the run [9, 10).
 Releasing the 6 leaves [0, 6) and [9, 10); a 4 then fits, a 7 does not although 7 are free; once
