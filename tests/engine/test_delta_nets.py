@@ -10,8 +10,9 @@ import torch
 from asking import ask_each
 from engines import engine
 
-# Of log-probabilities in bfloat16, whose steps are 1/32 where the logits are.
-TOLERANCE = 0.25
+# Of the standard deviation of log-probabilities: the engine computes in bfloat16, Transformers in
+# float32. 0.013 and 0.021 were seen.
+TOLERANCE = 0.05
 
 
 @pytest.fixture(scope="module", params=["qwen3_5_text", "qwen3_next"])
@@ -35,19 +36,26 @@ def test_the_base_starts_without_torchvision_and_agrees_with_transformers(
         assert len(reply.tokens) == 8
         with torch.inference_mode():
             logits = oracle(torch.tensor([prompt])).logits[0, -1]
-        expected, found = logits.log_softmax(-1), reply.logits.log_softmax(-1)
-        assert (expected - found).abs().max() < TOLERANCE
+        expected = logits.log_softmax(-1)
+        error = reply.logits.log_softmax(-1) - expected
+        assert error.std() < TOLERANCE * expected.std()
 
 
-def test_another_dtype_is_refused_before_the_model_loads(model: Path, capfd: Any) -> None:
-    with (
-        pytest.raises(RuntimeError),
-        engine(model=str(model), dtype="float32", enforce_eager=True),
-    ):
-        pass
-    kind = tiny_models.model_type(model)
+def test_a_worker_refuses_another_dtype_before_the_model_loads(tmp_path: Path, capfd: Any) -> None:
+    """Its processes start anew: those of other tests write where these tests do not read."""
+    from vllm import LLM
+
+    options = {
+        "dtype": "float32",
+        "enable_lora": True,
+        "enforce_eager": True,
+        "max_model_len": 64,
+        "worker_cls": "molehill.engine.vllm.worker.Worker",
+    }
+    with pytest.raises(RuntimeError):
+        LLM(model=str(tiny_models.build("qwen3_5_text", tmp_path)), **options)
     sentence = (
         "--dtype: found float32, expected bfloat16: vLLM's CPU kernels for the gated delta net "
-        f"of {kind} take nothing else"
+        "of qwen3_5_text take nothing else"
     )
     assert sentence in "".join(capfd.readouterr())
