@@ -153,10 +153,10 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     base = replace(await base_model(engine_client), name=models.base_model_paths[0].name)
     names = {path.name for path in models.base_model_paths}
     reader = AdapterReader(base, limits, {config.model_config.model, *names})
-    store, resident = AdapterStore(options.store), options.resident
+    store, merged_base = AdapterStore(options.store), options.merged_base
     workers, cores = Lifeline(engine_client), await workers_cores(engine_client)
-    if resident is not None:
-        store.hold(resident.directory)
+    if merged_base is not None:
+        store.hold(merged_base.directory)
     registry = AdapterRegistry(
         residency=Residency(Workers(workers), config.lora_config.max_loras, LifecycleMetrics()),
         read=reader,
@@ -165,7 +165,7 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
         base_models=names,
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
-        resident=(resident.name, resident.digest) if resident else None,
+        resident=(merged_base.name, merged_base.digest) if merged_base else None,
         background=Background(cores, threads=READERS),
         memory=limits.adapter_bytes,
     )

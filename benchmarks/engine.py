@@ -117,12 +117,12 @@ def running_engines(
     }
     worker = {"worker_cls": compilation.WORKER, "enable_lora": True, "max_loras": 40}
     stock = {"enable_lora": True, "max_lora_rank": EXPERTS * RANK}
-    resident = {"additional_config": Settings(resident=str(lora)).to_config()}
+    merged_base = {"additional_config": Settings(merged_base=str(lora)).to_config()}
     own: dict[str, dict[str, Any]] = {
         "plain": {},
         "molehill": worker,
         "lora": stock,
-        "merged": {**worker, **resident},
+        "merged": {**worker, **merged_base},
     }
     engines: dict[str, Any] = {}
     try:

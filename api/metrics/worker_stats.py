@@ -15,7 +15,7 @@ from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.tasks import Tasks
 from molehill.api.vllm.worker_client import Engine
-from molehill.engine.routing_stats import Figures, SiteFigures
+from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -36,7 +36,7 @@ class Told:
     """One generation over all workers. resident_bytes: None if it is in no worker's slots."""
 
     name: str
-    figures: Figures = field(default_factory=Figures)
+    figures: RoutingStats = field(default_factory=RoutingStats)
     resident_bytes: int | None = None
 
 
@@ -47,7 +47,7 @@ class Snapshot:
     age: seconds since the question that they answered; since the start where they never have.
     """
 
-    figures: Mapping[str, Figures] = field(default_factory=dict)
+    figures: Mapping[str, RoutingStats] = field(default_factory=dict)
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
     host_bytes: Mapping[str, int] = field(default_factory=dict)
     seconds: Seconds | None = None
@@ -72,7 +72,7 @@ def told(answers: Iterable[Mapping[str, Any]]) -> dict[int, Told]:
                 continue
             counted.add((lora_id, answer["stage"]))
             tokens = max(entry.figures.tokens, own["figures"]["tokens"])
-            entry.figures.add(Figures(**own["figures"]))
+            entry.figures.add(RoutingStats(**own["figures"]))
             entry.figures.tokens = tokens
     return found
 
@@ -99,14 +99,14 @@ def host_bytes(
 
 
 class Totals:
-    """Figures by name, which go on where a generation takes the place of another."""
+    """Stats by name, which go on where a generation takes the place of another."""
 
     def __init__(self) -> None:
-        self._ended: dict[str, Figures] = {}
+        self._ended: dict[str, RoutingStats] = {}
 
     def settle(
         self, generations: Mapping[int, Told], known: Collection[int], names: Collection[str]
-    ) -> dict[str, Figures]:
+    ) -> dict[str, RoutingStats]:
         """One answer of the workers; none may be given twice.
 
         known: the generations that the workers were asked about. Others that are in no slot have
@@ -119,8 +119,8 @@ class Totals:
             if lora_id in known or generation.resident_bytes is not None:
                 living.append(generation)
             elif generation.name in names:
-                self._ended.setdefault(generation.name, Figures()).add(generation.figures)
-        sums = {name: Figures() for name in names}
+                self._ended.setdefault(generation.name, RoutingStats()).add(generation.figures)
+        sums = {name: RoutingStats() for name in names}
         for name, figures in self._ended.items():
             sums[name].add(figures)
         for generation in living:
@@ -159,11 +159,11 @@ class WorkerStats:
             self._registry.events.scrape_failed("error")
         return replace(self._last, age=time.monotonic() - self._asked)
 
-    async def routing(self, lora_int_id: int) -> tuple[int, dict[str, SiteFigures]]:
+    async def routing(self, lora_int_id: int) -> tuple[int, dict[str, SiteRoutingStats]]:
         """One generation's tokens, and its figures by site."""
         answers = await self._engine.collective_rpc("molehill_routing", args=(lora_int_id,))
         sites = {
-            site: SiteFigures(**{**fields, "expert_tokens": tuple(fields["expert_tokens"])})
+            site: SiteRoutingStats(**{**fields, "expert_tokens": tuple(fields["expert_tokens"])})
             for answer in answers
             for site, fields in answer["sites"].items()
         }

@@ -19,33 +19,36 @@ from molehill.api.metrics.worker_stats import (
     seconds,
     told,
 )
-from molehill.engine.routing_stats import Figures
+from molehill.engine.routing_stats import RoutingStats
 
 
-def answer(stage: int, figures: Figures, resident: int | None = 100) -> dict[str, Any]:
+def answer(stage: int, figures: RoutingStats, resident: int | None = 100) -> dict[str, Any]:
     own = {"name": "a", "resident_bytes": resident, "figures": vars(figures)}
     seconds = {"steps": 2.0, "ops": 0.5}
     return {"stage": stage, "adapters": {7: own}, "host": {}, "seconds": seconds}
 
 
 def test_tensor_parallel_workers_count_once_but_memory_and_seconds_add_up() -> None:
-    figures = Figures(5, 5, 1, 2.5, [5, 4], 60, 40, 1.1, 1, op_seconds=0.5)
+    figures = RoutingStats(5, 5, 1, 2.5, [5, 4], 60, 40, 1.1, 1, op_seconds=0.5)
     both = replace(figures, op_seconds=1.0)
     assert told([answer(0, figures), answer(0, figures)]) == {7: Told("a", both, 200)}
 
 
 def test_pipeline_stages_add_their_own_sites() -> None:
-    first, second = Figures(5, 5, 1, 2.5, [5, 4], 60, 40), Figures(5, 5, 0, 1.0, [0, 0, 5], 6, 4)
-    both = Figures(5, 10, 1, 3.5, [5, 4, 5], 66, 44)
+    first, second = (
+        RoutingStats(5, 5, 1, 2.5, [5, 4], 60, 40),
+        RoutingStats(5, 5, 0, 1.0, [0, 0, 5], 6, 4),
+    )
+    both = RoutingStats(5, 10, 1, 3.5, [5, 4, 5], 66, 44)
     assert told([answer(0, first), answer(1, second)]) == {7: Told("a", both, 200)}
 
 
 def test_an_adapter_out_of_the_slots_takes_no_memory() -> None:
-    assert told([answer(0, Figures(), None)])[7].resident_bytes is None
+    assert told([answer(0, RoutingStats(), None)])[7].resident_bytes is None
 
 
 def test_seconds_add_up_where_all_workers_measure() -> None:
-    one = answer(0, Figures())
+    one = answer(0, RoutingStats())
     assert seconds([one, one]) == Seconds(4.0, 1.0)
     assert seconds([one, {**one, "seconds": None}]) is None
     assert seconds([]) is None
@@ -53,31 +56,31 @@ def test_seconds_add_up_where_all_workers_measure() -> None:
 
 def test_a_name_counts_on_through_a_replacement() -> None:
     totals = Totals()
-    old, new = Told("a", Figures(5), 10), Told("a", Figures(2), 10)
+    old, new = Told("a", RoutingStats(5), 10), Told("a", RoutingStats(2), 10)
     assert totals.settle({1: old}, {1}, {"a"})["a"].tokens == 5
     assert totals.settle({1: old, 2: new}, {1, 2}, {"a"})["a"].tokens == 7
     # Drained: told for the last time, then no more.
-    drained = Told("a", Figures(6), None)
+    drained = Told("a", RoutingStats(6), None)
     assert totals.settle({1: drained, 2: new}, {2}, {"a"})["a"].tokens == 8
-    assert totals.settle({2: Told("a", Figures(3), 10)}, {2}, {"a"})["a"].tokens == 9
+    assert totals.settle({2: Told("a", RoutingStats(3), 10)}, {2}, {"a"})["a"].tokens == 9
 
 
 def test_a_name_that_ended_starts_anew() -> None:
     totals = Totals()
-    assert totals.settle({1: Told("a", Figures(5), None)}, set(), set()) == {}
-    assert totals.settle({2: Told("a", Figures(1), 10)}, {2}, {"a"})["a"].tokens == 1
+    assert totals.settle({1: Told("a", RoutingStats(5), None)}, set(), set()) == {}
+    assert totals.settle({2: Told("a", RoutingStats(1), 10)}, {2}, {"a"})["a"].tokens == 1
 
 
 def test_an_evicted_adapter_is_counted_once() -> None:
     totals = Totals()
-    evicted = Told("a", Figures(5), None)
+    evicted = Told("a", RoutingStats(5), None)
     for _ in range(3):
         assert totals.settle({1: evicted}, {1}, {"a"})["a"].tokens == 5
 
 
 def test_a_generation_on_its_way_out_is_counted_once() -> None:
     totals = Totals()
-    leaving = {1: Told("a", Figures(5), 10), 2: Told("a", Figures(1), 10)}
+    leaving = {1: Told("a", RoutingStats(5), 10), 2: Told("a", RoutingStats(1), 10)}
     for _ in range(3):
         assert totals.settle(leaving, {2}, {"a"})["a"].tokens == 6
 

@@ -191,7 +191,7 @@ def test_experts_merged_into_the_base_weights(
 ) -> None:
     """The base and the other adapters subtract them again."""
     native.write(merge_static(formats.read(Case("drlora").path))[0], tmp_path / "resident")
-    molehill = {"resident": str(tmp_path / "resident")}
+    molehill = {"merged_base": str(tmp_path / "resident")}
     options = {"enforce_eager": True, "additional_config": {"molehill": molehill}}
     with engine(model=str(TINY_MOE), **options) as llm:
         assert_golden(ask(llm, prompts, others=adapters), prompts)

@@ -22,7 +22,7 @@ from molehill.kernels.mixture import Experts
 @contextmanager
 def merged_engine(case: str, folder: Path, **options: Any) -> Iterator[Any]:
     """An engine with the static part of a golden adapter in its weights."""
-    molehill = {"resident": str(written(case, folder)), **options.pop("molehill", {})}
+    molehill = {"merged_base": str(written(case, folder)), **options.pop("molehill", {})}
     with engine(additional_config={"molehill": molehill}, **options) as llm:
         yield llm
 
@@ -157,7 +157,7 @@ def test_a_weight_that_cannot_be_merged_into_ends_the_load() -> None:
         ([("model.layers.0.y.weight", torch.ones(3, 4))], "layers.0.x: found no weight"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            list(merged_base_loader.with_resident(iter(weights), resident, torch.float32))
+            list(merged_base_loader.with_merged_base(iter(weights), resident, torch.float32))
 
 
 def test_other_weights_and_biases_are_left_alone() -> None:
@@ -166,7 +166,9 @@ def test_other_weights_and_biases_are_left_alone() -> None:
         ("model.layers.0.x.bias", torch.ones(3)),
         ("lm_head.weight", torch.ones(2, 4)),
     ]
-    found = list(merged_base_loader.with_resident(iter(given), {"layers.0.x": PAIR}, torch.float32))
+    found = list(
+        merged_base_loader.with_merged_base(iter(given), {"layers.0.x": PAIR}, torch.float32)
+    )
     assert torch.equal(found[0][1], torch.full((3, 4), 2.0))
     assert found[0][1].dtype == torch.float32
     assert [tensor is own for (_, tensor), (_, own) in zip(found[1:], given[1:], strict=True)] == [
