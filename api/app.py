@@ -5,9 +5,8 @@ import logging
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 from fastapi import FastAPI
@@ -39,9 +38,9 @@ from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, count_requests
 from molehill.api.vllm.served_models import ServedModels, answer_not_found
 from molehill.api.vllm.worker_client import ONE_ENGINE, Workers
-from molehill.engine.adapter.base_model import BaseModel, Moe
+from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.system import startup
-from molehill.engine.vllm import compat
+from molehill.engine.vllm import compat, protocol
 from molehill.engine.vllm.settings import Settings
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
@@ -190,29 +189,20 @@ async def prober(engine_client: Any) -> Prober | None:
 
 async def workers_cores(engine_client: Any) -> set[int]:
     """What the workers compute on."""
-    return set(chain(*await engine_client.collective_rpc("molehill_cores")))
+    replies = await protocol.CORES.ask(engine_client, protocol.Empty())
+    return {core for reply in replies for core in reply.cores}
 
 
 async def base_model(engine_client: Any) -> BaseModel:
-    """What the workers serve. Raises RuntimeError if they are not molehill's."""
+    """What the workers serve. Raises RuntimeError if they are not molehill's, or another
+    release's."""
     try:
-        answers = await engine_client.collective_rpc("molehill_describe")
+        replies = await protocol.DESCRIBE.ask(engine_client, protocol.Empty())
+    except protocol.ProtocolError:
+        raise
     except Exception as error:
         raise RuntimeError(
             "the workers do not know molehill; start with `molehill serve`, or give "
             "--worker-cls molehill.engine.vllm.worker.Worker --enable-lora"
         ) from error
-    return parse_base(answers[0])
-
-
-def parse_base(answer: Mapping[str, Any]) -> BaseModel:
-    linears = {name: (shape[0], shape[1]) for name, shape in answer["linears"].items()}
-    moes = {name: Moe(**sizes) for name, sizes in answer["moes"].items()}
-    return BaseModel(
-        answer["name"],
-        answer["architecture"],
-        linears,
-        dict(answer["ffns"]),
-        moes,
-        dict(answer["refused"]),
-    )
+    return replies[0]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from molehill.engine.routing_stats import (
     Costs,
@@ -12,6 +11,7 @@ from molehill.engine.routing_stats import (
     site_stats,
     total_stats,
 )
+from molehill.engine.vllm.protocol import AdapterReport
 from molehill.kernels.counters import SlotCounters, joined
 
 # Adapters outside of the slots that are remembered if nobody asks, the ones that left last.
@@ -87,8 +87,8 @@ class AdapterStats:
             if slot in self._by_slot:
                 self._by_slot[slot].stale = True
 
-    def report(self, known: Collection[int], op_seconds: float = 0.0) -> dict[int, dict[str, Any]]:
-        """By id: `name`, `resident_bytes` (None outside of the slots) and `figures`, as a dict.
+    def report(self, known: Collection[int], op_seconds: float = 0.0) -> dict[int, AdapterReport]:
+        """By id, of adapters in the slots and outside.
 
         op_seconds: what the ops of all adapters took so far. Adapters outside that are not `known`
         any more are reported for the last time.
@@ -124,9 +124,9 @@ class AdapterStats:
             stats.op_seconds += (op_seconds - self._op_seconds) * flops / work
         self._op_seconds = op_seconds
 
-    def _report(self, record: AdapterRecord) -> dict[str, Any]:
+    def _report(self, record: AdapterRecord) -> AdapterReport:
         taken = None if record.slot is None else self._resident_bytes(record.slot)
-        return {"name": record.name, "resident_bytes": taken, "figures": vars(record.stats)}
+        return AdapterReport(record.name, taken, record.stats)
 
     def _counters(self, record: AdapterRecord) -> SlotCounters:
         if record.slot is None:

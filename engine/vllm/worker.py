@@ -11,8 +11,7 @@ from vllm.platforms import current_platform
 from molehill.engine.system import startup
 from molehill.engine.system.cpu_affinity import own_cores
 from molehill.engine.transform.merge import MergedBase
-from molehill.engine.vllm import compat, compilation, precision
-from molehill.engine.vllm.host_cache import AdapterKey
+from molehill.engine.vllm import compat, compilation, precision, protocol
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
 from molehill.engine.vllm.settings import Settings
@@ -82,54 +81,38 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self.model_runner.lora_manager = LoRAManager(self.adapters)
         return model
 
-    def molehill_describe(self) -> dict[str, Any]:
-        """The base model's shapes, as a dict of BaseModel's fields."""
-        return self.adapters.describe()
+    # What `molehill.engine.vllm.protocol` asks, in plain values and answered in them
 
-    def molehill_cores(self) -> list[int]:
-        """What this worker computes on, of this machine."""
-        return sorted(own_cores())
+    def molehill_describe(self, request: object) -> object:
+        return protocol.DESCRIBE.serve(request, self.adapters.describe)
 
-    def molehill_stats(self, known: list[int]) -> dict[str, Any]:
-        """See WorkerAdapters.report; and seconds in `steps` and in adapter `ops`, or None.
+    def molehill_cores(self, request: object) -> object:
+        return protocol.CORES.serve(
+            request, lambda _: protocol.CoresReply(tuple(sorted(own_cores())))
+        )
 
-        known: `lora_int_id`s that the API may ask for again.
-        """
-        seconds = self.step_timer and {"steps": self.step_timer.steps, "ops": self.step_timer.ops}
-        ops = self.step_timer.ops if self.step_timer else 0.0
-        return {**self.adapters.report(known, ops), "seconds": seconds}
+    def molehill_prepare(self, request: object) -> object:
+        return protocol.PREPARE.serve(request, self.adapters.prepare)
 
-    def molehill_routing(self, lora_int_id: int) -> dict[str, Any]:
-        """See WorkerAdapters.routing."""
-        return self.adapters.routing(lora_int_id)
+    def molehill_prepared(self, request: object) -> object:
+        return protocol.PREPARED.serve(request, self.adapters.prepared)
 
-    def molehill_prepare(self, lora_int_id: int, path: str) -> bool:
-        """Starts to read an adapter of the store, beside the steps; False if it is in host memory,
-        ready."""
-        return self.adapters.prepare(AdapterKey(lora_int_id, path))
+    def molehill_discard(self, request: object) -> object:
+        return protocol.DISCARD.serve(request, self.adapters.discard)
 
-    def molehill_prepared(self, lora_int_id: int, path: str) -> bool:
-        """Whether it is read, or was refused, which `molehill_install` then says."""
-        return self.adapters.is_prepared(AdapterKey(lora_int_id, path))
+    def molehill_install(self, request: object) -> object:
+        return protocol.INSTALL.serve(request, self.adapters.install)
 
-    def molehill_discard(self, lora_int_id: int, path: str) -> None:
-        """Lets go of an adapter that was prepared and is not waited for any more."""
-        self.adapters.discard(AdapterKey(lora_int_id, path))
+    def molehill_remove(self, request: object) -> object:
+        return protocol.REMOVE.serve(request, self.adapters.uninstall)
 
-    def molehill_install(self, name: str, lora_int_id: int, path: str) -> dict[str, Any]:
-        """Copies a prepared adapter into a slot; see WorkerAdapters.install."""
-        return self.adapters.install(name, AdapterKey(lora_int_id, path))
+    def molehill_stats(self, request: object) -> object:
+        timer = self.step_timer
+        seconds = protocol.StepSeconds(timer.steps, timer.ops) if timer else None
+        return protocol.STATS.serve(request, lambda asked: self.adapters.report(asked, seconds))
 
-    def molehill_remove(self, lora_int_id: int, path: str, keep: bool) -> list[int]:
-        """Frees an adapter's slot, if it has one. keep: it may come back, from host memory.
+    def molehill_routing(self, request: object) -> object:
+        return protocol.ROUTING.serve(request, self.adapters.routing)
 
-        Returns the ids of what had to leave host memory since the last call.
-        """
-        return self.adapters.uninstall(AdapterKey(lora_int_id, path), keep)
-
-    def molehill_trace(self, enabled: bool) -> list[tuple[str, list[Any], list[Any], list[Any]]]:
-        """Starts or ends recording; returns (site, probabilities, weights, entropies) so far."""
-        return [
-            (t.site, t.probabilities.tolist(), t.weights.tolist(), t.entropy.tolist())
-            for t in self.adapters.backend.trace(enabled)
-        ]
+    def molehill_trace(self, request: object) -> object:
+        return protocol.TRACE.serve(request, self.adapters.trace)

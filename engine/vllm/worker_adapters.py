@@ -1,8 +1,6 @@
 """The adapters of one worker: on their way to a slot, in one, and on their way out."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -10,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
+from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.system.out_of_memory import is_out_of_memory
 from molehill.engine.transform.merge import MergedBase
@@ -19,6 +18,25 @@ from molehill.engine.vllm.adapter_stats import AdapterStats
 from molehill.engine.vllm.host_cache import AdapterKey, HostCache, PreparedAdapter
 from molehill.engine.vllm.model.patched_model import PatchedModel
 from molehill.engine.vllm.prefetch import AT_ONCE, Prefetcher, StepPacer
+from molehill.engine.vllm.protocol import (
+    AdapterRequest,
+    Empty,
+    InstallReply,
+    InstallRequest,
+    PlainTensor,
+    PreparedReply,
+    PrepareReply,
+    RemoveReply,
+    RemoveRequest,
+    RoutingReply,
+    RoutingRequest,
+    SiteTrace,
+    StatsReply,
+    StatsRequest,
+    StepSeconds,
+    TraceReply,
+    TraceRequest,
+)
 from molehill.engine.vllm.rank_agreement import OtherRankError, RankAgreement
 from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.slot_table import BASE, FullError, SlotTable
@@ -131,64 +149,76 @@ class WorkerAdapters:
 
     # What molehill's API asks for
 
-    def describe(self) -> dict[str, Any]:
-        return asdict(self._base)
+    def describe(self, request: Empty) -> BaseModel:
+        """The base model's shapes."""
+        return self._base
 
-    def prepare(self, key: AdapterKey) -> bool:
+    def prepare(self, request: AdapterRequest) -> PrepareReply:
         """Starts to read a copy of the store in a thread, unless it is in host memory."""
+        key = AdapterKey(request.lora_int_id, request.path)
         if key in self._host:
-            return False
+            return PrepareReply(reads=False)
         self._prefetcher.start(key)
-        return True
+        return PrepareReply(reads=True)
 
-    def is_prepared(self, key: AdapterKey) -> bool:
-        return self._prefetcher.done(key)
+    def prepared(self, request: AdapterRequest) -> PreparedReply:
+        key = AdapterKey(request.lora_int_id, request.path)
+        return PreparedReply(self._prefetcher.done(key))
 
-    def discard(self, key: AdapterKey) -> None:
-        self._prefetcher.drop(key)
+    def discard(self, request: AdapterRequest) -> Empty:
+        """Lets go of an adapter that was prepared and is not waited for any more."""
+        self._prefetcher.drop(AdapterKey(request.lora_int_id, request.path))
+        return Empty()
 
-    def install(self, name: str, key: AdapterKey) -> dict[str, Any]:
-        """`add` whose refusals are answers.
-
-        refusal: why not, or empty. full: it is for other adapters' memory, and can change.
-        """
+    def install(self, request: InstallRequest) -> InstallReply:
+        """`add`, of what was prepared, whose refusals are replies."""
+        key = AdapterKey(request.lora_int_id, request.path)
         try:
-            self.add(name, key)
+            self.add(request.name, key)
         except (FullError, OtherRankError) as error:
-            return {"refusal": str(error), "full": True}
+            return InstallReply(str(error), full=True)
         except AdapterError as error:
             self._prefetcher.drop(key)
-            return {"refusal": str(error), "full": False}
+            return InstallReply(str(error))
         except Exception as error:
             self._prefetcher.drop(key)
             if not is_out_of_memory(error):
                 raise
-            refusal = "adapter memory: found none left on this machine, expected some"
-            return {"refusal": refusal, "full": False}
-        return {"refusal": "", "full": False}
+            return InstallReply("adapter memory: found none left on this machine, expected some")
+        return InstallReply()
 
-    def uninstall(self, key: AdapterKey, keep: bool) -> list[int]:
-        """`remove`. keep: it may come back.
-
-        Returns the ids of what had to leave host memory since the last call.
-        """
-        self.remove(key.lora_id, keep)
-        if not keep:
+    def uninstall(self, request: RemoveRequest) -> RemoveReply:
+        """`remove`, and where it will not come back, of all that is kept of it."""
+        key = AdapterKey(request.lora_int_id, request.path)
+        self.remove(key.lora_id, request.keep)
+        if not request.keep:
             self._host.drop(key)
             self._prefetcher.drop(key)
             self.stats.finish(key.lora_id)
-        return [gone.lora_id for gone in self._host.evicted()]
+        return RemoveReply(tuple(evicted.lora_id for evicted in self._host.evicted()))
 
-    def report(self, known: Sequence[int], op_seconds: float) -> dict[str, Any]:
-        """stage: this worker's of the pipeline. adapters: see AdapterStats.report. host: bytes of
-        the adapters in host memory, by id."""
-        return {
-            "stage": get_pp_group().rank_in_group,
-            "adapters": self.stats.report(known, op_seconds),
-            "host": {key.lora_id: size for key, size in self._host.sizes().items()},
-        }
+    def report(self, request: StatsRequest, seconds: StepSeconds | None) -> StatsReply:
+        """seconds: since the start, where they are measured."""
+        return StatsReply(
+            get_pp_group().rank_in_group,
+            self.stats.report(request.known, seconds.ops if seconds else 0.0),
+            {key.lora_id: size for key, size in self._host.sizes().items()},
+            seconds,
+        )
 
-    def routing(self, lora_id: int) -> dict[str, Any]:
-        """tokens, and sites: fields of SiteRoutingStats by site, of this worker's stage."""
-        tokens, sites = self.stats.sites(lora_id)
-        return {"tokens": tokens, "sites": {site: vars(own) for site, own in sites.items()}}
+    def routing(self, request: RoutingRequest) -> RoutingReply:
+        return RoutingReply(*self.stats.sites(request.lora_int_id))
+
+    def trace(self, request: TraceRequest) -> TraceReply:
+        """Starts or ends recording of what the routers decide; what they did so far."""
+        return TraceReply(
+            [
+                SiteTrace(
+                    trace.site,
+                    PlainTensor.of(trace.probabilities),
+                    PlainTensor.of(trace.weights),
+                    PlainTensor.of(trace.entropy),
+                )
+                for trace in self.backend.trace(request.enabled)
+            ]
+        )

@@ -11,7 +11,6 @@ from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.metrics import worker_stats
 from molehill.api.metrics.prometheus import AdapterCollector, exposition
 from molehill.api.metrics.worker_stats import (
-    Seconds,
     Snapshot,
     Told,
     Totals,
@@ -20,12 +19,18 @@ from molehill.api.metrics.worker_stats import (
     told,
 )
 from molehill.engine.routing_stats import RoutingStats
+from molehill.engine.vllm.protocol import (
+    AdapterReport,
+    StatsReply,
+    StatsRequest,
+    StepSeconds,
+    to_wire,
+)
 
 
-def answer(stage: int, figures: RoutingStats, resident: int | None = 100) -> dict[str, Any]:
-    own = {"name": "a", "resident_bytes": resident, "figures": vars(figures)}
-    seconds = {"steps": 2.0, "ops": 0.5}
-    return {"stage": stage, "adapters": {7: own}, "host": {}, "seconds": seconds}
+def answer(stage: int, figures: RoutingStats, resident: int | None = 100) -> StatsReply:
+    own = AdapterReport("a", resident, figures)
+    return StatsReply(stage, {7: own}, seconds=StepSeconds(2.0, 0.5))
 
 
 def test_tensor_parallel_workers_count_once_but_memory_and_seconds_add_up() -> None:
@@ -49,8 +54,8 @@ def test_an_adapter_out_of_the_slots_takes_no_memory() -> None:
 
 def test_seconds_add_up_where_all_workers_measure() -> None:
     one = answer(0, RoutingStats())
-    assert seconds([one, one]) == Seconds(4.0, 1.0)
-    assert seconds([one, {**one, "seconds": None}]) is None
+    assert seconds([one, one]) == StepSeconds(4.0, 1.0)
+    assert seconds([one, replace(one, seconds=None)]) is None
     assert seconds([]) is None
 
 
@@ -112,13 +117,12 @@ class SlowWorkers:
         self.dead = False
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-        assert (method, args) == ("molehill_stats", ([],))
+        assert (method, args) == ("molehill_stats", (to_wire(StatsRequest()),))
         self.questions += 1
         await self.release.wait()
         if self.dead:
             raise RuntimeError("engine dead")
-        spent = {"steps": float(self.questions), "ops": 0.0}
-        return [{"stage": 0, "adapters": {}, "host": {}, "seconds": spent}]
+        return [to_wire(StatsReply(0, seconds=StepSeconds(float(self.questions), 0.0)))]
 
 
 def test_busy_workers_are_asked_once_and_the_last_figures_shown(
@@ -133,8 +137,8 @@ def test_busy_workers_are_asked_once_and_the_last_figures_shown(
         assert (await found.refresh()).seconds is None
         assert workers.questions == 1
         workers.release.set()
-        assert (await found.refresh()).seconds == Seconds(1.0, 0.0)
-        assert (await found.refresh()).seconds == Seconds(2.0, 0.0)
+        assert (await found.refresh()).seconds == StepSeconds(1.0, 0.0)
+        assert (await found.refresh()).seconds == StepSeconds(2.0, 0.0)
 
     asyncio.run(scenario())
 
@@ -190,7 +194,7 @@ def test_an_answer_that_cannot_be_understood_takes_no_scrape_with_it(
     found = WorkerStats(StrangeWorkers(), registry)
     snapshot = asyncio.run(found.refresh())
     assert samples(registry, snapshot)[ERROR] == 1
-    assert "KeyError" in caplog.text
+    assert "ProtocolError" in caplog.text
 
 
 def test_host_bytes_of_names_that_share_weights_are_each_names_own() -> None:
@@ -198,7 +202,7 @@ def test_host_bytes_of_names_that_share_weights_are_each_names_own() -> None:
         request = SimpleNamespace(lora_int_id=lora_id, lora_path="store/digest")
         return SimpleNamespace(name=name, lora_int_id=lora_id, request=request)
 
-    told = [{"host": {1: 30, 2: 30}}, {"host": {2: 30}}]
+    told = [StatsReply(0, host_bytes={1: 30, 2: 30}), StatsReply(0, host_bytes={2: 30})]
     names = [generation("a", 1), generation("b", 2)]
     assert worker_stats.host_bytes(told, names) == {"a": 30, "b": 60}
 

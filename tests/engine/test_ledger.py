@@ -49,18 +49,18 @@ def worker() -> Worker:
 
 def test_figures_follow_the_steps(worker: Worker) -> None:
     worker.load(1, "a", slot=0)
-    assert worker.stats.report([1])[1]["figures"]["tokens"] == 0
+    assert worker.stats.report([1])[1].stats.tokens == 0
     for tokens in (3, 4):
         worker.step(tokens, slot=0)
         worker.stats.report([1])
     told = worker.stats.report([1])[1]
-    assert told["name"] == "a"
-    assert told["resident_bytes"] == worker.backend.resident_bytes(0) > 0
-    figures = told["figures"]
-    assert (figures["tokens"], figures["decisions"], sum(figures["expert_tokens"])) == (7, 7, 7)
+    assert told.name == "a"
+    assert told.resident_bytes == worker.backend.resident_bytes(0) > 0
+    figures = told.stats
+    assert (figures.tokens, figures.decisions, sum(figures.expert_tokens)) == (7, 7, 7)
     flops = 2 * 2 * (IN + OUT)
-    assert figures["flops_done"] == 7 * (flops + 2 * EXPERTS * IN)
-    assert figures["flops_avoided"] == 7 * 3 * flops
+    assert figures.flops_done == 7 * (flops + 2 * EXPERTS * IN)
+    assert figures.flops_avoided == 7 * 3 * flops
 
 
 def test_an_evicted_adapter_keeps_its_figures_and_goes_on_from_them(worker: Worker) -> None:
@@ -69,15 +69,15 @@ def test_an_evicted_adapter_keeps_its_figures_and_goes_on_from_them(worker: Work
     before = worker.stats.sites(1)
     worker.unload(1, slot=0)
     told = worker.stats.report([1])[1]
-    assert told["resident_bytes"] is None
-    assert told["figures"]["tokens"] == 5
+    assert told.resident_bytes is None
+    assert told.stats.tokens == 5
     assert worker.stats.sites(1) == before
 
     worker.load(1, "a", slot=3)
     worker.step(2, slot=3)
     told = worker.stats.report([1])[1]
-    assert told["resident_bytes"] > 0
-    assert told["figures"]["decisions"] == told["figures"]["tokens"] == 7
+    assert told.resident_bytes > 0
+    assert told.stats.decisions == told.stats.tokens == 7
     tokens, sites = worker.stats.sites(1)
     assert tokens == sum(sites[SITE].expert_tokens) == 7
 
@@ -86,7 +86,7 @@ def test_an_adapter_that_is_gone_is_told_once_more(worker: Worker) -> None:
     worker.load(1, "a", slot=0)
     worker.step(5, slot=0)
     worker.unload(1, slot=0)
-    assert worker.stats.report([])[1]["figures"]["tokens"] == 5
+    assert worker.stats.report([])[1].stats.tokens == 5
     assert worker.stats.report([]) == {}
     assert worker.stats.sites(1) == (0, {})
 
@@ -100,8 +100,8 @@ def test_of_an_adapter_that_will_not_come_back_a_total_is_kept(worker: Worker) -
     for _ in range(2):
         worker.stats.finish(1)
     assert worker.stats.sites(1) == (0, {})
-    figures = worker.stats.report([], op_seconds=2.0)[1]["figures"]
-    assert (figures["tokens"], figures["decisions"], figures["op_seconds"]) == (8, 8, 2.0)
+    figures = worker.stats.report([], op_seconds=2.0)[1].stats
+    assert (figures.tokens, figures.decisions, figures.op_seconds) == (8, 8, 2.0)
     assert worker.stats.report([]) == {}
     worker.stats.finish(1)
 
@@ -112,7 +112,7 @@ def test_an_id_with_other_weights_starts_anew(worker: Worker) -> None:
     worker.unload(1, slot=0)
     worker.load(1, "a", slot=0, rank=3)
     worker.step(2, slot=0)
-    assert worker.stats.report([1])[1]["figures"]["tokens"] == 2
+    assert worker.stats.report([1])[1].stats.tokens == 2
 
 
 def test_adapters_that_nobody_asks_about_are_forgotten(
@@ -143,15 +143,15 @@ def test_the_ops_seconds_go_to_adapters_by_their_flops(worker: Worker) -> None:
     for slot, tokens in ((0, 6), (1, 2)):
         worker.step(tokens, slot)
     told = worker.stats.report([1, 2], op_seconds=3.0)
-    done = {number: told[number]["figures"]["flops_done"] for number in (1, 2)}
+    done = {number: told[number].stats.flops_done for number in (1, 2)}
     for number in (1, 2):
         expected = 3.0 * done[number] / sum(done.values())
-        assert told[number]["figures"]["op_seconds"] == pytest.approx(expected)
+        assert told[number].stats.op_seconds == pytest.approx(expected)
     # Only the second has run since, and is out of the slots by now.
     worker.step(1, slot=1)
     worker.unload(2, slot=1)
     later = worker.stats.report([1], op_seconds=5.0)
-    assert later[1]["figures"] == told[1]["figures"]
-    before = told[2]["figures"]["op_seconds"]
-    assert later[2]["figures"]["op_seconds"] == pytest.approx(before + 2.0)
-    assert worker.stats.report([1], op_seconds=5.0)[1]["figures"] == told[1]["figures"]
+    assert later[1].stats == told[1].stats
+    before = told[2].stats.op_seconds
+    assert later[2].stats.op_seconds == pytest.approx(before + 2.0)
+    assert worker.stats.report([1], op_seconds=5.0)[1].stats == told[1].stats

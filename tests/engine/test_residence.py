@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from asking import IDS, Reply, ask, assert_golden, every_prompt
+from asking import IDS, Reply, ask, ask_worker, assert_golden, every_prompt
 from engines import engine
 from golden import SERVED, TINY_LLAMA, Case, Prompt, greatest_difference
 
@@ -15,6 +15,7 @@ from molehill.engine import formats
 from molehill.engine.formats import native
 from molehill.engine.hf.reference import attach
 from molehill.engine.transform.merge import merge_static, merged_weight, plain_sites
+from molehill.engine.vllm import protocol
 from molehill.engine.vllm.model import merged_base_loader
 from molehill.kernels.mixture import Experts
 
@@ -42,16 +43,15 @@ def test_base_resident_and_every_other_adapter_give_the_oracles(merged: Any) -> 
     """All in one batch: the resident runs plainly, the others subtract it, inside FFNs too."""
     prompts = low_rank(every_prompt())
     assert_golden(ask(merged, prompts), prompts)
-    (answer,) = merged.collective_rpc("molehill_stats", args=([],))
-    stats = answer["adapters"]
+    stats = ask_worker(merged, protocol.STATS, protocol.StatsRequest()).adapters
     ids = {name: number for name, number in IDS.items() if name != "mov"}
     assert stats.keys() == set(ids.values())
-    resident_bytes = {name: stats[number]["resident_bytes"] for name, number in ids.items()}
+    resident_bytes = {name: stats[number].resident_bytes for name, number in ids.items()}
     assert resident_bytes.pop("lora") == 0
     assert min(resident_bytes.values()) > 0
     prompt_tokens = sum(len(prompt.ids) for prompt in Case("lora").prompts)
     # 12 generated ones each, of which the last is never read.
-    assert stats[IDS["lora"]]["figures"]["tokens"] == prompt_tokens + 4 * 11
+    assert stats[IDS["lora"]].stats.tokens == prompt_tokens + 4 * 11
 
 
 def low_rank(prompts: list[Prompt]) -> list[Prompt]:
