@@ -5,9 +5,8 @@ import logging
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 from fastapi import FastAPI
@@ -40,9 +39,9 @@ from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, count_requests
 from molehill.api.vllm.served_models import ServedModels, answer_not_found
 from molehill.api.vllm.worker_client import ONE_ENGINE, WorkerClient
-from molehill.engine.adapter.base_model import BaseModel, Moe
+from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.system import startup
-from molehill.engine.vllm import compat
+from molehill.engine.vllm import compat, protocol
 from molehill.engine.vllm.settings import Settings
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
@@ -135,10 +134,10 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
     base = replace(await base_model(engine_client), name=models.base_model_paths[0].name)
     names = {path.name for path in models.base_model_paths}
     reader = AdapterReader(base, limits, {config.model_config.model, *names})
-    store, resident = AdapterStore(options.store), options.resident
+    store, merged_base = AdapterStore(options.store), options.merged_base
     workers, cores = Lifeline(engine_client), await workers_cores(engine_client)
-    if resident is not None:
-        store.hold(resident.directory)
+    if merged_base is not None:
+        store.hold(merged_base.directory)
     registry = AdapterRegistry(
         residency=Residency(
             WorkerClient(workers), config.lora_config.max_loras, LifecycleMetrics()
@@ -150,7 +149,7 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
         base_models=names,
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
-        resident=(resident.name, resident.digest) if resident else None,
+        resident=(merged_base.name, merged_base.digest) if merged_base else None,
         background=Background(cores, threads=READERS),
         memory=limits.adapter_bytes,
     )
@@ -175,29 +174,20 @@ async def prober(engine_client: Any) -> Prober | None:
 
 async def workers_cores(engine_client: Any) -> set[int]:
     """What the workers compute on."""
-    return set(chain(*await engine_client.collective_rpc("molehill_cores")))
+    replies = await protocol.CORES.ask(engine_client, protocol.Empty())
+    return {core for reply in replies for core in reply.cores}
 
 
 async def base_model(engine_client: Any) -> BaseModel:
-    """What the workers serve. Raises RuntimeError if they are not molehill's."""
+    """What the workers serve. Raises RuntimeError if they are not molehill's, or another
+    release's."""
     try:
-        answers = await engine_client.collective_rpc("molehill_describe")
+        replies = await protocol.DESCRIBE.ask(engine_client, protocol.Empty())
+    except protocol.ProtocolError:
+        raise
     except Exception as error:
         raise RuntimeError(
             "the workers do not know molehill; start with `molehill serve`, or give "
             "--worker-cls molehill.engine.vllm.worker.Worker --enable-lora"
         ) from error
-    return parse_base(answers[0])
-
-
-def parse_base(answer: Mapping[str, Any]) -> BaseModel:
-    linears = {name: (shape[0], shape[1]) for name, shape in answer["linears"].items()}
-    moes = {name: Moe(**sizes) for name, sizes in answer["moes"].items()}
-    return BaseModel(
-        answer["name"],
-        answer["architecture"],
-        linears,
-        dict(answer["ffns"]),
-        moes,
-        dict(answer["refused"]),
-    )
+    return replies[0]

@@ -22,7 +22,7 @@ ADMIN_KEY_VARIABLE = "MOLEHILL_ADMIN_API_KEY"
 
 
 @dataclass(frozen=True)
-class Resident:
+class MergedBaseAdapter:
     """The adapter whose static part is in the base weights.
 
     digest: of the adapter as it was read. directory: of its merged copy, in the native format.
@@ -45,7 +45,7 @@ class Options:
     merge: whether static parts of adapters become one low-rank pair as they load.
     merge_tolerance: above 0, nearly equal experts do too, see `static_gates.gate`.
     merge_into_base: the start adapter whose static part goes into the base weights.
-    resident: what the launcher made of that adapter.
+    merged_base: what the launcher made of that adapter.
     admission: bounds on all adapters together. hub, url_prefixes: what else may be loaded from.
     watch: whether what appears in a root is served. probe: whether an adapter without effect is
     refused. admin_keys: for all that changes the server.
@@ -62,7 +62,7 @@ class Options:
     merge: bool = True
     merge_tolerance: float = 0.0
     merge_into_base: str | None = None
-    resident: Resident | None = None
+    merged_base: MergedBaseAdapter | None = None
     admission: Admission = field(default_factory=Admission)
     hub: bool = False
     url_prefixes: tuple[str, ...] = ()

@@ -117,12 +117,12 @@ def running_engines(
     }
     worker = {"worker_cls": compilation.WORKER, "enable_lora": True, "max_loras": 40}
     stock = {"enable_lora": True, "max_lora_rank": EXPERTS * RANK}
-    resident = {"additional_config": Settings(resident=str(lora)).to_config()}
+    merged_base = {"additional_config": Settings(merged_base=str(lora)).to_config()}
     own: dict[str, dict[str, Any]] = {
         "plain": {},
         "molehill": worker,
         "lora": stock,
-        "merged": {**worker, **resident},
+        "merged": {**worker, **merged_base},
     }
     engines: dict[str, Any] = {}
     try:
@@ -271,15 +271,19 @@ def ratios(samples: list[Sample], arm: str, over: str, point: str) -> list[float
 
 def routing(engines: dict[str, Any], requests: dict[str, list[Any]]) -> dict[str, dict[str, float]]:
     """Mean experts per decision and share of soft decisions, as the workers counted."""
-    (stats,) = engines["molehill"].collective_rpc("molehill_stats", args=([],))
+    from molehill.engine.vllm import protocol
+
+    asked = protocol.to_wire(protocol.StatsRequest())
+    answers = engines["molehill"].collective_rpc(protocol.STATS.method, args=(asked,))
+    (reply,) = protocol.STATS.replies(answers)
     found = {}
     for arm in set(requests) & set("de"):
         if not requests[arm]:
             continue
-        figures = stats["adapters"][requests[arm][0].lora_int_id]["figures"]
-        decisions = figures["decisions"]
+        stats = reply.adapters[requests[arm][0].lora_int_id].stats
+        decisions = stats.decisions
         if decisions:
-            chosen, soft = sum(figures["expert_tokens"]), figures["soft"]
+            chosen, soft = sum(stats.expert_tokens), stats.soft
             found[arm] = {"experts": chosen / decisions, "soft": soft / decisions}
     return found
 

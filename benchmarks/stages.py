@@ -32,7 +32,7 @@ from molehill.engine.system.cpu_affinity import own_cores
 from molehill.engine.transform.merge import merge_static
 from molehill.engine.vllm.model.discovery import Linear, Projection
 from molehill.engine.vllm.model.sharding import cut_linear
-from molehill.engine.vllm.prefetch import Preparation
+from molehill.engine.vllm.prefetch import Prefetcher
 from molehill.kernels.cpu.backend import CpuBackend
 from molehill.kernels.interface import LinearPiece, LinearShape, SlotWeights
 from molehill.kernels.mixture import LinearMixture
@@ -161,9 +161,9 @@ def measure(kind: str, model: str, repetitions: int) -> None:
             stages, store = Stages(), Path(folder) / f"store-{repetition}"
             api = background.run(in_api, source, store, base, stages)
             path, num_bytes = asyncio.run(api)
-            preparation = Preparation(partial(in_worker, base, slots, stages))
-            preparation.start(str(path))
-            preparation.take(str(path))
+            prefetcher = Prefetcher(partial(in_worker, base, slots, stages))
+            prefetcher.start(str(path))
+            prefetcher.take(str(path))
             for name, taken in stages.taken.items():
                 best[name] = min(taken, best.get(name, taken))
     megabytes, total = num_bytes / 1e6, sum(best.values())

@@ -1,4 +1,4 @@
-"""What routing came to: a site's and an adapter's figures, from counters and shapes.
+"""What routing came to: the stats of a site and of an adapter, from counters and shapes.
 
 FLOPs are those of the low-rank products and of the routers, a multiply-add counted as two, of the
 whole adapter (not of one tensor-parallel rank's part). Element-wise work is left out.
@@ -48,11 +48,11 @@ def costs(adapter: Adapter, counted: Callable[[str], bool] = lambda site: True) 
     counted: whether a site belongs to them.
     """
     sites = adapter.sites.items()
-    return tabulated(tuple((site, _cost(mixture)) for site, mixture in sites if counted(site)))
+    return cost_table(tuple((site, _cost(mixture)) for site, mixture in sites if counted(site)))
 
 
 @functools.lru_cache(maxsize=64)
-def tabulated(sites: tuple[tuple[str, SiteCost], ...]) -> Costs:
+def cost_table(sites: tuple[tuple[str, SiteCost], ...]) -> Costs:
     """Costs of these sites."""
     most = max((len(cost.experts) for _, cost in sites), default=0)
     experts = [[*cost.experts, *[0] * (most - len(cost.experts))] for _, cost in sites]
@@ -82,7 +82,7 @@ def _expert_costs(pair: Experts) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class SiteFigures:
+class SiteRoutingStats:
     """One site. Without a router nothing is decided: then all but `experts` and FLOPs is zero.
 
     experts: how many there are. decisions: one token at the router. soft: decisions that fell back
@@ -107,7 +107,7 @@ class SiteFigures:
         return max(self.expert_tokens) * self.experts / chosen if chosen else None
 
 
-def site_figures(counters: SlotCounters, costs: Costs) -> dict[str, SiteFigures]:
+def site_stats(counters: SlotCounters, costs: Costs) -> dict[str, SiteRoutingStats]:
     """By site, of an adapter with these counters and costs."""
     counted = counters.sites
     return {
@@ -118,10 +118,10 @@ def site_figures(counters: SlotCounters, costs: Costs) -> dict[str, SiteFigures]
     }
 
 
-def _routed(counters: SiteCounters, cost: SiteCost, router: int) -> SiteFigures:
+def _routed(counters: SiteCounters, cost: SiteCost, router: int) -> SiteRoutingStats:
     chosen = counters.expert_tokens or [0] * len(cost.experts)
     done = sum(tokens * flops for tokens, flops in zip(chosen, cost.experts, strict=True))
-    return SiteFigures(
+    return SiteRoutingStats(
         experts=len(cost.experts),
         decisions=counters.decisions,
         soft=counters.soft,
@@ -132,18 +132,18 @@ def _routed(counters: SiteCounters, cost: SiteCost, router: int) -> SiteFigures:
     )
 
 
-def _unrouted(tokens: int, cost: SiteCost) -> SiteFigures:
+def _unrouted(tokens: int, cost: SiteCost) -> SiteRoutingStats:
     experts = len(cost.experts)
-    return SiteFigures(experts, 0, 0, 0.0, (0,) * experts, tokens * sum(cost.experts), 0)
+    return SiteRoutingStats(experts, 0, 0, 0.0, (0,) * experts, tokens * sum(cost.experts), 0)
 
 
 @dataclass
-class Figures:
-    """One adapter, over sites; figures of several add up.
+class RoutingStats:
+    """One adapter, over sites; the stats of several add up.
 
     tokens: that ran through it. expert_tokens: by expert index, over all routers. imbalance: sum of
     the sites' imbalances; imbalanced: number of sites in that sum. op_seconds: of the adapter ops,
-    where they are measured. The rest as in SiteFigures.
+    where they are measured. The rest as in SiteRoutingStats.
     """
 
     tokens: int = 0
@@ -157,14 +157,14 @@ class Figures:
     imbalanced: int = 0
     op_seconds: float = 0.0
 
-    def add(self, other: "Figures") -> None:
+    def add(self, other: "RoutingStats") -> None:
         """In place, tokens too."""
         for name, value in vars(other).items():
             if name != "expert_tokens":
                 setattr(self, name, getattr(self, name) + value)
         self._choose(other.expert_tokens)
 
-    def add_site(self, site: SiteFigures) -> None:
+    def add_site(self, site: SiteRoutingStats) -> None:
         """All but the tokens, which all sites share."""
         for name in ("decisions", "soft", "entropy", "flops_done", "flops_avoided"):
             setattr(self, name, getattr(self, name) + getattr(site, name))
@@ -180,27 +180,27 @@ class Figures:
         ]
 
 
-def total(counters: SlotCounters, costs: Costs) -> Figures:
-    """The figures of an adapter with these counters and costs: those of its sites added up, but
+def total_stats(counters: SlotCounters, costs: Costs) -> RoutingStats:
+    """The stats of an adapter with these counters and costs: those of its sites added up, but
     all sites at once. FLOPs are exact up to 2^53, then to 16 digits."""
-    figures = Figures(counters.tokens, flops_done=counters.tokens * costs.static)
+    stats = RoutingStats(counters.tokens, flops_done=counters.tokens * costs.static)
     if not counters.names:
-        return figures
+        return stats
     rows = torch.tensor([costs.rows[name] for name in counters.names])
     prices = costs.experts[rows, : counters.chosen.shape[1]]
     decisions = counters.decisions.double()
     spared = decisions[:, None] - counters.chosen
-    figures.decisions = int(counters.decisions.sum())
-    figures.soft = int(counters.soft.sum())
-    figures.entropy = float(counters.entropy.sum())
-    figures.flops_done += int((counters.chosen * prices).sum() + decisions @ costs.routers[rows])
-    figures.flops_avoided = int((spared * prices).sum())
+    stats.decisions = int(counters.decisions.sum())
+    stats.soft = int(counters.soft.sum())
+    stats.entropy = float(counters.entropy.sum())
+    stats.flops_done += int((counters.chosen * prices).sum() + decisions @ costs.routers[rows])
+    stats.flops_avoided = int((spared * prices).sum())
     experts, chosen = torch.tensor(counters.experts), counters.chosen.sum(1)
     # A site that has decided nothing tells of no expert.
     known = int((experts * (counters.decisions > 0)).max())
-    figures.expert_tokens = counters.chosen.sum(0)[:known].tolist()
+    stats.expert_tokens = counters.chosen.sum(0)[:known].tolist()
     busy = chosen > 0
     busiest = counters.chosen.amax(1) * experts
-    figures.imbalance = float((busiest[busy] / chosen[busy].double()).sum())
-    figures.imbalanced = int(busy.sum())
-    return figures
+    stats.imbalance = float((busiest[busy] / chosen[busy].double()).sum())
+    stats.imbalanced = int(busy.sum())
+    return stats

@@ -1,4 +1,4 @@
-"""Figures of sites and adapters against torch's own FLOP counter and the policies' decisions."""
+"""Stats of sites and adapters against torch's own FLOP counter and the policies' decisions."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.routing_stats import (
-    Figures,
+    RoutingStats,
     SiteCost,
-    SiteFigures,
+    SiteRoutingStats,
+    cost_table,
     costs,
-    site_figures,
-    tabulated,
-    total,
+    site_stats,
+    total_stats,
 )
 from molehill.kernels import reference
 from molehill.kernels.counters import SiteCounters, SlotCounters, joined
@@ -103,7 +103,7 @@ def test_done_and_avoided_flops_are_those_of_the_policys_choices() -> None:
     x = torch.randn(50, WIDTH)
     routing = reference.route(x, mixture.router, mixture.policy, 3)
     counters = SlotCounters.of(50, {LINEAR: counters_of(routing)})
-    found = site_figures(counters, tabulated(((LINEAR, cost),)))[LINEAR]
+    found = site_stats(counters, cost_table(((LINEAR, cost),)))[LINEAR]
     chosen = [set(row.nonzero().flatten().tolist()) for row in routing.weights]
     assert found.flops_done == sum(7 + sum(10 ** (e + 1) for e in token) for token in chosen)
     assert found.flops_avoided == sum(1110 - sum(10 ** (e + 1) for e in token) for token in chosen)
@@ -111,7 +111,7 @@ def test_done_and_avoided_flops_are_those_of_the_policys_choices() -> None:
 
 def test_without_a_router_every_token_takes_every_expert() -> None:
     adapter = Adapter("lora", {STATIC: LinearMixture(pair(4, 6, (2,)), Constant((1.0,)))})
-    found = total(SlotCounters(11), costs(adapter))
+    found = total_stats(SlotCounters(11), costs(adapter))
     assert (found.tokens, found.decisions, found.expert_tokens) == (11, 0, [])
     assert (found.flops_done, found.flops_avoided) == (11 * 2 * 2 * (4 + 6), 0)
     assert found.imbalanced == 0
@@ -121,21 +121,21 @@ def test_without_a_router_every_token_takes_every_expert() -> None:
     ("tokens", "expected"), [((5, 5, 5), 1.0), ((9, 0, 0), 3.0), ((2, 4, 0), 2.0)]
 )
 def test_imbalance_is_the_busiest_experts_tokens_over_the_mean(tokens, expected) -> None:
-    assert SiteFigures(3, 9, 0, 0.0, tokens, 0, 0).imbalance == pytest.approx(expected)
+    assert SiteRoutingStats(3, 9, 0, 0.0, tokens, 0, 0).imbalance == pytest.approx(expected)
 
 
 def test_before_any_token_there_is_no_imbalance() -> None:
-    assert SiteFigures(3, 0, 0, 0.0, (0, 0, 0), 0, 0).imbalance is None
+    assert SiteRoutingStats(3, 0, 0, 0.0, (0, 0, 0), 0, 0).imbalance is None
 
 
 def test_an_adapters_figures_are_its_sites_sums() -> None:
-    sites = tabulated(
+    sites = cost_table(
         (("a", SiteCost((1, 1), 1)), ("b", SiteCost((1, 1, 1), 1)), ("idle", SiteCost((1,), 1)))
     )
     counters = SlotCounters.of(
         4, {"a": SiteCounters(4, 1, 2.0, [4, 1]), "b": SiteCounters(4, 0, 1.0, [0, 0, 8])}
     )
-    found = total(counters, sites)
+    found = total_stats(counters, sites)
     assert (found.tokens, found.decisions, found.soft, found.entropy) == (4, 8, 1, 3.0)
     assert found.expert_tokens == [4, 1, 8]
     assert found.imbalance / found.imbalanced == pytest.approx((1.6 + 3.0) / 2)
@@ -157,13 +157,13 @@ def drawn_site(draw: st.DrawFn) -> tuple[SiteCost, SiteCounters | None]:
 @given(st.data())
 def test_all_sites_at_once_are_the_sites_one_by_one(data) -> None:
     drawn = [drawn_site(data.draw) for _ in range(data.draw(st.integers(0, 4)))]
-    sites = tabulated(tuple((str(i), cost) for i, (cost, _) in enumerate(drawn)))
+    sites = cost_table(tuple((str(i), cost) for i, (cost, _) in enumerate(drawn)))
     routed = [(str(i), own) for i, (_, own) in enumerate(drawn) if own is not None]
     counters = SlotCounters.of(7, dict(data.draw(st.permutations(routed))))
-    expected = Figures(7)
-    for figures in site_figures(counters, sites).values():
+    expected = RoutingStats(7)
+    for figures in site_stats(counters, sites).values():
         expected.add_site(figures)
-    found = total(counters, sites)
+    found = total_stats(counters, sites)
     for name in ("entropy", "imbalance", "flops_done", "flops_avoided"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name))
         setattr(found, name, getattr(expected, name))
@@ -197,6 +197,9 @@ def test_a_stay_without_routers_adds_its_tokens(empty_first: bool) -> None:
 
 
 def test_figures_add_up() -> None:
-    one, two = Figures(1, 2, 3, 0.5, [1, 2], 5, 6, 1.5, 1), Figures(10, 20, 30, 5.0, [1], 50, 60)
+    one, two = (
+        RoutingStats(1, 2, 3, 0.5, [1, 2], 5, 6, 1.5, 1),
+        RoutingStats(10, 20, 30, 5.0, [1], 50, 60),
+    )
     one.add(two)
-    assert one == Figures(11, 22, 33, 5.5, [2, 2], 55, 66, 1.5, 1)
+    assert one == RoutingStats(11, 22, 33, 5.5, [2, 2], 55, 66, 1.5, 1)

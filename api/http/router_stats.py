@@ -15,7 +15,7 @@ from molehill.api.http.dependencies import Injected, StrictRoute, refusals
 from molehill.api.http.schemas import AdapterInfo, State
 from molehill.api.metrics.worker_stats import Snapshot
 from molehill.engine.adapter.model import natural_key
-from molehill.engine.routing_stats import Figures, SiteFigures
+from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
 
 router = APIRouter(tags=["adapters"], route_class=StrictRoute)
 
@@ -132,16 +132,18 @@ def summaries(registry: AdapterRegistry, snapshot: Snapshot) -> list[AdapterSumm
             total=routing_of(figures),
         )
         for name, info in sorted(infos.items())
-        for figures in [snapshot.figures.get(name, Figures())]
+        for figures in [snapshot.figures.get(name, RoutingStats())]
     ]
 
 
-def routing_of(figures: Figures) -> Routing:
+def routing_of(figures: RoutingStats) -> Routing:
     imbalance = figures.imbalance / figures.imbalanced if figures.imbalanced else None
     return _routing(figures, sum(figures.expert_tokens), imbalance)
 
 
-def _routing(figures: Figures | SiteFigures, activated: int, imbalance: float | None) -> Routing:
+def _routing(
+    figures: RoutingStats | SiteRoutingStats, activated: int, imbalance: float | None
+) -> Routing:
     decisions = figures.decisions
     return Routing(
         decisions=decisions,
@@ -156,9 +158,9 @@ def _routing(figures: Figures | SiteFigures, activated: int, imbalance: float | 
 
 
 def adapter_routing(
-    generation: Generation, tokens: int, sites: Mapping[str, SiteFigures]
+    generation: Generation, tokens: int, sites: Mapping[str, SiteRoutingStats]
 ) -> AdapterRouting:
-    total = Figures(tokens)
+    total = RoutingStats(tokens)
     for site in sites.values():
         total.add_site(site)
     return AdapterRouting(
@@ -171,7 +173,7 @@ def adapter_routing(
     )
 
 
-def site_routing(site: str, figures: SiteFigures) -> SiteRouting:
+def site_routing(site: str, figures: SiteRoutingStats) -> SiteRouting:
     numbered = re.match(r"layers\.(\d+)\.(.+)", site)
     chosen = figures.expert_tokens
     decisions = figures.decisions

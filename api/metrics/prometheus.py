@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.metrics.worker_stats import Snapshot
-from molehill.engine.routing_stats import Figures
+from molehill.engine.routing_stats import RoutingStats
 
 COUNTERS = (
     ("adapter_tokens", "tokens", "Tokens that ran through the adapter."),
@@ -62,7 +62,9 @@ class AdapterCollector(Collector):
             "waiting_lora_adapters": joined(registry.residency.waiting()),
             "running_lora_adapters": joined(g for g in registry.alive() if g.running),
         }
-        self._figures = {name: snapshot.figures.get(name, Figures()) for name in self._in_flight}
+        self._figures = {
+            name: snapshot.figures.get(name, RoutingStats()) for name in self._in_flight
+        }
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(

@@ -9,13 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.tasks import Tasks
-from molehill.api.vllm.worker_client import Engine
-from molehill.engine.routing_stats import Figures, SiteFigures
+from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
+from molehill.engine.vllm import protocol
+from molehill.engine.vllm.protocol import Engine, StatsReply, StepSeconds
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -23,90 +23,81 @@ logger = logging.getLogger("vllm.molehill")
 PATIENCE_SECONDS = 3.0
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Worker-seconds in model steps and, within them, in adapter ops, since the start."""
-
-    steps: float
-    ops: float
-
-
 @dataclass
 class Told:
     """One generation over all workers. resident_bytes: None if it is in no worker's slots."""
 
     name: str
-    figures: Figures = field(default_factory=Figures)
+    figures: RoutingStats = field(default_factory=RoutingStats)
     resident_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One answer of the workers, by adapter name. seconds: None where they are not measured.
+    """One answer of the workers, by adapter name. seconds: summed over workers, None where they are
+    not measured.
 
     age: seconds since the question that they answered; since the start where they never have.
     """
 
-    figures: Mapping[str, Figures] = field(default_factory=dict)
+    figures: Mapping[str, RoutingStats] = field(default_factory=dict)
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
     host_bytes: Mapping[str, int] = field(default_factory=dict)
-    seconds: Seconds | None = None
+    seconds: StepSeconds | None = None
     age: float = 0.0
 
 
-def told(answers: Iterable[Mapping[str, Any]]) -> dict[int, Told]:
-    """By `lora_int_id`. Each answer: see WorkerAdapters.report.
+def told(replies: Iterable[StatsReply]) -> dict[int, Told]:
+    """By `lora_int_id`, of one reply per worker.
 
     Tensor-parallel workers see the same tokens at the same sites, pipeline stages at their own:
     every stage counts once. Memory and seconds add up.
     """
     found: dict[int, Told] = {}
     counted: set[tuple[int, int]] = set()
-    for answer in answers:
-        for lora_id, own in answer["adapters"].items():
-            entry = found.setdefault(lora_id, Told(own["name"]))
-            if own["resident_bytes"] is not None:
-                entry.resident_bytes = (entry.resident_bytes or 0) + own["resident_bytes"]
-            if (lora_id, answer["stage"]) in counted:
-                entry.figures.op_seconds += own["figures"]["op_seconds"]
+    for reply in replies:
+        for lora_id, report in reply.adapters.items():
+            entry = found.setdefault(lora_id, Told(report.name))
+            if report.resident_bytes is not None:
+                entry.resident_bytes = (entry.resident_bytes or 0) + report.resident_bytes
+            if (lora_id, reply.stage) in counted:
+                entry.figures.op_seconds += report.stats.op_seconds
                 continue
-            counted.add((lora_id, answer["stage"]))
-            tokens = max(entry.figures.tokens, own["figures"]["tokens"])
-            entry.figures.add(Figures(**own["figures"]))
+            counted.add((lora_id, reply.stage))
+            tokens = max(entry.figures.tokens, report.stats.tokens)
+            entry.figures.add(report.stats)
             entry.figures.tokens = tokens
     return found
 
 
-def seconds(answers: Iterable[Mapping[str, Any]]) -> Seconds | None:
+def seconds(replies: Collection[StatsReply]) -> StepSeconds | None:
     """Summed over workers; None if one of them does not measure."""
-    measured = [answer["seconds"] for answer in answers]
-    if not measured or None in measured:
+    measured = [reply.seconds for reply in replies if reply.seconds is not None]
+    if not measured or len(measured) < len(replies):
         return None
-    return Seconds(sum(own["steps"] for own in measured), sum(own["ops"] for own in measured))
+    return StepSeconds(sum(own.steps for own in measured), sum(own.ops for own in measured))
 
 
-def host_bytes(
-    answers: Iterable[Mapping[str, Any]], generations: Iterable[Generation]
-) -> dict[str, int]:
+def host_bytes(replies: Iterable[StatsReply], generations: Iterable[Generation]) -> dict[str, int]:
     """What waits in the workers' host memory, by adapter name."""
     found: Counter[str] = Counter()
     names = {generation.lora_int_id: generation.name for generation in generations}
-    for answer in answers:
-        for lora_id, taken in answer["host"].items():
+    for reply in replies:
+        for lora_id, taken in reply.host_bytes.items():
             if lora_id in names:
                 found[names[lora_id]] += taken
     return dict(found)
 
 
 class Totals:
-    """Figures by name, which go on where a generation takes the place of another."""
+    """Stats by name, which go on where a generation takes the place of another."""
 
     def __init__(self) -> None:
-        self._ended: dict[str, Figures] = {}
+        self._ended: dict[str, RoutingStats] = {}
 
     def settle(
         self, generations: Mapping[int, Told], known: Collection[int], names: Collection[str]
-    ) -> dict[str, Figures]:
+    ) -> dict[str, RoutingStats]:
         """One answer of the workers; none may be given twice.
 
         known: the generations that the workers were asked about. Others that are in no slot have
@@ -119,8 +110,8 @@ class Totals:
             if lora_id in known or generation.resident_bytes is not None:
                 living.append(generation)
             elif generation.name in names:
-                self._ended.setdefault(generation.name, Figures()).add(generation.figures)
-        sums = {name: Figures() for name in names}
+                self._ended.setdefault(generation.name, RoutingStats()).add(generation.figures)
+        sums = {name: RoutingStats() for name in names}
         for name, figures in self._ended.items():
             sums[name].add(figures)
         for generation in living:
@@ -159,27 +150,23 @@ class WorkerStats:
             self._registry.events.scrape_failed("error")
         return replace(self._last, age=time.monotonic() - self._asked)
 
-    async def routing(self, lora_int_id: int) -> tuple[int, dict[str, SiteFigures]]:
+    async def routing(self, lora_int_id: int) -> tuple[int, dict[str, SiteRoutingStats]]:
         """One generation's tokens, and its figures by site."""
-        answers = await self._engine.collective_rpc("molehill_routing", args=(lora_int_id,))
-        sites = {
-            site: SiteFigures(**{**fields, "expert_tokens": tuple(fields["expert_tokens"])})
-            for answer in answers
-            for site, fields in answer["sites"].items()
-        }
-        return max(answer["tokens"] for answer in answers), sites
+        replies = await protocol.ROUTING.ask(self._engine, protocol.RoutingRequest(lora_int_id))
+        sites = {site: stats for reply in replies for site, stats in reply.sites.items()}
+        return max(reply.tokens for reply in replies), sites
 
     async def _ask(self) -> None:
         known = {generation.lora_int_id for generation in self._registry.alive()}
         asked = time.monotonic()
-        answers = await self._engine.collective_rpc("molehill_stats", args=(list(known),))
-        generations = told(answers)
+        replies = await protocol.STATS.ask(self._engine, protocol.StatsRequest(tuple(known)))
+        generations = told(replies)
         names = {generation.name for generation in self._registry.alive()}
         resident = dict.fromkeys(names, 0)
         for generation in generations.values():
             if generation.name in names:
                 resident[generation.name] += generation.resident_bytes or 0
         figures = self._totals.settle(generations, known, names)
-        waiting = host_bytes(answers, self._registry.alive())
-        self._last = Snapshot(figures, resident, waiting, seconds(answers))
+        waiting = host_bytes(replies, self._registry.alive())
+        self._last = Snapshot(figures, resident, waiting, seconds(replies))
         self._asked = asked

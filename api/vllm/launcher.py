@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from molehill.api.adapters.store_lock import check_free
-from molehill.api.options import Options, Resident, api_keys
+from molehill.api.options import MergedBaseAdapter, Options, api_keys
 from molehill.api.vllm import precision
 from molehill.api.vllm.worker_client import ONE_ENGINE
 from molehill.engine.adapter.errors import AdapterError
@@ -153,19 +153,19 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         # Again when the store is opened; but this is before anything is written there.
         check_free(options.store)
     if options.merge_into_base is not None:
-        options = replace(options, resident=_resident(options.merge_into_base, args, options))
+        options = replace(options, merged_base=_merged_base(options.merge_into_base, args, options))
     keys = api_keys(args)
     # Who may change the server may also ask it; vLLM's own check stands before ours.
     args.api_key = [*keys, *options.admin_keys] if keys else None
-    resident = options.resident
+    merged_base = options.merged_base
     settings = Settings(
         options.backend,
         options.memory,
         options.limits,
         options.merge,
         options.merge_tolerance,
-        None if resident is None else str(resident.directory),
-        "" if resident is None else resident.digest,
+        None if merged_base is None else str(merged_base.directory),
+        "" if merged_base is None else merged_base.digest,
         options.host_memory,
     )
     args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
@@ -173,12 +173,12 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     return args
 
 
-def _resident(name: str, args: argparse.Namespace, options: Options) -> Resident:
+def _merged_base(name: str, args: argparse.Namespace, options: Options) -> MergedBaseAdapter:
     # Transformers: only who merges need wait for it.
-    from molehill.api.vllm.merged_base import make_resident
+    from molehill.api.vllm.merged_base import write_merged_base
 
     try:
-        return make_resident(name, args, options)
+        return write_merged_base(name, args, options)
     except AdapterError:
         raise
     except ValueError as error:

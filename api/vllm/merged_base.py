@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from molehill.api.options import Options, Resident
+from molehill.api.options import MergedBaseAdapter, Options
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import UnsupportedError
@@ -21,7 +21,7 @@ from molehill.engine.transform.merge import merge_static, plain_sites
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 
-def make_resident(name: str, args: argparse.Namespace, options: Options) -> Resident:
+def write_merged_base(name: str, args: argparse.Namespace, options: Options) -> MergedBaseAdapter:
     """Reads, checks and merges the start adapter `name`, and writes what is to be merged.
 
     args: vLLM's. Raises ValueError for a base or options that it cannot be merged into, and
@@ -41,7 +41,7 @@ def make_resident(name: str, args: argparse.Namespace, options: Options) -> Resi
     directory = _root(options) / f"base-{merged.digest}"
     shutil.rmtree(directory, ignore_errors=True)
     native.write(merged, directory)
-    return Resident(name, adapter.digest, directory)
+    return MergedBaseAdapter(name, adapter.digest, directory)
 
 
 def _base(args: argparse.Namespace) -> BaseModel:

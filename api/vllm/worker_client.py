@@ -1,12 +1,13 @@
 """Adapters in the engine's workers. Reading happens beside their steps, not between them."""
 
 import asyncio
-from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 from molehill.api.adapters.errors import EngineRefusedError, NoRoomError
 from molehill.api.adapters.events import Tier
+from molehill.engine.vllm import protocol
 from molehill.engine.vllm.prefetch import AT_ONCE
+from molehill.engine.vllm.protocol import Engine, ReplyT, RequestT, Rpc
 
 # Seconds between questions to the workers, which answer between two steps. The same
 # pauses take more lines with tenacity.
@@ -21,13 +22,6 @@ ONE_ENGINE = (
 )
 
 
-class Engine(Protocol):
-    """What is asked of vLLM's engine client."""
-
-    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-        """One answer per worker; raises with a worker's message."""
-
-
 class WorkerClient:
     """The Workers of an engine, which it asks between two of their steps."""
 
@@ -38,43 +32,52 @@ class WorkerClient:
 
     async def begin(self, request: Any) -> bool:
         """See Workers."""
-        return any(await self._ask("molehill_prepare", request.lora_int_id, request.lora_path))
+        replies = await self._ask(protocol.PREPARE, wanted(request))
+        return any(reply.reads for reply in replies)
 
     async def prepare(self, request: Any) -> Tier:
         """See Workers."""
         if not await self.begin(request):
             return "host"
-        wanted = (request.lora_int_id, request.lora_path)
         pause = FIRST_PAUSE
-        while not all(await self._ask("molehill_prepared", *wanted)):
+        while not await self._is_prepared(request):
             await asyncio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE)
         return "disk"
 
     async def discard(self, request: Any) -> None:
         """See Workers."""
-        await self._ask("molehill_discard", request.lora_int_id, request.lora_path)
+        await self._ask(protocol.DISCARD, wanted(request))
 
     async def install(self, request: Any) -> None:
         """See Workers."""
-        # As plain values: vLLM's wire format does not carry its own classes inside arguments.
-        plain = (request.lora_name, request.lora_int_id, request.lora_path)
-        refusals = await self._ask("molehill_install", *plain)
-        refusals = [answer for answer in refusals if answer["refusal"]]
+        asked = protocol.InstallRequest(request.lora_name, request.lora_int_id, request.lora_path)
+        replies = await self._ask(protocol.INSTALL, asked)
+        refusals = [reply for reply in replies if reply.refusal]
         if not refusals:
             return
-        hopeless = [answer["refusal"] for answer in refusals if not answer["full"]]
+        hopeless = [reply.refusal for reply in refusals if not reply.full]
         if hopeless:
             raise EngineRefusedError(hopeless[0])
-        raise NoRoomError(refusals[0]["refusal"])
+        raise NoRoomError(refusals[0].refusal)
 
     async def remove(self, request: Any, keep: bool) -> set[int]:
         """See Workers."""
-        answers = await self._ask("molehill_remove", request.lora_int_id, request.lora_path, keep)
-        return set(chain(*answers))
+        asked = protocol.RemoveRequest(request.lora_int_id, request.lora_path, keep)
+        replies = await self._ask(protocol.REMOVE, asked)
+        return {lora_int_id for reply in replies for lora_int_id in reply.evicted}
 
-    async def _ask(self, method: str, *args: Any) -> list[Any]:
+    async def _is_prepared(self, request: Any) -> bool:
+        replies = await self._ask(protocol.PREPARED, wanted(request))
+        return all(reply.done for reply in replies)
+
+    async def _ask(self, rpc: Rpc[RequestT, ReplyT], request: RequestT) -> list[ReplyT]:
         try:
-            return await self._engine.collective_rpc(method, args=args)
+            return await rpc.ask(self._engine, request)
         except Exception as error:
             raise EngineRefusedError(str(error)) from error
+
+
+def wanted(request: Any) -> protocol.AdapterRequest:
+    """request: vLLM's LoRARequest."""
+    return protocol.AdapterRequest(request.lora_int_id, request.lora_path)

@@ -160,7 +160,7 @@ def plain_sites(adapter: Adapter) -> dict[str, Experts]:
 
 
 @dataclass(frozen=True)
-class Resident:
+class MergedBase:
     """The adapter whose plain pairs are in the base's weights.
 
     digest: of the adapter as it was loaded, or "" for one that came as `merged` is.
@@ -186,22 +186,22 @@ def merged_weight(weight: Tensor, mixture: LinearMixture) -> Tensor:
     return adapted.to(weight.dtype)
 
 
-def subtract(adapter: Adapter, resident: Mapping[str, Experts]) -> Adapter:
-    """What does on W + B A what `adapter` does on W; resident: the merged pairs by site.
+def subtract(adapter: Adapter, merged_pairs: Mapping[str, Experts]) -> Adapter:
+    """What does on W + B A what `adapter` does on W; merged_pairs: those in the weights, by site.
 
-    A site whose pair is the resident's own bits is left out: the weights do that already. Raises
+    A site whose pair is the merged one's bits is left out: the weights do that already. Raises
     UnsupportedError for what a low-rank pair beside it cannot set right: vectors, and magnitudes of
     experts inside an FFN, whose norms are of W.
     """
     sites: dict[str, Mixture] = dict(adapter.sites)
     for site, own in sites.items():
-        if isinstance(own, ScaleMixture) and site in resident:
+        if isinstance(own, ScaleMixture) and site in merged_pairs:
             _refuse(site, "vectors")
         if isinstance(own, FfnMixture):
             for name in own.magnitudes:
-                if f"{site}.{name}" in resident:
+                if f"{site}.{name}" in merged_pairs:
                     _refuse(f"{site}.{name}", "magnitudes of experts")
-    for site, merged in resident.items():
+    for site, merged in merged_pairs.items():
         undo = Experts(merged.a, -merged.b, merged.ranks)
         present = sites.get(site)
         if present is None:

@@ -12,10 +12,10 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import native
 from molehill.engine.routing_stats import costs
-from molehill.engine.transform.merge import Resident, merge_static, subtract
-from molehill.engine.vllm.host_cache import Prepared, Wanted
-from molehill.engine.vllm.model.patched_model import Seams
-from molehill.engine.vllm.prefetch import Pulse
+from molehill.engine.transform.merge import MergedBase, merge_static, subtract
+from molehill.engine.vllm.host_cache import AdapterKey, PreparedAdapter
+from molehill.engine.vllm.model.patched_model import PatchedModel
+from molehill.engine.vllm.prefetch import StepPacer
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.interface import Backend, CapacityError
 
@@ -34,23 +34,23 @@ class AdapterLoader:
         self,
         settings: Settings,
         backend: Backend,
-        model: Seams,
+        model: PatchedModel,
         dtype: torch.dtype,
-        pulse: Pulse,
+        pacer: StepPacer,
         free_bytes: Callable[[], int],
         is_alone: bool,
-        resident: Resident | None,
+        merged_base: MergedBase | None,
     ) -> None:
         self._settings = settings
         self._backend = backend
         self._model = model
         self._dtype = dtype
-        self._pulse = pulse
+        self._pacer = pacer
         self._free_bytes = free_bytes
         self._is_alone = is_alone
-        self._resident = resident
+        self._merged_base = merged_base
 
-    def load(self, wanted: Wanted, beside: bool) -> Adapter | Prepared:
+    def load(self, key: AdapterKey, beside: bool) -> Adapter | PreparedAdapter:
         """An adapter that is ready for a slot, or one that `pack` makes ready in a pause.
 
         beside: it runs beside steps, and reads a copy of the store, which the API process has
@@ -60,16 +60,16 @@ class AdapterLoader:
         weights through the layers that the step is using.
         """
         if beside:
-            adapter = native.read_own(Path(wanted.path), self._pulse.wait)
-            self._pulse.wait()
+            adapter = native.read_own(Path(key.path), self._pacer.wait_for_step)
+            self._pacer.wait_for_step()
         else:
-            adapter = formats.read(Path(wanted.path), self._settings.limits)
+            adapter = formats.read(Path(key.path), self._settings.limits)
             validate(adapter, self._model.base, self._settings.limits)
-        served = self._on_resident(self._merged(adapter))
+        served = self._without_merged_base(self._merged(adapter))
         needs_base = any("magnitude" in name for name, _ in served.tensors())
         return served if needs_base or not self._is_alone else self.pack(served, beside)
 
-    def pack(self, adapter: Adapter, beside: bool = False) -> Prepared:
+    def pack(self, adapter: Adapter, beside: bool = False) -> PreparedAdapter:
         """This rank's share of an adapter that `load` or `base_rows` gave.
 
         Packed weights take memory: where there is none now, the backend packs them as it stores
@@ -77,7 +77,7 @@ class AdapterLoader:
         """
         cut = self._model.cut(adapter)
         if beside:
-            self._pulse.wait()
+            self._pacer.wait_for_step()
         needed = cut.num_bytes(self._dtype)
         try:
             weights = self._backend.pack(cut) if needed <= self._free_bytes() else cut
@@ -86,17 +86,17 @@ class AdapterLoader:
         # Neither sites of other pipeline stages, nor those on the base's own experts: how many
         # tokens its router sends there is not counted.
         counted = costs(adapter, self._model.has_counted)
-        return Prepared(counted, cut.moes, needed, cut.is_empty, weights)
+        return PreparedAdapter(counted, cut.moes, needed, cut.is_empty, weights)
 
     def base_rows(self) -> Adapter:
         """What rows without an adapter need where one is merged into the base weights."""
-        return self._on_resident(Adapter("base", {}))
+        return self._without_merged_base(Adapter("base", {}))
 
     def _merged(self, adapter: Adapter) -> Adapter:
         """The adapter with its static sites as one pair each."""
-        if self._resident is not None and adapter.digest == self._resident.digest:
+        if self._merged_base is not None and adapter.digest == self._merged_base.digest:
             # The very bits that are in the base weights.
-            return self._resident.merged
+            return self._merged_base.merged
         if not self._settings.merge:
             return adapter
         merged, sites = merge_static(adapter, self._model.base, self._settings.merge_tolerance)
@@ -110,5 +110,5 @@ class AdapterLoader:
             logger.info(text, len(sites), before, after)
         return merged
 
-    def _on_resident(self, adapter: Adapter) -> Adapter:
-        return subtract(adapter, self._resident.pairs) if self._resident else adapter
+    def _without_merged_base(self, adapter: Adapter) -> Adapter:
+        return subtract(adapter, self._merged_base.pairs) if self._merged_base else adapter

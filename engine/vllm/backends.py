@@ -57,6 +57,6 @@ def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tup
         config.compilation_config.max_cudagraph_capture_size or 0,
     )
     # With an adapter in the base weights, the base's rows take a slot as well.
-    adapters = lora.max_loras + (settings.resident is not None)
+    adapters = lora.max_loras + (settings.merged_base is not None)
     limits = Limits(adapters=adapters, tokens=tokens, memory=settings.memory)
     return TritonBackend(device, limits), "Triton kernels"

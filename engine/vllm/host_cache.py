@@ -11,7 +11,7 @@ from molehill.kernels.interface import MoePiece, Packed, SlotWeights
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Wanted(NamedTuple):
+class AdapterKey(NamedTuple):
     """An adapter as a worker is asked for it. Names of the same bytes have a path in common, and
     each an id of its own: what is done for one is not undone for the other."""
 
@@ -19,13 +19,13 @@ class Wanted(NamedTuple):
     path: str
 
     @classmethod
-    def of(cls, request: Any) -> "Wanted":
+    def of(cls, request: Any) -> "AdapterKey":
         """request: vLLM's LoRARequest."""
         return cls(request.lora_int_id, request.lora_path)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedAdapter:
     """One rank's share of an adapter. num_bytes: of its serving copy.
 
     weights: as the backend keeps them, or as they were cut where there was no room to pack them.
@@ -38,14 +38,14 @@ class Prepared:
     weights: SlotWeights | Packed
 
 
-class HostMemory(Generic[Key]):
+class HostCache(Generic[Key]):
     """The prepared adapters that left the slots last, each under a key of its own, in at most
     `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._evicted: list[Key] = []
-        self._adapters: OrderedDict[Key, Prepared] = OrderedDict()
+        self._adapters: OrderedDict[Key, PreparedAdapter] = OrderedDict()
 
     def sizes(self) -> dict[Key, int]:
         """Bytes by key."""
@@ -54,7 +54,7 @@ class HostMemory(Generic[Key]):
     def __contains__(self, key: Key) -> bool:
         return key in self._adapters
 
-    def put(self, key: Key, adapter: Prepared) -> None:
+    def put(self, key: Key, adapter: PreparedAdapter) -> None:
         """Makes room by letting go of those that left before; what is larger than all is left out.
 
         Adapters on a base model's experts are left out too: theirs are not packed.
@@ -71,7 +71,7 @@ class HostMemory(Generic[Key]):
         gone, self._evicted = self._evicted, []
         return gone
 
-    def take(self, key: Key) -> Prepared | None:
+    def take(self, key: Key) -> PreparedAdapter | None:
         """The adapter, which is not kept here any more."""
         return self._adapters.pop(key, None)
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from vllm.lora.layers.utils import LoRAMapping
 from vllm.lora.request import LoRARequest
 
-from molehill.engine.vllm.host_cache import Wanted
+from molehill.engine.vllm.host_cache import AdapterKey
 from molehill.engine.vllm.slot_table import BASE
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
 from molehill.kernels.interface import UNSERVED, Run
@@ -30,7 +30,7 @@ class LoRAManager:
 
     def add_adapter(self, request: LoRARequest) -> bool:
         """See WorkerAdapters.add."""
-        self._adapters.add(request.lora_name, Wanted.of(request))
+        self._adapters.add(request.lora_name, AdapterKey.of(request))
         return True
 
     def remove_adapter(self, lora_id: int) -> bool:
@@ -60,11 +60,11 @@ class LoRAManager:
         # A set's order differs between processes; loading meets collectives.
         for request in sorted(requests, key=lambda request: request.lora_int_id):
             if request.lora_int_id not in self._slots and request.lora_int_id not in self._dummies:
-                self._adapters.add_late(request.lora_name, Wanted.of(request))
+                self._adapters.add_late(request.lora_name, AdapterKey.of(request))
         if mapping is not None:
-            self._adapters.pulse.beat()
+            self._adapters.pacer.step_begins()
             runs = self._runs(mapping.index_mapping)
-            self._adapters.stats.touch(run.slot for run in runs)
+            self._adapters.stats.mark_active(run.slot for run in runs)
             self._adapters.backend.begin_step(runs)
             self._adapters.moes.begin_step(runs)
 
@@ -78,7 +78,7 @@ class LoRAManager:
                 runs.append(Run(slot, start, stop))
             elif slot is not None:
                 self._slots.count_idle_tokens(slot, stop - start)
-                self._adapters.stats.touch([slot])
+                self._adapters.stats.mark_active([slot])
             start = stop
         return runs
 

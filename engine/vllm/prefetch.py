@@ -35,7 +35,7 @@ def leave_to_steps() -> None:
     compute_with(1)
 
 
-class Pulse:
+class StepPacer:
     """A worker's steps, for the thread beside them: both need the interpreter's lock, so the thread
     spreads its work over several steps and none of them waits for all of it."""
 
@@ -43,19 +43,19 @@ class Pulse:
         self._steps = 0
         self._last = -IDLE_SECONDS
 
-    def beat(self) -> None:
+    def step_begins(self) -> None:
         """A step begins."""
         self._steps += 1
         self._last = monotonic()
 
-    def wait(self) -> None:
+    def wait_for_step(self) -> None:
         """Until the next step begins; not at all while there are none."""
         steps = self._steps
         while steps == self._steps and monotonic() < self._last + IDLE_SECONDS:
             sleep(PAUSE_SECONDS)
 
 
-class Preparation(Generic[Key, T]):
+class Prefetcher(Generic[Key, T]):
     """What was prepared and not taken yet: the `most` that were begun last, each in a thread.
 
     prepare: of a key, and whether it runs in a thread, beside steps. What it raises, `take` raises.

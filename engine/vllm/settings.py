@@ -17,8 +17,8 @@ class Settings:
     host_memory: bytes for adapters that left the slots of one worker and may come back.
     merge: whether static parts of adapters become one low-rank pair as they load.
     merge_tolerance: above 0, nearly equal experts do too, see `static_gates.gate`.
-    resident: directory of the adapter that is merged into the base weights, see `residence`; it is
-    served to requests for the adapter whose digest is `resident_digest`.
+    merged_base: directory of the adapter that is merged into the base weights; it is served to
+    requests for the adapter whose digest is `merged_base_digest`.
     """
 
     backend: str = "auto"
@@ -26,8 +26,8 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     merge: bool = True
     merge_tolerance: float = 0.0
-    resident: str | None = None
-    resident_digest: str = ""
+    merged_base: str | None = None
+    merged_base_digest: str = ""
     host_memory: int = GIB
 
     def to_config(self) -> dict[str, Any]:

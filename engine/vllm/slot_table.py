@@ -6,7 +6,7 @@ from itertools import count
 
 from molehill.engine.adapter.errors import LimitError
 from molehill.engine.system.out_of_memory import is_out_of_memory
-from molehill.engine.vllm.host_cache import Prepared
+from molehill.engine.vllm.host_cache import PreparedAdapter
 from molehill.engine.vllm.rank_agreement import RankAgreement
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.interface import Backend, CapacityError, Packed
@@ -55,7 +55,7 @@ class SlotTable:
     def free_bytes(self) -> int:
         return self._memory - sum(self._taken.values())
 
-    def store(self, lora_id: int, adapter: Prepared) -> int:
+    def store(self, lora_id: int, adapter: PreparedAdapter) -> int:
         """Stores an adapter's share of this rank in a free slot; returns the slot.
 
         Raises FullError where it would fit beside fewer adapters, LimitError where it never will,
@@ -95,7 +95,7 @@ class SlotTable:
         counters = self._backend.counters(slot)
         return replace(counters, tokens=counters.tokens + self._idle_tokens[slot])
 
-    def _store(self, slot: int, adapter: Prepared) -> None:
+    def _store(self, slot: int, adapter: PreparedAdapter) -> None:
         """Raises LimitError before anything is written if the memory for adapters is spent."""
         needed, free = adapter.num_bytes, self.free_bytes
         if needed > free:

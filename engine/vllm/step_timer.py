@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Any
 
 
-class StepClock:
+class StepTimer:
     """Seconds of wall time in a model runner's steps since it was put on the runner.
 
     For devices on which a step has ended when its call returns. Time between steps, warm-up and

@@ -1,5 +1,6 @@
 """The workers that vLLM runs when it is given `worker_cls="molehill.engine.vllm.worker.Worker"`."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +10,12 @@ from vllm.platforms import current_platform
 
 from molehill.engine.system import startup
 from molehill.engine.system.cpu_affinity import own_cores
-from molehill.engine.transform.merge import Resident
-from molehill.engine.vllm import compat, compilation, precision
-from molehill.engine.vllm.host_cache import Wanted
+from molehill.engine.transform.merge import MergedBase
+from molehill.engine.vllm import compat, compilation, precision, protocol
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
-from molehill.engine.vllm.step_timer import StepClock
+from molehill.engine.vllm.settings import Settings
+from molehill.engine.vllm.step_timer import StepTimer
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
 
 compat.check_version()
@@ -32,8 +33,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     """
 
     adapters: WorkerAdapters
-    clock: StepClock | None = None
-    _resident: Resident | None
+    step_timer: StepTimer | None = None
+    _merged_base: MergedBase | None
 
     def init_device(self) -> None:
         startup.follow()
@@ -47,17 +48,24 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self.model_runner.load_lora_model = self._load_lora_model
 
     def load_model(self, **kwargs: Any) -> None:
-        # Imports vLLM's loaders, which must not be before the platform's worker is set up.
-        from molehill.engine.vllm.model import merged_base_loader
-
         startup.enter("loading the base model")
-        self._resident = merged_base_loader.install(self.vllm_config)
+        self._merged_base = self._install_merged_base()
         with moe_blocks.on_cpu_kernels(self.vllm_config):
             super().load_model(**kwargs)
         if not isinstance(getattr(self.model_runner, "lora_manager", None), LoRAManager):
             raise RuntimeError("vLLM did not install molehill's LoRA manager")
         if self.adapters.backend.seconds() is not None:
-            self.clock = StepClock(self.model_runner, self.adapters.backend.seconds)
+            self.step_timer = StepTimer(self.model_runner, self.adapters.backend.seconds)
+
+    def _install_merged_base(self) -> MergedBase | None:
+        # Imports vLLM's loaders, which must not be before the platform's worker is set up.
+        from molehill.engine.vllm.model import merged_base_loader
+
+        settings = Settings.from_config(self.vllm_config.additional_config)
+        directory = None if settings.merged_base is None else Path(settings.merged_base)
+        return merged_base_loader.install(
+            self.vllm_config, directory, settings.merged_base_digest, settings.limits
+        )
 
     def determine_available_memory(self) -> int:
         """Runs the model for the first time, which compiles it."""
@@ -69,58 +77,42 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     def _load_lora_model(
         self, model: nn.Module, vllm_config: VllmConfig, device: torch.device
     ) -> nn.Module:
-        self.adapters = WorkerAdapters(vllm_config, device, model, self._resident)
+        self.adapters = WorkerAdapters(vllm_config, device, model, self._merged_base)
         self.model_runner.lora_manager = LoRAManager(self.adapters)
         return model
 
-    def molehill_describe(self) -> dict[str, Any]:
-        """The base model's shapes, as a dict of BaseModel's fields."""
-        return self.adapters.describe()
+    # What `molehill.engine.vllm.protocol` asks, in plain values and answered in them
 
-    def molehill_cores(self) -> list[int]:
-        """What this worker computes on, of this machine."""
-        return sorted(own_cores())
+    def molehill_describe(self, request: object) -> object:
+        return protocol.DESCRIBE.serve(request, self.adapters.describe)
 
-    def molehill_stats(self, known: list[int]) -> dict[str, Any]:
-        """See WorkerAdapters.report; and seconds in `steps` and in adapter `ops`, or None.
+    def molehill_cores(self, request: object) -> object:
+        return protocol.CORES.serve(
+            request, lambda _: protocol.CoresReply(tuple(sorted(own_cores())))
+        )
 
-        known: `lora_int_id`s that the API may ask for again.
-        """
-        seconds = self.clock and {"steps": self.clock.steps, "ops": self.clock.ops}
-        ops = self.clock.ops if self.clock else 0.0
-        return {**self.adapters.report(known, ops), "seconds": seconds}
+    def molehill_prepare(self, request: object) -> object:
+        return protocol.PREPARE.serve(request, self.adapters.prepare)
 
-    def molehill_routing(self, lora_int_id: int) -> dict[str, Any]:
-        """See WorkerAdapters.routing."""
-        return self.adapters.routing(lora_int_id)
+    def molehill_prepared(self, request: object) -> object:
+        return protocol.PREPARED.serve(request, self.adapters.prepared)
 
-    def molehill_prepare(self, lora_int_id: int, path: str) -> bool:
-        """Starts to read an adapter of the store, beside the steps; False if it is in host memory,
-        ready."""
-        return self.adapters.prepare(Wanted(lora_int_id, path))
+    def molehill_discard(self, request: object) -> object:
+        return protocol.DISCARD.serve(request, self.adapters.discard)
 
-    def molehill_prepared(self, lora_int_id: int, path: str) -> bool:
-        """Whether it is read, or was refused, which `molehill_install` then says."""
-        return self.adapters.is_prepared(Wanted(lora_int_id, path))
+    def molehill_install(self, request: object) -> object:
+        return protocol.INSTALL.serve(request, self.adapters.install)
 
-    def molehill_discard(self, lora_int_id: int, path: str) -> None:
-        """Lets go of an adapter that was prepared and is not waited for any more."""
-        self.adapters.discard(Wanted(lora_int_id, path))
+    def molehill_remove(self, request: object) -> object:
+        return protocol.REMOVE.serve(request, self.adapters.uninstall)
 
-    def molehill_install(self, name: str, lora_int_id: int, path: str) -> dict[str, Any]:
-        """Copies a prepared adapter into a slot; see WorkerAdapters.install."""
-        return self.adapters.install(name, Wanted(lora_int_id, path))
+    def molehill_stats(self, request: object) -> object:
+        timer = self.step_timer
+        seconds = protocol.StepSeconds(timer.steps, timer.ops) if timer else None
+        return protocol.STATS.serve(request, lambda asked: self.adapters.report(asked, seconds))
 
-    def molehill_remove(self, lora_int_id: int, path: str, keep: bool) -> list[int]:
-        """Frees an adapter's slot, if it has one. keep: it may come back, from host memory.
+    def molehill_routing(self, request: object) -> object:
+        return protocol.ROUTING.serve(request, self.adapters.routing)
 
-        Returns the ids of what had to leave host memory since the last call.
-        """
-        return self.adapters.uninstall(Wanted(lora_int_id, path), keep)
-
-    def molehill_trace(self, enabled: bool) -> list[tuple[str, list[Any], list[Any], list[Any]]]:
-        """Starts or ends recording; returns (site, probabilities, weights, entropies) so far."""
-        return [
-            (t.site, t.probabilities.tolist(), t.weights.tolist(), t.entropy.tolist())
-            for t in self.adapters.backend.trace(enabled)
-        ]
+    def molehill_trace(self, request: object) -> object:
+        return protocol.TRACE.serve(request, self.adapters.trace)

@@ -1,8 +1,6 @@
 """The adapters of one worker: on their way to a slot, in one, and on their way out."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -10,15 +8,35 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
+from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.system.out_of_memory import is_out_of_memory
-from molehill.engine.transform.merge import Resident
+from molehill.engine.transform.merge import MergedBase
 from molehill.engine.vllm import backends
 from molehill.engine.vllm.adapter_loader import AdapterLoader
-from molehill.engine.vllm.adapter_stats import Ledger
-from molehill.engine.vllm.host_cache import HostMemory, Prepared, Wanted
-from molehill.engine.vllm.model.patched_model import Seams
-from molehill.engine.vllm.prefetch import AT_ONCE, Preparation, Pulse
+from molehill.engine.vllm.adapter_stats import AdapterStats
+from molehill.engine.vllm.host_cache import AdapterKey, HostCache, PreparedAdapter
+from molehill.engine.vllm.model.patched_model import PatchedModel
+from molehill.engine.vllm.prefetch import AT_ONCE, Prefetcher, StepPacer
+from molehill.engine.vllm.protocol import (
+    AdapterRequest,
+    Empty,
+    InstallReply,
+    InstallRequest,
+    PlainTensor,
+    PreparedReply,
+    PrepareReply,
+    RemoveReply,
+    RemoveRequest,
+    RoutingReply,
+    RoutingRequest,
+    SiteTrace,
+    StatsReply,
+    StatsRequest,
+    StepSeconds,
+    TraceReply,
+    TraceRequest,
+)
 from molehill.engine.vllm.rank_agreement import OtherRankError, RankAgreement
 from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.slot_table import BASE, FullError, SlotTable
@@ -31,8 +49,8 @@ logger = init_logger("vllm.molehill")
 class WorkerAdapters:
     """Loads adapters into the backend's slots and takes them out.
 
-    resident: pairs by site that are in the model's weights (`--merge-into-base`). The base's rows
-    and other adapters take them back.
+    merged_base: what is in the model's weights (`--merge-into-base`). The base's rows and other
+    adapters take it back.
     """
 
     def __init__(
@@ -40,7 +58,7 @@ class WorkerAdapters:
         config: VllmConfig,
         device: torch.device,
         model: nn.Module,
-        resident: Resident | None = None,
+        merged_base: MergedBase | None = None,
     ) -> None:
         settings = Settings.from_config(config.additional_config)
         self.backend, why = backends.for_worker(config, settings, device)
@@ -48,67 +66,67 @@ class WorkerAdapters:
         tp = get_tp_group()
         self._ranks = RankAgreement(tp.world_size, tp.cpu_group)
         self.moes = MoeBlocks()
-        patched = Seams(config, device, model, self.backend, self.moes)
+        patched = PatchedModel(config, device, model, self.backend, self.moes)
         self._base = patched.base
         self.slots = SlotTable(self.backend, self.moes, settings.memory, self._ranks)
-        self.stats = Ledger(self.slots.counters, self.slots.resident_bytes)
-        self.pulse = Pulse()
+        self.stats = AdapterStats(self.slots.counters, self.slots.resident_bytes)
+        self.pacer = StepPacer()
         self._loader = AdapterLoader(
             settings,
             self.backend,
             patched,
             config.model_config.dtype,
-            self.pulse,
+            self.pacer,
             lambda: self.slots.free_bytes,
             self._ranks.is_alone,
-            resident,
+            merged_base,
         )
-        self._preparation = Preparation(self._loader.load, AT_ONCE)
+        self._prefetcher = Prefetcher(self._loader.load, AT_ONCE)
         # Ranks that do not all keep the same would not meet at DoRA's collectives.
-        self._host = HostMemory[Wanted](settings.host_memory if self._ranks.is_alone else 0)
+        self._host = HostCache[AdapterKey](settings.host_memory if self._ranks.is_alone else 0)
         # By id, where it was read and what it was before a slot took it.
-        self._entered: dict[int, tuple[Wanted, Prepared]] = {}
+        self._entered: dict[int, tuple[AdapterKey, PreparedAdapter]] = {}
         self._refused: set[int] = set()
-        if resident is not None:
+        if merged_base is not None:
             self.slots.store(BASE, self._loader.pack(self._loader.base_rows()))
 
-    def add(self, name: str, wanted: Wanted) -> None:
+    def add(self, name: str, key: AdapterKey) -> None:
         """Reads, checks and stores an adapter; a second call for the same id is a no-op.
 
         Raises AdapterError, or RuntimeError when another tensor-parallel rank refused; then no rank
         keeps anything.
         """
-        if wanted.lora_id in self.slots:
+        if key.lora_id in self.slots:
             return
-        kept = self._host.take(wanted)
+        kept = self._host.take(key)
         try:
             with self._ranks.all_or_none():
-                loaded = kept or self._preparation.take(wanted)
-                ready = loaded if isinstance(loaded, Prepared) else self._loader.pack(loaded)
-            slot = self.slots.store(wanted.lora_id, ready)
+                loaded = kept or self._prefetcher.take(key)
+                ready = loaded if isinstance(loaded, PreparedAdapter) else self._loader.pack(loaded)
+            slot = self.slots.store(key.lora_id, ready)
         except Exception:
             if kept is not None:
-                self._host.put(wanted, kept)
+                self._host.put(key, kept)
             raise
-        self._entered[wanted.lora_id] = wanted, replace(ready, weights=Packed(None))
-        self.stats.enter(wanted.lora_id, name, slot, ready.costs)
-        self._refused.discard(wanted.lora_id)
-        self._preparation.drop(wanted)
+        self._entered[key.lora_id] = key, replace(ready, weights=Packed(None))
+        self.stats.enter_slot(key.lora_id, name, slot, ready.costs)
+        self._refused.discard(key.lora_id)
+        self._prefetcher.drop(key)
         logger.info("molehill: adapter %s stored in slot %d", name, slot)
 
-    def add_late(self, name: str, wanted: Wanted) -> None:
+    def add_late(self, name: str, key: AdapterKey) -> None:
         """Loads an adapter that nobody announced with `add_lora`, as plain `LLM.generate` does.
 
         Never raises: that would end the engine. What was refused is not tried again until it is
         removed or added.
         """
-        if wanted.lora_id in self._refused:
+        if key.lora_id in self._refused:
             return
         try:
-            self.add(name, wanted)
+            self.add(name, key)
         except Exception as error:
             # The base's answer in the adapter's name would be worse than none.
-            self._refused.add(wanted.lora_id)
+            self._refused.add(key.lora_id)
             logger.error(
                 "molehill: adapter %s cannot be served, its outputs are zeroed. Load adapters with "
                 "add_lora first to get this error there. %s",
@@ -122,73 +140,85 @@ class WorkerAdapters:
         self._refused.discard(lora_id)
         if lora_id not in self.slots:
             return False
-        self.stats.leave(lora_id)
-        wanted, adapter = self._entered.pop(lora_id)
+        self.stats.leave_slot(lora_id)
+        key, adapter = self._entered.pop(lora_id)
         packed = self.slots.erase(lora_id)
         if keep and packed is not None:
-            self._host.put(wanted, replace(adapter, weights=packed))
+            self._host.put(key, replace(adapter, weights=packed))
         return True
 
     # What molehill's API asks for
 
-    def describe(self) -> dict[str, Any]:
-        return asdict(self._base)
+    def describe(self, request: Empty) -> BaseModel:
+        """The base model's shapes."""
+        return self._base
 
-    def prepare(self, wanted: Wanted) -> bool:
+    def prepare(self, request: AdapterRequest) -> PrepareReply:
         """Starts to read a copy of the store in a thread, unless it is in host memory."""
-        if wanted in self._host:
-            return False
-        self._preparation.start(wanted)
-        return True
+        key = AdapterKey(request.lora_int_id, request.path)
+        if key in self._host:
+            return PrepareReply(reads=False)
+        self._prefetcher.start(key)
+        return PrepareReply(reads=True)
 
-    def is_prepared(self, wanted: Wanted) -> bool:
-        return self._preparation.done(wanted)
+    def prepared(self, request: AdapterRequest) -> PreparedReply:
+        key = AdapterKey(request.lora_int_id, request.path)
+        return PreparedReply(self._prefetcher.done(key))
 
-    def discard(self, wanted: Wanted) -> None:
-        self._preparation.drop(wanted)
+    def discard(self, request: AdapterRequest) -> Empty:
+        """Lets go of an adapter that was prepared and is not waited for any more."""
+        self._prefetcher.drop(AdapterKey(request.lora_int_id, request.path))
+        return Empty()
 
-    def install(self, name: str, wanted: Wanted) -> dict[str, Any]:
-        """`add` whose refusals are answers.
-
-        refusal: why not, or empty. full: it is for other adapters' memory, and can change.
-        """
+    def install(self, request: InstallRequest) -> InstallReply:
+        """`add`, of what was prepared, whose refusals are replies."""
+        key = AdapterKey(request.lora_int_id, request.path)
         try:
-            self.add(name, wanted)
+            self.add(request.name, key)
         except (FullError, OtherRankError) as error:
-            return {"refusal": str(error), "full": True}
+            return InstallReply(str(error), full=True)
         except AdapterError as error:
-            self._preparation.drop(wanted)
-            return {"refusal": str(error), "full": False}
+            self._prefetcher.drop(key)
+            return InstallReply(str(error))
         except Exception as error:
-            self._preparation.drop(wanted)
+            self._prefetcher.drop(key)
             if not is_out_of_memory(error):
                 raise
-            refusal = "adapter memory: found none left on this machine, expected some"
-            return {"refusal": refusal, "full": False}
-        return {"refusal": "", "full": False}
+            return InstallReply("adapter memory: found none left on this machine, expected some")
+        return InstallReply()
 
-    def uninstall(self, wanted: Wanted, keep: bool) -> list[int]:
-        """`remove`. keep: it may come back.
+    def uninstall(self, request: RemoveRequest) -> RemoveReply:
+        """`remove`, and where it will not come back, of all that is kept of it."""
+        key = AdapterKey(request.lora_int_id, request.path)
+        self.remove(key.lora_id, request.keep)
+        if not request.keep:
+            self._host.drop(key)
+            self._prefetcher.drop(key)
+            self.stats.finish(key.lora_id)
+        return RemoveReply(tuple(evicted.lora_id for evicted in self._host.evicted()))
 
-        Returns the ids of what had to leave host memory since the last call.
-        """
-        self.remove(wanted.lora_id, keep)
-        if not keep:
-            self._host.drop(wanted)
-            self._preparation.drop(wanted)
-            self.stats.close(wanted.lora_id)
-        return [gone.lora_id for gone in self._host.evicted()]
+    def report(self, request: StatsRequest, seconds: StepSeconds | None) -> StatsReply:
+        """seconds: since the start, where they are measured."""
+        return StatsReply(
+            get_pp_group().rank_in_group,
+            self.stats.report(request.known, seconds.ops if seconds else 0.0),
+            {key.lora_id: size for key, size in self._host.sizes().items()},
+            seconds,
+        )
 
-    def report(self, known: Sequence[int], op_seconds: float) -> dict[str, Any]:
-        """stage: this worker's of the pipeline. adapters: see Ledger.settle. host: bytes of the
-        adapters in host memory, by id."""
-        return {
-            "stage": get_pp_group().rank_in_group,
-            "adapters": self.stats.settle(known, op_seconds),
-            "host": {wanted.lora_id: size for wanted, size in self._host.sizes().items()},
-        }
+    def routing(self, request: RoutingRequest) -> RoutingReply:
+        return RoutingReply(*self.stats.sites(request.lora_int_id))
 
-    def routing(self, lora_id: int) -> dict[str, Any]:
-        """tokens, and sites: fields of SiteFigures by site, of this worker's pipeline stage."""
-        tokens, sites = self.stats.sites(lora_id)
-        return {"tokens": tokens, "sites": {site: vars(own) for site, own in sites.items()}}
+    def trace(self, request: TraceRequest) -> TraceReply:
+        """Starts or ends recording of what the routers decide; what they did so far."""
+        return TraceReply(
+            [
+                SiteTrace(
+                    trace.site,
+                    PlainTensor.of(trace.probabilities),
+                    PlainTensor.of(trace.weights),
+                    PlainTensor.of(trace.entropy),
+                )
+                for trace in self.backend.trace(request.enabled)
+            ]
+        )

@@ -117,9 +117,9 @@ def asking(name: str, path: Path = LORA) -> options.Options:
 
 def test_what_is_merged_reaches_the_workers(tmp_path: Path) -> None:
     args = prepared(ours=asking("resident"))
-    resident = args.molehill.resident
+    resident = args.molehill.merged_base
     assert (resident.name, resident.digest) == ("resident", formats.read(LORA).digest)
-    assert args.additional_config["molehill"]["resident"] == str(resident.directory)
+    assert args.additional_config["molehill"]["merged_base"] == str(resident.directory)
     assert formats.read(resident.directory).sites.keys() == formats.read(LORA).sites.keys()
 
 

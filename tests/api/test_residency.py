@@ -16,6 +16,7 @@ from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import EngineRefusedError
 from molehill.api.metrics.prometheus import AdapterCollector
 from molehill.api.metrics.worker_stats import Snapshot
+from molehill.engine.vllm import protocol
 
 MANY = Admission(adapters=2000, loads=4)
 
@@ -148,7 +149,7 @@ def test_what_the_workers_do_not_give_back_is_counted(
         answer = w.engine.collective_rpc
 
         async def stuck(method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-            if method == "molehill_remove":
+            if method == protocol.REMOVE.method:
                 raise RuntimeError("a worker is gone")
             return await answer(method, args=args)
 

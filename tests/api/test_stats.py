@@ -11,7 +11,6 @@ from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.metrics import worker_stats
 from molehill.api.metrics.prometheus import AdapterCollector, exposition
 from molehill.api.metrics.worker_stats import (
-    Seconds,
     Snapshot,
     Told,
     Totals,
@@ -19,65 +18,74 @@ from molehill.api.metrics.worker_stats import (
     seconds,
     told,
 )
-from molehill.engine.routing_stats import Figures
+from molehill.engine.routing_stats import RoutingStats
+from molehill.engine.vllm.protocol import (
+    AdapterReport,
+    StatsReply,
+    StatsRequest,
+    StepSeconds,
+    to_wire,
+)
 
 
-def answer(stage: int, figures: Figures, resident: int | None = 100) -> dict[str, Any]:
-    own = {"name": "a", "resident_bytes": resident, "figures": vars(figures)}
-    seconds = {"steps": 2.0, "ops": 0.5}
-    return {"stage": stage, "adapters": {7: own}, "host": {}, "seconds": seconds}
+def answer(stage: int, figures: RoutingStats, resident: int | None = 100) -> StatsReply:
+    own = AdapterReport("a", resident, figures)
+    return StatsReply(stage, {7: own}, seconds=StepSeconds(2.0, 0.5))
 
 
 def test_tensor_parallel_workers_count_once_but_memory_and_seconds_add_up() -> None:
-    figures = Figures(5, 5, 1, 2.5, [5, 4], 60, 40, 1.1, 1, op_seconds=0.5)
+    figures = RoutingStats(5, 5, 1, 2.5, [5, 4], 60, 40, 1.1, 1, op_seconds=0.5)
     both = replace(figures, op_seconds=1.0)
     assert told([answer(0, figures), answer(0, figures)]) == {7: Told("a", both, 200)}
 
 
 def test_pipeline_stages_add_their_own_sites() -> None:
-    first, second = Figures(5, 5, 1, 2.5, [5, 4], 60, 40), Figures(5, 5, 0, 1.0, [0, 0, 5], 6, 4)
-    both = Figures(5, 10, 1, 3.5, [5, 4, 5], 66, 44)
+    first, second = (
+        RoutingStats(5, 5, 1, 2.5, [5, 4], 60, 40),
+        RoutingStats(5, 5, 0, 1.0, [0, 0, 5], 6, 4),
+    )
+    both = RoutingStats(5, 10, 1, 3.5, [5, 4, 5], 66, 44)
     assert told([answer(0, first), answer(1, second)]) == {7: Told("a", both, 200)}
 
 
 def test_an_adapter_out_of_the_slots_takes_no_memory() -> None:
-    assert told([answer(0, Figures(), None)])[7].resident_bytes is None
+    assert told([answer(0, RoutingStats(), None)])[7].resident_bytes is None
 
 
 def test_seconds_add_up_where_all_workers_measure() -> None:
-    one = answer(0, Figures())
-    assert seconds([one, one]) == Seconds(4.0, 1.0)
-    assert seconds([one, {**one, "seconds": None}]) is None
+    one = answer(0, RoutingStats())
+    assert seconds([one, one]) == StepSeconds(4.0, 1.0)
+    assert seconds([one, replace(one, seconds=None)]) is None
     assert seconds([]) is None
 
 
 def test_a_name_counts_on_through_a_replacement() -> None:
     totals = Totals()
-    old, new = Told("a", Figures(5), 10), Told("a", Figures(2), 10)
+    old, new = Told("a", RoutingStats(5), 10), Told("a", RoutingStats(2), 10)
     assert totals.settle({1: old}, {1}, {"a"})["a"].tokens == 5
     assert totals.settle({1: old, 2: new}, {1, 2}, {"a"})["a"].tokens == 7
     # Drained: told for the last time, then no more.
-    drained = Told("a", Figures(6), None)
+    drained = Told("a", RoutingStats(6), None)
     assert totals.settle({1: drained, 2: new}, {2}, {"a"})["a"].tokens == 8
-    assert totals.settle({2: Told("a", Figures(3), 10)}, {2}, {"a"})["a"].tokens == 9
+    assert totals.settle({2: Told("a", RoutingStats(3), 10)}, {2}, {"a"})["a"].tokens == 9
 
 
 def test_a_name_that_ended_starts_anew() -> None:
     totals = Totals()
-    assert totals.settle({1: Told("a", Figures(5), None)}, set(), set()) == {}
-    assert totals.settle({2: Told("a", Figures(1), 10)}, {2}, {"a"})["a"].tokens == 1
+    assert totals.settle({1: Told("a", RoutingStats(5), None)}, set(), set()) == {}
+    assert totals.settle({2: Told("a", RoutingStats(1), 10)}, {2}, {"a"})["a"].tokens == 1
 
 
 def test_an_evicted_adapter_is_counted_once() -> None:
     totals = Totals()
-    evicted = Told("a", Figures(5), None)
+    evicted = Told("a", RoutingStats(5), None)
     for _ in range(3):
         assert totals.settle({1: evicted}, {1}, {"a"})["a"].tokens == 5
 
 
 def test_a_generation_on_its_way_out_is_counted_once() -> None:
     totals = Totals()
-    leaving = {1: Told("a", Figures(5), 10), 2: Told("a", Figures(1), 10)}
+    leaving = {1: Told("a", RoutingStats(5), 10), 2: Told("a", RoutingStats(1), 10)}
     for _ in range(3):
         assert totals.settle(leaving, {2}, {"a"})["a"].tokens == 6
 
@@ -109,13 +117,12 @@ class SlowWorkers:
         self.dead = False
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-        assert (method, args) == ("molehill_stats", ([],))
+        assert (method, args) == ("molehill_stats", (to_wire(StatsRequest()),))
         self.questions += 1
         await self.release.wait()
         if self.dead:
             raise RuntimeError("engine dead")
-        spent = {"steps": float(self.questions), "ops": 0.0}
-        return [{"stage": 0, "adapters": {}, "host": {}, "seconds": spent}]
+        return [to_wire(StatsReply(0, seconds=StepSeconds(float(self.questions), 0.0)))]
 
 
 def test_busy_workers_are_asked_once_and_the_last_figures_shown(
@@ -130,8 +137,8 @@ def test_busy_workers_are_asked_once_and_the_last_figures_shown(
         assert (await found.refresh()).seconds is None
         assert workers.questions == 1
         workers.release.set()
-        assert (await found.refresh()).seconds == Seconds(1.0, 0.0)
-        assert (await found.refresh()).seconds == Seconds(2.0, 0.0)
+        assert (await found.refresh()).seconds == StepSeconds(1.0, 0.0)
+        assert (await found.refresh()).seconds == StepSeconds(2.0, 0.0)
 
     asyncio.run(scenario())
 
@@ -187,7 +194,7 @@ def test_an_answer_that_cannot_be_understood_takes_no_scrape_with_it(
     found = WorkerStats(StrangeWorkers(), registry)
     snapshot = asyncio.run(found.refresh())
     assert samples(registry, snapshot)[ERROR] == 1
-    assert "KeyError" in caplog.text
+    assert "ProtocolError" in caplog.text
 
 
 def test_host_bytes_of_names_that_share_weights_are_each_names_own() -> None:
@@ -195,7 +202,7 @@ def test_host_bytes_of_names_that_share_weights_are_each_names_own() -> None:
         request = SimpleNamespace(lora_int_id=lora_id, lora_path="store/digest")
         return SimpleNamespace(name=name, lora_int_id=lora_id, request=request)
 
-    told = [{"host": {1: 30, 2: 30}}, {"host": {2: 30}}]
+    told = [StatsReply(0, host_bytes={1: 30, 2: 30}), StatsReply(0, host_bytes={2: 30})]
     names = [generation("a", 1), generation("b", 2)]
     assert worker_stats.host_bytes(told, names) == {"a": 30, "b": 60}
 

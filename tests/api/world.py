@@ -28,6 +28,7 @@ from molehill.engine.adapter.errors import AdapterNotFoundError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
+from molehill.engine.vllm import protocol
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant
 
@@ -72,36 +73,52 @@ class FakeEngine:
         self.large: set[int] = set()
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-        if method == "molehill_remove":
-            lora_int_id, path, keep = args
-            installed = lora_int_id in self.loaded
-            self.kept = [other for other in self.kept if other != lora_int_id or keep]
-            self.kept += [lora_int_id] * (keep and installed)
-            evicted, self.kept = self.kept[: -self.host], self.kept[-self.host :]
-            self.calls.append(("remove", lora_int_id))
-            self.loaded.pop(lora_int_id, None)
-            return [evicted]
-        if method == "molehill_prepare":
-            lora_int_id, path = args
-            assert (Path(path) / "molehill.json").exists()
-            if lora_int_id not in self.kept:
-                self.begun.append(lora_int_id)
-            return [lora_int_id not in self.kept]
-        if method == "molehill_prepared":
-            return [args[0] not in self.slow]
-        if method == "molehill_discard":
-            self.calls.append(("discard", args[0]))
-            return [None]
-        assert method == "molehill_install"
-        name, lora_int_id, path = args
-        self.calls.append(("install", lora_int_id))
-        await self.proceed.wait()
+        """One worker's answer, on the wire."""
+        handlers: list[tuple[protocol.Rpc[Any, Any], Callable[[Any], Any]]] = [
+            (protocol.REMOVE, self._remove),
+            (protocol.PREPARE, self._prepare),
+            (protocol.PREPARED, self._prepared),
+            (protocol.DISCARD, self._discard),
+            (protocol.INSTALL, self._install),
+        ]
+        if method == protocol.INSTALL.method:
+            request = protocol.from_wire(args[0], protocol.InstallRequest, "the API")
+            self.calls.append(("install", request.lora_int_id))
+            await self.proceed.wait()
+        (answer,) = (rpc.serve(args[0], run) for rpc, run in handlers if rpc.method == method)
+        return [answer]
+
+    def _remove(self, request: protocol.RemoveRequest) -> protocol.RemoveReply:
+        lora_int_id = request.lora_int_id
+        installed = lora_int_id in self.loaded
+        self.kept = [other for other in self.kept if other != lora_int_id or request.keep]
+        self.kept += [lora_int_id] * (request.keep and installed)
+        evicted, self.kept = self.kept[: -self.host], self.kept[-self.host :]
+        self.calls.append(("remove", lora_int_id))
+        self.loaded.pop(lora_int_id, None)
+        return protocol.RemoveReply(tuple(evicted))
+
+    def _prepare(self, request: protocol.AdapterRequest) -> protocol.PrepareReply:
+        assert (Path(request.path) / "molehill.json").exists()
+        if request.lora_int_id not in self.kept:
+            self.begun.append(request.lora_int_id)
+        return protocol.PrepareReply(request.lora_int_id not in self.kept)
+
+    def _prepared(self, request: protocol.AdapterRequest) -> protocol.PreparedReply:
+        return protocol.PreparedReply(request.lora_int_id not in self.slow)
+
+    def _discard(self, request: protocol.AdapterRequest) -> protocol.Empty:
+        self.calls.append(("discard", request.lora_int_id))
+        return protocol.Empty()
+
+    def _install(self, request: protocol.InstallRequest) -> protocol.InstallReply:
+        lora_int_id = request.lora_int_id
         if len(self.loaded) >= self.capacity or (lora_int_id in self.large and self.loaded):
-            return [{"refusal": "memory", "full": True}]
+            return protocol.InstallReply("memory", full=True)
         if not self.refusal:
-            self.loaded[lora_int_id] = name
+            self.loaded[lora_int_id] = request.name
             self.kept = [other for other in self.kept if other != lora_int_id]
-        return [{"refusal": self.refusal, "full": False}]
+        return protocol.InstallReply(self.refusal)
 
     async def generate(
         self, prompt: str, params: Any, request_id: str, *, lora_request: Any = None

@@ -9,8 +9,16 @@ import torch
 from golden import SERVED, Case, Prompt, greatest_difference
 from torch import Tensor
 
+from molehill.engine.vllm.protocol import ReplyT, RequestT, Rpc, to_wire
+
 LOGIT_TOLERANCE = 1e-3
 IDS = {name: i + 1 for i, name in enumerate(SERVED)}
+
+
+def ask_worker(llm: Any, rpc: Rpc[RequestT, ReplyT], request: RequestT) -> ReplyT:
+    """As the API side asks, of an engine's only worker."""
+    (reply,) = rpc.replies(llm.collective_rpc(rpc.method, args=(to_wire(request),)))
+    return reply
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-import torch
-from asking import Reply, ask, assert_golden, request
+from asking import Reply, ask, ask_worker, assert_golden, request
 from golden import Case, greatest_difference
 
 from molehill.engine import formats
 from molehill.engine.formats import native
+from molehill.engine.vllm import protocol
 
 NEIGHBOURS = ("base", "lora", "mixlora", "mola", "dynmole-default")
 MADE = (
@@ -54,10 +54,10 @@ def test_their_neighbours_match_the_reference(replies: Any, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MADE if "arrow" not in name and name != "mix"])
 def test_gate_weights_match_the_authors(llm: Any, authored: Any, paths: Any, name: str) -> None:
     llm.reset_prefix_cache()
-    llm.collective_rpc("molehill_trace", args=(True,))
+    ask_worker(llm, protocol.TRACE, protocol.TraceRequest(True))
     ask(llm, authored[name].prompts[:1], tokens=1, others=paths)
-    (traces,) = llm.collective_rpc("molehill_trace", args=(False,))
-    found = {site: torch.tensor(weights) for site, _, weights, _ in traces}
+    reply = ask_worker(llm, protocol.TRACE, protocol.TraceRequest(False))
+    found = {trace.site: trace.weights.tensor() for trace in reply.traces}
     assert found.keys() == authored[name].routes.keys()
     # LD-MoLE divides logits by as little as 0.01, and their rounding with them.
     tolerance = 1e-4 if name == "ldmole" else 1e-5

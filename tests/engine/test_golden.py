@@ -5,13 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from asking import LOGIT_TOLERANCE, Reply, ask, ask_each, assert_golden, every_prompt, request
+from asking import (
+    LOGIT_TOLERANCE,
+    Reply,
+    ask,
+    ask_each,
+    ask_worker,
+    assert_golden,
+    every_prompt,
+    request,
+)
 from golden import SERVED, Case, greatest_difference
 
 from molehill.benchmarks import engine as benchmark
 from molehill.engine import formats
 from molehill.engine.formats import native
+from molehill.engine.vllm import protocol
 
 ROUTER_TOLERANCE = 1e-5
 # Alone and in company the same GEMMs run over other shapes: rounding of float32, not more.
@@ -55,14 +64,17 @@ def test_every_position_matches_the_reference(llm: Any, case: str) -> None:
 @pytest.mark.parametrize("case", [name for name in SERVED if Case(name).routes()])
 def test_router_weights_match_the_reference(llm: Any, case: str) -> None:
     llm.reset_prefix_cache()
-    llm.collective_rpc("molehill_trace", args=(True,))
+    ask_worker(llm, protocol.TRACE, protocol.TraceRequest(True))
     ask(llm, Case(case).prompts[:1], tokens=1)
-    (traces,) = llm.collective_rpc("molehill_trace", args=(False,))
-    found = {site: figures for site, *figures in traces}
+    reply = ask_worker(llm, protocol.TRACE, protocol.TraceRequest(False))
+    found = {trace.site: trace for trace in reply.traces}
     expected = Case(case).routes()
     assert expected.keys() <= found.keys()
     for site, route in expected.items():
-        probabilities, weights, entropy = (torch.tensor(figure) for figure in found[site])
+        trace = found[site]
+        probabilities, weights, entropy = (
+            plain.tensor() for plain in (trace.probabilities, trace.weights, trace.entropy)
+        )
         assert greatest_difference(probabilities, route["p"]) < ROUTER_TOLERANCE, site
         if "w" in route:
             assert greatest_difference(weights, route["w"]) < ROUTER_TOLERANCE, site
@@ -98,14 +110,14 @@ def test_counters_are_what_the_reference_chose(llm: Any) -> None:
         lora_request=fresh,
         use_tqdm=False,
     )
-    (figures,) = llm.collective_rpc("molehill_routing", args=(90,))
-    assert figures["tokens"] == len(case.prompts[0].ids)
+    figures = ask_worker(llm, protocol.ROUTING, protocol.RoutingRequest(90))
+    assert figures.tokens == len(case.prompts[0].ids)
     for site, route in case.routes().items():
-        counted = figures["sites"][site]
-        assert counted["decisions"] == len(case.prompts[0].ids)
-        assert list(counted["expert_tokens"]) == (route["w"] > 0).sum(0).tolist()
-        assert counted["soft"] == int((route["entropy"] > 0.9).sum())
-        assert counted["entropy"] == pytest.approx(route["entropy"].sum().item(), abs=1e-4)
+        counted = figures.sites[site]
+        assert counted.decisions == len(case.prompts[0].ids)
+        assert list(counted.expert_tokens) == (route["w"] > 0).sum(0).tolist()
+        assert counted.soft == int((route["entropy"] > 0.9).sum())
+        assert counted.entropy == pytest.approx(route["entropy"].sum().item(), abs=1e-4)
     llm.llm_engine.remove_lora(90)
 
 
@@ -114,14 +126,14 @@ def test_removing_an_adapter_frees_it(llm: Any) -> None:
 
     path = str(Case("mixlora").path)
     llm.llm_engine.add_lora(LoRARequest("short-lived", 91, path))
-    (before,) = llm.collective_rpc("molehill_stats", args=([],))
-    assert before["adapters"][91]["resident_bytes"] > 0
+    before = ask_worker(llm, protocol.STATS, protocol.StatsRequest())
+    assert before.adapters[91].resident_bytes > 0
     assert llm.llm_engine.remove_lora(91)
     # Its figures are told once more.
-    (after,) = llm.collective_rpc("molehill_stats", args=([],))
-    assert after["adapters"][91]["resident_bytes"] is None
-    (later,) = llm.collective_rpc("molehill_stats", args=([],))
-    assert 91 not in later["adapters"]
+    after = ask_worker(llm, protocol.STATS, protocol.StatsRequest())
+    assert after.adapters[91].resident_bytes is None
+    later = ask_worker(llm, protocol.STATS, protocol.StatsRequest())
+    assert 91 not in later.adapters
     assert 91 not in llm.llm_engine.list_loras()
 
 
@@ -139,36 +151,36 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
     ids, requests = [list(prompt.ids) for prompt in prompts], [own] * len(prompts)
 
     def install() -> None:
-        (answer,) = llm.collective_rpc("molehill_install", args=(own.lora_name, 93, path))
-        assert answer["refusal"] == ""
+        asked = protocol.InstallRequest(own.lora_name, 93, path)
+        assert ask_worker(llm, protocol.INSTALL, asked).refusal == ""
 
     def host() -> dict[int, int]:
-        (stats,) = llm.collective_rpc("molehill_stats", args=([93],))
-        return dict(stats["host"])
+        return ask_worker(llm, protocol.STATS, protocol.StatsRequest((93,))).host_bytes
 
     def prepare() -> bool:
-        (started,) = llm.collective_rpc("molehill_prepare", args=(93, path))
-        while not llm.collective_rpc("molehill_prepared", args=(93, path))[0]:
+        asked = protocol.AdapterRequest(93, path)
+        started = ask_worker(llm, protocol.PREPARE, asked).reads
+        while not ask_worker(llm, protocol.PREPARED, asked).done:
             time.sleep(0.01)
-        return bool(started)
+        return started
 
     llm.reset_prefix_cache()
     assert prepare()
     install()
     assert_golden(ask_each(llm, ids, requests), prompts)
-    (before,) = llm.collective_rpc("molehill_routing", args=(93,))
-    llm.collective_rpc("molehill_remove", args=(93, path, True))
+    before = ask_worker(llm, protocol.ROUTING, protocol.RoutingRequest(93))
+    ask_worker(llm, protocol.REMOVE, protocol.RemoveRequest(93, path, True))
     assert host()[93] > 0
     assert not prepare()
     install()
     assert 93 not in host()
     assert llm.reset_prefix_cache()
     assert_golden(ask_each(llm, ids, requests), prompts)
-    (after,) = llm.collective_rpc("molehill_routing", args=(93,))
-    assert after["tokens"] == 2 * before["tokens"]
-    for site, figures in before["sites"].items():
-        assert after["sites"][site]["decisions"] == 2 * figures["decisions"], site
-    llm.collective_rpc("molehill_remove", args=(93, path, False))
+    after = ask_worker(llm, protocol.ROUTING, protocol.RoutingRequest(93))
+    assert after.tokens == 2 * before.tokens
+    for site, figures in before.sites.items():
+        assert after.sites[site].decisions == 2 * figures.decisions, site
+    ask_worker(llm, protocol.REMOVE, protocol.RemoveRequest(93, path, False))
     assert 93 not in host()
 
 
@@ -178,29 +190,43 @@ def test_names_of_the_same_bytes_have_a_host_copy_each(llm: Any, tmp_path: Any) 
     native.write(formats.read(Case("mola").path), Path(path))
     ids = (94, 95)
 
-    def call(method: str, *args: Any) -> Any:
-        (answer,) = llm.collective_rpc(f"molehill_{method}", args=args)
-        return answer
-
     def host() -> dict[int, int]:
-        return {lora_id: size for lora_id, size in call("stats", ids)["host"].items() if size}
+        reply = ask_worker(llm, protocol.STATS, protocol.StatsRequest(ids))
+        return {lora_id: size for lora_id, size in reply.host_bytes.items() if size}
+
+    def asked(lora_id: int) -> protocol.AdapterRequest:
+        return protocol.AdapterRequest(lora_id, path)
+
+    def prepare(lora_id: int) -> bool:
+        return ask_worker(llm, protocol.PREPARE, asked(lora_id)).reads
+
+    def is_prepared(lora_id: int) -> bool:
+        return ask_worker(llm, protocol.PREPARED, asked(lora_id)).done
+
+    def install(lora_id: int) -> str:
+        named = protocol.InstallRequest(f"m-{lora_id}", lora_id, path)
+        return ask_worker(llm, protocol.INSTALL, named).refusal
+
+    def remove(lora_id: int, keep: bool) -> tuple[int, ...]:
+        request = protocol.RemoveRequest(lora_id, path, keep)
+        return ask_worker(llm, protocol.REMOVE, request).evicted
 
     # Both are prepared at a time.
-    assert all(call("prepare", lora_id, path) for lora_id in ids)
-    while not all(call("prepared", lora_id, path) for lora_id in ids):
+    assert all(prepare(lora_id) for lora_id in ids)
+    while not all(is_prepared(lora_id) for lora_id in ids):
         time.sleep(0.01)
     for lora_id in ids:
-        assert call("install", f"m-{lora_id}", lora_id, path)["refusal"] == ""
+        assert install(lora_id) == ""
     for lora_id in ids:
-        assert call("remove", lora_id, path, True) == []
+        assert remove(lora_id, True) == ()
     sizes = host()
     assert sizes.keys() == set(ids)
     assert sizes[94] == sizes[95] > 0
-    call("remove", 94, path, False)
+    remove(94, False)
     assert host() == {95: sizes[95]}
-    assert not call("prepare", 95, path)
-    assert call("install", "m-95", 95, path)["refusal"] == ""
-    call("remove", 95, path, False)
+    assert not prepare(95)
+    assert install(95) == ""
+    remove(95, False)
     assert host() == {}
 
 

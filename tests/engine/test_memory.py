@@ -9,10 +9,12 @@ from typing import Any
 import big_adapter
 import psutil
 import pytest
-from asking import IDS, ask, assert_golden
+from asking import IDS, ask, ask_worker, assert_golden
 from engines import engine
 from golden import Case
 from limits import limited
+
+from molehill.engine.vllm import protocol
 
 MEBIBYTE = 1 << 20
 BUDGET = 60 * MEBIBYTE
@@ -66,9 +68,8 @@ def test_an_adapter_over_the_budget_is_refused_and_others_serve(
 
 def install(llm: Any, path: Path) -> str:
     """As the API does; why it was refused, or nothing."""
-    (answer,) = llm.collective_rpc("molehill_install", args=("m", 51, str(path)))
-    refusal: str = answer["refusal"]
-    return refusal
+    asked = protocol.InstallRequest("m", 51, str(path))
+    return ask_worker(llm, protocol.INSTALL, asked).refusal
 
 
 def test_a_copy_that_finds_no_memory_leaves_nothing_and_others_serve(
@@ -79,8 +80,9 @@ def test_a_copy_that_finds_no_memory_leaves_nothing_and_others_serve(
 
     def refuse() -> None:
         load(llm, 52, saved[MEDIUM])
-        llm.collective_rpc("molehill_prepare", args=(51, str(path)))
-        while not all(llm.collective_rpc("molehill_prepared", args=(51, str(path)))):
+        asked = protocol.AdapterRequest(51, str(path))
+        ask_worker(llm, protocol.PREPARE, asked)
+        while not ask_worker(llm, protocol.PREPARED, asked).done:
             time.sleep(0.01)
         llm.llm_engine.remove_lora(52)
         with limited(process.pid, resource.RLIMIT_AS, process.memory_info().vms):

@@ -12,15 +12,17 @@ import mixtures
 import pytest
 import tiny_models
 import torch
-from asking import ask, assert_golden, request
+from asking import ask, ask_worker, assert_golden, request
 from engines import engine
 from golden import GOLDEN, Case, Prompt
 from oracle import answer, peft_lora
 from safetensors.torch import load_file, save_file
 
 from molehill.engine import formats
+from molehill.engine.adapter.base_model import Moe
 from molehill.engine.formats import native
 from molehill.engine.transform.merge import merge_static
+from molehill.engine.vllm import protocol
 
 TINY_MOE = GOLDEN / "tiny-moe"
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -78,24 +80,24 @@ def test_alone_matches_the_oracle(
 
 
 def test_the_worker_names_blocks_and_experts(llm: Any) -> None:
-    (base,) = llm.collective_rpc("molehill_describe")
-    sizes = {"experts": 4, "hidden": 64, "intermediate": 48}
-    assert base["moes"] == {f"layers.{i}.mlp": sizes for i in range(2)}
-    assert set(base["refused"]) == {f"layers.{i}.mlp.gate" for i in range(2)}
-    assert base["ffns"] == {}
+    base = ask_worker(llm, protocol.DESCRIBE, protocol.Empty())
+    sizes = Moe(experts=4, hidden=64, intermediate=48)
+    assert base.moes == {f"layers.{i}.mlp": sizes for i in range(2)}
+    assert set(base.refused) == {f"layers.{i}.mlp.gate" for i in range(2)}
+    assert base.ffns == {}
 
 
 def test_unloading_frees_the_experts_and_loading_again_serves(
     llm: Any, prompts: list[Prompt], adapters: dict[str, Path]
 ) -> None:
     drlora = request("drlora", adapters)
-    (before,) = llm.collective_rpc("molehill_stats", args=([],))
+    before = ask_worker(llm, protocol.STATS, protocol.StatsRequest())
     stored = load_file(Case("drlora").path / "adapter_model.safetensors")
-    held = before["adapters"][drlora.lora_int_id]["resident_bytes"]
+    held = before.adapters[drlora.lora_int_id].resident_bytes
     assert held == 4 * sum(t.numel() for t in stored.values())
     assert llm.llm_engine.remove_lora(drlora.lora_int_id)
-    (after,) = llm.collective_rpc("molehill_stats", args=([],))
-    assert after["adapters"][drlora.lora_int_id]["resident_bytes"] is None
+    after = ask_worker(llm, protocol.STATS, protocol.StatsRequest())
+    assert after.adapters[drlora.lora_int_id].resident_bytes is None
     others = [prompt for prompt in prompts if prompt.case != "drlora"]
     assert_golden(ask(llm, others, others=adapters), others)
     llm.llm_engine.add_lora(drlora)
@@ -191,7 +193,7 @@ def test_experts_merged_into_the_base_weights(
 ) -> None:
     """The base and the other adapters subtract them again."""
     native.write(merge_static(formats.read(Case("drlora").path))[0], tmp_path / "resident")
-    molehill = {"resident": str(tmp_path / "resident")}
+    molehill = {"merged_base": str(tmp_path / "resident")}
     options = {"enforce_eager": True, "additional_config": {"molehill": molehill}}
     with engine(model=str(TINY_MOE), **options) as llm:
         assert_golden(ask(llm, prompts, others=adapters), prompts)

@@ -11,7 +11,7 @@ import pytest
 from molehill.engine.adapter.errors import CorruptFileError
 from molehill.engine.system.cpu_affinity import keep_off, own_cores
 from molehill.engine.vllm import prefetch
-from molehill.engine.vllm.prefetch import IDLE_SECONDS, PAUSE_SECONDS, Preparation, Pulse
+from molehill.engine.vllm.prefetch import IDLE_SECONDS, PAUSE_SECONDS, Prefetcher, StepPacer
 
 
 class Reader:
@@ -32,46 +32,46 @@ class Reader:
 
 def test_starting_does_not_wait_and_taking_does() -> None:
     reader = Reader()
-    preparation = Preparation(reader)
-    preparation.start("a")
-    assert not preparation.done("a")
+    prefetcher = Prefetcher(reader)
+    prefetcher.start("a")
+    assert not prefetcher.done("a")
     assert reader.read == []
     reader.proceed.set()
-    assert preparation.take("a") == "content of a"
-    assert preparation.done("a")
+    assert prefetcher.take("a") == "content of a"
+    assert prefetcher.done("a")
     assert reader.read == ["a"]
 
 
 def test_what_was_prepared_is_read_once_however_often_it_is_taken() -> None:
     reader = Reader()
     reader.proceed.set()
-    preparation = Preparation(reader)
-    preparation.start("a")
-    assert [preparation.take("a") for _ in range(3)] == ["content of a"] * 3
-    preparation.start("a")
+    prefetcher = Prefetcher(reader)
+    prefetcher.start("a")
+    assert [prefetcher.take("a") for _ in range(3)] == ["content of a"] * 3
+    prefetcher.start("a")
     assert reader.read == ["a"]
-    preparation.drop("a")
-    assert preparation.take("a") == "content of a"
+    prefetcher.drop("a")
+    assert prefetcher.take("a") == "content of a"
     assert reader.read == ["a", "a"]
 
 
 def test_what_nobody_prepared_is_read_when_it_is_taken() -> None:
     reader = Reader()
     reader.proceed.set()
-    preparation = Preparation(reader)
-    preparation.start("a")
-    assert preparation.take("b") == "content of b"
-    assert preparation.take("a") == "content of a"
+    prefetcher = Prefetcher(reader)
+    prefetcher.start("a")
+    assert prefetcher.take("b") == "content of b"
+    assert prefetcher.take("a") == "content of a"
 
 
 def test_the_last_one_replaces_the_one_before() -> None:
     reader = Reader()
     reader.proceed.set()
-    preparation = Preparation(reader)
-    preparation.start("a")
-    preparation.start("b")
-    assert preparation.take("b") == "content of b"
-    assert preparation.take("a") == "content of a"
+    prefetcher = Prefetcher(reader)
+    prefetcher.start("a")
+    prefetcher.start("b")
+    assert prefetcher.take("b") == "content of b"
+    assert prefetcher.take("a") == "content of a"
     assert reader.read == ["a", "b", "a"]
 
 
@@ -79,21 +79,21 @@ def test_an_error_is_raised_where_it_is_taken_and_the_next_start_reads_again() -
     reader = Reader()
     reader.proceed.set()
     reader.broken = True
-    preparation = Preparation(reader)
-    preparation.start("a")
+    prefetcher = Prefetcher(reader)
+    prefetcher.start("a")
     with pytest.raises(CorruptFileError, match="half a file"):
-        preparation.take("a")
-    assert preparation.done("a")
+        prefetcher.take("a")
+    assert prefetcher.done("a")
     reader.broken = False
-    preparation.start("a")
-    assert preparation.take("a") == "content of a"
+    prefetcher.start("a")
+    assert prefetcher.take("a") == "content of a"
 
 
 def test_a_thread_waits_for_the_next_step_and_not_at_all_without_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a clock that only its own pauses move."""
-    pulse = Pulse()
+    pacer = StepPacer()
     now, pauses, next_step = 100.0, 0, 5
 
     def sleep(seconds: float) -> None:
@@ -101,18 +101,18 @@ def test_a_thread_waits_for_the_next_step_and_not_at_all_without_steps(
         now += seconds
         pauses += 1
         if pauses == next_step:
-            pulse.beat()
+            pacer.step_begins()
 
     monkeypatch.setattr(prefetch, "monotonic", lambda: now)
     monkeypatch.setattr(prefetch, "sleep", sleep)
-    pulse.wait()
+    pacer.wait_for_step()
     assert pauses == 0
-    pulse.beat()
-    pulse.wait()
+    pacer.step_begins()
+    pacer.wait_for_step()
     assert pauses == next_step
     # That step was the last: it does not wait for ever.
     start = now
-    pulse.wait()
+    pacer.wait_for_step()
     assert now - start == pytest.approx(IDLE_SECONDS, abs=2 * PAUSE_SECONDS)
 
 
@@ -138,15 +138,15 @@ def test_a_thread_leaves_cores_and_its_process_stays() -> None:
 BOUND = """
 import torch
 from molehill.engine.system.cpu_affinity import own_cores
-from molehill.engine.vllm.prefetch import Preparation
+from molehill.engine.vllm.prefetch import Prefetcher
 
 def prepare(path, beside):
     torch.ones(1 << 22).add(1)
     return own_cores(), torch.get_num_threads()
 
-preparation = Preparation(prepare)
-preparation.start("a")
-print([preparation.take("a"), prepare("b", False)])
+prefetcher = Prefetcher(prepare)
+prefetcher.start("a")
+print([prefetcher.take("a"), prepare("b", False)])
 """
 
 

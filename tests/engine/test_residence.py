@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from asking import IDS, Reply, ask, assert_golden, every_prompt
+from asking import IDS, Reply, ask, ask_worker, assert_golden, every_prompt
 from engines import engine
 from golden import SERVED, TINY_LLAMA, Case, Prompt, greatest_difference
 
@@ -15,6 +15,7 @@ from molehill.engine import formats
 from molehill.engine.formats import native
 from molehill.engine.hf.reference import attach
 from molehill.engine.transform.merge import merge_static, merged_weight, plain_sites
+from molehill.engine.vllm import protocol
 from molehill.engine.vllm.model import merged_base_loader
 from molehill.kernels.mixture import Experts
 
@@ -22,7 +23,7 @@ from molehill.kernels.mixture import Experts
 @contextmanager
 def merged_engine(case: str, folder: Path, **options: Any) -> Iterator[Any]:
     """An engine with the static part of a golden adapter in its weights."""
-    molehill = {"resident": str(written(case, folder)), **options.pop("molehill", {})}
+    molehill = {"merged_base": str(written(case, folder)), **options.pop("molehill", {})}
     with engine(additional_config={"molehill": molehill}, **options) as llm:
         yield llm
 
@@ -42,16 +43,15 @@ def test_base_resident_and_every_other_adapter_give_the_oracles(merged: Any) -> 
     """All in one batch: the resident runs plainly, the others subtract it, inside FFNs too."""
     prompts = low_rank(every_prompt())
     assert_golden(ask(merged, prompts), prompts)
-    (answer,) = merged.collective_rpc("molehill_stats", args=([],))
-    stats = answer["adapters"]
+    stats = ask_worker(merged, protocol.STATS, protocol.StatsRequest()).adapters
     ids = {name: number for name, number in IDS.items() if name != "mov"}
     assert stats.keys() == set(ids.values())
-    resident_bytes = {name: stats[number]["resident_bytes"] for name, number in ids.items()}
+    resident_bytes = {name: stats[number].resident_bytes for name, number in ids.items()}
     assert resident_bytes.pop("lora") == 0
     assert min(resident_bytes.values()) > 0
     prompt_tokens = sum(len(prompt.ids) for prompt in Case("lora").prompts)
     # 12 generated ones each, of which the last is never read.
-    assert stats[IDS["lora"]]["figures"]["tokens"] == prompt_tokens + 4 * 11
+    assert stats[IDS["lora"]].stats.tokens == prompt_tokens + 4 * 11
 
 
 def low_rank(prompts: list[Prompt]) -> list[Prompt]:
@@ -157,7 +157,7 @@ def test_a_weight_that_cannot_be_merged_into_ends_the_load() -> None:
         ([("model.layers.0.y.weight", torch.ones(3, 4))], "layers.0.x: found no weight"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            list(merged_base_loader.with_resident(iter(weights), resident, torch.float32))
+            list(merged_base_loader.with_merged_base(iter(weights), resident, torch.float32))
 
 
 def test_other_weights_and_biases_are_left_alone() -> None:
@@ -166,7 +166,9 @@ def test_other_weights_and_biases_are_left_alone() -> None:
         ("model.layers.0.x.bias", torch.ones(3)),
         ("lm_head.weight", torch.ones(2, 4)),
     ]
-    found = list(merged_base_loader.with_resident(iter(given), {"layers.0.x": PAIR}, torch.float32))
+    found = list(
+        merged_base_loader.with_merged_base(iter(given), {"layers.0.x": PAIR}, torch.float32)
+    )
     assert torch.equal(found[0][1], torch.full((3, 4), 2.0))
     assert found[0][1].dtype == torch.float32
     assert [tensor is own for (_, tensor), (_, own) in zip(found[1:], given[1:], strict=True)] == [

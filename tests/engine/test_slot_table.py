@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from molehill.engine.adapter.errors import LimitError
-from molehill.engine.routing_stats import tabulated
-from molehill.engine.vllm.host_cache import Prepared
+from molehill.engine.routing_stats import cost_table
+from molehill.engine.vllm.host_cache import PreparedAdapter
 from molehill.engine.vllm.rank_agreement import RankAgreement
 from molehill.engine.vllm.slot_table import BASE, FullError, SlotTable
 from molehill.kernels.interface import LinearPiece, LinearShape, SlotWeights
@@ -32,15 +32,15 @@ class Worker:
         ranks = ranks or RankAgreement(1, None)
         self.slots = SlotTable(self.backend, MoeBlocks(), 2 * BYTES, ranks)
 
-    def adapter(self, rank: int = RANK) -> Prepared:
+    def adapter(self, rank: int = RANK) -> PreparedAdapter:
         pair = Experts(torch.randn(rank, IN), torch.randn(OUT, rank), (rank,))
         piece = LinearPiece("layers.0.self_attn.q_proj", 0, pair, Constant((1.0,)), None)
         weights = SlotWeights({self.handle: [piece]}, {})
         num_bytes = weights.num_bytes(torch.float32)
-        return Prepared(tabulated(()), {}, num_bytes, weights.is_empty, weights)
+        return PreparedAdapter(cost_table(()), {}, num_bytes, weights.is_empty, weights)
 
-    def nothing(self) -> Prepared:
-        return Prepared(tabulated(()), {}, 0, True, SlotWeights({}, {}))
+    def nothing(self) -> PreparedAdapter:
+        return PreparedAdapter(cost_table(()), {}, 0, True, SlotWeights({}, {}))
 
 
 def test_a_slot_is_taken_given_back_and_taken_again() -> None:

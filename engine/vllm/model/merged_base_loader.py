@@ -18,9 +18,9 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from molehill.engine import formats
-from molehill.engine.transform.merge import PLAIN, Resident, merged_weight
+from molehill.engine.adapter.base_model import Limits
+from molehill.engine.transform.merge import PLAIN, MergedBase, merged_weight
 from molehill.engine.vllm.model.discovery import canonical
-from molehill.engine.vllm.settings import Settings
 from molehill.kernels.mixture import Experts, LinearMixture
 
 logger = init_logger("vllm.molehill")
@@ -29,17 +29,20 @@ logger = init_logger("vllm.molehill")
 FORMATS = ("auto", "hf", "safetensors")
 _PREFIX = "molehill-"
 
-_resident: dict[str, Experts] = {}
+_merged_pairs: dict[str, Experts] = {}
 
 
-def install(config: VllmConfig) -> Resident | None:
-    """Makes this process load the base with the resident adapter of `config` merged into it.
+def install(
+    config: VllmConfig, directory: Path | None, digest: str, limits: Limits
+) -> MergedBase | None:
+    """Makes this process load the base of `config` with an adapter merged into it; None, and the
+    base as it is, without a directory.
 
-    Raises RuntimeError for a base that cannot be merged into, AdapterError for the adapter.
+    directory: of the adapter's merged copy. digest: of the adapter that it was made of. Raises
+    RuntimeError for a base that cannot be merged into, AdapterError for the adapter.
     """
-    settings = Settings.from_config(config.additional_config)
-    _resident.clear()
-    if settings.resident is None:
+    _merged_pairs.clear()
+    if directory is None:
         return None
     for refused, what in (
         (config.model_config.quantization is not None, "a quantised base model"),
@@ -48,15 +51,14 @@ def install(config: VllmConfig) -> Resident | None:
     ):
         if refused:
             raise RuntimeError(f"merging an adapter into the base weights: found {what}")
-    merged = formats.read(Path(settings.resident), settings.limits)
-    resident = Resident(merged, settings.resident_digest)
-    _resident.update(resident.pairs)
+    merged_base = MergedBase(formats.read(directory, limits), digest)
+    _merged_pairs.update(merged_base.pairs)
     config.load_config.load_format = _PREFIX + config.load_config.load_format
-    return resident
+    return merged_base
 
 
 class MergingLoader(DefaultModelLoader):  # type: ignore[misc]
-    """vLLM's loader for a checkpoint, with the resident's B A added to what it yields."""
+    """vLLM's loader for a checkpoint, with the merged adapter's B A added to what it yields."""
 
     def __init__(self, load_config: Any) -> None:
         plain = copy.copy(load_config)
@@ -65,15 +67,15 @@ class MergingLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
         weights = super().get_all_weights(model_config, model)
-        yield from with_resident(weights, _resident, model_config.dtype)
+        yield from with_merged_base(weights, _merged_pairs, model_config.dtype)
 
 
 for _format in FORMATS:
     register_model_loader(_PREFIX + _format)(MergingLoader)
 
 
-def with_resident(
-    weights: Iterator[tuple[str, Tensor]], resident: Mapping[str, Experts], dtype: torch.dtype
+def with_merged_base(
+    weights: Iterator[tuple[str, Tensor]], pairs: Mapping[str, Experts], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """`weights` with W + B A in the place of each merged W, rounded once, to `dtype`: the served
     one, for a wider one than the checkpoint's would round twice or lose what it can hold.
@@ -81,13 +83,13 @@ def with_resident(
     Raises RuntimeError for a weight of another shape or kind, and at the end for a merged site that
     no weight was found for: nothing may be subtracted that was not added.
     """
-    missing = set(resident)
+    missing = set(pairs)
     for name, weight in weights:
         site = canonical(name.removesuffix(".weight"))
-        if site not in resident or not name.endswith(".weight"):
+        if site not in pairs or not name.endswith(".weight"):
             yield name, weight
             continue
-        pair = resident[site]
+        pair = pairs[site]
         expected = [pair.b.shape[0], pair.a.shape[1]]
         if not weight.is_floating_point() or list(weight.shape) != expected:
             found = f"{weight.dtype} {list(weight.shape)}"
@@ -96,4 +98,4 @@ def with_resident(
         yield name, merged_weight(weight.float(), LinearMixture(pair, PLAIN)).to(dtype)
     if missing:
         raise RuntimeError(f"{min(missing)}: found no weight in the checkpoint to merge into")
-    logger.info("molehill: an adapter is merged into %d of the base's linears", len(resident))
+    logger.info("molehill: an adapter is merged into %d of the base's linears", len(pairs))

@@ -30,7 +30,7 @@ from molehill.kernels.moe_blocks import MoeBlocks
 logger = init_logger("vllm.molehill")
 
 
-class Seams:
+class PatchedModel:
     """The linears, FFNs and MoE blocks of this rank, registered with the backend and hooked.
 
     base: the shapes of the whole model, all pipeline stages together.

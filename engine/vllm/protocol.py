@@ -1,0 +1,250 @@
+"""The questions that the API side asks molehill's workers, and their answers.
+
+vLLM carries plain values only, in the arguments of `collective_rpc` and in what it returns: a
+message travels as `{"version": VERSION, "message": its fields}`. Both sides write and read it here,
+so that what is of another shape or release is an error with a name.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+import torch
+from torch import Tensor
+
+from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
+
+# One more whenever a message below, or a type in it, gets other fields.
+VERSION = 1
+
+RequestT = TypeVar("RequestT")
+ReplyT = TypeVar("ReplyT")
+MessageT = TypeVar("MessageT")
+
+
+class ProtocolError(RuntimeError):
+    """A message of another release of molehill, or of none."""
+
+
+class Engine(Protocol):
+    """What is asked of vLLM's engine client."""
+
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        """One answer per worker; raises with a worker's message."""
+
+
+@dataclass(frozen=True)
+class Rpc(Generic[RequestT, ReplyT]):
+    """One question. method: of the worker, by its name."""
+
+    method: str
+    request: type[RequestT]
+    reply: type[ReplyT]
+
+    async def ask(self, engine: Engine, request: RequestT) -> list[ReplyT]:
+        """One reply per worker. Raises ProtocolError, and what the engine raises."""
+        return self.replies(await engine.collective_rpc(self.method, args=(to_wire(request),)))
+
+    def replies(self, answers: Sequence[object]) -> list[ReplyT]:
+        """Of what came over the wire, one per worker. Raises ProtocolError."""
+        sender = f"{self.method}: a worker answered with"
+        return [from_wire(answer, self.reply, sender) for answer in answers]
+
+    def serve(self, argument: object, handler: Callable[[RequestT], ReplyT]) -> object:
+        """A worker's answer to an argument that came over the wire. Raises ProtocolError, and what
+        the handler raises."""
+        request = from_wire(argument, self.request, f"{self.method}: the API server sent")
+        return to_wire(handler(request))
+
+
+def to_wire(message: object) -> object:
+    """message: a dataclass of this module."""
+    return {"version": VERSION, "message": msgspec.to_builtins(message)}
+
+
+def from_wire(value: object, kind: type[MessageT], sender: str) -> MessageT:
+    """Raises ProtocolError. sender: who sent it, for that error."""
+    found = value.get("version") if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or found != VERSION:
+        what = "no version" if found is None else f"version {found!r}"
+        raise ProtocolError(
+            f"{sender} {what} of molehill's messages, expected version {VERSION}: "
+            "all processes need the same release of molehill"
+        )
+    try:
+        return msgspec.convert(value.get("message"), kind)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"{sender} another {kind.__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Nothing to ask with, or nothing to answer."""
+
+
+@dataclass(frozen=True)
+class CoresReply:
+    """The CPU cores of its machine that the worker computes on, in order."""
+
+    cores: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdapterRequest:
+    """An adapter of the store. path: of its canonical copy."""
+
+    lora_int_id: int
+    path: str
+
+
+@dataclass(frozen=True)
+class PrepareReply:
+    """reads: whether the worker reads the adapter; it has it in host memory if not."""
+
+    reads: bool
+
+
+@dataclass(frozen=True)
+class PreparedReply:
+    """done: whether it is read, or was refused, which the reply to an install then says."""
+
+    done: bool
+
+
+@dataclass(frozen=True)
+class InstallRequest:
+    """name: as the adapter is served. For the rest see AdapterRequest."""
+
+    name: str
+    lora_int_id: int
+    path: str
+
+
+@dataclass(frozen=True)
+class InstallReply:
+    """refusal: why the adapter is in no slot; empty if it is in one. full: the refusal is for other
+    adapters' memory, and can change."""
+
+    refusal: str = ""
+    full: bool = False
+
+
+@dataclass(frozen=True)
+class RemoveRequest:
+    """keep: the adapter may come back, from host memory. For the rest see AdapterRequest."""
+
+    lora_int_id: int
+    path: str
+    keep: bool
+
+
+@dataclass(frozen=True)
+class RemoveReply:
+    """evicted: ids of what had to leave host memory since the last reply."""
+
+    evicted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StatsRequest:
+    """known: ids that the API side may ask for again. Others that are out of the slots are reported
+    for the last time."""
+
+    known: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """One adapter on one worker. resident_bytes: None if it is in no slot. stats: over all its
+    stays in a slot."""
+
+    name: str
+    resident_bytes: int | None
+    stats: RoutingStats
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Seconds in model steps and, within them, in adapter ops, since the start."""
+
+    steps: float
+    ops: float
+
+
+@dataclass(frozen=True)
+class StatsReply:
+    """stage: this worker's of the pipeline. adapters: by id. host_bytes: of the adapters in host
+    memory, by id. seconds: None where they are not measured."""
+
+    stage: int
+    adapters: dict[int, AdapterReport] = field(default_factory=dict)
+    host_bytes: dict[int, int] = field(default_factory=dict)
+    seconds: StepSeconds | None = None
+
+
+@dataclass(frozen=True)
+class RoutingRequest:
+    lora_int_id: int
+
+
+@dataclass(frozen=True)
+class RoutingReply:
+    """tokens: that ran through the adapter. sites: of this worker's pipeline stage, by name."""
+
+    tokens: int
+    sites: dict[str, SiteRoutingStats]
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """enabled: whether decisions are recorded from now on."""
+
+    enabled: bool
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A float32 tensor as plain values, row by row."""
+
+    shape: tuple[int, ...]
+    values: list[float]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "PlainTensor":
+        return cls(tuple(tensor.shape), tensor.float().flatten().tolist())
+
+    def tensor(self) -> Tensor:
+        return torch.tensor(self.values, dtype=torch.float32).view(self.shape)
+
+
+@dataclass(frozen=True)
+class SiteTrace:
+    """What the router of one site decided in one step, by row: probabilities and weights
+    `[rows, E]`, entropy `[rows]`; of a router that reads heads one by one, with an axis `heads`
+    after the rows."""
+
+    site: str
+    probabilities: PlainTensor
+    weights: PlainTensor
+    entropy: PlainTensor
+
+
+@dataclass(frozen=True)
+class TraceReply:
+    """What was recorded since the last reply."""
+
+    traces: list[SiteTrace]
+
+
+DESCRIBE = Rpc("molehill_describe", Empty, BaseModel)
+CORES = Rpc("molehill_cores", Empty, CoresReply)
+PREPARE = Rpc("molehill_prepare", AdapterRequest, PrepareReply)
+PREPARED = Rpc("molehill_prepared", AdapterRequest, PreparedReply)
+DISCARD = Rpc("molehill_discard", AdapterRequest, Empty)
+INSTALL = Rpc("molehill_install", InstallRequest, InstallReply)
+REMOVE = Rpc("molehill_remove", RemoveRequest, RemoveReply)
+STATS = Rpc("molehill_stats", StatsRequest, StatsReply)
+ROUTING = Rpc("molehill_routing", RoutingRequest, RoutingReply)
+TRACE = Rpc("molehill_trace", TraceRequest, TraceReply)
