@@ -11,7 +11,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from vllm.exceptions import VLLMNotFoundError
 
 from molehill.api.adapters.background import Background
 from molehill.api.adapters.events import LifecycleMetrics
@@ -23,7 +22,7 @@ from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import failure
 from molehill.api.http import adapters, dashboard, router_stats, vllm_routes
 from molehill.api.http.auth import Guard
-from molehill.api.http.dependencies import Services, answer_http_error
+from molehill.api.http.dependencies import Services, answer_http_error, answer_not_found
 from molehill.api.metrics.worker_stats import WorkerStats
 from molehill.api.options import Options, api_keys
 from molehill.api.sources.fetch import Sources, local
@@ -37,7 +36,7 @@ from molehill.api.vllm.lifeline import Lifeline
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, count_requests
-from molehill.api.vllm.served_models import ServedModels, answer_not_found
+from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
 from molehill.api.vllm.worker_client import ONE_ENGINE, WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.system import startup
@@ -64,7 +63,7 @@ class MolehillRoutes:
         app.include_router(adapters.router)
         args = app.state.args
         app.add_exception_handler(HTTPException, answer_http_error)
-        app.add_exception_handler(VLLMNotFoundError, answer_not_found)
+        app.add_exception_handler(NOT_FOUND, answer_not_found)
         admin_keys = options_of(args).admin_keys
         # The last one added is the outermost.
         app.add_middleware(GenerationHeader)

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from molehill.api.adapters import errors
+from molehill.api.http import errors
 
 
 class Kind(Enum):

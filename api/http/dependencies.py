@@ -12,9 +12,10 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
-from molehill.api.adapters import errors
 from molehill.api.adapters.background import Background
+from molehill.api.adapters.errors import RequestError, UnknownModelError, UnknownParameterError
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.http import errors
 from molehill.api.metrics.worker_stats import WorkerStats
 from molehill.api.sources.fetch import Sources
 from molehill.api.sources.restore import Restart
@@ -86,7 +87,7 @@ class StrictRoute(APIRoute):
             try:
                 check_parameters(request.query_params.keys(), known)
                 return await handler(request)
-            except (errors.RequestError, AdapterError) as error:
+            except (RequestError, AdapterError) as error:
                 status = errors.status_of(error)
                 body = errors.body(str(error), error.kind, status)
                 return JSONResponse(body, status.value, errors.headers_of(error))
@@ -99,7 +100,7 @@ def check_parameters(given: Set[str], known: Set[str]) -> None:
     unknown = sorted(given - known)
     if unknown:
         expected = ", ".join(sorted(known)) or "none"
-        raise errors.UnknownParameterError(
+        raise UnknownParameterError(
             f"query parameters: found {unknown[0][:100]!a}, expected {expected}"
         )
 
@@ -111,6 +112,18 @@ async def answer_http_error(_: Request, error: Exception) -> Response:
     status = HTTPStatus(error.status_code)
     body = errors.body(str(error.detail), status.name.lower(), status)
     return JSONResponse(body, status.value, error.headers)
+
+
+async def answer_not_found(request: Request, error: Exception) -> Response:
+    """Of the routes whose own check of the model's name vLLM raises."""
+    served = services(request).models
+    return answer_unknown_model(served.names.unknown(str(error)))
+
+
+def answer_unknown_model(error: UnknownModelError) -> Response:
+    status = errors.status_of(error)
+    body = errors.body(str(error), error.kind, status, param="model")
+    return JSONResponse(body, status.value)
 
 
 class ErrorDetails(BaseModel):

@@ -10,11 +10,11 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-from molehill.api.adapters import errors
 from molehill.api.adapters.errors import UnknownModelError
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.load_options import Terms
 from molehill.api.adapters.tasks import failure
+from molehill.api.http import errors
 from molehill.api.http.dependencies import (
     CHANGES,
     LOADS,
@@ -22,10 +22,10 @@ from molehill.api.http.dependencies import (
     Injected,
     StrictRoute,
     VllmBody,
+    answer_unknown_model,
     refusals,
 )
 from molehill.api.metrics import prometheus
-from molehill.api.vllm.served_models import answer_unknown_model
 
 # What vLLM's clients may ask with parameters that only other servers know.
 router = APIRouter()

@@ -192,7 +192,7 @@ async def bring_in(stay: Stay) -> Tier:
         return await stay.registry.residency.acquire(generation)
     except EngineRefusedError as error:
         message = str(error).replace(generation.request.lora_path, generation.name)
-        raise GracefulHTTPError(message, error.status) from error
+        raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE) from error
 
 
 async def run(

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.exceptions import VLLMNotFoundError
 
-from molehill.api.adapters import errors
 from molehill.api.adapters.errors import UnknownModelError
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.registry import AdapterRegistry
+
+# Raised by those of vLLM's routes that check a model's name themselves.
+NOT_FOUND: type[Exception] = VLLMNotFoundError
 
 # Names in the answer to a request for a model that is not served.
 MOST = 20
@@ -86,15 +86,3 @@ def adapter_card(base: Card, generation: Generation) -> Card:
     name = generation.name
     own = {"id": name, "root": name, "parent": base["id"], "created": generation.created}
     return {**base, **own}
-
-
-def answer_unknown_model(error: UnknownModelError) -> Response:
-    body = errors.body(str(error), error.kind, error.status, param="model")
-    return JSONResponse(body, error.status.value)
-
-
-async def answer_not_found(request: Request, error: Exception) -> Response:
-    """Of the routes whose own check of the model's name vLLM raises."""
-    assert isinstance(error, VLLMNotFoundError)
-    served: ServedModels = request.app.state.molehill.models
-    return answer_unknown_model(served.names.unknown(str(error)))

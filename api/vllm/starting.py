@@ -21,8 +21,8 @@ import uvicorn
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketClose
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-from molehill.api.adapters import errors
 from molehill.engine.system import startup
 
 # Of clients that ask again by themselves, seconds.
@@ -44,7 +44,8 @@ class StartingApp:
             await WebSocketClose(code=1013)(scope, receive, send)
             return
         status, stage = HTTPStatus.SERVICE_UNAVAILABLE, startup.stage() or BEFORE
-        body: dict[str, Any] = errors.body(f"The server is starting: {stage}.", "starting", status)
+        message = f"The server is starting: {stage}."
+        body = create_error_response(message, "starting", status).model_dump()
         if scope["path"] in PROBES:
             seconds = round(monotonic() - self._start)
             body = {"status": "starting", "stage": stage, "seconds": seconds}

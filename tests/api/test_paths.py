@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from fastapi.responses import JSONResponse
 
-from molehill.api.adapters import errors
 from molehill.api.adapters.errors import BadPathError, ForbiddenPathError, SourceChangedError
 from molehill.api.adapters.source import Source, fingerprint
+from molehill.api.http import errors
 from molehill.api.sources.roots import AdapterRoots
 from molehill.engine.adapter.errors import AdapterNotFoundError, ShapeError
 

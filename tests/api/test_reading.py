@@ -8,6 +8,7 @@ from typing import Any
 from world import World, settle
 
 from molehill.api.adapters.reading import READERS, Reading, most_bytes
+from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 
 
@@ -16,8 +17,8 @@ class SlowDisk(World):
 
     proceed: threading.Event
 
-    def read(self, path: Path) -> Adapter:
-        found = super().read(path)
+    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
+        found = super().read(path, lora_b_layout)
         if path.name.startswith("adapter-5"):
             assert self.proceed.wait(20)
         return found

@@ -19,6 +19,7 @@ from molehill.api.sources import watcher
 from molehill.api.sources.fetch import Sources, local
 from molehill.api.sources.roots import AdapterRoots
 from molehill.api.sources.watcher import Watcher
+from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
 
@@ -35,9 +36,9 @@ class Watched(World):
         self.watcher = Watcher(roots, Sources(roots), self.registry)
         self.read_count = 0
 
-    def read(self, path: Path) -> Adapter:
+    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
         self.read_count += 1
-        return super().read(path)
+        return super().read(path, lora_b_layout)
 
     def put(self, name: str, seed: int) -> Path:
         shutil.rmtree(self.root / name, ignore_errors=True)
