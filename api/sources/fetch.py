@@ -32,24 +32,15 @@ from molehill.api.sources.roots import AdapterRoots
 from molehill.api.sources.urls import allowed
 from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError, LimitError
 from molehill.engine.adapter.layout import Layout
-from molehill.engine.formats import native
-from molehill.engine.formats.io import files
-from molehill.engine.formats.readers import expert_layout
+from molehill.engine.formats.readers.expert_layout import README, README_BYTES, needs_readme
+from molehill.engine.formats.registry import safetensors_files
 from molehill.engine.system.out_of_memory import is_out_of_memory
 
 HUB = "hf://"
 
-# One layout or the other; (config, tensors).
-LAYOUTS = ((native.CONFIG, native.WEIGHTS), (files.CONFIG, files.SAFETENSORS))
-EXPECTED = " or ".join(" with ".join(names) for names in LAYOUTS)
-
 OWNER_AND_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 REPOSITORY = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 CHUNK = 1 << 20
-
-# Of an adapter whose maker must be known.
-README = expert_layout.README
-README_BYTES = expert_layout.README_BYTES
 
 # Until a server must have taken a connection, and between two pieces of what it sends.
 CONNECT_SECONDS = 10.0
@@ -208,7 +199,7 @@ def download_from_url(url: str, target: Path, limit: int) -> None:
     base = url.rstrip("/")
     scheme = urlsplit(base).scheme
     filesystem = fsspec.filesystem(scheme, skip_instance_cache=True, **filesystem_options(scheme))
-    for names in LAYOUTS:
+    for names in safetensors_files():
         left = limit
         try:
             for name in names:
@@ -221,14 +212,7 @@ def download_from_url(url: str, target: Path, limit: int) -> None:
             cause = error.__cause__
             if cause is not None and getattr(cause, "status", None) != HTTPStatus.NOT_FOUND:
                 raise cause from None
-    raise AdapterNotFoundError(base, "no such files", EXPECTED)
-
-
-def needs_readme(directory: Path) -> bool:
-    """Whether it may hang on who made an adapter how it is read, which a README tells."""
-    if not (directory / files.CONFIG).exists():
-        return False
-    return expert_layout.in_doubt(files.read_config(directory))
+    raise no_files(base)
 
 
 def copy_readme(filesystem: Any, base: str, target: Path) -> None:
@@ -269,10 +253,15 @@ def copy(filesystem: Any, url: str, target: Path, limit: int) -> int:
 
 def layout(where: str, exists: Callable[[str], bool]) -> tuple[str, str]:
     """The two files to fetch. Raises AdapterNotFoundError."""
-    for names in LAYOUTS:
+    for names in safetensors_files():
         if all(map(exists, names)):
             return names
-    raise AdapterNotFoundError(where, "no such files", EXPECTED)
+    raise no_files(where)
+
+
+def no_files(where: str) -> AdapterNotFoundError:
+    expected = " or ".join(" with ".join(names) for names in safetensors_files())
+    return AdapterNotFoundError(where, "no such files", expected)
 
 
 def check_size(where: str, found: int, limit: int) -> None:

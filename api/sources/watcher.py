@@ -30,9 +30,7 @@ from molehill.api.adapters.source import fingerprint
 from molehill.api.sources.fetch import Sources
 from molehill.api.sources.roots import AdapterRoots
 from molehill.engine.adapter.errors import AdapterError
-from molehill.engine.formats import native
-from molehill.engine.formats.io import files
-from molehill.engine.formats.readers import mixes
+from molehill.engine.formats.registry import config_files
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -42,9 +40,6 @@ SETTLE_SECONDS = 2.0
 # Between two tries of what there was no room for; it doubles.
 FIRST_PAUSE_SECONDS = 2.0
 LAST_PAUSE_SECONDS = 60.0
-
-# A directory without one of them holds other directories, or has just begun to fill.
-CONFIGS = (native.CONFIG, files.CONFIG, mixes.CONFIG)
 
 # Somebody else was quicker, or is still writing: the next look decides anew.
 NOT_NOW = (GenerationMismatchError, SourceChangedError)
@@ -107,7 +102,8 @@ class Watcher:
         found = {}
         for name, directory in entries.items():
             try:
-                if any((directory / config).is_file() for config in CONFIGS):
+                # One without a config holds other directories, or has just begun to fill.
+                if any((directory / config).is_file() for config in config_files()):
                     names.check(name, base_models=())
                     found[name] = fingerprint(directory)
             except (OSError, BadNameError) as error:

@@ -1,6 +1,6 @@
 """Adapter files into canonical adapters: finds out the format and hands over to its reader."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from molehill.engine.adapter.base_model import Limits
@@ -8,46 +8,14 @@ from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import check
-from molehill.engine.formats import native
+from molehill.engine.formats import registry
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
-from molehill.engine.formats.readers import (
-    adamole,
-    expert_layout,
-    forks,
-    ldmole,
-    mixes,
-    moepeft,
-    mov,
-    peft,
-    peft_parameters,
-)
+from molehill.engine.formats.readers import expert_layout, peft_parameters
 from molehill.engine.formats.readers.policies import STRATEGIES
+from molehill.engine.formats.readers.reader import AdapterFiles
 
 DEFAULT_LIMITS = Limits()
-
-
-def _read_lora(directory: Path, config: Fields, limits: Limits) -> Adapter:
-    """PEFT's own files and those of its forks, which only their tensors tell apart."""
-    expert_layout.check_said(directory, config, peft_parameters.adapted(config))
-    weights = files.read_weights(directory, limits)
-    if ldmole.recognises(config, weights):
-        return ldmole.read(config, weights)
-    reader = forks.read if forks.recognises(weights) else peft.read
-    return reader(config, weights)
-
-
-# By `peft_type`. A reader parses one on-disk format.
-READERS: dict[str, Callable[[Path, Fields, Limits], Adapter]] = {
-    "LORA": _read_lora,
-    "MIXLORA": moepeft.read,
-    "MOLA": moepeft.read,
-    "LORAMOE": moepeft.read,
-    "DYNMOLE": moepeft.read,
-    "MOLE": adamole.read,
-    "ADAMOLE": adamole.read,
-    "MOV": mov.read,
-}
 
 # What serving them would take.
 _NOT_SERVED = {
@@ -65,26 +33,31 @@ def read(
     that names the file and the tensor or field.
     """
     files.check_directory(path)
-    if (path / mixes.CONFIG).exists():
-        expert_layout.refuse(lora_b_layout, f"as each adapter of a {mixes.CONFIG} says its own")
-        adapter = mixes.read(path, limits, _read_one)
-    else:
-        adapter = _read_one(path, limits, lora_b_layout)
+    adapter = _read(path, limits, lora_b_layout)
     check(adapter, limits)
     return adapter
 
 
-def _read_one(path: Path, limits: Limits, lora_b_layout: Layout | None = None) -> Adapter:
-    """An adapter with tensors of its own."""
-    if (path / native.CONFIG).exists():
-        expert_layout.refuse(lora_b_layout, f"as {native.CONFIG} has every expert by itself")
-        return native.read(path, limits)
-    config = files.read_config(path)
-    kind = peft_type(config)
-    if kind != "LORA":
-        expert_layout.refuse(lora_b_layout, f"as {kind} has no LoRA on fused experts")
-    fields = Fields(config.where, {**config.values, "peft_type": kind})
-    return READERS[kind](path, expert_layout.with_given(fields, lora_b_layout), limits)
+def _read(path: Path, limits: Limits, lora_b_layout: Layout | None = None) -> Adapter:
+    """By the config's name, then its `peft_type`, then, where both are shared, the tensors."""
+    readers = registry.of_directory(path)
+    config = files.read_config(path, readers[0].files.config)
+    kind = ""
+    if any(reader.peft_types for reader in readers):
+        kind = peft_type(config)
+        readers = [reader for reader in readers if kind in reader.peft_types]
+        config = Fields(config.where, {**config.values, "peft_type": kind})
+    no_layout = [reader.no_layout for reader in readers]
+    if None in no_layout:
+        config = peft_parameters.settle_layout(path, config, lora_b_layout)
+    else:
+        expert_layout.refuse(lora_b_layout, f"as {no_layout[0]}".format(peft_type=kind))
+    adapter = AdapterFiles(path, readers[0].files, config, limits, partial(_read, limits=limits))
+    # A reader by itself refuses some configs before any weights are read.
+    if len(readers) == 1:
+        return readers[0].read(adapter)
+    own = next(reader for reader in readers if reader.recognises(config, adapter.weights))
+    return own.read(adapter)
 
 
 def peft_type(config: Fields) -> str:
@@ -101,8 +74,8 @@ def peft_type(config: Fields) -> str:
             raise UnsupportedError(where, strategy, f"one of {known}")
         kind = strategy.split("-")[0].upper()
     kind = kind or "LORA"
-    if kind not in READERS:
-        known = ", ".join(READERS)
+    if kind not in registry.peft_types():
+        known = ", ".join(registry.peft_types())
         found = _NOT_SERVED.get(kind, kind)
         raise UnsupportedError(f"{config.where}: peft_type", found, f"one of {known}")
     return kind

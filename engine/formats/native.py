@@ -21,6 +21,7 @@ from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers.policies import parse_policy
+from molehill.engine.formats.readers.reader import FileNames, Reader
 from molehill.engine.system.atomic_directory import appearing
 from molehill.engine.system.out_of_memory import raise_if_out_of_memory
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
@@ -64,7 +65,10 @@ def read(directory: Path, limits: Limits) -> Adapter:
     Raises ConfigError, CorruptFileError, LimitError, MissingTensorError, NonFiniteError,
     ShapeError, UnsupportedError (another version, an unknown field or tensor).
     """
-    config = files.read_config(directory, CONFIG)
+    return _read(files.read_config(directory, CONFIG), directory, limits)
+
+
+def _read(config: Fields, directory: Path, limits: Limits) -> Adapter:
     version = config.integer("format_version")
     if version != FORMAT_VERSION:
         where = f"{CONFIG}: format_version"
@@ -88,6 +92,13 @@ def read(directory: Path, limits: Limits) -> Adapter:
     if adapter.digest != digest:
         raise CorruptFileError(WEIGHTS, adapter.digest, f"the digest {digest}")
     return adapter
+
+
+READER = Reader(
+    FileNames(CONFIG, (WEIGHTS,)),
+    lambda native: _read(native.config, native.directory, native.limits),
+    no_layout=f"{CONFIG} has every expert by itself",
+)
 
 
 def read_own(directory: Path, pause: Callable[[], None] = lambda: None) -> Adapter:

@@ -17,7 +17,7 @@ from molehill.engine.adapter.errors import AdapterError, CorruptFileError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import DEFAULT_LIMITS, native, read
-from molehill.engine.formats.io import files
+from molehill.engine.formats.registry import pickle_files
 from molehill.engine.system.out_of_memory import is_out_of_memory
 
 _MODULE = "molehill.engine.formats.convert.isolation"
@@ -27,7 +27,8 @@ _NO_MEMORY = "out_of_memory"
 
 def is_pickled(path: Path) -> bool:
     """Whether reading this directory may mean reading a pickle, here or one level below."""
-    return any(next(path.glob(where), None) for where in (files.PICKLE, f"*/{files.PICKLE}"))
+    places = (where for name in pickle_files() for where in (name, f"*/{name}"))
+    return any(next(path.glob(place), None) for place in places)
 
 
 def read_isolated(

@@ -9,7 +9,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,15 +81,17 @@ def read_config(directory: Path, name: str = CONFIG) -> Fields:
     return Fields(name, values)
 
 
-def read_weights(directory: Path, limits: Limits) -> Weights:
-    """The weights beside an adapter_config.json; safetensors if there are both.
+def read_weights(
+    directory: Path, limits: Limits, names: Sequence[str] = (SAFETENSORS, PICKLE)
+) -> Weights:
+    """The weights of an adapter: the first of these files that there is, by default PEFT's.
 
     Raises CorruptFileError, LimitError, MissingTensorError, NonFiniteError, UnsupportedError.
     """
-    for name in (SAFETENSORS, PICKLE):
+    for name in names:
         if (directory / name).exists():
             return read_tensors(directory / name, limits)
-    raise MissingTensorError(directory.name, "no weights", f"{SAFETENSORS} or {PICKLE}")
+    raise MissingTensorError(directory.name, "no weights", " or ".join(names))
 
 
 def read_start(path: Path, most: int) -> bytes:

@@ -10,20 +10,18 @@ Keys: `base_model.model.model.layers.{i}.{block}.{proj}.` with
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import CorruptFileError, MissingTensorError, ShapeError
 from molehill.engine.adapter.model import Adapter
-from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
 from molehill.engine.formats.readers.linears import EXPERT, STEM, Layout
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_router
+from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, Reader
 from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import AdaMoLE, Policy, Threshold, TopK
 
@@ -35,8 +33,9 @@ _UNSERVED = {"use_rslora": "rsLoRA's scaling"}
 _THRESHOLD = ("lora_threshold.weight", "lora_threshold.bias")
 
 
-def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
+def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
+    config = files.config
     config.refuse(_UNSERVED)
     peft.check_initialisation(config)
     kind = str(config.values["peft_type"]).lower()
@@ -44,7 +43,7 @@ def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     layout = Layout(kind, "lora_gating.weight", "lora_A.{e}.weight", "lora_B.{e}.weight", more)
     policy = _policy(config, kind)
     scaling = Scaling(config.number("lora_alpha", above=0), config.integer("lora_rank"))
-    weights = _without_copies(files.read_weights(directory, limits))
+    weights = _without_copies(files.weights)
     notes = saved_modules.check(config, weights)
     expected = "lora_gating, lora_threshold, lora_A or lora_B of a layer's linear"
     stems = linears.find_stems(weights, _KEY, expected)
@@ -57,6 +56,9 @@ def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     linears.check_all_used(weights, layout, experts)
     notes += known.warnings(config, known.FIELDS[kind])
     return Adapter(kind, sites, config.text("base_model_name_or_path"), warnings + notes)
+
+
+READER = Reader(PEFT_FILES, read, peft_types=("MOLE", "ADAMOLE"))
 
 
 def _policy(config: Fields, kind: str) -> Callable[[int], Policy]:

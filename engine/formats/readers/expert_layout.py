@@ -80,6 +80,13 @@ def in_doubt(config: Fields, parameters: Collection[str] = ()) -> bool:
     return not layouts.own or not all(map(layouts.knows, parameters))
 
 
+def needs_readme(directory: Path) -> bool:
+    """Whether an adapter's README may tell how it is to be read. Raises ConfigError, LimitError."""
+    if not (directory / files.CONFIG).exists():
+        return False
+    return in_doubt(files.read_config(directory))
+
+
 def check_said(directory: Path, config: Fields, parameters: Collection[str]) -> None:
     """Raises ConfigError for a file of Unsloth's that does not say its layout."""
     sign = _sign_of_unsloth(directory, config) if in_doubt(config, parameters) else None

@@ -19,6 +19,7 @@ from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
 from molehill.engine.formats.readers.linears import EXPERT, STEM, Layout
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_router
+from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Policy, Soft, TopK
 
@@ -43,7 +44,7 @@ _LORAMOE = Layout("loramoe", "lora_route.weight", "lora_A{e}.weight", "lora_B{e}
 _HYDRALORA = Layout("hydralora", "lora_route.weight", "lora_A.weight", "lora_B{e}.weight")
 
 
-def recognises(weights: Weights) -> bool:
+def recognises(config: Fields, weights: Weights) -> bool:
     """Whether there are tensors that only a fork writes."""
     return any(_SIGN.search(name) for name in weights.tensors)
 
@@ -64,6 +65,15 @@ def read(config: Fields, weights: Weights) -> Adapter:
     base_model = config.text("base_model_name_or_path")
     notes += _warnings(config, fork) + known.warnings(config, _known(fork))
     return Adapter(fork.method, sites, base_model, warnings + notes)
+
+
+READER = Reader(
+    PEFT_FILES,
+    lambda files: read(files.config, files.weights),
+    peft_types=("LORA",),
+    recognises=recognises,
+    no_layout=None,
+)
 
 
 def _fork(weights: Weights) -> Layout:

@@ -25,6 +25,7 @@ from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
 from molehill.engine.formats.readers.linears import EXPERT, STEM, Layout
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_router
+from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Constant, Sparsegen
 
@@ -85,6 +86,15 @@ def read(config: Fields, weights: Weights) -> Adapter:
     notes += known.warnings(config, known.FIELDS["ldmole"])
     notes += known.warnings(config.object("sparsegen_cfg"), known.SPARSEGEN)
     return Adapter("ldmole", sites, config.text("base_model_name_or_path"), warnings + notes)
+
+
+READER = Reader(
+    PEFT_FILES,
+    lambda files: read(files.config, files.weights),
+    peft_types=("LORA",),
+    recognises=recognises,
+    no_layout=None,
+)
 
 
 def _mlps(weights: Weights) -> dict[int, _Mlp]:

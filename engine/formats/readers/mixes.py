@@ -15,6 +15,7 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.readers import peft
+from molehill.engine.formats.readers.reader import AdapterFiles, FileNames, Reader
 from molehill.engine.transform.arrow import Lora, arrow
 from molehill.engine.transform.weighted_sum import Part, mix
 from molehill.kernels.policy import Arrow
@@ -23,27 +24,26 @@ CONFIG = "molehill_mix.json"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
-_Reader = Callable[[Path, Limits], Adapter]
+_Read = Callable[[Path], Adapter]
 
 
-def read(directory: Path, limits: Limits, read_one: _Reader) -> Adapter:
-    """read_one: reads an adapter that has tensors of its own.
-
-    Raises an AdapterError that names the sub-directory, file and tensor or field.
-    """
-    config = files.read_config(directory, CONFIG)
-    members = _Members(directory, config, limits)
-    if config.choice("kind", ("mix", "arrow")) == "mix":
-        return _read_mix(config, members, read_one)
-    return _read_arrow(config, members)
+def read(mix: AdapterFiles) -> Adapter:
+    """Raises an AdapterError that names the sub-directory, file and tensor or field."""
+    members = _Members(mix.directory, mix.config, mix.limits)
+    if mix.config.choice("kind", ("mix", "arrow")) == "mix":
+        return _read_mix(mix.config, members, mix.read_member)
+    return _read_arrow(mix.config, members)
 
 
-def _read_mix(config: Fields, members: "_Members", read_one: _Reader) -> Adapter:
+READER = Reader(FileNames(CONFIG), read, no_layout=f"each adapter of a {CONFIG} says its own")
+
+
+def _read_mix(config: Fields, members: "_Members", read_member: _Read) -> Adapter:
     config.only("kind", "adapters")
     scales = config.object("adapters")
     members.check("adapters", list(scales.values))
     numbers = {name: scales.number(name) for name in scales.values}
-    return mix([Part(name, members.read(name, read_one), numbers[name]) for name in numbers])
+    return mix([Part(name, members.read(name, read_member), numbers[name]) for name in numbers])
 
 
 def _read_arrow(config: Fields, members: "_Members") -> Adapter:
@@ -89,13 +89,13 @@ class _Members:
         if len(set(names)) < len(names):
             raise self._config.error(field, "every adapter once")
 
-    def read(self, name: str, read_one: _Reader) -> Adapter:
+    def read(self, name: str, read_member: _Read) -> Adapter:
         path = self._directory / name
         with _named(name):
             if (path / CONFIG).exists():
                 expected = "an adapter with tensors of its own"
                 raise UnsupportedError(CONFIG, "a mix inside a mix", expected)
-            adapter = read_one(path, self._limits)
+            adapter = read_member(path)
         self._bytes += adapter.num_bytes
         if self._bytes > self._limits.adapter_bytes:
             expected = f"at most {self._limits.adapter_bytes} bytes for all of the mix"
@@ -106,16 +106,16 @@ class _Members:
         """One that PEFT saved: only its config tells the factor in B."""
         factors: dict[str, float] = {}
 
-        def read_one(path: Path, limits: Limits) -> Adapter:
+        def read_member(path: Path) -> Adapter:
             config = files.read_config(path)
             if config.text("peft_type") not in (None, "LORA"):
                 found = config.text("peft_type")
                 raise UnsupportedError(f"{config.where}: peft_type", found, "LORA")
-            weights = files.read_weights(path, limits)
+            weights = files.read_weights(path, self._limits)
             factors.update(peft.factors(config, weights))
             return peft.read(config, weights)
 
-        return Lora(name, self.read(name, read_one), factors)
+        return Lora(name, self.read(name, read_member), factors)
 
 
 @contextmanager

@@ -11,15 +11,12 @@ These codes train DoRA but never save its magnitudes. molehill reads them where 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import MissingTensorError, ShapeError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
-from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, saved_modules, targets
@@ -31,6 +28,7 @@ from molehill.engine.formats.readers.lowrank import (
     read_scaling,
 )
 from molehill.engine.formats.readers.policies import STRATEGIES
+from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, Reader
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
 from molehill.kernels.policy import Constant, Policy
 
@@ -77,15 +75,16 @@ class _Source:
     expert_dora: bool
 
 
-def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
+def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
+    config = files.config
     method = str(config.values["peft_type"]).lower()
     strategy = _strategy(config, method)
     policy = STRATEGIES[strategy](config)
     scaling = read_scaling(config)
     expert_scaling = _expert_scaling(config, scaling)
     wanted = targets.read_targets(config)
-    weights = files.read_weights(directory, limits)
+    weights = files.weights
     modules = _group(weights, f"{method}.")
     num_experts = config.integer("num_experts") if config.has("num_experts") else None
     dora = config.flag("use_dora")
@@ -104,6 +103,9 @@ def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     else:
         sites = {name: _linear(source, name, module) for name, module in modules.items()}
     return Adapter(method, sites, config.text("base_model_name_or_path"), warnings)
+
+
+READER = Reader(PEFT_FILES, read, peft_types=("MIXLORA", "MOLA", "LORAMOE", "DYNMOLE"))
 
 
 def _strategy(config: Fields, method: str) -> str:

@@ -7,15 +7,13 @@ No published files exist: the method's authors work with T5X checkpoints. Keys:
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import ShapeError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
-from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, saved_modules, targets
+from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, Reader
 from molehill.kernels.mixture import ScaleMixture
 from molehill.kernels.policy import Soft
 
@@ -32,11 +30,12 @@ class _Names:
     vectors: str
 
 
-def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
+def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
+    config = files.config
     config.refuse({"top_k": "top-k routing"})
     wanted = targets.read_targets(config)
-    weights = files.read_weights(directory, limits)
+    weights = files.weights
     modules = _modules(weights)
     targets.check_targeted(weights.file, modules, wanted)
     targets.check_every_layer(weights.file, modules)
@@ -45,6 +44,9 @@ def read(directory: Path, config: Fields, limits: Limits) -> Adapter:
     warnings = targets.unused(wanted, modules) + saved_modules.check(config, weights)
     warnings += known.warnings(config, known.FIELDS["mov"])
     return Adapter("mov", sites, base_model, warnings)
+
+
+READER = Reader(PEFT_FILES, read, peft_types=("MOV",))
 
 
 def _modules(weights: Weights) -> dict[str, _Names]:

@@ -22,6 +22,7 @@ from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, patterns, peft_parameters, saved_modules, targets
 from molehill.engine.formats.readers.lowrank import Pair, Scaling, build_experts
 from molehill.engine.formats.readers.patterns import Patterns
+from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 from molehill.engine.formats.readers.targeting import Targeting
 from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Constant
@@ -111,6 +112,14 @@ def read(config: Fields, weights: Weights) -> Adapter:
             *known.warnings(config, known.FIELDS["lora"]),
         ),
     )
+
+
+READER = Reader(
+    PEFT_FILES,
+    lambda files: read(files.config, files.weights),
+    peft_types=("LORA",),
+    no_layout=None,
+)
 
 
 def factors(config: Fields, weights: Weights) -> dict[str, float]:

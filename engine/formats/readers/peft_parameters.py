@@ -9,6 +9,7 @@ is which follows from the shapes.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -57,6 +58,17 @@ def read_targets(config: Fields) -> list[str]:
 def adapted(config: Fields) -> set[str]:
     """The parameters that `target_parameters` names in any block. Raises as `read_targets`."""
     return {name.rpartition(".")[2] for name in read_targets(config)}
+
+
+def settle_layout(directory: Path, config: Fields, given: Layout | None) -> Fields:
+    """The config with the layout that somebody names as the adapter is loaded, if anybody does.
+
+    Raises ConfigError where it contradicts the config's, or is missing from a file of Unsloth's;
+    UnsupportedError without fused experts.
+    """
+    settled = expert_layout.with_given(config, given)
+    expert_layout.check_said(directory, settled, adapted(settled))
+    return settled
 
 
 def warnings(config: Fields) -> tuple[str, ...]:

@@ -1,0 +1,57 @@
+"""Every format that can be read, and the names of their files.
+
+Whoever looks for adapters, fetches them or reads pickles apart asks here: a new format is one
+reader, and one line in READERS.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from molehill.engine.formats import native
+from molehill.engine.formats.readers import adamole, forks, ldmole, mixes, moepeft, mov, peft
+from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
+
+# In the order in which they are asked. `peft` takes any LORA that the two before it do not know.
+READERS: tuple[Reader, ...] = (
+    mixes.READER,
+    native.READER,
+    ldmole.READER,
+    forks.READER,
+    peft.READER,
+    moepeft.READER,
+    adamole.READER,
+    mov.READER,
+)
+
+
+def config_files() -> tuple[str, ...]:
+    """A directory without one of them is no adapter."""
+    return tuple(dict.fromkeys(reader.files.config for reader in READERS))
+
+
+def safetensors_files() -> tuple[tuple[str, str], ...]:
+    """(config, tensors) of every format that has tensors of its own."""
+    pairs = [(reader.files.config, name) for reader in READERS for name in reader.files.weights]
+    return tuple(dict.fromkeys(pair for pair in pairs if not _is_pickle(pair[1])))
+
+
+def pickle_files() -> tuple[str, ...]:
+    names = [name for reader in READERS for name in reader.files.weights]
+    return tuple(dict.fromkeys(filter(_is_pickle, names)))
+
+
+def peft_types() -> tuple[str, ...]:
+    """All values of `peft_type` that have a reader."""
+    return tuple(dict.fromkeys(name for reader in READERS for name in reader.peft_types))
+
+
+def of_directory(directory: Path) -> Sequence[Reader]:
+    """The readers of a directory's config file; PEFT's where there is none."""
+    names = (name for name in config_files() if (directory / name).exists())
+    config = next(names, PEFT_FILES.config)
+    return [reader for reader in READERS if reader.files.config == config]
+
+
+def _is_pickle(name: str) -> bool:
+    """As `files.read_tensors` takes it."""
+    return not name.endswith(".safetensors")

@@ -1,0 +1,187 @@
+"""The rules of the house: who may import whom. Read off the source, of which nothing is run.
+
+A room is a package; `api/app.py` and `api/options.py`, which put the rest together, are rooms of
+their own. Each rule gives a line for each breach of it: the file, its line, what was found there
+and what is expected.
+"""
+
+import ast
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+from pathlib import Path
+
+# From the top: each imports those after it.
+FLOORS = ("api", "engine", "kernels")
+PACKAGES = (*FLOORS, "benchmarks")
+COMPOSITION = ("api.app", "api.options")
+
+KERNELS_USE = {"numpy", "torch", "triton"}
+KNOW_VLLM = ("engine.vllm", "api.vllm")
+# Not `http`: the errors have their status, one of its numbers.
+HTTP = {"aiohttp", "fastapi", "httpx", "requests", "starlette", "uvicorn"}
+
+MOST_LINES = 450
+SOURCES = ("*.py", "*.cpp", "*.h", "*.js", "*.css", "*.html")
+
+
+@dataclass(frozen=True)
+class Import:
+    """importer, imported: modules, ours without `molehill.`. place: file and line."""
+
+    importer: str
+    imported: str
+    place: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: imports {self.imported}"
+
+    @property
+    def top(self) -> str:
+        return self.imported.partition(".")[0]
+
+
+class House:
+    """The modules below a repository's root and all that they import, wherever in a file."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        files = [path for top in PACKAGES for path in sorted((root / top).rglob("*.py"))]
+        self.modules = {self._module(path): path for path in files}
+        self.imports = [own for name in self.modules for own in self._imports(name)]
+
+    def inside(self, package: str) -> list[Import]:
+        return [own for own in self.imports if is_in(own.importer, package)]
+
+    def room(self, module: str) -> str:
+        if module in COMPOSITION or self.modules[module].name == "__init__.py":
+            return module
+        return module.rpartition(".")[0]
+
+    def _module(self, path: Path) -> str:
+        return ".".join(path.relative_to(self.root).with_suffix("").parts).removesuffix(".__init__")
+
+    def _imports(self, module: str) -> Iterator[Import]:
+        path = self.modules[module]
+        for node in ast.walk(ast.parse(path.read_text())):
+            for name in dict.fromkeys(self._imported(module, node)):
+                place = f"{path.relative_to(self.root)}:{getattr(node, 'lineno', 0)}"
+                yield Import(module, name, place)
+
+    def _imported(self, module: str, node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.Import):
+            yield from (name.name.removeprefix("molehill.") for name in node.names)
+        if isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                package = self.modules[module].relative_to(self.root).parts[: -node.level]
+                source = ".".join((*package, *filter(None, [source])))
+            source = source.removeprefix("molehill.")
+            for alias in node.names:
+                part = alias.name if source == "molehill" else f"{source}.{alias.name}"
+                yield part if part in self.modules else source
+
+
+def is_in(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
+
+
+def arrows(house: House) -> Iterator[str]:
+    """api -> engine -> kernels; nobody imports benchmarks."""
+    for own in house.imports:
+        top = own.importer.partition(".")[0]
+        below = FLOORS[FLOORS.index(top) :] if top in FLOORS else PACKAGES
+        if own.top in PACKAGES and own.top not in below:
+            yield f"{own}, expected {' and '.join(below)} only"
+
+
+def third_parties_of_kernels(house: House) -> Iterator[str]:
+    for own in house.inside("kernels"):
+        if own.top not in {*PACKAGES, *KERNELS_USE, *sys.stdlib_module_names}:
+            yield f"{own}, expected {', '.join(sorted(KERNELS_USE))} only"
+
+
+def vllm_in_two_rooms(house: House) -> Iterator[str]:
+    for floor in FLOORS:
+        for own in house.inside(floor):
+            if own.top == "vllm" and not any(is_in(own.importer, room) for room in KNOW_VLLM):
+                yield f"{own}, expected in {' and '.join(KNOW_VLLM)} only"
+
+
+def adapters_know_no_server(house: House) -> Iterator[str]:
+    """What manages adapters imports no HTTP, no vLLM and no other room of api."""
+    for own in house.inside("api.adapters"):
+        other = own.top == "api" and not is_in(own.imported, "api.adapters")
+        if other or own.top in {*HTTP, "vllm"} or is_in(own.imported, "engine.vllm"):
+            yield f"{own}, expected neither HTTP, vLLM nor other rooms of api"
+
+
+def no_circle_of_modules(house: House) -> Iterator[str]:
+    yield from _circle(house, lambda module: module)
+
+
+def no_circle_of_rooms(house: House) -> Iterator[str]:
+    yield from _circle(house, house.room)
+
+
+def _circle(house: House, place: Callable[[str], str]) -> Iterator[str]:
+    """One circle of arrows between places, with an import for each arrow."""
+    reasons: dict[tuple[str, str], Import] = {}
+    graph: dict[str, list[str]] = {}
+    for own in house.imports:
+        if own.imported in house.modules:
+            arrow = (place(own.importer), place(own.imported))
+            if arrow[0] != arrow[1] and arrow not in reasons:
+                reasons[arrow] = own
+                graph.setdefault(arrow[0], []).append(arrow[1])
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        # Each is imported by the next one, and the first is the last.
+        circle = error.args[1][:0:-1]
+        first = circle.index(min(circle))
+        circle = [*circle[first:], *circle[: first + 1]]
+        steps = [str(reasons[arrow]) for arrow in pairwise(circle)]
+        yield f"{' -> '.join(circle)}, expected no circle: {'; '.join(steps)}"
+
+
+def packages_are_installed(house: House) -> Iterator[str]:
+    """Every folder with modules, and no other, is in pyproject's packages and package-dir."""
+    settings = tomllib.loads((house.root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    expected = {}
+    for path in house.modules.values():
+        folder = path.relative_to(house.root).parent
+        expected[".".join(("molehill", *folder.parts))] = folder.as_posix()
+        if not (path.parent / "__init__.py").exists():
+            yield f"{folder}: found no __init__.py, expected one beside {path.name}"
+    for name in sorted(expected.keys() ^ set(settings["packages"])):
+        said = "in packages, expected a folder" if name not in expected else "expected in packages"
+        yield f"pyproject.toml: tool.setuptools.packages: {name} {said}"
+    for name, folder in sorted(expected.items() ^ settings["package-dir"].items()):
+        said = "expected" if expected.get(name) == folder else "found"
+        yield f'pyproject.toml: tool.setuptools.package-dir: {said} "{name}" = "{folder}"'
+
+
+def no_long_file(house: House) -> Iterator[str]:
+    for top in (*PACKAGES, "tests"):
+        for pattern in SOURCES:
+            for path in sorted((house.root / top).rglob(pattern)):
+                lines = len(path.read_text().splitlines())
+                if lines > MOST_LINES:
+                    place = path.relative_to(house.root)
+                    yield f"{place}: found {lines} lines, expected at most {MOST_LINES}"
+
+
+RULES: tuple[Callable[[House], Iterator[str]], ...] = (
+    arrows,
+    third_parties_of_kernels,
+    vllm_in_two_rooms,
+    adapters_know_no_server,
+    no_circle_of_modules,
+    no_circle_of_rooms,
+    packages_are_installed,
+    no_long_file,
+)
