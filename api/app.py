@@ -67,7 +67,7 @@ class MolehillRoutes:
         admin_keys = options_of(args).admin_keys
         # The last one added is the outermost.
         app.add_middleware(GenerationHeader)
-        app.add_middleware(Guard, keys=api_keys(args), admin_keys=admin_keys)
+        app.add_middleware(Guard, keys=api_keys(args.api_key), admin_keys=admin_keys)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Sets up the registry and loads the start adapters, before the server listens.

@@ -3,10 +3,11 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from molehill.api import options
+from molehill.api.cli.arguments import JSON, LAYOUT
 from molehill.engine import formats
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.layout import Layout
@@ -19,11 +20,18 @@ UNREADABLE = 1
 USER_ERROR = 2
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; see `run`."""
+    parser = argparse.ArgumentParser(prog="molehill convert")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="adapter directory")
     parser.add_argument("destination", metavar="DST", type=Path, help="a directory to write")
-    options.add_layout(parser)
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    LAYOUT.add_to(parser)
+    JSON.add_to(parser, False)
 
 
 def run(args: argparse.Namespace) -> int:

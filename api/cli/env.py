@@ -7,6 +7,7 @@ import argparse
 import logging
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import torch
@@ -46,6 +47,13 @@ def vllm() -> str:
         return compat.installed_version()
     except RuntimeError as error:
         return str(error)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; see `run`."""
+    parser = argparse.ArgumentParser(prog="molehill env")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

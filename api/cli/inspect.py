@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 
-from molehill.api import options
 from molehill.api.cli import probe_prompts, tables
+from molehill.api.cli.arguments import JSON, LAYOUT, TOLERANCE
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import AdapterError
@@ -28,12 +28,19 @@ _SHOWN_PROBLEMS = 20
 _WIDEST = 240
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; see `run`."""
+    parser = argparse.ArgumentParser(prog="molehill inspect")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="adapter directory")
     parser.add_argument("--model", help="base model to check against: a directory or cached name")
-    options.add_tolerance(parser)
-    options.add_layout(parser)
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    TOLERANCE.add_to(parser, 0.0)
+    LAYOUT.add_to(parser)
+    JSON.add_to(parser, False)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,13 +3,14 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from molehill.api import options
 from molehill.api.cli import convert, probe_prompts
+from molehill.api.cli.arguments import JSON, LAYOUT, TOLERANCE
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import validate
@@ -24,6 +25,13 @@ REFUSED = 1
 USER_ERROR = 2
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; see `run`."""
+    parser = argparse.ArgumentParser(prog="molehill merge")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="adapter directory")
     parser.add_argument("destination", metavar="DST", type=Path, help="a directory to write")
@@ -36,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the base model of --model with the adapter merged into its weights "
         "(default: write the adapter as a plain PEFT LoRA)",
     )
-    options.add_tolerance(parser)
-    options.add_layout(parser)
-    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    TOLERANCE.add_to(parser, 0.0)
+    LAYOUT.add_to(parser)
+    JSON.add_to(parser, False)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -154,7 +154,7 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         check_free(options.store)
     if options.merge_into_base is not None:
         options = replace(options, merged_base=_merged_base(options.merge_into_base, args, options))
-    keys = api_keys(args)
+    keys = api_keys(args.api_key)
     # Who may change the server may also ask it; vLLM's own check stands before ours.
     args.api_key = [*keys, *options.admin_keys] if keys else None
     merged_base = options.merged_base

@@ -1,7 +1,9 @@
 """The command line: help, errors, and what is handed to vLLM."""
 
+import contextlib
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,8 +12,10 @@ from api_client import BASE, GOLDEN
 from server import TINY, serve
 
 from molehill.api import options
+from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.store_lock import DirectoryLock, LockedError
 from molehill.api.cli import main
+from molehill.api.cli.serve import from_namespace, make_parser
 from molehill.api.vllm import launcher
 from molehill.api.vllm.launcher import LaunchError, allow_plugin
 from molehill.engine.adapter.base_model import Limits
@@ -34,6 +38,25 @@ def test_help_shows_our_options_without_importing_vllm() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for option in ("--adapter NAME=PATH", "--adapter-root DIR", "--max-adapter-rank N"):
         assert option in found.stdout
+
+
+@pytest.mark.parametrize("argument", ["--version", "--help"])
+def test_what_needs_no_command_waits_for_no_library(argument: str) -> None:
+    code = (
+        "import sys\nfrom molehill.api.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n"
+        "    heavy = {'torch', 'vllm', 'transformers', 'fastapi', 'numpy'} & sys.modules.keys()\n"
+        "    assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code, argument], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize("name", list(main.COMMANDS))
+def test_every_command_of_the_help_is_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # Argparse ends the process itself, serve does not use its help.
+    with contextlib.suppress(SystemExit):
+        assert main.main([name, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: molehill {name} ")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +124,10 @@ def test_the_plugin_joins_those_that_load_anyway() -> None:
     assert allow_plugin("molehill,a") == "molehill,a"
 
 
+def parsed(*arguments: str) -> options.Options:
+    return from_namespace(make_parser().parse_args(arguments))
+
+
 def prepared(*arguments: str, ours: options.Options | None = None) -> object:
     args = launcher.parse([str(TINY_LLAMA), *arguments])
     return launcher.prepare(args, ours or options.Options())
@@ -140,12 +167,57 @@ def test_the_admin_key_is_also_an_api_key_where_there_are_any(
 
 def test_the_admin_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     def keys(*arguments: str) -> tuple[str, ...]:
-        return options.from_namespace(main.serve_parser().parse_args(arguments)).admin_keys
+        return parsed(*arguments).admin_keys
 
     assert keys() == ()
     monkeypatch.setenv("MOLEHILL_ADMIN_API_KEY", "hidden")
     assert keys() == ("hidden",)
     assert keys("--admin-api-key", "a", "--admin-api-key", "b") == ("a", "b")
+
+
+def test_every_option_has_one_flag_and_what_nobody_says_is_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MOLEHILL_ADMIN_API_KEY", raising=False)
+    assert parsed() == options.Options()
+    set_by_flags = vars(make_parser().parse_args([])).keys()
+    # The launcher makes it.
+    expected = {field.name for field in fields(options.Options)} - {"resident"}
+    assert {name.partition(".")[0] for name in set_by_flags} == expected
+    assert {f"limits.{field.name}" for field in fields(Limits)} < set_by_flags
+
+
+def test_options_reach_their_fields(tmp_path: Path) -> None:
+    given = parsed(
+        *("--adapter", f"a={tmp_path}", "--adapter", f"b={tmp_path}"),
+        *("--adapter-lora-b-layout", "a=rank_major", "--adapter-root", str(tmp_path)),
+        *("--adapter-store", "store", "--adapter-backend", "torch", "--adapter-memory", "7"),
+        *("--adapter-host-memory", "0", "--no-adapter-probe", "--no-merge"),
+        *("--merge-tolerance", "0.5", "--merge-into-base", "a", "--admin-api-key", "secret"),
+        *("--allow-hub", "--allow-url-prefix", "https://models.example/x"),
+        *("--no-adapter-pickles", "--watch-adapter-roots", "--max-adapters", "1"),
+        *("--max-adapter-loads", "2", "--max-adapter-rank", "3", "--max-adapter-experts", "4"),
+        *("--max-adapter-total-rank", "5", "--max-adapter-bytes", "6"),
+    )
+    assert given == options.Options(
+        adapters=(("a", tmp_path), ("b", tmp_path)),
+        layouts=(("a", "rank_major"),),
+        roots=(tmp_path,),
+        store=Path("store"),
+        backend="torch",
+        memory=7,
+        host_memory=0,
+        limits=Limits(rank=3, experts=4, total_rank=5, adapter_bytes=6, pickles=False),
+        merge=False,
+        merge_tolerance=0.5,
+        merge_into_base="a",
+        admission=Admission(adapters=1, loads=2),
+        hub=True,
+        url_prefixes=("https://models.example/x",),
+        watch=True,
+        probe=False,
+        admin_keys=("secret",),
+    )
 
 
 def test_several_engines_are_refused() -> None:
@@ -156,7 +228,7 @@ def test_several_engines_are_refused() -> None:
 
 def test_pickles_are_taken_unless_the_operator_says_no() -> None:
     def limits(*arguments: str) -> Limits:
-        return options.from_namespace(main.serve_parser().parse_args(arguments)).limits
+        return parsed(*arguments).limits
 
     assert limits().pickles is True
     assert limits("--no-adapter-pickles").pickles is False
