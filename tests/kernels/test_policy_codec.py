@@ -7,8 +7,8 @@ from typing import Self
 import pytest
 import torch
 from backend_cases import experts, router
+from triton_cases import CAPACITY
 from triton_cases import CPU as DEVICE
-from triton_cases import LIMITS
 
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.cpu.policy_codec import encode
@@ -100,7 +100,7 @@ def test_the_library_takes_every_field_and_no_other(name, fields, message):
     ops.drop(backend._id, ticket)
 
 
-@pytest.mark.parametrize("make", [CpuBackend, lambda: TritonBackend(DEVICE, LIMITS)])
+@pytest.mark.parametrize("make", [CpuBackend, lambda: TritonBackend(DEVICE, CAPACITY)])
 def test_a_policy_that_a_backend_lacks_is_refused_by_its_name(make):
     backend = make()
     linear = backend.register_linear(LinearShape("linear", INPUTS, OUT))
