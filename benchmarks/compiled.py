@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from molehill.kernels.triton.expand import expand_kernel
 from molehill.kernels.triton.ffn import ffn_kernel
-from molehill.kernels.triton.launch_config import MAX_REGISTERS, Limits, blocks_for
+from molehill.kernels.triton.launch_config import MAX_REGISTERS, Capacity, launch_config_for
 from molehill.kernels.triton.shrink import shrink_kernel
 
 # A step of each kind, tokens: a decode step and a prefill step.
@@ -34,7 +34,7 @@ class Specialisation:
     dtype: str
     step: str
     features: int
-    limits: Limits
+    capacity: Capacity
 
     @property
     def name(self) -> str:
@@ -43,33 +43,33 @@ class Specialisation:
     @property
     def constants(self) -> dict[str, Any]:
         tokens = STEPS[self.step]
-        blocks = blocks_for(tokens, self.limits)
+        config = launch_config_for(tokens, self.capacity)
         precise = self.dtype == "fp32"
         shared = {
-            "MAX_RANK": blocks.max_rank,
-            "MAX_GATES": blocks.max_gates,
-            "SPLITS": blocks.splits(tokens, self.features),
-            "LIST": blocks.tile_list,
-            "TILE": blocks.tile,
+            "MAX_RANK": config.max_rank,
+            "MAX_GATES": config.max_gates,
+            "SPLITS": config.splits(tokens, self.features),
+            "LIST": config.tile_list,
+            "TILE": config.tile,
             "PRECISION": "ieee" if precise else "tf32",
         }
         if self.kernel is shrink_kernel:
             return shared | {
-                "BLOCK_IN": blocks.inputs // (2 if precise else 1),
-                "BLOCK_RANK": blocks.rank,
-                "BLOCK_GATES": blocks.gates,
-                "RANK_PROGRAMS": blocks.rank_programs,
-                "GATE_PROGRAMS": blocks.gate_programs,
+                "BLOCK_IN": config.inputs // (2 if precise else 1),
+                "BLOCK_RANK": config.rank,
+                "BLOCK_GATES": config.gates,
+                "RANK_PROGRAMS": config.rank_programs,
+                "GATE_PROGRAMS": config.gate_programs,
                 "ROUTER_PRECISION": "ieee" if precise else "tf32x3",
             }
-        own = {"MAX_EXPERTS": blocks.max_experts, "TRACE": False}
+        own = {"MAX_EXPERTS": config.max_experts, "TRACE": False}
         if self.kernel is expand_kernel:
-            return shared | own | {"BLOCK_RANK": blocks.expand_rank, "BLOCK_OUT": blocks.columns}
-        return shared | own | {"BLOCK_RANK": 16, "BLOCK": blocks.columns // (2 if precise else 1)}
+            return shared | own | {"BLOCK_RANK": config.expand_rank, "BLOCK_OUT": config.columns}
+        return shared | own | {"BLOCK_RANK": 16, "BLOCK": config.columns // (2 if precise else 1)}
 
     @property
     def options(self) -> dict[str, int]:
-        warps = blocks_for(STEPS[self.step], self.limits).warps
+        warps = launch_config_for(STEPS[self.step], self.capacity).warps
         stages = 3 if self.kernel is shrink_kernel else 2
         return {"num_warps": warps, "num_stages": stages, "maxnreg": MAX_REGISTERS}
 
@@ -97,11 +97,11 @@ class Compiled:
     shared: int
 
 
-def specialisations(limits: Limits, features: int = 4096) -> Iterator[Specialisation]:
+def specialisations(capacity: Capacity, features: int = 4096) -> Iterator[Specialisation]:
     for kernel in (shrink_kernel, expand_kernel, ffn_kernel):
         for step in STEPS:
             for dtype in ("bf16", "fp16", "fp32"):
-                yield Specialisation(kernel, dtype, step, features, limits)
+                yield Specialisation(kernel, dtype, step, features, capacity)
 
 
 def compile_for(own: Specialisation, architecture: int) -> Compiled:

@@ -20,7 +20,7 @@ from molehill.benchmarks.compiled import ARCHITECTURES, compile_for, specialisat
 from molehill.kernels.interface import FfnShape, LinearShape, Run
 from molehill.kernels.triton import expand, ffn, shrink
 from molehill.kernels.triton.backend import TritonBackend
-from molehill.kernels.triton.launch_config import Blocks, Limits, blocks_for
+from molehill.kernels.triton.launch_config import Capacity, LaunchConfig, launch_config_for
 
 HALF, FLOAT = 2, 4
 
@@ -82,7 +82,7 @@ class Traffic:
     scratch: float
 
 
-def traffic(features: int, outs: tuple[int, ...], load: Load, blocks: Blocks) -> Traffic:
+def traffic(features: int, outs: tuple[int, ...], load: Load, config: LaunchConfig) -> Traffic:
     """The two launches of one linear; its output is read and written once more beside that."""
     rows, out = load.experts * load.rank, sum(outs)
     routers = len(outs) * load.experts * features * FLOAT
@@ -94,7 +94,7 @@ def traffic(features: int, outs: tuple[int, ...], load: Load, blocks: Blocks) ->
         base=features * out * HALF,
         floor=routers + share * (a + b),
         weights=routers + a + share * b,
-        scratch=2 * sums * blocks.splits(load.tokens, features),
+        scratch=2 * sums * config.splits(load.tokens, features),
     )
 
 
@@ -114,14 +114,14 @@ class Counter:
         return launch
 
 
-def launches(layer: Layer, tokens: int, limits: Limits) -> list[tuple[str, int]]:
+def launches(layer: Layer, tokens: int, capacity: Capacity) -> list[tuple[str, int]]:
     """(kernel, programs) of every launch of one layer whose FFN may hold an FFN mixture."""
     notes: list[tuple[str, int]] = []
     kernels = ((shrink, "shrink"), (expand, "expand"), (ffn, "ffn"))
     own = [
         (module, f"{name}_kernel", getattr(module, f"{name}_kernel")) for module, name in kernels
     ]
-    backend = TritonBackend(torch.device("cpu"), limits)
+    backend = TritonBackend(torch.device("cpu"), capacity)
     shapes = {
         name: LinearShape(name, features, sum(outs), torch.bfloat16)
         for name, (features, outs) in layer.linears.items()
@@ -150,17 +150,17 @@ def launches(layer: Layer, tokens: int, limits: Limits) -> list[tuple[str, int]]
 
 def layer_tables() -> Iterator[str]:
     """Markdown: launches and traffic of each layer for a few sizes of step."""
-    limits = Limits(adapters=8, tokens=4096, memory=1 << 20)
+    capacity = Capacity(adapters=8, tokens=4096, memory=1 << 20)
     load = Load(1)
     yield f"E={load.experts}, r={load.rank}, k={load.chosen}, one adapter, all projections, bf16\n"
     yield "| layer | tokens | launches | programs | base MB | floor | read | scratch |"
     yield "|---|---|---|---|---|---|---|---|"
     for layer in LAYERS:
         for tokens in (1, 8, 32, 256, 4096):
-            notes = launches(layer, tokens, limits)
-            blocks = blocks_for(tokens, limits)
+            notes = launches(layer, tokens, capacity)
+            config = launch_config_for(tokens, capacity)
             parts = [
-                traffic(features, outs, Load(tokens), blocks)
+                traffic(features, outs, Load(tokens), config)
                 for features, outs in layer.linears.values()
             ]
             base = sum(part.base for part in parts)
@@ -174,7 +174,7 @@ def layer_tables() -> Iterator[str]:
 
 
 def compiled_rows(architectures: list[int], dtypes: list[str]) -> Iterator[dict[str, Any]]:
-    for own in specialisations(Limits(adapters=8, tokens=8192)):
+    for own in specialisations(Capacity(adapters=8, tokens=8192)):
         if own.dtype in dtypes:
             for architecture in architectures:
                 names = {"kernel": own.name, "step": own.step, "dtype": own.dtype}

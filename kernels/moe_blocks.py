@@ -43,7 +43,7 @@ def _pairs(experts: Experts | None, dtype: torch.dtype, device: torch.device) ->
     }
 
 
-class Block:
+class RegisteredBlock:
     """A registered MoE block and the tables of its slots."""
 
     def __init__(self, shape: MoeShape) -> None:
@@ -59,14 +59,14 @@ class MoeBlocks:
     """
 
     def __init__(self) -> None:
-        self._blocks: list[Block] = []
+        self._blocks: list[RegisteredBlock] = []
         self._runs: list[Run] = []
         self.op = torch.ops.molehill.experts.default
         custom_ops.install_experts(self.run)
 
     def register(self, shape: MoeShape) -> int:
         """Handle of a block; called once per block, before any weights are stored."""
-        self._blocks.append(Block(shape))
+        self._blocks.append(RegisteredBlock(shape))
         return len(self._blocks) - 1
 
     def store(self, slot: int, pieces: Mapping[int, MoePiece]) -> None:
@@ -118,7 +118,9 @@ class MoeBlocks:
         return out
 
 
-def _adapted(block: Block, slot: int, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+def _adapted(
+    block: RegisteredBlock, slot: int, x: Tensor, weights: Tensor, chosen: Tensor
+) -> Tensor:
     """One adapter's rows, expert by expert; sums over experts in float32."""
     shape, table = block.shape, block.tables[slot]
     act = ACTIVATIONS[shape.activation]

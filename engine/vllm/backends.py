@@ -42,7 +42,7 @@ def on_cpu(name: str) -> tuple[Backend, str]:
 
 def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tuple[Backend, str]:
     from molehill.kernels.triton.backend import TritonBackend
-    from molehill.kernels.triton.launch_config import Limits
+    from molehill.kernels.triton.launch_config import Capacity
 
     if settings.backend == "cpu":
         raise ValueError(f"backend: found 'cpu' on {device}, expected one of auto, torch, triton")
@@ -58,5 +58,5 @@ def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tup
     )
     # With an adapter in the base weights, the base's rows take a slot as well.
     adapters = lora.max_loras + (settings.merged_base is not None)
-    limits = Limits(adapters=adapters, tokens=tokens, memory=settings.memory)
-    return TritonBackend(device, limits), "Triton kernels"
+    capacity = Capacity(adapters=adapters, tokens=tokens, memory=settings.memory)
+    return TritonBackend(device, capacity), "Triton kernels"

@@ -3,7 +3,7 @@
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from molehill.kernels.checked import CheckedBackend
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.cpu import build
+from molehill.kernels.cpu.policy_codec import encode
 from molehill.kernels.interface import (
     CapacityError,
     ExpertScale,
@@ -25,18 +26,7 @@ from molehill.kernels.interface import (
     Trace,
 )
 from molehill.kernels.mixture import Experts
-from molehill.kernels.policy import (
-    AdaMoLE,
-    Arrow,
-    Constant,
-    DynMoLE,
-    Policy,
-    Soft,
-    Sparsegen,
-    Threshold,
-    TopK,
-    TopP,
-)
+from molehill.kernels.policy import Constant
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 MAX_ROUTER_ROWS = 1024
@@ -99,8 +89,9 @@ class CpuBackend(CheckedBackend):
         """Nothing here has a fixed address."""
 
     def _pack(self, weights: SlotWeights) -> Packed:
-        """In the ops' layout, in any thread. Raises CapacityError for too many router rows."""
-        _check_router_rows(weights)
+        """In the ops' layout, in any thread. Raises CapacityError for too many router rows and for
+        a policy that the C++ library does not know."""
+        _check_policies(weights, self._ops.policies())
         with self._packing:
             return Packed(self._packed(weights))
 
@@ -171,11 +162,12 @@ class CpuBackend(CheckedBackend):
                 ticket.number,
                 handle,
                 self._site(ffn.site),
+                ffn.num_experts,
                 _ACTIVATIONS[ffn.activation],
                 *_pair(ffn.gate, dtype),
                 *_pair(ffn.up, dtype),
                 *_pair(ffn.down, dtype),
-                *_policy_numbers(ffn.policy, ffn.parameters),
+                *encode(ffn.policy, ffn.parameters),
                 _floats(ffn.router),
                 _floats(ffn.bias),
                 *_scale(ffn.gate_scale),
@@ -197,7 +189,7 @@ class CpuBackend(CheckedBackend):
             self._site(piece.site),
             piece.start,
             *_pair(piece.experts, self._layers.linears[handle].dtype),
-            *_policy_numbers(piece.policy, piece.parameters),
+            *encode(piece.policy, piece.parameters),
             _floats(piece.router),
             _floats(piece.output_scale),
             _floats(piece.bias),
@@ -226,7 +218,7 @@ def _pair(
     return a, b, list(experts.ranks)
 
 
-def _check_router_rows(weights: SlotWeights) -> None:
+def _check_policies(weights: SlotWeights, known: Sequence[str]) -> None:
     linears = [piece for pieces in weights.linears.values() for piece in pieces]
     scales = [piece for pieces in weights.scales.values() for piece in pieces]
     counts = [
@@ -238,6 +230,8 @@ def _check_router_rows(weights: SlotWeights) -> None:
         ),
     ]
     for site, policy, experts in counts:
+        if type(policy).__name__ not in known:
+            raise CapacityError(site, f"the policy {policy}", f"one of {', '.join(known)}")
         if experts + policy.extra_rows > MAX_ROUTER_ROWS:
             found = f"{experts} experts and {policy.extra_rows} more router rows"
             raise CapacityError(site, found, f"1 to {MAX_ROUTER_ROWS} in all")
@@ -247,37 +241,10 @@ def _scale(scale: ExpertScale | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if scale is None else (_floats(scale.factors), _floats(scale.bias))
 
 
-def _vectors(piece: ScalePiece) -> tuple[str, list[float], Tensor | None, Tensor | None]:
-    return *_policy_numbers(piece.policy, None), _floats(piece.router), _floats(piece.vectors)
-
-
-def _policy_numbers(policy: Policy, parameters: Tensor | None) -> tuple[str, list[float]]:
-    """The name, and the fields and parameters that the ops parse."""
-    numbers: list[float]
-    match policy:
-        case Constant(weights):
-            numbers = list(weights)
-        case Soft():
-            numbers = []
-        case TopK(k, normalize):
-            numbers = [min(k, MAX_ROUTER_ROWS), normalize]
-        case TopP(top_p, temperature):
-            numbers = [top_p, temperature]
-        case DynMoLE() as d:
-            renyi = d.entropy_type == "renyi"
-            entropy = [d.entropy_threshold, d.entropy_index, d.entropy_eps, renyi]
-            switches = [d.normalize_weights, d.include_crossing, d.normalize_entropy]
-            numbers = [d.top_p, min(d.keep_top_k, MAX_ROUTER_ROWS), *entropy, *switches]
-        case Threshold(threshold):
-            numbers = [threshold]
-        case Arrow(k, temperature):
-            numbers = [min(k, MAX_ROUTER_ROWS), temperature]
-        case AdaMoLE(max_threshold):
-            numbers = [max_threshold]
-        case Sparsegen(hidden):
-            numbers = [hidden]
-    learned = [] if parameters is None else parameters.tolist()
-    return type(policy).__name__, [float(n) for n in (*numbers, *learned)]
+def _vectors(
+    piece: ScalePiece,
+) -> tuple[str, Mapping[str, list[float]], Tensor | None, Tensor | None]:
+    return *encode(piece.policy, None), _floats(piece.router), _floats(piece.vectors)
 
 
 def _floats(table: Tensor | None) -> Tensor | None:

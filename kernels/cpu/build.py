@@ -219,7 +219,7 @@ def _units() -> list[_Unit]:
         _Unit("kernels.cpp", isa, ["-O3", "-ffp-contract=fast", f"-DMOLEHILL_ISA={isa}", *flags])
         for isa, flags in isas.items()
     ]
-    names = ("policy", "routing", "state", "linear", "ffn", "scale")
+    names = ("policies", "routing", "state", "linear", "ffn", "scale")
     logic = [_Unit(f"{name}.cpp", name, ["-O2"]) for name in names]
     flags = ["-O1", *define, *_torch_flags()]
     ops = [_Unit(f"{name}.cpp", name, flags) for name in ("instance", "packing", "ops")]

@@ -37,11 +37,11 @@ class Layer:
         self.shape = shape
         self.tables: dict[int, LinearTable] = {}
         self.scales: dict[int, list[ScaleTable]] = {}
-        self.gate_up_of: Ffn | None = None
-        self.down_of: Ffn | None = None
+        self.gate_up_of: RegisteredFfn | None = None
+        self.down_of: RegisteredFfn | None = None
 
 
-class Ffn:
+class RegisteredFfn:
     """A registered FFN, its slots' tables, and their state in the running step."""
 
     def __init__(self, shape: FfnShape) -> None:
@@ -59,7 +59,7 @@ class TorchBackend(CheckedBackend):
     def __init__(self) -> None:
         super().__init__()
         self._linears: list[Layer] = []
-        self._ffns: list[Ffn] = []
+        self._ffns: list[RegisteredFfn] = []
         self._tokens: dict[int, int] = {}
         self._segments: list[tuple[int, Rows]] = []
         self._traces: list[Trace] | None = None
@@ -76,7 +76,7 @@ class TorchBackend(CheckedBackend):
         return len(self._linears) - 1
 
     def _add_ffn(self, shape: FfnShape) -> int:
-        ffn = Ffn(shape)
+        ffn = RegisteredFfn(shape)
         self._ffns.append(ffn)
         self._linears[shape.gate_up].gate_up_of = ffn
         self._linears[shape.down].down_of = ffn
@@ -123,7 +123,7 @@ class TorchBackend(CheckedBackend):
             self._ffns[handle].scales[slot] = scale
         self._tokens[slot] = 0
 
-    def _down(self, ffn: Ffn) -> LinearShape:
+    def _down(self, ffn: RegisteredFfn) -> LinearShape:
         return self._linears[ffn.shape.down].shape
 
     def erase(self, slot: int) -> Packed | None:

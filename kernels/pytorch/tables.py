@@ -84,7 +84,7 @@ class Router:
 
 
 @dataclass(frozen=True)
-class Projection:
+class PieceTable:
     """Where one piece's rank rows, gate weights and outputs lie in its table and its linear."""
 
     rows: slice
@@ -109,7 +109,7 @@ class LinearTable:
         static += [_shared(p) for p in routed if p.shared is not None]
         self.routers = _group(routed, device)
         self.gates = sum(router.gates for router in self.routers)
-        self.projections: list[Projection] = []
+        self.projections: list[PieceTable] = []
         gate_of_row: list[Tensor] = []
         row = gate = 0
         for piece in [*routed, *static]:
@@ -123,7 +123,7 @@ class LinearTable:
                 scale = weights @ scale
             routed_experts = len(experts.ranks) if weights is None else 0
             self.projections.append(
-                Projection(
+                PieceTable(
                     rows=slice(row, row + rank),
                     gates=slice(gate, gate + routed_experts),
                     columns=slice(piece.start, piece.start + out),
@@ -221,7 +221,7 @@ def _constant_weights(piece: LinearPiece) -> Tensor | None:
     return None if constant is None else torch.tensor(constant)
 
 
-def _scale_base(y: Tensor, projection: Projection, gates: Tensor | None) -> None:
+def _scale_base(y: Tensor, projection: PieceTable, gates: Tensor | None) -> None:
     """Multiplies the base output, less its bias, by sum_e w_e scale_e."""
     scale = projection.scale
     assert scale is not None

@@ -21,11 +21,11 @@ from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.expand import expand
 from molehill.kernels.triton.ffn import ffn as launch_ffn
 from molehill.kernels.triton.launch_config import (
-    Limits,
+    Capacity,
     Scratch,
     ScratchMemory,
     StripMemory,
-    blocks_for,
+    launch_config_for,
 )
 from molehill.kernels.triton.shrink import shrink
 from molehill.kernels.triton.slot_table import SlotTable
@@ -37,9 +37,9 @@ class TritonBackend(CheckedBackend):
 
     name = "triton"
 
-    def __init__(self, device: torch.device, limits: Limits) -> None:
+    def __init__(self, device: torch.device, capacity: Capacity) -> None:
         super().__init__()
-        self.limits = limits
+        self.capacity = capacity
         self._device = device
         self._linears: list[LinearShape] = []
         self._ffns: list[FfnShape] = []
@@ -51,7 +51,7 @@ class TritonBackend(CheckedBackend):
         self._packed: dict[int, Packed] = {}
         self._runs: list[Run] = []
         self._traces: list[Trace] | None = None
-        size = buffer_size(limits.tokens, limits.adapters + 1)
+        size = buffer_size(capacity.tokens, capacity.adapters + 1)
         self._steps = torch.zeros(size, dtype=torch.int32, device=device)
         self.linear_op: Callable[..., Any] = torch.ops.molehill.linear.default
         self.ffn_op: Callable[..., Any] = torch.ops.molehill.ffn.default
@@ -77,13 +77,13 @@ class TritonBackend(CheckedBackend):
     def table(self) -> SlotTable:
         """The slot table. The first use allocates all device memory; before any graph capture."""
         if self._table is None:
-            self._table = SlotTable(self._linears, self._ffns, self.limits, self._device)
+            self._table = SlotTable(self._linears, self._ffns, self.capacity, self._device)
             # The scratch of a gate_up linear is read again by its FFN, after others have run.
-            self._scratch = ScratchMemory(self.limits, self._device)
+            self._scratch = ScratchMemory(self.capacity, self._device)
             self._gate_up = self._scratch
             if self._ffns:
-                self._gate_up = ScratchMemory(self.limits, self._device)
-                self._strips = StripMemory(self.limits, self._device)
+                self._gate_up = ScratchMemory(self.capacity, self._device)
+                self._strips = StripMemory(self.capacity, self._device)
         return self._table
 
     def _pack(self, weights: SlotWeights) -> Packed:
@@ -112,7 +112,7 @@ class TritonBackend(CheckedBackend):
         for run in runs:
             if run.slot in stored:
                 self._tokens[run.slot] += run.stop - run.start
-        steps = table(runs, stored, self.limits.adapters, self.limits.tokens)
+        steps = table(runs, stored, self.capacity.adapters, self.capacity.tokens)
         if self._steps.is_cuda:
             steps = steps.pin_memory()
         self._steps[: len(steps)].copy_(steps, non_blocking=True)
@@ -122,7 +122,7 @@ class TritonBackend(CheckedBackend):
             return
         x = x if x.stride(-1) == 1 else x.contiguous()
         tokens, shape = len(x), self._linears[handle]
-        slots, blocks = self.table, blocks_for(tokens, self.limits)
+        slots, config = self.table, launch_config_for(tokens, self.capacity)
         heads = slots.heads[:, handle]
         scratch = self._scratch_of(handle, tokens)
         mixed = None
@@ -131,7 +131,7 @@ class TritonBackend(CheckedBackend):
             mixed = self._strips.of(tokens, width)
         floats, ints = slots.arena.view(torch.float32), slots.arena.view(torch.int32)
         weights = slots.arena.view(shape.dtype)
-        shrink(x, self._steps, heads, (weights, floats), scratch, blocks, mixed)
+        shrink(x, self._steps, heads, (weights, floats), scratch, config, mixed)
         if shape.reduce is not None:
             scratch = replace(scratch, logits=shape.reduce(scratch.logits))
         records = (
@@ -141,14 +141,14 @@ class TritonBackend(CheckedBackend):
             slots.counters[:, handle],
         )
         trace = self._trace_buffer(tokens)
-        expand(out, self._steps, records, (weights, floats, ints), scratch, blocks, trace)
+        expand(out, self._steps, records, (weights, floats, ints), scratch, config, trace)
         self._record(trace, handle, is_ffn=False)
 
     def ffn(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
         if not self._runs or not len(h):
             return
         tokens, shape = len(h), self._ffns[handle]
-        slots, blocks = self.table, blocks_for(tokens, self.limits)
+        slots, config = self.table, launch_config_for(tokens, self.capacity)
         records = (
             slots.ffns[:, handle],
             slots.ffn_parameters[:, handle],
@@ -160,7 +160,7 @@ class TritonBackend(CheckedBackend):
         scratch = self._scratch_of(shape.gate_up, tokens)
         strips = self._strips.of(tokens, shape.intermediate)
         trace = self._trace_buffer(tokens)
-        launch_ffn(h, gate_up, self._steps, records, arena, scratch, strips, blocks, trace)
+        launch_ffn(h, gate_up, self._steps, records, arena, scratch, strips, config, trace)
         self._record(trace, handle, is_ffn=True)
 
     def _scratch_of(self, handle: int, tokens: int) -> Scratch:
@@ -198,7 +198,7 @@ class TritonBackend(CheckedBackend):
     def _trace_buffer(self, tokens: int) -> Tensor | None:
         if self._traces is None:
             return None
-        gates = blocks_for(tokens, self.limits).max_gates
+        gates = launch_config_for(tokens, self.capacity).max_gates
         return torch.zeros(tokens, 2 * gates, device=self._device)
 
     def _record(self, buffer: Tensor | None, handle: int, is_ffn: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton import language as tl
 
 from molehill.kernels.triton import layout as at
-from molehill.kernels.triton.launch_config import MAX_REGISTERS, Blocks, Scratch
+from molehill.kernels.triton.launch_config import MAX_REGISTERS, LaunchConfig, Scratch
 from molehill.kernels.triton.routing import count, route
 from molehill.kernels.triton.shrink import load_tile
 
@@ -241,7 +241,7 @@ def expand(
     records: tuple[Tensor, Tensor, Tensor, Tensor],
     arena: tuple[Tensor, Tensor, Tensor],
     scratch: Scratch,
-    blocks: Blocks,
+    config: LaunchConfig,
     trace: Tensor | None,
 ) -> None:
     """Changes out `[T, out]` in place.
@@ -253,8 +253,8 @@ def expand(
     tokens, features = out.shape
     heads, pieces, parameters, counters = records
     weights, floats, owners = arena
-    columns = triton.cdiv(features, blocks.columns) + blocks.max_pieces - 1
-    expand_kernel[(blocks.tiles(tokens), columns)](
+    columns = triton.cdiv(features, config.columns) + config.max_pieces - 1
+    expand_kernel[(config.tiles(tokens), columns)](
         out,
         steps,
         heads,
@@ -274,17 +274,17 @@ def expand(
         pieces.stride(0),
         parameters.stride(0),
         counters.stride(0),
-        MAX_RANK=blocks.max_rank,
-        MAX_GATES=blocks.max_gates,
-        MAX_EXPERTS=blocks.max_experts,
+        MAX_RANK=config.max_rank,
+        MAX_GATES=config.max_gates,
+        MAX_EXPERTS=config.max_experts,
         SPLITS=scratch.splits,
-        LIST=blocks.tile_list,
-        TILE=blocks.tile,
-        BLOCK_RANK=blocks.expand_rank,
-        BLOCK_OUT=blocks.columns,
+        LIST=config.tile_list,
+        TILE=config.tile,
+        BLOCK_RANK=config.expand_rank,
+        BLOCK_OUT=config.columns,
         PRECISION="ieee" if out.element_size() == 4 else "tf32",
         TRACE=trace is not None,
-        num_warps=blocks.warps,
+        num_warps=config.warps,
         num_stages=2,
         maxnreg=MAX_REGISTERS,
     )

@@ -12,7 +12,7 @@ from triton import language as tl
 
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.expand import gate_weights
-from molehill.kernels.triton.launch_config import MAX_REGISTERS, Blocks, Scratch
+from molehill.kernels.triton.launch_config import MAX_REGISTERS, LaunchConfig, Scratch
 from molehill.kernels.triton.shrink import load_tile
 
 
@@ -290,7 +290,7 @@ def ffn(
     arena: tuple[Tensor, Tensor, Tensor],
     scratch: Scratch,
     strips: Tensor,
-    blocks: Blocks,
+    config: LaunchConfig,
     trace: Tensor | None,
 ) -> None:
     """Overwrites the FFN mixtures' rows of h `[T, I]` from gate_up `[T, 2 I]`; fills `strips`.
@@ -303,7 +303,7 @@ def ffn(
     ffns, parameters, counters = records
     weights, floats, ints = arena
     precise = h.element_size() == 4
-    ffn_kernel[(blocks.tiles(tokens), strips.shape[0])](
+    ffn_kernel[(config.tiles(tokens), strips.shape[0])](
         h,
         gate_up,
         steps,
@@ -324,17 +324,17 @@ def ffn(
         ffns.stride(0),
         parameters.stride(0),
         counters.stride(0),
-        MAX_RANK=blocks.max_rank,
-        MAX_GATES=blocks.max_gates,
-        MAX_EXPERTS=blocks.max_experts,
+        MAX_RANK=config.max_rank,
+        MAX_GATES=config.max_gates,
+        MAX_EXPERTS=config.max_experts,
         SPLITS=scratch.splits,
-        LIST=blocks.tile_list,
-        TILE=blocks.tile,
+        LIST=config.tile_list,
+        TILE=config.tile,
         BLOCK_RANK=16,
-        BLOCK=blocks.columns // (2 if precise else 1),
+        BLOCK=config.columns // (2 if precise else 1),
         PRECISION="ieee" if precise else "tf32",
         TRACE=trace is not None,
-        num_warps=blocks.warps,
+        num_warps=config.warps,
         num_stages=2,
         maxnreg=MAX_REGISTERS,
     )

@@ -1,6 +1,6 @@
 """Sizes that the kernels are compiled for and launched with, and the scratch between them.
 
-Everything here depends on the number of (padded) tokens and on the limits of the server alone,
+Everything here depends on the number of (padded) tokens and on the capacity of the server alone,
 never on what adapters are loaded, so that a captured CUDA graph stays right.
 """
 
@@ -24,7 +24,7 @@ MAX_REGISTERS = 255
 
 
 @dataclass(frozen=True)
-class Limits:
+class Capacity:
     """What a server is built for. Fixed when it starts: addresses and grids follow from it.
 
     adapters: different ones in one step (vLLM's max_loras). slots: loaded at once. tokens: of the
@@ -44,7 +44,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class LaunchConfig:
     """Constants of one launch's kernels. tile_list: which tiles of the steps buffer they read.
 
     rank_programs, gate_programs: that share a tile's rank rows and router rows, block by block.
@@ -83,17 +83,17 @@ class Blocks:
 
 
 @lru_cache
-def blocks_for(tokens: int, limits: Limits) -> Blocks:
+def launch_config_for(tokens: int, capacity: Capacity) -> LaunchConfig:
     """Short steps have small tiles; long ones large tiles."""
     short = tokens <= DECODE_TOKENS
-    return Blocks(
+    return LaunchConfig(
         tile=SMALL_TILE if short else LARGE_TILE,
         tile_list=(at.SMALL if short else at.LARGE).value,
-        groups=limits.adapters + 1,
-        max_rank=_round_up(limits.rank, 16),
-        max_gates=_round_up(limits.gates, 16),
-        max_experts=_power_of_two(limits.experts),
-        max_pieces=limits.pieces,
+        groups=capacity.adapters + 1,
+        max_rank=_round_up(capacity.rank, 16),
+        max_gates=_round_up(capacity.gates, 16),
+        max_experts=_power_of_two(capacity.experts),
+        max_pieces=capacity.pieces,
         rank=32 if short else 64,
         expand_rank=32,
         rank_programs=8 if short else 4,
@@ -128,39 +128,39 @@ class Scratch:
 class ScratchMemory:
     """Room for the scratch of any step, at a fixed address."""
 
-    def __init__(self, limits: Limits, device: torch.device) -> None:
-        self._limits = limits
-        most = max(min(limits.tokens, DECODE_TOKENS) * MAX_SPLITS, limits.tokens)
-        blocks = blocks_for(limits.tokens, limits)
-        self._rows = torch.zeros(most * blocks.max_rank, device=device)
-        self._logits = torch.zeros(most * blocks.max_gates, device=device)
+    def __init__(self, capacity: Capacity, device: torch.device) -> None:
+        self._capacity = capacity
+        most = max(min(capacity.tokens, DECODE_TOKENS) * MAX_SPLITS, capacity.tokens)
+        config = launch_config_for(capacity.tokens, capacity)
+        self._rows = torch.zeros(most * config.max_rank, device=device)
+        self._logits = torch.zeros(most * config.max_gates, device=device)
 
     def of(self, tokens: int, features: int) -> Scratch:
         """The scratch of a linear with `features` inputs."""
-        blocks = blocks_for(tokens, self._limits)
-        splits = blocks.splits(tokens, features)
+        config = launch_config_for(tokens, self._capacity)
+        splits = config.splits(tokens, features)
         return Scratch(
             splits,
-            _shaped(self._rows, splits, tokens, blocks.max_rank),
-            _shaped(self._logits, splits, tokens, blocks.max_gates),
+            _shaped(self._rows, splits, tokens, config.max_rank),
+            _shaped(self._logits, splits, tokens, config.max_gates),
         )
 
 
 class StripMemory:
     """Room for the strips of an FFN launch: partial sums of down's rank rows."""
 
-    def __init__(self, limits: Limits, device: torch.device) -> None:
-        self._limits = limits
-        blocks = blocks_for(limits.tokens, limits)
+    def __init__(self, capacity: Capacity, device: torch.device) -> None:
+        self._capacity = capacity
+        config = launch_config_for(capacity.tokens, capacity)
         # strips * tokens is at most FFN_PROGRAMS * tile, or tokens with one strip.
-        most = max(FFN_PROGRAMS * LARGE_TILE, limits.tokens)
-        self._rows = torch.zeros(most * blocks.max_rank, device=device)
+        most = max(FFN_PROGRAMS * LARGE_TILE, capacity.tokens)
+        self._rows = torch.zeros(most * config.max_rank, device=device)
 
     def of(self, tokens: int, intermediate: int) -> Tensor:
         """float32 `[strips, T, max_rank]`."""
-        blocks = blocks_for(tokens, self._limits)
-        strips = blocks.strips(tokens, intermediate)
-        return _shaped(self._rows, strips, tokens, blocks.max_rank)
+        config = launch_config_for(tokens, self._capacity)
+        strips = config.strips(tokens, intermediate)
+        return _shaped(self._rows, strips, tokens, config.max_rank)
 
 
 def _shaped(flat: Tensor, *shape: int) -> Tensor:

@@ -14,7 +14,7 @@ from molehill.kernels.interface import CapacityError, ExpertScale, FfnPiece, Lin
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy
 from molehill.kernels.triton import layout as at
-from molehill.kernels.triton.launch_config import Limits
+from molehill.kernels.triton.launch_config import Capacity
 from molehill.kernels.triton.policy_encoding import NoPlaceError, encode
 
 ACTIVATION_CODES = {
@@ -86,7 +86,7 @@ class Packing:
 
 
 @dataclass
-class Stack:
+class RowStack:
     """Rank rows and router rows that one linear's pieces (and FFN mixture) stack up."""
 
     name: str
@@ -108,12 +108,12 @@ class Stack:
         self.routers.append(router)
         return first
 
-    def check(self, limits: Limits) -> None:
+    def check(self, capacity: Capacity) -> None:
         """Raises CapacityError."""
         for what, found, most in (
-            ("rank rows", self.rank + self.mixed, limits.rank),
-            ("router rows", self.gates, limits.gates),
-            ("projections", len(self.pieces), limits.pieces),
+            ("rank rows", self.rank + self.mixed, capacity.rank),
+            ("router rows", self.gates, capacity.gates),
+            ("projections", len(self.pieces), capacity.pieces),
         ):
             if found > most:
                 raise CapacityError(self.name, f"{found} {what}", f"at most {most}")
@@ -134,7 +134,7 @@ class Stack:
 
 
 def pack_piece(
-    piece: LinearPiece, stack: Stack, packing: Packing, dtype: torch.dtype, limits: Limits
+    piece: LinearPiece, stack: RowStack, packing: Packing, dtype: torch.dtype, capacity: Capacity
 ) -> None:
     """Constant gate weights are multiplied into B and the output scale; no router is left then.
 
@@ -150,14 +150,14 @@ def pack_piece(
         scale = None if scale is None else (weights @ scale).unsqueeze(0)
     record = Record([0] * at.PIECE.value)
     if piece.shared is not None:
-        if len(experts.ranks) >= limits.experts:
+        if len(experts.ranks) >= capacity.experts:
             found = f"{len(experts.ranks)} experts and a shared one"
-            raise CapacityError(piece.site, found, f"at most {limits.experts} together")
+            raise CapacityError(piece.site, found, f"at most {capacity.experts} together")
         always = torch.full((sum(piece.shared.ranks),), len(experts.ranks))
         a, b = torch.cat([a, piece.shared.a]), torch.cat([b, piece.shared.b], dim=1)
         owner = torch.cat([owner, always])
     if weights is None and piece.router is not None:
-        gate, count = _route(record, piece, piece.router, stack, limits)
+        gate, count = _route(record, piece, piece.router, stack, capacity)
         position = len(stack.pieces)
         packing.sites.append(Site(piece.site, piece.policy, stack.handle, position, gate, count))
     fields = record.fields
@@ -176,16 +176,16 @@ def pack_piece(
 def pack_ffn(
     piece: FfnPiece,
     handle: int,
-    gate_up: Stack,
-    down: Stack,
+    gate_up: RowStack,
+    down: RowStack,
     packing: Packing,
     dtype: torch.dtype,
-    limits: Limits,
+    capacity: Capacity,
 ) -> Record:
     """gate and up shrink with the gate_up linear; down's rows are expanded by the down linear."""
     record = Record([0] * at.FFN.value)
     fields = record.fields
-    gate, count = _route(record, piece, piece.router, gate_up, limits)
+    gate, count = _route(record, piece, piece.router, gate_up, capacity)
     packing.sites.append(Site(piece.site, piece.policy, handle, None, gate, count))
     fields[at.ACTIVATION.value] = ACTIVATION_CODES[piece.activation]
     starts: list[int] = []
@@ -222,7 +222,7 @@ def _pack_scale(
 
 
 def _pack_down(
-    piece: FfnPiece, record: Record, down: Stack, packing: Packing, dtype: torch.dtype
+    piece: FfnPiece, record: Record, down: RowStack, packing: Packing, dtype: torch.dtype
 ) -> None:
     """A piece of the down linear whose rows the FFN kernel made; the bias is one more rank row.
 
@@ -268,12 +268,16 @@ def _starts(experts: Experts | None, count: int) -> list[int]:
 
 
 def _route(
-    record: Record, piece: LinearPiece | FfnPiece, router: Tensor, stack: Stack, limits: Limits
+    record: Record,
+    piece: LinearPiece | FfnPiece,
+    router: Tensor,
+    stack: RowStack,
+    capacity: Capacity,
 ) -> tuple[int, int]:
     """Writes the router's fields; its first column of the logits, and its experts."""
     policy, experts = piece.policy, router.shape[0] - piece.policy.extra_rows
-    if experts > limits.experts:
-        raise CapacityError(piece.site, f"{experts} experts", f"at most {limits.experts}")
+    if experts > capacity.experts:
+        raise CapacityError(piece.site, f"{experts} experts", f"at most {capacity.experts}")
     try:
         encoded = encode(policy, experts, piece.parameters)
     except NoPlaceError as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import language as tl
 
 from molehill.kernels.triton import layout as at
-from molehill.kernels.triton.launch_config import MAX_REGISTERS, Blocks, Scratch
+from molehill.kernels.triton.launch_config import MAX_REGISTERS, LaunchConfig, Scratch
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def shrink(
     heads: Tensor,
     arena: tuple[Tensor, Tensor],
     scratch: Scratch,
-    blocks: Blocks,
+    config: LaunchConfig,
     mixed: Tensor | None,
 ) -> None:
     """Fills `scratch` from x `[T, in]`.
@@ -152,8 +152,8 @@ def shrink(
     tokens, features = x.shape
     weights, routers = arena
     precise = x.element_size() == 4
-    programs = blocks.gate_programs + blocks.rank_programs * (1 if mixed is None else 2)
-    grid = (blocks.tiles(tokens), programs, scratch.splits)
+    programs = config.gate_programs + config.rank_programs * (1 if mixed is None else 2)
+    grid = (config.tiles(tokens), programs, scratch.splits)
     shrink_kernel[grid](
         x,
         steps,
@@ -168,19 +168,19 @@ def shrink(
         x.stride(0),
         heads.stride(0),
         1 if mixed is None else mixed.shape[0],
-        MAX_RANK=blocks.max_rank,
-        MAX_GATES=blocks.max_gates,
+        MAX_RANK=config.max_rank,
+        MAX_GATES=config.max_gates,
         SPLITS=scratch.splits,
-        LIST=blocks.tile_list,
-        TILE=blocks.tile,
-        BLOCK_IN=blocks.inputs // (2 if precise else 1),
-        BLOCK_RANK=blocks.rank,
-        BLOCK_GATES=blocks.gates,
-        RANK_PROGRAMS=blocks.rank_programs,
-        GATE_PROGRAMS=blocks.gate_programs,
+        LIST=config.tile_list,
+        TILE=config.tile,
+        BLOCK_IN=config.inputs // (2 if precise else 1),
+        BLOCK_RANK=config.rank,
+        BLOCK_GATES=config.gates,
+        RANK_PROGRAMS=config.rank_programs,
+        GATE_PROGRAMS=config.gate_programs,
         PRECISION="ieee" if precise else "tf32",
         ROUTER_PRECISION="ieee" if precise else "tf32x3",
-        num_warps=blocks.warps,
+        num_warps=config.warps,
         num_stages=3,
         maxnreg=MAX_REGISTERS,
     )

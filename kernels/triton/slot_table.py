@@ -13,8 +13,8 @@ from torch import Tensor
 from molehill.kernels.interface import CapacityError, FfnShape, LinearShape, SlotWeights
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.arena import Arena, Extent
-from molehill.kernels.triton.launch_config import Limits, blocks_for
-from molehill.kernels.triton.packing import Packing, Record, Site, Stack, pack_ffn, pack_piece
+from molehill.kernels.triton.launch_config import Capacity, launch_config_for
+from molehill.kernels.triton.packing import Packing, Record, RowStack, Site, pack_ffn, pack_piece
 
 
 class SlotTable:
@@ -24,24 +24,24 @@ class SlotTable:
         self,
         linears: list[LinearShape],
         ffns: list[FfnShape],
-        limits: Limits,
+        capacity: Capacity,
         device: torch.device,
     ) -> None:
-        self._linears, self._ffns, self._limits = linears, ffns, limits
-        self.arena = Arena(limits.memory, device)
+        self._linears, self._ffns, self._capacity = linears, ffns, capacity
+        self.arena = Arena(capacity.memory, device)
         self.extents: dict[int, tuple[Extent, ...]] = {}
         self.sites: dict[int, list[Site]] = {}
-        each = limits.slots, len(linears)
-        each_ffn = limits.slots, len(ffns)
-        figures = blocks_for(limits.tokens, limits).max_experts + at.FIGURES.value
+        each = capacity.slots, len(linears)
+        each_ffn = capacity.slots, len(ffns)
+        figures = launch_config_for(capacity.tokens, capacity).max_experts + at.FIGURES.value
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.heads = zeros(*each, at.HEAD.value)
-        self.pieces = zeros(*each, limits.pieces, at.PIECE.value)
-        self.parameters = zeros(*each, limits.pieces, at.POLICY.value, dtype=torch.float32)
-        self.counters = zeros(*each, limits.pieces, figures)
+        self.pieces = zeros(*each, capacity.pieces, at.PIECE.value)
+        self.parameters = zeros(*each, capacity.pieces, at.POLICY.value, dtype=torch.float32)
+        self.counters = zeros(*each, capacity.pieces, figures)
         self.ffns = zeros(*each_ffn, at.FFN.value)
         self.ffn_parameters = zeros(*each_ffn, at.POLICY.value, dtype=torch.float32)
         self.ffn_counters = zeros(*each_ffn, figures)
@@ -50,8 +50,8 @@ class SlotTable:
         """Raises CapacityError or ArenaFullError before anything is written."""
         if slot in self.extents:
             raise ValueError(f"slot {slot} is taken")
-        if not 0 <= slot < self._limits.slots:
-            raise CapacityError("adapters", f"slot {slot}", f"less than {self._limits.slots}")
+        if not 0 <= slot < self._capacity.slots:
+            raise CapacityError("adapters", f"slot {slot}", f"less than {self._capacity.slots}")
         with self.arena.reserve(packing.sizes) as reservation:
             for matrix, extent in zip(packing.matrices, reservation.extents, strict=True):
                 shape = (matrix.shape[0], matrix.shape[1])
@@ -73,23 +73,23 @@ class SlotTable:
             expected = "low-rank experts on this backend"
             raise CapacityError(vectors.site, "vectors of MoV", expected)
         packing = Packing()
-        stacks: dict[int, Stack] = {}
+        stacks: dict[int, RowStack] = {}
 
-        def stack(handle: int) -> Stack:
-            return stacks.setdefault(handle, Stack(self._linears[handle].name, handle))
+        def stack(handle: int) -> RowStack:
+            return stacks.setdefault(handle, RowStack(self._linears[handle].name, handle))
 
         for handle, pieces in weights.linears.items():
             for piece in pieces:
                 dtype = self._linears[handle].dtype
-                pack_piece(piece, stack(handle), packing, dtype, self._limits)
+                pack_piece(piece, stack(handle), packing, dtype, self._capacity)
         for handle, ffn in weights.ffns.items():
             shape = self._ffns[handle]
             dtype = self._linears[shape.gate_up].dtype
             packing.ffns[handle] = pack_ffn(
-                ffn, handle, stack(shape.gate_up), stack(shape.down), packing, dtype, self._limits
+                ffn, handle, stack(shape.gate_up), stack(shape.down), packing, dtype, self._capacity
             )
         for handle, own in stacks.items():
-            own.check(self._limits)
+            own.check(self._capacity)
             packing.heads[handle] = own.head(packing, self._linears[handle].dtype)
             packing.pieces[handle] = own.pieces
         return packing

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from backend_cases import experts, random, router
-from triton_cases import LIMITS
+from triton_cases import CAPACITY
 
 from molehill.kernels.checks import WeightsError
 from molehill.kernels.cpu import CpuBackend
@@ -50,7 +50,7 @@ def serve(make: Callable[[], Any]) -> Served:
 
 
 def triton() -> TritonBackend:
-    return TritonBackend(torch.device("cpu"), LIMITS)
+    return TritonBackend(torch.device("cpu"), CAPACITY)
 
 
 @pytest.fixture(params=[CpuBackend, TorchBackend, triton], ids=["cpu", "torch", "triton"])

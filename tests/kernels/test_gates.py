@@ -7,8 +7,8 @@ import pytest
 import torch
 from backend_cases import assert_near, experts, random, rounded
 from cpu_cases import thread_count, usable_isas
+from triton_cases import CAPACITY, ffn_experts, ffn_piece, ffn_weights, run_ffn
 from triton_cases import CPU as DEVICE
-from triton_cases import LIMITS, ffn_experts, ffn_piece, ffn_weights, run_ffn
 
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.interface import (
@@ -65,7 +65,7 @@ def make(request):
     """A backend's constructor. Sparsegen has no place in the Triton kernels."""
     if request.param == "triton":
         request.getfixturevalue("interpreted")
-        return lambda: TritonBackend(DEVICE, replace(LIMITS, rank=128))
+        return lambda: TritonBackend(DEVICE, replace(CAPACITY, rank=128))
     return {"cpu": CpuBackend, "torch": TorchBackend}[request.param]
 
 
@@ -218,7 +218,7 @@ def test_a_large_mlp_is_served_and_one_beyond_the_kernels_is_refused():
 
 
 def test_sparsegen_is_refused_by_the_triton_backend(interpreted):
-    backend = TritonBackend(DEVICE, LIMITS)
+    backend = TritonBackend(DEVICE, CAPACITY)
     handle = backend.register_linear(LinearShape("linear", INPUTS, OUT))
     with pytest.raises(CapacityError, match=r"Sparsegen.*the Triton kernels have none"):
         backend.store(0, SlotWeights({handle: [piece(Sparsegen(3))]}, {}))

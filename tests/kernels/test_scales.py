@@ -22,7 +22,7 @@ from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK
 from molehill.kernels.pytorch.backend import TorchBackend
 from molehill.kernels.reference import probabilities, scale_mixture, split_heads
 from molehill.kernels.triton.backend import TritonBackend
-from molehill.kernels.triton.launch_config import Limits
+from molehill.kernels.triton.launch_config import Capacity
 
 HEADS, EXPERTS, WIDTH, ROWS = 3, 5, 20, 17
 
@@ -191,8 +191,8 @@ def test_vectors_that_do_not_fit_are_refused_by_the_cpu_backend():
 
 
 def test_the_gpu_backend_refuses_vectors_before_anything_is_stored():
-    limits = Limits(adapters=1, tokens=16, memory=1 << 16)
-    backend = TritonBackend(torch.device("cpu"), limits)
+    capacity = Capacity(adapters=1, tokens=16, memory=1 << 16)
+    backend = TritonBackend(torch.device("cpu"), capacity)
     handle = backend.register_linear(LinearShape("k", 8, HEADS * WIDTH))
     with pytest.raises(CapacityError, match="k: found vectors of MoV"):
         backend.store(0, SlotWeights({}, {}, {handle: [piece(vectors(Soft()))]}))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch.nn import functional as F
-from triton_cases import LIMITS
+from triton_cases import CAPACITY
 
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.interface import (
@@ -63,7 +63,7 @@ class Setup(NamedTuple):
 def setup(request):
     if request.param == "triton":
         request.getfixturevalue("interpreted")
-        yield Setup(lambda: TritonBackend(CPU, LIMITS))
+        yield Setup(lambda: TritonBackend(CPU, CAPACITY))
     elif request.param == "cpu, 3 threads":
         with threads(3):
             yield Setup(CpuBackend, 515, 770, 96, 10)
@@ -164,14 +164,14 @@ def test_an_ffn_mixture_on_merged_weights(setup, rows, biased):
 
 
 def test_a_shared_pair_needs_one_more_column_of_weights_on_a_gpu():
-    backend = TritonBackend(CPU, LIMITS)
+    backend = TritonBackend(CPU, CAPACITY)
     handle = backend.register_linear(LinearShape("linear", 8, 8))
     full = LinearPiece(
         "q",
         0,
-        experts(8, 8, [1] * LIMITS.experts),
+        experts(8, 8, [1] * CAPACITY.experts),
         Soft(),
-        random(LIMITS.experts, 8),
+        random(CAPACITY.experts, 8),
         shared=experts(8, 8, [1]),
     )
     with pytest.raises(CapacityError, match="16 experts and a shared one, expected at most 16"):

@@ -1,11 +1,11 @@
-"""The Triton backend: lifecycle, limits, and launches that stay right while adapters change."""
+"""The Triton backend: lifecycle, capacity, and launches that stay right while adapters change."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from triton_cases import (
-    LIMITS,
+    CAPACITY,
     assert_close,
     backend,
     ffn_experts,
@@ -25,7 +25,7 @@ from molehill.kernels.mixture import FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK
 from molehill.kernels.triton import expand, ffn, shrink
 from molehill.kernels.triton.arena import ArenaFullError
-from molehill.kernels.triton.launch_config import Limits
+from molehill.kernels.triton.launch_config import Capacity
 from molehill.kernels.triton.packing import CapacityError
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -159,8 +159,8 @@ def test_an_erased_adapter_is_gone_and_its_memory_free() -> None:
     assert y[1].eq(1).all()
 
 
-def refused(own: LinearMixture, limits: Limits, error: type[Exception], match: str) -> None:
-    serving = backend(limits)
+def refused(own: LinearMixture, capacity: Capacity, error: type[Exception], match: str) -> None:
+    serving = backend(capacity)
     features, out = own.experts.a.shape[1], own.experts.b.shape[0]
     handle = serving.register_linear(LinearShape("layers.0.o", features, out))
     before = [t.clone() for t in (serving.table.heads, serving.table.arena.view(torch.uint8))]
@@ -174,17 +174,17 @@ def refused(own: LinearMixture, limits: Limits, error: type[Exception], match: s
 
 def test_too_many_experts_are_refused_before_anything_is_written() -> None:
     own = mixture(Soft(), (1,) * 17, 16, 16)
-    refused(own, LIMITS, CapacityError, "site: found 17 experts, expected at most 16")
+    refused(own, CAPACITY, CapacityError, "site: found 17 experts, expected at most 16")
 
 
 def test_too_many_rank_rows_are_refused_before_anything_is_written() -> None:
     own = mixture(Soft(), (40, 30), 16, 16)
-    refused(own, LIMITS, CapacityError, "layers.0.o: found 70 rank rows, expected at most 64")
+    refused(own, CAPACITY, CapacityError, "layers.0.o: found 70 rank rows, expected at most 64")
 
 
 def test_an_adapter_over_the_memory_is_refused_before_anything_is_written() -> None:
     own = mixture(Soft(), (8, 8), 64, 64)
-    refused(own, replace(LIMITS, memory=4096), ArenaFullError, "at most 4096 of 4096")
+    refused(own, replace(CAPACITY, memory=4096), ArenaFullError, "at most 4096 of 4096")
 
 
 def test_a_slot_beyond_the_table_is_refused() -> None:
@@ -220,4 +220,4 @@ def test_traces_hold_what_the_kernels_routed() -> None:
 
 def test_a_routerless_mixture_needs_constant_weights() -> None:
     own = replace(mixture(Soft(), (1, 1), 16, 16), router=None)
-    refused(own, LIMITS, WeightsError, "site: router: found none, expected 2 rows")
+    refused(own, CAPACITY, WeightsError, "site: router: found none, expected 2 rows")

@@ -14,7 +14,7 @@ from molehill.benchmarks.compiled import STEPS, specialisations
 from molehill.kernels.interface import FfnShape, LinearShape, Run
 from molehill.kernels.triton import expand, ffn, shrink
 from molehill.kernels.triton.backend import TritonBackend
-from molehill.kernels.triton.launch_config import Limits
+from molehill.kernels.triton.launch_config import Capacity
 
 NO_PTXAS = "neither Triton's package nor this machine has ptxas"
 
@@ -57,8 +57,8 @@ class Launches:
 def test_what_is_compiled_is_what_is_launched(step, dtype, monkeypatch) -> None:
     """The benchmark names the constants anew; they must be the launchers' own."""
     tokens, features = STEPS[step], 1024
-    limits = Limits(adapters=8, tokens=tokens, memory=1 << 12)
-    serving = TritonBackend(torch.device("cpu"), limits)
+    capacity = Capacity(adapters=8, tokens=tokens, memory=1 << 12)
+    serving = TritonBackend(torch.device("cpu"), capacity)
     up = serving.register_linear(LinearShape("gate_up", features, 32, dtype))
     down = serving.register_linear(LinearShape("down", 16, features, dtype))
     mlp = serving.register_ffn(FfnShape("mlp", up, down, 16))
@@ -73,7 +73,7 @@ def test_what_is_compiled_is_what_is_launched(step, dtype, monkeypatch) -> None:
     short = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     expected = [
         {**own.constants, **own.options}
-        for own in specialisations(limits, features)
+        for own in specialisations(capacity, features)
         if (own.step, own.dtype) == (step, short)
     ]
     assert launched == expected

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from triton_cases import (
-    LIMITS,
+    CAPACITY,
     assert_close,
     ffn_experts,
     ffn_piece,
@@ -69,8 +69,8 @@ def test_split_inputs_and_long_steps_of_ffn_mixtures_agree_with_the_definition(
     weights = ffn_weights(d, width, torch.float32)
     names = ("gate_proj", "up_proj", "down_proj")
     own = FfnMixture(ffn_experts(names, d, width, 3), TopK(2), random(3, d, seed=24, scale=d**-0.5))
-    limits = replace(LIMITS, tokens=tokens)
-    serving, handle, linears = ffn_setup(d, width, torch.float32, limits)
+    capacity = replace(CAPACITY, tokens=tokens)
+    serving, handle, linears = ffn_setup(d, width, torch.float32, capacity)
     serving.store(0, SlotWeights({}, {handle: ffn_piece(own)}))
     x = random(tokens, d, seed=25)
     serving.begin_step([Run(0, 0, tokens)])

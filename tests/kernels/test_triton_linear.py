@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from triton_cases import (
-    LIMITS,
+    CAPACITY,
     assert_close,
     backend,
     mixture,
@@ -54,8 +54,8 @@ POLICIES = [
 def check_linear(own: LinearMixture, tokens: int, dtype: torch.dtype = torch.float32) -> None:
     """One adapter on all rows but the first and the last, which are the base's."""
     features, out = own.experts.a.shape[1], own.experts.b.shape[0]
-    limits = LIMITS if tokens <= LIMITS.tokens else replace(LIMITS, tokens=tokens)
-    serving = backend(limits)
+    capacity = CAPACITY if tokens <= CAPACITY.tokens else replace(CAPACITY, tokens=tokens)
+    serving = backend(capacity)
     handle = serving.register_linear(LinearShape("linear", features, out, dtype))
     serving.store(1, SlotWeights({handle: [piece(own)]}, {}))
     weight = random(out, features, seed=7, scale=features**-0.5).to(dtype)
@@ -124,9 +124,9 @@ def test_long_steps_agree_with_the_definition(dtype) -> None:
 @pytest.mark.slow
 def test_more_rank_rows_and_routers_than_programs_agree_with_the_definition() -> None:
     """Programs take several blocks of rank rows and of router rows each."""
-    limits = replace(LIMITS, rank=1024, gates=96, experts=32)
+    capacity = replace(CAPACITY, rank=1024, gates=96, experts=32)
     owns = [mixture(TopK(3), (9,) * 32, 20, 24, seed=10 * i) for i in range(3)]
-    serving = backend(limits)
+    serving = backend(capacity)
     handle = serving.register_linear(LinearShape("qkv", 20, 72))
     pieces = [piece(own, 24 * i, str(i)) for i, own in enumerate(owns)]
     serving.store(0, SlotWeights({handle: pieces}, {}))

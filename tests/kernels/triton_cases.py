@@ -9,10 +9,10 @@ from molehill.kernels.interface import FfnPiece, FfnShape, LinearPiece, LinearSh
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant
 from molehill.kernels.triton.backend import TritonBackend
-from molehill.kernels.triton.launch_config import Limits
+from molehill.kernels.triton.launch_config import Capacity
 
 CPU = torch.device("cpu")
-LIMITS = Limits(
+CAPACITY = Capacity(
     adapters=3, tokens=64, slots=4, rank=64, experts=16, gates=48, pieces=3, memory=1 << 21
 )
 
@@ -20,8 +20,8 @@ LIMITS = Limits(
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
 
 
-def backend(limits: Limits = LIMITS) -> TritonBackend:
-    return TritonBackend(CPU, limits)
+def backend(capacity: Capacity = CAPACITY) -> TritonBackend:
+    return TritonBackend(CPU, capacity)
 
 
 def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -57,8 +57,8 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert error < TOLERANCE[found.dtype], f"relative error {error:.2e}"
 
 
-def ffn_setup(d: int, width: int, dtype: torch.dtype, limits: Limits = LIMITS):
-    serving = backend(limits)
+def ffn_setup(d: int, width: int, dtype: torch.dtype, capacity: Capacity = CAPACITY):
+    serving = backend(capacity)
     up = serving.register_linear(LinearShape("gate_up", d, 2 * width, dtype))
     down = serving.register_linear(LinearShape("down", width, d, dtype))
     return serving, serving.register_ffn(FfnShape("mlp", up, down, width)), (up, down)

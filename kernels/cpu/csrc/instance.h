@@ -14,7 +14,6 @@
 namespace molehill {
 
 using at::Tensor;
-using Numbers = std::vector<double>;
 using Ints = std::vector<int64_t>;
 
 struct Instance {

@@ -262,7 +262,7 @@ class LinearCall {
       const Routing& routing = routings_[r];
       const Site& site = *routing.site;
       if (!site.routed) {
-        for (int i = 0; i < rows; ++i) choose(routing, row + i, site.policy.weights.data());
+        for (int i = 0; i < rows; ++i) choose(routing, row + i, site.policy->constant_weights());
         continue;
       }
       const int width = site.router_rows();

@@ -6,16 +6,26 @@
 namespace molehill {
 namespace {
 
-Site make_site(int64_t id, int64_t experts, const std::string& policy, const Numbers& numbers,
+// Python's dictionary of a policy's fields.
+using PolicyDict = c10::Dict<std::string, c10::List<double>>;
+
+FieldValues field_values(const PolicyDict& fields) {
+  FieldValues values;
+  for (const auto& field : fields) values[field.key()] = field.value().vec();
+  return values;
+}
+
+Site make_site(int64_t id, int64_t experts, const std::string& policy, const PolicyDict& fields,
                const std::optional<Tensor>& router, Arena& memory) {
   Site site;
   site.id = id;
   site.experts = int(experts);
-  site.policy = parse_policy(policy, numbers);
+  site.policy = make_policy(policy, field_values(fields), int(experts));
   TORCH_CHECK(experts > 0 && site.router_rows() <= kMaxRouterRows, "molehill_cpu: ", experts,
               " experts, ", site.router_rows(), " router rows");
-  site.policy.entropy_unit = entropy_unit(site.policy, int(experts));
   site.routed = router.has_value();
+  TORCH_CHECK(site.routed == (site.policy->constant_weights() == nullptr), "molehill_cpu: ", policy,
+              site.routed ? " beside a router" : " without a router");
   site.counters.expert_tokens.resize(experts);
   if (site.routed) {
     TORCH_CHECK(router->size(0) == site.router_rows(), "molehill_cpu: ", router->size(0),
@@ -45,14 +55,14 @@ Buffer floats(const std::optional<Tensor>& t, Arena& memory) {
 
 void pack_linear(int64_t ticket, int64_t linear, int64_t site, int64_t start, const Tensor& a,
                   const Tensor& b, const Ints& ranks, const std::string& policy,
-                  const Numbers& numbers, const std::optional<Tensor>& router,
+                  const PolicyDict& fields, const std::optional<Tensor>& router,
                   const std::optional<Tensor>& output_scale, const std::optional<Tensor>& bias) {
   const Handle handle = find(linears, linear);
   Backend& state = handle.instance->state;
   Slot& owner = handle.instance->packing(ticket);
   Arena& memory = owner.memory;
   LinearPiece piece;
-  piece.site = make_site(site, int64_t(ranks.size()), policy, numbers, router, memory);
+  piece.site = make_site(site, int64_t(ranks.size()), policy, fields, router, memory);
   piece.start = int(start);
   piece.experts = make_pair(*state.linears[handle.index].kernels, a, b, ranks,
                             int64_t(ranks.size()), memory);
@@ -61,23 +71,22 @@ void pack_linear(int64_t ticket, int64_t linear, int64_t site, int64_t start, co
   owner.linears[handle.index].push_back(std::move(piece));
 }
 
-void pack_ffn(int64_t ticket, int64_t ffn, int64_t site, int64_t activation,
+void pack_ffn(int64_t ticket, int64_t ffn, int64_t site, int64_t experts, int64_t activation,
                const std::optional<Tensor>& gate_a, const std::optional<Tensor>& gate_b,
                const Ints& gate_ranks, const std::optional<Tensor>& up_a,
                const std::optional<Tensor>& up_b, const Ints& up_ranks,
                const std::optional<Tensor>& down_a, const std::optional<Tensor>& down_b,
-               const Ints& down_ranks, const std::string& policy, const Numbers& numbers,
+               const Ints& down_ranks, const std::string& policy, const PolicyDict& fields,
                const Tensor& router, const std::optional<Tensor>& bias,
                const std::optional<Tensor>& gate_scale, const std::optional<Tensor>& gate_bias,
                const std::optional<Tensor>& up_scale, const std::optional<Tensor>& up_bias) {
   const Handle handle = find(ffns, ffn);
   Backend& state = handle.instance->state;
   const Kernels& table = *state.linears[state.ffns[handle.index].gate_up].kernels;
-  const int64_t experts = router.size(0) - parse_policy(policy, numbers).extra_rows;
   Slot& owner = handle.instance->packing(ticket);
   Arena& memory = owner.memory;
   FfnPiece piece;
-  piece.site = make_site(site, experts, policy, numbers, router, memory);
+  piece.site = make_site(site, experts, policy, fields, router, memory);
   piece.activation = Activation(activation);
   piece.gate = make_pair(table, gate_a, gate_b, gate_ranks, experts, memory);
   piece.up = make_pair(table, up_a, up_b, up_ranks, experts, memory);
@@ -90,10 +99,10 @@ void pack_ffn(int64_t ticket, int64_t ffn, int64_t site, int64_t activation,
   owner.ffns.insert_or_assign(handle.index, std::move(piece));
 }
 
-ScalePiece make_scale(int64_t site, int64_t start, const std::string& policy, const Numbers& numbers,
+ScalePiece make_scale(int64_t site, int64_t start, const std::string& policy, const PolicyDict& fields,
                       const Tensor& router, const Tensor& vectors, Arena& memory) {
   ScalePiece piece;
-  piece.site = make_site(site, router.size(0), policy, numbers, router, memory);
+  piece.site = make_site(site, router.size(0), policy, fields, router, memory);
   piece.start = int(start);
   piece.heads = int(vectors.size(0));
   piece.width = int(vectors.size(2));
@@ -102,20 +111,20 @@ ScalePiece make_scale(int64_t site, int64_t start, const std::string& policy, co
 }
 
 void pack_scale(int64_t ticket, int64_t linear, int64_t site, int64_t start,
-                 const std::string& policy, const Numbers& numbers, const Tensor& router,
+                 const std::string& policy, const PolicyDict& fields, const Tensor& router,
                  const Tensor& vectors) {
   const Handle handle = find(linears, linear);
   Slot& owner = handle.instance->packing(ticket);
   owner.scales[handle.index].push_back(
-      make_scale(site, start, policy, numbers, router, vectors, owner.memory));
+      make_scale(site, start, policy, fields, router, vectors, owner.memory));
 }
 
 void pack_ffn_scale(int64_t ticket, int64_t ffn, int64_t site, const std::string& policy,
-                     const Numbers& numbers, const Tensor& router, const Tensor& vectors) {
+                     const PolicyDict& fields, const Tensor& router, const Tensor& vectors) {
   const Handle handle = find(ffns, ffn);
   Slot& owner = handle.instance->packing(ticket);
   owner.ffn_scales.insert_or_assign(
-      handle.index, make_scale(site, 0, policy, numbers, router, vectors, owner.memory));
+      handle.index, make_scale(site, 0, policy, fields, router, vectors, owner.memory));
 }
 
 // A slot to pack into, in any thread. bytes: that it will take, more or less.
@@ -174,24 +183,25 @@ int64_t resident_bytes(int64_t backend, int64_t slot) {
 
 TORCH_LIBRARY_FRAGMENT(molehill_cpu, m) {
   using namespace molehill;
+  m.def("policies() -> str[]", policy_names);
   m.def("stage(int backend, int bytes) -> int", stage);
   m.def(
       "pack_linear(int ticket, int linear, int site, int start, Tensor a, Tensor b, int[] ranks, "
-      "str policy, float[] numbers, Tensor? router, Tensor? output_scale, Tensor? bias) -> ()",
+      "str policy, Dict(str, float[]) fields, Tensor? router, Tensor? output_scale, Tensor? bias) -> ()",
       pack_linear);
   m.def(
-      "pack_ffn(int ticket, int ffn, int site, int activation, Tensor? gate_a, Tensor? gate_b, "
+      "pack_ffn(int ticket, int ffn, int site, int experts, int activation, Tensor? gate_a, Tensor? gate_b, "
       "int[] gate_ranks, Tensor? up_a, Tensor? up_b, int[] up_ranks, Tensor? down_a, "
-      "Tensor? down_b, int[] down_ranks, str policy, float[] numbers, Tensor router, "
+      "Tensor? down_b, int[] down_ranks, str policy, Dict(str, float[]) fields, Tensor router, "
       "Tensor? bias, Tensor? gate_scale, Tensor? gate_bias, Tensor? up_scale, "
       "Tensor? up_bias) -> ()",
       pack_ffn);
   m.def(
-      "pack_scale(int ticket, int linear, int site, int start, str policy, float[] numbers, "
+      "pack_scale(int ticket, int linear, int site, int start, str policy, Dict(str, float[]) fields, "
       "Tensor router, Tensor vectors) -> ()",
       pack_scale);
   m.def(
-      "pack_ffn_scale(int ticket, int ffn, int site, str policy, float[] numbers, Tensor router, "
+      "pack_ffn_scale(int ticket, int ffn, int site, str policy, Dict(str, float[]) fields, Tensor router, "
       "Tensor vectors) -> ()",
       pack_ffn_scale);
   m.def("store(int backend, int ticket, int slot) -> ()", store);

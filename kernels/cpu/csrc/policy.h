@@ -1,63 +1,61 @@
 // Routing policies: what molehill.kernels.policy defines, for one row at a time.
 #pragma once
-#include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
+#include "policy_fields.h"
 
 namespace molehill {
-
-enum class PolicyKind {
-  constant, soft, top_k, top_p, dynmole, threshold, arrow, adamole, sparsegen
-};
-
-// The fields of the policy's dataclass; those of other kinds are not read.
-struct Policy {
-  PolicyKind kind = PolicyKind::soft;
-  std::vector<float> weights;  // constant
-  int k = 0;                   // top_k, arrow
-  bool normalize = true;
-  float top_p = 0;  // top_p, dynmole
-  float temperature = 0;       // top_p, arrow
-  int keep_top_k = 0;  // dynmole
-  float entropy_threshold = 1, entropy_eps = 0;
-  double entropy_index = 1;
-  double entropy_unit = 1;  // what entropies are divided by
-  float threshold = 0;  // threshold; the greatest of adamole
-  float offset = 0;     // of adamole's extra logit, of the output of sparsegen's MLP
-  std::vector<float> hidden_biases, hidden_weights;  // sparsegen
-  int extra_rows = 0;   // of the router, after the experts'
-  bool renyi = false, normalize_weights = false, include_crossing = false, normalize_entropy = true;
-};
-
-// From the name and the numbers that molehill.kernels.cpu.backend makes of the dataclass. Throws
-// std::invalid_argument.
-Policy parse_policy(const std::string& name, const std::vector<double>& numbers);
 
 struct Decision {
   float entropy;
   bool soft;
 };
 
-// The largest entropy of so many experts, or 1 where the policy does not normalise.
-double entropy_unit(const Policy& policy, int experts);
+// One policy over a router of so many experts. The base class is what a policy is unless it says
+// otherwise: a function of p = softmax(logits), with Shannon's entropy over its maximum.
+class Policy {
+ public:
+  explicit Policy(int experts);
+  virtual ~Policy() = default;
 
-// Probabilities [rows][experts] out of logits [rows][experts + extra_rows], in place, and the
-// thresholds [rows] of a policy that has one for each row.
-void probabilities(const Kernels& kernels, const Policy& policy, float* logits, int rows,
-                   int experts, float* thresholds);
+  // Of the router, after the experts'.
+  virtual int extra_rows() const { return 0; }
+  // [experts], whatever the row; null where a router decides.
+  virtual const float* constant_weights() const { return nullptr; }
+  // Probabilities [rows][experts] out of logits [rows][experts + extra_rows], in place, and the
+  // thresholds [rows] of a policy that has one for each row.
+  virtual void probabilities(const Kernels& kernels, float* logits, int rows,
+                             float* thresholds) const;
+  // The terms [rows][experts] whose sum over the experts is the policy's entropy, before it is
+  // normalised.
+  virtual void entropy_terms(const Kernels& kernels, const float* probabilities, int rows,
+                             float* terms) const;
+  // weights [experts] of one row from its probabilities, terms and threshold; zero for an expert
+  // that is not chosen.
+  Decision decide(const Kernels& kernels, const float* probabilities, const float* terms,
+                  float threshold, float* weights) const;
 
-// The terms whose sum over the experts is the policy's entropy, before it is normalised.
-void entropy_terms(const Kernels& kernels, const Policy& policy, const float* probabilities,
-                   int rows, int experts, float* terms);
+ protected:
+  struct Row {
+    const float* probabilities;
+    float entropy, threshold;
+  };
+  // Whether the row fell back to soft routing.
+  virtual bool weigh(const Kernels& kernels, const Row& row, float* weights) const = 0;
+  // Of two experts or more, from the sum of the terms.
+  virtual double entropy(double sum) const { return sum / log_experts_; }
 
-// weights[e] of one row from its probabilities, terms and threshold; zero for an expert that is not
-// chosen.
-Decision decide(const Kernels& kernels, const Policy& policy, const float* probabilities,
-                const float* terms, float threshold, int experts, float* weights);
+  const int experts_;
+  const double log_experts_;
+};
 
-// Of one router, extra rows counted.
-constexpr int kMaxRouterRows = 1024;
+// A policy by its class name and what Python says of it. Throws std::invalid_argument for a name
+// that is not one of `policy_names`, and for a field that is missing, unknown or of another length.
+std::unique_ptr<const Policy> make_policy(const std::string& name, const FieldValues& values,
+                                          int experts);
+std::vector<std::string> policy_names();
 
 }  // namespace molehill

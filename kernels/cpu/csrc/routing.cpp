@@ -53,12 +53,12 @@ void decide_rows(const Kernels& kernels, const Routing& routing, float* logits, 
   float weights[kMaxRouterRows], terms[kBlockRows * kMaxRouterRows], thresholds[kBlockRows] = {};
   double entropy = 0;
   int64_t soft = 0;
-  probabilities(kernels, site.policy, logits, rows, site.experts, thresholds);
-  entropy_terms(kernels, site.policy, logits, rows, site.experts, terms);
+  site.policy->probabilities(kernels, logits, rows, thresholds);
+  site.policy->entropy_terms(kernels, logits, rows, terms);
   for (int i = 0; i < rows; ++i) {
     const float* p = logits + i * site.experts;
-    const Decision decision = decide(kernels, site.policy, p, terms + i * site.experts,
-                                     thresholds[i], site.experts, weights);
+    const Decision decision =
+        site.policy->decide(kernels, p, terms + i * site.experts, thresholds[i], weights);
     entropy += decision.entropy;
     soft += decision.soft;
     choose(routing, row + i, weights);

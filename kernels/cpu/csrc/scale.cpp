@@ -122,13 +122,12 @@ class ScaleCall {
     int64_t soft = 0;
     double entropy = 0;
     for (int i = 0; i < block.units; ++i) std::copy_n(logits(block, i), experts, p + i * experts);
-    probabilities(kernels_, site.policy, p, block.units, experts, thresholds);
-    entropy_terms(kernels_, site.policy, p, block.units, experts, terms);
+    site.policy->probabilities(kernels_, p, block.units, thresholds);
+    site.policy->entropy_terms(kernels_, p, block.units, terms);
     for (int i = 0; i < block.units; ++i) {
       const int unit = block.first + i;
-      const Decision decision =
-          decide(kernels_, site.policy, p + i * experts, terms + i * experts, thresholds[i],
-                 experts, weights);
+      const Decision decision = site.policy->decide(kernels_, p + i * experts, terms + i * experts,
+                                                    thresholds[i], weights);
       entropy += decision.entropy;
       soft += decision.soft;
       count_experts(site, weights);

@@ -95,11 +95,11 @@ struct Site {
   int64_t id = 0;
   int experts = 0;
   bool routed = false;
-  Policy policy;
+  std::unique_ptr<const Policy> policy;
   Buffer router;  // float panels of 8 rows
   mutable Counters counters;
 
-  int router_rows() const { return experts + policy.extra_rows; }
+  int router_rows() const { return experts + policy->extra_rows(); }
   int panels() const { return (router_rows() + kPanelRows - 1) / kPanelRows; }
 };
 
