@@ -34,7 +34,7 @@ _GROUP = 16
 
 
 @dataclass(frozen=True)
-class Block:
+class MoeBlock:
     """A block of routed experts: `site` is `layers.3.mlp`. intermediate: this rank's range of the
     experts' inner width. activation: its Transformers name."""
 
@@ -69,13 +69,13 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, MoERunner]]:
             yield canonical(name).removesuffix(".experts"), module
 
 
-def describe(site: str, runner: MoERunner) -> Block:
+def describe(site: str, runner: MoERunner) -> MoeBlock:
     """What adapters have to fit."""
     config = runner.moe_config
     total = config.intermediate_size
     width = total // config.moe_parallel_config.tp_size
     start = config.moe_parallel_config.tp_rank * width
-    return Block(
+    return MoeBlock(
         site,
         runner,
         Moe(config.num_logical_experts, config.hidden_dim_unpadded, total),
@@ -151,10 +151,10 @@ def multiply(x: Tensor, weight: Tensor, layout: str) -> Tensor:
     return y.transpose(0, 1).reshape(len(x), outputs)
 
 
-class Weights:
+class MoeBlockWeights:
     """molehill.kernels.interface.BaseExperts on what vLLM's kernel multiplies by."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: MoeBlock) -> None:
         self._experts: Any = block.runner.routed_experts
         self._layout = _layout(self._experts.quant_method)
         self._width = len(block.intermediate)
@@ -172,7 +172,7 @@ class Weights:
         return multiply(F.pad(h, (0, padding)) if padding else h, weight, self._layout)
 
 
-def kernel(block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def kernel(block: MoeBlock) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """vLLM's own kernel of a block: y of x, gate weights and chosen experts. Taken before the
     block is hooked."""
     experts: Any = block.runner.routed_experts

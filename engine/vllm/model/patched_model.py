@@ -48,7 +48,7 @@ class PatchedModel:
         self._tp = get_tp_group()
         self._linears = discovery.find_linears(model)
         self._ffns = discovery.find_ffns(self._linears, model)
-        self._blocks: dict[str, moe_blocks.Block] = {}
+        self._blocks: dict[str, moe_blocks.MoeBlock] = {}
         self._block_handles: dict[str, int] = {}
         self._refusals: dict[str, str] = {}
         if not self._linears:
@@ -100,7 +100,7 @@ class PatchedModel:
                 block.sizes.experts,
                 block.activation,
                 moe_blocks.kernel(block),
-                moe_blocks.Weights(block),
+                moe_blocks.MoeBlockWeights(block),
                 self._dtype,
                 device,
                 hidden=block.sizes.hidden,

@@ -17,7 +17,7 @@ from torch import Tensor
 from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.expert_pairs import stack
 from molehill.engine.vllm.model.discovery import Ffn, Linear, Projection
-from molehill.engine.vllm.model.moe_blocks import Block
+from molehill.engine.vllm.model.moe_blocks import MoeBlock
 from molehill.kernels.interface import ExpertScale, FfnPiece, LinearPiece, MoePiece, ScalePiece
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, ScaleMixture
 
@@ -166,7 +166,9 @@ def cut_ffn_scale(mixture: ScaleMixture, projection: Projection) -> ScalePiece:
     )
 
 
-def cut_moe(site: str, projections: Mapping[str, Mapping[int, Experts]], block: Block) -> MoePiece:
+def cut_moe(
+    site: str, projections: Mapping[str, Mapping[int, Experts]], block: MoeBlock
+) -> MoePiece:
     """projections: the pairs on a block's experts by projection and expert."""
     cut = {
         name: _cut_inner(stack(pairs, block.sizes.experts), name, block.intermediate)
