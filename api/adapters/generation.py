@@ -1,13 +1,13 @@
 """One version of one adapter, and what a read of its files leaves behind."""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from molehill.api.adapters.errors import RequestError, encodable
-from molehill.api.adapters.source import Source
+from molehill.api.adapters.status import AdapterState, GenerationStatus
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.transform.static_gates import gate
@@ -37,38 +37,19 @@ def content_of(adapter: Adapter, path: Path) -> Content:
     return Content(adapter.digest, adapter.kind, adapter.num_bytes, adapter.warnings, summary, path)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Generation:
-    """One version of the weights behind a name. What it serves never changes.
+    """One version of the weights behind a name. It never changes; what becomes of it is `status`.
 
-    request: vLLM's LoRARequest, with an id that is never used again.
-    created, last_used: Unix seconds. loads: how often it came into the workers.
-    in_flight: requests admitted to it. retired: no new request may be.
-    note: what has become of the source since, where that is known.
-    check: what must still be made sure of when it first comes into the workers, or None; raises
-    EngineRefusedError.
-
-    Kept by Residency: resident: in the workers. running: admitted requests that the engine has.
-    yielding: resident, but its next requests wait until others have had a turn. since: number of
-    the turn that brought it in.
+    request: what the engine takes for it, with an id that is never used again. created: Unix
+    seconds.
     """
 
     name: str
     content: Content
-    source: Source
     request: Any
-    pinned: bool = False
+    status: GenerationStatus
     created: int = field(default_factory=lambda: int(time.time()))
-    last_used: float | None = None
-    loads: int = 0
-    in_flight: int = 0
-    retired: bool = False
-    note: str | None = None
-    check: Callable[[], Awaitable[None]] | None = None
-    resident: bool = False
-    running: int = 0
-    yielding: bool = False
-    since: int = 0
 
     @property
     def digest(self) -> str:
@@ -87,6 +68,7 @@ Stage = Literal["waiting", "fetching", "reading", "installing", "probing"]
 class Loading:
     """A load on its way. stage: what it does now."""
 
+    state: ClassVar = AdapterState.LOADING
     name: str
     source: str
     stage: Stage = "waiting"
@@ -100,6 +82,7 @@ class Failure:
     Not the error itself: its traceback would keep what was read in memory.
     """
 
+    state: ClassVar = AdapterState.FAILED
     name: str
     source: str
     kind: str

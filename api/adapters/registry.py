@@ -40,6 +40,7 @@ from molehill.api.adapters.load_options import Anything, Expected, Terms, check_
 from molehill.api.adapters.reading import READERS
 from molehill.api.adapters.slots import Residency
 from molehill.api.adapters.source import Source
+from molehill.api.adapters.status import GenerationStatus
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import Tasks
 from molehill.engine.adapter.base_model import Limits
@@ -167,18 +168,18 @@ class AdapterRegistry:
         Raises UnknownModelError if the name is gone: the base must never answer for it.
         """
         generation = self._alive.get(request.lora_int_id)
-        if generation is None or generation.retired:
+        if generation is None or generation.status.draining:
             generation = self._current.get(request.lora_name)
         if generation is None:
             raise UnknownModelError(f"The model `{request.lora_name}` does not exist.")
         return generation
 
     def enter(self, generation: Generation) -> None:
-        generation.in_flight += 1
+        generation.status.enter()
 
     def leave(self, generation: Generation) -> None:
-        generation.in_flight -= 1
-        if generation.retired and not generation.in_flight:
+        generation.status.leave()
+        if generation.status.draining and not generation.status.in_flight:
             self._tasks.start(self._free(generation))
 
     @property
@@ -243,9 +244,9 @@ class AdapterRegistry:
         return name == resident and digest != merged
 
     async def _unchanged(self, old: Generation, source: Source, terms: Terms) -> Loaded:
-        old.source, old.note = source, None
+        old.status.load_again(source)
         if terms.allow_noop:
-            old.check = None
+            old.status.pass_check()
         if terms.pinned is not None:
             await self._bring_and_pin(old, terms.pinned)
         await self.changed()
@@ -253,6 +254,7 @@ class AdapterRegistry:
 
     async def _switch(self, new: Generation) -> None:
         self._current[new.name] = new
+        new.status.serve()
         self._served[new.name] = new.request
         self._forget_absent(new.name)
         logger.info("Loaded adapter %s: %s, %s", new.name, new.content.kind, new.digest)
@@ -267,21 +269,21 @@ class AdapterRegistry:
         terms: Terms,
     ) -> Generation:
         request = self._make_request(loading.name, next(self._ids), str(content.path))
-        generation = Generation(loading.name, content, source, request)
+        generation = Generation(loading.name, content, request, GenerationStatus(source))
         self._alive[request.lora_int_id] = generation
         self.events.begin(loading.name)
         self.enter(generation)
-        pinned = old is not None and old.pinned if terms.pinned is None else terms.pinned
+        pinned = old is not None and old.status.pinned if terms.pinned is None else terms.pinned
         probed = self._probe is not None and not terms.allow_noop
         try:
             if terms.eager or pinned or not self.residency.full:
                 await self._try_out(loading, generation, probed)
                 self._set_pin(generation, pinned, old)
             elif probed:
-                generation.check = partial(self._probe_late, generation)
+                generation.status.check_later(partial(self._probe_late, generation))
         except Exception as error:
-            generation.retired = True
-            generation.in_flight -= 1
+            generation.status.drain()
+            generation.status.leave()
             await self._free(generation)
             if isinstance(error, EngineRefusedError):
                 raise relabelled(error, generation, source.label) from error
@@ -315,11 +317,11 @@ class AdapterRegistry:
 
     def _withdraw(self, generation: Generation, error: RequestError) -> None:
         """Whoever has it in flight frees it."""
-        generation.retired = True
+        generation.status.drain()
         if self._current.get(generation.name) is generation:
             del self._current[generation.name]
             del self._served[generation.name]
-            self.fail(generation.name, generation.source.public, error)
+            self.fail(generation.name, generation.status.source.public, error)
             logger.error("Adapter %s is not served any more: %s", generation.name, error)
             self._tasks.start(self.changed())
 
@@ -342,14 +344,14 @@ class AdapterRegistry:
             finally:
                 self.residency.release(generation)
         except EngineRefusedError as error:
-            raise relabelled(error, generation, generation.source.public) from error
+            raise relabelled(error, generation, generation.status.source.public) from error
         finally:
             self.leave(generation)
 
     def _set_pin(self, generation: Generation, pinned: bool, old: Generation | None = None) -> None:
         """old: the generation whose place this one takes at once, its pin too."""
-        frees = old is not None and old.pinned
-        if pinned and not generation.pinned and not frees and not self.residency.pinnable():
+        frees = old is not None and old.status.pinned
+        if pinned and not generation.status.pinned and not frees and not self.residency.pinnable():
             raise CannotPinError(
                 f"pins: found no more than one of {self.residency.slots} slots left for adapters "
                 "that are not pinned, expected two"
@@ -394,9 +396,9 @@ class AdapterRegistry:
         return self._current[name]
 
     async def _retire(self, generation: Generation) -> None:
-        generation.retired = True
+        generation.status.drain()
         self.residency.pin(generation, False)
-        if not generation.in_flight:
+        if not generation.status.in_flight:
             await self._free(generation)
 
     async def _free(self, generation: Generation) -> None:

@@ -18,7 +18,6 @@ beside it may go before it, once each, and yields after the requests that it cam
 import asyncio
 import itertools
 import logging
-import time
 from contextlib import suppress
 
 from molehill.api.adapters.errors import EngineRefusedError, NoRoomError
@@ -64,7 +63,7 @@ class Residency:
 
         Returns where it was found. Raises EngineRefusedError if it cannot come in.
         """
-        if generation.resident and not generation.yielding:
+        if generation.status.resident and not generation.status.yielding:
             self._enter(generation)
             return "worker"
         turn: Turn = asyncio.get_running_loop().create_future()
@@ -81,29 +80,28 @@ class Residency:
             raise
 
     def release(self, generation: Generation) -> None:
-        generation.running -= 1
-        if not generation.running:
+        generation.status.release()
+        if not generation.status.running:
             self._changed.set()
 
     async def forget(self, generation: Generation) -> None:
         """Takes out a generation that has no requests and gets no more."""
         self._changed.set()
-        if generation.loads:
+        if generation.status.loads:
             # Also from where it waits to come back.
             await self._take_out(generation)
 
     def pin(self, generation: Generation, pinned: bool) -> None:
         """Keeps a generation that is in the workers there, or lets it be taken out."""
-        generation.pinned = pinned
+        generation.status.pin(pinned)
         self._changed.set()
 
     def pinnable(self) -> bool:
         """Whether one more pin leaves a slot for those that come and go."""
-        return sum(resident.pinned for resident in self._residents.values()) < self.slots - 1
+        return sum(resident.status.pinned for resident in self._residents.values()) < self.slots - 1
 
     def _enter(self, generation: Generation, requests: int = 1) -> None:
-        generation.running += requests
-        generation.last_used = time.time()
+        generation.status.run(requests)
         key = generation.lora_int_id
         self._residents[key] = self._residents.pop(key)
 
@@ -142,7 +140,9 @@ class Residency:
 
     def _is_read(self, waiting: Waiting) -> bool:
         generation = waiting.generation
-        return generation.resident or waiting.prepared or generation.lora_int_id in self._kept
+        return (
+            generation.status.resident or waiting.prepared or generation.lora_int_id in self._kept
+        )
 
     async def _advance(self) -> bool:
         """Takes the queue one step further; False if all of it waits for something to change."""
@@ -167,13 +167,13 @@ class Residency:
         not, nor may it cost anybody a slot."""
         generation = other.generation
         again = generation.lora_int_id in first.overtaken
-        return not (again or generation.resident or self.full or self._is_crowded(other))
+        return not (again or generation.status.resident or self.full or self._is_crowded(other))
 
     async def _try(self, waiting: Waiting) -> bool:
         """Brings an adapter in that is read, makes room for it, or refuses it; False if it waits
         for room."""
         try:
-            if waiting.generation.resident:
+            if waiting.generation.status.resident:
                 await self._admit(waiting, "worker")
                 return True
             if self.full or self._is_crowded(waiting):
@@ -212,26 +212,26 @@ class Residency:
         waiting.prepared = False
         if waiting.overtakes is not None:
             waiting.overtakes.overtaken.add(generation.lora_int_id)
-        if generation.check is None:
+        if generation.status.check is None:
             await self._admit(waiting, found)
             return
         waiting.checking = True
         # Nobody takes it out meanwhile.
-        generation.running += 1
+        generation.status.hold()
         self._tasks.start(self._check(waiting, found))
 
     async def _check(self, waiting: Waiting, found: Tier) -> None:
         generation = waiting.generation
         try:
-            if generation.check is not None:
-                await generation.check()
-            generation.check = None
+            if generation.status.check is not None:
+                await generation.status.check()
+            generation.status.pass_check()
         except Exception as error:
-            generation.running -= 1
+            generation.status.release()
             self._refuse(waiting, error)
-            await self._take_out(generation, keep=not generation.retired)
+            await self._take_out(generation, keep=not generation.status.draining)
         else:
-            generation.running -= 1
+            generation.status.release()
             await self._admit(waiting, found)
         finally:
             self._changed.set()
@@ -241,23 +241,22 @@ class Residency:
         generation = waiting.generation
         del self._queue[generation.lora_int_id]
         overtakes = waiting.overtakes in self._queue.values()
-        if not generation.resident:
-            generation.resident = True
-            generation.loads += 1
+        if not generation.status.resident:
+            generation.status.come_in()
             if not overtakes:
                 for other in self._residents.values():
-                    other.yielding = other.yielding and other.lora_int_id in self._queue
+                    waits = other.lora_int_id in self._queue
+                    other.status.give_way(other.status.yielding and waits)
         # Whom it overtook, it lets in after the requests that it came in for.
-        generation.yielding = overtakes
-        generation.since = next(self._turns)
+        generation.status.take_turn(next(self._turns), yielding=overtakes)
         self._enter(generation, len(waiting.open()))
         waiting.admit(found)
-        if generation.retired and not generation.in_flight:
+        if generation.status.draining and not generation.status.in_flight:
             await self._take_out(generation)
 
     def _refuse(self, waiting: Waiting, error: Exception) -> None:
         self._queue.pop(waiting.generation.lora_int_id, None)
-        waiting.generation.yielding = False
+        waiting.generation.status.give_way(False)
         waiting.refuse(error)
 
     def _refuse_all(self) -> None:
@@ -282,23 +281,23 @@ class Residency:
 
     async def _make_room(self) -> bool:
         """Takes one adapter out; False if all are busy, of which one then yields."""
-        movable = [resident for resident in self._residents.values() if not resident.pinned]
+        movable = [resident for resident in self._residents.values() if not resident.status.pinned]
         if not movable:
             raise EngineRefusedError(
                 f"adapter memory: found {len(self._residents)} pinned adapters, expected room"
             )
-        idle = next((resident for resident in movable if not resident.running), None)
+        idle = next((resident for resident in movable if not resident.status.running), None)
         if idle is not None:
             self.events.evicted(idle.name, "worker")
             await self._take_out(idle, keep=True)
             return True
-        if not any(resident.yielding for resident in movable):
-            min(movable, key=lambda resident: resident.since).yielding = True
+        if not any(resident.status.yielding for resident in movable):
+            min(movable, key=lambda resident: resident.status.since).status.give_way()
         return False
 
     async def _take_out(self, generation: Generation, keep: bool = False) -> None:
         # Before the engine is asked: a request that comes now waits for its next turn.
-        generation.resident = generation.yielding = False
+        generation.status.go_out()
         with suppress(KeyError):
             del self._residents[generation.lora_int_id]
         self._kept.pop(generation.lora_int_id, None)

@@ -10,9 +10,10 @@ from pydantic import BaseModel, Field
 from molehill.api.adapters.errors import NotLoadedError
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.status import AdapterState
 from molehill.api.http import schemas
 from molehill.api.http.dependencies import Injected, StrictRoute, refusals
-from molehill.api.http.schemas import AdapterInfo, State
+from molehill.api.http.schemas import AdapterInfo
 from molehill.api.metrics.worker_stats import Snapshot
 from molehill.engine.adapter.model import natural_key
 from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
@@ -62,7 +63,7 @@ class AdapterSummary(BaseModel):
 
     adapter: str
     kind: str | None
-    state: State
+    state: AdapterState
     note: str | None
     requests_in_flight: int
     resident_bytes: int = Field(description="In the slots of all workers.")
@@ -118,7 +119,7 @@ def summaries(registry: AdapterRegistry, snapshot: Snapshot) -> list[AdapterSumm
         infos.setdefault(info.name, info)
     running = Counter[str]()
     for generation in registry.alive():
-        running[generation.name] += generation.in_flight
+        running[generation.name] += generation.status.in_flight
     return [
         AdapterSummary(
             adapter=name,

@@ -8,8 +8,7 @@ from pydantic import BaseModel
 
 from molehill.api.adapters.generation import Failure, Generation, Loading
 from molehill.api.adapters.registry import AdapterRegistry
-
-State = Literal["loading", "serving", "draining", "failed"]
+from molehill.api.adapters.status import AdapterState
 
 
 class Plan(BaseModel):
@@ -32,7 +31,7 @@ class AdapterInfo(BaseModel):
     """
 
     name: str
-    state: State
+    state: AdapterState
     stage: str | None = None
     error: str | None = None
     error_type: str | None = None
@@ -64,21 +63,21 @@ class LoadedInfo(AdapterInfo):
 
 
 def of_generation(generation: Generation) -> AdapterInfo:
-    content = generation.content
+    content, status = generation.content, generation.status
     return AdapterInfo(
         name=generation.name,
-        state="draining" if generation.retired else "serving",
+        state=status.state,
         kind=content.kind,
         generation=generation.digest,
-        source=generation.source.public,
-        source_note=generation.note,
+        source=status.source.public,
+        source_note=status.note,
         bytes=content.num_bytes,
-        resident="workers" if generation.resident else "disk",
-        pinned=generation.pinned,
-        requests_in_flight=generation.in_flight,
+        resident="workers" if status.resident else "disk",
+        pinned=status.pinned,
+        requests_in_flight=status.in_flight,
         created=generation.created,
-        last_used=generation.last_used,
-        loads=generation.loads,
+        last_used=status.last_used,
+        loads=status.loads,
         plan=Plan(**content.plan),
         warnings=list(content.warnings),
     )
@@ -87,7 +86,7 @@ def of_generation(generation: Generation) -> AdapterInfo:
 def of_loading(loading: Loading) -> AdapterInfo:
     return AdapterInfo(
         name=loading.name,
-        state="loading",
+        state=loading.state,
         stage=loading.stage,
         source=loading.source,
         loading_seconds=time.time() - loading.started,
@@ -97,7 +96,7 @@ def of_loading(loading: Loading) -> AdapterInfo:
 def of_failure(failure: Failure) -> AdapterInfo:
     return AdapterInfo(
         name=failure.name,
-        state="failed",
+        state=failure.state,
         source=failure.source,
         error=failure.message,
         error_type=failure.kind,
@@ -113,7 +112,7 @@ def everything(registry: AdapterRegistry) -> Iterator[AdapterInfo]:
     """Served names first, then what is on its way in, out, or nowhere."""
     yield from map(of_generation, registry)
     yield from map(of_loading, registry.loading())
-    yield from (of_generation(other) for other in registry.alive() if other.retired)
+    yield from (of_generation(other) for other in registry.alive() if other.status.draining)
     yield from map(of_failure, registry.failures.values())
 
 

@@ -66,7 +66,7 @@ async def load_adapter(body: LoadRequest, found: Injected) -> Response:
 async def unload_adapter(body: UnloadRequest, found: Injected) -> Response:
     """200 means that no new request gets the adapter; running ones finish on it."""
     generation = await found.registry.unload(body.lora_name)
-    running = {"requests_in_flight": generation.in_flight}
+    running = {"requests_in_flight": generation.status.in_flight}
     return JSONResponse({"status": "unloaded", **summary(generation), **running})
 
 

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.status import AdapterState
 from molehill.api.metrics.worker_stats import Snapshot
 from molehill.engine.routing_stats import RoutingStats
 
@@ -46,21 +47,23 @@ class AdapterCollector(Collector):
         self._time = time.time()
         self._loaded = len(registry)
         self._states = {
-            "serving": len(registry),
-            "loading": len(registry.loading()),
-            "draining": sum(generation.retired for generation in registry.alive()),
-            "failed": len(registry.failures),
+            AdapterState.SERVING: len(registry),
+            AdapterState.LOADING: len(registry.loading()),
+            AdapterState.DRAINING: sum(
+                generation.status.draining for generation in registry.alive()
+            ),
+            AdapterState.FAILED: len(registry.failures),
         }
         self._snapshot = snapshot
         self._in_flight: Counter[str] = Counter()
         self._stored: Counter[str] = Counter()
         for generation in registry.alive():
-            self._in_flight[generation.name] += generation.in_flight
+            self._in_flight[generation.name] += generation.status.in_flight
             self._stored[generation.name] += generation.content.num_bytes
         self._at_work = {
             "max_lora": str(registry.residency.slots),
             "waiting_lora_adapters": joined(registry.residency.waiting()),
-            "running_lora_adapters": joined(g for g in registry.alive() if g.running),
+            "running_lora_adapters": joined(g for g in registry.alive() if g.status.running),
         }
         self._figures = {
             name: snapshot.figures.get(name, RoutingStats()) for name in self._in_flight

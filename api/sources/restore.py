@@ -143,15 +143,15 @@ class Restart:
             yield source
 
     async def _check_source(self, entry: Entry, generation: Generation) -> None:
-        source = generation.source
+        source = generation.status.source
         try:
             note = await self._registry.intake.alone(self._compare, entry)
         except Exception:
             logger.exception("The source of adapter %s could not be looked at", entry.name)
             return
         # Somebody may have loaded the same content again, from elsewhere.
-        if note is not None and generation.source is source:
-            generation.note = note
+        if note is not None and generation.status.source is source:
+            generation.status.remark(note)
             logger.warning("Adapter %s: %s", entry.name, note)
 
     def _compare(self, entry: Entry) -> str | None:
@@ -198,13 +198,13 @@ class Restart:
             Entry(
                 generation.name,
                 generation.digest,
-                generation.source.label,
-                generation.source.fingerprint,
-                generation.pinned,
-                probed=generation.check is None,
-                lora_b_layout=generation.source.lora_b_layout or "",
+                generation.status.source.label,
+                generation.status.source.fingerprint,
+                generation.status.pinned,
+                probed=generation.status.check is None,
+                lora_b_layout=generation.status.source.lora_b_layout or "",
             )
             for generation in self._registry
-            if generation.source.remembered
+            if generation.status.source.remembered
         ]
         return sorted([*served, *self._absent.values()], key=attrgetter("name"))

@@ -124,18 +124,18 @@ class Watcher:
     def _is_free(self, name: str) -> bool:
         """A name that somebody gave to another source is not taken away from it."""
         served = self._registry.get(name)
-        return served is None or served.source.label == name
+        return served is None or served.status.source.label == name
 
     async def _load(self, name: str, seen: Seen) -> None:
         served = self._registry.get(name)
-        if served is not None and served.source.fingerprint == seen.mark:
+        if served is not None and served.status.source.fingerprint == seen.mark:
             seen.done = True
             return
         # What is new takes nobody's place in the workers before it is asked for; what takes the
         # place of other weights has to prove itself first.
         terms = Terms(expected=None if served is None else served.digest, eager=served is not None)
         # As it was asked for, where a client loaded it: its files do not say.
-        layout = None if served is None else served.source.lora_b_layout
+        layout = None if served is None else served.status.source.lora_b_layout
         try:
             await self._registry.load(name, name, self._sources.fetch(name, layout), terms)
             seen.done = True

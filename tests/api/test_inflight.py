@@ -24,7 +24,7 @@ def test_an_unloaded_generation_is_freed_after_its_last_request(play: Play) -> N
         for stream in streams:
             assert await anext(stream) == "first"
         generation = await w.registry.unload("a")
-        assert generation.in_flight == 2
+        assert generation.status.in_flight == 2
         assert w.served == {}
         await streams[0].aclose()
         await settle()
@@ -54,7 +54,7 @@ def test_a_request_admitted_before_an_unload_runs_to_its_end(play: Play) -> None
         await w.load("a", 1)
         w.engine.more.set()
         admitted = w.generate("a")
-        assert (await w.registry.unload("a")).in_flight == 1
+        assert (await w.registry.unload("a")).status.in_flight == 1
         assert [output async for output in admitted] == ["first", "last"]
         await settle()
         assert (w.engine.loaded, w.in_store()) == ({}, [])
@@ -66,7 +66,7 @@ def test_a_request_that_is_never_read_does_not_keep_its_generation(play: Play) -
     async def scenario(w: World) -> None:
         await w.load("a", 1)
         admitted = w.generate("a")
-        assert (await w.registry.unload("a")).in_flight == 1
+        assert (await w.registry.unload("a")).status.in_flight == 1
         del admitted
         gc.collect()
         await settle()
@@ -153,9 +153,9 @@ def test_pooling_requests_are_counted_too(play: Play) -> None:
         await w.load("a", 1)
         stream = w.engine.encode("p", None, "id", lora_request=w.served["a"])
         await anext(stream)
-        assert next(iter(w.registry)).in_flight == 1
+        assert next(iter(w.registry)).status.in_flight == 1
         await stream.aclose()
-        assert next(iter(w.registry)).in_flight == 0
+        assert next(iter(w.registry)).status.in_flight == 0
 
     play(scenario)
 
@@ -219,7 +219,7 @@ def test_an_answer_of_many_calls_runs_on_one_generation_to_its_end(play: Play) -
         old = w.registry.get("a")
         assert old is not None
         # Between two calls the engine has nothing of the request.
-        assert (old.in_flight, old.running) == (1, 0)
+        assert (old.status.in_flight, old.status.running) == (1, 0)
         await w.load("a", 2, replace=True)
         await w.registry.unload("a")
         going_on.set()
@@ -244,7 +244,7 @@ def test_what_goes_on_after_the_response_is_counted_while_it_lasts(play: Play) -
             return PlainTextResponse("in the background")
 
         await Client(route)()
-        assert (await w.registry.unload("a")).in_flight == 1
+        assert (await w.registry.unload("a")).status.in_flight == 1
         w.engine.more.set()
         assert await joined(calls[0]) == "last"
         await settle()
@@ -285,7 +285,7 @@ def test_a_stream_that_asks_late_runs_on_the_generation_in_its_header(
         asking = asyncio.create_task(client())
         await settle()
         await w.load("a", 2, replace=True)
-        assert w.registry.alive()[0].in_flight == 1
+        assert w.registry.alive()[0].status.in_flight == 1
         client.reads.set()
         w.engine.more.set()
         await asking
@@ -305,12 +305,12 @@ def test_a_route_that_only_looks_the_model_up_leaves_nothing(play: Play) -> None
         async def route() -> Response:
             for _ in range(2):
                 request_tracking.admit(w.registry, w.served["a"])
-            assert w.registry.get("a").in_flight == 1
+            assert w.registry.get("a").status.in_flight == 1
             return PlainTextResponse("bad request", 400)
 
         answer = await Client(route)()
         assert (answer.status, w.engine.served) == (400, [])
-        assert w.registry.get("a").in_flight == 0
+        assert w.registry.get("a").status.in_flight == 0
 
     play(scenario)
 
@@ -336,11 +336,11 @@ def test_a_client_that_stops_reading_does_not_keep_its_slot(
         assert client.body == b""
         generation = w.registry.get("b")
         assert generation is not None
-        assert (generation.in_flight, generation.running) == (1, 0)
+        assert (generation.status.in_flight, generation.status.running) == (1, 0)
         client.reads.set()
         await asking
         assert client.body == b"firstlast"
-        assert generation.in_flight == 0
+        assert generation.status.in_flight == 0
 
     play_in(1, scenario)
 
@@ -362,7 +362,7 @@ def test_a_client_that_stops_reading_and_goes_away_ends_its_request(
         await settle()
         generation = w.registry.get("a")
         assert generation is not None
-        assert (generation.in_flight, generation.running) == (0, 0)
+        assert (generation.status.in_flight, generation.status.running) == (0, 0)
 
     play(scenario)
 
@@ -378,7 +378,7 @@ def test_a_stream_that_finds_no_room_is_refused_before_it_begins(
         answer = await Client(stream(w, "a"))()
         assert (answer.status, w.engine.served) == (503, [])
         assert "found 1 pinned" in json.loads(answer.body)["error"]["message"]
-        assert all((g.in_flight, g.running) == (0, 0) for g in w.registry)
+        assert all((g.status.in_flight, g.status.running) == (0, 0) for g in w.registry)
 
     play_in(4, scenario)
 

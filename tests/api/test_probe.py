@@ -114,11 +114,11 @@ def test_a_late_probe_that_cannot_run_refuses_the_request_and_runs_before_the_ne
         await settle()
         # It is no fault of the adapter's: it stays, and is not taken for probed.
         assert set(w.served) == {"filler", "a"}
-        assert generation.check is not None
-        assert not generation.resident
+        assert generation.status.check is not None
+        assert not generation.status.resident
         probes.able = True
         assert [output async for output in w.generate("a")] == ["first", "last"]
-        assert (probes.ran, generation.check) == (["a"], None)
+        assert (probes.ran, generation.status.check) == (["a"], None)
 
     play(World(tmp_path, slots=1, probe=probes), scenario)
 

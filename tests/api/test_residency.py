@@ -50,7 +50,7 @@ def test_what_was_used_least_recently_makes_room(tmp_path: Path) -> None:
         assert sorted(w.engine.loaded.values()) == ["a", "c"]
         await ask(w, "b")
         assert sorted(w.engine.loaded.values()) == ["b", "c"]
-        assert [g.loads for g in w.registry] == [1, 2, 1]
+        assert [g.status.loads for g in w.registry] == [1, 2, 1]
 
     play(World(tmp_path, slots=2), scenario)
 
@@ -103,7 +103,7 @@ def test_pinned_adapters_stay(tmp_path: Path) -> None:
         for n in range(2, 6):
             await w.load(f"a{n}", n)
         assert sorted(w.engine.loaded.values()) == ["a5", "pinned"]
-        assert w.registry.get("pinned").loads == 1
+        assert w.registry.get("pinned").status.loads == 1
 
     play(World(tmp_path, slots=2, admission=MANY), scenario)
 
@@ -118,7 +118,7 @@ def test_a_request_that_pinned_adapters_leave_no_room_for_is_told_so(tmp_path: P
         assert refusal.value.http_status == 503
         with pytest.raises(EngineRefusedError):
             await w.load("b", 3)
-        assert all(generation.in_flight == 0 for generation in w.registry)
+        assert all(generation.status.in_flight == 0 for generation in w.registry)
 
     play(World(tmp_path, slots=4), scenario)
 
@@ -233,7 +233,7 @@ def test_a_client_that_stops_waiting_gives_its_turn_up(tmp_path: Path) -> None:
         assert await anext(again) == "first"
         for stream in (running, again):
             await stream.aclose()
-        assert all(generation.in_flight == 0 for generation in w.registry)
+        assert all(generation.status.in_flight == 0 for generation in w.registry)
 
     play(World(tmp_path, slots=1), scenario)
 
@@ -289,7 +289,7 @@ def test_a_hot_adapter_does_not_starve_a_cold_one(tmp_path: Path) -> None:
         assert max(cold) <= clients
         assert max(hot) <= 1
         # They were in each other's way, and the hot one was served in between.
-        assert w.registry.get("cold").loads > often / 2
+        assert w.registry.get("cold").status.loads > often / 2
         assert len(hot) >= often
 
     play(World(tmp_path, slots=1), scenario)
@@ -314,7 +314,7 @@ def test_many_adapters_take_turns_in_few_slots(tmp_path: Path) -> None:
         await asyncio.gather(*(ask(w, f"a{n % 20}") for n in range(200)))
         assert len(w.engine.loaded) == 3
         # Requests of one adapter share its turn: it did not come in for each of them.
-        assert all(generation.loads <= 4 for generation in w.registry)
+        assert all(generation.status.loads <= 4 for generation in w.registry)
 
     play(World(tmp_path, slots=3, admission=MANY), scenario)
 

@@ -75,8 +75,8 @@ def test_a_restarted_server_is_not_ready_until_all_is_loaded(tmp_path: Path) -> 
         await restoring
         assert second.restart.ready
         assert second.serves() == served
-        assert [generation.pinned for generation in second.world.registry] == [True, False]
-        assert [generation.note for generation in second.world.registry] == [None, None]
+        assert [generation.status.pinned for generation in second.world.registry] == [True, False]
+        assert [generation.status.note for generation in second.world.registry] == [None, None]
 
     play(scenario())
 
@@ -184,7 +184,7 @@ def test_a_source_that_changed_is_reported_and_what_was_loaded_is_served(tmp_pat
         second = first.restarted()
         await second.restart.run()
         assert second.serves() == first.serves()
-        notes = {g.name: g.note or "" for g in second.world.registry}
+        notes = {g.name: g.status.note or "" for g in second.world.registry}
         assert "other content" in notes["a1"]
         assert "cannot be read" in notes["a2"]
         assert notes["a3"] == ""
@@ -310,7 +310,7 @@ def test_a_fault_while_sources_are_looked_at_ends_nothing(
         monkeypatch.setattr(second.restart, "_read", read)
         await second.restart.run()
         assert second.restart.ready
-        notes = {generation.name: generation.note for generation in second.world.registry}
+        notes = {generation.name: generation.status.note for generation in second.world.registry}
         assert notes["a1"] is None
         assert "other content" in (notes["a2"] or "")
         # One adapter at a time is in memory, whoever reads it.
@@ -319,7 +319,7 @@ def test_a_fault_while_sources_are_looked_at_ends_nothing(
         native.write(adapter(2), second.root / "elsewhere")
         fetch = second.sources.fetch("elsewhere")
         await second.world.registry.load("a2", "elsewhere", fetch)
-        assert second.world.registry.get("a2").note is None
+        assert second.world.registry.get("a2").status.note is None
 
     play(scenario())
 

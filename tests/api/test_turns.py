@@ -22,7 +22,7 @@ def play(world: World, scenario: Any) -> None:
 async def on_disk(w: World, name: str, seed: int) -> int:
     """Loads what the workers have not read yet; its id."""
     loaded = await w.load(name, seed, eager=False)
-    assert not loaded.generation.loads
+    assert not loaded.generation.status.loads
     return loaded.generation.lora_int_id
 
 
@@ -141,7 +141,7 @@ def test_what_fits_goes_before_what_is_too_large_once_and_yields_to_it(tmp_path:
         await (await large).aclose()
         for task in behind:
             await (await task).aclose()
-        assert all(generation.in_flight == 0 for generation in w.registry)
+        assert all(generation.status.in_flight == 0 for generation in w.registry)
 
     play(World(tmp_path, slots=3, admission=MANY), scenario)
 
@@ -192,7 +192,7 @@ def test_a_late_probe_holds_up_nobody(tmp_path: Path) -> None:
         proceed.set()
         for stream in (await first, await later, second):
             await stream.aclose()
-        assert w.registry.get("late").loads == 1
+        assert w.registry.get("late").status.loads == 1
 
     play(World(tmp_path, slots=2, probe=probe), scenario)
 

@@ -1,0 +1,112 @@
+"""What becomes of a generation. It is read everywhere and written by this module's methods alone:
+of what is served by the registry, of the slots by those who give them out.
+"""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from molehill.api.adapters.source import Source
+
+
+class AdapterState(StrEnum):
+    """How an adapter stands, in the words of GET /v1/adapters."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class GenerationStatus:
+    """source: where it was last loaded from. note: what has become of that since, where known.
+
+    state: loading until its name points at it; draining when no new request may be admitted.
+    in_flight: requests admitted to it.
+    check: what must still be made sure of when it first comes into the workers, or None; raises
+    EngineRefusedError.
+    pinned: it is not taken out of the workers. last_used: Unix seconds. loads: how often it came
+    into the workers.
+    resident: in the workers' slots. running: admitted requests that the engine has.
+    yielding: resident, but its next requests wait until others have had a turn. since: number of
+    the turn that brought it in.
+    """
+
+    source: Source
+    state: AdapterState = AdapterState.LOADING
+    note: str | None = None
+    in_flight: int = 0
+    check: Callable[[], Awaitable[None]] | None = None
+    pinned: bool = False
+    last_used: float | None = None
+    loads: int = 0
+    resident: bool = False
+    running: int = 0
+    yielding: bool = False
+    since: int = 0
+
+    @property
+    def draining(self) -> bool:
+        return self.state is AdapterState.DRAINING
+
+    # By the registry
+
+    def serve(self) -> None:
+        self.state = AdapterState.SERVING
+
+    def drain(self) -> None:
+        self.state = AdapterState.DRAINING
+
+    def load_again(self, source: Source) -> None:
+        """The same weights, from there."""
+        self.source, self.note = source, None
+
+    def remark(self, note: str) -> None:
+        """On what has become of the source."""
+        self.note = note
+
+    def enter(self) -> None:
+        """One more request is admitted."""
+        self.in_flight += 1
+
+    def leave(self) -> None:
+        self.in_flight -= 1
+
+    def check_later(self, check: Callable[[], Awaitable[None]]) -> None:
+        self.check = check
+
+    def pass_check(self) -> None:
+        self.check = None
+
+    # By the slots
+
+    def pin(self, pinned: bool) -> None:
+        self.pinned = pinned
+
+    def come_in(self) -> None:
+        """Into a slot."""
+        self.resident = True
+        self.loads += 1
+
+    def go_out(self) -> None:
+        self.resident = self.yielding = False
+
+    def take_turn(self, number: int, yielding: bool) -> None:
+        self.since, self.yielding = number, yielding
+
+    def give_way(self, yielding: bool = True) -> None:
+        self.yielding = yielding
+
+    def run(self, requests: int) -> None:
+        """The engine gets so many."""
+        self.running += requests
+        self.last_used = time.time()
+
+    def hold(self) -> None:
+        """In its slot, while it is checked."""
+        self.running += 1
+
+    def release(self) -> None:
+        self.running -= 1
