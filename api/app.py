@@ -12,7 +12,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from vllm.exceptions import VLLMNotFoundError
 
 from molehill.api.adapters.background import Background
 from molehill.api.adapters.events import LifecycleMetrics
@@ -32,16 +31,15 @@ from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.restore import Restart
 from molehill.api.sources.roots import AdapterRoots, operator_source
 from molehill.api.sources.watcher import Watcher
-from molehill.api.vllm import request_tracking, starting
+from molehill.api.vllm import compat, request_tracking, served_models, starting
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.lifeline import Lifeline
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, count_requests
-from molehill.api.vllm.served_models import ServedModels, answer_not_found
+from molehill.api.vllm.served_models import ServedModels
 from molehill.api.vllm.worker_client import ONE_ENGINE, Workers
 from molehill.engine.adapter.base_model import BaseModel, Moe
 from molehill.engine.system import startup
-from molehill.engine.vllm import compat
 from molehill.engine.vllm.settings import Settings
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
@@ -83,7 +81,7 @@ class MolehillRoutes:
         app.include_router(adapters.router)
         args = app.state.args
         app.add_exception_handler(HTTPException, answer_http_error)
-        app.add_exception_handler(VLLMNotFoundError, answer_not_found)
+        served_models.add_handlers(app)
         admin_keys = options_of(args).admin_keys
         # The last one added is the outermost.
         app.add_middleware(GenerationHeader)
@@ -98,6 +96,7 @@ class MolehillRoutes:
         if engine_client is None:
             raise RuntimeError("molehill needs an engine; this server only renders prompts")
         compat.check_version()
+        compat.check_server()
         options = options_of(args)
         models = state.openai_serving_models
         if models.lora_requests:

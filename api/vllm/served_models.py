@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.exceptions import VLLMNotFoundError
@@ -91,6 +91,10 @@ def adapter_card(base: Card, generation: Generation) -> Card:
 def answer_unknown_model(error: UnknownModelError) -> Response:
     body = errors.body(str(error), error.kind, error.status, param="model")
     return JSONResponse(body, error.status.value)
+
+
+def add_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(VLLMNotFoundError, answer_not_found)
 
 
 async def answer_not_found(request: Request, error: Exception) -> Response:
