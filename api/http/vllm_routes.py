@@ -3,12 +3,9 @@
 from http import HTTPStatus
 from typing import Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request
-from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.prometheus import get_prometheus_registry
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from molehill.api.adapters.errors import UnknownModelError
 from molehill.api.adapters.generation import Generation
@@ -26,11 +23,13 @@ from molehill.api.http.dependencies import (
     refusals,
 )
 from molehill.api.metrics import prometheus
+from molehill.api.vllm import engine_metrics
+from molehill.api.vllm.lifeline import is_alive
+from molehill.api.vllm.routes import json_only
 
 # What vLLM's clients may ask with parameters that only other servers know.
 router = APIRouter()
 loading = APIRouter(route_class=StrictRoute)
-json_only = [Depends(validate_json_request)]
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
@@ -103,7 +102,7 @@ async def show_metrics(found: Injected) -> Response:
     events = found.registry.events
 
     def text() -> bytes:
-        return generate_latest(get_prometheus_registry()) + prometheus.exposition(adapters, events)
+        return engine_metrics.exposition() + prometheus.exposition(adapters, events)
 
     return Response(await found.scraping.run(text), media_type=CONTENT_TYPE_LATEST)
 
@@ -113,9 +112,7 @@ async def show_ready(found: Injected, request: Request) -> Response:
     """200 once all that an earlier server remembered is loaded or reported, 503 until then, and
     503 for good when the engine is dead, or when what goes on beside requests has failed, which the
     answer then says."""
-    try:
-        await request.app.state.engine_client.check_health()
-    except EngineDeadError:
+    if not await is_alive(request.app.state.engine_client):
         return Response(status_code=503)
     task = getattr(request.app.state, "molehill_task", None)
     error = failure(task) if task is not None and task.done() else None

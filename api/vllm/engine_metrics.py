@@ -1,9 +1,10 @@
-"""Takes out of vLLM's own metrics what only grows."""
+"""vLLM's own metrics, without what only grows."""
 
 from contextlib import suppress
 from typing import Any
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, generate_latest
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 
 def drop_adapter_sets(engine_client: Any) -> None:
@@ -21,3 +22,9 @@ def drop_adapter_sets(engine_client: Any) -> None:
             # It is in no registry where vLLM writes metrics to files.
             with suppress(KeyError):
                 REGISTRY.unregister(gauge)
+
+
+def exposition() -> bytes:
+    """vLLM's metrics in Prometheus' text format."""
+    text: bytes = generate_latest(get_prometheus_registry())
+    return text

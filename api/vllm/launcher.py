@@ -11,7 +11,7 @@ from typing import Any
 
 from molehill.api.adapters.store_lock import check_free
 from molehill.api.options import MergedBaseAdapter, Options, api_keys
-from molehill.api.vllm import precision
+from molehill.api.vllm import compat, precision
 from molehill.api.vllm.worker_client import ONE_ENGINE
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.system.torchvision import check_importable
@@ -58,7 +58,7 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
         os.environ.setdefault(name, value)
     os.environ["VLLM_PLUGINS"] = allow_plugin(os.environ.get("VLLM_PLUGINS"))
 
-    from molehill.engine.vllm import compat, compilation
+    from molehill.engine.vllm import compilation
 
     try:
         compat.check_version()
@@ -66,6 +66,7 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
         compilation.lift_gate()
         args = parse(vllm_arguments)
         precision.settle(args)
+        compat.check_launcher()
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise LaunchError(str(error)) from error
     run(prepare(args, options))
@@ -91,17 +92,14 @@ def allow_plugin(allowed: str | None) -> str:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parses vLLM's options, with the defaults that molehill needs."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
-
+    compat.set_up_environment()
     parser = FlexibleArgumentParser(prog="molehill")
     commands = parser.add_subparsers(dest="subparser")
-    serve = make_arg_parser(commands.add_parser("serve", prog="molehill serve"))
+    serve = compat.make_parser(commands.add_parser("serve", prog="molehill serve"))
     serve.set_defaults(worker_cls=WORKER, enable_lora=True, max_lora_rank=8, max_loras=MAX_LORAS)
     args: argparse.Namespace = parser.parse_args(["serve", *arguments])
     if args.model_tag is not None:
@@ -113,7 +111,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if current_platform.is_cpu() and not chosen and share_is_default:
         args.kv_cache_memory_bytes = CPU_KV_CACHE
     configure_logging_from_args(args)
-    validate_parsed_serve_args(args)
+    compat.validate_arguments(args)
     return args
 
 

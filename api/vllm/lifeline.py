@@ -4,6 +4,8 @@ import asyncio
 import logging
 from typing import Any
 
+from vllm.v1.engine.exceptions import EngineDeadError
+
 from molehill.api.adapters.tasks import failure
 
 logger = logging.getLogger("vllm.molehill")
@@ -37,6 +39,15 @@ class Lifeline:
                 raise self._engine.dead_error
         found: list[Any] = answer.result()
         return found
+
+
+async def is_alive(engine_client: Any) -> bool:
+    """Whether an engine can still answer."""
+    try:
+        await engine_client.check_health()
+    except EngineDeadError:
+        return False
+    return True
 
 
 def log_failure(answer: asyncio.Future[Any]) -> None:

@@ -1,13 +1,322 @@
-"""The supported vLLM range, and the start-up check that every seam is still there."""
+"""What the engine side uses of vLLM, seam by seam, and which versions of vLLM are taken.
 
-import inspect
+A version of TESTED starts. Another one starts with a warning if its source files have every seam as
+it is expected, and is refused with the seams' names if not. Whatever the version, each process also
+compares the seams with what it has imported, when it starts.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-SUPPORTED = ((0, 32), (0, 33))
-# What vLLM hands to the kernels of an MoE block beside its input.
-ROUTING = ("topk_weights", "topk_ids", "shared_experts", "shared_experts_input")
+from molehill.engine.vllm import seams
+from molehill.engine.vllm.model import seams as model
+from molehill.engine.vllm.seam_sources import Sources
+from molehill.engine.vllm.seams import Seam
+
+logger = logging.getLogger("vllm.molehill")
+
+# Minor versions that the engine's tests passed on.
+TESTED = ("0.32",)
+
+# What vLLM's model runners ask of their LoRA manager; the first one only of vLLM's own.
+MANAGER = (
+    "create_lora_manager",
+    "add_adapter",
+    "add_dummy_lora",
+    "dummy_lora_cache",
+    "get_dummy_lora_warmup_rank",
+    "list_adapters",
+    "pin_adapter",
+    "remove_adapter",
+    "remove_all_adapters",
+    "set_active_adapters",
+    "supports_tower_connector_lora",
+)
+
+RUNNER = "vllm.v1.worker.lora_model_runner_mixin"
+
+WORKER, MANAGER_FILE = "engine/vllm/worker.py", "engine/vllm/lora_manager.py"
+COMPILATION, PRECISION = "engine/vllm/compilation.py", "engine/vllm/precision.py"
+MERGED, PATCHED = "engine/vllm/model/merged_base_loader.py", "engine/vllm/model/patched_model.py"
+SHM_WAIT = "engine/vllm/shm_wait.py"
+
 # How vLLM's SpinCondition.wait decides to spin.
-SPIN = ("self.last_read + self.busy_loop_s", "sched_yield()")
+WAITING = Seam(
+    "vllm.distributed.device_communicators.shm_broadcast",
+    "SpinCondition.wait",
+    SHM_WAIT,
+    "is replaced, on CPU",
+    overrides=("self", "timeout_ms"),
+    markers=("self.last_read + self.busy_loop_s", "sched_yield()"),
+)
+SPINNING = Seam(
+    WAITING.module,
+    "SpinCondition",
+    SHM_WAIT,
+    "how long a reader waits already, and may spin",
+    attributes=("last_read", "busy_loop_s"),
+)
+
+WORKERS = (
+    Seam(
+        "vllm.v1.worker.cpu_worker",
+        "CPUWorker",
+        WORKER,
+        "is extended",
+        attributes=("init_device", "load_model", "determine_available_memory", "model_runner"),
+        platform="cpu",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_worker",
+        "Worker",
+        WORKER,
+        "is extended",
+        attributes=("init_device", "load_model", "determine_available_memory", "model_runner"),
+        platform="gpu",
+    ),
+    Seam(
+        "vllm.v1.worker.worker_base",
+        "WorkerBase",
+        WORKER,
+        "what a worker knows of its engine",
+        attributes=("vllm_config",),
+    ),
+    Seam(
+        RUNNER,
+        "LoRAModelRunnerMixin.load_lora_model",
+        WORKER,
+        "is replaced on the model runner: there AdapterManager takes the LoRA manager's place",
+        overrides=("self", "model", "vllm_config", "device"),
+        markers=("self.lora_manager = ",),
+    ),
+    Seam(RUNNER, "", MANAGER_FILE, "what the manager is asked", calls=("lora_manager", MANAGER)),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "engine/vllm/step_timer.py",
+        "its steps are timed, on CPU",
+        attributes=("execute_model", "sample_tokens", "load_lora_model"),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "",
+        MANAGER_FILE,
+        "what the manager is asked",
+        calls=("lora_manager", MANAGER),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner",
+        WORKER,
+        "the second model runner, with the same manager",
+        attributes=("execute_model", "sample_tokens", "load_lora_model"),
+        platform="gpu",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.mm.lora",
+        "",
+        MANAGER_FILE,
+        "what the manager is asked",
+        calls=("lora_manager", MANAGER),
+        platform="gpu",
+    ),
+    Seam("vllm.platforms", "current_platform", WORKER, "CPU or GPU"),
+    Seam("vllm.platforms.interface", "Platform", WORKER, "CPU or GPU", attributes=("is_cpu",)),
+)
+
+REQUESTS = (
+    Seam(
+        "vllm.lora.request",
+        "LoRARequest",
+        MANAGER_FILE,
+        "is made of an adapter, and names it",
+        positional=("lora_name", "lora_int_id", "lora_path"),
+        attributes=("lora_name", "lora_int_id", "lora_path"),
+    ),
+    Seam(
+        "vllm.lora.layers.utils",
+        "LoRAMapping",
+        MANAGER_FILE,
+        "whose rows a step holds",
+        attributes=("index_mapping", "type"),
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_utils",
+        "_gen_lora_extra_hash_keys",
+        "api/adapters/store.py",
+        "the path is in the prefix cache's key, so a new generation finds none of the old one's",
+        markers=("lora_request.lora_path",),
+    ),
+)
+
+CONFIG = (
+    Seam(
+        "vllm.config",
+        "VllmConfig",
+        MANAGER_FILE,
+        "what the engine was started with",
+        attributes=(
+            "additional_config",
+            "compilation_config",
+            "load_config",
+            "lora_config",
+            "model_config",
+            "parallel_config",
+            "scheduler_config",
+            "speculative_config",
+        ),
+    ),
+    Seam(
+        "vllm.config",
+        "ModelConfig",
+        PATCHED,
+        "which model it is, and how it is computed",
+        attributes=(
+            "architectures",
+            "dtype",
+            "enforce_eager",
+            "get_vocab_size",
+            "hf_config",
+            "max_logprobs",
+            "model",
+            "quantization",
+        ),
+    ),
+    Seam(
+        "vllm.config", "LoRAConfig", "engine/vllm/backends.py", "slots", attributes=("max_loras",)
+    ),
+    Seam(
+        "vllm.config",
+        "SchedulerConfig",
+        "engine/vllm/backends.py",
+        "rows of a step",
+        attributes=("max_num_batched_tokens",),
+    ),
+    Seam(
+        "vllm.config",
+        "CompilationConfig",
+        COMPILATION,
+        "whether the model is compiled, and rows of a captured step",
+        attributes=("mode", "max_cudagraph_capture_size"),
+    ),
+    Seam("vllm.config", "CompilationMode", COMPILATION, "no compilation", attributes=("NONE",)),
+    Seam(
+        "vllm.config", "LoadConfig", MERGED, "the checkpoint's format", attributes=("load_format",)
+    ),
+    Seam(
+        "vllm.config",
+        "ParallelConfig",
+        COMPILATION,
+        "whose worker it is, and how many engines",
+        attributes=("worker_cls", "data_parallel_size"),
+    ),
+    Seam("vllm.logger", "init_logger", MANAGER_FILE, "logs", positional=("name",)),
+)
+
+PARALLEL = (
+    *(
+        Seam("vllm.distributed", f"get_{group}_group", PATCHED, "the ranks", positional=())
+        for group in ("tp", "pp", "world")
+    ),
+    Seam(
+        "vllm.distributed.parallel_state",
+        "GroupCoordinator",
+        PATCHED,
+        "sums and agrees over ranks",
+        attributes=("world_size", "rank_in_group", "cpu_group", "all_reduce"),
+    ),
+)
+
+COMPILING = (
+    Seam(
+        "vllm.platforms.cpu",
+        "CpuPlatform.check_and_update_config",
+        COMPILATION,
+        "does not see the LoRA config, for with one it forces eager execution",
+        overrides=("vllm_config",),
+        markers=("vllm_config.lora_config", "CompilationMode.NONE"),
+        platform="cpu",
+    ),
+    Seam(
+        "vllm.envs",
+        "",
+        COMPILATION,
+        "where compiled models are kept",
+        attributes=("VLLM_CACHE_ROOT", "VLLM_DISABLE_COMPILE_CACHE"),
+    ),
+    Seam(
+        "vllm.compilation.counter",
+        "compilation_counter",
+        COMPILATION,
+        "whether it was compiled or read",
+    ),
+    Seam(
+        "vllm.compilation.counter",
+        "CompilationCounter",
+        COMPILATION,
+        "whether it was compiled or read",
+        attributes=("num_aot_artifacts_loaded",),
+    ),
+)
+
+MEMORY = (
+    Seam(
+        "vllm.transformers_utils.config",
+        "get_safetensors_params_metadata",
+        PRECISION,
+        "a checkpoint's size",
+        positional=("model",),
+        keywords=("revision",),
+    ),
+    Seam(
+        "vllm.utils.cpu_resource_utils",
+        "get_visible_memory_node",
+        PRECISION,
+        "free memory",
+        positional=(),
+    ),
+    Seam(
+        "vllm.utils.cpu_resource_utils",
+        "get_memory_node_info",
+        PRECISION,
+        "free memory",
+        positional=("node_id",),
+    ),
+    Seam(
+        "vllm.utils.cpu_resource_utils",
+        "MemoryNodeInfo",
+        PRECISION,
+        "free memory",
+        attributes=("available_memory", "total_memory"),
+    ),
+)
+
+PLUGINS = (
+    Seam(
+        "vllm.plugins",
+        "",
+        "engine/vllm/plugin.py",
+        "finds molehill's plugins",
+        markers=('"vllm.general_plugins"', '"vllm.endpoint_plugins"'),
+    ),
+)
+
+SEAMS: tuple[Seam, ...] = (
+    *WORKERS,
+    *REQUESTS,
+    *CONFIG,
+    *PARALLEL,
+    *COMPILING,
+    *model.SEAMS,
+    *MEMORY,
+    *PLUGINS,
+    WAITING,
+    SPINNING,
+)
 
 
 def installed_version() -> str:
@@ -22,63 +331,50 @@ def installed_version() -> str:
     )
 
 
-def check_version() -> None:
-    """Raises RuntimeError unless the installed vLLM is in the range that molehill supports."""
+def is_tested(found: str) -> bool:
+    return ".".join(found.split("+")[0].split(".")[:2]) in TESTED
+
+
+def root() -> Path:
+    """The folder that holds the installed package `vllm`. Raises RuntimeError."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("vLLM is not installed: there is no package `vllm`")
+    return Path(spec.submodule_search_locations[0]).parent
+
+
+def check_version(table: Sequence[Seam] = SEAMS) -> None:
+    """Of a version that is not in TESTED, compares its source files with `table`.
+
+    Logs a warning if all is as expected; raises RuntimeError, which names the version and every
+    seam that has changed, if not.
+    """
     found = installed_version()
-    release = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
-    low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
-    if not SUPPORTED[0] <= release < SUPPORTED[1]:
-        raise RuntimeError(f"vLLM {found} is installed; molehill needs vllm>={low},<{high}")
+    if not is_tested(found):
+        _check_untested(found, root(), tuple(table))
+
+
+@cache
+def _check_untested(found: str, folder: Path, table: tuple[Seam, ...]) -> None:
+    """Once in a process."""
+    tested = f"molehill was tested with {', '.join(TESTED)}"
+    faults = [text for _, text in Sources(folder).faults(table) if text is not None]
+    if faults:
+        raise RuntimeError(f"vLLM {found} is installed, {tested}, and {'; '.join(faults)}")
+    text = "molehill: vLLM %s is installed, %s; all that it uses of vLLM is there, so it starts"
+    logger.warning(text, found, tested)
 
 
 def check_seams() -> None:
-    """Raises RuntimeError when a part of vLLM that molehill hooks into has gone or changed."""
-    from vllm.lora.layers.utils import LoRAMapping
-    from vllm.lora.request import LoRARequest
-    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-        UnquantizedFusedMoEMethod,
-    )
-    from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+    """Compares what this worker's process has imported. Raises RuntimeError that names the first
+    seam that has gone or changed."""
+    from vllm.platforms import current_platform
 
-    for owner, name, parameters in (
-        (LoRAModelRunnerMixin, "load_lora_model", ["self", "model", "vllm_config", "device"]),
-        (LinearMethodBase, "apply", ["self", "layer", "x", "bias"]),
-        (UnquantizedFusedMoEMethod, "apply", ["self", "layer", "x", *ROUTING]),
-        (RoutedExperts, "forward_modular", ["self", "x", *ROUTING]),
-        (DefaultModelLoader, "get_all_weights", ["self", "model_config", "model"]),
-    ):
-        _check_parameters(owner, name, parameters)
-    for owner, names in {
-        LoRAMapping: ("index_mapping", "type"),
-        LoRARequest: ("lora_name", "lora_int_id", "lora_path"),
-        FusedMoEConfig: ("is_lora_enabled", "moe_parallel_config", "num_logical_experts"),
-    }.items():
-        missing = [name for name in names if name not in owner.__annotations__]
-        if missing:
-            raise RuntimeError(f"vLLM's {owner.__name__} has no {', '.join(missing)}")
-    if "quant_method" not in inspect.getsource(LinearBase):
-        raise RuntimeError("vLLM's LinearBase has no quant_method")
-    check_waiting()
+    platform = "cpu" if current_platform.is_cpu() else "gpu"
+    here = [seam for seam in SEAMS if seam.platform in ("any", platform)]
+    seams.check(here, installed_version())
 
 
 def check_waiting() -> None:
-    """Raises RuntimeError unless readers of vLLM's shared memory wait as `waiting` expects."""
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-
-    _check_parameters(SpinCondition, "wait", ["self", "timeout_ms"])
-    source = inspect.getsource(SpinCondition.wait)
-    missing = [name for name in SPIN if name not in source]
-    if missing:
-        raise RuntimeError(f"vLLM's SpinCondition.wait has no {', '.join(missing)}")
-
-
-def _check_parameters(owner: type, name: str, parameters: list[str]) -> None:
-    function = getattr(owner, name, None)
-    found = None if function is None else list(inspect.signature(function).parameters)
-    if found != parameters:
-        where = f"{owner.__name__}.{name}"
-        raise RuntimeError(f"vLLM's {where} takes {found}, molehill expects {parameters}")
+    """Raises RuntimeError unless readers of vLLM's shared memory wait as `shm_wait` expects."""
+    seams.check((WAITING,), installed_version())

@@ -1,0 +1,395 @@
+"""What the API side uses of vLLM, seam by seam, and where versions of vLLM differ in it.
+
+LAUNCHER: before the engine starts. SERVER: in vLLM's API server.
+"""
+
+from typing import Any
+
+from molehill.engine.vllm import compat as engine
+from molehill.engine.vllm import seams
+from molehill.engine.vllm.seams import Seam
+
+LAUNCH, STARTING = "api/vllm/launcher.py", "api/vllm/starting.py"
+TRACKING, MODELS = "api/vllm/request_tracking.py", "api/vllm/served_models.py"
+METRICS, LIFELINE, APP = "api/vllm/engine_metrics.py", "api/vllm/lifeline.py", "api/app.py"
+
+ARGUMENTS = "vllm.entrypoints.common.cli_args"
+# Where they were until 0.32.
+OLD_ARGUMENTS = ("vllm.entrypoints.launchers.cli_args",)
+OLD_STARTUP = ("vllm.entrypoints.serve.utils.api_utils",)
+
+MAKE_PARSER = Seam(
+    ARGUMENTS,
+    "make_arg_parser",
+    LAUNCH,
+    "vLLM's options",
+    before=OLD_ARGUMENTS,
+    positional=("parser",),
+    markers=('"model_tag"', '"--headless"', '"--api-server-count"', '"--grpc"'),
+)
+VALIDATE_ARGUMENTS = Seam(
+    ARGUMENTS,
+    "validate_parsed_serve_args",
+    LAUNCH,
+    "vLLM's options",
+    before=OLD_ARGUMENTS,
+    positional=("args",),
+)
+SET_UP_ENVIRONMENT = Seam(
+    "vllm.entrypoints.common.startup",
+    "cli_env_setup",
+    LAUNCH,
+    "how vLLM starts its processes",
+    before=OLD_STARTUP,
+    positional=(),
+)
+
+LAUNCHER = (
+    MAKE_PARSER,
+    VALIDATE_ARGUMENTS,
+    SET_UP_ENVIRONMENT,
+    Seam(
+        ARGUMENTS,
+        "FrontendArgs",
+        LAUNCH,
+        "options of the API server",
+        before=OLD_ARGUMENTS,
+        attributes=(
+            "api_key",
+            "lora_modules",
+            "ssl_ca_certs",
+            "ssl_cert_reqs",
+            "ssl_certfile",
+            "ssl_keyfile",
+        ),
+    ),
+    Seam(
+        "vllm.engine.arg_utils",
+        "EngineArgs",
+        LAUNCH,
+        "options of the engine",
+        attributes=(
+            "additional_config",
+            "code_revision",
+            "config_format",
+            "data_parallel_size",
+            "default_mm_loras",
+            "dtype",
+            "enable_lora",
+            "gpu_memory_utilization",
+            "hf_config_path",
+            "kv_cache_dtype",
+            "kv_cache_memory_bytes",
+            "load_format",
+            "max_lora_rank",
+            "max_loras",
+            "max_model_len",
+            "model",
+            "pipeline_parallel_size",
+            "quantization",
+            "revision",
+            "served_model_name",
+            "speculative_config",
+            "tensor_parallel_size",
+            "trust_remote_code",
+            "worker_cls",
+        ),
+    ),
+    Seam(
+        "vllm.envs",
+        "",
+        LAUNCH,
+        "settings that are given, or refused",
+        attributes=(
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+            "VLLM_CPU_KVCACHE_SPACE",
+            "VLLM_MAX_N_SEQUENCES",
+            "VLLM_PLUGINS",
+            "VLLM_RINGBUFFER_WARNING_INTERVAL",
+            "VLLM_SKIP_MODEL_NAME_VALIDATION",
+            "VLLM_USE_RUST_FRONTEND",
+        ),
+    ),
+    Seam(
+        "vllm.utils.argparse_utils",
+        "FlexibleArgumentParser",
+        LAUNCH,
+        "vLLM's options",
+        positional=(),
+        keywords=("prog",),
+    ),
+    Seam(
+        "vllm.logger",
+        "configure_logging_from_args",
+        LAUNCH,
+        "vLLM's log options",
+        positional=("args",),
+    ),
+    Seam(
+        "vllm.transformers_utils.config",
+        "get_config",
+        "api/vllm/precision.py",
+        "the model's config, before the engine has it",
+        positional=(
+            "model",
+            "trust_remote_code",
+            "revision",
+            "code_revision",
+            "config_format",
+        ),
+    ),
+    Seam(
+        "vllm.platforms",
+        "current_platform",
+        "api/vllm/precision.py",
+        "whether a CPU is computed on",
+    ),
+    Seam(
+        "vllm.entrypoints.cli.serve",
+        "run_headless",
+        LAUNCH,
+        "runs workers of a server elsewhere",
+        positional=("args",),
+    ),
+    Seam(
+        "vllm.entrypoints.launchers.launcher",
+        "setup_server",
+        STARTING,
+        "binds the server's socket",
+        positional=("args",),
+        keywords=("reuse_port",),
+    ),
+    Seam(
+        "vllm.entrypoints.launchers.api_server.entry",
+        "run_server_worker",
+        STARTING,
+        "runs the server",
+        positional=("listen_address", "sock", "args"),
+    ),
+    Seam(
+        "vllm.utils.system_utils",
+        "decorate_logs",
+        STARTING,
+        "names the process in the log",
+        positional=("process_name",),
+        keywords=("skip_if_decorated",),
+    ),
+)
+
+SERVER = (
+    Seam(
+        "vllm.plugins.endpoint_plugins.interface",
+        "EndpointPlugin.attach_router",
+        APP,
+        "where routes are added",
+        overrides=("self", "app"),
+    ),
+    Seam(
+        "vllm.plugins.endpoint_plugins.interface",
+        "EndpointPlugin.init_state",
+        APP,
+        "where the registry is set up",
+        overrides=("self", "engine_client", "state", "args"),
+    ),
+    Seam(
+        "vllm.entrypoints.launchers.api_server.app_state",
+        "",
+        APP,
+        "what a server's state holds",
+        markers=("state.engine_client = ", "state.openai_serving_models = ", "state.args = "),
+    ),
+    Seam(
+        "vllm.entrypoints.launchers.app",
+        "",
+        APP,
+        "what a server's state holds before the engine starts",
+        markers=("app.state.args = ",),
+    ),
+    Seam(
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels",
+        MODELS,
+        "the names that are served; its adapters are the registry's",
+        attributes=(
+            "base_model_paths",
+            "is_base_model",
+            "lora_requests",
+            "registry",
+            "show_available_models",
+        ),
+    ),
+    Seam(
+        "vllm.entrypoints.serve.engine.serving",
+        "",
+        APP,
+        "looks a request's model up, which admits the request",
+        markers=("self.models.lora_requests[request.model]", "in self.models.lora_requests:"),
+    ),
+    Seam(
+        "vllm.entrypoints.openai.models.protocol",
+        "BaseModelPath",
+        MODELS,
+        "a name of the base model",
+        positional=("name", "model_path"),
+        attributes=("name", "model_path"),
+    ),
+    Seam("vllm.exceptions", "VLLMNotFoundError", MODELS, "a model that is not served"),
+    Seam(
+        "vllm.exceptions",
+        "GracefulHTTPError",
+        TRACKING,
+        "a refusal with a status",
+        positional=("message", "http_status"),
+    ),
+    Seam(
+        "vllm.entrypoints.serve.exception_handling.error_response",
+        "create_error_response",
+        TRACKING,
+        "a refusal as vLLM's routes write it",
+        positional=("message",),
+    ),
+    Seam(
+        "vllm.sampling_params",
+        "RequestOutputKind",
+        TRACKING,
+        "whether outputs hold only what is new",
+        attributes=("DELTA",),
+    ),
+    Seam(
+        "vllm.sampling_params",
+        "SamplingParams",
+        "api/vllm/probe.py",
+        "the probe of an adapter",
+        positional=(),
+        keywords=("max_tokens", "temperature", "prompt_logprobs"),
+        attributes=("output_kind",),
+    ),
+    Seam(
+        "vllm.outputs",
+        "RequestOutput",
+        "api/vllm/probe.py",
+        "what the engine answers",
+        attributes=("finished", "prompt_logprobs"),
+    ),
+    Seam("vllm.outputs", "PoolingRequestOutput", TRACKING, "an answer", attributes=("finished",)),
+    Seam(
+        "vllm.outputs",
+        "RequestOutput.add",
+        "api/vllm/read_ahead.py",
+        "merges outputs that a client has not read",
+        positional=("self", "next_output"),
+        keywords=("aggregate",),
+    ),
+    Seam(
+        "vllm.logprobs",
+        "Logprob",
+        "api/vllm/probe.py",
+        "the probe of an adapter",
+        attributes=("logprob",),
+    ),
+    Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM",
+        APP,
+        "the engine",
+        attributes=(
+            "dead_error",
+            "errored",
+            "get_supported_tasks",
+            "logger_manager",
+            "model_config",
+            "vllm_config",
+        ),
+    ),
+    Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.generate",
+        TRACKING,
+        "is replaced on the engine's client, which counts requests",
+        positional=("self", "prompt", "sampling_params", "request_id"),
+        keywords=("lora_request",),
+    ),
+    Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.encode",
+        TRACKING,
+        "is replaced on the engine's client, which counts requests",
+        positional=("self", "prompt", "pooling_params", "request_id"),
+        keywords=("lora_request",),
+    ),
+    Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.collective_rpc",
+        LIFELINE,
+        "asks the workers",
+        positional=("self", "method"),
+        keywords=("args",),
+    ),
+    Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.check_health",
+        LIFELINE,
+        "whether the engine lives",
+        positional=("self",),
+    ),
+    Seam("vllm.v1.engine.exceptions", "EngineDeadError", LIFELINE, "whether the engine lives"),
+    Seam(
+        "vllm.v1.metrics.loggers",
+        "StatLoggerManager",
+        METRICS,
+        "vLLM's metrics",
+        attributes=("stat_loggers",),
+    ),
+    Seam(
+        "vllm.v1.metrics.loggers",
+        "PrometheusStatLogger",
+        METRICS,
+        "a metric that is ended: it keeps a series for every set of adapters that ever ran",
+        attributes=("gauge_lora_info",),
+        markers=("if self.gauge_lora_info is not None",),
+    ),
+    Seam(
+        "vllm.v1.metrics.prometheus",
+        "get_prometheus_registry",
+        METRICS,
+        "vLLM's metrics",
+        positional=(),
+    ),
+    Seam(
+        "vllm.entrypoints.serve.utils.api_utils",
+        "validate_json_request",
+        "api/vllm/routes.py",
+        "a body's content type, as on vLLM's routes",
+        positional=("raw_request",),
+    ),
+)
+
+SEAMS: tuple[Seam, ...] = (*LAUNCHER, *SERVER)
+
+
+def check_version() -> None:
+    """As `engine.vllm.compat.check_version`, of all that molehill uses of vLLM."""
+    engine.check_version((*engine.SEAMS, *SEAMS))
+
+
+def check_launcher() -> None:
+    """Raises RuntimeError that names the first seam that has gone or changed."""
+    seams.check(LAUNCHER, engine.installed_version())
+
+
+def check_server() -> None:
+    """As `check_launcher`, in the API server."""
+    seams.check(SERVER, engine.installed_version())
+
+
+def make_parser(parser: Any) -> Any:
+    """`parser` with the options of `vllm serve`."""
+    return seams.load(MAKE_PARSER)(parser)
+
+
+def validate_arguments(args: Any) -> None:
+    seams.load(VALIDATE_ARGUMENTS)(args)
+
+
+def set_up_environment() -> None:
+    seams.load(SET_UP_ENVIRONMENT)()

@@ -1,0 +1,218 @@
+"""What is used of vLLM inside a model: its linears, MoE blocks and loaders, seam by seam."""
+
+from molehill.engine.vllm.seams import Seam
+
+MOE = "vllm.model_executor.layers.fused_moe"
+LINEAR = "vllm.model_executor.layers.linear"
+# What vLLM hands to the kernels of an MoE block beside its input.
+ROUTING = ("topk_weights", "topk_ids", "shared_experts", "shared_experts_input")
+
+DISCOVERY, HOOKS = "engine/vllm/model/discovery.py", "engine/vllm/model/hooks.py"
+BLOCKS, MERGED = "engine/vllm/model/moe_blocks.py", "engine/vllm/model/merged_base_loader.py"
+
+LINEARS = (
+    Seam(
+        LINEAR,
+        "LinearBase",
+        HOOKS,
+        "its quant method is replaced by a subclass",
+        attributes=("quant_method", "input_size", "output_size", "params_dtype", "tp_rank"),
+    ),
+    Seam(
+        LINEAR,
+        "LinearMethodBase.apply",
+        HOOKS,
+        "is replaced: the mixture comes after it",
+        overrides=("self", "layer", "x", "bias"),
+    ),
+    *(
+        Seam(
+            LINEAR,
+            f"{kind}.forward",
+            HOOKS,
+            "calls the quant method, before the ranks' sum",
+            markers=("self.quant_method.apply(self, ",),
+        )
+        for kind in ("ColumnParallelLinear", "RowParallelLinear", "ReplicatedLinear")
+    ),
+    Seam(
+        "vllm.model_executor.layers.fusion.quant_activation",
+        "",
+        HOOKS,
+        "a hooked linear's input stays unquantised",
+        markers=('"requires_unquantized_input"',),
+    ),
+    Seam(
+        LINEAR,
+        "ColumnParallelLinear",
+        DISCOVERY,
+        "a rank's outputs",
+        attributes=("output_size", "output_size_per_partition", "tp_rank"),
+    ),
+    Seam(
+        LINEAR,
+        "MergedColumnParallelLinear",
+        DISCOVERY,
+        "a rank's outputs of each part",
+        attributes=("output_sizes", "tp_rank", "tp_size"),
+    ),
+    Seam(
+        LINEAR,
+        "QKVParallelLinear",
+        DISCOVERY,
+        "a rank's heads",
+        attributes=(
+            "head_size",
+            "num_heads",
+            "num_kv_head_replicas",
+            "num_kv_heads",
+            "total_num_heads",
+            "total_num_kv_heads",
+            "v_head_size",
+        ),
+    ),
+    Seam(
+        LINEAR,
+        "RowParallelLinear",
+        DISCOVERY,
+        "a rank's inputs",
+        attributes=("input_size_per_partition", "tp_rank"),
+    ),
+    Seam(f"{MOE}.router.gate_linear", "GateLinear", DISCOVERY, "no linear for adapters"),
+    Seam("vllm.model_executor.layers.activation", "SiluAndMul", DISCOVERY, "a gated FFN"),
+    Seam(
+        "vllm.model_executor.layers.activation",
+        "GeluAndMul",
+        DISCOVERY,
+        "a gated FFN",
+        attributes=("approximate",),
+    ),
+)
+
+EXPERTS = (
+    Seam(
+        f"{MOE}.runner.moe_runner",
+        "MoERunner",
+        BLOCKS,
+        "an MoE block",
+        attributes=("moe_config", "routed_experts", "router", "routed_input_transform"),
+    ),
+    Seam(
+        f"{MOE}.config",
+        "FusedMoEConfig",
+        BLOCKS,
+        "what an MoE block is",
+        attributes=(
+            "activation",
+            "has_bias",
+            "hidden_dim_unpadded",
+            "in_dtype",
+            "intermediate_size",
+            "is_lora_enabled",
+            "moe_parallel_config",
+            "num_experts",
+            "num_logical_experts",
+            "swiglu_limit",
+        ),
+    ),
+    Seam(
+        f"{MOE}.config",
+        "FusedMoEParallelConfig",
+        BLOCKS,
+        "this rank's part of an MoE block",
+        attributes=("dp_size", "is_sequence_parallel", "pcp_size", "tp_rank", "tp_size", "use_ep"),
+    ),
+    Seam(
+        f"{MOE}.activation",
+        "MoEActivation",
+        BLOCKS,
+        "the experts' activation",
+        markers=('"silu"', '"gelu"', '"gelu_tanh"'),
+    ),
+    Seam(
+        f"{MOE}.routed_experts",
+        "RoutedExperts",
+        BLOCKS,
+        "its quant method is replaced by a subclass",
+        attributes=("quant_method", "apply_router_weight_on_input"),
+    ),
+    Seam(
+        f"{MOE}.routed_experts",
+        "RoutedExperts.forward_modular",
+        HOOKS,
+        "calls the quant method, before the ranks' sum",
+        overrides=("self", "x", *ROUTING),
+        markers=("self.quant_method.apply(",),
+    ),
+    Seam(
+        f"{MOE}.unquantized_fused_moe_method",
+        "UnquantizedFusedMoEMethod",
+        BLOCKS,
+        "the experts' weights, and the kernel that reads them",
+        attributes=("experts_cls", "moe", "moe_kernel", "unquantized_backend"),
+        markers=('"w13_weight"', '"w2_weight"'),
+    ),
+    Seam(
+        f"{MOE}.unquantized_fused_moe_method",
+        "UnquantizedFusedMoEMethod.apply",
+        HOOKS,
+        "is replaced: the mixture comes beside it",
+        overrides=("self", "layer", "x", *ROUTING),
+    ),
+    Seam(
+        f"{MOE}.oracle.unquantized",
+        "UnquantizedMoeBackend",
+        BLOCKS,
+        "whether the experts' weights are plain",
+        attributes=("TRITON",),
+    ),
+    Seam(
+        f"{MOE}.modular_kernel",
+        "FusedMoEKernel",
+        BLOCKS,
+        "the kernel that reads the experts' weights",
+        attributes=("fused_experts",),
+    ),
+    Seam(
+        f"{MOE}.experts.cpu_moe",
+        "CPUUnquantizedExperts",
+        BLOCKS,
+        "how the experts' weights are packed",
+        attributes=("isa", "_use_zentorch"),
+        platform="cpu",
+    ),
+    Seam(
+        "vllm._custom_ops",
+        "cpu_prepack_moe_weight",
+        BLOCKS,
+        "how the experts' weights are packed",
+        positional=("weight", "isa"),
+    ),
+    Seam(f"{MOE}.router.zero_expert_router", "ZeroExpertRouter", BLOCKS, "experts without weights"),
+)
+
+LOADING = (
+    Seam(
+        "vllm.model_executor.model_loader",
+        "register_model_loader",
+        MERGED,
+        "brings a loader that merges",
+        positional=("load_format",),
+    ),
+    Seam(
+        "vllm.model_executor.model_loader.default_loader",
+        "DefaultModelLoader",
+        MERGED,
+        "is extended",
+        overrides=("load_config",),
+    ),
+    Seam(
+        "vllm.model_executor.model_loader.default_loader",
+        "DefaultModelLoader.get_all_weights",
+        MERGED,
+        "is extended: a checkpoint's tensors one by one",
+        overrides=("self", "model_config", "model"),
+    ),
+)
+
+SEAMS: tuple[Seam, ...] = (*LINEARS, *EXPERTS, *LOADING)

@@ -1,0 +1,190 @@
+"""A seam: one thing of vLLM that molehill imports, calls, extends or replaces; and its check.
+
+Seams are data, in the tables of `engine.vllm.compat` and `api.vllm.compat`. One is compared with
+what a process has imported, here, or with vLLM's source files, see `seam_sources`.
+"""
+
+import dis
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Seam:
+    """What molehill expects of `name` in `module`.
+
+    name: a path inside the module, `Class.method`; empty for the module itself. user: the module of
+    molehill that needs it, and why: what for. before: modules that had it in older versions.
+    overrides: its parameters where molehill replaces or extends it: these, in this order.
+    positional, keywords: the arguments that molehill's call gives; none else may be required.
+    attributes: what is read of it, or of its instances.
+    markers: texts in its source, where how it works matters and not only what it takes.
+    calls: an attribute's name, and the methods of it that its source may call: what vLLM asks of an
+    object that molehill hands in.
+    platform: the one whose processes import the module.
+    """
+
+    module: str
+    name: str
+    user: str
+    why: str
+    before: tuple[str, ...] = ()
+    overrides: tuple[str, ...] | None = None
+    positional: tuple[str, ...] | None = None
+    keywords: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()
+    calls: tuple[str, tuple[str, ...]] | None = None
+    platform: Literal["any", "cpu", "gpu"] = "any"
+
+    def __str__(self) -> str:
+        return self.name or self.module
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return (self.module, *self.before)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    required: bool
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What was found of a seam. parameters: None of what cannot be called; a class's are its
+    constructor's. takes_more: it takes any keyword. attributes: those of the seam's that it has."""
+
+    parameters: tuple[Parameter, ...] | None
+    takes_more: bool
+    attributes: frozenset[str]
+    source: str
+
+
+def fault(seam: Seam, found: Definition | None) -> str | None:
+    """What is not as expected, in a line; None if all is."""
+    if found is None:
+        if seam.overrides is not None:
+            return f"vLLM's {seam} takes None, molehill expects {list(seam.overrides)}"
+        return f"vLLM has no {'.'.join(filter(None, (seam.module, seam.name)))}"
+    return (
+        _parameter_fault(seam, found)
+        or _missing(seam, [name for name in seam.attributes if name not in found.attributes])
+        or _missing(seam, [text for text in seam.markers if text not in found.source])
+        or _call_fault(seam, found.source)
+    )
+
+
+def _missing(seam: Seam, missing: Sequence[str]) -> str | None:
+    return f"vLLM's {seam} has no {', '.join(missing)}" if missing else None
+
+
+def _parameter_fault(seam: Seam, found: Definition) -> str | None:
+    parameters = found.parameters
+    names = None if parameters is None else [parameter.name for parameter in parameters]
+    takes = f"vLLM's {seam} takes {names}, molehill"
+    if seam.overrides is not None and names != list(seam.overrides):
+        return f"{takes} expects {list(seam.overrides)}"
+    if seam.positional is None:
+        return None
+    given = [*seam.positional, *seam.keywords]
+    leading = list(seam.positional)
+    if parameters is None or names is None or names[: len(leading)] != leading:
+        return f"{takes} gives {given}"
+    unknown = [name for name in seam.keywords if name not in names and not found.takes_more]
+    required = [item.name for item in parameters if item.required and item.name not in given]
+    return f"{takes} gives {given}" if unknown or required else None
+
+
+def _call_fault(seam: Seam, source: str) -> str | None:
+    if seam.calls is None:
+        return None
+    name, known = seam.calls
+    called = set(re.findall(rf"\b{name}\.(\w+)\(", source))
+    if not called:
+        return f"vLLM's {seam} calls nothing of {name}"
+    unknown = sorted(called - set(known))
+    return f"vLLM's {seam} calls {name}.{unknown[0]}" if unknown else None
+
+
+def check(seams: Iterable[Seam], version: str) -> None:
+    """Compares with what this process has imported, and imports what it has not. Raises
+    RuntimeError that names the first seam that is not as expected."""
+    for seam in seams:
+        text = fault(seam, inspected(seam))
+        if text is not None:
+            raise RuntimeError(f"vLLM {version} does not fit molehill: {text} (for {seam.user})")
+
+
+def load(seam: Seam) -> Any:
+    """What a seam names, from whichever of its modules has it. Raises RuntimeError where none
+    does."""
+    for module in seam.modules:
+        try:
+            found: Any = import_module(module)
+            for part in filter(None, seam.name.split(".")):
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            continue
+        return found
+    raise RuntimeError(fault(seam, None))
+
+
+def inspected(seam: Seam) -> Definition | None:
+    try:
+        found = load(seam)
+    except RuntimeError:
+        return None
+    parameters, takes_more = None, False
+    if seam.overrides is not None or seam.positional is not None:
+        parameters, takes_more = _signature(found)
+    attributes = frozenset(name for name in seam.attributes if _has(found, name))
+    source = inspect.getsource(found) if seam.markers or seam.calls else ""
+    return Definition(parameters, takes_more, attributes, source)
+
+
+def _signature(found: Any) -> tuple[tuple[Parameter, ...] | None, bool]:
+    try:
+        signature = inspect.signature(found)
+    except (TypeError, ValueError):
+        return None, False
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    parameters = tuple(
+        Parameter(parameter.name, parameter.default is inspect.Parameter.empty)
+        for parameter in signature.parameters.values()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    )
+    return parameters, inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _has(found: Any, name: str) -> bool:
+    """Of a class, also what only its instances have: fields, and what a method assigns."""
+    if isinstance(found, ModuleType) or not isinstance(found, type):
+        return hasattr(found, name)
+    return any(
+        name in vars(parent) or name in vars(parent).get("__annotations__", ()) or name in assigned
+        for parent in found.__mro__
+        for assigned in [_assigned(parent)]
+    )
+
+
+@cache
+def _assigned(owner: type) -> frozenset[str]:
+    """The attributes that the methods of a class assign to; none of a dataclass, whose annotations
+    say what it has."""
+    names: set[str] = set()
+    if is_dataclass(owner):
+        return frozenset()
+    for member in vars(owner).values():
+        code = getattr(inspect.unwrap(member) if callable(member) else member, "__code__", None)
+        if code is not None:
+            instructions = dis.get_instructions(code)
+            names.update(item.argval for item in instructions if item.opname == "STORE_ATTR")
+    return frozenset(names)
