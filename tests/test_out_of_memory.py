@@ -10,7 +10,8 @@ from molehill.api.adapters.errors import OutOfMemoryError
 from molehill.api.cli import main
 from molehill.api.sources.fetch import reporting
 from molehill.engine.adapter.errors import AdapterError, CorruptFileError
-from molehill.engine.formats.io import files, isolation
+from molehill.engine.formats.convert import isolation
+from molehill.engine.formats.io import files
 from molehill.engine.system.out_of_memory import is_out_of_memory, raise_if_out_of_memory
 
 
