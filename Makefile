@@ -8,6 +8,7 @@ PORT ?= 8000
 # Processes that share the tests. Each may have a server of its own, which takes some 3 GB.
 WORKERS ?= 2
 BIN := $(VENV)/bin
+LINKS := $(VENV)/links
 SOURCES := pyproject.toml $(shell find engine kernels api benchmarks -name '*.py' -o -path 'api/http/page/*' -o -name '*.cpp' -o -name '*.h')
 
 # The top-level folder `kernels` must not shadow the Hugging Face package of that name.
@@ -17,7 +18,9 @@ export HF_HUB_OFFLINE = 1
 # A group of tests is a file, or all that share a server: see tests/starts.py.
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test check lint vllm-check clean
+FAST := not engine and not server and not browser and not slow
+
+.PHONY: demo test check coverage lint dev vllm-check clean
 
 demo: $(VENV)/molehill.stamp $(MODEL)/config.json
 	$(BIN)/python demo/run.py $(MODEL) --port $(PORT) $(if $(ONCE),--once)
@@ -27,7 +30,11 @@ test: $(VENV)/molehill.stamp $(MODEL)/config.json
 
 # What takes little time: no engine, no server, no browser.
 check: $(VENV)/molehill.stamp
-	$(PYTEST) -m "not engine and not server and not browser and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "$(FAST)" $(PYTEST_ARGS)
+
+# What the tests of `make check` run, in percent; processes that tests start are not measured.
+coverage: $(VENV)/molehill.stamp
+	$(PYTEST) -m "$(FAST)" --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
 
 lint: $(VENV)/molehill.stamp
 	$(BIN)/ruff check .
@@ -56,11 +63,25 @@ $(VENV)/dependencies.stamp: pyproject.toml
 	    || $(BIN)/pip uninstall --quiet --disable-pip-version-check --yes $$name; done
 	touch $@
 
+# After `make dev` only new dependencies need it again: they come with a copy of the package.
 $(VENV)/molehill.stamp: $(VENV)/dependencies.stamp $(SOURCES)
+ifeq ($(wildcard $(LINKS)),)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
 	rm -rf build molehill.egg-info
 	$(BIN)/molehill env --build
+else
+	$(if $(filter %/dependencies.stamp,$?),$(MAKE) dev)
+endif
 	touch $@
+
+# Edits are in force at once. Editors and mypy follow links, not setuptools' import hooks; the links
+# lie in a folder of their own, because pip would write and delete through any in site-packages.
+dev: $(VENV)/dependencies.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	mkdir -p $(LINKS)/molehill
+	for folder in engine kernels api benchmarks; do ln -sfn $(CURDIR)/$$folder $(LINKS)/molehill; done
+	echo $(abspath $(LINKS)) > $$($(BIN)/python -c "import site; print(*site.getsitepackages())")/molehill-links.pth
+	touch $(VENV)/molehill.stamp
 
 $(MODEL)/config.json: | $(VENV)/dependencies.stamp
 	$(BIN)/python demo/prepare.py $(MODEL)
