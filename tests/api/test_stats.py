@@ -95,6 +95,7 @@ class NoAdapters:
 
     def __init__(self) -> None:
         self.events = LifecycleMetrics()
+        self.residency = SimpleNamespace(slots=4, waiting=lambda: [])
 
         self.failures: dict[str, Any] = {}
 
