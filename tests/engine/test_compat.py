@@ -96,12 +96,19 @@ def test_an_absent_vllm_is_told(monkeypatch: Any) -> None:
 
 
 def test_the_installed_vllm_has_every_seam() -> None:
-    """Imported, and read from its files."""
     compat.check_version()
     compat.check_seams()
+
+
+def test_the_files_of_the_installed_vllm_have_every_seam() -> None:
+    assert faults(compat.root()) == []
+
+
+@pytest.mark.slow
+def test_the_installed_vllm_has_every_seam_of_the_server() -> None:
+    """Imports vLLM's server."""
     api.check_launcher()
     api.check_server()
-    assert faults(compat.root()) == []
 
 
 @pytest.mark.parametrize(
@@ -251,6 +258,7 @@ def test_a_field_that_is_gone_is_named(monkeypatch: Any) -> None:
         compat.check_seams()
 
 
+@pytest.mark.slow
 def test_an_argument_that_is_gone_is_named(monkeypatch: Any) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
