@@ -66,7 +66,7 @@ class AdapterRegistry:
     failures: names that a restart or a watched root should serve, and why they do not.
     awaited: names that a restart is still to load. No name in either is served.
     changed: called after the names or their pins have changed.
-    resident: name and digest of the adapter that is merged into the base weights.
+    merged_base: name and digest of the adapter that is merged into the base weights.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class AdapterRegistry:
         base_models: Collection[str],
         admission: Admission = Admission(),  # noqa: B008
         probe: Probe | None = None,
-        resident: tuple[str, str] | None = None,
+        merged_base: tuple[str, str] | None = None,
         background: Background | None = None,
         memory: int = Limits().adapter_bytes,
     ) -> None:
@@ -92,7 +92,7 @@ class AdapterRegistry:
         self._base_models = base_models
         self._admission = admission
         self._probe = probe
-        self._resident = resident
+        self._merged_base = merged_base
         self._current: dict[str, Generation] = {}
         self._alive: dict[int, Generation] = {}
         self._loading: list[Loading] = []
@@ -214,7 +214,7 @@ class AdapterRegistry:
                 old = self._current.get(loading.name)
                 check_expected(loading.name, old, terms.expected)
                 content, source = await self.intake.take_in(loading, fetch, terms.content)
-                if self._is_resident_otherwise(loading.name, content.digest):
+                if self._is_merged_base_otherwise(loading.name, content.digest):
                     await self.intake.let_go(content.digest)
                     raise MergedIntoBaseError(
                         f"The lora adapter '{loading.name}' is merged into the base weights with "
@@ -237,11 +237,11 @@ class AdapterRegistry:
         finally:
             self._loading.remove(loading)
 
-    def _is_resident_otherwise(self, name: str, digest: str) -> bool:
-        if self._resident is None:
+    def _is_merged_base_otherwise(self, name: str, digest: str) -> bool:
+        if self._merged_base is None:
             return False
-        resident, merged = self._resident
-        return name == resident and digest != merged
+        merged_base, merged = self._merged_base
+        return name == merged_base and digest != merged
 
     async def _unchanged(self, old: Generation, source: Source, terms: Terms) -> Loaded:
         old.status.load_again(source)
@@ -366,7 +366,7 @@ class AdapterRegistry:
                 await self.changed()
             generation = self._known(name)
             check_expected(name, generation, expected)
-            if self._resident and name == self._resident[0]:
+            if self._merged_base and name == self._merged_base[0]:
                 raise MergedIntoBaseError(
                     f"The lora adapter {name!a} is merged into the base weights and cannot be "
                     "unloaded."

@@ -12,8 +12,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from molehill.engine.vllm import model_seams as model
 from molehill.engine.vllm import seams
-from molehill.engine.vllm.model import seams as model
 from molehill.engine.vllm.seam_sources import Sources
 from molehill.engine.vllm.seams import Seam
 
