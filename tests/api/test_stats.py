@@ -87,7 +87,7 @@ class NoAdapters:
 
     def __init__(self) -> None:
         self.events = LifecycleMetrics()
-
+        self.residency = SimpleNamespace(slots=1, waiting=list)
         self.failures: dict[str, Any] = {}
 
     def alive(self) -> list[Any]:
