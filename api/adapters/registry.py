@@ -36,6 +36,7 @@ from molehill.api.adapters.generation import (
     failure_of,
 )
 from molehill.api.adapters.ingest import Fetch, Intake, Reader
+from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.load_options import Anything, Expected, Terms, check_expected
 from molehill.api.adapters.reading import READERS
 from molehill.api.adapters.slots import Residency
@@ -174,11 +175,11 @@ class AdapterRegistry:
             raise UnknownModelError(f"The model `{request.lora_name}` does not exist.")
         return generation
 
-    def enter(self, generation: Generation) -> None:
-        generation.status.enter()
+    def lease(self, generation: Generation) -> Lease:
+        """Holds it until the lease is over, whatever happens to the name."""
+        return Lease(self.residency, generation, self._free_unless_needed)
 
-    def leave(self, generation: Generation) -> None:
-        generation.status.leave()
+    def _free_unless_needed(self, generation: Generation) -> None:
         if generation.status.draining and not generation.status.in_flight:
             self._tasks.start(self._free(generation))
 
@@ -272,35 +273,35 @@ class AdapterRegistry:
         generation = Generation(loading.name, content, request, GenerationStatus(source))
         self._alive[request.lora_int_id] = generation
         self.events.begin(loading.name)
-        self.enter(generation)
+        lease = self.lease(generation)
         pinned = old is not None and old.status.pinned if terms.pinned is None else terms.pinned
         probed = self._probe is not None and not terms.allow_noop
         try:
             if terms.eager or pinned or not self.residency.full:
-                await self._try_out(loading, generation, probed)
+                await self._try_out(loading, lease, probed)
                 self._set_pin(generation, pinned, old)
             elif probed:
                 generation.status.check_later(partial(self._probe_late, generation))
         except Exception as error:
+            lease.leave()
             generation.status.drain()
-            generation.status.leave()
             await self._free(generation)
             if isinstance(error, EngineRefusedError):
                 raise relabelled(error, generation, source.label) from error
             raise
-        self.leave(generation)
+        lease.leave()
         return generation
 
-    async def _try_out(self, loading: Loading, generation: Generation, probed: bool) -> None:
+    async def _try_out(self, loading: Loading, lease: Lease, probed: bool) -> None:
         """Brings it into the workers once: what cannot run there is not served."""
         loading.stage = "installing"
-        await self.residency.acquire(generation)
+        await lease.take_slot()
         try:
             if probed and self._probe is not None:
                 loading.stage = "probing"
-                await self._probe(generation)
+                await self._probe(lease.generation)
         finally:
-            self.residency.release(generation)
+            lease.give_slot_back()
 
     async def _probe_late(self, generation: Generation) -> None:
         """The probe of what was not brought into the workers when it was loaded."""
@@ -336,17 +337,17 @@ class AdapterRegistry:
         if not pinned:
             self.residency.pin(generation, False)
             return
-        self.enter(generation)
+        lease = self.lease(generation)
         try:
-            await self.residency.acquire(generation)
+            await lease.take_slot()
             try:
                 self._set_pin(generation, True)
             finally:
-                self.residency.release(generation)
+                lease.give_slot_back()
         except EngineRefusedError as error:
             raise relabelled(error, generation, generation.status.source.public) from error
         finally:
-            self.leave(generation)
+            lease.leave()
 
     def _set_pin(self, generation: Generation, pinned: bool, old: Generation | None = None) -> None:
         """old: the generation whose place this one takes at once, its pin too."""

@@ -27,9 +27,8 @@ from vllm.sampling_params import RequestOutputKind
 
 from molehill.api.adapters.errors import EngineRefusedError, UnknownModelError
 from molehill.api.adapters.events import Tier
-from molehill.api.adapters.generation import Generation
+from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.registry import AdapterRegistry
-from molehill.api.vllm.lease import Stay
 from molehill.api.vllm.read_ahead import ReadAhead
 
 HEADER = "Molehill-Generation"
@@ -42,25 +41,25 @@ Outputs = AsyncGenerator[Any, None]
 
 @dataclass
 class Answering:
-    """The HTTP request that is being answered. stays: by adapter. unread: its calls of the engine
+    """The HTTP request that is being answered. leases: by adapter. unread: its calls of the engine
     that have not begun."""
 
-    stays: dict[str, Stay] = field(default_factory=dict)
+    leases: dict[str, Lease] = field(default_factory=dict)
     unread: "weakref.WeakSet[Counted]" = field(default_factory=weakref.WeakSet)
     ended: bool = False
 
-    def stay(self, registry: AdapterRegistry, lora_request: Any) -> Stay:
-        """One more holder of this request's stay. What goes on after the response is counted while
+    def lease(self, registry: AdapterRegistry, lora_request: Any) -> Lease:
+        """One more holder of this request's lease. What goes on after the response is counted while
         it lasts."""
-        found = self.stays.get(lora_request.lora_name)
-        if found is not None and not found.over:
-            found.join()
-            return found
-        new = Stay(registry, admitted(registry, lora_request))
+        lease = self.leases.get(lora_request.lora_name)
+        if lease is not None and not lease.over:
+            lease.join()
+            return lease
+        lease = new_lease(registry, lora_request)
         if not self.ended:
-            new.join()
-            self.stays[lora_request.lora_name] = new
-        return new
+            lease.join()
+            self.leases[lora_request.lora_name] = lease
+        return lease
 
     async def begin(self, events: bool) -> None:
         """Returns once all that a stream will read is in the workers. Raises GracefulHTTPError.
@@ -70,15 +69,15 @@ class Answering:
         """
         for call in list(self.unread):
             await call.begin()
-        for stay in self.stays.values():
-            if events and not stay.asked:
-                stay.found = await bring_in(stay)
-                stay.registry.residency.release(stay.generation)
+        for lease in self.leases.values():
+            if events and not lease.asked:
+                lease.found = await bring_in(lease)
+                lease.give_slot_back()
 
     def end(self) -> None:
         self.ended = True
-        for stay in self.stays.values():
-            stay.leave()
+        for lease in self.leases.values():
+            lease.leave()
 
 
 answering: ContextVar[Answering | None] = ContextVar("answering", default=None)
@@ -104,14 +103,14 @@ class GenerationHeader:
         request = Answering()
 
         async def named(message: Message) -> None:
-            if message["type"] == "http.response.start" and request.stays:
+            if message["type"] == "http.response.start" and request.leases:
                 try:
                     if message["status"] == HTTPStatus.OK:
                         await request.begin(begins_events(message))
                 except GracefulHTTPError as error:
                     await refusal(error)(scope, receive, send)
                     raise Refused from error
-                generation = next(iter(request.stays.values())).generation
+                generation = next(iter(request.leases.values())).generation
                 MutableHeaders(scope=message)[HEADER] = generation.digest
             await send(message)
 
@@ -135,10 +134,11 @@ def refusal(error: GracefulHTTPError) -> Response:
     return JSONResponse(body.model_dump(), body.error.code)
 
 
-def admitted(registry: AdapterRegistry, lora_request: Any) -> Generation:
-    """See AdapterRegistry.admit. Raises VLLMNotFoundError, as vLLM's routes understand it."""
+def new_lease(registry: AdapterRegistry, lora_request: Any) -> Lease:
+    """On what AdapterRegistry.admit says. Raises VLLMNotFoundError, as vLLM's routes understand
+    it."""
     try:
-        return registry.admit(lora_request)
+        return registry.lease(registry.admit(lora_request))
     except UnknownModelError as error:
         raise VLLMNotFoundError(str(error)) from error
 
@@ -147,7 +147,7 @@ def admit(registry: AdapterRegistry, lora_request: Any) -> None:
     """A route has looked its request's model up."""
     request = answering.get()
     if request is not None:
-        request.stay(registry, lora_request).leave()
+        request.lease(registry, lora_request).leave()
 
 
 def count_requests(engine_client: Any, registry: AdapterRegistry) -> None:
@@ -165,12 +165,12 @@ def counted(call: Callable[..., Any], registry: AdapterRegistry) -> Callable[...
         request = answering.get()
         # A refusal must come before a streaming response has begun.
         if request is None:
-            stay = Stay(registry, admitted(registry, lora_request))
+            lease = new_lease(registry, lora_request)
         else:
-            stay = request.stay(registry, lora_request)
-        stay.asked = True
-        outputs = run(stay, call, args, kwargs)
-        counted = Counted(stay, outputs, gives_deltas(*args, **kwargs))
+            lease = request.lease(registry, lora_request)
+        lease.asked = True
+        outputs = run(lease, call, args, kwargs)
+        counted = Counted(lease, outputs, gives_deltas(*args, **kwargs))
         if request is not None:
             request.unread.add(counted)
         return counted
@@ -184,48 +184,46 @@ def gives_deltas(_: Any = None, sampling_params: Any = None, *__: Any, **___: An
     return kind is RequestOutputKind.DELTA
 
 
-async def bring_in(stay: Stay) -> Tier:
+async def bring_in(lease: Lease) -> Tier:
     """Takes the generation's slot; where it was found. Raises GracefulHTTPError, as vLLM's routes
     understand it."""
-    generation = stay.generation
+    generation = lease.generation
     try:
-        return await stay.registry.residency.acquire(generation)
+        return await lease.take_slot()
     except EngineRefusedError as error:
         message = str(error).replace(generation.request.lora_path, generation.name)
         raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE) from error
 
 
 async def run(
-    stay: Stay, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    lease: Lease, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Outputs:
     """None when the generation is in the workers, then the engine's outputs."""
-    registry, generation = stay.registry, stay.generation
-    tier = await bring_in(stay)
-    registry.events.hit(generation.name, stay.found or tier)
-    stay.found = None
+    lease.hit(await bring_in(lease))
     in_engine = True
+    request = lease.generation.request
     try:
         yield None
-        async with aclosing(call(*args, lora_request=generation.request, **kwargs)) as outputs:
+        async with aclosing(call(*args, lora_request=request, **kwargs)) as outputs:
             async for output in outputs:
                 if in_engine and output.finished:
                     in_engine = False
-                    registry.residency.release(generation)
+                    lease.give_slot_back()
                 yield output
     finally:
         if in_engine:
-            registry.residency.release(generation)
+            lease.give_slot_back()
 
 
 class Counted:
-    """Outputs of one call, which holds a stay until they end, are closed or dropped.
+    """Outputs of one call, which holds a lease until they end, are closed or dropped.
 
     A route may drop them unread, when its next prompt turns out to be bad. A client may stop
     reading: the engine does not, so its outputs are then read ahead.
     """
 
-    def __init__(self, stay: Stay, outputs: Outputs, deltas: bool) -> None:
-        self._stay = stay
+    def __init__(self, lease: Lease, outputs: Outputs, deltas: bool) -> None:
+        self._lease = lease
         self._outputs = outputs
         self._deltas = deltas
         self._ahead: ReadAhead | None = None
@@ -233,7 +231,7 @@ class Counted:
         self._reads = 0
         self._loop = asyncio.get_running_loop()
         # Garbage is collected in any thread.
-        self._dropped = weakref.finalize(self, self._loop.call_soon_threadsafe, stay.leave)
+        self._dropped = weakref.finalize(self, self._loop.call_soon_threadsafe, lease.leave)
         self._dropped.atexit = False
 
     async def begin(self) -> None:
@@ -274,7 +272,7 @@ class Counted:
 
     def _finish(self) -> None:
         if self._dropped.detach() is not None:
-            self._stay.leave()
+            self._lease.leave()
             if self._ahead is not None:
                 self._ahead.cancel()
 
@@ -288,14 +286,14 @@ class Counted:
         if self._reading or self._reads != reads:
             self._look_later()
             return
-        self._stay.join()
-        self._ahead = ReadAhead(self._outputs, self._deltas, self._stay.leave)
+        self._lease.join()
+        self._ahead = ReadAhead(self._outputs, self._deltas, self._lease.leave)
         stop = weakref.finalize(self, self._loop.call_soon_threadsafe, self._ahead.cancel)
         stop.atexit = False
 
 
 def look(call: weakref.ref[Counted], reads: int) -> None:
     """A timer must not keep what nobody else has any more."""
-    found = call()
-    if found is not None:
-        found.look(reads)
+    counted = call()
+    if counted is not None:
+        counted.look(reads)

@@ -198,7 +198,7 @@ def test_a_process_whose_background_fails_ends(tmp_path: Path) -> None:
     """Nothing else would ever make it ready, or load what appears in its roots."""
     program = """
         import asyncio
-        from molehill.api import plugin
+        from molehill.api import app as plugin
 
         async def fault():
             raise AssertionError("a fault of ours")
