@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SiteCounters:
-    """Routing figures of one site. One decision is one token at one router, or at one of its heads.
+    """Routing counters of a site. One decision is one token at one router, or at one of its heads.
 
     expert_tokens: decisions that chose each expert, `[E]`.
     """
@@ -22,7 +22,7 @@ class SiteCounters:
 
 @dataclass(frozen=True)
 class SlotCounters:
-    """Routing figures of one adapter, by row those of its routed sites.
+    """Routing counters of one adapter, by row those of its routed sites.
 
     A scrape adds hundreds of sites up between two steps: so they are tensors, on the host.
 

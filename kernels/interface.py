@@ -319,7 +319,7 @@ class Backend(Protocol):
         `h` by mixed vectors."""
 
     def counters(self, slot: int) -> SlotCounters:
-        """Figures since the slot was stored."""
+        """Counted since the slot was stored."""
 
     def seconds(self) -> float | None:
         """Wall time that the ops took so far, base-only steps left out; None where it is not

@@ -124,7 +124,7 @@ class CpuBackend(CheckedBackend):
         self.ffn_op(h, gate_up, self._ffn_tensors[handle])
 
     def counters(self, slot: int) -> SlotCounters:
-        """Figures since the slot was stored. Sites without a router decide nothing."""
+        """Counted since the slot was stored. Sites without a router decide nothing."""
         tokens, ids, experts, counts, entropy = self._ops.counters(self._id, slot)
         names = list(self._sites)
         own = tuple(names[number] for number in ids)
