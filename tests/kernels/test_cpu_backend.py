@@ -13,6 +13,7 @@ from backend_cases import assert_near, experts, piece_delta, random, router
 from cpu_cases import one_linear
 
 from molehill.kernels.cpu import BuildError, CpuBackend
+from molehill.kernels.cpu.build import NoCompilerError
 from molehill.kernels.interface import LinearPiece, LinearShape, Run, SlotWeights
 from molehill.kernels.policy import Constant, Soft
 
@@ -166,9 +167,14 @@ def test_an_unknown_instruction_set_is_refused():
 
 @pytest.mark.slow
 def test_without_a_compiler_and_a_library_the_reason_is_told(tmp_path):
-    code = "from molehill.kernels.cpu.build import load; load()"
+    # An installation may have a library beside the package.
+    code = (
+        "import pathlib, sys; from molehill.kernels.cpu import build; "
+        "build.HERE = pathlib.Path(sys.argv[1]); build.load()"
+    )
     environment = {**os.environ, "MOLEHILL_CACHE_DIR": str(tmp_path), "PATH": "", "CXX": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True)
     assert done.returncode != 0
-    assert b"BuildError: no C++ compiler" in done.stderr
-    assert issubclass(BuildError, RuntimeError)
+    assert b"NoCompilerError: no C++ compiler" in done.stderr
+    assert issubclass(NoCompilerError, BuildError) and issubclass(BuildError, RuntimeError)
