@@ -177,4 +177,5 @@ def test_without_a_compiler_and_a_library_the_reason_is_told(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True)
     assert done.returncode != 0
     assert b"NoCompilerError: no C++ compiler" in done.stderr
-    assert issubclass(NoCompilerError, BuildError) and issubclass(BuildError, RuntimeError)
+    assert issubclass(NoCompilerError, BuildError)
+    assert issubclass(BuildError, RuntimeError)
