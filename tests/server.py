@@ -23,8 +23,6 @@ TINY = ("--dtype", "float32", "--max-model-len", "512", "--block-size", "32", "-
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    # The benchmarks, which tests import, want to hear less.
-    "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }

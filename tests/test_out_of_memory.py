@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from molehill.api.adapters.errors import OutOfMemoryError
-from molehill.api.cli import main
+from molehill.api.cli import inspect, main
 from molehill.api.sources.fetch import reporting
 from molehill.engine.adapter.errors import AdapterError, CorruptFileError
 from molehill.engine.formats.convert import isolation
@@ -89,7 +89,7 @@ def test_a_command_without_memory_says_so_in_one_line(
         raise_if_out_of_memory(of_allocator())
         return 0
 
-    monkeypatch.setattr(main, "inspect", exhausted)
+    monkeypatch.setattr(inspect, "main", exhausted)
     assert main.main(["inspect"]) == main.USER_ERROR
     said = capsys.readouterr().err
     assert "found no memory" in said

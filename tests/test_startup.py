@@ -56,7 +56,7 @@ def test_a_step_that_fails_is_told_no_further(lines, monkeypatch):
 def test_a_stage_comes_from_another_process(lines):
     code = (
         "import logging\n"
-        "from molehill.engine import startup\n"
+        "from molehill.engine.system import startup\n"
         "startup.follow()\n"
         "logger = logging.getLogger('vllm.molehill.kernels')\n"
         "logger.setLevel('INFO')\n"
