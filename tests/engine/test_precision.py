@@ -1,6 +1,8 @@
 """The dtype that is chosen and refused on CPU, beside vLLM, oneDNN and Transformers."""
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +178,25 @@ def settled(*arguments: str) -> str:
     return dtype
 
 
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What is logged meanwhile. vLLM's own handler writes to the stdout of whichever test imported
+    vLLM, and its logger need not reach the root's."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.molehill")
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
 def test_a_server_without_a_dtype_gets_the_fast_one_and_one_line(
-    vllm_environment: None, slow: None, capsys: pytest.CaptureFixture[str]
+    vllm_environment: None, slow: None, logged: list[str]
 ) -> None:
     assert settled() == "float32"
     assert settled("--dtype", "auto") == "float32"
-    lines = [line for line in capsys.readouterr().out.splitlines() if "dtype: " in line]
+    lines = [line for line in logged if line.startswith("dtype: ")]
     assert len(lines) == 2
     assert all("dtype: float32 in place of 16 bits" in line for line in lines)
 
