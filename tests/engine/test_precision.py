@@ -182,6 +182,9 @@ def settled(*arguments: str) -> str:
 def logged() -> Iterator[list[str]]:
     """What is logged meanwhile. vLLM's own handler writes to the stdout of whichever test imported
     vLLM, and its logger need not reach the root's."""
+    import vllm.logger  # Takes the handlers of loggers below its own away.
+
+    assert vllm.logger
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
