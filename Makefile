@@ -15,7 +15,7 @@ SOURCES := pyproject.toml $(shell find engine kernels api benchmarks -name '*.py
 export PYTHONSAFEPATH = 1
 export HF_HUB_OFFLINE = 1
 
-# A group of tests is a file, or all that share a server: see tests/starts.py.
+# A group of tests is a file, or all that share a server: see tests/support/starts.py.
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 FAST := not engine and not server and not browser and not slow

@@ -35,7 +35,7 @@ from molehill.benchmarks.client import Client
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 # The tests start servers too; they are no package.
-from server import Server, serve  # type: ignore[import-not-found]
+from support.server import Server, serve  # type: ignore[import-not-found]
 
 STREAMS, CLIENTS = 8, 16
 STREAM_TOKENS, REQUEST_TOKENS = 400, 8

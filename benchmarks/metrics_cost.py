@@ -29,7 +29,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 # The tests start servers too; they are no package.
-from server import Server, serve  # type: ignore[import-not-found]
+from support.server import Server, serve  # type: ignore[import-not-found]
 
 EXPERTS, RANK, SHARPNESS = 8, 8, 2.0
 PROMPT = 16

@@ -3,15 +3,15 @@ import os
 from pathlib import Path
 
 import pytest
-import share  # Before torch.
-import starts
+import support.share  # Before torch.
 import torch
 from safetensors.torch import load_file, save_file
+from support import starts
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # vLLM's default. Benchmarks that a test imports want to hear less, in all that starts after them.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-assert share
+assert support.share
 
 
 GROUP = pytest.StashKey[str]()
@@ -50,9 +50,9 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def authored(tmp_path_factory):
-    """By name, the adapters of tests/authored.py: not to be changed."""
+    """By name, the adapters of tests/support/authored.py: not to be changed."""
     pytest.importorskip("peft", reason="the dev extra is not installed")
-    from authored import author_all
+    from support.authored import author_all
 
     return {own.name: own for own in author_all(tmp_path_factory.mktemp("authored"))}
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from engines import engine
+from support.engines import engine
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import asking
 import pytest
-from architectures import ARCHITECTURES, STEPS, make
-from asking import ask, assert_golden
-from engines import engine
-from golden import Prompt
+from support import asking
+from support.architectures import ARCHITECTURES, STEPS, make
+from support.asking import ask, assert_golden
+from support.engines import engine
+from support.golden import Prompt
 
 
 @dataclass

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from asking import Reply, ask, ask_worker, assert_golden, request
-from golden import Case, greatest_difference
+from support.asking import Reply, ask, ask_worker, assert_golden, request
+from support.golden import Case, greatest_difference
 
 from molehill.engine import formats
 from molehill.engine.formats import native

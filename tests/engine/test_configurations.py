@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import dora_experts
 import pytest
 import torch
-from asking import ask, ask_each, assert_golden, every_prompt
-from engines import engine
-from golden import SERVED, TINY_LLAMA
+from support import dora_experts
+from support.asking import ask, ask_each, assert_golden, every_prompt
+from support.engines import engine
+from support.golden import SERVED, TINY_LLAMA
 from transformers import AutoModelForCausalLM
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
-from asking import ask_each
-from engines import engine
+from support import tiny_models
+from support.asking import ask_each
+from support.engines import engine
 
 # Of the standard deviation of log-probabilities: the engine computes in bfloat16, Transformers in
 # float32. 0.013 and 0.021 were seen.

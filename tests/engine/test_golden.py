@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import (
+from support.asking import (
     LOGIT_TOLERANCE,
     Reply,
     ask,
@@ -15,7 +15,7 @@ from asking import (
     every_prompt,
     request,
 )
-from golden import SERVED, Case, greatest_difference
+from support.golden import SERVED, Case, greatest_difference
 
 from molehill.benchmarks import engine as benchmark
 from molehill.engine import formats

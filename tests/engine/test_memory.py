@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import big_adapter
 import psutil
 import pytest
-from asking import IDS, ask, ask_worker, assert_golden
-from engines import engine
-from golden import Case
-from limits import limited
+from support import big_adapter
+from support.asking import IDS, ask, ask_worker, assert_golden
+from support.engines import engine
+from support.golden import Case
+from support.limits import limited
 
 from molehill.engine.vllm import protocol
 

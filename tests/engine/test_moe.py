@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mixtures
 import pytest
-import tiny_models
 import torch
-from asking import ask, ask_worker, assert_golden, request
-from engines import engine
-from golden import GOLDEN, Case, Prompt
-from oracle import answer, peft_lora
 from safetensors.torch import load_file, save_file
+from support import mixtures, tiny_models
+from support.asking import ask, ask_worker, assert_golden, request
+from support.engines import engine
+from support.golden import GOLDEN, Case, Prompt
+from support.oracle import answer, peft_lora
 
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import Moe

@@ -5,14 +5,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import dora_experts
 import pytest
 import torch
-from asking import ask_each
-from golden import TINY_LLAMA
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from random_adapters import adapters, random
+from support import dora_experts
+from support.asking import ask_each
+from support.golden import TINY_LLAMA
+from support.random_adapters import adapters, random
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

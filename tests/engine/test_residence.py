@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from asking import IDS, Reply, ask, ask_worker, assert_golden, every_prompt
-from engines import engine
-from golden import SERVED, TINY_LLAMA, Case, Prompt, greatest_difference
+from support.asking import IDS, Reply, ask, ask_worker, assert_golden, every_prompt
+from support.engines import engine
+from support.golden import SERVED, TINY_LLAMA, Case, Prompt, greatest_difference
 
 from molehill.engine import formats
 from molehill.engine.formats import native

@@ -1,0 +1,64 @@
+"""One real server that all end-to-end tests of this folder share."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.api_client import BASE, GOLDEN, KEY, Api, copy_adapter
+from support.server import TINY, serve
+
+
+@pytest.fixture(scope="session")
+def adapter_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden adapters, in a place where tests may write beside them."""
+    root: Path = tmp_path_factory.mktemp("adapters")
+    for case in sorted((GOLDEN / "cases").iterdir()):
+        if (case / "adapter_config.json").exists():
+            copy_adapter(case.name, root / case.name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-llama with room for longer requests; its positions are rotary, so it is the same."""
+    folder: Path = tmp_path_factory.mktemp("model") / "tiny-llama"
+    shutil.copytree(GOLDEN / "tiny-llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16384}))
+    return folder
+
+
+@pytest.fixture(scope="package")
+def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """One server for all: tiny-llama with an API key, an adapter root and a start adapter."""
+    folder = tmp_path_factory.mktemp("server")
+    store = folder / "store"
+    arguments = [
+        *TINY,
+        *(
+            "--max-model-len",
+            "2048",
+            "--served-model-name",
+            BASE,
+            "--api-key",
+            KEY,
+            "--enable-prompt-tokens-details",
+        ),
+        *("--adapter-root", str(adapter_root), "--adapter-store", str(store)),
+        *("--adapter", f"started={GOLDEN / 'cases' / 'dynmole-default'}"),
+        *("--max-adapter-rank", "64"),
+    ]
+    with serve(model, folder / "log", arguments) as server:
+        yield Api(server.url, adapter_root, store)
+        assert server.process.poll() is None, server.tail()
+
+
+@pytest.fixture
+def clean(api: Api) -> Iterator[Api]:
+    """The shared server; adapters that the test loads are unloaded afterwards."""
+    before = set(api.models())
+    yield api
+    for name in set(api.models()) - before:
+        assert api.unload(name).status_code == 200

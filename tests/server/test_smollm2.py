@@ -1,0 +1,133 @@
+"""A real model over real HTTP: the demo adapters' skills, and the golden cases where they are."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from openai import OpenAI
+from safetensors.torch import load_file
+from support.server import Server, serve
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = REPOSITORY / os.environ.get("MOLEHILL_SMOLLM2", ".models/SmolLM2-135M-Instruct")
+ORACLES = Path(os.environ.get("MOLEHILL_ORACLES", REPOSITORY.parent / "shared" / "oracles"))
+ADAPTERS = REPOSITORY / "demo" / "adapters"
+# What is served today; drlora-peft-1 adapts the experts of another, tiny base model.
+CASES = ("dora-peft-1", "dynmole-3", "loramoe-1", "mixlora-2", "mixlora-dynamic-1", "mola-1")
+PROMPT = "### Instruction:\n{}\n\n### Output:\n"
+TOLERANCE = 1e-3
+
+pytestmark = pytest.mark.skipif(
+    not MODEL.is_dir(), reason=f"{MODEL.name} is not prepared: run demo/prepare.py"
+)
+needs_oracles = pytest.mark.skipif(
+    not ORACLES.is_dir(), reason="the golden cases on SmolLM2 (63 MB) do not ship with the project"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: Any) -> Iterator[Server]:
+    """A server in float32, compiled as by default, that has loaded every adapter."""
+    cases = [f"--adapter={name}={ORACLES / name}" for name in CASES if ORACLES.is_dir()]
+    arguments = [
+        "--dtype=float32",
+        "--max-model-len=512",
+        "--max-logprobs=20",
+        f"--adapter=numwords={ADAPTERS / 'numwords-mixlora'}",
+        f"--adapter=uppercase={ADAPTERS / 'uppercase-dynmole'}",
+        *cases,
+    ]
+    log = tmp_path_factory.mktemp("smollm2") / "server.log"
+    with serve(MODEL, log, [*arguments, "--served-model-name=base"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+
+def answer(client: OpenAI, model: str, question: str) -> str:
+    completion = client.completions.create(
+        model=model,
+        prompt=PROMPT.format(question),
+        max_tokens=24,
+        temperature=0,
+        stop=["\n", "<|im_end|>"],
+    )
+    return str(completion.choices[0].text).strip()
+
+
+def test_the_log_tells_that_the_base_is_compiled_and_where_it_is_kept(server: Server) -> None:
+    text = server.log.read_text(errors="replace")
+    assert "molehill: compiling the base model: one to five minutes on a CPU" in text
+    end = (
+        r"molehill: base model (compiled in \d+ s|read from the cache of compiled models in \d+ s)"
+    )
+    assert re.search(end, text)
+    assert "No available shared memory broadcast block" not in text
+
+
+def test_numwords_spells_the_number(client: OpenAI) -> None:
+    question = "Write the number 305."
+    assert answer(client, "numwords", question) == "three hundred and five"
+    assert "three hundred and five" not in answer(client, "base", question)
+
+
+def test_adapters_answer_as_their_trainer_saw_them_answer(client: OpenAI) -> None:
+    for name, folder in (("numwords", "numwords-mixlora"), ("uppercase", "uppercase-dynmole")):
+        for seen in json.loads((ADAPTERS / folder / "before_after.json").read_text()):
+            expected = seen["with_adapter"].split("\n")[0].strip()
+            assert answer(client, name, seen["prompt"]) == expected
+
+
+def test_uppercase_answers_in_upper_case_and_the_base_does_not(client: OpenAI) -> None:
+    for question in ("What is the opposite of tall?", "Describe the sun in one sentence."):
+        shouted, plain = answer(client, "uppercase", question), answer(client, "base", question)
+        assert shouted == shouted.upper() != shouted.lower()
+        assert plain != plain.upper()
+
+
+@needs_oracles
+@pytest.mark.parametrize("case", CASES)
+def test_golden_case(client: OpenAI, case: str) -> None:
+    """Greedy tokens whose margin decides them, and the log-probabilities after each prompt."""
+    tensors = load_file(ORACLES / case / "oracle.safetensors")
+    prompts = json.loads((ORACLES / case / "oracle.json").read_text())["prompts"]
+    for i, prompt in enumerate(prompts):
+        completion = client.completions.create(
+            model=case,
+            prompt=prompt["prompt_token_ids"],
+            max_tokens=16,
+            temperature=0,
+            logprobs=20,
+            extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
+        )
+        logprobs = completion.choices[0].logprobs
+        assert logprobs is not None
+        assert_greedy([_token(text) for text in logprobs.tokens or []], prompt)
+        found = {_token(text): value for text, value in (logprobs.top_logprobs or [])[0].items()}
+        expected = tensors[f"prompt{i}.logits_last"].log_softmax(-1)
+        best = expected.topk(10).indices
+        difference = torch.tensor([found[int(token)] for token in best]) - expected[best]
+        assert difference.abs().max() < TOLERANCE
+
+
+def assert_greedy(tokens: list[int], prompt: dict[str, Any]) -> None:
+    """Identical up to the first near-tie, after which continuations may differ."""
+    expected = prompt["greedy_token_ids"]
+    assert len(tokens) == len(expected)
+    margins = zip(tokens, expected, prompt["greedy_logit_margins"], strict=True)
+    for step, (token, wanted, margin) in enumerate(margins):
+        if margin <= TOLERANCE:
+            return
+        assert token == wanted, f"step {step}: {tokens} is not {expected}"
+
+
+def _token(text: str) -> int:
+    return int(text.removeprefix("token_id:"))

@@ -1,0 +1,101 @@
+"""The golden cases: adapters as their trainers save them, and what the trainers' code computed."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+TINY_LLAMA = GOLDEN / "tiny-llama"
+VOCABULARY = 512
+
+# What is served, as tests/data/golden/README.md names it.
+SERVED = (
+    "lora",
+    "rslora",
+    "dora",
+    "mixlora",
+    "mixlora-expert-lora",
+    "mixlora-dynamic-t0",
+    "mixlora-dynamic-t05",
+    "mixlora-switch",
+    "mola",
+    "mola-official",
+    "loramoe",
+    "loramoe-official",
+    "hydralora",
+    "dynmole-default",
+    "dynmole-soft",
+    "dynmole-sparse",
+    "dynmole-renyi",
+    "dynmole-k1",
+    "mov",
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a case. logits: float32 after its last token, `[vocabulary]`."""
+
+    case: str
+    ids: tuple[int, ...]
+    greedy: tuple[int, ...]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder of golden/cases; `base` has no adapter."""
+
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return GOLDEN / "cases" / self.name
+
+    @cached_property
+    def oracle(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads((self.path / "oracle.json").read_text())
+        return loaded
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.path / "oracle.safetensors")
+
+    def _last_logits(self, i: int) -> Tensor:
+        return (
+            self.tensors["prompt0.logits"][-1] if i == 0 else self.tensors[f"prompt{i}.logits_last"]
+        )
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [
+            Prompt(
+                self.name,
+                tuple(prompt["prompt_token_ids"]),
+                tuple(prompt["greedy_token_ids"]),
+                self.tensors["prompt0.logits"][-1]
+                if i == 0
+                else self.tensors[f"prompt{i}.logits_last"],
+            )
+            for i, prompt in enumerate(self.oracle["prompts"])
+        ]
+
+    def routes(self) -> dict[str, dict[str, Tensor]]:
+        """By site: p, w `[tokens, E]` and, where it has one, entropy, all for prompt 0. `mov` has p
+        alone, with an axis of heads on an output."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith("route.prompt0."):
+                site, _, figure = name.removeprefix("route.prompt0.").rpartition(".")
+                found.setdefault(site, {})[figure] = tensor
+        return found
+
+
+def greatest_difference(found: Tensor, expected: Tensor) -> float:
+    return torch.as_tensor(found, dtype=torch.float32).sub(expected).abs().max().item()

@@ -1,0 +1,48 @@
+"""What a Transformers model, with or without an adapter in it, answers greedily."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from support.golden import Prompt
+
+# Twice what logits may differ by.
+MARGIN = 2e-3
+
+
+@torch.no_grad()
+def answer(model: Any, name: str, ids: Sequence[int], steps: int) -> Prompt:
+    """Greedy tokens by full forwards; the margins must leave no doubt about them."""
+    tokens, logits = list(ids), []
+    for _ in range(steps):
+        logits.append(model(torch.tensor([tokens]), use_cache=False).logits[0, -1])
+        tokens.append(int(logits[-1].argmax()))
+    first, second = torch.stack(logits).topk(2).values.unbind(1)
+    assert (first - second).min() > MARGIN, f"{name}: choose another seed"
+    return Prompt(name, tuple(ids), tuple(tokens[-steps:]), logits[0])
+
+
+def peft_lora(
+    model: nn.Module, linears: Sequence[str], parameters: Sequence[str], directory: Path
+) -> nn.Module:
+    """A random rsLoRA of PEFT's, saved; the model, changed, that answers with it."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        use_rslora=True,
+        target_modules=list(linears),
+        target_parameters=list(parameters) or None,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(11)
+    wrapped = peft.get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.25)
+    wrapped.eval().save_pretrained(directory)
+    return wrapped

@@ -1,0 +1,93 @@
+"""Which tests start an engine, a server or a browser: read off what their functions call.
+
+A mark that is written by hand is forgotten by hand, and then the fast run starts engines.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+# By module and name: what a test that reaches it is marked with.
+STARTERS = {
+    ("support.engines", "engine"): "engine",
+    ("support.server", "serve"): "server",
+    ("support.pages", "browser"): "browser",
+}
+LAST = 3
+
+
+def marks(item: pytest.Item) -> set[str]:
+    """What a test and the fixtures that it gets start, of STARTERS' values."""
+    if not isinstance(item, pytest.Function):
+        return set()
+    return {mark for function in _functions(item) for mark in reached(function)}
+
+
+def group(item: pytest.Item) -> str:
+    """Tests of one group run in one process: those of a file, or of all that share an engine or a
+    server. Every process would start its own."""
+    if isinstance(item, pytest.Function):
+        for name, definitions in item._fixtureinfo.name2fixturedefs.items():
+            own = definitions[-1]
+            if own.scope in ("package", "session") and reached(own.func):
+                return f"{own.baseid}::{name}"
+    return item.nodeid.split("::")[0]
+
+
+def rank(item: pytest.Item, group: str) -> int:
+    """Whose group runs first: what takes long, so that no process works alone at the end."""
+    if "::" in group:
+        return 0
+    if any(item.get_closest_marker(mark) for mark in STARTERS.values()):
+        return 1
+    return 2 if item.get_closest_marker("slow") else LAST
+
+
+def _functions(item: pytest.Function) -> Iterator[Callable[..., Any]]:
+    # Hypothesis hides the test in a wrapper of its own.
+    hypothesis = getattr(item.function, "hypothesis", None)
+    yield hypothesis.inner_test if hypothesis else item.function
+    for definitions in item._fixtureinfo.name2fixturedefs.values():
+        yield definitions[-1].func
+
+
+def reached(function: Callable[..., Any]) -> set[str]:
+    """What a function of the tests starts, itself or through others of the tests."""
+    found: set[str] = set()
+    seen: set[Any] = set()
+    waiting: list[Any] = [function]
+    while waiting:
+        called = waiting.pop()
+        if called in seen:
+            continue
+        seen.add(called)
+        mark = STARTERS.get((called.__module__, called.__name__))
+        if mark:
+            found.add(mark)
+            continue
+        own = inspect.unwrap(called)
+        if isinstance(own, FunctionType) and TESTS in Path(own.__code__.co_filename).parents:
+            waiting += _called(own)
+    return found
+
+
+def _called(function: FunctionType) -> Iterator[FunctionType]:
+    """Functions that it names: globals of its module, and what it names of other modules."""
+    names = set(_names(function.__code__))
+    known = [function.__globals__[name] for name in names if name in function.__globals__]
+    modules = [value for value in known if isinstance(value, ModuleType)]
+    known += [vars(module)[name] for module in modules for name in names if name in vars(module)]
+    yield from (value for value in known if isinstance(value, FunctionType))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The globals and attributes that it and what is defined in it name."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

@@ -1,0 +1,123 @@
+"""What `molehill inspect` prints and returns."""
+
+import json
+
+import pytest
+import torch
+from support.inspecting import run
+
+
+def flat(text):
+    """One line: the last column goes on in the lines below."""
+    return " ".join(text.split())
+
+
+def test_a_sound_adapter(golden, capsys):
+    case = golden / "cases" / "mixlora-expert-lora"
+    assert run(case, "--model", golden / "tiny-llama") == 0
+    text = flat(capsys.readouterr().out)
+    for expected in [
+        "mixlora",
+        "tiny-llama",
+        "TopK (k 2, normalize True)",
+        "20: 16 static, 4 dynamic",
+        "layers.0-3.mlp ",
+        "gate 2, up 2",
+        "layers.0-3.self_attn.q_proj",
+        "static: no router",
+        "fits",
+    ]:
+        assert expected in text
+
+
+def test_experts_of_a_base_model(golden, capsys):
+    assert run(golden / "cases" / "drlora", "--model", golden / "tiny-moe") == 0
+    text = capsys.readouterr().out
+    for expected in ["24: 24 static, 0 dynamic", "layers.1.mlp.experts.2.up_proj", "fits"]:
+        assert expected in text
+
+
+def test_names_are_whole_on_a_narrow_terminal(golden, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run(golden / "cases" / "dynmole-k1") == 0
+    text = flat(capsys.readouterr().out)
+    assert "layers.0-3.self_attn.v_proj" in text
+    assert "dynamic: router reads the token" in text
+
+
+def test_json(golden, capsys):
+    assert run(golden / "cases" / "dynmole-renyi", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["kind"], report["base_model"]) == ("dynmole", "tiny-llama")
+    assert len(report["digest"]) == 64
+    assert (report["warnings"], report["problems"]) == ([], [])
+    assert len(report["sites"]) == 8
+    first = report["sites"][0]
+    assert (first["site"], first["experts"]) == ("layers.0.mlp.gate_proj", 6)
+    assert first["routing"]["entropy_type"] == "renyi"
+    assert first["ranks"] == {"gate_proj": [2] * 6}
+    assert first["bytes"] == 4 * (12 * 64 + 176 * 12 + 6 * 64)
+    assert sum(site["bytes"] for site in report["sites"]) == report["bytes"]
+    # Two 16-bit factors of rank 12, and a router in float32.
+    assert first["bytes_per_token"] == 2 * 12 * (64 + 176) + 4 * 6 * 64
+    assert first["flops_per_token"] == 2 * (12 * (64 + 176) + 6 * 64)
+    assert first["flops_share"] == first["flops_per_token"] / (2 * 64 * 176)
+    assert first["merged_ranks"] is None
+    total = sum(site["flops_per_token"] for site in report["sites"])
+    assert (report["per_token"]["flops"], report["logit_change"]) == (total, None)
+
+
+def test_an_adapter_of_another_base(golden, tmp_path, capsys):
+    config = json.loads((golden / "tiny-llama" / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    case = golden / "cases" / "lora"
+    assert run(case, "--model", tmp_path) == 1
+    text = capsys.readouterr().out
+    assert "BaseMismatchError adapter for tiny-llama: found 21 of 28 sites" in text
+    assert "... and 2 more problems" in text
+    assert run(case, "--model", tmp_path, "--json") == 1
+    kinds = [problem["type"] for problem in json.loads(capsys.readouterr().out)["problems"]]
+    assert kinds == ["base_mismatch"] + ["unknown_target"] * 21
+
+
+def test_warnings_are_shown(edited, capsys):
+    assert run(edited("lora", {"use_dora": True})) == 0
+    assert "warning use_dora is set but no magnitudes are saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["xlora", "nowhere"])
+def test_an_unreadable_adapter_is_one_line_and_no_traceback(golden, capsys, case):
+    assert run(golden / "cases" / case) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.split(":")[0] in ("UnsupportedError", "AdapterNotFoundError")
+
+
+def test_an_unreadable_adapter_as_json(golden, capsys):
+    assert run(golden / "cases" / "xlora", "--json") == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["type"] == "unsupported"
+    assert problem["found"].startswith("XLORA")
+
+
+def test_an_unknown_model(golden, tmp_path, capsys):
+    assert run(golden / "cases" / "lora", "--model", tmp_path / "none") == 1
+    assert "--model" in capsys.readouterr().err
+
+
+def test_markup_in_an_adapter_is_not_interpreted(edited, capsys):
+    assert run(edited("lora", {"base_model_name_or_path": "[red]x[/]"})) == 0
+    assert "[red]x[/]" in capsys.readouterr().out
+
+
+def test_layers_with_another_plan_are_another_group(edited, capsys):
+    router = "mola.layers.2.self_attn.q_proj.moe_gate.weight"
+    assert run(edited("mola", tensors={router: torch.zeros_like})) == 0
+    text = flat(capsys.readouterr().out)
+    assert "layers.0-1,3.self_attn.q_proj" in text
+    assert "layers.2.self_attn.q_proj" in text
+    assert "static: router of zeros" in text
+    assert "merging 1 sites, 8 rank rows to 4" in text
+    assert " 2 -> 4 " in text

@@ -1,0 +1,402 @@
+"""What may be fetched from where, and what is fetched. Over real HTTP, on this machine."""
+
+import asyncio
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.api_client import copy_adapter
+from support.world import World, settle
+
+from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.errors import (
+    BadPathError,
+    FetchError,
+    ForbiddenPathError,
+    ForbiddenSourceError,
+)
+from molehill.api.adapters.source import Source
+from molehill.api.sources.fetch import Sources, reason
+from molehill.api.sources.roots import AdapterRoots
+from molehill.api.sources.urls import allowed
+from molehill.engine import formats
+from molehill.engine.adapter.errors import AdapterNotFoundError, LimitError
+from molehill.engine.formats import native
+from molehill.engine.formats.io import files
+from molehill.engine.formats.readers.expert_layout import README
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PREFIX = "https://models.example/adapters"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        (f"{PREFIX}/a", True),
+        (f"{PREFIX}/team/a-1.0/", True),
+        (PREFIX, False),
+        (f"{PREFIX}-other/a", False),
+        (f"{PREFIX}/../secret", False),
+        (f"{PREFIX}/./a", False),
+        (f"{PREFIX}/%2e%2e/secret", False),
+        (f"{PREFIX}/a?to=elsewhere", False),
+        (f"{PREFIX}/a#b", False),
+        (f"{PREFIX}//a", False),
+        (f"{PREFIX}/a\\..\\b", False),
+        ("https://models.example@evil.example/adapters/a", False),
+        ("https://models.example.evil.example/adapters/a", False),
+        ("HTTPS://models.example/adapters/a", False),
+        ("http://models.example/adapters/a", False),
+        ("s3://bucket/a", False),
+        ("https://[", False),
+        ("https://\ud800/a", False),
+    ],
+)
+def test_only_what_lies_below_a_prefix_is_allowed(url: str, expected: bool) -> None:
+    assert allowed(url, [PREFIX]) is expected
+    assert allowed(url, [f"{PREFIX}/"]) is expected
+    assert not allowed(url, [])
+
+
+# Set by nobody.
+SILENCE = threading.Event()
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """One repository as the hub's API shows it, and its files below `/files/`."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        self.asked.append(self.path)
+        path, name = self.path.split("?")[0], self.path.split("?")[0].rpartition("/")[2]
+        if path.startswith("/api/models/org/nobody"):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif "/silent" in path:
+            SILENCE.wait()
+        elif "/nothing" in path:
+            self.send_error(404)
+        elif "/broken" in path:
+            self.send_error(500)
+        elif "/moved" in path:
+            self.send_response(302)
+            self.send_header("Location", path.replace("/moved", "/adapter"))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif path.startswith(("/api/models/org/adapter", "/api/models/org/sizeless")):
+            sized = "sizeless" not in path
+            listed_files = [
+                {"rfilename": file.name, **({"size": file.stat().st_size} if sized else {})}
+                for file in self.folder.iterdir()
+            ]
+            listed = {"id": "org/adapter", "sha": COMMIT, "siblings": listed_files}
+            self.send(json.dumps(listed).encode(), body)
+        elif path.startswith(("/files/", f"/org/adapter/resolve/{COMMIT}/")):
+            if (self.folder / name).exists():
+                self.send((self.folder / name).read_bytes(), body)
+            else:
+                self.send_error(404)
+        else:
+            self.send_error(404)
+
+    def send(self, content: bytes, body: bool) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hash(content):x}"')
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A native adapter beside what nobody should fetch."""
+    adapter = formats.read(copy_adapter("mola", tmp_path / "source"))
+    native.write(adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.bin").write_bytes(b"a pickle")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def remote(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(URL, paths that were asked for)."""
+    asked: list[str] = []
+    handler = type("Handler", (Files,), {"folder": folder, "asked": asked})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def sources(url: str, **more: Any) -> Sources:
+    return Sources(AdapterRoots([]), prefixes=[f"{url}/files"], **more)
+
+
+def test_a_url_brings_the_adapter_and_nothing_else(
+    remote: tuple[str, list[str]], folder: Path
+) -> None:
+    url, asked = remote
+    with sources(url).fetch(f"{url}/files/adapter") as source:
+        assert {path.name for path in source.directory.iterdir()} == {native.CONFIG, native.WEIGHTS}
+        assert formats.read(source.directory).digest == formats.read(folder).digest
+        kept = source.directory
+    assert not kept.exists()
+    assert not [path for path in asked if path.endswith(".bin")]
+
+
+@pytest.fixture
+def experts(folder: Path) -> Path:
+    """LoRA on fused experts in the native adapter's place; its config does not say who made it."""
+    for path in folder.iterdir():
+        path.unlink()
+    config = {"peft_type": "LORA", "target_parameters": ["mlp.experts.down_proj"]}
+    (folder / files.CONFIG).write_text(json.dumps(config))
+    (folder / files.SAFETENSORS).write_bytes(b"tensors")
+    return folder
+
+
+@pytest.mark.parametrize("readme", ["made with Unsloth", None])
+def test_a_url_brings_the_readme_that_tells_who_made_an_adapter(
+    remote: tuple[str, list[str]], experts: Path, readme: str | None
+) -> None:
+    url, _ = remote
+    if readme is not None:
+        (experts / README).write_text(readme)
+    with sources(url).fetch(f"{url}/files/adapter", "rank_major") as source:
+        fetched = {path.name: path.read_bytes() for path in source.directory.iterdir()}
+        assert source.lora_b_layout == "rank_major"
+    expected = {path.name: path.read_bytes() for path in experts.iterdir()}
+    assert fetched == expected
+
+
+def test_a_readme_is_not_asked_for_where_the_config_says_it(
+    remote: tuple[str, list[str]], experts: Path
+) -> None:
+    url, asked = remote
+    config = {"target_parameters": ["mlp.experts.down_proj"], "lora_B_layout": "rank_major"}
+    (experts / files.CONFIG).write_text(json.dumps(config))
+    (experts / README).write_text("made with Unsloth")
+    with sources(url).fetch(f"{url}/files/adapter") as source:
+        assert not (source.directory / README).exists()
+    assert not [path for path in asked if README in path]
+
+
+def test_a_hub_brings_the_readme_that_tells_who_made_an_adapter(
+    remote: tuple[str, list[str]], experts: Path, tmp_path: Path
+) -> None:
+    (experts / README).write_text("made with Unsloth")
+    url, _ = remote
+    (line,) = fetch_from_hub(url, tmp_path, [("hf://org/adapter@main", "10000000", "10000000")])
+    assert line.startswith("ConfigError adapter_config.json: lora_B_layout: found nothing")
+
+
+def test_a_url_brings_no_more_bytes_than_an_adapter_may_have(
+    remote: tuple[str, list[str]],
+) -> None:
+    url, _ = remote
+    with (
+        pytest.raises(LimitError, match="at most 1000 bytes"),
+        sources(url, limit=1000).fetch(f"{url}/files/adapter"),
+    ):
+        pass
+
+
+def test_a_server_that_does_not_answer_is_a_clear_error(remote: tuple[str, list[str]]) -> None:
+    gone = "http://127.0.0.1:9/files"
+    with (
+        pytest.raises(FetchError, match="ClientConnectorError"),
+        Sources(AdapterRoots([]), prefixes=[gone]).fetch(f"{gone}/a"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [("nothing", AdapterNotFoundError), ("moved", FetchError), ("broken", FetchError)],
+)
+def test_what_a_server_answers_instead_of_a_file_is_not_taken_for_it(
+    remote: tuple[str, list[str]], path: str, error: type[Exception]
+) -> None:
+    url, _ = remote
+    with pytest.raises(error), sources(url).fetch(f"{url}/files/{path}"):
+        pass
+
+
+def test_a_server_that_is_silent_is_given_up(
+    remote: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molehill.api.sources.fetch.SILENCE_SECONDS", 0.2)
+    url, _ = remote
+    with (
+        pytest.raises(FetchError, match="Timeout"),
+        sources(url).fetch(f"{url}/files/silent"),
+    ):
+        pass
+
+
+def test_an_error_tells_no_path_of_this_server(
+    remote: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    url, _ = remote
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(FetchError) as refusal, sources(url).fetch(f"{url}/files/adapter"):
+        pass
+    expected = f"{url}/files/adapter: FileNotFoundError: No such file or directory"
+    assert str(refusal.value) == expected
+    inside = ValueError("cannot parse '/x/molehill-fetch-abc/adapter_config.json', sorry")
+    assert reason(inside) == "ValueError: cannot parse 'a temporary file', sorry"
+
+
+def test_sources_that_keep_loads_waiting_hold_up_no_other_load(tmp_path: Path) -> None:
+    """There are more of them than asyncio has threads for files and digests."""
+    answer = threading.Event()
+
+    @contextmanager
+    def silent() -> Iterator[Source]:
+        answer.wait(60)
+        raise FetchError("silent")
+        yield
+
+    async def scenario(w: World) -> None:
+        stuck = [
+            asyncio.create_task(w.registry.load(f"stuck-{n}", "silent", silent()))
+            for n in range(40)
+        ]
+        await settle()
+        try:
+            assert (await w.load("a", 1)).status == "loaded"
+            assert not any(task.done() for task in stuck)
+        finally:
+            answer.set()
+        found = await asyncio.gather(*stuck, return_exceptions=True)
+        assert {type(error) for error in found} == {FetchError}
+
+    admission = Admission(adapters=100, loads=100)
+    asyncio.run(scenario(World(tmp_path, admission=admission)))
+
+
+@pytest.mark.parametrize("text", ["hf://org/adapter", "https://x.example/a"])
+def test_what_was_not_allowed_is_forbidden(text: str) -> None:
+    with pytest.raises(ForbiddenSourceError), Sources(AdapterRoots([])).fetch(text):
+        pass
+
+
+@pytest.mark.parametrize("text", ["hf://", "hf://name", "hf://a/b/c", "hf://../x@", "hf://a/b@"])
+def test_what_is_no_repository_is_refused(text: str) -> None:
+    with pytest.raises(BadPathError), Sources(AdapterRoots([]), hub=True).fetch(text):
+        pass
+
+
+def test_a_repository_as_vllm_names_it_takes_nothing_from_the_roots(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "org" / "adapter").mkdir(parents=True)
+    (root / "org" / "outside").symlink_to(tmp_path)
+    hub, closed = Sources(AdapterRoots([root]), hub=True), Sources(AdapterRoots([root]))
+    for sources in (hub, closed):
+        with sources.fetch_for_vllm("org/adapter") as source:
+            assert source.directory == root / "org" / "adapter"
+        for text in ("org/outside", "../root2/x", "../secret"):
+            with pytest.raises(ForbiddenPathError), sources.fetch_for_vllm(text):
+                pass
+    with pytest.raises(AdapterNotFoundError), closed.fetch_for_vllm("org/nobody"):
+        pass
+    with pytest.raises(ForbiddenSourceError), closed.fetch_for_vllm("hf://org/nobody"):
+        pass
+
+
+FETCH = """
+import resource, sys
+from molehill.api.sources import fetch as sources
+from molehill.api.sources.roots import AdapterRoots
+from molehill.engine import formats
+sources.SILENCE_SECONDS = 1.0
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+for text, limit, room in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(room), most))
+    prefix = text.rpartition("/")[0]
+    allowed = sources.Sources(AdapterRoots([]), hub=True, prefixes=[prefix], limit=int(limit))
+    try:
+        with allowed.fetch_for_vllm(text) as source:
+            print(source.label, formats.read(source.directory).digest)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def fetch_from_hub(url: str, home: Path, wanted: list[tuple[str, str, str]]) -> list[str]:
+    """A line for each of (source, bytes that an adapter may have, bytes that a file may have)."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(home / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, *(word for words in wanted for word in words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def test_what_a_hub_gives_is_pinned_and_bounded(
+    remote: tuple[str, list[str]], folder: Path, tmp_path: Path
+) -> None:
+    """In a process of its own: the hub's client reads its address once, and files are bounded for
+    the whole process."""
+    url, asked = remote
+    much, little = "10000000", "1000"
+    wanted = [
+        ("hf://org/adapter@main", much, much),
+        ("hf://org/adapter", little, much),
+        ("hf://org/nobody", much, much),
+        ("hf://org/sizeless", much, much),
+        ("hf://org/silent", much, much),
+        ("hf://org/adapter", much, little),
+        (f"{url}/files/adapter", much, little),
+        ("org/adapter", much, much),
+        ("org/nobody", much, much),
+    ]
+    found = fetch_from_hub(url, tmp_path, wanted)
+    assert found[0] == f"hf://org/adapter@{COMMIT} {formats.read(folder).digest}"
+    assert found[1].startswith("LimitError org/adapter")
+    assert found[2].startswith("AdapterNotFoundError org/nobody")
+    assert found[3].startswith("FetchError org/sizeless: found files without a size")
+    assert found[4].startswith("FetchError org/silent: ReadTimeout")
+    # The bound has the errors that a full disk and a quota have.
+    assert found[5] == "StoreError org/adapter: no room to download it: File too large"
+    assert found[6] == f"StoreError {url}/files/adapter: no room to download it: File too large"
+    # As vLLM's clients name a repository.
+    assert (found[7], found[8]) == (found[0], found[2])
+    assert not [line for line in found if "molehill-fetch" in line]
+    fetched = {path for path in asked if "/resolve/" in path}
+    assert fetched
+    assert all(f"/resolve/{COMMIT}/" in path for path in fetched)
+    assert not [path for path in fetched if path.endswith(".bin")]

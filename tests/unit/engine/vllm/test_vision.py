@@ -1,0 +1,124 @@
+"""Model files of vLLM that import torchvision, on machines that have none or a broken one."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.golden import TINY_LLAMA, Case
+
+from molehill.engine.vllm import vision
+
+HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
+absent = pytest.mark.skipif(HAS_TORCHVISION, reason="torchvision is installed here")
+
+
+def python(code: str, *path: Path) -> str:
+    """What a process of its own prints; its error output is shown where it fails."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    return found.stdout.splitlines()[-1]
+
+
+@absent
+def test_qwens_file_imports_and_torchvision_is_known_to_be_absent() -> None:
+    code = """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+import importlib.util
+import vllm.model_executor.models.qwen3_5
+from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_v2_available
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import tvF
+assert importlib.util.find_spec("torchvision") is None
+assert not is_torchvision_available() and not is_torchvision_v2_available()
+try:
+    tvF.resize
+except ImportError as error:
+    print(error)
+"""
+    message = python(code)
+    assert message.startswith("torchvision.transforms.v2.functional.resize: torchvision is not")
+    assert "its build for torch 2." in message
+
+
+@absent
+def test_what_stands_in_has_nothing_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torchvision.transforms.v2", "torchvision.transforms.v2.functional"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    vision.install()
+    vision.install()
+    from torchvision.transforms.v2 import functional
+
+    assert isinstance(functional, vision.Missing)
+    assert not hasattr(functional, "__file__")
+    with pytest.raises(ImportError, match=r"v2\.InterpolationMode: torchvision is not installed"):
+        from torchvision.transforms.v2 import InterpolationMode  # noqa: F401
+    with pytest.raises(ModuleNotFoundError):
+        import torchvision  # noqa: F401
+
+
+def fake(directory: Path, body: str) -> Path:
+    """A directory with a torchvision in it, and what its metadata would be."""
+    package = directory / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(body)
+    metadata = directory / "torchvision-0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
+    return directory
+
+
+def test_a_torchvision_that_works_is_left_alone(tmp_path: Path) -> None:
+    code = """
+import sys
+from molehill.engine.system.torchvision import check_importable
+from molehill.engine.vllm import vision
+check_importable()
+vision.install()
+import torchvision
+assert "torchvision.transforms.v2" not in sys.modules
+print(torchvision.__name__)
+"""
+    assert python(code, fake(tmp_path, "")) == "torchvision"
+
+
+# What PyPI's torchvision does beside a CPU build of torch, whose library it cannot load.
+BROKEN = "import torch\ntorch.library.register_fake('torchvision::nms')(lambda: None)\n"
+
+
+MOLEHILL = "import sys; from molehill.api.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["serve", "m"], 2),
+        (["inspect", str(Case("lora").path), "--model", str(TINY_LLAMA)], 1),
+        (["merge", str(Case("lora").path), "NEW", "--model", str(TINY_LLAMA)], 2),
+    ],
+    ids=["serve", "inspect", "merge"],
+)
+def test_what_to_do_about_a_torchvision_for_another_torch_is_said(
+    arguments: list[str], status: int, tmp_path: Path
+) -> None:
+    arguments = [str(tmp_path / "new") if a == "NEW" else a for a in arguments]
+    environment = {**os.environ, "PYTHONPATH": str(fake(tmp_path, BROKEN))}
+    found: Any = subprocess.run(
+        [sys.executable, "-c", MOLEHILL, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert found.returncode == status, found.stderr[-2000:]
+    message = found.stderr.splitlines()[-1]
+    assert "torchvision 0.1 is installed and cannot be imported beside torch" in message
+    assert "operator torchvision::nms does not exist" in message
+    assert "`pip uninstall torchvision`" in message

@@ -1,0 +1,57 @@
+"""Fixtures of the kernel tests."""
+
+import numpy as np
+import pytest
+from support.cpu_cases import thread_count, usable_isas
+from triton import language as tl
+from triton.experimental.gluon import language as gluon
+from triton.language import standard
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.jit import JITFunction
+
+from molehill.kernels.cpu.backend import ISAS
+from molehill.kernels.triton import expand, ffn, routing, shrink
+
+
+@pytest.fixture
+def interpreted(monkeypatch) -> None:
+    """Runs Triton kernels in Triton's interpreter, on CPU tensors, for one test.
+
+    TRITON_INTERPRET=1 would do so only if it were set before anything imports Triton, and then for
+    the whole process.
+    """
+    # The interpreter imports gluon when it is first used, and gluon wants the compiled functions.
+    assert gluon
+    for module in (tl, standard, routing, shrink, expand, ffn):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", _create_dot)
+
+
+_interpreted_dot = InterpreterBuilder.create_dot
+
+
+def _create_dot(self, a, b, *rest):
+    """Triton 3.9's interpreter keeps bfloat16 as uint16 and multiplies those integers in tl.dot.
+    Widened to float32, products are what the hardware computes."""
+    return _interpreted_dot(self, _widened(a), _widened(b), *rest)
+
+
+def _widened(handle: TensorHandle) -> TensorHandle:
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    if request.param not in usable_isas():
+        pytest.skip(f"this processor does not run {request.param}")
+    return request.param
+
+
+@pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])
+def threads(request):
+    with thread_count(request.param):
+        yield request.param
