@@ -50,7 +50,7 @@ def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactor
         *("--adapter", f"started={GOLDEN / 'cases' / 'dynmole-default'}"),
         *("--max-adapter-rank", "64"),
     ]
-    with serve(model, folder / "log", arguments) as server:
+    with serve(model, folder / "log", arguments, warm=True) as server:
         yield Api(server.url, adapter_root, store)
         assert server.process.poll() is None, server.tail()
 

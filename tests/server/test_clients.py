@@ -93,7 +93,7 @@ def embedding(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     adapter = copy_adapter("lora", folder / "adapter")
     arguments = [*TINY, "--max-model-len", "128", "--runner", "pooling", "--convert", "embed"]
     arguments += ["--adapter", f"embeds={adapter}", "--enforce-eager"]
-    with serve(model, folder / "log", arguments) as server:
+    with serve(model, folder / "log", arguments, warm=True) as server:
         yield Api(server.url, folder, folder)
 
 

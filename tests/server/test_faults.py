@@ -293,15 +293,15 @@ def in_flight(api: Api, name: str) -> float:
 # Memory over time
 
 LONG = os.environ.get("MOLEHILL_LONG_TESTS") == "1"
-WARM = 30
+WARM = 20
 # Bytes by which a process may have grown after so many cycles.
-LEFT = {50: 3 * MEGABYTE, 1000: 6 * MEGABYTE}
+LEFT = {25: 3 * MEGABYTE, 1000: 6 * MEGABYTE}
 
 
 @pytest.mark.parametrize(
     "cycles",
     [
-        50,
+        25,
         pytest.param(
             1000,
             marks=pytest.mark.skipif(not LONG, reason="minutes; MOLEHILL_LONG_TESTS=1 runs it"),

@@ -1,6 +1,7 @@
 """Merging on a real server: static adapters as they load, and one adapter in the base weights."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,18 +24,18 @@ LORA, MOLA = GOLDEN / "cases" / "lora", GOLDEN / "cases" / "mola"
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    """A server with the golden LoRA in its weights."""
+    """A server with the golden LoRA in its weights, compiled as servers are by default."""
     folder = tmp_path_factory.mktemp("merged")
     root = folder / "adapters"
     for case in ("lora", "rslora", "mola", "mixlora"):
         copy_adapter(case, root / case)
     arguments = [
-        *TINY,
+        *(option for option in TINY if option != "--enforce-eager"),
         *("--served-model-name", BASE, "--api-key", KEY),
         *("--adapter-root", str(root), "--adapter-store", str(folder / "store")),
         *("--adapter", f"resident={LORA}", "--merge-into-base", "resident"),
     ]
-    with serve(TINY_LLAMA, folder / "log", arguments) as server:
+    with serve(TINY_LLAMA, folder / "log", arguments, warm=True) as server:
         yield Api(server.url, root, folder / "store")
         assert server.process.poll() is None, server.tail()
 
@@ -42,6 +43,16 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
 def assert_oracle(api: Api, model: str, case: str) -> None:
     for prompt in oracle(case)["prompts"]:
         assert api.greedy(model, prompt["prompt_token_ids"]) == prompt["greedy_token_ids"]
+
+
+def test_the_log_tells_that_the_base_is_compiled_and_where_it_is_kept(merged: Api) -> None:
+    text = (merged.store.parent / "log").read_text(errors="replace")
+    assert "molehill: compiling the base model: one to five minutes on a CPU" in text
+    end = (
+        r"molehill: base model (compiled in \d+ s|read from the cache of compiled models in \d+ s)"
+    )
+    assert re.search(end, text)
+    assert "No available shared memory broadcast block" not in text
 
 
 def test_the_resident_the_base_and_another_adapter_give_their_oracles(merged: Api) -> None:

@@ -65,7 +65,7 @@ def start(model: Path, folder: Path, remote: str, log: str) -> Any:
         *("--allow-url-prefix", f"{remote}/moved", "--max-adapters", "12"),
         *("--max-adapter-loads", "2"),
     ]
-    return serve(model, folder / log, arguments)
+    return serve(model, folder / log, arguments, warm=True)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support import share
+from support import warm as warming
 
 START_SECONDS = 400
 STOP_SECONDS = 60
@@ -52,10 +53,13 @@ def free_port() -> int:
         return port
 
 
-def command(model: Path, *arguments: str) -> list[str]:
-    """`molehill serve`, from the package that the tests import."""
-    code = "import sys; from molehill.api.cli.main import main; sys.exit(main())"
-    return [sys.executable, "-c", code, "serve", str(model), *arguments]
+TESTS = Path(__file__).parents[1]
+SERVE = "import sys; from molehill.api.cli.main import main; sys.exit(main())"
+
+
+def command(model: Path, *arguments: str, before: str = "") -> list[str]:
+    """`molehill serve`, from the package that the tests import; `before`: code that runs first."""
+    return [sys.executable, "-c", before + SERVE, "serve", str(model), *arguments]
 
 
 @contextmanager
@@ -64,20 +68,31 @@ def serve(
     log: Path,
     arguments: Sequence[str] = TINY,
     environment: Mapping[str, str] | None = None,
+    warm: bool = False,
 ) -> Iterator[Server]:
     """A server that answers `/health`, stopped by SIGTERM at the end.
 
+    warm: its engine and worker are forked from a process that has imported vLLM (support/warm.py),
+    which is not the server's child; otherwise all starts as it does for users.
     Raises RuntimeError with the end of its log if it does not come up.
     """
     port = free_port()
     arguments = [*arguments, "--host", "127.0.0.1", "--port", str(port)]
+    lent: dict[str, str] = {}
+    files: tuple[int, ...] = ()
+    before = ""
+    if warm:
+        lent, files = warming.lent()
+        lent["PYTHONPATH"] = str(TESTS)
+        before = "from support import warm; warm.borrow(); "
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command(model, *arguments),
+            command(model, *arguments, before=before),
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**share.environment(), **ENVIRONMENT, **(environment or {})},
-            start_new_session=True,
+            env={**share.environment(), **ENVIRONMENT, **lent, **(environment or {})},
+            pass_fds=files,
+            process_group=0,
         )
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:

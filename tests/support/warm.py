@@ -2,7 +2,8 @@
 
 On CPU vLLM spawns its engine and workers, and each imports vLLM anew. Here the engine is forked
 from a server process that has imported it and done nothing else, and workers from their engine, as
-vLLM does on GPUs. Servers in other tests start as they do for users.
+vLLM does on GPUs. Servers of tests that end processes or count their memory start as they do for
+users.
 """
 
 import multiprocessing
@@ -20,17 +21,44 @@ PRELOADED = [
     "vllm.model_executor.models.mixtral",
     "molehill.engine.vllm.worker",
 ]
+# For another process: the warm server's address, and the end of a pipe by which it sees that the
+# process lives. The group that its processes join, so that they can be ended with it.
+ADDRESS = "MOLEHILL_TEST_FORKSERVER"
+GROUP = "MOLEHILL_TEST_GROUP"
 
 
 @contextmanager
 def start() -> Iterator[None]:
     """Processes that are to be spawned are forked from the warm server, inside the block."""
+    _ensure_running()
+    with patch.object(multiprocessing, "get_context", _instead_of_spawning(_Warm())):
+        yield
+
+
+def lent() -> tuple[dict[str, str], tuple[int, ...]]:
+    """What a new process of this one's session needs to `borrow`: environment, and open files."""
+    _ensure_running()
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    alive: int = server._forkserver_alive_fd
+    address = os.fsdecode(server._forkserver_address)
+    return {ADDRESS: f"{alive} {address}"}, (alive,)
+
+
+def borrow() -> None:
+    """From now on, what this process would spawn is forked from the warm server of its parent."""
+    alive, _, address = os.environ.pop(ADDRESS).partition(" ")
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server._forkserver_alive_fd, server._forkserver_address = int(alive), address
+    server.ensure_running = lambda: None
+    os.environ[GROUP] = str(os.getpgrp())
+    multiprocessing.get_context = _instead_of_spawning(_Warm())  # type: ignore[assignment]
+
+
+def _ensure_running() -> None:
     multiprocessing.set_forkserver_preload(PRELOADED)
     # OpenMP is set up where it is imported. vLLM would give a worker one core of two.
     with patch.dict(os.environ, OMP_NUM_THREADS="1"):
         forkserver.ensure_running()
-    with patch.object(multiprocessing, "get_context", _instead_of_spawning(_Warm())):
-        yield
 
 
 def _instead_of_spawning(other: context.BaseContext) -> Callable[..., context.BaseContext]:
@@ -52,9 +80,11 @@ class _Warm(context.ForkServerContext):
 
 
 def _run(environment: dict[str, str], target: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-    """In the new process: the environment is the test's, not the warm server's."""
+    """In the new process: the environment is the starting process's, not the warm server's."""
     os.environ.clear()
     os.environ.update(environment)
+    if GROUP in environment:
+        os.setpgid(0, int(environment[GROUP]))
     multiprocessing.get_context = _instead_of_spawning(  # type: ignore[assignment]
         context.ForkContext()
     )
