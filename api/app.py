@@ -24,7 +24,6 @@ from molehill.api.http import adapters, dashboard, router_stats, vllm_routes
 from molehill.api.http.auth import Guard
 from molehill.api.http.dependencies import Services, answer_http_error, answer_not_found
 from molehill.api.metrics.worker_stats import WorkerStats
-from molehill.api.options import Options, api_keys
 from molehill.api.sources.fetch import Sources, local
 from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.restore import Restart
@@ -34,6 +33,7 @@ from molehill.api.vllm import compat, starting
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.lifeline import Lifeline
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
+from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, count_requests
 from molehill.api.vllm.served_models import NOT_FOUND, ServedModels

@@ -13,8 +13,8 @@ from molehill.api.adapters.errors import RequestError
 from molehill.api.adapters.store_lock import LockedError
 from molehill.api.cli import arguments as values
 from molehill.api.cli.arguments import TOLERANCE, Option
-from molehill.api.options import ADMIN_KEY_VARIABLE, Options, admin_keys_of_environment
 from molehill.api.sources.manifest import ManifestError
+from molehill.api.vllm.options import ADMIN_KEY_VARIABLE, Options, admin_keys_of_environment
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.layout import LAYOUTS
 
