@@ -149,7 +149,7 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
         base_models=names,
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
-        merged_base=(merged_base.name, merged_base.digest) if merged_base else None,
+        merged_base=merged_base,
         background=Background(cores, threads=READERS),
         memory=limits.adapter_bytes,
     )

@@ -93,7 +93,7 @@ class Watcher:
             if seen is None or seen.mark != mark:
                 seen = self._seen[name] = Seen(mark, now, FIRST_PAUSE_SECONDS)
             settled = now - seen.since >= SETTLE_SECONDS and now >= seen.later
-            if settled and not seen.done and self._is_free(name) and not self._registry.busy:
+            if settled and not seen.done and self._is_free(name) and not self._registry.loads.busy:
                 await self._load(name, seen)
 
     def _marks(self) -> dict[str, str]:
@@ -152,4 +152,4 @@ class Watcher:
             logger.exception("Adapter root: %s could not be loaded", name)
         seen.later = time.monotonic() + seen.pause
         seen.pause = min(2 * seen.pause, LAST_PAUSE_SECONDS)
-        self._registry.fail(name, name, error)
+        self._registry.names.fail(name, name, error)

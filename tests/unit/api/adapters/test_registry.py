@@ -283,7 +283,7 @@ def test_names_that_were_only_asked_for_take_no_memory(play: Play) -> None:
             with pytest.raises(NotLoadedError):
                 await w.registry.unload(f"name-{number}")
         gc.collect()
-        assert len(w.registry._locks) == 0
+        assert len(w.registry.names._locks) == 0
 
     play(scenario)
 

@@ -274,7 +274,7 @@ def test_a_name_that_serves_by_now_has_not_failed(tmp_path: Path) -> None:
     async def scenario(w: Watched) -> None:
         source = w.source(1)
         await w.registry.load("a", "label", local(source))
-        w.registry.fail("a", "a", ValueError("too late"))
+        w.registry.names.fail("a", "a", ValueError("too late"))
         assert w.failures() == {}
         assert await w.registry.dismiss("a") is None
 
