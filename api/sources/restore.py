@@ -159,8 +159,8 @@ class Restart:
             with self._sources.fetch(entry.source) as source:
                 if source.fingerprint == entry.fingerprint:
                     return None
-                found = self._read(source.directory, entry.layout).digest
-                return None if found == entry.generation else CHANGED
+                digest = self._read(source.directory, entry.layout).digest
+                return None if digest == entry.generation else CHANGED
         except (AdapterError, RequestError, OSError):
             return GONE
 

@@ -66,7 +66,7 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
         check_importable()
         compilation.lift_gate()
         args = parse(vllm_arguments)
-        precision.settle(args)
+        precision.choose_dtype(args)
         compat.check_launcher()
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise LaunchError(str(error)) from error

@@ -25,7 +25,7 @@ from molehill.engine.formats import native
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has to settle, and nothing waits before it is tried again."""
-    monkeypatch.setattr(watcher, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(watcher, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr(watcher, "FIRST_PAUSE_SECONDS", 0.0)
 
 
