@@ -70,7 +70,7 @@ class Residents:
         """It is not in host memory any more."""
         self._in_host.pop(generation.lora_int_id, None)
 
-    def evicted(self, lora_int_ids: Collection[int]) -> None:
+    def record_evictions(self, lora_int_ids: Collection[int]) -> None:
         """What had to leave host memory for others."""
         for lora_int_id in lora_int_ids:
             if lora_int_id in self._in_host:

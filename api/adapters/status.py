@@ -24,7 +24,7 @@ class Hold:
     """Keeps a generation from being freed, and in its slot while it has one.
 
     request: what it is part of; holds of one request have the same object here. None for what is no
-    request: a load, a pin, a check. in_slot: whether the engine needs the adapter for it now.
+    request: a load, a pin. in_slot: whether the engine needs the adapter for it now.
     """
 
     request: object | None = None
@@ -62,7 +62,7 @@ class GenerationStatus:
     def draining(self) -> bool:
         return self.state is AdapterState.DRAINING
 
-    # Two figures of the one set: a request is in flight before it has a slot, and still is when the
+    # Two numbers of the one set: a request is in flight before it has a slot, and still is when the
     # engine is done and its client reads on. Only a hold in the slot keeps others out of that.
 
     @property

@@ -90,7 +90,7 @@ class Transfers:
 
     async def _remove(self, generation: Generation, keep: bool) -> None:
         try:
-            self._residents.evicted(await self._workers.remove(generation.request, keep))
+            self._residents.record_evictions(await self._workers.remove(generation.request, keep))
         except Exception:
             logger.exception("The engine could not free adapter %s", generation.name)
             self._events.free_failed()

@@ -224,8 +224,8 @@ def _equal(one: Experts, other: Experts) -> bool:
 
 
 def _beside(mixture: LinearMixture, undo: Experts) -> LinearMixture:
-    """`own` and a pair that every token gets. Beside a magnitude it joins the one expert, for the
-    magnitude scales the original W."""
+    """`mixture` and a pair that every token gets. Beside a magnitude it joins the one expert, for
+    the magnitude scales the original W."""
     if mixture.router is not None:
         return replace(mixture, shared=undo)
     a = torch.cat([mixture.experts.a, undo.a])
