@@ -39,6 +39,9 @@ def test_the_name_serves_only_after_the_engine_has_loaded(play: Play) -> None:
         while not w.engine.calls:
             await asyncio.sleep(0.001)
         assert w.served == {}
+        # The load holds it, and is no request.
+        (generation,) = w.registry.alive()
+        assert (len(generation.status.holds), generation.status.in_flight) == (1, 0)
         w.engine.proceed.set()
         assert (await loading).status == "loaded"
         assert w.served["a"].lora_int_id == 1
