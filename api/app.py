@@ -24,7 +24,6 @@ from molehill.api.http import adapters, dashboard, router_stats, vllm_routes
 from molehill.api.http.auth import Guard
 from molehill.api.http.dependencies import Services, answer_http_error, answer_not_found
 from molehill.api.metrics.worker_stats import WorkerStats
-from molehill.api.options import Options, api_keys
 from molehill.api.sources.fetch import Sources, local
 from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.restore import Restart
@@ -34,6 +33,7 @@ from molehill.api.vllm import compat, starting
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.lifeline import Lifeline
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
+from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, count_requests
 from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
@@ -84,15 +84,15 @@ class MolehillRoutes:
         if models.lora_requests:
             raise RuntimeError("adapters were loaded past molehill; use molehill serve --adapter")
         models.lora_requests = ServedRequests()
-        found = await services(engine_client, models, options)
-        state.molehill = found
+        services = await make_services(engine_client, models, options)
+        state.molehill = services
         layouts = dict(options.layouts)
         for name, path in options.adapters:
             startup.enter(f"loading adapter {name}")
             source = operator_source(path, layouts.get(name))
-            await found.registry.load(name, str(path), local(source))
+            await services.registry.load(name, str(path), local(source))
         # Held by the state, or it would be collected while it runs.
-        state.molehill_task = start(go_on(found, watch=options.watch))
+        state.molehill_task = start(go_on(services, watch=options.watch))
         await starting.hand_over()
 
 
@@ -112,19 +112,19 @@ def end_with(task: asyncio.Task[None]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-async def go_on(found: Services, *, watch: bool) -> None:
+async def go_on(services: Services, *, watch: bool) -> None:
     """What goes on while the server serves."""
-    await found.restart.run()
+    await services.restart.run()
     if watch:
-        await Watcher(found.sources.roots, found.sources, found.registry).run()
+        await Watcher(services.sources.roots, services.sources, services.registry).run()
 
 
 def options_of(args: Namespace) -> Options:
-    found: Options = getattr(args, "molehill", Options())
-    return found
+    options: Options = getattr(args, "molehill", Options())
+    return options
 
 
-async def services(engine_client: Any, models: Any, options: Options) -> Services:
+async def make_services(engine_client: Any, models: Any, options: Options) -> Services:
     """All that the routes need, on this engine. Raises RuntimeError, ManifestError, LockedError."""
     config = engine_client.vllm_config
     if config.parallel_config.data_parallel_size > 1:
@@ -149,7 +149,7 @@ async def services(engine_client: Any, models: Any, options: Options) -> Service
         base_models=names,
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
-        merged_base=(merged_base.name, merged_base.digest) if merged_base else None,
+        merged_base=merged_base,
         background=Background(cores, threads=READERS),
         memory=limits.adapter_bytes,
     )

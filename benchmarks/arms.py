@@ -61,8 +61,8 @@ class MixtureArm:
         }
 
     def _register_ffn(self, layer: int) -> int:
-        own = self._linears[layer]
-        shape = FfnShape(f"{layer}.mlp", own["gate_up"], own["down"], INTERMEDIATE)
+        handles = self._linears[layer]
+        shape = FfnShape(f"{layer}.mlp", handles["gate_up"], handles["down"], INTERMEDIATE)
         return self.backend.register_ffn(shape)
 
     def prepare(self, point: Point, inputs: Mapping[int, Tensor]) -> RunLayer:
@@ -77,9 +77,9 @@ class MixtureArm:
         work = [(self.outputs[name], inputs[LINEARS[name][0]], name) for name in OPS[point.op]]
 
         def run(layer: int) -> None:
-            own = handles[layer]
+            linears = handles[layer]
             for out, x, name in work:
-                op(out, x, own[name])
+                op(out, x, linears[name])
 
         return run
 
@@ -99,7 +99,7 @@ class MixtureArm:
 
 
 def _as_tensors(handles: Sequence[Mapping[str, int]]) -> list[dict[str, Tensor]]:
-    return [{name: torch.tensor([handle]) for name, handle in own.items()} for own in handles]
+    return [{name: torch.tensor([handle]) for name, handle in layer.items()} for layer in handles]
 
 
 class VllmArm:
@@ -118,7 +118,7 @@ class VllmArm:
         self.outputs: dict[str, Tensor] = {}
         self._adapters = adapters
         self._layers = [
-            {name: _stacked(own, adapters) for name, own in _pairs(layer).items()}
+            {name: _stacked(pairs, adapters) for name, pairs in _pairs(layer).items()}
             for layer in layers
         ]
 
@@ -154,7 +154,7 @@ def _pairs(layer: Layer) -> dict[str, list[Experts]]:
         return {name: [p.experts for p in pieces] for name, pieces in layer.linears.items()}
     ffn = layer.ffn
     parts = {"gate_up": (ffn.gate, ffn.up), "down": (ffn.down,)}
-    return {name: [pair for pair in own if pair] for name, own in parts.items()}
+    return {name: [pair for pair in pieces if pair] for name, pieces in parts.items()}
 
 
 def _stacked(

@@ -129,7 +129,7 @@ async def spell(client: Client, streams: Streams, seconds: float, sources: Seque
 async def latencies(client: Client, sizes: Sizes, sources: Sequence[Path]) -> list[dict[str, Any]]:
     """A quiet spell and one of churn by repetition, by turns also in which comes first."""
     streams = Streams(client)
-    found = []
+    results = []
     task = asyncio.create_task(streams.run())
     await asyncio.sleep(min(3.0, sizes.seconds))
     for repetition in range(sizes.repetitions):
@@ -141,11 +141,11 @@ async def latencies(client: Client, sizes: Sizes, sources: Sequence[Path]) -> li
         if task.done():
             task.result()
         ratio = spells["churn"].p99 / spells["quiet"].p99
-        found.append({"ratio": ratio, **{arm: asdict(own) for arm, own in spells.items()}})
+        results.append({"ratio": ratio, **{arm: asdict(result) for arm, result in spells.items()}})
         print(f"inter-token latency {repetition}: ratio {ratio:.3f}", file=sys.stderr)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    return found
+    return results
 
 
 # Load to first token, registered adapters, failures
@@ -181,7 +181,7 @@ async def throughput(client: Client, seconds: float) -> float:
 
 async def among_many(client: Client, sizes: Sizes, small: Sequence[Path]) -> list[dict[str, float]]:
     """Alone, among all, alone: the ratio is to the mean of both neighbours."""
-    found = []
+    results = []
     await throughput(client, sizes.seconds)
     for repetition in range(max(1, sizes.repetitions // 3)):
         before = await throughput(client, sizes.seconds)
@@ -194,9 +194,9 @@ async def among_many(client: Client, sizes: Sizes, small: Sequence[Path]) -> lis
         after = await throughput(client, sizes.seconds)
         ratio = 2 * among / (before + after)
         row = {"registered": registered, "before": before, "among": among, "after": after}
-        found.append({"ratio": ratio, **row})
+        results.append({"ratio": ratio, **row})
         print(f"throughput {repetition}: ratio {ratio:.4f}", file=sys.stderr)
-    return found
+    return results
 
 
 async def replace(client: Client, sources: Sequence[Path], stop: asyncio.Event) -> Counter[str]:
@@ -204,18 +204,18 @@ async def replace(client: Client, sources: Sequence[Path], stop: asyncio.Event) 
 
     Returns what came of the requests to the other one: asked before it goes, they finish after.
     """
-    found = Counter[str]()
+    outcomes = Counter[str]()
     for source in itertools.cycle(sources):
         if stop.is_set():
-            return found
+            return outcomes
         await client.load("replaced", source)
         await client.load("churned", source)
         streamed = client.stream("churned", REQUEST_TOKENS)
         await anext(streamed)
         await client.unload("churned")
         rest = [now async for now in streamed]
-        found["" if rest else "a stream that ended early"] += 1
-    return found
+        outcomes["" if rest else "a stream that ended early"] += 1
+    return outcomes
 
 
 async def failures(client: Client, sizes: Sizes, sources: Sequence[Path]) -> dict[str, Any]:
@@ -224,20 +224,20 @@ async def failures(client: Client, sizes: Sizes, sources: Sequence[Path]) -> dic
         model: [await client.learn(model, REQUEST_TOKENS) for _ in range(KNOWN)]
         for model in (client.base, client.steady)
     }
-    for model, own in known.items():
-        if not any(one.tokens for one in own):
+    for model, answers in known.items():
+        if not any(one.tokens for one in answers):
             raise RuntimeError(f"{model}: found no answer that is sure enough to be compared")
     await client.load("replaced", sources[-1])
-    left, found = iter(range(sizes.requests)), Counter[str]()
+    left, outcomes = iter(range(sizes.requests)), Counter[str]()
     compared = 0
 
     async def ask() -> None:
         nonlocal compared
         for number in left:
             model = (client.base, client.steady, "replaced")[number % 3]
-            own = known[model][number // 3 % KNOWN] if model in known else None
-            found[await client.complete(model, REQUEST_TOKENS, own)] += 1
-            compared += len(own.tokens) if own else 0
+            expected = known[model][number // 3 % KNOWN] if model in known else None
+            outcomes[await client.complete(model, REQUEST_TOKENS, expected)] += 1
+            compared += len(expected.tokens) if expected else 0
 
     stop = asyncio.Event()
     start = time.perf_counter()
@@ -247,9 +247,9 @@ async def failures(client: Client, sizes: Sizes, sources: Sequence[Path]) -> dic
     stop.set()
     churned = await task
     await client.unload("replaced")
-    failed = {text: count for text, count in (found + churned).items() if text}
+    failed = {text: count for text, count in (outcomes + churned).items() if text}
     return {
-        "requests": (found + churned).total(),
+        "requests": (outcomes + churned).total(),
         "failed": sum(failed.values()),
         "why": failed,
         "tokens_compared": compared,
@@ -303,14 +303,14 @@ async def measure(server: Server, sizes: Sizes, large: list[Path], small: list[P
         }
 
 
-def missed(found: Any, *, quick: bool) -> list[str]:
+def missed(results: Any, *, quick: bool) -> list[str]:
     """The limits that the medians do not keep; of a quick run, whether a request failed."""
     speed = {
-        "itl_ratio": statistics.median(row["ratio"] for row in found["itl"]),
-        "first_token_seconds": statistics.median(found["first_token_seconds"]),
-        "throughput_ratio": statistics.median(row["ratio"] for row in found["throughput"]),
+        "itl_ratio": statistics.median(row["ratio"] for row in results["itl"]),
+        "first_token_seconds": statistics.median(results["first_token_seconds"]),
+        "throughput_ratio": statistics.median(row["ratio"] for row in results["throughput"]),
     }
-    reached = {**({} if quick else speed), "failed": found["requests"]["failed"]}
+    reached = {**({} if quick else speed), "failed": results["requests"]["failed"]}
     return [
         name
         for name, value in reached.items()
@@ -318,18 +318,18 @@ def missed(found: Any, *, quick: bool) -> list[str]:
     ]
 
 
-def report(found: Any) -> list[str]:
+def report(results: Any) -> list[str]:
     """Each figure beside what it must reach."""
-    itl = [row["ratio"] for row in found["itl"]]
-    firsts = found["first_token_seconds"]
-    speed = [row["ratio"] for row in found["throughput"]]
-    asked = found["requests"]
-    registered = found["throughput"][0]["registered"]
+    itl = [row["ratio"] for row in results["itl"]]
+    firsts = results["first_token_seconds"]
+    speed = [row["ratio"] for row in results["throughput"]]
+    asked = results["requests"]
+    registered = results["throughput"][0]["registered"]
     return [
         f"p99 inter-token latency of {STREAMS} streams, churn / quiet: median "
         f"{statistics.median(itl):.3f}, best {min(itl):.3f}, worst {max(itl):.3f} of {len(itl)} "
         f"(at most {LIMITS['itl_ratio']})",
-        f"load of {found['adapter_bytes'] / 1e6:.1f} MB to first token: median "
+        f"load of {results['adapter_bytes'] / 1e6:.1f} MB to first token: median "
         f"{statistics.median(firsts):.3f} s, best {min(firsts):.3f}, worst {max(firsts):.3f} of "
         f"{len(firsts)} (under {LIMITS['first_token_seconds']} s)",
         f"throughput with {registered} registered / 1: median {statistics.median(speed):.4f}, "
@@ -373,14 +373,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *(["--enforce-eager"] if args.quick else []),
         ]
         with serve(args.model, folder / "log", options) as server:
-            found = asyncio.run(measure(server, sizes, large, small))
-        found["adapter_bytes"] = sum(path.stat().st_size for path in large[0].iterdir())
-    found |= {"machine": host(), "model": args.model.name, "sizes": asdict(sizes), "limits": LIMITS}
+            measured = asyncio.run(measure(server, sizes, large, small))
+        measured["adapter_bytes"] = sum(path.stat().st_size for path in large[0].iterdir())
+    measured |= {
+        "machine": host(),
+        "model": args.model.name,
+        "sizes": asdict(sizes),
+        "limits": LIMITS,
+    }
     path = args.json or (None if args.quick else results / "churn.json")
     if path is not None:
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(report(found)))
-    late = missed(found, quick=args.quick)
+        path.write_text(json.dumps(measured, indent=1) + "\n")
+    print("\n".join(report(measured)))
+    late = missed(measured, quick=args.quick)
     if late:
         print(f"missed: {', '.join(late)}", file=sys.stderr)
     return 1 if late else 0

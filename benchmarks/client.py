@@ -22,19 +22,19 @@ class Known:
     prompt: list[int]
     tokens: list[int]
 
-    def agrees(self, found: list[int]) -> bool:
-        return found[: len(self.tokens)] == self.tokens
+    def agrees(self, answer: list[int]) -> bool:
+        return answer[: len(self.tokens)] == self.tokens
 
 
 def decided(tokens: list[int], likely: list[dict[str, float]]) -> list[int]:
     """The tokens before the first near-tie. likely: log-probabilities of the best two at each."""
-    found = []
+    result = []
     for token, position in zip(tokens, likely, strict=True):
         best, second = sorted(position.values(), reverse=True)[:2]
         if best - second < MARGIN:
             break
-        found.append(token)
-    return found
+        result.append(token)
+    return result
 
 
 @dataclass
@@ -81,10 +81,10 @@ class Client:
             return type(error).__name__
         if answer.status_code != 200:
             return f"{answer.status_code} {answer.text[:200]}"
-        found = answer.json()["choices"][0]["token_ids"]
-        if len(found) != tokens:
-            return f"{len(found)} tokens of {tokens}"
-        if known is not None and not known.agrees(found):
+        token_ids = answer.json()["choices"][0]["token_ids"]
+        if len(token_ids) != tokens:
+            return f"{len(token_ids)} tokens of {tokens}"
+        if known is not None and not known.agrees(token_ids):
             return f"{model} answers otherwise than before"
         return ""
 

@@ -62,10 +62,14 @@ class Specialisation:
                 "GATE_PROGRAMS": config.gate_programs,
                 "ROUTER_PRECISION": "ieee" if precise else "tf32x3",
             }
-        own = {"MAX_EXPERTS": config.max_experts, "TRACE": False}
+        routing = {"MAX_EXPERTS": config.max_experts, "TRACE": False}
         if self.kernel is expand_kernel:
-            return shared | own | {"BLOCK_RANK": config.expand_rank, "BLOCK_OUT": config.columns}
-        return shared | own | {"BLOCK_RANK": 16, "BLOCK": config.columns // (2 if precise else 1)}
+            return (
+                shared | routing | {"BLOCK_RANK": config.expand_rank, "BLOCK_OUT": config.columns}
+            )
+        return (
+            shared | routing | {"BLOCK_RANK": 16, "BLOCK": config.columns // (2 if precise else 1)}
+        )
 
     @property
     def options(self) -> dict[str, int]:
@@ -104,25 +108,25 @@ def specialisations(capacity: Capacity, features: int = 4096) -> Iterator[Specia
                 yield Specialisation(kernel, dtype, step, features, capacity)
 
 
-def compile_for(own: Specialisation, architecture: int) -> Compiled:
+def compile_for(specialisation: Specialisation, architecture: int) -> Compiled:
     """Raises whatever Triton or ptxas raise when the kernel does not compile."""
-    constants = own.constants
-    names = [name for name in own.kernel.arg_names if name not in constants]
-    signature = {name: _type(name, own.dtype) for name in names}
+    constants = specialisation.constants
+    names = [name for name in specialisation.kernel.arg_names if name not in constants]
+    signature = {name: _type(name, specialisation.dtype) for name in names}
     signature |= dict.fromkeys(constants, "constexpr")
-    indices = {name: i for i, name in enumerate(own.kernel.arg_names)}
+    indices = {name: i for i, name in enumerate(specialisation.kernel.arg_names)}
     attributes = {(indices[name],): [["tt.divisibility", 16]] for name in names if name not in ODD}
     source = ASTSource(
-        own.kernel,
+        specialisation.kernel,
         signature,
         {(indices[name],): value for name, value in constants.items()},
         attributes,
     )
     target = GPUTarget("cuda", architecture, 32)
-    built = triton.compile(source, target=target, options=own.options)
+    built = triton.compile(source, target=target, options=specialisation.options)
     report = _ptxas(built.asm["ptx"], architecture)
     numbers = [
-        int(found.group(1)) if (found := re.search(pattern, report)) else 0
+        int(match.group(1)) if (match := re.search(pattern, report)) else 0
         for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack")
     ]
     registers, spilled, stack = numbers

@@ -76,9 +76,11 @@ def main() -> None:
         for dtype in DTYPES:
             options = {"dtype": dtype, "enforce_eager": True}
             running = engine.running_engines(args.model, arms, lora, options)
-            found = stack.enter_context(running)
-            engines[dtype] = found["molehill"]
-            requests[dtype] = engine.make_requests(found, arms, args.model, folder / dtype, lora)
+            arms_engines = stack.enter_context(running)
+            engines[dtype] = arms_engines["molehill"]
+            requests[dtype] = engine.make_requests(
+                arms_engines, arms, args.model, folder / dtype, lora
+            )
         samples = run(engines, requests, args.repetitions)
     host = engine.host()
     print(f"{host['cpu']}, {host['cores']} cores, load {os.getloadavg()[0]:.1f}")

@@ -118,7 +118,7 @@ def running_engines(
     worker = {"worker_cls": compilation.WORKER, "enable_lora": True, "max_loras": 40}
     stock = {"enable_lora": True, "max_lora_rank": EXPERTS * RANK}
     merged_base = {"additional_config": Settings(merged_base=str(lora)).to_config()}
-    own: dict[str, dict[str, Any]] = {
+    options_by_engine: dict[str, dict[str, Any]] = {
         "plain": {},
         "molehill": worker,
         "lora": stock,
@@ -128,7 +128,7 @@ def running_engines(
     try:
         for name in dict.fromkeys(map(engine_of, arms)):
             progress(f"starting engine {name!r}")
-            engines[name] = LLM(model, **common, **own[name])
+            engines[name] = LLM(model, **common, **options_by_engine[name])
         yield engines
     finally:
         for llm in engines.values():
@@ -276,7 +276,7 @@ def routing(engines: dict[str, Any], requests: dict[str, list[Any]]) -> dict[str
     asked = protocol.to_wire(protocol.StatsRequest())
     answers = engines["molehill"].collective_rpc(protocol.STATS.method, args=(asked,))
     (reply,) = protocol.STATS.replies(answers)
-    found = {}
+    result = {}
     for arm in set(requests) & set("de"):
         if not requests[arm]:
             continue
@@ -284,8 +284,8 @@ def routing(engines: dict[str, Any], requests: dict[str, list[Any]]) -> dict[str
         decisions = stats.decisions
         if decisions:
             chosen, soft = sum(stats.expert_tokens), stats.soft
-            found[arm] = {"experts": chosen / decisions, "soft": soft / decisions}
-    return found
+            result[arm] = {"experts": chosen / decisions, "soft": soft / decisions}
+    return result
 
 
 def limits(model: str) -> dict[str, float]:
@@ -293,13 +293,13 @@ def limits(model: str) -> dict[str, float]:
     from molehill.benchmarks import synthetic
 
     weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
-    found = {}
+    result = {}
     for arm, make in (("d", synthetic.dynmole), ("e", synthetic.mixlora)):
         adapter = make(**adapter_options(model), seed=0)
         for name, share in (("all experts", 1.0), ("2 of 8", 2 / EXPERTS)):
             touched = synthetic.touched_bytes(adapter, share)
-            found[f"{arm}, {name}"] = weights / (weights + touched)
-    return found
+            result[f"{arm}, {name}"] = weights / (weights + touched)
+    return result
 
 
 def many_limit(model: str, samples: list[Sample], experts: float) -> float:

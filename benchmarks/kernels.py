@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from molehill.benchmarks import figures
+from molehill.benchmarks import report
 from molehill.benchmarks.arms import Arm, MixtureArm, VllmArm
-from molehill.benchmarks.figures import Result, Row
 from molehill.benchmarks.floor import Machine, work
 from molehill.benchmarks.race import race
+from molehill.benchmarks.report import Result, Row
 from molehill.benchmarks.workload import LAYERS, LINEARS, Layer, Point, make_inputs, make_layers
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.policy import Constant, DynMoLE, Policy, Soft, TopK, TopP
@@ -97,8 +97,8 @@ def measure(sweeps: Sequence[str], is_quick: bool, seconds: float) -> list[Row]:
     for sweep in sweeps:
         for point in quick(SWEEPS[sweep]) if is_quick else SWEEPS[sweep]:
             results.append(bench.measure(sweep, point))
-            print(figures.line(figures.row(results[-1], bench.machine)), file=sys.stderr)
-    return [figures.row(result, bench.machine) for result in results]
+            print(report.line(report.row(results[-1], bench.machine)), file=sys.stderr)
+    return [report.row(result, bench.machine) for result in results]
 
 
 def warn_if_busy() -> None:
@@ -122,9 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
         rows = measure(options.sweeps, options.quick, seconds)
-    figures.write_csv(rows, options.csv)
+    report.write_csv(rows, options.csv)
     if options.plot:
-        figures.plot(rows, options.plot)
+        report.plot(rows, options.plot)
 
 
 if __name__ == "__main__":

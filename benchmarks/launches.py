@@ -118,7 +118,7 @@ def launches(layer: Layer, tokens: int, capacity: Capacity) -> list[tuple[str, i
     """(kernel, programs) of every launch of one layer whose FFN may hold an FFN mixture."""
     notes: list[tuple[str, int]] = []
     kernels = ((shrink, "shrink"), (expand, "expand"), (ffn, "ffn"))
-    own = [
+    patched = [
         (module, f"{name}_kernel", getattr(module, f"{name}_kernel")) for module, name in kernels
     ]
     backend = TritonBackend(torch.device("cpu"), capacity)
@@ -134,7 +134,7 @@ def launches(layer: Layer, tokens: int, capacity: Capacity) -> list[tuple[str, i
         return torch.zeros(tokens, width, dtype=torch.bfloat16)
 
     try:
-        for module, name, _ in own:
+        for module, name, _ in patched:
             setattr(module, name, Counter(name.removesuffix("_kernel"), notes))
         backend.begin_step([Run(0, 0, tokens)])
         for name, handle in handles.items():
@@ -143,7 +143,7 @@ def launches(layer: Layer, tokens: int, capacity: Capacity) -> list[tuple[str, i
             if name == "gate_up":
                 backend.ffn(zeros(layer.intermediate), zeros(linear.out_features), mlp)
     finally:
-        for module, name, kernel in own:
+        for module, name, kernel in patched:
             setattr(module, name, kernel)
     return notes
 
@@ -174,12 +174,16 @@ def layer_tables() -> Iterator[str]:
 
 
 def compiled_rows(architectures: list[int], dtypes: list[str]) -> Iterator[dict[str, Any]]:
-    for own in specialisations(Capacity(adapters=8, tokens=8192)):
-        if own.dtype in dtypes:
+    for specialisation in specialisations(Capacity(adapters=8, tokens=8192)):
+        if specialisation.dtype in dtypes:
             for architecture in architectures:
-                names = {"kernel": own.name, "step": own.step, "dtype": own.dtype}
+                names = {
+                    "kernel": specialisation.name,
+                    "step": specialisation.step,
+                    "dtype": specialisation.dtype,
+                }
                 names["sm"] = str(architecture)
-                yield names | asdict(compile_for(own, architecture))
+                yield names | asdict(compile_for(specialisation, architecture))
 
 
 def main() -> None:

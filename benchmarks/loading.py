@@ -152,7 +152,7 @@ async def run(args: argparse.Namespace) -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     print(f"{args.kind} of {adapter.num_bytes / 1e6:.1f} MB; a token takes {typical * 1e3:.1f} ms")
     for name in ARMS:
-        gap, took = (statistics.median(found[name]) * 1e3 for found in (gaps, loads))
+        gap, took = (statistics.median(times_by_arm[name]) * 1e3 for times_by_arm in (gaps, loads))
         worst = max(gaps[name]) * 1e3
         print(f"{name:22} longest gap {gap:6.1f} ms (worst {worst:6.1f}), load {took:6.1f} ms")
     print(f"install alone {statistics.median(installs) * 1e3:.1f} ms")

@@ -89,9 +89,9 @@ def generate(server: Server, adapter: str, load: Load, seed: int) -> None:
         "temperature": 0,
         "ignore_eos": True,
     }
-    found = post(server, "/v1/completions", body)["usage"]["completion_tokens"]
-    if found != load.tokens:
-        raise RuntimeError(f"found {found} tokens, expected {load.tokens}")
+    generated = post(server, "/v1/completions", body)["usage"]["completion_tokens"]
+    if generated != load.tokens:
+        raise RuntimeError(f"found {generated} tokens, expected {load.tokens}")
 
 
 def post(server: Server, path: str, body: dict[str, Any]) -> Any:
@@ -148,14 +148,14 @@ def turn(server: Server, load: Load, seed: int, scraper: str) -> Turn:
 def measure(server: Server, load: Load, scraper: str, repetitions: int) -> list[tuple[Turn, Turn]]:
     """(with a scraper, without) by repetition, after one of each that warms up."""
     seeds = itertools.count()
-    found = []
+    results = []
     for repetition in range(-1, repetitions):
         order = (scraper, "") if repetition % 2 else ("", scraper)
-        turns = {own: turn(server, load, next(seeds), own) for own in order}
+        turns = {arm: turn(server, load, next(seeds), arm) for arm in order}
         if repetition >= 0:
-            found.append((turns[scraper], turns[""]))
+            results.append((turns[scraper], turns[""]))
             print(f"{repetition} {turns[scraper].speed:.1f} {turns[''].speed:.1f}", file=sys.stderr)
-    return found
+    return results
 
 
 def register(server: Server, small: Sequence[Path]) -> int:

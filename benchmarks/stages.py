@@ -28,7 +28,7 @@ from molehill.engine.adapter.base_model import BaseModel, Limits
 from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import native
 from molehill.engine.hf.shapes import base_model
-from molehill.engine.system.cpu_affinity import own_cores
+from molehill.engine.system.cpu_affinity import affinity
 from molehill.engine.transform.merge import merge_static
 from molehill.engine.vllm.model.discovery import Linear, Projection
 from molehill.engine.vllm.model.sharding import cut_linear
@@ -151,7 +151,7 @@ def measure(kind: str, model: str, repetitions: int) -> None:
     large, write = KINDS[kind]
     base = base_model(LLAMA_8B if large else model)
     slots = Slots(base)
-    cores = own_cores()
+    cores = affinity()
     background = Background(cores - {max(cores)} if len(cores) > 1 else ())
     best: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -167,9 +167,9 @@ def measure(kind: str, model: str, repetitions: int) -> None:
             for name, taken in stages.taken.items():
                 best[name] = min(taken, best.get(name, taken))
     megabytes, total = num_bytes / 1e6, sum(best.values())
-    figures = ", ".join(f"{name} {taken:.1f}" for name, taken in best.items())
+    summary = ", ".join(f"{name} {taken:.1f}" for name, taken in best.items())
     print(
-        f"{kind:12} {megabytes:6.1f} MB {total:8.1f} ms, {total / megabytes:6.2f} ms/MB: {figures}"
+        f"{kind:12} {megabytes:6.1f} MB {total:8.1f} ms, {total / megabytes:6.2f} ms/MB: {summary}"
     )
 
 
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args()
-    print(f"{host()['cpu']}, {len(own_cores())} cores; milliseconds of each stage")
+    print(f"{host()['cpu']}, {len(affinity())} cores; milliseconds of each stage")
     for kind in args.kinds:
         measure(kind, args.model, args.repetitions)
 

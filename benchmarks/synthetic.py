@@ -42,19 +42,19 @@ def input_sizes(model: str, tokens: int = 256) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for name, module in causal.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(partial(_measure, found, canonical_name(name)))
+            module.register_forward_pre_hook(partial(_measure, result, canonical_name(name)))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, causal.config.vocab_size, (1, tokens), generator=generator)
     with torch.inference_mode():
         causal(ids)
-    return found
+    return result
 
 
-def _measure(found: dict[str, float], site: str, module: torch.nn.Module, args: Any) -> None:
-    found[site] = float(args[0].square().mean().sqrt())
+def _measure(sizes: dict[str, float], site: str, module: torch.nn.Module, args: Any) -> None:
+    sizes[site] = float(args[0].square().mean().sqrt())
 
 
 def router(
@@ -148,13 +148,13 @@ def save_lora(base: BaseModel, rank: int, directory: Path, seed: int = 0) -> Pat
 def save_tiny(base: BaseModel, folder: Path, number: int) -> list[Path]:
     """`number` LoRAs of rank 1 on one linear, all different, as `<folder>/small-<i>`."""
     site, shape = next(iter(base.linears.items()))
-    found = []
+    folders = []
     for seed in range(number):
         pair = experts(shape, 1, 1, torch.Generator().manual_seed(seed))
         adapter = Adapter("lora", {site: LinearMixture(pair, Constant((1.0,)))}, base.name)
         native.write(adapter, folder / f"small-{seed}")
-        found.append(folder / f"small-{seed}")
-    return found
+        folders.append(folder / f"small-{seed}")
+    return folders
 
 
 def touched_bytes(adapter: Adapter, share: float) -> float:

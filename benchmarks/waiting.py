@@ -62,7 +62,7 @@ class Arm:
 
     def _seconds(self) -> dict[str, float]:
         times = {role: process.cpu_times() for role, process in self._processes.items()}
-        return {role: own.user + own.system for role, own in times.items()}
+        return {role: cpu_times.user + cpu_times.system for role, cpu_times in times.items()}
 
     def turn(self, batch: int, tokens: int, seed: int) -> Turn:
         """Generates `tokens` for each of `batch` prompts."""
@@ -82,7 +82,7 @@ class Arm:
                 cpu = cpu or self._seconds()
         seconds = arrived[-1] - arrived[0]
         gap = max(later - sooner for sooner, later in itertools.pairwise(arrived))
-        cores = {role: (own - cpu[role]) / seconds for role, own in self._seconds().items()}
+        cores = {role: (after - cpu[role]) / seconds for role, after in self._seconds().items()}
         return Turn(batch * (tokens - 1) / seconds, gap, cores)
 
     def idle(self) -> dict[str, float]:
@@ -90,7 +90,7 @@ class Arm:
         before, start = self._seconds(), time.perf_counter()
         time.sleep(5)
         seconds = time.perf_counter() - start
-        return {role: (own - before[role]) / seconds for role, own in self._seconds().items()}
+        return {role: (after - before[role]) / seconds for role, after in self._seconds().items()}
 
 
 def main() -> None:

@@ -176,7 +176,7 @@ class RoutingStats:
 
     def _choose(self, tokens: Sequence[int]) -> None:
         self.expert_tokens = [
-            own + more for own, more in zip_longest(self.expert_tokens, tokens, fillvalue=0)
+            before + more for before, more in zip_longest(self.expert_tokens, tokens, fillvalue=0)
         ]
 
 

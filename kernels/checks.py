@@ -178,7 +178,7 @@ def _check_pair(where: str, pair: Experts, experts: int, inputs: int, outputs: i
     """where: the site and its projection."""
     rank = sum(pair.ranks)
     _expect(f"{where}: experts", len(pair.ranks), experts)
-    if any(own < 0 for own in pair.ranks):
+    if any(rank < 0 for rank in pair.ranks):
         raise WeightsError(f"{where}: ranks", pair.ranks, "none below 0")
     for name, half, shape in (("a", pair.a, (rank, inputs)), ("b", pair.b, (outputs, rank))):
         _expect(f"{where}: {name}", tuple(half.shape), shape)

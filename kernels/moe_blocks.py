@@ -100,16 +100,16 @@ class MoeBlocks:
     def run(self, x: Tensor, weights: Tensor, chosen: Tensor, handle: int) -> Tensor:
         """y `[T, hidden]` of x `[T, hidden]`; weights, chosen `[T, k]`: the base router's."""
         block = self._blocks[handle]
-        own = [run for run in self._runs if run.slot in block.tables]
+        adapted = [run for run in self._runs if run.slot in block.tables]
         void = [run for run in self._runs if run.slot == UNSERVED]
-        if not own and not void:
+        if not adapted and not void:
             return block.shape.run(x, weights, chosen)
         out = torch.zeros_like(x)
         base = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        for run in [*own, *void]:
+        for run in [*adapted, *void]:
             base[run.start : run.stop] = False
-        for slot in dict.fromkeys(run.slot for run in own):
-            rows = torch.cat([torch.arange(r.start, r.stop) for r in own if r.slot == slot])
+        for slot in dict.fromkeys(run.slot for run in adapted):
+            rows = torch.cat([torch.arange(r.start, r.stop) for r in adapted if r.slot == slot])
             rows = rows.to(x.device)
             out[rows] = _adapted(block, slot, x[rows], weights[rows], chosen[rows])
         rest = base.nonzero().squeeze(1)
@@ -142,8 +142,8 @@ def _groups(weights: Tensor, chosen: Tensor) -> Iterator[tuple[int, Tensor, Tens
     experts, counts = chosen.flatten()[order].unique_consecutive(return_counts=True)
     flat = weights.float().flatten()
     pairs = order.split(counts.tolist())
-    for expert, own in zip(experts.tolist(), pairs, strict=True):
-        yield expert, own // chosen.shape[1], flat[own, None]
+    for expert, indices in zip(experts.tolist(), pairs, strict=True):
+        yield expert, indices // chosen.shape[1], flat[indices, None]
 
 
 def _add(y: Tensor, x: Tensor, pair: Pair | None) -> Tensor:

@@ -109,7 +109,7 @@ def scale_mixture(u: Tensor, mixture: ScaleMixture) -> tuple[Tensor, Routing]:
     """
     heads = split_heads(u.float(), mixture.num_heads)
     routing = route(heads.flatten(0, 1), mixture.router, mixture.policy, mixture.num_experts)
-    routing = Routing(*(figure.unflatten(0, heads.shape[:2]) for figure in routing))
+    routing = Routing(*(tensor.unflatten(0, heads.shape[:2]) for tensor in routing))
     factor = torch.einsum("the,hew->thw", routing.weights, mixture.vectors.float())
     return (heads * factor).flatten(1), routing
 

@@ -7,47 +7,47 @@ from collections.abc import Callable
 from molehill.api.adapters.events import Tier
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.status import Hold
 
 
-class Lease:
-    """Counts as one request, however many prompts, beams or turns are made of it.
+class Lease(Hold):
+    """One hold of a generation. What works for one request has a lease each, all of that request.
 
-    It begins with one holder and is over when the last one has left. ended: called then. asked: for
-    output of the engine. found: where the adapter was when it was brought in before that.
+    ended: called when it is over.
     """
 
     def __init__(
-        self, residency: Residency, generation: Generation, ended: Callable[[Generation], None]
+        self,
+        residency: Residency,
+        generation: Generation,
+        ended: Callable[[Generation], None],
+        request: object | None = None,
     ) -> None:
+        super().__init__(request)
         self.generation = generation
-        self.asked = False
-        self.found: Tier | None = None
         self._residency = residency
         self._ended = ended
-        self._holders = 1
-        generation.status.enter()
+        generation.status.hold(self)
 
     @property
     def over(self) -> bool:
-        return not self._holders
+        return self not in self.generation.status.holds
 
-    def join(self) -> None:
-        self._holders += 1
-
-    def leave(self) -> None:
-        self._holders -= 1
-        if not self._holders:
-            self.generation.status.leave()
-            self._ended(self.generation)
+    def share(self) -> "Lease":
+        """One more of the same generation and request."""
+        return Lease(self._residency, self.generation, self._ended, self.request)
 
     async def take_slot(self) -> Tier:
-        """See Residency.acquire; each is to be followed by one `give_slot_back`."""
-        return await self._residency.acquire(self.generation)
+        """See Residency.acquire."""
+        return await self._residency.acquire(self.generation, self)
 
     def give_slot_back(self) -> None:
-        self._residency.release(self.generation)
+        if self.in_slot:
+            self._residency.release(self.generation, self)
 
-    def hit(self, tier: Tier) -> None:
-        """Counts where the engine's output found the adapter, if it was not brought in before."""
-        self._residency.events.hit(self.generation.name, self.found or tier)
-        self.found = None
+    def leave(self) -> None:
+        """Also of the slot. It may be left twice."""
+        if not self.over:
+            self.give_slot_back()
+            self.generation.status.let_go(self)
+            self._ended(self.generation)

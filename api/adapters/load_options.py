@@ -34,10 +34,10 @@ class Terms:
 
 def check_expected(name: str, current: Generation | None, expected: Expected) -> None:
     """Raises GenerationMismatchError unless `current` is the expected one."""
-    found = None if current is None else current.digest
-    if expected is not Anything and expected != found:
+    served = None if current is None else current.digest
+    if expected is not Anything and expected != served:
         raise GenerationMismatchError(
-            f"{name!a}: found generation {found or 'none'}, expected {expected or 'none'}"
+            f"{name!a}: found generation {served or 'none'}, expected {expected or 'none'}"
         )
 
 

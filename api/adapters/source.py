@@ -63,11 +63,11 @@ def fingerprint(directory: Path) -> str:
         for name in (".", *sorted(files)):
             path = Path(folder, name)
             try:
-                found = path.stat()
+                stat = path.stat()
             except OSError:
                 continue
             where = path.relative_to(directory)
-            facts = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+            facts = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
             # Names may be bytes that are no UTF-8.
             sha.update(f"{where}\0{facts}\0".encode(errors="surrogateescape"))
     return sha.hexdigest()

@@ -4,7 +4,7 @@ of what is served by the registry, of the slots by those who give them out.
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from molehill.api.adapters.source import Source
@@ -20,16 +20,28 @@ class AdapterState(StrEnum):
 
 
 @dataclass(eq=False)
+class Hold:
+    """Keeps a generation from being freed, and in its slot while it has one.
+
+    request: what it is part of; holds of one request have the same object here. None for what is no
+    request: a load, a pin. in_slot: whether the engine needs the adapter for it now.
+    """
+
+    request: object | None = None
+    in_slot: bool = False
+
+
+@dataclass(eq=False)
 class GenerationStatus:
     """source: where it was last loaded from. note: what has become of that since, where known.
 
     state: loading until its name points at it; draining when no new request may be admitted.
-    in_flight: requests admitted to it.
+    holds: all that need it; it is freed when there are none and no more can come.
     check: what must still be made sure of when it first comes into the workers, or None; raises
     EngineRefusedError.
     pinned: it is not taken out of the workers. last_used: Unix seconds. loads: how often it came
     into the workers.
-    resident: in the workers' slots. running: admitted requests that the engine has.
+    resident: in the workers' slots.
     yielding: resident, but its next requests wait until others have had a turn. since: number of
     the turn that brought it in.
     """
@@ -37,19 +49,31 @@ class GenerationStatus:
     source: Source
     state: AdapterState = AdapterState.LOADING
     note: str | None = None
-    in_flight: int = 0
+    holds: set[Hold] = field(default_factory=set)
     check: Callable[[], Awaitable[None]] | None = None
     pinned: bool = False
     last_used: float | None = None
     loads: int = 0
     resident: bool = False
-    running: int = 0
     yielding: bool = False
     since: int = 0
 
     @property
     def draining(self) -> bool:
         return self.state is AdapterState.DRAINING
+
+    # Two numbers of the one set: a request is in flight before it has a slot, and still is when the
+    # engine is done and its client reads on. Only a hold in the slot keeps others out of that.
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that hold it, each once."""
+        return len({hold.request for hold in self.holds} - {None})
+
+    @property
+    def running(self) -> int:
+        """Holds that keep it in its slot."""
+        return sum(hold.in_slot for hold in self.holds)
 
     # By the registry
 
@@ -67,12 +91,12 @@ class GenerationStatus:
         """On what has become of the source."""
         self.note = note
 
-    def enter(self) -> None:
-        """One more request is admitted."""
-        self.in_flight += 1
+    def hold(self, hold: Hold) -> None:
+        self.holds.add(hold)
 
-    def leave(self) -> None:
-        self.in_flight -= 1
+    def let_go(self, hold: Hold) -> None:
+        """Out of the slot before, if it is in one."""
+        self.holds.discard(hold)
 
     def check_later(self, check: Callable[[], Awaitable[None]]) -> None:
         self.check = check
@@ -99,14 +123,11 @@ class GenerationStatus:
     def give_way(self, yielding: bool = True) -> None:
         self.yielding = yielding
 
-    def run(self, requests: int) -> None:
-        """The engine gets so many."""
-        self.running += requests
+    def run(self, hold: Hold) -> None:
+        """The engine gets the request."""
+        hold.in_slot = True
         self.last_used = time.time()
 
-    def hold(self) -> None:
-        """In its slot, while it is checked."""
-        self.running += 1
-
-    def release(self) -> None:
-        self.running -= 1
+    def stop(self, hold: Hold) -> None:
+        """The engine is done with it."""
+        hold.in_slot = False

@@ -43,9 +43,9 @@ def named_path(text: str) -> tuple[str, Path]:
 
 def named_layout(text: str) -> tuple[str, Layout]:
     """`NAME=LAYOUT`; raises argparse.ArgumentTypeError."""
-    name, _, found = text.rpartition("=")
+    name, _, given = text.rpartition("=")
     for layout in LAYOUTS:
-        if name and found == layout:
+        if name and given == layout:
             return name, layout
     expected = f"NAME= and one of {', '.join(LAYOUTS)}"
     raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")

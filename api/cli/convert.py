@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"molehill convert: {error}", file=sys.stderr)
         return USER_ERROR
-    found = report(adapter)
+    result = report(adapter)
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(result, indent=2))
     else:
-        _print(found)
+        _print(result)
     return 0
 
 
@@ -86,8 +86,8 @@ def unreadable(error: AdapterError, *, as_json: bool) -> int:
     return UNREADABLE
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(result: dict[str, Any]) -> None:
     for name in ("kind", "digest", "sites", "bytes"):
-        print(f"{name:8}{found[name]}")
-    for warning in found["warnings"]:
+        print(f"{name:8}{result[name]}")
+    for warning in result["warnings"]:
         print(f"warning {warning}")

@@ -49,23 +49,23 @@ def run(args: argparse.Namespace) -> int:
         adapter = formats.read(args.path, lora_b_layout=args.lora_b_layout)
     except AdapterError as error:
         return _unreadable(error, as_json=args.json)
-    found: list[AdapterError] = []
+    errors: list[AdapterError] = []
     base, change = None, None
     if args.model:
         try:
             base = base_model(args.model)
-            found = problems(adapter, base, DEFAULT_LIMITS)
-            if not found:
+            errors = problems(adapter, base, DEFAULT_LIMITS)
+            if not errors:
                 change = _logit_change(args, adapter, base)
         except (ImportError, OSError, ValueError) as error:
             print(f"--model {args.model}: {error}", file=sys.stderr)
             return 1
     sites = plan(adapter, base, args.merge_tolerance)
     if args.json:
-        print(json.dumps(report(adapter, sites, found, change), indent=2))
+        print(json.dumps(report(adapter, sites, errors, change), indent=2))
     else:
-        _print(adapter, sites, found, args.model, change)
-    return 1 if found else 0
+        _print(adapter, sites, errors, args.model, change)
+    return 1 if errors else 0
 
 
 def _logit_change(
@@ -81,7 +81,7 @@ def _logit_change(
 def report(
     adapter: Adapter,
     sites: Sequence[SitePlan],
-    found: Sequence[AdapterError],
+    errors: Sequence[AdapterError],
     change: probe_prompts.LogitChange | None = None,
 ) -> dict[str, Any]:
     """All that is known of an adapter, as plain JSON."""
@@ -91,7 +91,7 @@ def report(
         "base_model": adapter.base_model,
         "bytes": adapter.num_bytes,
         "warnings": list(adapter.warnings),
-        "problems": [_problem(error) for error in found],
+        "problems": [_problem(error) for error in errors],
         "per_token": asdict(tables.totals(sites)),
         "logit_change": None if change is None else change.as_json(),
         "sites": [site.as_json() for site in sites],
@@ -118,7 +118,7 @@ def _unreadable(error: AdapterError, *, as_json: bool) -> int:
 def _print(
     adapter: Adapter,
     sites: Sequence[SitePlan],
-    found: Sequence[AdapterError],
+    errors: Sequence[AdapterError],
     model: str | None,
     change: probe_prompts.LogitChange | None,
 ) -> None:
@@ -132,10 +132,10 @@ def _print(
         console.print(f"[yellow]merged[/] logits {change}", highlight=False, soft_wrap=True)
     for warning in adapter.warnings:
         console.print(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)
-    for error in found[:_SHOWN_PROBLEMS]:
+    for error in errors[:_SHOWN_PROBLEMS]:
         line = f"[red]{type(error).__name__}[/] {escape(str(error))}"
         console.print(line, highlight=False, soft_wrap=True)
-    if len(found) > _SHOWN_PROBLEMS:
-        console.print(f"... and {len(found) - _SHOWN_PROBLEMS} more problems")
-    if model and not found:
+    if len(errors) > _SHOWN_PROBLEMS:
+        console.print(f"... and {len(errors) - _SHOWN_PROBLEMS} more problems")
+    if model and not errors:
         console.print(f"[green]fits[/] {escape(model)}", highlight=False, soft_wrap=True)

@@ -75,14 +75,14 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         validate(adapter, base, DEFAULT_LIMITS)
     merged, sites = merge_static(adapter, base, args.merge_tolerance)
     destination = args.destination.absolute()
-    found = report(adapter, sites)
+    result = report(adapter, sites)
     if args.into_base:
-        found["weights_changed"] = merge_checkpoint(checkpoint_of(args.model), merged, destination)
+        result["weights_changed"] = merge_checkpoint(checkpoint_of(args.model), merged, destination)
     else:
         write_lora(merged, destination)
     if args.model and any(site.error for site in sites):
-        found["logit_change"] = probe_prompts.logit_change(args.model, adapter, merged).as_json()
-    return found
+        result["logit_change"] = probe_prompts.logit_change(args.model, adapter, merged).as_json()
+    return result
 
 
 def checkpoint_of(model: str) -> Path:
@@ -112,20 +112,20 @@ def report(adapter: Adapter, merges: tuple[SiteMerge, ...]) -> dict[str, Any]:
     }
 
 
-def print_report(found: dict[str, Any], *, as_json: bool) -> None:
+def print_report(result: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(result, indent=2))
         return
-    merged = found["merged"]
+    merged = result["merged"]
     for name in ("kind", "digest", "sites"):
-        print(f"{name:8}{found[name]}")
+        print(f"{name:8}{result[name]}")
     before, after = (sum(site[key] for site in merged) for key in ("rank_before", "rank_after"))
     print(f"merged  {len(merged)} sites, {before} rank rows to {after}")
     worst = max((site["error"] for site in merged), default=0.0)
     if worst:
         print(f"error   at most {worst:.3g} of a site's mean expert: this is an approximation")
-    if "logit_change" in found:
-        print(f"logits  {probe_prompts.LogitChange(**found['logit_change'])}")
-    if "weights_changed" in found:
-        largest = max(found["weights_changed"].values(), default=0.0)
-        print(f"weights {len(found['weights_changed'])} changed, by at most {100 * largest:.3g} %")
+    if "logit_change" in result:
+        print(f"logits  {probe_prompts.LogitChange(**result['logit_change'])}")
+    if "weights_changed" in result:
+        largest = max(result["weights_changed"].values(), default=0.0)
+        print(f"weights {len(result['weights_changed'])} changed, by at most {100 * largest:.3g} %")

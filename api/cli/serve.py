@@ -13,8 +13,8 @@ from molehill.api.adapters.errors import RequestError
 from molehill.api.adapters.store_lock import LockedError
 from molehill.api.cli import arguments as values
 from molehill.api.cli.arguments import TOLERANCE, Option
-from molehill.api.options import ADMIN_KEY_VARIABLE, Options, admin_keys_of_environment
 from molehill.api.sources.manifest import ManifestError
+from molehill.api.vllm.options import ADMIN_KEY_VARIABLE, Options, admin_keys_of_environment
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.layout import LAYOUTS
 
@@ -220,9 +220,9 @@ def from_namespace(args: argparse.Namespace) -> Options:
     for name, value in vars(args).items():
         part, _, field = name.rpartition(".")
         fields[part][field] = tuple(value) if isinstance(value, list) else value
-    own, defaults = fields.pop(""), Options()
+    plain, defaults = fields.pop(""), Options()
     parts = {name: replace(getattr(defaults, name), **given) for name, given in fields.items()}
-    options = replace(defaults, **own, **parts)
+    options = replace(defaults, **plain, **parts)
     if options.admin_keys:
         return options
     return replace(options, admin_keys=admin_keys_of_environment())

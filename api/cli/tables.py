@@ -102,17 +102,17 @@ def site_table(sites: Sequence[SitePlan]) -> Table:
 
 def groups(sites: Iterable[SitePlan]) -> list[Group]:
     """Sites of the same plan in different layers, `layers.*.mlp`, in the order they come."""
-    found: dict[tuple[Any, ...], Group] = {}
+    result: dict[tuple[Any, ...], Group] = {}
     for site in sites:
         match = re.match(r"layers\.(\d+)\.", site.site)
         pattern = re.sub(r"^layers\.\d+\.", "layers.*.", site.site)
         ranks, merged = tuple(site.ranks.items()), tuple((site.merged or {}).items())
         key = (pattern, site.policy, site.experts, ranks, merged, site.static, site.reason)
-        group = found.setdefault(key, Group(pattern, site))
+        group = result.setdefault(key, Group(pattern, site))
         group.bytes += site.bytes
         if match:
             group.layers.append(int(match[1]))
-    return list(found.values())
+    return list(result.values())
 
 
 def _routings(sites: Iterable[SitePlan]) -> list[str]:

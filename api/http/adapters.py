@@ -55,32 +55,32 @@ def shown(info: AdapterInfo, **more: Any) -> Response:
 
 
 @router.get("", response_model=AdapterList, responses=refusals())
-async def list_adapters(found: Injected) -> Response:
+async def list_adapters(services: Injected) -> Response:
     """Every adapter: served, loading, draining and failed ones."""
-    data = list(schemas.everything(found.registry))
+    data = list(schemas.everything(services.registry))
     return JSONResponse(AdapterList(data=data).model_dump())
 
 
 @router.post("", response_model=LoadedInfo, dependencies=json_only, responses=refusals(*LOADS))
-async def load_adapter(body: LoadBody, found: Injected) -> Response:
+async def load_adapter(body: LoadBody, services: Injected) -> Response:
     """Loads or replaces. 200 means that the adapter serves; the same bytes again change nothing."""
-    fetch = found.sources.fetch(body.source, body.lora_b_layout)
-    loaded = await found.registry.load(body.name, body.source, fetch, body.terms())
+    fetch = services.sources.fetch(body.source, body.lora_b_layout)
+    loaded = await services.registry.load(body.name, body.source, fetch, body.terms())
     return shown(schemas.of_generation(loaded.generation), status=loaded.status)
 
 
 @router.post(
     "/{name:path}/pin", response_model=AdapterInfo, responses=refusals(*CHANGES, 404, 409, 503)
 )
-async def pin_adapter(name: str, found: Injected, body: PinBody = PinBody()) -> Response:  # noqa: B008
+async def pin_adapter(name: str, services: Injected, body: PinBody = PinBody()) -> Response:  # noqa: B008
     """Keeps an adapter in the workers, or lets it be taken out when it is idle."""
-    return shown(schemas.of_generation(await found.registry.pin(name, body.pinned)))
+    return shown(schemas.of_generation(await services.registry.pin(name, body.pinned)))
 
 
 @router.get("/{name:path}", response_model=AdapterInfo, responses=refusals(404))
-async def show_adapter(name: str, found: Injected) -> Response:
+async def show_adapter(name: str, services: Injected) -> Response:
     """What the name serves, or how far its load is, or why it failed."""
-    info = schemas.of_name(found.registry, name)
+    info = schemas.of_name(services.registry, name)
     if info is None:
         raise NotLoadedError(f"The adapter {name!a} cannot be found.")
     return shown(info)
@@ -88,12 +88,12 @@ async def show_adapter(name: str, found: Injected) -> Response:
 
 @router.delete("/{name:path}", response_model=AdapterInfo, responses=refusals(*CHANGES, 404, 409))
 async def delete_adapter(
-    name: str, found: Injected, expected_generation: str | None = None
+    name: str, services: Injected, expected_generation: str | None = None
 ) -> Response:
     """Takes the name away; running requests finish, then the memory is freed. A name that failed or
     is not loaded again yet is forgotten."""
-    absent = await found.registry.dismiss(name)
+    absent = await services.registry.dismiss(name)
     if absent is not None:
         return shown(schemas.of_absent(absent))
     expected: Expected = Anything if expected_generation is None else expected_generation
-    return shown(schemas.of_generation(await found.registry.unload(name, expected)))
+    return shown(schemas.of_generation(await services.registry.unload(name, expected)))

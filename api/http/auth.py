@@ -77,7 +77,7 @@ def kind_of(method: str, path: str) -> Kind:
 
 
 def is_ours(path: str) -> bool:
-    return any(path == own or path.startswith(f"{own}/") for own in OURS)
+    return any(path == prefix or path.startswith(f"{prefix}/") for prefix in OURS)
 
 
 class Guard:

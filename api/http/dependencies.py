@@ -43,8 +43,8 @@ class Services:
 
 
 def services(request: Request) -> Services:
-    found: Services = request.app.state.molehill
-    return found
+    services: Services = request.app.state.molehill
+    return services
 
 
 Injected = Annotated[Services, Depends(services)]

@@ -88,26 +88,26 @@ class Overview(BaseModel):
 
 
 @router.get("/v1/routing", response_model=Overview, responses=refusals())
-async def show_overview(found: Injected) -> Overview:
+async def show_overview(services: Injected) -> Overview:
     """All adapters' traffic and routing cost."""
-    snapshot = await found.stats.refresh()
+    snapshot = await services.stats.refresh()
     spent = snapshot.seconds
     return Overview(
         age_seconds=snapshot.age,
         seconds=StepSeconds(steps=spent.steps, adapter_ops=spent.ops) if spent else None,
-        adapters=summaries(found.registry, snapshot),
+        adapters=summaries(services.registry, snapshot),
     )
 
 
 @router.get(
     "/v1/adapters/{name:path}/routing", response_model=AdapterRouting, responses=refusals(404)
 )
-async def show_routing(name: str, found: Injected) -> AdapterRouting:
+async def show_routing(name: str, services: Injected) -> AdapterRouting:
     """One adapter's routing by layer and projection. 404 if it is not loaded."""
-    generation = found.registry.get(name)
+    generation = services.registry.get(name)
     if generation is None:
         raise NotLoadedError(f"The adapter {name!a} cannot be found.")
-    tokens, sites = await found.stats.routing(generation.lora_int_id)
+    tokens, sites = await services.stats.routing(generation.lora_int_id)
     return adapter_routing(generation, tokens, sites)
 
 
@@ -128,33 +128,33 @@ def summaries(registry: AdapterRegistry, snapshot: Snapshot) -> list[AdapterSumm
             note=info.stage or info.error or info.source_note,
             requests_in_flight=running[name],
             resident_bytes=snapshot.resident_bytes.get(name, 0),
-            tokens=figures.tokens,
-            op_seconds=figures.op_seconds,
-            total=routing_of(figures),
+            tokens=stats.tokens,
+            op_seconds=stats.op_seconds,
+            total=routing_of(stats),
         )
         for name, info in sorted(infos.items())
-        for figures in [snapshot.figures.get(name, RoutingStats())]
+        for stats in [snapshot.stats.get(name, RoutingStats())]
     ]
 
 
-def routing_of(figures: RoutingStats) -> Routing:
-    imbalance = figures.imbalance / figures.imbalanced if figures.imbalanced else None
-    return _routing(figures, sum(figures.expert_tokens), imbalance)
+def routing_of(stats: RoutingStats) -> Routing:
+    imbalance = stats.imbalance / stats.imbalanced if stats.imbalanced else None
+    return _routing(stats, sum(stats.expert_tokens), imbalance)
 
 
 def _routing(
-    figures: RoutingStats | SiteRoutingStats, activated: int, imbalance: float | None
+    stats: RoutingStats | SiteRoutingStats, activated: int, imbalance: float | None
 ) -> Routing:
-    decisions = figures.decisions
+    decisions = stats.decisions
     return Routing(
         decisions=decisions,
         experts_activated=activated,
         experts_per_decision=activated / decisions if decisions else None,
-        soft_share=figures.soft / decisions if decisions else None,
-        mean_entropy=figures.entropy / decisions if decisions else None,
+        soft_share=stats.soft / decisions if decisions else None,
+        mean_entropy=stats.entropy / decisions if decisions else None,
         imbalance=imbalance,
-        flops_done=figures.flops_done,
-        flops_avoided=figures.flops_avoided,
+        flops_done=stats.flops_done,
+        flops_avoided=stats.flops_avoided,
     )
 
 
@@ -174,16 +174,16 @@ def adapter_routing(
     )
 
 
-def site_routing(site: str, figures: SiteRoutingStats) -> SiteRouting:
+def site_routing(site: str, stats: SiteRoutingStats) -> SiteRouting:
     numbered = re.match(r"layers\.(\d+)\.(.+)", site)
-    chosen = figures.expert_tokens
-    decisions = figures.decisions
+    chosen = stats.expert_tokens
+    decisions = stats.decisions
     return SiteRouting(
-        **vars(_routing(figures, sum(chosen), figures.imbalance)),
+        **vars(_routing(stats, sum(chosen), stats.imbalance)),
         site=site,
         layer=int(numbered[1]) if numbered else None,
         projection=numbered[2].rpartition(".")[2] if numbered else site,
-        experts=figures.experts,
+        experts=stats.experts,
         expert_tokens=list(chosen),
         expert_shares=[tokens / decisions for tokens in chosen] if decisions else None,
     )

@@ -53,18 +53,18 @@ class UnloadRequest(VllmBody):
 
 
 @loading.post(LOAD, dependencies=json_only, responses=refusals(*LOADS))
-async def load_adapter(body: LoadRequest, found: Injected) -> Response:
+async def load_adapter(body: LoadRequest, services: Injected) -> Response:
     """200 means that the adapter serves."""
-    fetch = found.sources.fetch_for_vllm(body.lora_path)
+    fetch = services.sources.fetch_for_vllm(body.lora_path)
     terms = Terms(replace=body.load_inplace)
-    loaded = await found.registry.load(body.lora_name, body.lora_path, fetch, terms)
+    loaded = await services.registry.load(body.lora_name, body.lora_path, fetch, terms)
     return JSONResponse({"status": loaded.status, **summary(loaded.generation)})
 
 
 @loading.post(UNLOAD, dependencies=json_only, responses=refusals(*CHANGES, 404, 409))
-async def unload_adapter(body: UnloadRequest, found: Injected) -> Response:
+async def unload_adapter(body: UnloadRequest, services: Injected) -> Response:
     """200 means that no new request gets the adapter; running ones finish on it."""
-    generation = await found.registry.unload(body.lora_name)
+    generation = await services.registry.unload(body.lora_name)
     running = {"requests_in_flight": generation.status.in_flight}
     return JSONResponse({"status": "unloaded", **summary(generation), **running})
 
@@ -81,34 +81,34 @@ def summary(generation: Generation) -> dict[str, Any]:
 
 @router.get("/v1/models")
 @router.get("/v1/models/", include_in_schema=False)
-async def list_models(found: Injected) -> Response:
+async def list_models(services: Injected) -> Response:
     """The base model and the adapters."""
-    return JSONResponse({"object": "list", "data": await found.models.cards()})
+    return JSONResponse({"object": "list", "data": await services.models.cards()})
 
 
 @router.get("/v1/models/{name:path}", responses={404: {"model": ErrorBody}})
-async def show_model(name: str, found: Injected) -> Response:
+async def show_model(name: str, services: Injected) -> Response:
     """One of the list's entries, or the base model by a name that is not listed."""
     try:
-        return JSONResponse(await found.models.card(name))
+        return JSONResponse(await services.models.card(name))
     except UnknownModelError as error:
         return answer_unknown_model(error)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def show_metrics(found: Injected) -> Response:
+async def show_metrics(services: Injected) -> Response:
     """vLLM's metrics and molehill's."""
-    adapters = prometheus.AdapterCollector(found.registry, await found.stats.refresh())
-    events = found.registry.events
+    adapters = prometheus.AdapterCollector(services.registry, await services.stats.refresh())
+    events = services.registry.events
 
     def text() -> bytes:
         return engine_metrics.exposition() + prometheus.exposition(adapters, events)
 
-    return Response(await found.scraping.run(text), media_type=CONTENT_TYPE_LATEST)
+    return Response(await services.scraping.run(text), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/health/ready", response_class=Response, responses={503: {}})
-async def show_ready(found: Injected, request: Request) -> Response:
+async def show_ready(services: Injected, request: Request) -> Response:
     """200 once all that an earlier server remembered is loaded or reported, 503 until then, and
     503 for good when the engine is dead, or when what goes on beside requests has failed, which the
     answer then says."""
@@ -121,6 +121,6 @@ async def show_ready(found: Injected, request: Request) -> Response:
         message = f"found {type(error).__name__} in the background; see the server's log"
         body = errors.body(message, "internal_error", HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse(body, status_code=503)
-    if found.restart.ready:
+    if services.restart.ready:
         return Response(status_code=200)
     return Response(status_code=503, headers={"Retry-After": "1"})

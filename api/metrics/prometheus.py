@@ -65,9 +65,7 @@ class AdapterCollector(Collector):
             "waiting_lora_adapters": joined(registry.residency.waiting()),
             "running_lora_adapters": joined(g for g in registry.alive() if g.status.running),
         }
-        self._figures = {
-            name: snapshot.figures.get(name, RoutingStats()) for name in self._in_flight
-        }
+        self._stats = {name: snapshot.stats.get(name, RoutingStats()) for name in self._in_flight}
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
@@ -136,7 +134,7 @@ class AdapterCollector(Collector):
     def _counters(self) -> Iterator[Metric]:
         for name, field, text in COUNTERS:
             family = CounterMetricFamily(f"molehill_{name}", text, labels=["adapter"])
-            for adapter, total in self._figures.items():
+            for adapter, total in self._stats.items():
                 family.add_metric([adapter], getattr(total, field))
             yield family
 
@@ -146,7 +144,7 @@ class AdapterCollector(Collector):
             "Experts that routing decisions chose.",
             labels=["adapter"],
         )
-        for name, total in self._figures.items():
+        for name, total in self._stats.items():
             activated.add_metric([name], sum(total.expert_tokens))
         return activated
 
@@ -156,7 +154,7 @@ class AdapterCollector(Collector):
             "Entropy of the routers' probabilities over its maximum, per decision.",
             labels=["adapter"],
         )
-        for name, total in self._figures.items():
+        for name, total in self._stats.items():
             entropy.add_metric([name], total.decisions, total.entropy)
         return entropy
 
@@ -167,7 +165,7 @@ class AdapterCollector(Collector):
             "averaged over the routers: 1 is even. No sample before the first decision.",
             labels=["adapter"],
         )
-        for name, total in self._figures.items():
+        for name, total in self._stats.items():
             if total.imbalanced:
                 imbalance.add_metric([name], total.imbalance / total.imbalanced)
         return imbalance
@@ -178,7 +176,7 @@ class AdapterCollector(Collector):
             "Routing decisions that chose the expert, over all routers.",
             labels=["adapter", "expert"],
         )
-        for name, total in self._figures.items():
+        for name, total in self._stats.items():
             for expert, chosen in enumerate(total.expert_tokens):
                 experts.add_metric([name, str(expert)], chosen)
         return experts
@@ -203,7 +201,7 @@ class AdapterCollector(Collector):
             "The adapter's share of the steps' wall time since the start.",
             labels=["adapter"],
         )
-        for name, total in self._figures.items():
+        for name, total in self._stats.items():
             spent.add_metric([name], total.op_seconds)
             if seconds.steps:
                 share.add_metric([name], total.op_seconds / seconds.steps)

@@ -24,11 +24,11 @@ PATIENCE_SECONDS = 3.0
 
 
 @dataclass
-class Told:
+class GenerationStats:
     """One generation over all workers. resident_bytes: None if it is in no worker's slots."""
 
     name: str
-    figures: RoutingStats = field(default_factory=RoutingStats)
+    stats: RoutingStats = field(default_factory=RoutingStats)
     resident_bytes: int | None = None
 
 
@@ -40,34 +40,34 @@ class Snapshot:
     age: seconds since the question that they answered; since the start where they never have.
     """
 
-    figures: Mapping[str, RoutingStats] = field(default_factory=dict)
+    stats: Mapping[str, RoutingStats] = field(default_factory=dict)
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
     host_bytes: Mapping[str, int] = field(default_factory=dict)
     seconds: StepSeconds | None = None
     age: float = 0.0
 
 
-def told(replies: Iterable[StatsReply]) -> dict[int, Told]:
+def by_generation(replies: Iterable[StatsReply]) -> dict[int, GenerationStats]:
     """By `lora_int_id`, of one reply per worker.
 
     Tensor-parallel workers see the same tokens at the same sites, pipeline stages at their own:
     every stage counts once. Memory and seconds add up.
     """
-    found: dict[int, Told] = {}
+    result: dict[int, GenerationStats] = {}
     counted: set[tuple[int, int]] = set()
     for reply in replies:
         for lora_id, report in reply.adapters.items():
-            entry = found.setdefault(lora_id, Told(report.name))
+            entry = result.setdefault(lora_id, GenerationStats(report.name))
             if report.resident_bytes is not None:
                 entry.resident_bytes = (entry.resident_bytes or 0) + report.resident_bytes
             if (lora_id, reply.stage) in counted:
-                entry.figures.op_seconds += report.stats.op_seconds
+                entry.stats.op_seconds += report.stats.op_seconds
                 continue
             counted.add((lora_id, reply.stage))
-            tokens = max(entry.figures.tokens, report.stats.tokens)
-            entry.figures.add(report.stats)
-            entry.figures.tokens = tokens
-    return found
+            tokens = max(entry.stats.tokens, report.stats.tokens)
+            entry.stats.add(report.stats)
+            entry.stats.tokens = tokens
+    return result
 
 
 def seconds(replies: Collection[StatsReply]) -> StepSeconds | None:
@@ -75,18 +75,20 @@ def seconds(replies: Collection[StatsReply]) -> StepSeconds | None:
     measured = [reply.seconds for reply in replies if reply.seconds is not None]
     if not measured or len(measured) < len(replies):
         return None
-    return StepSeconds(sum(own.steps for own in measured), sum(own.ops for own in measured))
+    return StepSeconds(
+        sum(worker.steps for worker in measured), sum(worker.ops for worker in measured)
+    )
 
 
 def host_bytes(replies: Iterable[StatsReply], generations: Iterable[Generation]) -> dict[str, int]:
     """What waits in the workers' host memory, by adapter name."""
-    found: Counter[str] = Counter()
+    result: Counter[str] = Counter()
     names = {generation.lora_int_id: generation.name for generation in generations}
     for reply in replies:
         for lora_id, taken in reply.host_bytes.items():
             if lora_id in names:
-                found[names[lora_id]] += taken
-    return dict(found)
+                result[names[lora_id]] += taken
+    return dict(result)
 
 
 class Totals:
@@ -95,8 +97,11 @@ class Totals:
     def __init__(self) -> None:
         self._ended: dict[str, RoutingStats] = {}
 
-    def settle(
-        self, generations: Mapping[int, Told], known: Collection[int], names: Collection[str]
+    def update(
+        self,
+        generations: Mapping[int, GenerationStats],
+        known: Collection[int],
+        names: Collection[str],
     ) -> dict[str, RoutingStats]:
         """One answer of the workers; none may be given twice.
 
@@ -104,19 +109,19 @@ class Totals:
         been told for the last time. names: what is served or still runs; the figures of other names
         end.
         """
-        self._ended = {name: own for name, own in self._ended.items() if name in names}
+        self._ended = {name: stats for name, stats in self._ended.items() if name in names}
         living = []
         for lora_id, generation in generations.items():
             if lora_id in known or generation.resident_bytes is not None:
                 living.append(generation)
             elif generation.name in names:
-                self._ended.setdefault(generation.name, RoutingStats()).add(generation.figures)
+                self._ended.setdefault(generation.name, RoutingStats()).add(generation.stats)
         sums = {name: RoutingStats() for name in names}
-        for name, figures in self._ended.items():
-            sums[name].add(figures)
+        for name, stats in self._ended.items():
+            sums[name].add(stats)
         for generation in living:
             if generation.name in sums:
-                sums[generation.name].add(generation.figures)
+                sums[generation.name].add(generation.stats)
         return sums
 
 
@@ -160,13 +165,13 @@ class WorkerStats:
         known = {generation.lora_int_id for generation in self._registry.alive()}
         asked = time.monotonic()
         replies = await protocol.STATS.ask(self._engine, protocol.StatsRequest(tuple(known)))
-        generations = told(replies)
+        generations = by_generation(replies)
         names = {generation.name for generation in self._registry.alive()}
         resident = dict.fromkeys(names, 0)
         for generation in generations.values():
             if generation.name in names:
                 resident[generation.name] += generation.resident_bytes or 0
-        figures = self._totals.settle(generations, known, names)
+        stats = self._totals.update(generations, known, names)
         waiting = host_bytes(replies, self._registry.alive())
-        self._last = Snapshot(figures, resident, waiting, seconds(replies))
+        self._last = Snapshot(stats, resident, waiting, seconds(replies))
         self._asked = asked

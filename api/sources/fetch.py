@@ -264,6 +264,6 @@ def no_files(where: str) -> AdapterNotFoundError:
     return AdapterNotFoundError(where, "no such files", expected)
 
 
-def check_size(where: str, found: int, limit: int) -> None:
-    if found > limit:
-        raise LimitError(where, f"{found} bytes or more", f"at most {limit} bytes")
+def check_size(where: str, num_bytes: int, limit: int) -> None:
+    if num_bytes > limit:
+        raise LimitError(where, f"{num_bytes} bytes or more", f"at most {limit} bytes")

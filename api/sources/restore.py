@@ -54,15 +54,14 @@ class Restart:
         entries = [] if manifest is None else manifest.read()
         # What the manifest names and nothing serves.
         self._absent = {entry.name: entry for entry in entries}
-        registry.awaited.update(
-            (entry.name, Loading(entry.name, entry.source)) for entry in entries
-        )
+        for entry in entries:
+            registry.names.await_load(Loading(entry.name, entry.source))
         self._writing = asyncio.Lock()
         self._on_disk = entries
         self.ready = False
         if manifest is not None:
             store.sweep({entry.generation for entry in entries})
-            registry.changed = self._remember
+            registry.names.changed = self._remember
 
     async def run(self) -> None:
         """Loads every remembered adapter, one after the other, then looks at their sources."""
@@ -70,7 +69,7 @@ class Restart:
         try:
             for entry in list(self._absent.values()):
                 # What the command line or a client has loaded since is newer, or deleted.
-                if entry.name in self._registry.awaited:
+                if entry.name in self._registry.names.awaited:
                     generation = await self._restore(entry)
                     if generation is not None:
                         restored.append((entry, generation))
@@ -86,9 +85,8 @@ class Restart:
         ever."""
         logger.error("The restart broke off", exc_info=error)
         self._registry.events.task_failed("restart")
-        for name, loading in list(self._registry.awaited.items()):
-            self._registry.fail(name, loading.source, error)
-        self._registry.awaited.clear()
+        for name, loading in self._registry.names.awaited.items():
+            self._registry.names.fail(name, loading.source, error)
 
     async def _restore(self, entry: Entry) -> Generation | None:
         name = entry.name
@@ -99,9 +97,7 @@ class Restart:
         except Exception as error:
             # Whatever it is, the others are served all the same.
             logger.error("Adapter %s is not served after the restart: %s", name, error)
-            self._registry.fail(name, entry.source, error)
-        finally:
-            self._registry.awaited.pop(name, None)
+            self._registry.names.fail(name, entry.source, error)
         return None
 
     async def _bring_back(self, entry: Entry) -> Loaded:
@@ -128,7 +124,7 @@ class Restart:
         return await self._load(entry, fetch, terms)
 
     async def _load(self, entry: Entry, fetch: Fetch, terms: Terms) -> Loaded:
-        while self._registry.busy:
+        while self._registry.loads.busy:
             # With clients' loads; clients that were refused wait longer before they try again.
             await asyncio.sleep(PAUSE_SECONDS)
         wanted = self._while_awaited(entry.name, fetch)
@@ -137,7 +133,7 @@ class Restart:
     @contextmanager
     def _while_awaited(self, name: str, fetch: Fetch) -> Iterator[Source]:
         """Entered under the name's lock, which whoever loads or deletes the name needs too."""
-        if name not in self._registry.awaited:
+        if name not in self._registry.names.awaited:
             raise NotLoadedError(f"The lora adapter {name!a} was loaded or deleted meanwhile.")
         with fetch as source:
             yield source
@@ -163,8 +159,8 @@ class Restart:
             with self._sources.fetch(entry.source) as source:
                 if source.fingerprint == entry.fingerprint:
                     return None
-                found = self._read(source.directory, entry.layout).digest
-                return None if found == entry.generation else CHANGED
+                digest = self._read(source.directory, entry.layout).digest
+                return None if digest == entry.generation else CHANGED
         except (AdapterError, RequestError, OSError):
             return GONE
 
@@ -192,7 +188,7 @@ class Restart:
             return False
 
     def _entries(self) -> list[Entry]:
-        awaited = self._registry.awaited.keys() | self._registry.failures.keys()
+        awaited = self._registry.names.awaited.keys() | self._registry.names.failures.keys()
         self._absent = {name: entry for name, entry in self._absent.items() if name in awaited}
         served = [
             Entry(

@@ -66,7 +66,7 @@ class AdapterRoots:
     def entries(self) -> tuple[dict[str, Path], dict[Path, str]]:
         """The directories right below the roots by name, of the first root that has each; and what
         cannot be looked at, with the reason."""
-        found: dict[str, Path] = {}
+        directories: dict[str, Path] = {}
         odd: dict[Path, str] = {}
         for root in self._roots:
             try:
@@ -77,10 +77,10 @@ class AdapterRoots:
             for entry in entries:
                 try:
                     if entry.is_dir():
-                        found.setdefault(entry.name, Path(entry.path))
+                        directories.setdefault(entry.name, Path(entry.path))
                 except OSError as error:
                     odd[Path(entry.path)] = str(error)
-        return found, odd
+        return directories, odd
 
     def _root_of(self, path: Path) -> Path | None:
         return next((root for root in self._roots if path.is_relative_to(root)), None)

@@ -35,7 +35,7 @@ from molehill.engine.formats.registry import config_files
 logger = logging.getLogger("vllm.molehill")
 
 PERIOD_SECONDS = 1.0
-SETTLE_SECONDS = 2.0
+QUIET_SECONDS = 2.0
 
 # Between two tries of what there was no room for; it doubles.
 FIRST_PAUSE_SECONDS = 2.0
@@ -92,27 +92,27 @@ class Watcher:
             seen = self._seen.get(name)
             if seen is None or seen.mark != mark:
                 seen = self._seen[name] = Seen(mark, now, FIRST_PAUSE_SECONDS)
-            settled = now - seen.since >= SETTLE_SECONDS and now >= seen.later
-            if settled and not seen.done and self._is_free(name) and not self._registry.busy:
+            is_quiet = now - seen.since >= QUIET_SECONDS and now >= seen.later
+            if is_quiet and not seen.done and self._is_free(name) and not self._registry.loads.busy:
                 await self._load(name, seen)
 
     def _marks(self) -> dict[str, str]:
         """Fingerprints of the adapters right below the roots."""
         entries, odd = self._roots.entries()
-        found = {}
+        marks = {}
         for name, directory in entries.items():
             try:
                 # One without a config holds other directories, or has just begun to fill.
                 if any((directory / config).is_file() for config in config_files()):
                     names.check(name, base_models=())
-                    found[name] = fingerprint(directory)
+                    marks[name] = fingerprint(directory)
             except (OSError, BadNameError) as error:
                 odd[directory] = str(error)
         for path, why in odd.items():
             if self._odd.get(path) != why:
                 logger.warning("Adapter root: %a is not watched: %a", str(path), why)
         self._odd = odd
-        return found
+        return marks
 
     async def _forget(self, name: str) -> None:
         """Of a directory that is gone. What it served goes on; what it was refused for is over."""
@@ -152,4 +152,4 @@ class Watcher:
             logger.exception("Adapter root: %s could not be loaded", name)
         seen.later = time.monotonic() + seen.pause
         seen.pause = min(2 * seen.pause, LAST_PAUSE_SECONDS)
-        self._registry.fail(name, name, error)
+        self._registry.names.fail(name, name, error)

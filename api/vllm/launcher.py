@@ -9,9 +9,10 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from molehill.api.adapters.merged_base import MergedBaseAdapter
 from molehill.api.adapters.store_lock import check_free
-from molehill.api.options import MergedBaseAdapter, Options, api_keys
 from molehill.api.vllm import compat, precision
+from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.worker_client import ONE_ENGINE
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.system.torchvision import check_importable
@@ -65,7 +66,7 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
         check_importable()
         compilation.lift_gate()
         args = parse(vllm_arguments)
-        precision.settle(args)
+        precision.choose_dtype(args)
         compat.check_launcher()
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise LaunchError(str(error)) from error

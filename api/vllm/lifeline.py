@@ -37,8 +37,8 @@ class Lifeline:
             if not answer.done() and self._engine.errored:
                 answer.cancel()
                 raise self._engine.dead_error
-        found: list[Any] = answer.result()
-        return found
+        replies: list[Any] = answer.result()
+        return replies
 
 
 async def is_alive(engine_client: Any) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from molehill.api.options import MergedBaseAdapter, Options
+from molehill.api.adapters.merged_base import MergedBaseAdapter
+from molehill.api.vllm.options import Options
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import UnsupportedError

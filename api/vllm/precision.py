@@ -13,7 +13,7 @@ logger = logging.getLogger("vllm.molehill")
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 
-def settle(args: argparse.Namespace) -> None:
+def choose_dtype(args: argparse.Namespace) -> None:
     """Refuses a dtype that the model's kernels do not take, and chooses one where none is given.
 
     args: vLLM's, with the KV cache's size settled; `dtype` changes. Raises ValueError.

@@ -51,7 +51,7 @@ class Prober:
     async def _differs(self, generation: Generation, tokens: int) -> bool:
         try:
             base = await self._answer(None, tokens)
-            own = await self._answer(generation.request, tokens)
+            adapted = await self._answer(generation.request, tokens)
         except Exception as error:
             logger.exception("Adapter %s could not be probed", generation.name)
             raise NotProbedError(
@@ -59,7 +59,7 @@ class Prober:
                 ", expected log-probabilities; try again, or serve it unprobed with allow_noop or "
                 "--no-adapter-probe"
             ) from error
-        return own != base
+        return adapted != base
 
     async def _answer(self, request: Any, tokens: int) -> Answer:
         self._asked += 1
@@ -73,7 +73,7 @@ class Prober:
         if last is None or not last.prompt_logprobs:
             raise RuntimeError("the engine gave no log-probabilities of the prompt")
         return [
-            {token: found.logprob for token, found in position.items()}
+            {token: entry.logprob for token, entry in position.items()}
             for position in last.prompt_logprobs
             if position
         ]

@@ -41,24 +41,33 @@ Outputs = AsyncGenerator[Any, None]
 
 @dataclass
 class Answering:
-    """The HTTP request that is being answered. leases: by adapter. unread: its calls of the engine
-    that have not begun."""
+    """The HTTP request that is being answered, or a call of the engine outside of one.
+
+    leases: by adapter, each held until the answer has ended. asked: adapters that the engine was
+    asked for. tiers: where those were that were brought in before that. unread: calls of the engine
+    that have not begun.
+    """
 
     leases: dict[str, Lease] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+    tiers: dict[str, Tier] = field(default_factory=dict)
     unread: "weakref.WeakSet[Counted]" = field(default_factory=weakref.WeakSet)
     ended: bool = False
+    # What its leases have in common; not itself, which holds them.
+    request: object = field(default_factory=object)
 
     def lease(self, registry: AdapterRegistry, lora_request: Any) -> Lease:
-        """One more holder of this request's lease. What goes on after the response is counted while
-        it lasts."""
-        lease = self.leases.get(lora_request.lora_name)
-        if lease is not None and not lease.over:
-            lease.join()
-            return lease
-        lease = new_lease(registry, lora_request)
+        """One more on the generation that the answer runs on. What goes on after the response is
+        counted while it lasts. Raises VLLMNotFoundError, as vLLM's routes understand it."""
+        name = lora_request.lora_name
+        if name in self.leases and not self.ended:
+            return self.leases[name].share()
+        try:
+            lease = registry.admit(lora_request, self.request)
+        except UnknownModelError as error:
+            raise VLLMNotFoundError(str(error)) from error
         if not self.ended:
-            lease.join()
-            self.leases[lora_request.lora_name] = lease
+            self.leases[name] = lease.share()
         return lease
 
     async def begin(self, events: bool) -> None:
@@ -69,9 +78,9 @@ class Answering:
         """
         for call in list(self.unread):
             await call.begin()
-        for lease in self.leases.values():
-            if events and not lease.asked:
-                lease.found = await bring_in(lease)
+        for name, lease in self.leases.items():
+            if events and name not in self.asked:
+                self.tiers[name] = await bring_in(lease)
                 lease.give_slot_back()
 
     def end(self) -> None:
@@ -134,15 +143,6 @@ def refusal(error: GracefulHTTPError) -> Response:
     return JSONResponse(body.model_dump(), body.error.code)
 
 
-def new_lease(registry: AdapterRegistry, lora_request: Any) -> Lease:
-    """On what AdapterRegistry.admit says. Raises VLLMNotFoundError, as vLLM's routes understand
-    it."""
-    try:
-        return registry.lease(registry.admit(lora_request))
-    except UnknownModelError as error:
-        raise VLLMNotFoundError(str(error)) from error
-
-
 def admit(registry: AdapterRegistry, lora_request: Any) -> None:
     """A route has looked its request's model up."""
     request = answering.get()
@@ -162,17 +162,18 @@ def counted(call: Callable[..., Any], registry: AdapterRegistry) -> Callable[...
     def start(*args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
         if lora_request is None:
             return call(*args, **kwargs)
-        request = answering.get()
+        request = answering.get() or Answering(ended=True)
         # A refusal must come before a streaming response has begun.
-        if request is None:
-            lease = new_lease(registry, lora_request)
-        else:
-            lease = request.lease(registry, lora_request)
-        lease.asked = True
-        outputs = run(lease, call, args, kwargs)
+        lease = request.lease(registry, lora_request)
+        name = lease.generation.name
+        request.asked.add(name)
+
+        def hit(tier: Tier) -> None:
+            registry.events.hit(name, request.tiers.pop(name, tier))
+
+        outputs = run(lease, hit, call, args, kwargs)
         counted = Counted(lease, outputs, gives_deltas(*args, **kwargs))
-        if request is not None:
-            request.unread.add(counted)
+        request.unread.add(counted)
         return counted
 
     return start
@@ -185,7 +186,7 @@ def gives_deltas(_: Any = None, sampling_params: Any = None, *__: Any, **___: An
 
 
 async def bring_in(lease: Lease) -> Tier:
-    """Takes the generation's slot; where it was found. Raises GracefulHTTPError, as vLLM's routes
+    """Takes the generation's slot; where it was before. Raises GracefulHTTPError, as vLLM's routes
     understand it."""
     generation = lease.generation
     try:
@@ -196,23 +197,29 @@ async def bring_in(lease: Lease) -> Tier:
 
 
 async def run(
-    lease: Lease, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    lease: Lease,
+    hit: Callable[[Tier], None],
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Outputs:
-    """None when the generation is in the workers, then the engine's outputs."""
-    lease.hit(await bring_in(lease))
-    in_engine = True
-    request = lease.generation.request
+    """None when the generation is in the workers, then the engine's outputs.
+
+    hit: told where the generation was before.
+    """
+    # The engine may be at work for longer than whoever reads the outputs, or be done before.
+    slot = lease.share()
     try:
+        hit(await bring_in(slot))
         yield None
+        request = lease.generation.request
         async with aclosing(call(*args, lora_request=request, **kwargs)) as outputs:
             async for output in outputs:
-                if in_engine and output.finished:
-                    in_engine = False
-                    lease.give_slot_back()
+                if output.finished:
+                    slot.leave()
                 yield output
     finally:
-        if in_engine:
-            lease.give_slot_back()
+        slot.leave()
 
 
 class Counted:
@@ -286,8 +293,7 @@ class Counted:
         if self._reading or self._reads != reads:
             self._look_later()
             return
-        self._lease.join()
-        self._ahead = ReadAhead(self._outputs, self._deltas, self._lease.leave)
+        self._ahead = ReadAhead(self._outputs, self._deltas, self._lease.share().leave)
         stop = weakref.finalize(self, self._loop.call_soon_threadsafe, self._ahead.cancel)
         stop.atexit = False
 

@@ -84,5 +84,5 @@ class ServedModels:
 
 def adapter_card(base: Card, generation: Generation) -> Card:
     name = generation.name
-    own = {"id": name, "root": name, "parent": base["id"], "created": generation.created}
-    return {**base, **own}
+    fields = {"id": name, "root": name, "parent": base["id"], "created": generation.created}
+    return {**base, **fields}

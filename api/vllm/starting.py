@@ -72,9 +72,9 @@ class StartingServer:
         )
         self._server = uvicorn.Server(config)
         # It closes what it was given, and the real server needs the socket.
-        own = sock.dup()
+        duplicate = sock.dup()
         self._thread = Thread(
-            target=self._server.run, args=([own],), name="molehill-starting", daemon=True
+            target=self._server.run, args=([duplicate],), name="molehill-starting", daemon=True
         )
         self._thread.start()
 

@@ -33,7 +33,7 @@ def validate(adapter: Adapter, base: BaseModel, limits: Limits) -> None:
 
 def check(adapter: Adapter, limits: Limits) -> None:
     """Raises the first problem that no choice of base model can mend."""
-    for problem in own_problems(adapter, limits):
+    for problem in adapter_problems(adapter, limits):
         raise problem
 
 
@@ -49,29 +49,29 @@ def problems(adapter: Adapter, base: BaseModel, limits: Limits) -> list[AdapterE
         for site in sorted(adapter.sites, key=natural_key)
         for problem in _misfits(site, adapter.sites[site], base)
     ]
-    return [*own_problems(adapter, limits), *_mismatch(adapter, base, misfits), *misfits]
+    return [*adapter_problems(adapter, limits), *_mismatch(adapter, base, misfits), *misfits]
 
 
-def own_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
+def adapter_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
     """The problems that need no base model to be seen."""
-    found: list[AdapterError] = []
+    errors: list[AdapterError] = []
     if adapter.num_bytes > limits.adapter_bytes:
-        found.append(
+        errors.append(
             LimitError(
                 "adapter", f"{adapter.num_bytes} bytes", f"at most {limits.adapter_bytes} bytes"
             )
         )
     for site in sorted(adapter.sites, key=natural_key):
         mixture = adapter.sites[site]
-        found += [*_inconsistent(site, mixture), *_over_limits(site, mixture, limits)]
-        found += _unservable(site, mixture, adapter.sites)
+        errors += [*_inconsistent(site, mixture), *_over_limits(site, mixture, limits)]
+        errors += _unservable(site, mixture, adapter.sites)
     for name, tensor in adapter.tensors():
         if not is_finite(tensor):
-            found.append(NonFiniteError(name, "NaN or Inf", "finite values"))
-    if not found and not any(_acts(mixture) for mixture in adapter.sites.values()):
+            errors.append(NonFiniteError(name, "NaN or Inf", "finite values"))
+    if not errors and not any(_acts(mixture) for mixture in adapter.sites.values()):
         sites = len(adapter.sites)
-        found.append(NothingBoundError("adapter", f"{sites} sites, no effect", "at least one"))
-    return found
+        errors.append(NothingBoundError("adapter", f"{sites} sites, no effect", "at least one"))
+    return errors
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -169,14 +169,14 @@ def _expect(where: str, tensor: Tensor, shape: list[int]) -> Iterator[AdapterErr
 
 def _over_limits(site: str, mixture: Mixture, limits: Limits) -> Iterator[AdapterError]:
     stacks = [experts for _, experts in _stacks(site, mixture)]
-    figures = {
+    sizes = {
         "experts": (mixture.num_experts, limits.experts),
         "rank": (max((max(e.ranks, default=0) for e in stacks), default=0), limits.rank),
         "rank rows": (sum(sum(e.ranks) for e in stacks), limits.total_rank),
     }
-    for name, (found, limit) in figures.items():
-        if found > limit:
-            yield LimitError(site, f"{name} {found}", f"at most {limit}")
+    for name, (size, limit) in sizes.items():
+        if size > limit:
+            yield LimitError(site, f"{name} {size}", f"at most {limit}")
 
 
 def _unservable(

@@ -66,14 +66,14 @@ def attach(
 
 def _on_fused_experts(adapter: Adapter, modules: dict[str, nn.Module]) -> dict[str, Mixture]:
     """The sites on experts that the model holds in fused parameters, and not as linears."""
-    found = {}
+    result = {}
     for name, mixture in adapter.sites.items():
         site = expert_sites.split(name)
         block = modules.get(f"{site.block}.experts") if site else None
         sizes = fused_experts(block) if block else None
         if site and sizes and site.expert < sizes.experts:
-            found[name] = mixture
-    return found
+            result[name] = mixture
+    return result
 
 
 def _moe_forward(
@@ -132,7 +132,7 @@ def _apply_output(module: nn.Module, mixture: ScaleMixture) -> _Apply:
 def _apply_input(module: nn.Module, mixture: ScaleMixture) -> _Apply:
     def apply(x: Tensor) -> tuple[Tensor, Routing, Tensor]:
         scaled, routing = scale_mixture(x, mixture)
-        return _linear(module, scaled), Routing(*(figure.squeeze(1) for figure in routing)), x
+        return _linear(module, scaled), Routing(*(tensor.squeeze(1) for tensor in routing)), x
 
     return apply
 

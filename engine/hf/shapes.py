@@ -48,13 +48,13 @@ def activation(config: Any) -> str:
 def fused_experts(module: nn.Module) -> Moe | None:
     """The sizes of a module that holds a block's experts in two parameters, `gate_up_proj`
     `[E, 2 I, d]`, all gates before all ups, and `down_proj` `[E, d, I]`; None for any other."""
-    own = dict(module.named_parameters(recurse=False))
-    if set(own) != {"gate_up_proj", "down_proj"} or getattr(module, "is_transposed", False):
+    parameters = dict(module.named_parameters(recurse=False))
+    if set(parameters) != {"gate_up_proj", "down_proj"} or getattr(module, "is_transposed", False):
         return None
-    if not getattr(module, "is_concatenated", True) or own["down_proj"].ndim != 3:
+    if not getattr(module, "is_concatenated", True) or parameters["down_proj"].ndim != 3:
         return None
-    experts, hidden, intermediate = own["down_proj"].shape
-    if tuple(own["gate_up_proj"].shape) != (experts, 2 * intermediate, hidden):
+    experts, hidden, intermediate = parameters["down_proj"].shape
+    if tuple(parameters["gate_up_proj"].shape) != (experts, 2 * intermediate, hidden):
         return None
     return Moe(experts, hidden, intermediate)
 

@@ -19,7 +19,7 @@ import torch
 _LIBRARIES = re.compile(r"/\S*/lib(?:[gi]?omp\d*|torch_cpu)\b[^/\s]*\.so[.\d]*$", re.MULTILINE)
 
 
-def own_cores(process: int = 0) -> set[int]:
+def affinity(process: int = 0) -> set[int]:
     """Where a process's main thread may run, by default the calling thread; empty if unknown."""
     if not hasattr(os, "sched_getaffinity"):
         return set()

@@ -56,44 +56,46 @@ def _mixture(
     site: str, tasks: Sequence[Lora], general: Sequence[Lora], policy: Arrow
 ) -> LinearMixture:
     experts = [_pair(lora, site) for lora in tasks]
-    for lora, own in zip(tasks, experts, strict=True):
-        check_alike(lora.name, site, own, experts[0])
+    for lora, expert in zip(tasks, experts, strict=True):
+        check_alike(lora.name, site, expert, experts[0])
     if general:
         mean = _mean(site, general, experts[0])
         experts = [
-            _subtract(lora, site, own, mean) for lora, own in zip(tasks, experts, strict=True)
+            _subtract(lora, site, expert, mean) for lora, expert in zip(tasks, experts, strict=True)
         ]
-    router = torch.stack([prototype(own.a, own.b) for own in experts])
+    router = torch.stack([prototype(expert.a, expert.b) for expert in experts])
     return LinearMixture(stack_up(experts), policy, router)
 
 
 def _pair(lora: Lora, site: str) -> Experts:
-    own = low_rank(lora.name, site, lora.adapter.sites[site])
-    return Experts(own.a, own.b, (sum(own.ranks),))
+    pair = low_rank(lora.name, site, lora.adapter.sites[site])
+    return Experts(pair.a, pair.b, (sum(pair.ranks),))
 
 
 def _mean(site: str, general: Sequence[Lora], like: Experts) -> tuple[Tensor, Tensor]:
     """A and B of the general adapters, less their factors, on the average."""
     pairs = [_pair(lora, site) for lora in general]
-    for lora, own in zip(general, pairs, strict=True):
-        check_alike(lora.name, site, own, like)
-        _check_rank(lora, site, own, like)
-    a = torch.stack([own.a for own in pairs])
-    b = torch.stack([own.b / lora.factors[site] for lora, own in zip(general, pairs, strict=True)])
+    for lora, pair in zip(general, pairs, strict=True):
+        check_alike(lora.name, site, pair, like)
+        _check_rank(lora, site, pair, like)
+    a = torch.stack([pair.a for pair in pairs])
+    b = torch.stack(
+        [pair.b / lora.factors[site] for lora, pair in zip(general, pairs, strict=True)]
+    )
     return a.mean(0), b.mean(0)
 
 
-def _subtract(lora: Lora, site: str, own: Experts, mean: tuple[Tensor, Tensor]) -> Experts:
+def _subtract(lora: Lora, site: str, pair: Experts, mean: tuple[Tensor, Tensor]) -> Experts:
     a, b = mean
-    _check_rank(lora, site, own, Experts(a, b, (a.shape[0],)))
-    return Experts(own.a - a, own.b - b * lora.factors[site], own.ranks)
+    _check_rank(lora, site, pair, Experts(a, b, (a.shape[0],)))
+    return Experts(pair.a - a, pair.b - b * lora.factors[site], pair.ranks)
 
 
-def _check_rank(lora: Lora, site: str, own: Experts, like: Experts) -> None:
-    if own.ranks != like.ranks:
+def _check_rank(lora: Lora, site: str, pair: Experts, like: Experts) -> None:
+    if pair.ranks != like.ranks:
         where, expected = f"{lora.name}: {site}.a", f"the other adapters' {like.ranks[0]}"
         raise ShapeError(
-            where, f"rank {own.ranks[0]}", f"{expected}, as general ones are subtracted"
+            where, f"rank {pair.ranks[0]}", f"{expected}, as general ones are subtracted"
         )
 
 

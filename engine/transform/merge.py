@@ -114,22 +114,22 @@ def merge_site(
         return None
     if isinstance(mixture, LinearMixture) and mixture.magnitude is not None:
         return None
-    found = gate(mixture, activation, tolerance)
-    if found.weights is None:
+    fixed = gate(mixture, activation, tolerance)
+    if fixed.weights is None:
         return None
     if isinstance(mixture, FfnMixture):
         stacks = {f"{site}.{name}": experts for name, experts in sorted(mixture.experts.items())}
     else:
         stacks = {site: mixture.experts}
     merged = {
-        name: LinearMixture(collapse(experts, found.weights), PLAIN)
+        name: LinearMixture(collapse(experts, fixed.weights), PLAIN)
         for name, experts in stacks.items()
     }
     before = sum(sum(experts.ranks) for experts in stacks.values())
     after = sum(sum(linear.experts.ranks) for linear in merged.values())
     if before == after and is_plain(mixture):
         return None
-    return merged, SiteMerge(site, found.reason, before, after, found.error)
+    return merged, SiteMerge(site, fixed.reason, before, after, fixed.error)
 
 
 def is_plain(mixture: Mixture) -> bool:
@@ -194,11 +194,11 @@ def subtract(adapter: Adapter, merged_pairs: Mapping[str, Experts]) -> Adapter:
     experts inside an FFN, whose norms are of W.
     """
     sites: dict[str, Mixture] = dict(adapter.sites)
-    for site, own in sites.items():
-        if isinstance(own, ScaleMixture) and site in merged_pairs:
+    for site, mixture in sites.items():
+        if isinstance(mixture, ScaleMixture) and site in merged_pairs:
             _refuse(site, "vectors")
-        if isinstance(own, FfnMixture):
-            for name in own.magnitudes:
+        if isinstance(mixture, FfnMixture):
+            for name in mixture.magnitudes:
                 if f"{site}.{name}" in merged_pairs:
                     _refuse(f"{site}.{name}", "magnitudes of experts")
     for site, merged in merged_pairs.items():
@@ -223,16 +223,16 @@ def _equal(one: Experts, other: Experts) -> bool:
     return torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
 
 
-def _beside(own: LinearMixture, undo: Experts) -> LinearMixture:
-    """`own` and a pair that every token gets. Beside a magnitude it joins the one expert, for the
-    magnitude scales the original W."""
-    if own.router is not None:
-        return replace(own, shared=undo)
-    a = torch.cat([own.experts.a, undo.a])
-    b = torch.cat([own.experts.b, undo.b], dim=1)
-    if own.magnitude is not None:
-        return replace(own, experts=_pair(a, b))
-    weights = gate(own).weights
+def _beside(mixture: LinearMixture, undo: Experts) -> LinearMixture:
+    """`mixture` and a pair that every token gets. Beside a magnitude it joins the one expert, for
+    the magnitude scales the original W."""
+    if mixture.router is not None:
+        return replace(mixture, shared=undo)
+    a = torch.cat([mixture.experts.a, undo.a])
+    b = torch.cat([mixture.experts.b, undo.b], dim=1)
+    if mixture.magnitude is not None:
+        return replace(mixture, experts=_pair(a, b))
+    weights = gate(mixture).weights
     assert weights is not None
-    experts = Experts(a, b, (*own.experts.ranks, *undo.ranks))
+    experts = Experts(a, b, (*mixture.experts.ranks, *undo.ranks))
     return LinearMixture(experts, Constant((*weights.tolist(), 1.0)))

@@ -53,13 +53,13 @@ def merge_checkpoint(base: Path, adapter: Adapter, directory: Path) -> dict[str,
 
 
 def _sites(adapter: Adapter) -> dict[str, LinearMixture]:
-    found = {}
+    result = {}
     for site in sorted(adapter.sites, key=natural_key):
         mixture = adapter.sites[site]
         if not isinstance(mixture, LinearMixture) or not (is_plain(mixture) or _is_dora(mixture)):
             raise UnsupportedError(site, why_not_plain(mixture), "a static site")
-        found[site] = mixture
-    return found
+        result[site] = mixture
+    return result
 
 
 def _is_dora(mixture: LinearMixture) -> bool:

@@ -94,7 +94,7 @@ def plan(
 
 
 def _site_plan(site: str, mixture: Mixture, activation: str | None, tolerance: float) -> SitePlan:
-    found = gate(mixture, activation, tolerance)
+    fixed = gate(mixture, activation, tolerance)
     merged = merge_site(site, mixture, activation, tolerance)
     return SitePlan(
         site=site,
@@ -103,9 +103,9 @@ def _site_plan(site: str, mixture: Mixture, activation: str | None, tolerance: f
         experts=mixture.num_experts,
         ranks=_ranks(site, mixture),
         bytes=sum(tensor.nbytes for _, tensor in site_tensors(mixture)),
-        static=found.weights is not None,
-        reason=found.reason,
-        error=found.error,
+        static=fixed.weights is not None,
+        reason=fixed.reason,
+        error=fixed.error,
         merged=None if merged is None else _merged_ranks(merged[0]),
         cost=_cost(mixture, None if merged is None else merged[0]),
     )

@@ -77,18 +77,18 @@ def _ffn_gate(mixture: FfnMixture, activation: str | None) -> Gate:
     several experts cannot be summed outside the activation."""
     if mixture.magnitudes:
         return Gate(None, "experts with magnitudes inside the FFN's activation")
-    found = _fixed(mixture)
-    if found is None and mixture.policy.sums_to_one and all(map(_identical, _stacks(mixture))):
-        found = Gate(_only_first(mixture), IDENTICAL)
-    if found is None:
+    fixed = _fixed(mixture)
+    if fixed is None and mixture.policy.sums_to_one and all(map(_identical, _stacks(mixture))):
+        fixed = Gate(_only_first(mixture), IDENTICAL)
+    if fixed is None:
         return Gate(None, "experts inside the FFN's activation")
-    weights = found.weights
+    weights = fixed.weights
     assert weights is not None
     if sorted(weights.tolist()) != [0.0] * (len(weights) - 1) + [1.0]:
-        return Gate(None, f"{found.reason}, but not one expert with weight 1")
+        return Gate(None, f"{fixed.reason}, but not one expert with weight 1")
     if mixture.activation not in (None, activation):
-        return Gate(None, f"{found.reason}, but an activation of its own")
-    return found
+        return Gate(None, f"{fixed.reason}, but an activation of its own")
+    return fixed
 
 
 def _stacks(mixture: FfnMixture) -> list[Experts]:

@@ -32,8 +32,8 @@ def mix(parts: Sequence[Part]) -> Adapter:
     stacks: dict[str, list[Experts]] = {}
     for part in parts:
         for site, mixture in part.adapter.sites.items():
-            own = low_rank(part.name, site, mixture)
-            scaled = Experts(own.a, own.b * part.scale, own.ranks)
+            pair = low_rank(part.name, site, mixture)
+            scaled = Experts(pair.a, pair.b * part.scale, pair.ranks)
             stack = stacks.setdefault(site, [])
             if stack:
                 check_alike(part.name, site, scaled, stack[0])
@@ -62,11 +62,11 @@ def low_rank(name: str, site: str, mixture: Mixture) -> Experts:
     return Experts(experts.a, experts.b * weights, experts.ranks)
 
 
-def check_alike(name: str, site: str, own: Experts, first: Experts) -> None:
+def check_alike(name: str, site: str, pair: Experts, first: Experts) -> None:
     """Two parts' pairs must be of the same linear. Raises ShapeError."""
     for half, found, expected in (
-        ("a", own.a.shape[1], first.a.shape[1]),
-        ("b", own.b.shape[0], first.b.shape[0]),
+        ("a", pair.a.shape[1], first.a.shape[1]),
+        ("b", pair.b.shape[0], first.b.shape[0]),
     ):
         if found != expected:
             where = f"{name}: {site}.{half}"
@@ -76,8 +76,8 @@ def check_alike(name: str, site: str, own: Experts, first: Experts) -> None:
 def stack_up(stack: Iterable[Experts]) -> Experts:
     """All experts side by side."""
     pairs = list(stack)
-    a, b = torch.cat([own.a for own in pairs]), torch.cat([own.b for own in pairs], dim=1)
-    return Experts(a, b, tuple(rank for own in pairs for rank in own.ranks))
+    a, b = torch.cat([pair.a for pair in pairs]), torch.cat([pair.b for pair in pairs], dim=1)
+    return Experts(a, b, tuple(rank for pair in pairs for rank in pair.ranks))
 
 
 def _constant(experts: Experts) -> LinearMixture:

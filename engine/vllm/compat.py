@@ -331,8 +331,8 @@ def installed_version() -> str:
     )
 
 
-def is_tested(found: str) -> bool:
-    return ".".join(found.split("+")[0].split(".")[:2]) in TESTED
+def is_tested(version: str) -> bool:
+    return ".".join(version.split("+")[0].split(".")[:2]) in TESTED
 
 
 def root() -> Path:
@@ -349,20 +349,20 @@ def check_version(table: Sequence[Seam] = SEAMS) -> None:
     Logs a warning if all is as expected; raises RuntimeError, which names the version and every
     seam that has changed, if not.
     """
-    found = installed_version()
-    if not is_tested(found):
-        _check_untested(found, root(), tuple(table))
+    version = installed_version()
+    if not is_tested(version):
+        _check_untested(version, root(), tuple(table))
 
 
 @cache
-def _check_untested(found: str, folder: Path, table: tuple[Seam, ...]) -> None:
+def _check_untested(version: str, folder: Path, table: tuple[Seam, ...]) -> None:
     """Once in a process."""
     tested = f"molehill was tested with {', '.join(TESTED)}"
     faults = [text for _, text in Sources(folder).faults(table) if text is not None]
     if faults:
-        raise RuntimeError(f"vLLM {found} is installed, {tested}, and {'; '.join(faults)}")
+        raise RuntimeError(f"vLLM {version} is installed, {tested}, and {'; '.join(faults)}")
     text = "molehill: vLLM %s is installed, %s; all that it uses of vLLM is there, so it starts"
-    logger.warning(text, found, tested)
+    logger.warning(text, version, tested)
 
 
 def check_seams() -> None:

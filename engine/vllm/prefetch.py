@@ -8,7 +8,7 @@ from functools import partial
 from time import monotonic, sleep
 from typing import Any, Generic, TypeVar
 
-from molehill.engine.system.cpu_affinity import compute_with, keep_off, own_cores
+from molehill.engine.system.cpu_affinity import affinity, compute_with, keep_off
 from molehill.engine.system.threads import started
 
 logger = logging.getLogger("vllm.molehill")
@@ -31,7 +31,7 @@ def leave_to_steps() -> None:
     It computes alone: others of its OpenMP threads would be bound, and it with them, to the cores
     that vLLM gave the worker's.
     """
-    keep_off(own_cores(), own_cores(os.getppid()))
+    keep_off(affinity(), affinity(os.getppid()))
     compute_with(1)
 
 

@@ -66,9 +66,9 @@ def to_wire(message: object) -> object:
 
 def from_wire(value: object, kind: type[MessageT], sender: str) -> MessageT:
     """Raises ProtocolError. sender: who sent it, for that error."""
-    found = value.get("version") if isinstance(value, Mapping) else None
-    if not isinstance(value, Mapping) or found != VERSION:
-        what = "no version" if found is None else f"version {found!r}"
+    version = value.get("version") if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or version != VERSION:
+        what = "no version" if version is None else f"version {version!r}"
         raise ProtocolError(
             f"{sender} {what} of molehill's messages, expected version {VERSION}: "
             "all processes need the same release of molehill"

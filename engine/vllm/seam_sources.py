@@ -98,14 +98,14 @@ class Sources:
     def _bases(self, place: Place) -> list[Place]:
         """A class, then those that it inherits from, as far as they are vLLM's."""
         module, node = place
-        found = [place]
+        result = [place]
         for base in node.bases if isinstance(node, ast.ClassDef) else ():
             base = base.value if isinstance(base, ast.Subscript) else base
             if isinstance(base, ast.Name):
                 parent = self._top_level(module, base.id)
                 if parent is not None and parent[1] is not node:
-                    found += self._bases(parent)
-        return found
+                    result += self._bases(parent)
+        return result
 
     def _member(self, place: Place, name: str) -> Place | None:
         for module, owner in self._bases(place):

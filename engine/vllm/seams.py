@@ -68,17 +68,17 @@ class Definition:
     source: str
 
 
-def fault(seam: Seam, found: Definition | None) -> str | None:
+def fault(seam: Seam, definition: Definition | None) -> str | None:
     """What is not as expected, in a line; None if all is."""
-    if found is None:
+    if definition is None:
         if seam.overrides is not None:
             return f"vLLM's {seam} takes None, molehill expects {list(seam.overrides)}"
         return f"vLLM has no {'.'.join(filter(None, (seam.module, seam.name)))}"
     return (
-        _parameter_fault(seam, found)
-        or _missing(seam, [name for name in seam.attributes if name not in found.attributes])
-        or _missing(seam, [text for text in seam.markers if text not in found.source])
-        or _call_fault(seam, found.source)
+        _parameter_fault(seam, definition)
+        or _missing(seam, [name for name in seam.attributes if name not in definition.attributes])
+        or _missing(seam, [text for text in seam.markers if text not in definition.source])
+        or _call_fault(seam, definition.source)
     )
 
 
@@ -86,8 +86,8 @@ def _missing(seam: Seam, missing: Sequence[str]) -> str | None:
     return f"vLLM's {seam} has no {', '.join(missing)}" if missing else None
 
 
-def _parameter_fault(seam: Seam, found: Definition) -> str | None:
-    parameters = found.parameters
+def _parameter_fault(seam: Seam, definition: Definition) -> str | None:
+    parameters = definition.parameters
     names = None if parameters is None else [parameter.name for parameter in parameters]
     takes = f"vLLM's {seam} takes {names}, molehill"
     if seam.overrides is not None and names != list(seam.overrides):
@@ -98,7 +98,7 @@ def _parameter_fault(seam: Seam, found: Definition) -> str | None:
     leading = list(seam.positional)
     if parameters is None or names is None or names[: len(leading)] != leading:
         return f"{takes} gives {given}"
-    unknown = [name for name in seam.keywords if name not in names and not found.takes_more]
+    unknown = [name for name in seam.keywords if name not in names and not definition.takes_more]
     required = [item.name for item in parameters if item.required and item.name not in given]
     return f"{takes} gives {given}" if unknown or required else None
 
@@ -128,31 +128,31 @@ def load(seam: Seam) -> Any:
     does."""
     for module in seam.modules:
         try:
-            found: Any = import_module(module)
+            value: Any = import_module(module)
             for part in filter(None, seam.name.split(".")):
-                found = getattr(found, part)
+                value = getattr(value, part)
         except (ImportError, AttributeError):
             continue
-        return found
+        return value
     raise RuntimeError(fault(seam, None))
 
 
 def inspected(seam: Seam) -> Definition | None:
     try:
-        found = load(seam)
+        value = load(seam)
     except RuntimeError:
         return None
     parameters, takes_more = None, False
     if seam.overrides is not None or seam.positional is not None:
-        parameters, takes_more = _signature(found)
-    attributes = frozenset(name for name in seam.attributes if _has(found, name))
-    source = inspect.getsource(found) if seam.markers or seam.calls else ""
+        parameters, takes_more = _signature(value)
+    attributes = frozenset(name for name in seam.attributes if _has(value, name))
+    source = inspect.getsource(value) if seam.markers or seam.calls else ""
     return Definition(parameters, takes_more, attributes, source)
 
 
-def _signature(found: Any) -> tuple[tuple[Parameter, ...] | None, bool]:
+def _signature(value: Any) -> tuple[tuple[Parameter, ...] | None, bool]:
     try:
-        signature = inspect.signature(found)
+        signature = inspect.signature(value)
     except (TypeError, ValueError):
         return None, False
     kinds = {parameter.kind for parameter in signature.parameters.values()}
@@ -164,13 +164,13 @@ def _signature(found: Any) -> tuple[tuple[Parameter, ...] | None, bool]:
     return parameters, inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def _has(found: Any, name: str) -> bool:
+def _has(value: Any, name: str) -> bool:
     """Of a class, also what only its instances have: fields, and what a method assigns."""
-    if isinstance(found, ModuleType) or not isinstance(found, type):
-        return hasattr(found, name)
+    if isinstance(value, ModuleType) or not isinstance(value, type):
+        return hasattr(value, name)
     return any(
         name in vars(parent) or name in vars(parent).get("__annotations__", ()) or name in assigned
-        for parent in found.__mro__
+        for parent in value.__mro__
         for assigned in [_assigned(parent)]
     )
 

@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from molehill.engine.system import startup
-from molehill.engine.system.cpu_affinity import own_cores
+from molehill.engine.system.cpu_affinity import affinity
 from molehill.engine.transform.merge import MergedBase
 from molehill.engine.vllm import compat, compilation, precision, protocol
 from molehill.engine.vllm.lora_manager import LoRAManager
@@ -88,7 +88,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
 
     def molehill_cores(self, request: object) -> object:
         return protocol.CORES.serve(
-            request, lambda _: protocol.CoresReply(tuple(sorted(own_cores())))
+            request, lambda _: protocol.CoresReply(tuple(sorted(affinity())))
         )
 
     def molehill_prepare(self, request: object) -> object:

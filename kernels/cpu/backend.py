@@ -127,8 +127,8 @@ class CpuBackend(CheckedBackend):
         """Counted since the slot was stored. Sites without a router decide nothing."""
         tokens, ids, experts, counts, entropy = self._ops.counters(self._id, slot)
         names = list(self._sites)
-        own = tuple(names[number] for number in ids)
-        return SlotCounters(tokens, own, tuple(experts), counts, entropy)
+        sites = tuple(names[number] for number in ids)
+        return SlotCounters(tokens, sites, tuple(experts), counts, entropy)
 
     def seconds(self) -> float:
         """Wall time of the ops' calls in steps that had adapters."""

@@ -186,12 +186,12 @@ def _locked(directory: Path) -> Iterator[None]:
     """While no other process compiles into the directory."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as file:
-        told = None
+        reported = None
         while not _lock(file.fileno()):
-            if told is None or monotonic() - told >= PROGRESS_SECONDS:
+            if reported is None or monotonic() - reported >= PROGRESS_SECONDS:
                 what = "waiting for another process that compiles the C++ kernels"
                 _tell(what, f"{what} into {directory}")
-                told = monotonic()
+                reported = monotonic()
             sleep(LOOK_SECONDS)
         yield
 

@@ -117,8 +117,8 @@ class TorchBackend(CheckedBackend):
             self._linears[handle].tables[slot] = linear
         for handle, ffn in ffns.items():
             self._ffns[handle].tables[slot] = ffn
-        for handle, own in scales.items():
-            self._linears[handle].scales[slot] = own
+        for handle, tables in scales.items():
+            self._linears[handle].scales[slot] = tables
         for handle, scale in ffn_scales.items():
             self._ffns[handle].scales[slot] = scale
         self._tokens[slot] = 0
@@ -155,7 +155,7 @@ class TorchBackend(CheckedBackend):
             by_slot.setdefault(run.slot if served else UNSERVED, []).append(run)
             if served:
                 self._tokens[run.slot] += run.stop - run.start
-        self._segments = [(slot, _rows(own)) for slot, own in by_slot.items()]
+        self._segments = [(slot, _rows(runs_of_slot)) for slot, runs_of_slot in by_slot.items()]
 
     def linear(self, out: Tensor, x: Tensor, handle: int) -> None:
         if self._segments:
@@ -222,8 +222,10 @@ class TorchBackend(CheckedBackend):
             routers += layer.tables[slot].routers if slot in layer.tables else []
             routers += [table.router for table in layer.scales.get(slot, ())]
         for ffn in self._ffns:
-            routers += [own[slot].router for own in (ffn.tables, ffn.scales) if slot in own]
-        sites = {site: figures for router in routers for site, figures in router.counters()}
+            routers += [
+                tables[slot].router for tables in (ffn.tables, ffn.scales) if slot in tables
+            ]
+        sites = {site: counts for router in routers for site, counts in router.counters()}
         return SlotCounters.of(self._tokens[slot], sites)
 
     @contextmanager
@@ -254,7 +256,7 @@ def _reduce(logits: list[Tensor], reduce: Callable[[Tensor], Tensor]) -> list[Te
         return logits
     total = reduce(torch.cat([part.flatten() for part in logits]))
     parts = total.split([part.numel() for part in logits])
-    return [part.view_as(own) for part, own in zip(parts, logits, strict=True)]
+    return [part.view_as(segment) for part, segment in zip(parts, logits, strict=True)]
 
 
 def _reduce_shrunk(shrunk: list[Shrunk], reduce: Callable[[Tensor], Tensor]) -> list[Shrunk]:

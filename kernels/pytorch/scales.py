@@ -28,10 +28,10 @@ class ScaleTable:
 
     def scale(self, u: Tensor, logits: Tensor, traces: list[Trace] | None) -> None:
         """Multiplies u in place."""
-        own: list[Trace] | None = None if traces is None else []
-        routing = self.router.route(logits.flatten(0, 1), own)
-        if traces is not None and own is not None:
-            traces += [self._split(trace) for trace in own] if self.by_head else own
+        traced: list[Trace] | None = None if traces is None else []
+        routing = self.router.route(logits.flatten(0, 1), traced)
+        if traces is not None and traced is not None:
+            traces += [self._split(trace) for trace in traced] if self.by_head else traced
         weights = routing.weights.view_as(logits)
         factor = torch.einsum("the,hew->thw", weights, self.vectors)
         u.copy_((self._heads(u) * factor).flatten(1))
@@ -41,8 +41,8 @@ class ScaleTable:
         return heads
 
     def _split(self, trace: Trace) -> Trace:
-        figures = (trace.probabilities, trace.weights, trace.entropy)
-        return Trace(trace.site, *(t.unflatten(0, (-1, len(self.vectors))) for t in figures))
+        tensors = (trace.probabilities, trace.weights, trace.entropy)
+        return Trace(trace.site, *(t.unflatten(0, (-1, len(self.vectors))) for t in tensors))
 
     @property
     def num_bytes(self) -> int:

@@ -45,10 +45,10 @@ class Router:
     policy: Policy
     parameters: Tensor | None = None
     decisions: int = 0
-    figures: Tensor = field(init=False)
+    counts: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.figures = torch.zeros(len(self.sites), self.experts + 2, dtype=torch.float64)
+        self.counts = torch.zeros(len(self.sites), self.experts + 2, dtype=torch.float64)
 
     @property
     def rows(self) -> int:
@@ -73,12 +73,12 @@ class Router:
 
     def _count(self, routing: Routing) -> None:
         self.decisions += routing.weights.shape[0]
-        self.figures[:, :-2] += (routing.weights > 0).sum(0).to(self.figures)
-        self.figures[:, -2] += routing.soft.sum(0).to(self.figures)
-        self.figures[:, -1] += routing.entropy.sum(0).to(self.figures)
+        self.counts[:, :-2] += (routing.weights > 0).sum(0).to(self.counts)
+        self.counts[:, -2] += routing.soft.sum(0).to(self.counts)
+        self.counts[:, -1] += routing.entropy.sum(0).to(self.counts)
 
     def counters(self) -> Iterator[tuple[str, SiteCounters]]:
-        for site, row in zip(self.sites, self.figures.tolist(), strict=True):
+        for site, row in zip(self.sites, self.counts.tolist(), strict=True):
             *chosen, soft, entropy = row
             yield site, SiteCounters(self.decisions, int(soft), entropy, [int(n) for n in chosen])
 
@@ -209,8 +209,8 @@ def _group(routed: Sequence[LinearPiece], device: torch.device) -> list[Router]:
     for _, equals in groupby(routed, key=_router_key):
         pieces = list(equals)
         experts, policy = len(pieces[0].experts.ranks), pieces[0].policy
-        own = [piece.parameters for piece in pieces if piece.parameters is not None]
-        parameters = torch.stack(own).to(device, torch.float32) if own else None
+        tensors = [piece.parameters for piece in pieces if piece.parameters is not None]
+        parameters = torch.stack(tensors).to(device, torch.float32) if tensors else None
         routers.append(Router(tuple(piece.site for piece in pieces), experts, policy, parameters))
     return routers
 

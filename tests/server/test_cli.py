@@ -11,12 +11,11 @@ import pytest
 from support.api_client import BASE, GOLDEN
 from support.server import TINY, serve
 
-from molehill.api import options
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.store_lock import DirectoryLock, LockedError
 from molehill.api.cli import main
 from molehill.api.cli.serve import from_namespace, make_parser
-from molehill.api.vllm import launcher
+from molehill.api.vllm import launcher, options
 from molehill.api.vllm.launcher import LaunchError, allow_plugin
 from molehill.engine.adapter.base_model import Limits
 

@@ -11,8 +11,7 @@ from support.api_client import BASE, GOLDEN, KEY, Api, copy_adapter, edit_tensor
 from support.server import TINY, serve
 from transformers import AutoModelForCausalLM
 
-from molehill.api import options
-from molehill.api.vllm import launcher
+from molehill.api.vllm import launcher, options
 from molehill.api.vllm.launcher import LaunchError
 from molehill.engine import formats
 from molehill.engine.adapter.errors import BaseMismatchError, UnsupportedError

@@ -14,8 +14,9 @@ from vllm.lora.request import LoRARequest
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.generation import Loaded
+from molehill.api.adapters.installer import Probe
 from molehill.api.adapters.load_options import Terms
-from molehill.api.adapters.registry import AdapterRegistry, Probe
+from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.slots import Residency
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.store import AdapterStore

@@ -96,25 +96,25 @@ def _projections(
         width = module.input_size_per_partition
         inputs = range(module.tp_rank * width, (module.tp_rank + 1) * width)
     names = packed.get(leaf, [leaf])
-    starts = [0, *accumulate(len(own) for _, own in parts)]
+    starts = [0, *accumulate(len(outputs) for _, outputs in parts)]
     if len(names) != len(parts):
         # The original model has it fused too (Phi-3): one projection over all parts.
         offsets = [0, *accumulate(total for total, _ in parts)]
-        own = tuple(
+        outputs = tuple(
             range(offset + part.start, offset + part.stop)
             for offset, (_, part) in zip(offsets, parts, strict=False)
         )
-        return (Projection(name, module.input_size, offsets[-1], own, inputs, 0),)
+        return (Projection(name, module.input_size, offsets[-1], outputs, inputs, 0),)
     return tuple(
         Projection(
             f"{parent}.{original}" if parent else original,
             module.input_size,
             total,
-            (own,),
+            (outputs,),
             inputs,
             start,
         )
-        for original, (total, own), start in zip(names, parts, starts, strict=False)
+        for original, (total, outputs), start in zip(names, parts, starts, strict=False)
     )
 
 
@@ -146,14 +146,14 @@ def _nth(index: int, size: int) -> range:
 def find_ffns(linears: list[Linear], model: nn.Module) -> list[Ffn]:
     """Every FFN made of a fused gate/up linear, a multiplying activation, and a down linear."""
     by_name = {linear.name: linear for linear in linears}
-    found = []
+    ffns = []
     for name, module in model.named_modules():
         site = canonical(name)
         gate_up, down = f"{site}.gate_up_proj", f"{site}.down_proj"
         child, activation = _activation(module)
         if gate_up in by_name and down in by_name and activation:
-            found.append(Ffn(site, module, gate_up, down, child, activation))
-    return found
+            ffns.append(Ffn(site, module, gate_up, down, child, activation))
+    return ffns
 
 
 def _activation(module: nn.Module) -> tuple[str, str]:

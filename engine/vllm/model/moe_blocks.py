@@ -103,10 +103,10 @@ def refusal(runner: MoERunner, cuda_graphs: bool) -> str | None:
         "gate weights on the experts' input": experts.apply_router_weight_on_input,
         f"experts run by {type(method).__name__}": type(method) is not UnquantizedFusedMoEMethod,
     }
-    found = next((f"{reason} on this server" for reason, holds in reasons.items() if holds), None)
-    if found is None and _layout(method) is None:
+    result = next((f"{reason} on this server" for reason, holds in reasons.items() if holds), None)
+    if result is None and _layout(method) is None:
         return f"expert weights in the layout of {method.experts_cls.__name__}"
-    return found
+    return result
 
 
 def _layout(method: Any) -> str | None:

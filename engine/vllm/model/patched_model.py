@@ -115,7 +115,7 @@ class PatchedModel:
 
     def _describe_base(self, config: VllmConfig) -> BaseModel:
         """Shapes of the whole model: pipeline stages hold different layers, so they are united."""
-        own = (
+        stage = (
             {
                 site: (projection.in_features, projection.out_features)
                 for site, (_, projection) in self._projections.items()
@@ -125,9 +125,9 @@ class PatchedModel:
             self._refusals,
         )
         world = get_world_group()
-        everyone: list[Any] = [own] * world.world_size
+        everyone: list[Any] = [stage] * world.world_size
         if world.world_size > 1:
-            torch.distributed.all_gather_object(everyone, own, group=world.cpu_group)
+            torch.distributed.all_gather_object(everyone, stage, group=world.cpu_group)
         return BaseModel(
             name=config.model_config.model,
             architecture=config.model_config.architectures[0],

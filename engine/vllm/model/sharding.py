@@ -69,8 +69,8 @@ def _with_magnitude(
     adapted = _base_weight(linear)[columns] + experts.b @ experts.a
     norm = adapted.square().sum(1)
     norm = (total(norm) if linear.input_is_sharded else norm).sqrt()
-    own = torch.cat([magnitude[part.start : part.stop] for part in projection.outputs])
-    scale = own / norm
+    magnitudes = torch.cat([magnitude[part.start : part.stop] for part in projection.outputs])
+    scale = magnitudes / norm
     bias = getattr(linear.module, "bias", None)
     if linear.input_is_sharded and linear.module.tp_rank > 0:
         bias = None  # vLLM adds a row-parallel bias on the first rank alone
@@ -107,10 +107,10 @@ def cut_ffn(
     cut = {name: _cut_inner(experts, name, inner) for name, experts in mixture.experts.items()}
     scales: dict[str, ExpertScale] = {}
     for name, magnitude in mixture.magnitudes.items():
-        own = magnitude[:, inner.start : inner.stop]
+        columns_magnitude = magnitude[:, inner.start : inner.stop]
         start = 0 if name == "gate_proj" else len(inner)
         columns = slice(start, start + len(inner))
-        scales[name] = _expert_scale(gate_up, columns, cut[name], own)
+        scales[name] = _expert_scale(gate_up, columns, cut[name], columns_magnitude)
         cut[name] = _scaled(cut[name], scales[name].factors)
     return FfnPiece(
         site=ffn.site,
@@ -134,8 +134,8 @@ def _expert_scale(
     weight = _base_weight(linear)[columns]
     norms = torch.stack([(weight + b @ a).norm(dim=1) for a, b in experts.split()])
     bias = getattr(linear.module, "bias", None)
-    own = None if bias is None else bias.detach().float().cpu()[columns]
-    return ExpertScale(magnitude / norms, own)
+    bias = None if bias is None else bias.detach().float().cpu()[columns]
+    return ExpertScale(magnitude / norms, bias)
 
 
 def _scaled(experts: Experts, factors: Tensor) -> Experts:

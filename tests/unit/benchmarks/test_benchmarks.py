@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from molehill.benchmarks import figures, kernels, race
+from molehill.benchmarks import kernels, race, report
 from molehill.benchmarks.arms import MixtureArm, VllmArm
 from molehill.benchmarks.floor import work
 from molehill.benchmarks.workload import LINEARS, Point, make_inputs, make_layers
@@ -187,10 +187,10 @@ def test_script_times_vllms_own_lora_where_it_is_installed(table):
 def test_plot_has_a_panel_per_sweep(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is in the dev extra")
     row = dict.fromkeys(COLUMNS, 1.0) | {"sweep": "rank", "op": "layer", "policy": "DynMoLE"}
-    rows = [figures.Row(**row | {"rank": rank, "vllm_us": None}) for rank in (2, 4)]
-    figures.plot(rows, tmp_path / "one.png")
-    policies = [figures.Row(**row | {"sweep": "policy"})]
-    figures.plot([*rows, *policies], tmp_path / "two.png")
+    rows = [report.Row(**row | {"rank": rank, "vllm_us": None}) for rank in (2, 4)]
+    report.plot(rows, tmp_path / "one.png")
+    policies = [report.Row(**row | {"sweep": "policy"})]
+    report.plot([*rows, *policies], tmp_path / "two.png")
     one, two = ((tmp_path / name).read_bytes() for name in ("one.png", "two.png"))
     assert one.startswith(b"\x89PNG")
     # The width in the header: a second panel beside the first.

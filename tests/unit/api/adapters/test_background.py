@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from molehill.api.adapters.background import Background
-from molehill.engine.system.cpu_affinity import own_cores
+from molehill.engine.system.cpu_affinity import affinity
 
 
 def asked(background: Background) -> tuple[set[int], int]:
@@ -15,14 +15,14 @@ def asked(background: Background) -> tuple[set[int], int]:
 
     def ask() -> tuple[set[int], int]:
         torch.ones(1 << 20).add(1)
-        return own_cores(), torch.get_num_threads()
+        return affinity(), torch.get_num_threads()
 
     return asyncio.run(background.run(ask))
 
 
-@pytest.mark.skipif(len(own_cores()) < 2, reason="needs two cores, and a system that binds to them")
+@pytest.mark.skipif(len(affinity()) < 2, reason="needs two cores, and a system that binds to them")
 def test_its_thread_has_as_many_threads_as_cores_and_others_keep_theirs() -> None:
-    cores, threads = own_cores(), torch.get_num_threads()
+    cores, threads = affinity(), torch.get_num_threads()
     one = {min(cores)}
     background = Background(cores - one)
     assert asked(background) == (one, 1)
@@ -36,4 +36,4 @@ def test_its_thread_has_as_many_threads_as_cores_and_others_keep_theirs() -> Non
 
 
 def test_a_thread_with_all_cores_computes_on_all_that_torch_would() -> None:
-    assert asked(Background()) == (own_cores(), torch.get_num_threads())
+    assert asked(Background()) == (affinity(), torch.get_num_threads())

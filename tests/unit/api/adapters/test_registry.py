@@ -39,6 +39,9 @@ def test_the_name_serves_only_after_the_engine_has_loaded(play: Play) -> None:
         while not w.engine.calls:
             await asyncio.sleep(0.001)
         assert w.served == {}
+        # The load holds it, and is no request.
+        (generation,) = w.registry.alive()
+        assert (len(generation.status.holds), generation.status.in_flight) == (1, 0)
         w.engine.proceed.set()
         assert (await loading).status == "loaded"
         assert w.served["a"].lora_int_id == 1
@@ -283,7 +286,7 @@ def test_names_that_were_only_asked_for_take_no_memory(play: Play) -> None:
             with pytest.raises(NotLoadedError):
                 await w.registry.unload(f"name-{number}")
         gc.collect()
-        assert len(w.registry._locks) == 0
+        assert len(w.registry.names._locks) == 0
 
     play(scenario)
 

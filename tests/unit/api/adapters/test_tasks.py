@@ -131,7 +131,7 @@ def test_looks_that_fail_are_counted_and_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watcher, "PERIOD_SECONDS", 0.001)
-    monkeypatch.setattr(watcher, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(watcher, "QUIET_SECONDS", 0.0)
 
     async def scenario(w: Watched) -> None:
         def fault(_: AdapterRoots) -> Any:

@@ -10,7 +10,8 @@ from support.world import World, settle
 from vllm.exceptions import GracefulHTTPError
 
 from molehill.api.adapters.admission import Admission
-from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.preparation import Preparation
+from molehill.api.adapters.residents import Residents
 
 MANY = Admission(adapters=100, loads=4)
 
@@ -179,7 +180,7 @@ def test_a_late_probe_holds_up_nobody(tmp_path: Path) -> None:
 
     async def scenario(w: World) -> None:
         await filled(w)
-        await on_disk(w, "late", 1)
+        late = await on_disk(w, "late", 1)
         await on_disk(w, "other", 2)
         first = asyncio.create_task(running(w, "late"))
         await settle()
@@ -189,6 +190,7 @@ def test_a_late_probe_holds_up_nobody(tmp_path: Path) -> None:
         later = asyncio.create_task(running(w, "late"))
         await settle()
         assert not later.done()
+        assert w.engine.begun.count(late) == 1
         proceed.set()
         for stream in (await first, await later, second):
             await stream.aclose()
@@ -212,9 +214,9 @@ def test_what_is_prepared_and_not_wanted_any_more_is_let_go_of(tmp_path: Path) -
     play(World(tmp_path, slots=1), scenario)
 
 
-@pytest.mark.parametrize("place", ["_enter", "_read_ahead"])
+@pytest.mark.parametrize("place", [(Residents, "use"), (Preparation, "begin")])
 def test_a_fault_in_the_queue_is_told_and_the_next_request_gets_its_turn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[type, str]
 ) -> None:
     """Before a request gets in, or before any is looked at."""
 
@@ -226,7 +228,7 @@ def test_a_fault_in_the_queue_is_told_and_the_next_request_gets_its_turn(
             raise AssertionError("a fault of ours")
 
         with monkeypatch.context() as patched:
-            patched.setattr(Residency, place, fault, raising=False)
+            patched.setattr(*place, fault)
             with pytest.raises((GracefulHTTPError, AssertionError)):
                 await asyncio.wait_for(anext(w.generate("b")), 5)
         await (await running(w, "b")).aclose()

@@ -15,8 +15,8 @@ from starlette.testclient import TestClient
 from support.api_client import GOLDEN
 
 from molehill.api.http.auth import Kind, kind_of
-from molehill.api.options import Options
 from molehill.api.vllm import launcher
+from molehill.api.vllm.options import Options
 
 KEY, ADMIN = "a-key", "an-admin-key"
 

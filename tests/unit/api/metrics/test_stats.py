@@ -11,12 +11,12 @@ from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.metrics import worker_stats
 from molehill.api.metrics.prometheus import AdapterCollector, exposition
 from molehill.api.metrics.worker_stats import (
+    GenerationStats,
     Snapshot,
-    Told,
     Totals,
     WorkerStats,
+    by_generation,
     seconds,
-    told,
 )
 from molehill.engine.routing_stats import RoutingStats
 from molehill.engine.vllm.protocol import (
@@ -36,7 +36,9 @@ def answer(stage: int, figures: RoutingStats, resident: int | None = 100) -> Sta
 def test_tensor_parallel_workers_count_once_but_memory_and_seconds_add_up() -> None:
     figures = RoutingStats(5, 5, 1, 2.5, [5, 4], 60, 40, 1.1, 1, op_seconds=0.5)
     both = replace(figures, op_seconds=1.0)
-    assert told([answer(0, figures), answer(0, figures)]) == {7: Told("a", both, 200)}
+    assert by_generation([answer(0, figures), answer(0, figures)]) == {
+        7: GenerationStats("a", both, 200)
+    }
 
 
 def test_pipeline_stages_add_their_own_sites() -> None:
@@ -45,11 +47,13 @@ def test_pipeline_stages_add_their_own_sites() -> None:
         RoutingStats(5, 5, 0, 1.0, [0, 0, 5], 6, 4),
     )
     both = RoutingStats(5, 10, 1, 3.5, [5, 4, 5], 66, 44)
-    assert told([answer(0, first), answer(1, second)]) == {7: Told("a", both, 200)}
+    assert by_generation([answer(0, first), answer(1, second)]) == {
+        7: GenerationStats("a", both, 200)
+    }
 
 
 def test_an_adapter_out_of_the_slots_takes_no_memory() -> None:
-    assert told([answer(0, RoutingStats(), None)])[7].resident_bytes is None
+    assert by_generation([answer(0, RoutingStats(), None)])[7].resident_bytes is None
 
 
 def test_seconds_add_up_where_all_workers_measure() -> None:
@@ -61,33 +65,40 @@ def test_seconds_add_up_where_all_workers_measure() -> None:
 
 def test_a_name_counts_on_through_a_replacement() -> None:
     totals = Totals()
-    old, new = Told("a", RoutingStats(5), 10), Told("a", RoutingStats(2), 10)
-    assert totals.settle({1: old}, {1}, {"a"})["a"].tokens == 5
-    assert totals.settle({1: old, 2: new}, {1, 2}, {"a"})["a"].tokens == 7
+    old, new = GenerationStats("a", RoutingStats(5), 10), GenerationStats("a", RoutingStats(2), 10)
+    assert totals.update({1: old}, {1}, {"a"})["a"].tokens == 5
+    assert totals.update({1: old, 2: new}, {1, 2}, {"a"})["a"].tokens == 7
     # Drained: told for the last time, then no more.
-    drained = Told("a", RoutingStats(6), None)
-    assert totals.settle({1: drained, 2: new}, {2}, {"a"})["a"].tokens == 8
-    assert totals.settle({2: Told("a", RoutingStats(3), 10)}, {2}, {"a"})["a"].tokens == 9
+    drained = GenerationStats("a", RoutingStats(6), None)
+    assert totals.update({1: drained, 2: new}, {2}, {"a"})["a"].tokens == 8
+    assert (
+        totals.update({2: GenerationStats("a", RoutingStats(3), 10)}, {2}, {"a"})["a"].tokens == 9
+    )
 
 
 def test_a_name_that_ended_starts_anew() -> None:
     totals = Totals()
-    assert totals.settle({1: Told("a", RoutingStats(5), None)}, set(), set()) == {}
-    assert totals.settle({2: Told("a", RoutingStats(1), 10)}, {2}, {"a"})["a"].tokens == 1
+    assert totals.update({1: GenerationStats("a", RoutingStats(5), None)}, set(), set()) == {}
+    assert (
+        totals.update({2: GenerationStats("a", RoutingStats(1), 10)}, {2}, {"a"})["a"].tokens == 1
+    )
 
 
 def test_an_evicted_adapter_is_counted_once() -> None:
     totals = Totals()
-    evicted = Told("a", RoutingStats(5), None)
+    evicted = GenerationStats("a", RoutingStats(5), None)
     for _ in range(3):
-        assert totals.settle({1: evicted}, {1}, {"a"})["a"].tokens == 5
+        assert totals.update({1: evicted}, {1}, {"a"})["a"].tokens == 5
 
 
 def test_a_generation_on_its_way_out_is_counted_once() -> None:
     totals = Totals()
-    leaving = {1: Told("a", RoutingStats(5), 10), 2: Told("a", RoutingStats(1), 10)}
+    leaving = {
+        1: GenerationStats("a", RoutingStats(5), 10),
+        2: GenerationStats("a", RoutingStats(1), 10),
+    }
     for _ in range(3):
-        assert totals.settle(leaving, {2}, {"a"})["a"].tokens == 6
+        assert totals.update(leaving, {2}, {"a"})["a"].tokens == 6
 
 
 class NoAdapters:
@@ -213,4 +224,4 @@ def test_a_dead_engine_leaves_the_last_figures() -> None:
         async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
             raise RuntimeError("engine dead")
 
-    assert asyncio.run(WorkerStats(DeadWorkers(), NoAdapters()).refresh()).figures == {}
+    assert asyncio.run(WorkerStats(DeadWorkers(), NoAdapters()).refresh()).stats == {}

@@ -340,7 +340,7 @@ class CountingManifest(Manifest):
 def test_changes_that_come_together_are_written_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("test_restart.Manifest", CountingManifest)
+    monkeypatch.setattr("test_restore.Manifest", CountingManifest)
 
     async def scenario() -> None:
         server = Server(tmp_path, admission=Admission(adapters=100, loads=100))

@@ -25,7 +25,7 @@ from molehill.engine.formats import native
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has to settle, and nothing waits before it is tried again."""
-    monkeypatch.setattr(watcher, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(watcher, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr(watcher, "FIRST_PAUSE_SECONDS", 0.0)
 
 
@@ -274,7 +274,7 @@ def test_a_name_that_serves_by_now_has_not_failed(tmp_path: Path) -> None:
     async def scenario(w: Watched) -> None:
         source = w.source(1)
         await w.registry.load("a", "label", local(source))
-        w.registry.fail("a", "a", ValueError("too late"))
+        w.registry.names.fail("a", "a", ValueError("too late"))
         assert w.failures() == {}
         assert await w.registry.dismiss("a") is None
 

@@ -173,7 +173,7 @@ def vllm_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settled(*arguments: str) -> str:
     args = launcher.parse([str(TINY_LLAMA), *arguments])
-    api_precision.settle(args)
+    api_precision.choose_dtype(args)
     dtype: str = args.dtype
     return dtype
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from molehill.engine.adapter.errors import CorruptFileError
-from molehill.engine.system.cpu_affinity import keep_off, own_cores
+from molehill.engine.system.cpu_affinity import affinity, keep_off
 from molehill.engine.vllm import prefetch
 from molehill.engine.vllm.prefetch import IDLE_SECONDS, PAUSE_SECONDS, Prefetcher, StepPacer
 
@@ -116,15 +116,15 @@ def test_a_thread_waits_for_the_next_step_and_not_at_all_without_steps(
     assert now - start == pytest.approx(IDLE_SECONDS, abs=2 * PAUSE_SECONDS)
 
 
-@pytest.mark.skipif(len(own_cores()) < 2, reason="needs two cores, and a system that binds to them")
+@pytest.mark.skipif(len(affinity()) < 2, reason="needs two cores, and a system that binds to them")
 def test_a_thread_leaves_cores_and_its_process_stays() -> None:
-    before = own_cores()
+    before = affinity()
     taken = {min(before)}
     found: list[set[int]] = []
 
     def leave(cores: set[int]) -> None:
         keep_off(cores, before)
-        found.append(own_cores())
+        found.append(affinity())
 
     for cores in (taken, before):
         thread = threading.Thread(target=leave, args=(cores,))
@@ -132,17 +132,17 @@ def test_a_thread_leaves_cores_and_its_process_stays() -> None:
         thread.join()
     # Where all cores are taken, it stays where it is.
     assert found == [before - taken, before]
-    assert own_cores() == before
+    assert affinity() == before
 
 
 BOUND = """
 import torch
-from molehill.engine.system.cpu_affinity import own_cores
+from molehill.engine.system.cpu_affinity import affinity
 from molehill.engine.vllm.prefetch import Prefetcher
 
 def prepare(path, beside):
     torch.ones(1 << 22).add(1)
-    return own_cores(), torch.get_num_threads()
+    return affinity(), torch.get_num_threads()
 
 prefetcher = Prefetcher(prepare)
 prefetcher.start("a")
@@ -150,11 +150,11 @@ print([prefetcher.take("a"), prepare("b", False)])
 """
 
 
-@pytest.mark.skipif(len(own_cores()) < 2, reason="needs two cores, and a system that binds to them")
+@pytest.mark.skipif(len(affinity()) < 2, reason="needs two cores, and a system that binds to them")
 def test_what_it_computes_stays_off_the_cores_that_openmp_is_bound_to() -> None:
     """vLLM binds a CPU worker by OpenMP's variables. What a thread computes with others binds them,
     and it, in the same way."""
-    cores = own_cores()
+    cores = affinity()
     own = {min(cores)}
     bound = {
         "OMP_NUM_THREADS": "2",

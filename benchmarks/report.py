@@ -128,8 +128,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure, grid = pyplot.subplots(
         deep, columns, figsize=(3.6 * columns + 1, 3.3 * deep), squeeze=False
     )
-    for axes, (names, own) in zip(grid.flat, panels.items(), strict=False):
-        _panel(axes, *names, own)
+    for axes, (names, panel_rows) in zip(grid.flat, panels.items(), strict=False):
+        _panel(axes, *names, panel_rows)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes in grid[:, 0]:

@@ -9,24 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.merged_base import MergedBaseAdapter
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.vllm.settings import Settings
 
 # Command lines can be seen by every user of a machine, environments cannot.
 ADMIN_KEY_VARIABLE = "MOLEHILL_ADMIN_API_KEY"
-
-
-@dataclass(frozen=True)
-class MergedBaseAdapter:
-    """The adapter whose static part is in the base weights.
-
-    digest: of the adapter as it was read. directory: of its merged copy, in the native format.
-    """
-
-    name: str
-    digest: str
-    directory: Path
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,91 @@
+"""Makes generations of what was taken in, and tries them out: what cannot run, or changes nothing,
+is not served."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from molehill.api.adapters.errors import EngineRefusedError, RequestError
+from molehill.api.adapters.generation import Content, Generation, Loading
+from molehill.api.adapters.generations import Generations
+from molehill.api.adapters.lease import Lease
+from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.pins import Pins, relabelled
+from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.source import Source
+
+Probe = Callable[[Generation], Awaitable[None]]
+
+
+class Installer:
+    """probe: raises RequestError for a generation that must not be served, EngineRefusedError where
+    that could not be found out, or None. withdraw: called with what the probe refuses later.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        generations: Generations,
+        pins: Pins,
+        probe: Probe | None,
+        withdraw: Callable[[Generation, RequestError], None],
+    ) -> None:
+        self._residency = residency
+        self._generations = generations
+        self._pins = pins
+        self._probe = probe
+        self._withdraw = withdraw
+
+    async def install(
+        self,
+        loading: Loading,
+        content: Content,
+        source: Source,
+        old: Generation | None,
+        terms: Terms,
+    ) -> Generation:
+        """What its name is to serve next, in place of `old`; it is freed if that fails.
+
+        Raises EngineRefusedError, CannotPinError and what the probe raises.
+        """
+        generation = self._generations.create(loading.name, content, source)
+        lease = self._generations.lease(generation)
+        pinned = old is not None and old.status.pinned if terms.pinned is None else terms.pinned
+        probed = self._probe is not None and not terms.allow_noop
+        try:
+            if terms.eager or pinned or not self._residency.full:
+                await self._try_out(loading, lease, probed)
+                self._pins.hand_over(old, generation, pinned)
+            elif probed:
+                generation.status.check_later(partial(self._probe_late, generation))
+        except Exception as error:
+            lease.leave()
+            await self._generations.retire(generation)
+            if isinstance(error, EngineRefusedError):
+                raise relabelled(error, generation, source.label) from error
+            raise
+        lease.leave()
+        return generation
+
+    async def _try_out(self, loading: Loading, lease: Lease, probed: bool) -> None:
+        """Brings it into the workers once."""
+        loading.stage = "installing"
+        await lease.take_slot()
+        try:
+            if probed and self._probe is not None:
+                loading.stage = "probing"
+                await self._probe(lease.generation)
+        finally:
+            lease.give_slot_back()
+
+    async def _probe_late(self, generation: Generation) -> None:
+        """The probe of what was not brought into the workers when it was loaded."""
+        assert self._probe is not None
+        try:
+            await self._probe(generation)
+        except EngineRefusedError:
+            # It is probed when it comes in again.
+            raise
+        except Exception as error:
+            if isinstance(error, RequestError):
+                self._withdraw(generation, error)
+            raise EngineRefusedError(str(error)) from error

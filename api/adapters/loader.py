@@ -1,0 +1,89 @@
+"""One load, from its source to the name that serves it."""
+
+import logging
+
+from molehill.api.adapters.errors import AlreadyLoadedError
+from molehill.api.adapters.generation import Generation, Loaded, Loading
+from molehill.api.adapters.generations import Generations
+from molehill.api.adapters.ingest import Fetch, Intake
+from molehill.api.adapters.installer import Installer
+from molehill.api.adapters.load_options import Terms, check_expected
+from molehill.api.adapters.merged_base import MergedBaseAdapter
+from molehill.api.adapters.name_table import NameTable
+from molehill.api.adapters.pins import Pins
+from molehill.api.adapters.source import Source
+
+# Below vLLM's logger, whose handlers are the only ones that a server has.
+logger = logging.getLogger("vllm.molehill")
+
+
+class Loader:
+    """merged_base: the adapter whose weights may not change."""
+
+    def __init__(
+        self,
+        names: NameTable,
+        generations: Generations,
+        intake: Intake,
+        installer: Installer,
+        pins: Pins,
+        merged_base: MergedBaseAdapter | None,
+    ) -> None:
+        self._names = names
+        self._generations = generations
+        self._intake = intake
+        self._installer = installer
+        self._pins = pins
+        self._merged_base = merged_base
+
+    async def load(self, loading: Loading, fetch: Fetch, terms: Terms) -> Loaded:
+        """See AdapterRegistry.load. Loads of one name run one after the other."""
+        name = loading.name
+        async with self._names.lock(name):
+            old = self._names.get(name)
+            check_expected(name, old, terms.expected)
+            content, source = await self._intake.take_in(loading, fetch, terms.content)
+            try:
+                kept = self._kept(name, old, content.digest, terms)
+            except Exception:
+                await self._intake.let_go(content.digest)
+                raise
+            if kept is not None:
+                await self._intake.let_go(content.digest)
+                return await self._load_again(kept, source, terms)
+            new = await self._installer.install(loading, content, source, old, terms)
+            await self._switch(old, new)
+            return Loaded(new, "loaded" if old is None else "replaced")
+
+    def _kept(
+        self, name: str, old: Generation | None, digest: str, terms: Terms
+    ) -> Generation | None:
+        """`old`, if it has these very bytes. Raises MergedIntoBaseError, AlreadyLoadedError where
+        others may not take its place."""
+        if self._merged_base is not None:
+            self._merged_base.check_load(name, digest)
+        if old is None or old.digest == digest:
+            return old
+        if not terms.replace:
+            raise AlreadyLoadedError(
+                f"The lora adapter '{name}' has already been loaded with other weights. If you "
+                "want to replace them, set 'load_inplace' to True."
+            )
+        return None
+
+    async def _load_again(self, old: Generation, source: Source, terms: Terms) -> Loaded:
+        """The same bytes change nothing but what is known of them."""
+        old.status.load_again(source)
+        if terms.allow_noop:
+            old.status.pass_check()
+        if terms.pinned is not None:
+            await self._pins.set(old, terms.pinned)
+        await self._names.changed()
+        return Loaded(old, "unchanged")
+
+    async def _switch(self, old: Generation | None, new: Generation) -> None:
+        self._names.serve(new)
+        logger.info("Loaded adapter %s: %s, %s", new.name, new.content.kind, new.digest)
+        await self._names.changed()
+        if old is not None:
+            await self._generations.retire(old)

@@ -1,0 +1,55 @@
+"""Has the workers read what is next in the queue, several at a time, beside what they run."""
+
+import asyncio
+
+from molehill.api.adapters.residents import Residents
+from molehill.api.adapters.tasks import Tasks
+from molehill.api.adapters.transfers import Transfers
+from molehill.api.adapters.waiting import Queue, Waiting
+
+
+class Preparation:
+    """changed: set when one is read."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        residents: Residents,
+        transfers: Transfers,
+        tasks: Tasks,
+        changed: asyncio.Event,
+    ) -> None:
+        self._queue = queue
+        self._residents = residents
+        self._transfers = transfers
+        self._tasks = tasks
+        self._changed = changed
+
+    def is_ready(self, waiting: Waiting) -> bool:
+        """Whether a slot is all that it needs."""
+        return waiting.prepared or self._residents.tier(waiting.generation) != "disk"
+
+    def begin(self) -> None:
+        """Of those that wait longest, as many as the workers read at a time."""
+        reading = sum(other.reading or other.prepared for other in self._queue)
+        for waiting in self._queue:
+            if reading >= self._transfers.at_once:
+                return
+            if not (waiting.reading or waiting.abandoned or self.is_ready(waiting)):
+                waiting.reading = True
+                reading += 1
+                self._tasks.start(self._read(waiting))
+
+    async def discard(self, waiting: Waiting) -> None:
+        """Of what does not come in."""
+        if waiting.prepared:
+            await self._transfers.discard(waiting.generation)
+
+    async def _read(self, waiting: Waiting) -> None:
+        try:
+            waiting.prepared = await self._transfers.prepare(waiting.generation) == "disk"
+        except Exception as error:
+            self._queue.refuse(waiting, error)
+        finally:
+            waiting.reading = False
+            self._changed.set()

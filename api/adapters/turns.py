@@ -1,0 +1,67 @@
+"""Lets the requests in that wait for an adapter that is now in a slot."""
+
+import asyncio
+import itertools
+
+from molehill.api.adapters.events import Tier
+from molehill.api.adapters.residents import Residents
+from molehill.api.adapters.tasks import Tasks
+from molehill.api.adapters.transfers import Transfers
+from molehill.api.adapters.waiting import Queue, Waiting
+
+
+class Turns:
+    """changed: set when a check is over."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        residents: Residents,
+        transfers: Transfers,
+        tasks: Tasks,
+        changed: asyncio.Event,
+    ) -> None:
+        self._queue = queue
+        self._residents = residents
+        self._transfers = transfers
+        self._tasks = tasks
+        self._changed = changed
+        self._numbers = itertools.count(1)
+
+    async def give(self, waiting: Waiting, tier: Tier) -> None:
+        """tier: where the adapter was before. What must be made sure of first goes on in a task."""
+        if waiting.generation.status.check is None:
+            await self._admit(waiting, tier)
+            return
+        waiting.checking = True
+        self._tasks.start(self._check(waiting, tier))
+
+    async def _check(self, waiting: Waiting, tier: Tier) -> None:
+        status = waiting.generation.status
+        try:
+            if status.check is not None:
+                await status.check()
+            status.pass_check()
+        except Exception as error:
+            self._queue.refuse(waiting, error)
+            await self._transfers.take_out(waiting.generation, keep=not status.draining)
+        else:
+            await self._admit(waiting, tier)
+        finally:
+            self._changed.set()
+
+    async def _admit(self, waiting: Waiting, tier: Tier) -> None:
+        generation = waiting.generation
+        self._queue.leave(waiting)
+        overtakes = waiting.overtakes is not None and self._queue.holds(waiting.overtakes)
+        if not generation.status.resident:
+            generation.status.come_in()
+            if not overtakes:
+                for other in self._residents:
+                    other.status.give_way(other.status.yielding and other in self._queue)
+        # Whom it overtook, it lets in after the requests that it came in for.
+        generation.status.take_turn(next(self._numbers), yielding=overtakes)
+        self._residents.use(generation)
+        waiting.admit(tier)
+        if generation.status.draining and not generation.status.holds:
+            await self._transfers.take_out(generation)
