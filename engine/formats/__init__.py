@@ -13,7 +13,7 @@ from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.readers import expert_layout, peft_parameters
 from molehill.engine.formats.readers.policies import STRATEGIES
-from molehill.engine.formats.readers.reader import AdapterFiles
+from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, with_notes
 
 DEFAULT_LIMITS = Limits()
 
@@ -54,10 +54,11 @@ def _read(path: Path, limits: Limits, lora_b_layout: Layout | None = None) -> Ad
         expert_layout.refuse(lora_b_layout, f"as {no_layout[0]}".format(peft_type=kind))
     adapter = AdapterFiles(path, readers[0].files, config, limits, partial(_read, limits=limits))
     # A reader by itself refuses some configs before any weights are read.
-    if len(readers) == 1:
-        return readers[0].read(adapter)
-    own = next(reader for reader in readers if reader.recognises(config, adapter.weights))
-    return own.read(adapter)
+    own = readers[0]
+    if len(readers) > 1:
+        own = next(reader for reader in readers if reader.recognises(config, adapter.weights))
+    found = own.read(adapter)
+    return with_notes(found, adapter.weights) if own.files == PEFT_FILES else found
 
 
 def peft_type(config: Fields) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from molehill.engine.adapter import expert_sites
+from molehill.engine.adapter import module_names
 from molehill.engine.adapter.base_model import BaseModel, Moe
 from molehill.engine.system.torchvision import check_importable
 
@@ -34,8 +34,8 @@ def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
 
 
 def canonical_name(module: str) -> str:
-    """A module's name in the adapter's terms: without the leading `model.`."""
-    return expert_sites.canonical(module.removeprefix("model."))
+    """A module's name in the adapter's terms: without what precedes the decoder layers."""
+    return module_names.canonical(module)
 
 
 def activation(config: Any) -> str:

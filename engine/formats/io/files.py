@@ -11,7 +11,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -47,13 +47,18 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of one file by their names in it: finite, dense, on the CPU, float32."""
+    """The tensors of one file by name: finite, dense, on the CPU, float32.
+
+    spellings: the file's names, of those that go by others here. notes: warnings of how it is read.
+    """
 
     file: str
     tensors: Mapping[str, Tensor]
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def where(self, name: str) -> str:
-        return f"{self.file}: {name}"
+        return f"{self.file}: {self.spellings.get(name, name)}"
 
     def tensor(self, name: str, dimensions: int) -> Tensor:
         """Raises MissingTensorError, ShapeError."""

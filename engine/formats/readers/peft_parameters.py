@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from molehill.engine.adapter.errors import MissingTensorError, ShapeError, UnsupportedError
-from molehill.engine.adapter.expert_sites import canonical
 from molehill.engine.adapter.layout import Layout
+from molehill.engine.adapter.module_names import canonical
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import expert_layout
@@ -154,7 +154,7 @@ def _split(
             parts = {"gate_proj": gate, "up_proj": up}
         for name, own in parts.items():
             pair = Experts(a[e].clone(), own.contiguous(), (rank,))
-            site = canonical(f"{block.removeprefix('model.')}.{e}.{name}")
+            site = canonical(f"{block}.{e}.{name}")
             sites[site] = LinearMixture(pair, Constant((1.0,)))
     return sites
 

@@ -1,6 +1,5 @@
 """Finds the linears and FFNs of a loaded vLLM model, and what each holds of the original model."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,7 +15,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from molehill.engine.adapter import expert_sites
+from molehill.engine.adapter import module_names
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Ffn:
 
 def canonical(name: str) -> str:
     """A module's name without what precedes the decoder layers: `layers.3.self_attn.qkv_proj`."""
-    return expert_sites.canonical(re.sub(r"^(?:language_model\.)?(?:model\.)*", "", name))
+    return module_names.canonical(name)
 
 
 def find_linears(model: nn.Module) -> list[Linear]:

@@ -29,7 +29,7 @@ from molehill.engine.adapter.errors import (
         ("lora", "base_model.model.model.layers.0.mlp.up_proj.base_layer.bias"),
         ("lora", "base_model.model.model.embed_tokens.lora_embedding_A"),
         ("lora", "base_model.model.lm_head.lora_A.weight"),
-        ("lora", "model.layers.0.mlp.up_proj.lora_A.weight"),
+        ("lora", "model.layer.0.mlp.up_proj.lora_A.weight"),
         ("lora", "base_model.model.model.layers.01.mlp.up_proj.lora_A.weight"),
         ("dynmole-k1", "dynmole.layers.0.mlp.up_proj.experts.0.lora_A.bias"),
         ("dynmole-k1", "mola.layers.0.mlp.up_proj.moe_gate.weight"),
