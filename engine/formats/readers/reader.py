@@ -10,6 +10,7 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
+from molehill.engine.formats.io.shards import INDEX
 from molehill.engine.formats.readers import keys
 
 
@@ -22,7 +23,7 @@ class FileNames:
     weights: tuple[str, ...] = ()
 
 
-PEFT_FILES = FileNames(files.CONFIG, (files.SAFETENSORS, files.PICKLE))
+PEFT_FILES = FileNames(files.CONFIG, (files.SAFETENSORS, INDEX, files.PICKLE))
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,6 @@ def test_missing_experts_projections_and_layers_are_named(golden, edited, case, 
         ("lora", NAME, (2, 63), "[2, 63]", None),
         ("lora", NAME, (3, 64), "[176, 2]", "[176, 3]"),
         ("lora", NAME, (2, 64, 1), "[2, 64, 1]", "2 dimensions, none of them empty"),
-        ("lora", NAME, (0, 64), "[0, 64]", "2 dimensions, none of them empty"),
         ("lora", NAME.replace("lora_A", "lora_B"), (176, 3), "[176, 3]", "[176, 2]"),
         ("mola", "mola.layers.0.self_attn.q_proj.moe_gate.weight", (4, 63), "[4, 63]", "[4, 64]"),
         (
