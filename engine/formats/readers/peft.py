@@ -100,15 +100,18 @@ def read(config: Fields, weights: Weights) -> Adapter:
     grouped = _group(weights)
     modules = {name: m for name, m in grouped.items() if not peft_parameters.is_stack(name)}
     _check_spellings(weights, modules)
-    targeting.check(weights.file, modules)
+    parameters = peft_parameters.read_targets(config)
+    by_weight = {name for name in modules if peft_parameters.is_weight(name, parameters)}
+    targeting.check(weights.file, modules.keys() - by_weight)
     if wanted and not any("." in target for target in wanted):
-        targets.check_siblings(weights.file, modules, targeting)
+        targets.check_siblings(weights.file, modules.keys() - by_weight, targeting)
     dora = config.flag("use_dora")
     if dora:
         _check_magnitudes(weights, modules)
     sites = _fused_experts(config, weights, grouped, scalings)
     for name, module in modules.items():
-        scaling = _scaling(weights, name, module, scalings)
+        pattern_name = f"{name}.weight" if name in by_weight else name
+        scaling = _scaling(weights, pattern_name, module, scalings)
         sites[canonical(name)] = _mixture(weights, name, module, scaling, dora)
     magnitudes = any(mixture.magnitude is not None for mixture in sites.values())
     return Adapter(
@@ -144,26 +147,34 @@ def factors(config: Fields, weights: Weights) -> dict[str, float]:
 
 def _scaling(weights: Weights, name: str, module: _Module, scalings: _Scalings) -> Scaling:
     """By the module's own alpha, with the rank of its tensors, where the file has one; else by the
-    config. Raises ConfigError, MissingTensorError, NonFiniteError, ShapeError."""
+    config's patterns, which know it as `name`. Raises MissingTensorError, ShapeError."""
     if module.alpha is None:
         return scalings.of(name)
     alpha = weights.tensors[module.alpha]
     if alpha.numel() != 1 or not float(alpha) > 0:
         found = list(alpha.shape) if alpha.numel() != 1 else float(alpha)
         raise ShapeError(weights.where(module.alpha), found, "one number above 0")
-    return Scaling(float(alpha), weights.tensor(_names(name, module).a, 2).shape[0])
+    stem = module.alpha.removesuffix(".alpha")
+    return Scaling(float(alpha), weights.tensor(f"{stem}.lora_A.weight", 2).shape[0])
 
 
 def _fused_experts(
     config: Fields, weights: Weights, grouped: Mapping[str, _Module], scalings: _Scalings
 ) -> dict[str, LinearMixture]:
     """What `target_parameters` adapts; nothing without it."""
-    stacks = {
-        name: _names(name, module)
-        for name, module in grouped.items()
-        if peft_parameters.is_stack(name)
-    }
+    stacks = {}
+    for name, module in grouped.items():
+        if peft_parameters.is_stack(name):
+            _check_stack(weights, module)
+            stacks[name] = _names(name, module)
     return peft_parameters.read(config, weights, stacks, scalings.of)
+
+
+def _check_stack(weights: Weights, module: _Module) -> None:
+    for part in (module.magnitude, module.alpha):
+        if part is not None:
+            expected = "lora_A and lora_B alone"
+            raise UnsupportedError(weights.where(part), "one on fused experts", expected)
 
 
 def _names(name: str, module: _Module) -> Pair:

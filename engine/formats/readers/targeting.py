@@ -86,7 +86,9 @@ class Targeting:
         if any(pattern.match(module) for pattern in self._saved):
             return "modules_to_save"
         if self._targets is None:
-            return None
+            # PEFT then adapts those parameters alone.
+            parameters = self._config.values.get("target_parameters")
+            return None if parameters is None else "target_modules"
         if not _named(module, self._targets):
             return "target_modules"
         if isinstance(self._targets, Pattern) or self._layers is None:

@@ -144,7 +144,7 @@ def test_fused_pairs_that_fit_no_ffn(fused):
     assert "pairs of gate_up_proj and down_proj" in fused.refusal(ShapeError).expected
 
 
-@pytest.mark.parametrize("value", [["mlp.gate.weight"], ["self_attn.q_proj.weight"]])
+@pytest.mark.parametrize("value", [["mlp.gate.bias"], ["self_attn.sinks"]])
 def test_other_parameters_are_refused(fused, value):
     fused.config["target_parameters"] = value
     assert fused.refusal(UnsupportedError).found == value[0]
