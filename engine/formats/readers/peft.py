@@ -56,6 +56,16 @@ UNSERVED = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
 }
+_MERGED = "the model with it merged in (PEFT's merge_and_unload), which is served as a base"
+_BIASES = f"none (bias 'none' and lora_bias false when it is trained), or {_MERGED}"
+_REMEDIES = {
+    "lora_bias": _MERGED,
+    "layer_replication": "the model with its layers replicated, served as the base",
+    "trainable_token_indices": _MERGED,
+    "alora_invocation_tokens": "a plain LoRA, which acts on all tokens",
+    "arrow_config": "the LoRAs in directories of their own below a molehill_mix.json",
+    "kasa_config": _MERGED,
+}
 # What PEFT's forks have, and nobody has seen used in them.
 FORKS_UNSERVED = {**UNSERVED, "fan_in_fan_out": "transposed weights"}
 _FORKS = {
@@ -183,7 +193,7 @@ def _names(name: str, module: _Module) -> Pair:
 
 
 def _refuse(config: Fields) -> None:
-    config.refuse({**UNSERVED, **_FORKS})
+    config.refuse({**UNSERVED, **_FORKS}, _REMEDIES)
     check_initialisation(config)
 
 
@@ -214,6 +224,8 @@ def _group(weights: Weights) -> dict[str, _Module]:
     for key in weights.tensors:
         match = _KEY.fullmatch(key)
         if match is None:
+            if key.endswith(".bias"):
+                raise UnsupportedError(weights.where(key), "a trained bias", _BIASES)
             expected = (
                 "lora_A.weight, lora_B.weight, lora_magnitude_vector or alpha of a layer's linear"
             )

@@ -187,3 +187,27 @@ def test_errors_name_the_files_own_tensor(saved, tmp_path):
     name = next(name for name in tensors if "down_proj.lora_B" in name)
     save_file({**tensors, name: torch.ones(7, 5)}, directory / "adapter_model.safetensors")
     assert name in refusal(ShapeError, directory).where
+
+
+def test_patterns_shards_and_names_together_are_pefts_logits(authored, model):
+    """The adapter that the engine's tests serve."""
+    own = authored["renamed"]
+    adapter = formats.read(own.path)
+    assert len(adapter.sites) == 6
+    assert {len(adapter.sites[f"layers.{i}.self_attn.q_proj"].experts.a) for i in (0, 1)} == {3, 4}
+    with attach(model, adapter):
+        for prompt in own.prompts:
+            found = logits_of(model, prompt.ids)[-1]
+            torch.testing.assert_close(found, prompt.logits, rtol=0, atol=1e-4)
+
+
+def test_biases_are_refused_with_what_would_be_served(saved, tmp_path):
+    directory = renamed(saved[0], tmp_path / "a", lambda n: n, bias="all")
+    tensors = load_file(directory / "adapter_model.safetensors")
+    name = f"{P}model.layers.2.mlp.down_proj.base_layer.bias"
+    save_file({**tensors, name: torch.ones(64)}, directory / "adapter_model.safetensors")
+    error = refusal(UnsupportedError, directory)
+    assert (error.where.partition(": ")[2], error.found) == (name, "a trained bias")
+    assert "merge_and_unload" in error.expected
+    directory = renamed(saved[0], tmp_path / "b", lambda n: n, lora_bias=True)
+    assert "merge_and_unload" in refusal(UnsupportedError, directory).expected
