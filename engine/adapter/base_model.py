@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from molehill.engine.adapter import expert_sites
 
+# Model types whose files keep linears' weights as [in, out] (Transformers' Conv1D).
+TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
+
 
 @dataclass(frozen=True)
 class Moe:

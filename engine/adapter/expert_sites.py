@@ -1,7 +1,8 @@
 """Names of what an adapter changes in a mixture-of-experts base model.
 
 Expert e of the block `layers.{i}.mlp` is adapted at `layers.{i}.mlp.experts.{e}.gate_proj`,
-`.up_proj` and `.down_proj`, each a static linear mixture. Mixtral's names are others.
+`.up_proj` and `.down_proj`, each a static linear mixture; the block's router at
+`layers.{i}.mlp.gate`. Mixtral's, Granite's and Gemma's names are others.
 """
 
 import re
@@ -11,6 +12,10 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 _MIXTRAL_BLOCK = "block_sparse_moe"
 _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+# Between a layer and its experts: what vLLM and older files have in Gemma 4.
+_MOE = re.compile(r"\.moe\.experts(?=\.|$)")
+# Granite's and gpt-oss's, which others call gate.
+_ROUTER = re.compile(r"(\.mlp)\.router(?:\.layer)?$")
 _SITE = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>0|[1-9]\d*)\.(?P<projection>\w+)")
 
 
@@ -23,12 +28,12 @@ class ExpertSite(NamedTuple):
 
 
 def canonical(name: str) -> str:
-    """`layers.3.block_sparse_moe.experts.5.w3` to `layers.3.mlp.experts.5.up_proj`; names without
-    Mixtral's words as they are."""
+    """`layers.3.block_sparse_moe.experts.5.w3` to `layers.3.mlp.experts.5.up_proj`, and so with a
+    router's name; all others as they are."""
     parts = ["mlp" if part == _MIXTRAL_BLOCK else part for part in name.split(".")]
     if split(name) is not None:
         parts[-1] = _MIXTRAL.get(parts[-1], parts[-1])
-    return ".".join(parts)
+    return _ROUTER.sub(r"\1.gate", _MOE.sub(".experts", ".".join(parts)))
 
 
 def split(site: str) -> ExpertSite | None:

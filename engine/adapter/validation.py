@@ -21,6 +21,7 @@ from molehill.engine.adapter.errors import (
 )
 from molehill.engine.adapter.expert_sites import PROJECTIONS, split
 from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.engine.adapter.module_names import split_layer
 from molehill.kernels.activation import ACTIVATIONS
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 
@@ -292,9 +293,8 @@ def _unknown(site: str, noun: str, known: list[str]) -> UnknownTargetError:
 
 
 def _layer(site: str) -> int | None:
-    head, _, rest = site.partition(".")
-    number = rest.split(".")[0]
-    return int(number) if head == "layers" and number.isdigit() else None
+    split = split_layer(site)
+    return split and split[0]
 
 
 def _mismatch(adapter: Adapter, base: BaseModel, misfits: list[AdapterError]) -> list[AdapterError]:

@@ -4,16 +4,16 @@ from functools import partial
 from pathlib import Path
 
 from molehill.engine.adapter.base_model import Limits
-from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.adapter.errors import ConfigError, UnsupportedError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import check
 from molehill.engine.formats import registry
-from molehill.engine.formats.io import files
+from molehill.engine.formats.io import files, nearby
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.readers import expert_layout, peft_parameters
 from molehill.engine.formats.readers.policies import STRATEGIES
-from molehill.engine.formats.readers.reader import AdapterFiles
+from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, with_notes
 
 DEFAULT_LIMITS = Limits()
 
@@ -41,6 +41,9 @@ def read(
 def _read(path: Path, limits: Limits, lora_b_layout: Layout | None = None) -> Adapter:
     """By the config's name, then its `peft_type`, then, where both are shared, the tensors."""
     readers = registry.of_directory(path)
+    if not (path / readers[0].files.config).exists():
+        expected = f"a JSON object{nearby.hint(path, registry.config_files())}"
+        raise ConfigError(readers[0].files.config, "no such file", expected)
     config = files.read_config(path, readers[0].files.config)
     kind = ""
     if any(reader.peft_types for reader in readers):
@@ -54,10 +57,11 @@ def _read(path: Path, limits: Limits, lora_b_layout: Layout | None = None) -> Ad
         expert_layout.refuse(lora_b_layout, f"as {no_layout[0]}".format(peft_type=kind))
     adapter = AdapterFiles(path, readers[0].files, config, limits, partial(_read, limits=limits))
     # A reader by itself refuses some configs before any weights are read.
-    if len(readers) == 1:
-        return readers[0].read(adapter)
-    own = next(reader for reader in readers if reader.recognises(config, adapter.weights))
-    return own.read(adapter)
+    own = readers[0]
+    if len(readers) > 1:
+        own = next(reader for reader in readers if reader.recognises(config, adapter.weights))
+    found = own.read(adapter)
+    return with_notes(found, adapter.weights) if own.files == PEFT_FILES else found
 
 
 def peft_type(config: Fields) -> str:

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from molehill.engine.formats import native
+from molehill.engine.formats.io.shards import INDEX
 from molehill.engine.formats.readers import adamole, forks, ldmole, mixes, moepeft, mov, peft
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
+
+_SAFETENSORS = ".safetensors"
 
 # In the order in which they are asked. `peft` takes any LORA that the two before it do not know.
 READERS: tuple[Reader, ...] = (
@@ -30,9 +33,9 @@ def config_files() -> tuple[str, ...]:
 
 
 def safetensors_files() -> tuple[tuple[str, str], ...]:
-    """(config, tensors) of every format that has tensors of its own."""
+    """(config, tensors) of every format that has its tensors in one file of this kind."""
     pairs = [(reader.files.config, name) for reader in READERS for name in reader.files.weights]
-    return tuple(dict.fromkeys(pair for pair in pairs if not _is_pickle(pair[1])))
+    return tuple(dict.fromkeys(pair for pair in pairs if pair[1].endswith(_SAFETENSORS)))
 
 
 def pickle_files() -> tuple[str, ...]:
@@ -54,4 +57,4 @@ def of_directory(directory: Path) -> Sequence[Reader]:
 
 def _is_pickle(name: str) -> bool:
     """As `files.read_tensors` takes it."""
-    return not name.endswith(".safetensors")
+    return not name.endswith((_SAFETENSORS, INDEX))

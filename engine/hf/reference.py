@@ -5,16 +5,17 @@ thought of speed. What the engine serves is compared against this.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from molehill.engine.adapter import expert_pairs, expert_sites
-from molehill.engine.adapter.errors import UnknownTargetError
+from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
-from molehill.engine.hf.shapes import activation, canonical_name, fused_experts
+from molehill.engine.hf.shapes import activation, canonical_name, fused_experts, is_router
 from molehill.kernels.interface import Trace
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
 from molehill.kernels.policy import Routing
@@ -48,20 +49,35 @@ def attach(
     for site in sites:
         if site not in modules:
             raise UnknownTargetError(site, "no such module", f"one of {type(model).__name__}'s")
-    bound: list[nn.Module] = []
-    try:
+    with ExitStack() as stack:
         for site, mixture in sites.items():
             module = modules[site]
+            if is_router(module):
+                stack.enter_context(_with_weight(site, module, mixture))
+                continue
             module.forward = _forward(site, mixture, _apply(module, mixture, model), trace)
-            bound.append(module)
+            stack.callback(delattr, module, "forward")
         for block, projections in expert_pairs.group(on_experts).items():
             module = modules[f"{block}.experts"]
             module.forward = _moe_forward(module, projections, activation(model.config))
-            bound.append(module)
+            stack.callback(delattr, module, "forward")
         yield model
+
+
+@contextmanager
+def _with_weight(site: str, module: nn.Module, mixture: Mixture) -> Iterator[None]:
+    """A router of the base's, whose forward does more than multiply, with W + B A inside."""
+    weights = mixture.policy.constant_weights
+    if not isinstance(mixture, LinearMixture) or weights is None or mixture.magnitude is not None:
+        raise UnsupportedError(site, "a mixture or DoRA on the base's router", "plain LoRA")
+    before = module.get_parameter("weight")
+    pairs = zip(weights, mixture.experts.split(), strict=True)
+    delta = sum(weight * (b @ a) for weight, (a, b) in pairs)
+    module.weight = nn.Parameter((before.float() + delta).to(before.dtype), requires_grad=False)
+    try:
+        yield
     finally:
-        for module in bound:
-            del module.forward
+        module.weight = before
 
 
 def _on_fused_experts(adapter: Adapter, modules: dict[str, nn.Module]) -> dict[str, Mixture]:
@@ -117,8 +133,8 @@ def _apply(module: nn.Module, mixture: Mixture, model: nn.Module) -> _Apply:
 
 
 def _apply_linear(module: nn.Module, mixture: LinearMixture) -> _Apply:
-    assert isinstance(module, nn.Linear)
-    return lambda x: (*linear_mixture(x, module.weight, module.bias, mixture), x)
+    weight, bias = _weight(module)
+    return lambda x: (*linear_mixture(x, weight, bias, mixture), x)
 
 
 def _apply_output(module: nn.Module, mixture: ScaleMixture) -> _Apply:
@@ -138,9 +154,14 @@ def _apply_input(module: nn.Module, mixture: ScaleMixture) -> _Apply:
 
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.Linear)
-    bias = None if module.bias is None else module.bias.float()
-    return F.linear(x.float(), module.weight.float(), bias)
+    weight, bias = _weight(module)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
+def _weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """W `[out, in]` and the bias of a linear; GPT-2's Conv1D keeps W^T."""
+    assert isinstance(module, nn.Linear | Conv1D)
+    return module.weight.T if isinstance(module, Conv1D) else module.weight, module.bias
 
 
 def _apply_ffn(module: nn.Module, mixture: FfnMixture, activation: str) -> _Apply:

@@ -1,16 +1,19 @@
 """The shapes of a base model from its Transformers config, without loading weights."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
-from molehill.engine.adapter import expert_sites
+from molehill.engine.adapter import module_names
 from molehill.engine.adapter.base_model import BaseModel, Moe
 from molehill.engine.system.torchvision import check_importable
 
+_IN_LAYERS = re.compile(r"(?:^|\.)(?:layers|h)\.\d+\.")
 _FFN_PROJECTIONS = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
 
 
@@ -34,8 +37,8 @@ def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
 
 
 def canonical_name(module: str) -> str:
-    """A module's name in the adapter's terms: without the leading `model.`."""
-    return expert_sites.canonical(module.removeprefix("model."))
+    """A module's name in the adapter's terms: without what precedes the decoder layers."""
+    return module_names.canonical(module)
 
 
 def activation(config: Any) -> str:
@@ -61,10 +64,31 @@ def fused_experts(module: nn.Module) -> Moe | None:
 
 def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {
-        canonical_name(name): (module.in_features, module.out_features)
+        canonical_name(name): shape
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in f".{name}"
+        if _IN_LAYERS.search(name) and (shape := _linear(module)) is not None
     }
+
+
+def _linear(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear, and of the router of a block of experts."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    if is_router(module):
+        outputs, inputs = module.get_parameter("weight").shape
+        return inputs, outputs
+    return None
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module is a router of Transformers' own, `weight` `[E, in]`, whose forward also
+    chooses the experts."""
+    if not type(module).__name__.endswith("Router"):
+        return False
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.ndim == 2
 
 
 def _ffns(model: nn.Module, activation: str) -> dict[str, str]:

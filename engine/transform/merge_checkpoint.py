@@ -9,6 +9,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
+from molehill.engine.adapter.base_model import TRANSPOSED
 from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.hf.shapes import canonical_name
@@ -68,6 +69,9 @@ def _is_dora(mixture: LinearMixture) -> bool:
 
 def _shards(base: Path) -> list[str]:
     config = json.loads((base / "config.json").read_text())
+    if config.get("model_type") in TRANSPOSED:
+        found = f"{config['model_type']}, whose weights are stored as [in, out]"
+        raise UnsupportedError("config.json: model_type", found, "weights of [out, in]")
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "an unnamed method")
         raise UnsupportedError("config.json: quantization_config", method, "unquantised weights")

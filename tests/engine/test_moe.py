@@ -33,6 +33,8 @@ def adapters(tmp_path_factory: Any) -> dict[str, Path]:
     return {
         "drlora": Case("drlora").path,
         "experts-unsloth-grouped": Case("experts-unsloth-grouped").path,
+        "experts-peft-0.18": Case("experts-peft-0.18").path,
+        "moe-all-linear": Case("moe-all-linear").path,
         "attention": tmp_path_factory.mktemp("attention") / "attention",
         "both": tmp_path_factory.mktemp("both") / "both",
     }
@@ -43,7 +45,8 @@ def prompts(adapters: dict[str, Path]) -> list[Prompt]:
     """Of the golden cases, and of an adapter on attention alone and one on both."""
     ids = [prompt.ids for prompt in Case("drlora-base").prompts]
     model = tiny_models.load(TINY_MOE)
-    found = [*Case("drlora").prompts, *Case("experts-unsloth-grouped").prompts]
+    golden = ("drlora", "experts-unsloth-grouped", "experts-peft-0.18", "moe-all-linear")
+    found = [prompt for name in golden for prompt in Case(name).prompts]
     found += [Prompt("base", p.ids, p.greedy, p.logits) for p in Case("drlora-base").prompts]
     attention = mixtures.dynmole(model, QKVO, seed=5)
     attention.save(adapters["attention"])
@@ -82,7 +85,8 @@ def test_the_worker_names_blocks_and_experts(llm: Any) -> None:
     base = ask_worker(llm, protocol.DESCRIBE, protocol.Empty())
     sizes = Moe(experts=4, hidden=64, intermediate=48)
     assert base.moes == {f"layers.{i}.mlp": sizes for i in range(2)}
-    assert set(base.refused) == {f"layers.{i}.mlp.gate" for i in range(2)}
+    assert base.refused == {}
+    assert base.linears["layers.1.mlp.gate"] == (64, 4)
     assert base.ffns == {}
 
 
@@ -134,10 +138,10 @@ def half_gone(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     del tensors[f"{STEM}.lora_A.weight"]
 
 
-def on_the_router(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+def a_wider_router(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     tensors.clear()
     tensors["base_model.model.model.layers.0.mlp.gate.lora_A.weight"] = torch.ones(4, 64)
-    tensors["base_model.model.model.layers.0.mlp.gate.lora_B.weight"] = torch.ones(4, 4)
+    tensors["base_model.model.model.layers.0.mlp.gate.lora_B.weight"] = torch.ones(5, 4)
     config["target_modules"] = ["gate"]
 
 
@@ -147,7 +151,7 @@ def on_the_router(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> N
         (wider, r"experts\.3\.up_proj\.b: found \[49, 8\], expected \[48, 8\]"),
         (another_expert, r"layers\.0\.mlp\.experts\.4\.down_proj: found no such linear"),
         (half_gone, r"experts\.3\.up_proj\.lora_A\.weight: found no such tensor"),
-        (on_the_router, r"layers\.0\.mlp\.gate: found the base's own router"),
+        (a_wider_router, r"layers\.0\.mlp\.gate\.b: found \[5, 4\], expected \[4, 4\]"),
     ],
 )
 def test_broken_adapters_are_refused_and_the_others_serve(

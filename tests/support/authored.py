@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -280,9 +281,9 @@ def save_lora(directory: Path, seed: int, **config: Any) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             own = torch.randn(parameter.shape, generator=generator)
-            falling = 0.3 ** torch.arange(settings["r"])
-            inputs = parameter.shape[1] ** -0.5
-            parameter.data = own * falling * 0.5 if "lora_B" in name else own * inputs
+            columns = parameter.shape[1]
+            falling = 0.5 * 0.3 ** torch.arange(columns)
+            parameter.data = own * (falling if "lora_B" in name else columns**-0.5)
     model.save_pretrained(directory)
 
 
@@ -340,7 +341,41 @@ def author_mix(root: Path, name: str = "mix") -> Authored:
     return Authored(name, directory, answers(name, model.eval()))
 
 
+def author_renamed(root: Path, name: str = "renamed") -> Authored:
+    """A LoRA by PEFT, chosen and scaled by patterns, and what PEFT answers; then in two files, with
+    the names that FSDP and a multimodal model give it and its adapter's own name."""
+    from peft import PeftModel
+
+    directory = root / name
+    save_lora(
+        directory,
+        33,
+        target_modules=r".*\.layers\.[0-2]\..*(q_proj|down_proj)$",
+        rank_pattern={r".*\.layers\.1\..*(q_proj|k_proj)$": 4},
+        alpha_pattern={r"layers\.\d\.mlp\.(?:down|up)_proj": 7},
+    )
+    model = PeftModel.from_pretrained(tiny_llama(), str(directory)).eval()
+    prompts = answers(name, model)
+    whole = directory / "adapter_model.safetensors"
+    tensors = {
+        f"_fsdp_wrapped_module.{key}".replace(".model.layers.", ".model.language_model.layers.")
+        .replace("lora_A.", "lora_A.tuned.")
+        .replace("lora_B.", "lora_B.tuned."): tensor
+        for key, tensor in load_file(whole).items()
+    }
+    whole.unlink()
+    weight_map = {}
+    for i in (0, 1):
+        file = f"adapter_model-{i}.safetensors"
+        part = dict(list(tensors.items())[i::2])
+        save_file(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = directory / "adapter_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return Authored(name, directory, prompts)
+
+
 def author_all(root: Path) -> list[Authored]:
     own = [author(root, method, seed) for seed, method in enumerate(METHODS)]
     arrows = [author_arrow(root, "arrow"), author_arrow(root, "arrow-general", GENERAL)]
-    return [*own, *arrows, author_mix(root)]
+    return [*own, *arrows, author_mix(root), author_renamed(root)]

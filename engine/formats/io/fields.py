@@ -114,11 +114,14 @@ class Fields:
                 where = f"{self.where}: {name[:80]}"
                 raise UnsupportedError(where, "an unknown field", f"one of {', '.join(names)}")
 
-    def refuse(self, meanings: Mapping[str, str]) -> None:
-        """Raises UnsupportedError for the first of these fields that is set, by its meaning."""
+    def refuse(self, meanings: Mapping[str, str], remedies: Mapping[str, str] = {}) -> None:
+        """Raises UnsupportedError for the first of these fields that is set, by its meaning, and
+        with what would make it servable where there is something."""
         for name, meaning in meanings.items():
             if self.values.get(name) not in (None, False, [], {}):
-                expected = "the field absent or false"
+                expected = "; or ".join(
+                    filter(None, ["the field absent or false", remedies.get(name)])
+                )
                 raise UnsupportedError(f"{self.where}: {name}", meaning, expected)
 
 

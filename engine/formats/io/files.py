@@ -11,7 +11,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -31,8 +31,9 @@ from molehill.engine.adapter.errors import (
     UnsupportedError,
 )
 from molehill.engine.adapter.validation import is_finite
-from molehill.engine.formats.io import pickles
+from molehill.engine.formats.io import nearby, pickles, shards
 from molehill.engine.formats.io.fields import Fields
+from molehill.engine.formats.io.shards import INDEX
 from molehill.engine.system.out_of_memory import raise_if_out_of_memory
 
 CONFIG = "adapter_config.json"
@@ -42,18 +43,37 @@ PICKLE = "adapter_model.bin"
 _CONFIG_BYTES = 16 << 20
 _CHUNK = 1 << 20
 _NAME_CHARACTERS = 512
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+_UNGATHERED = (
+    "{} dimensions, none of them empty. A LoRA tensor that is empty or flat is what one process of "
+    "DeepSpeed ZeRO-3 or FSDP holds of it: the trainer saved without gathering the others' parts. "
+    "Save again with `stage3_gather_16bit_weights_on_model_save` (ZeRO-3) or "
+    "`fsdp_state_dict_type: FULL_STATE_DICT` (FSDP), or gather a checkpoint of all processes with "
+    "`zero_to_fp32.py` or `accelerate merge-weights`"
+)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of one file by their names in it: finite, dense, on the CPU, float32."""
+    """The tensors of one file by name: finite, dense, on the CPU, float32.
+
+    spellings: the file's names, of those that go by others here. notes: warnings of how it is read.
+    """
 
     file: str
     tensors: Mapping[str, Tensor]
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def where(self, name: str) -> str:
-        return f"{self.file}: {name}"
+        return f"{self.file}: {self.spellings.get(name, name)}"
 
     def tensor(self, name: str, dimensions: int) -> Tensor:
         """Raises MissingTensorError, ShapeError."""
@@ -62,6 +82,8 @@ class Weights:
         tensor = self.tensors[name]
         if tensor.ndim != dimensions or 0 in tensor.shape:
             expected = f"{dimensions} dimensions, none of them empty"
+            if "lora_" in name and (tensor.ndim < dimensions or 0 in tensor.shape):
+                expected = _UNGATHERED.format(dimensions)
             raise ShapeError(self.where(name), list(tensor.shape), expected)
         return tensor
 
@@ -82,16 +104,42 @@ def read_config(directory: Path, name: str = CONFIG) -> Fields:
 
 
 def read_weights(
-    directory: Path, limits: Limits, names: Sequence[str] = (SAFETENSORS, PICKLE)
+    directory: Path, limits: Limits, names: Sequence[str] = (SAFETENSORS, INDEX, PICKLE)
 ) -> Weights:
     """The weights of an adapter: the first of these files that there is, by default PEFT's.
+
+    INDEX names files that hold them together.
 
     Raises CorruptFileError, LimitError, MissingTensorError, NonFiniteError, UnsupportedError.
     """
     for name in names:
-        if (directory / name).exists():
-            return read_tensors(directory / name, limits)
-    raise MissingTensorError(directory.name, "no weights", " or ".join(names))
+        if not (directory / name).exists():
+            continue
+        if name == INDEX:
+            return _read_shards(directory, limits)
+        return read_tensors(directory / name, limits)
+    expected = " or ".join(names) + nearby.hint(directory, names)
+    raise MissingTensorError(directory.name, "no weights", expected)
+
+
+def _read_shards(directory: Path, limits: Limits) -> Weights:
+    index = shards.parse(read_config(directory, INDEX))
+    tensors: dict[str, Tensor] = {}
+    left = limits.adapter_bytes
+    for file in index.files:
+        if not (directory / file).exists():
+            raise MissingTensorError(file, "no such file", f"one, as {INDEX} names it")
+        found = read_tensors(directory / file, replace(limits, adapter_bytes=left)).tensors
+        left -= sum(tensor.nbytes for tensor in found.values())
+        listed = {name for name, own in index.weight_map.items() if own == file}
+        if found.keys() != listed:
+            name = min(found.keys() ^ listed)
+            where, what = f"{file}: {name[:_NAME_CHARACTERS]}", "a tensor that the index"
+            if name in found:
+                raise CorruptFileError(where, f"{what} does not have there", f"those of {INDEX}")
+            raise MissingTensorError(where, f"no such tensor, {what} has there", "it")
+        tensors |= found
+    return Weights(INDEX, tensors)
 
 
 def read_start(path: Path, most: int) -> bytes:

@@ -51,7 +51,7 @@ def recognises(config: Fields, weights: Weights) -> bool:
 
 def read(config: Fields, weights: Weights) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
-    config.refuse({**peft.UNSERVED, **_UNKNOWN})
+    config.refuse({**peft.FORKS_UNSERVED, **_UNKNOWN})
     peft.check_initialisation(config)
     notes = saved_modules.check(config, weights)
     stems = linears.find_stems(weights, _KEY, "a router, lora_A or lora_B of a layer's linear")

@@ -39,7 +39,7 @@ _SHARED = "base_model.sparsegen_fn.mlp.proj_layers"
 
 # The last two come from code that is not published.
 _UNSERVED = {
-    **peft.UNSERVED,
+    **peft.FORKS_UNSERVED,
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA's scaling",
     "rank_pattern": "ranks by pattern",

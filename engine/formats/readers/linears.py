@@ -8,16 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from molehill.engine.adapter.errors import CorruptFileError, ShapeError, UnsupportedError
+from molehill.engine.adapter.module_names import AROUND_LAYERS, LAYER
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import targets
 from molehill.engine.formats.readers.lowrank import Pair
 from molehill.engine.formats.readers.targeting import Targeting
 
-STEM = (
-    r"(?P<stem>base_model\.model\.(?:model\.)?"
-    r"(?P<module>layers\.(?:0|[1-9]\d{0,4})\.(?:\w+\.)*?\w+))"
-)
+STEM = rf"(?P<stem>base_model\.model\.{AROUND_LAYERS}(?P<module>{LAYER}(?:\w+\.)*?\w+))"
 EXPERT = r"(?:0|[1-9]\d{0,5})"
 
 _MODEL = "base_model.model."

@@ -15,7 +15,14 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.readers import peft
-from molehill.engine.formats.readers.reader import AdapterFiles, FileNames, Reader
+from molehill.engine.formats.readers.reader import (
+    PEFT_FILES,
+    AdapterFiles,
+    FileNames,
+    Reader,
+    read_weights,
+    with_notes,
+)
 from molehill.engine.transform.arrow import Lora, arrow
 from molehill.engine.transform.weighted_sum import Part, mix
 from molehill.kernels.policy import Arrow
@@ -111,9 +118,9 @@ class _Members:
             if config.text("peft_type") not in (None, "LORA"):
                 found = config.text("peft_type")
                 raise UnsupportedError(f"{config.where}: peft_type", found, "LORA")
-            weights = files.read_weights(path, self._limits)
+            weights = read_weights(path, PEFT_FILES, self._limits)
             factors.update(peft.factors(config, weights))
-            return peft.read(config, weights)
+            return with_notes(peft.read(config, weights), weights)
 
         return Lora(name, self.read(name, read_member), factors)
 

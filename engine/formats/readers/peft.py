@@ -1,11 +1,14 @@
 """LoRA, rsLoRA and DoRA as Hugging Face PEFT writes them (and MoE-PEFT its plain LoRA).
 
 Keys: `base_model.model.model.layers.{i}.{block}.{proj}.lora_A.weight`, `.lora_B.weight`,
-`.lora_magnitude_vector` (with `.weight` from some versions).
+`.lora_magnitude_vector` (with `.weight` from some versions), and as LyCORIS and kohya write it a
+scalar `.alpha` of one module beside them. `keys` knows what else they are called.
+
+`fan_in_fan_out` is how the base stores W (GPT-2's Conv1D): A and B are the same whatever it says.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +18,8 @@ from molehill.engine.adapter.errors import (
     ShapeError,
     UnsupportedError,
 )
-from molehill.engine.adapter.expert_sites import canonical
 from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.module_names import AROUND_LAYERS, LAYER, canonical
 from molehill.engine.formats.io.fields import Fields, shortened
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, patterns, peft_parameters, saved_modules, targets
@@ -28,14 +31,19 @@ from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Constant
 
 _KEY = re.compile(
-    r"base_model\.model\.(?P<module>(?:model\.)?layers\.(?:0|[1-9]\d{0,4})\.[\w.]+?)"
-    r"\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)(?:(?<=vector)\.weight)?"
+    rf"base_model\.model\.(?P<module>{AROUND_LAYERS}{LAYER}[\w.]+?)"
+    r"\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|alpha)"
+    r"(?:(?<=vector)\.weight)?"
 )
-_PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
+_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_magnitude_vector": "magnitude",
+    "alpha": "alpha",
+}
 
 # Fields that change the forward pass or the base weights; serving without them would be wrong.
 UNSERVED = {
-    "fan_in_fan_out": "transposed weights",
     "enable_lora": "a LoRA on parts of a fused linear",
     "layer_replication": "replicated layers",
     "trainable_token_indices": "trained token embeddings",
@@ -48,6 +56,18 @@ UNSERVED = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
 }
+_MERGED = "the model with it merged in (PEFT's merge_and_unload), which is served as a base"
+_BIASES = f"none (bias 'none' and lora_bias false when it is trained), or {_MERGED}"
+_REMEDIES = {
+    "lora_bias": _MERGED,
+    "layer_replication": "the model with its layers replicated, served as the base",
+    "trainable_token_indices": _MERGED,
+    "alora_invocation_tokens": "a plain LoRA, which acts on all tokens",
+    "arrow_config": "the LoRAs in directories of their own below a molehill_mix.json",
+    "kasa_config": _MERGED,
+}
+# What PEFT's forks have, and nobody has seen used in them.
+FORKS_UNSERVED = {**UNSERVED, "fan_in_fan_out": "transposed weights"}
 _FORKS = {
     "lora_nums": "a mixture (LoRAMoE, HydraLoRA or LD-MoLE) without its tensors",
     "sparsegen": "LD-MoLE's router",
@@ -63,6 +83,7 @@ class _Module:
     a: str | None = None
     b: str | None = None
     magnitude: str | None = None
+    alpha: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,18 +109,20 @@ def read(config: Fields, weights: Weights) -> Adapter:
     notes = saved_modules.check(config, weights) + targeting.warnings()
     grouped = _group(weights)
     modules = {name: m for name, m in grouped.items() if not peft_parameters.is_stack(name)}
-    names = [name.removeprefix("model.") for name in modules]
-    _check_spellings(weights, names)
-    targeting.check(weights.file, modules)
+    _check_spellings(weights, modules)
+    parameters = peft_parameters.read_targets(config)
+    by_weight = {name for name in modules if peft_parameters.is_weight(name, parameters)}
+    targeting.check(weights.file, modules.keys() - by_weight)
     if wanted and not any("." in target for target in wanted):
-        targets.check_siblings(weights.file, modules, targeting)
+        targets.check_siblings(weights.file, modules.keys() - by_weight, targeting)
     dora = config.flag("use_dora")
     if dora:
         _check_magnitudes(weights, modules)
     sites = _fused_experts(config, weights, grouped, scalings)
     for name, module in modules.items():
-        site = canonical(name.removeprefix("model."))
-        sites[site] = _mixture(weights, name, module, scalings.of(name), dora)
+        pattern_name = f"{name}.weight" if name in by_weight else name
+        scaling = _scaling(weights, pattern_name, module, scalings)
+        sites[canonical(name)] = _mixture(weights, name, module, scaling, dora)
     magnitudes = any(mixture.magnitude is not None for mixture in sites.values())
     return Adapter(
         kind="dora" if magnitudes else "lora",
@@ -129,19 +152,39 @@ def factors(config: Fields, weights: Weights) -> dict[str, float]:
     for name in filter(peft_parameters.is_stack, names):
         where, found = weights.where(name), "fused experts of the base model in a mix"
         raise UnsupportedError(where, found, "adapters of linears")
-    return {canonical(n.removeprefix("model.")): scalings.of(n).factor for n in names}
+    return {canonical(n): _scaling(weights, n, m, scalings).factor for n, m in names.items()}
+
+
+def _scaling(weights: Weights, name: str, module: _Module, scalings: _Scalings) -> Scaling:
+    """By the module's own alpha, with the rank of its tensors, where the file has one; else by the
+    config's patterns, which know it as `name`. Raises MissingTensorError, ShapeError."""
+    if module.alpha is None:
+        return scalings.of(name)
+    alpha = weights.tensors[module.alpha]
+    if alpha.numel() != 1 or not float(alpha) > 0:
+        found = list(alpha.shape) if alpha.numel() != 1 else float(alpha)
+        raise ShapeError(weights.where(module.alpha), found, "one number above 0")
+    stem = module.alpha.removesuffix(".alpha")
+    return Scaling(float(alpha), weights.tensor(f"{stem}.lora_A.weight", 2).shape[0])
 
 
 def _fused_experts(
     config: Fields, weights: Weights, grouped: Mapping[str, _Module], scalings: _Scalings
 ) -> dict[str, LinearMixture]:
     """What `target_parameters` adapts; nothing without it."""
-    stacks = {
-        name: _names(name, module)
-        for name, module in grouped.items()
-        if peft_parameters.is_stack(name)
-    }
+    stacks = {}
+    for name, module in grouped.items():
+        if peft_parameters.is_stack(name):
+            _check_stack(weights, module)
+            stacks[name] = _names(name, module)
     return peft_parameters.read(config, weights, stacks, scalings.of)
+
+
+def _check_stack(weights: Weights, module: _Module) -> None:
+    for part in (module.magnitude, module.alpha):
+        if part is not None:
+            expected = "lora_A and lora_B alone"
+            raise UnsupportedError(weights.where(part), "one on fused experts", expected)
 
 
 def _names(name: str, module: _Module) -> Pair:
@@ -150,7 +193,7 @@ def _names(name: str, module: _Module) -> Pair:
 
 
 def _refuse(config: Fields) -> None:
-    config.refuse({**UNSERVED, **_FORKS})
+    config.refuse({**UNSERVED, **_FORKS}, _REMEDIES)
     check_initialisation(config)
 
 
@@ -167,13 +210,12 @@ def check_initialisation(config: Fields) -> None:
 
 
 def _read_scalings(config: Fields) -> _Scalings:
-    ranks, alphas = (patterns.check(config, f"{name}_pattern") for name in ("rank", "alpha"))
     return _Scalings(
         rank=config.integer("r"),
         alpha=config.number("lora_alpha", above=0),
         rslora=config.flag("use_rslora"),
-        ranks=Patterns({pattern: ranks.integer(pattern) for pattern in ranks.values}),
-        alphas=Patterns({pattern: alphas.number(pattern, above=0) for pattern in alphas.values}),
+        ranks=patterns.read_ranks(config),
+        alphas=patterns.read_alphas(config),
     )
 
 
@@ -182,7 +224,11 @@ def _group(weights: Weights) -> dict[str, _Module]:
     for key in weights.tensors:
         match = _KEY.fullmatch(key)
         if match is None:
-            expected = "lora_A.weight, lora_B.weight or lora_magnitude_vector of a layer's linear"
+            if key.endswith(".bias"):
+                raise UnsupportedError(weights.where(key), "a trained bias", _BIASES)
+            expected = (
+                "lora_A.weight, lora_B.weight, lora_magnitude_vector or alpha of a layer's linear"
+            )
             raise UnsupportedError(weights.where(key), "an unknown tensor", expected)
         module, part = match["module"], _PARTS[match["part"]]
         names = modules.setdefault(module, _Module())
@@ -192,9 +238,9 @@ def _group(weights: Weights) -> dict[str, _Module]:
     return modules
 
 
-def _check_spellings(weights: Weights, names: list[str]) -> None:
+def _check_spellings(weights: Weights, modules: Iterable[str]) -> None:
     found: set[str] = set()
-    for name in names:
+    for name in modules:
         if canonical(name) in found:
             raise CorruptFileError(weights.where(name), "two spellings of one module", "one")
         found.add(canonical(name))
@@ -225,7 +271,7 @@ def _mixture(
 
 
 def _warnings(
-    wanted: list[str] | None, modules: Iterable[str], *, lost_magnitudes: bool
+    wanted: list[str] | None, modules: Collection[str], *, lost_magnitudes: bool
 ) -> tuple[str, ...]:
     warnings = targets.unused(wanted, modules)
     if lost_magnitudes:

@@ -1,24 +1,30 @@
-"""LoRA on the fused experts of Transformers 5, as PEFT's `target_parameters` writes it.
+"""LoRA on parameters of the base, as PEFT's `target_parameters` writes it.
 
 A block's experts are two parameters, `gate_up_proj` `[E, 2 I, d]` and `down_proj` `[E, d, I]`. PEFT
 wraps them one in the other, so that the file names neither: `...mlp.experts.lora_A.weight`
 `[E r, in]` (expert by expert), `.lora_B.weight` `[out, r E]` (the expert is the last index, or the
-first: `expert_layout`), and the same at `...mlp.experts.base_layer`. Which
-is which follows from the shapes.
+first: `expert_layout`), and the same at `...mlp.experts.base_layer`. Which is which follows from
+the shapes. Granite had them apart, as the weights of `input_linear` and `output_linear`; Gemma 4 on
+`moe` itself, where now its `experts` are.
+
+Before 0.19 PEFT took the parameter's axes the other way round (`experts_axes`).
+
+A `weight` `[out, in]`, such as that of a router (`gate.weight`, which PEFT 0.21 writes for
+`all-linear`), is adapted as a linear is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from molehill.engine.adapter.errors import MissingTensorError, ShapeError, UnsupportedError
-from molehill.engine.adapter.expert_sites import canonical
 from molehill.engine.adapter.layout import Layout
+from molehill.engine.adapter.module_names import canonical
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
-from molehill.engine.formats.readers import expert_layout
+from molehill.engine.formats.readers import expert_layout, experts_axes
+from molehill.engine.formats.readers.experts_axes import Stack
 from molehill.engine.formats.readers.lowrank import Pair, Scaling
 from molehill.engine.formats.readers.targeting import suffixes
 from molehill.kernels.mixture import Experts, LinearMixture
@@ -26,38 +32,42 @@ from molehill.kernels.policy import Constant
 
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
 _INNER = ".base_layer"
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One parameter's pair as the file names and holds it: a `[E r, in]`, b `[out, r E]`."""
-
-    where: str
-    a: Tensor
-    b: Tensor
+_NESTED = (".experts", ".moe")
+# Modules whose one parameter is a block's, by what Granite calls them.
+_APART = {"input_linear": _GATE_UP, "output_linear": _DOWN}
+_WEIGHT = ".weight"
 
 
 def is_stack(module: str) -> bool:
     """Whether a module of the file is a block's experts, and not a linear."""
-    return module.removesuffix(_INNER).endswith(".experts")
+    return module.removesuffix(_INNER).endswith((*_NESTED, *(f".{name}" for name in _APART)))
+
+
+def is_weight(module: str, names: Collection[str]) -> bool:
+    """Whether `target_parameters` names a module's weight. names: as `read_targets` gives them."""
+    return not set(suffixes(module + _WEIGHT)).isdisjoint(names)
 
 
 def read_targets(config: Fields) -> list[str]:
-    """Names that the adapted parameters end with, each `gate_up_proj` or `down_proj` of some block.
-
-    Raises ConfigError, UnsupportedError.
-    """
+    """Names that the adapted parameters end with: `gate_up_proj` and `down_proj` of some block, and
+    weights. Raises ConfigError, UnsupportedError."""
     names = config.texts("target_parameters")
     for name in names:
-        if name not in (_GATE_UP, _DOWN) and not name.endswith((f".{_GATE_UP}", f".{_DOWN}")):
-            expected = f"{_GATE_UP} or {_DOWN} of a block's experts"
+        if name.rpartition(".")[2] not in (_GATE_UP, _DOWN, "weight"):
+            expected = f"{_GATE_UP} or {_DOWN} of a block's experts, or a weight"
             raise UnsupportedError(f"{config.where}: target_parameters", name, expected)
     return names
 
 
 def adapted(config: Fields) -> set[str]:
-    """The parameters that `target_parameters` names in any block. Raises as `read_targets`."""
-    return {name.rpartition(".")[2] for name in read_targets(config)}
+    """The parameters of experts that `target_parameters` names. Raises as `read_targets`."""
+    found = set()
+    for name in read_targets(config):
+        parent, _, parameter = name.rpartition(".")
+        if parameter == "weight":
+            parameter = _APART.get(parent.rpartition(".")[2], "")
+        found.add(parameter)
+    return found - {""}
 
 
 def settle_layout(directory: Path, config: Fields, given: Layout | None) -> Fields:
@@ -67,7 +77,8 @@ def settle_layout(directory: Path, config: Fields, given: Layout | None) -> Fiel
     UnsupportedError without fused experts.
     """
     settled = expert_layout.with_given(config, given)
-    expert_layout.check_said(directory, settled, adapted(settled))
+    if parameters := adapted(settled):
+        expert_layout.check_said(directory, settled, parameters)
     return settled
 
 
@@ -90,50 +101,67 @@ def read(
     `{block}.{parameter}`. Raises ConfigError, MissingTensorError, ShapeError, UnsupportedError.
     """
     names, layouts = read_targets(config), expert_layout.read(config)
-    blocks = sorted({module.removesuffix(_INNER) for module in modules})
-    if names and not blocks:
+    if adapted(config) and not modules:
         expected = f"some for {sorted(adapted(config))}"
         raise MissingTensorError(weights.file, "no tensors of experts", expected)
     sites = {}
-    for block in blocks:
-        wanted = _wanted(block, names)
-        if not wanted:
-            where, found = weights.where(block), "tensors of fused experts"
-            raise UnsupportedError(where, found, "target_parameters that name them")
-        stacks = [
-            Stack(weights.where(name), weights.tensor(pair.a, 2), weights.tensor(pair.b, 2))
-            for name in (block, block + _INNER)
-            if (pair := modules.get(name))
-        ]
-        if len(stacks) != len(wanted):
-            found = f"{len(stacks)} pairs"
-            raise MissingTensorError(
-                weights.where(block), found, f"one for each of {sorted(wanted)}"
-            )
-        for parameter, stack in _assign(stacks, wanted).items():
-            scaling = scaling_of(f"{block}.{parameter}")
-            sites.update(_split(block, parameter, stack, scaling, layouts.of(parameter)))
+    for block, own in _blocks(modules).items():
+        stacks = _read_stacks(weights, block, own, names, config)
+        for name, (parameter, stack) in stacks.items():
+            sites.update(_split(block, parameter, stack, scaling_of(name), layouts.of(parameter)))
     return sites
 
 
-def _wanted(block: str, names: Iterable[str]) -> set[str]:
+def _blocks(modules: Mapping[str, Pair]) -> dict[str, dict[str, Pair]]:
+    """Modules by their block: `...mlp.experts` has itself and its `base_layer`."""
+    blocks: dict[str, dict[str, Pair]] = {}
+    for module in sorted(modules):
+        parent, _, leaf = module.removesuffix(_INNER).rpartition(".")
+        block = parent if leaf in _APART else f"{parent}.{leaf}"
+        blocks.setdefault(block, {})[module] = modules[module]
+    return blocks
+
+
+def _read_stacks(
+    weights: Weights,
+    block: str,
+    modules: Mapping[str, Pair],
+    names: Collection[str],
+    config: Fields,
+) -> dict[str, tuple[str, Stack]]:
+    """(parameter, stack) by the parameter's name as PEFT's patterns know it."""
+    stacks = {
+        module: Stack(weights.where(module), weights.tensor(pair.a, 2), weights.tensor(pair.b, 2))
+        for module, pair in modules.items()
+    }
+    apart = {module: _APART.get(module.rpartition(".")[2]) for module in modules}
+    wanted = {
+        f"{module}{_WEIGHT}": parameter
+        for module, parameter in apart.items()
+        if parameter is not None and is_weight(module, names)
+    }
+    wanted |= {f"{block}.{parameter}": parameter for parameter in _wanted(block, names)}
+    if not wanted:
+        found = "tensors of fused experts"
+        raise UnsupportedError(weights.where(block), found, "target_parameters that name them")
+    if len(stacks) != len(wanted):
+        expected = f"one for each of {sorted(wanted.values())}"
+        raise MissingTensorError(weights.where(block), f"{len(stacks)} pairs", expected)
+    if None not in apart.values():
+        known = {module: str(parameter) for module, parameter in apart.items()}
+        oriented = experts_axes.orient({known[module]: stacks[module] for module in known}, config)
+    else:
+        oriented = experts_axes.assign(list(stacks.values()), set(wanted.values()), config)
+    return {name: (parameter, oriented[parameter]) for name, parameter in wanted.items()}
+
+
+def _wanted(block: str, names: Collection[str]) -> set[str]:
     """The parameters of one block that are adapted: those whose names end so, as PEFT matches."""
     return {
         parameter
         for parameter in (_GATE_UP, _DOWN)
         if not set(suffixes(f"{block}.{parameter}")).isdisjoint(names)
     }
-
-
-def _assign(stacks: list[Stack], wanted: set[str]) -> dict[str, Stack]:
-    """By shapes: what gate_up reads is what down writes, and it writes twice what down reads."""
-    if len(stacks) == 1:
-        return {next(iter(wanted)): stacks[0]}
-    for gate_up, down in (stacks, stacks[::-1]):
-        if (gate_up.a.shape[1], gate_up.b.shape[0]) == (down.b.shape[0], 2 * down.a.shape[1]):
-            return {_GATE_UP: gate_up, _DOWN: down}
-    found = [(list(stack.a.shape), list(stack.b.shape)) for stack in stacks]
-    raise ShapeError(stacks[0].where, found, f"pairs of {_GATE_UP} and {_DOWN}")
 
 
 def _split(
@@ -145,7 +173,10 @@ def _split(
         raise ShapeError(stack.where, [list(stack.a.shape), list(stack.b.shape)], expected)
     experts = rows // rank
     a = stack.a.view(experts, rank, -1)
-    b = _by_expert(stack.b * scaling.factor, experts, layout)
+    b = _by_expert(stack.b, experts, layout)
+    if stack.swapped:
+        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    b = b * scaling.factor
     sites = {}
     for e in range(experts):
         parts = {_DOWN: b[e]}
@@ -154,9 +185,15 @@ def _split(
             parts = {"gate_proj": gate, "up_proj": up}
         for name, own in parts.items():
             pair = Experts(a[e].clone(), own.contiguous(), (rank,))
-            site = canonical(f"{block.removeprefix('model.')}.{e}.{name}")
+            site = canonical(f"{_experts(block)}.{e}.{name}")
             sites[site] = LinearMixture(pair, Constant((1.0,)))
     return sites
+
+
+def _experts(block: str) -> str:
+    """`...mlp.experts` of `...mlp.experts`, of `...mlp` with Granite's modules below, and
+    `...moe.experts` of `...moe`."""
+    return block if block.endswith(".experts") else f"{block}.experts"
 
 
 def _by_expert(b: Tensor, experts: int, layout: Layout) -> Tensor:

@@ -1,7 +1,7 @@
 """What a reader of one on-disk format is; `molehill.engine.formats.registry` lists them all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
+from molehill.engine.formats.io.shards import INDEX
+from molehill.engine.formats.readers import keys
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class FileNames:
     weights: tuple[str, ...] = ()
 
 
-PEFT_FILES = FileNames(files.CONFIG, (files.SAFETENSORS, files.PICKLE))
+PEFT_FILES = FileNames(files.CONFIG, (files.SAFETENSORS, INDEX, files.PICKLE))
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,20 @@ class AdapterFiles:
 
     @cached_property
     def weights(self) -> Weights:
-        """Read once, when first asked for. Raises as `files.read_weights` does."""
-        return files.read_weights(self.directory, self.limits, self.names.weights)
+        """Read once, when first asked for. Raises as `read_weights` does."""
+        return read_weights(self.directory, self.names, self.limits)
+
+
+def read_weights(directory: Path, names: FileNames, limits: Limits) -> Weights:
+    """The tensors in a directory; PEFT's by its own names. Raises as `files.read_weights` and
+    `keys.canonical` do."""
+    weights = files.read_weights(directory, limits, names.weights)
+    return keys.canonical(weights) if names == PEFT_FILES else weights
+
+
+def with_notes(adapter: Adapter, weights: Weights) -> Adapter:
+    """The adapter with a warning for all that was read as something else."""
+    return replace(adapter, warnings=(*adapter.warnings, *weights.notes))
 
 
 def _always(config: Fields, weights: Weights) -> bool:

@@ -1,22 +1,17 @@
 """Which modules a config of PEFT's adapts: the rule of PEFT's `check_target_module_exists`.
 
 PEFT drops the tensors of all other modules without a word, so a file that holds some contradicts
-its config. Patterns are regular expressions of a stranger's: they get a bounded time.
+its config.
 """
 
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import regex
-
-from molehill.engine.adapter.errors import ConfigError, LimitError, UnsupportedError
+from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.adapter.module_names import canonical, split_layer
 from molehill.engine.formats.io.fields import Fields, shortened
+from molehill.engine.formats.readers.patterns import Clock, Pattern
 
-# For all patterns of one config, on all modules of its file.
-_SECONDS = 5.0
-_LONGEST = 1 << 14
 _ALL_LINEAR = "all-linear"
 # The first number that follows a name, as PEFT finds a layer where no `layers_pattern` says how.
 _ANY_LAYERS = r".*?\.[^.]*"
@@ -30,35 +25,25 @@ def suffixes(module: str) -> Iterable[str]:
         yield module
 
 
-class _Clock:
-    """What is left of the time for all patterns."""
+class Names:
+    """Modules by what their names end with.
 
-    def __init__(self) -> None:
-        self.left = _SECONDS
+    A name that has a layer's number is also the same module's in a model with other surroundings:
+    `model.language_model.layers.0.mlp.up_proj` is `layers.0.mlp.up_proj`.
+    """
 
-    def run(self, where: str, match: Callable[..., Any], text: str) -> Any:
-        """Raises LimitError."""
-        start = time.monotonic()
-        try:
-            return match(text, timeout=max(self.left, 1e-3), concurrent=True)
-        except TimeoutError:
-            expected = f"at most {_SECONDS:g} seconds for all modules"
-            raise LimitError(where, "a pattern that takes longer", expected) from None
-        finally:
-            self.left -= time.monotonic() - start
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = frozenset(names)
+        self._sites = frozenset(site for site in map(canonical, names) if split_layer(site))
 
+    def __contains__(self, module: str) -> bool:
+        return not self._names.isdisjoint(suffixes(module)) or canonical(module) in self._sites
 
-@dataclass(frozen=True)
-class _Pattern:
-    where: str
-    compiled: Any
-    clock: _Clock
-
-    def fullmatch(self, text: str) -> bool:
-        return self.clock.run(self.where, self.compiled.fullmatch, text) is not None
-
-    def match(self, text: str) -> Any:
-        return self.clock.run(self.where, self.compiled.match, text)
+    def has_whole(self, module: str) -> bool:
+        """Whether a name is the module's whole one, and not only its end."""
+        if module in self._names:
+            return True
+        return canonical(module) in self._sites and self._names.isdisjoint(suffixes(module))
 
 
 class Targeting:
@@ -67,7 +52,7 @@ class Targeting:
 
     def __init__(self, config: Fields) -> None:
         """Raises ConfigError, UnsupportedError."""
-        self._config, self._clock = config, _Clock()
+        self._config, self._clock = config, Clock()
         self._targets = self._names(_target_modules(config), "target_modules")
         self._excluded = self._names(config.values.get("exclude_modules"), "exclude_modules")
         self._saved = [
@@ -76,7 +61,7 @@ class Targeting:
         ]
         self._layers = _layers(config)
         self._layer_patterns = self._read_layer_patterns()
-        if self._layers is not None and isinstance(self._targets, _Pattern):
+        if self._layers is not None and isinstance(self._targets, Pattern):
             expected = "none beside a pattern in target_modules, as PEFT demands"
             raise config.error("layers_to_transform", expected)
 
@@ -101,10 +86,14 @@ class Targeting:
         if any(pattern.match(module) for pattern in self._saved):
             return "modules_to_save"
         if self._targets is None:
-            return None
+            # PEFT then adapts those parameters alone.
+            parameters = self._config.values.get("target_parameters")
+            return None if parameters is None else "target_modules"
         if not _named(module, self._targets):
             return "target_modules"
-        if isinstance(self._targets, _Pattern) or module in self._targets or self._layers is None:
+        if isinstance(self._targets, Pattern) or self._layers is None:
+            return None
+        if self._targets.has_whole(module):
             return None
         layer = self._layer(module)
         if layer is None and self._config.values.get("layers_pattern"):
@@ -123,7 +112,7 @@ class Targeting:
         match = next(filter(None, found), None)
         return None if match is None else int(match["idx"])
 
-    def _read_layer_patterns(self) -> list[_Pattern]:
+    def _read_layer_patterns(self) -> list[Pattern]:
         value = self._config.values.get("layers_pattern")
         names = [value] if isinstance(value, str) else self._config.texts("layers_pattern")
         patterns = {name: rf"(?:^|.*?\.){name}" for name in names if name}
@@ -133,33 +122,27 @@ class Targeting:
             for name, pattern in whole.items()
         ]
 
-    def _names(self, value: Any, field: str) -> Collection[str] | _Pattern | None:
+    def _names(self, value: Any, field: str) -> Names | Pattern | None:
         """A set of suffixes, a pattern, or None for nothing."""
-        if value is None or value == _ALL_LINEAR:
+        if value is None:
             return None
         if isinstance(value, str):
+            if value.lower() == _ALL_LINEAR:
+                return None
             return self._pattern(field, value, value)
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise self._config.error(field, "a list of module names, or a pattern")
-        return frozenset(value)
+        return Names(value)
 
-    def _pattern(self, field: str, pattern: str, own: str) -> _Pattern:
+    def _pattern(self, field: str, pattern: str, own: str) -> Pattern:
         """own: the part that the config holds."""
-        where = f"{self._config.where}: {field}"
-        if len(own) > _LONGEST:
-            expected = f"at most {_LONGEST}"
-            raise LimitError(where, f"a pattern of {len(own)} characters", expected)
-        try:
-            return _Pattern(where, regex.compile(pattern), self._clock)
-        except (regex.error, RecursionError, OverflowError) as error:
-            found = f"{shortened(own)} ({error})"
-            raise ConfigError(where, found, "a regular expression") from None
+        return Pattern(f"{self._config.where}: {field}", pattern, self._clock, own)
 
 
-def _named(module: str, names: Collection[str] | _Pattern) -> bool:
-    if isinstance(names, _Pattern):
+def _named(module: str, names: Names | Pattern) -> bool:
+    if isinstance(names, Pattern):
         return names.fullmatch(module)
-    return any(suffix in names for suffix in suffixes(module))
+    return module in names
 
 
 def _target_modules(config: Fields) -> Any:

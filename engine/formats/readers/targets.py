@@ -1,13 +1,11 @@
 """What `target_modules` promises, held against the modules that a file has tensors for."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from molehill.engine.adapter.errors import MissingTensorError, UnsupportedError
+from molehill.engine.adapter.module_names import canonical, split_layer, without_surroundings
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.readers.targeting import Targeting, suffixes
-
-_LAYER = re.compile(r"layers\.(0|[1-9]\d{0,4})\.(.+)")
 
 
 def read_targets(config: Fields) -> list[str] | None:
@@ -25,12 +23,6 @@ def read_targets(config: Fields) -> list[str] | None:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise config.error("target_modules", "a list of module names")
     return value
-
-
-def split_layer(module: str) -> tuple[int, str] | None:
-    """`layers.3.mlp.up_proj` to (3, `mlp.up_proj`); None for a module outside the layers."""
-    match = _LAYER.fullmatch(module)
-    return (int(match[1]), match[2]) if match else None
 
 
 def check_targeted(file: str, modules: Iterable[str], targets: list[str] | None) -> None:
@@ -55,18 +47,17 @@ def check_siblings(file: str, modules: Iterable[str], targeting: Targeting) -> N
     blocks: dict[tuple[int, str], set[str]] = {}
     prefixes: dict[tuple[int, str], str] = {}
     for module in modules:
-        name = module.removeprefix("model.")
-        split = split_layer(name)
+        split = split_layer(without_surroundings(module))
         if split is not None:
             layer, (block, _, child) = split[0], split[1].rpartition(".")
             children.setdefault(block, set()).add(child)
             blocks.setdefault((layer, block), set()).add(child)
-            prefixes[layer, block] = module.removesuffix(name)
+            prefixes[layer, block] = module.removesuffix(child)
     for (layer, block), found in sorted(blocks.items()):
         for child in sorted(children[block] - found):
-            name = f"layers.{layer}.{block}.{child}"
-            if targeting.against(prefixes[layer, block] + name) is None:
-                _raise_missing(file, name)
+            name = prefixes[layer, block] + child
+            if targeting.against(name) is None:
+                _raise_missing(file, without_surroundings(name))
 
 
 def check_every_layer(file: str, modules: Iterable[str]) -> None:
@@ -89,11 +80,12 @@ def _raise_missing(file: str, module: str) -> None:
     )
 
 
-def unused(targets: list[str] | None, modules: Iterable[str]) -> tuple[str, ...]:
+def unused(targets: list[str] | None, modules: Collection[str]) -> tuple[str, ...]:
     """A warning for each target that the file has no tensors for; trainers ignore unknown names."""
     found = {suffix for module in modules for suffix in suffixes(module)}
+    sites = {canonical(module) for module in modules}
     return tuple(
         f"target_modules names {target}, but there are no tensors for it"
         for target in targets or ()
-        if target not in found
+        if target not in found and canonical(target) not in sites
     )

@@ -1,10 +1,10 @@
 """Finds the linears and FFNs of a loaded vLLM model, and what each holds of the original model."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
 from torch import nn
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
-from molehill.engine.adapter import expert_sites
+from molehill.engine.adapter import module_names
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,28 @@ class Ffn:
 
 def canonical(name: str) -> str:
     """A module's name without what precedes the decoder layers: `layers.3.self_attn.qkv_proj`."""
-    return expert_sites.canonical(re.sub(r"^(?:language_model\.)?(?:model\.)*", "", name))
+    return module_names.canonical(name)
 
 
-def find_linears(model: nn.Module) -> list[Linear]:
-    """Every linear that an adapter can change, in the model's order. The router of an MoE block
-    is none: vLLM has kernels of its own for it."""
+def find_linears(model: nn.Module, dtype: torch.dtype) -> list[Linear]:
+    """Every linear that an adapter can change, in the model's order.
+
+    dtype: the model's. The router of an MoE block is one where it is multiplied as any linear is.
+    """
     packed = getattr(model, "packed_modules_mapping", {})
     return [
         Linear(canonical(name), module, _projections(canonical(name), module, packed))
         for name, module in model.named_modules()
-        if isinstance(module, LinearBase) and not isinstance(module, GateLinear)
+        if isinstance(module, LinearBase)
+        and not (isinstance(module, GateLinear) and _has_kernels(module, dtype))
     ]
+
+
+def _has_kernels(router: GateLinear, dtype: torch.dtype) -> bool:
+    """Whether vLLM may run a router in kernels that go round its linear method, or in another dtype
+    than the model's: its `allow_{kernel}_gemm`, of which one only allows others."""
+    flags = {name for name, value in vars(router).items() if name.startswith("allow_") and value}
+    return bool(flags - {"allow_specialized_router_gemm"}) or router.params_dtype != dtype
 
 
 def _projections(

@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from molehill.engine import formats
-from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.base_model import TRANSPOSED, Limits
 from molehill.engine.transform.merge import PLAIN, MergedBase, merged_weight
 from molehill.engine.vllm.model.discovery import canonical
 from molehill.kernels.mixture import Experts, LinearMixture
@@ -47,6 +47,10 @@ def install(
     for refused, what in (
         (config.model_config.quantization is not None, "a quantised base model"),
         (config.speculative_config is not None, "speculative decoding"),
+        (
+            config.model_config.hf_config.model_type in TRANSPOSED,
+            "a base whose weights are stored as [in, out]",
+        ),
         (config.load_config.load_format not in FORMATS, f"another load format than {FORMATS}"),
     ):
         if refused:

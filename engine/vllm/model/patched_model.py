@@ -46,7 +46,8 @@ class PatchedModel:
     ) -> None:
         self._backend, self._moes = backend, moes
         self._tp = get_tp_group()
-        self._linears = discovery.find_linears(model)
+        self._dtype = config.model_config.dtype
+        self._linears = discovery.find_linears(model, self._dtype)
         self._ffns = discovery.find_ffns(self._linears, model)
         self._blocks: dict[str, moe_blocks.MoeBlock] = {}
         self._block_handles: dict[str, int] = {}
@@ -61,7 +62,6 @@ class PatchedModel:
         }
         self._handles: dict[str, int] = {}
         self._ffn_handles: dict[str, int] = {}
-        self._dtype = config.model_config.dtype
         self._install(self._dtype, device)
         self._install_experts(config, model, device)
         self.base = self._describe_base(config)
@@ -89,7 +89,8 @@ class PatchedModel:
     def _install_experts(self, config: VllmConfig, model: nn.Module, device: torch.device) -> None:
         graphs = device.type != "cpu" and not config.model_config.enforce_eager
         for site, runner in moe_blocks.find_blocks(model):
-            self._refusals[f"{site}.gate"] = "the base's own router"
+            if f"{site}.gate" not in self._projections:
+                self._refusals[f"{site}.gate"] = "the base's router, in a kernel of its own,"
             if refusal := moe_blocks.refusal(runner, graphs):
                 self._refusals[f"{site}.experts"] = refusal
             block = self._blocks[site] = moe_blocks.describe(site, runner)

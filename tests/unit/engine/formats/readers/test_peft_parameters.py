@@ -144,7 +144,7 @@ def test_fused_pairs_that_fit_no_ffn(fused):
     assert "pairs of gate_up_proj and down_proj" in fused.refusal(ShapeError).expected
 
 
-@pytest.mark.parametrize("value", [["mlp.gate.weight"], ["self_attn.q_proj.weight"]])
+@pytest.mark.parametrize("value", [["mlp.gate.bias"], ["self_attn.sinks"]])
 def test_other_parameters_are_refused(fused, value):
     fused.config["target_parameters"] = value
     assert fused.refusal(UnsupportedError).found == value[0]
@@ -291,6 +291,11 @@ PATTERNS = {
     "layersX5": 7,
     "layers.5": 8,
     "^model.layers.8": 9,
+    r"layers\.11\.mlp\.experts\.0\.up_proj": 10,
+    r"model\.layersX5": 11,
+    r".*\.layers\.0\..*experts.0\.(up|down)_proj": 12,
+    r"(?!.*experts)(.*\.)*q_proj": 13,
+    "(x+)+up_proj": 14,
 }
 NAMES = [
     *(
@@ -311,7 +316,7 @@ NAMES = [
 @pytest.mark.parametrize("patterns", [PATTERNS, dict(reversed(PATTERNS.items()))])
 def test_patterns_match_as_peft_matches(patterns):
     other = pytest.importorskip("peft.utils.other", reason="the dev extra is not installed")
-    found = [Patterns(patterns).get(name, 0) for name in NAMES]
+    found = [Patterns("c", patterns).get(name, 0) for name in NAMES]
     keys = [other.get_pattern_key(patterns.keys(), name) for name in NAMES]
     assert found == [patterns.get(key, 0) for key in keys]
     assert len(set(found)) > 4

@@ -41,6 +41,11 @@ CONFIGS = [
     {"target_modules": ["q_proj", "up_proj"]},
     {"target_modules": ["self_attn.q_proj", "model.layers.11.mlp.up_proj"]},
     {"target_modules": r".*\.(q|v)_proj"},
+    {"target_modules": r".*\.layers\.11\..*(q_proj|v_proj)$"},
+    {"target_modules": r"^(?!.*mlp).*(?:q_proj|up_proj).*"},
+    {"target_modules": r"(?i).*\.LAYERS\.\d{2,}\.(?:\w+\.){1,2}\w+"},
+    {"target_modules": r".*layers\.1{,2}\..*"},
+    {"target_modules": r"(?:.*\.)?layers.(1|2).(?P<x>mlp|self_attn).*\b[qu]\w*"},
     {"target_modules": r"model\.layers\.[01]\..*up_proj"},
     {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 11]},
     {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
@@ -193,10 +198,17 @@ def test_fields_of_the_wrong_type(saved, tmp_path, fields, where):
 
 
 def test_a_pattern_that_would_take_for_ever_is_refused(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("molehill.engine.formats.readers.targeting._SECONDS", 0.2)
-    pattern = ".*?" * 12 + "[?!]"
+    """RE2 takes no lookaround, so that this one takes exponential time."""
+    monkeypatch.setattr("molehill.engine.formats.readers.patterns._SECONDS", 0.2)
+    pattern = "(?=.)" + ".*?" * 12 + "[?!]"
     error = refusal(LimitError, changed(saved, tmp_path / "a", exclude_modules=pattern))
     assert error.where == "adapter_config.json: exclude_modules"
+
+
+def test_a_pattern_that_keeps_python_busy_for_ever_is_matched(saved, tmp_path):
+    pattern = ".*?" * 30 + "[?!]"
+    adapter = formats.read(changed(saved, tmp_path / "a", exclude_modules=pattern))
+    assert len(adapter.sites) == 8
 
 
 def test_a_long_pattern_is_refused(saved, tmp_path):
