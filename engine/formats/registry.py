@@ -8,7 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from molehill.engine.formats import native
-from molehill.engine.formats.readers import adamole, forks, ldmole, mixes, moepeft, mov, peft
+from molehill.engine.formats.readers import (
+    adalora,
+    adamole,
+    forks,
+    hra,
+    ia3,
+    ldmole,
+    loha,
+    lokr,
+    miss,
+    mixes,
+    moepeft,
+    mov,
+    peft,
+    vera,
+)
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 
 # In the order in which they are asked. `peft` takes any LORA that the two before it do not know.
@@ -21,6 +36,13 @@ READERS: tuple[Reader, ...] = (
     moepeft.READER,
     adamole.READER,
     mov.READER,
+    adalora.READER,
+    vera.READER,
+    loha.READER,
+    lokr.READER,
+    hra.READER,
+    miss.READER,
+    ia3.READER,
 )
 
 
