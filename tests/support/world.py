@@ -161,7 +161,9 @@ class World:
         )
         count_requests(self.engine, self.registry)
 
-    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
+    def read(
+        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+    ) -> Adapter:
         self.layouts.append(lora_b_layout)
         if not path.exists():
             raise AdapterNotFoundError(path, "nothing", "a file")
