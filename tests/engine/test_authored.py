@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 from support.asking import Reply, ask, ask_worker, assert_golden, request
-from support.golden import Case, greatest_difference
+from support.golden import TINY_LLAMA, Case, greatest_difference
+from support.tuners import SERVED
 
 from molehill.engine import formats
 from molehill.engine.formats import native
+from molehill.engine.hf.shapes import base_model
 from molehill.engine.vllm import protocol
 
 NEIGHBOURS = ("base", "lora", "mixlora", "mola", "dynmole-default")
@@ -20,7 +22,10 @@ MADE = (
     "arrow",
     "arrow-general",
     "mix",
+    *SERVED,
 )
+# Those whose authors' code tells what each token was routed to.
+ROUTED = MADE[:5]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def test_their_neighbours_match_the_reference(replies: Any, name: str) -> None:
     assert_golden(replies[name], Case(name).prompts[:2])
 
 
-@pytest.mark.parametrize("name", [name for name in MADE if "arrow" not in name and name != "mix"])
+@pytest.mark.parametrize("name", ROUTED)
 def test_gate_weights_match_the_authors(llm: Any, authored: Any, paths: Any, name: str) -> None:
     llm.reset_prefix_cache()
     ask_worker(llm, protocol.TRACE, protocol.TraceRequest(True))
@@ -71,7 +76,7 @@ def test_the_native_copy_answers_the_same(
 ) -> None:
     """Unloads the authors' directory and loads what `molehill convert` would make of it."""
     path = tmp_path / "native"
-    native.write(formats.read(authored[name].path), path)
+    native.write(formats.read(authored[name].path, base=base_model(TINY_LLAMA)), path)
     prompts, copy = authored[name].prompts, request(name, {name: path})
     llm.llm_engine.remove_lora(copy.lora_int_id)
     llm.llm_engine.add_lora(copy)
