@@ -1,6 +1,7 @@
 """PEFT's other tuners: read, put on the plain model by the reference, and held against PEFT."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import native
 from molehill.engine.hf.reference import attach
 from molehill.engine.hf.shapes import base_model
+from molehill.engine.routing_stats import costs
+from molehill.engine.transform.merge import plain_sites, subtract
+from molehill.engine.transform.plan import plan
 
 pytest.importorskip("peft", reason="the dev extra is not installed")
 
@@ -222,3 +226,84 @@ def test_without_effect(changed: Any, saved: Any) -> None:
     raw = load_file(saved("ia3")[0] / "adapter_model.safetensors")
     with pytest.raises(NothingBoundError):
         read(changed("ia3", {name: torch.ones_like(t) for name, t in raw.items()}))
+
+
+@pytest.mark.parametrize("optimizer", ["lorafa", "loraplus"])
+def test_optimizers_of_their_own_leave_a_plain_lora(optimizer: str, tmp_path: Path) -> None:
+    """LoRA-FA freezes A, LoRA+ learns B faster; one step of each, as PEFT has them."""
+    import peft
+    from peft import optimizers
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_llama(), config)
+    if optimizer == "lorafa":
+        made = optimizers.create_lorafa_optimizer(model, r=3, lora_alpha=5, lr=0.1)
+    else:
+        made = optimizers.create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=0.1, loraplus_lr_ratio=4
+        )
+    ids = torch.tensor([tuners.PROMPT])
+    model(ids, labels=ids).loss.backward()
+    made.step()
+    model.eval().save_pretrained(tmp_path)
+    adapter = read(tmp_path)
+    assert (adapter.kind, adapter.warnings) == ("lora", ())
+    assert greatest_difference(reference(adapter), tuners.logits(model)) < 1e-4
+
+
+PREFIX = {"num_virtual_tokens": 4}
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("OFTConfig", {}, "a product of its own before every GEMM"),
+    ("BOFTConfig", {}, "a product of its own before every GEMM"),
+    ("FourierFTConfig", {}, "a matrix as large as W"),
+    ("ShiraConfig", {}, "a sparse product at every linear"),
+    ("C3AConfig", {}, "Fourier transforms at every linear"),
+    ("RoadConfig", {}, "an element-wise kernel over pairs"),
+    ("RandLoraConfig", {}, "a matrix as large as W"),
+    ("HiraConfig", {}, "a matrix as large as W"),
+    ("LNTuningConfig", {}, "norms of an adapter's own"),
+    ("PromptTuningConfig", PREFIX, "trained embeddings before the prompt"),
+    ("PromptEncoderConfig", PREFIX, "trained embeddings before the prompt"),
+    ("PrefixTuningConfig", PREFIX, "trained keys and values of every layer"),
+]
+
+
+@pytest.mark.parametrize(("config", "options", "needs"), REFUSED)
+def test_other_tuners_are_refused_by_name_with_what_they_would_need(
+    config: str, options: Any, needs: str, tmp_path: Path
+) -> None:
+    import peft
+
+    made = getattr(peft, config)(task_type="CAUSAL_LM", **options)
+    made.save_pretrained(tmp_path)
+    error = refusal(UnsupportedError, tmp_path)
+    assert error.found.startswith(f"{made.peft_type.value}, ")
+    assert needs in error.found
+
+
+def test_neither_adds_up_in_a_static_mix(saved: Any, tmp_path: Path) -> None:
+    for name, found in (("hra", "a reflection (HRA)"), ("ia3", "a vector that scales")):
+        directory = tmp_path / name
+        shutil.copytree(saved(name)[0], directory / "part")
+        document = {"kind": "mix", "adapters": {"part": 1.0}}
+        (directory / "molehill_mix.json").write_text(json.dumps(document))
+        assert refusal(UnsupportedError, directory).found == f"{found}, which does not add up"
+
+
+def test_plan_and_costs_of_a_reflection(saved: Any) -> None:
+    """HRA's B is as high as W, which only a base tells."""
+    adapter = read(saved("hra")[0])
+    site = "layers.0.self_attn.q_proj"
+    without, beside = ({s.site: s for s in plan(adapter, base)}[site] for base in (None, BASE))
+    assert (without.shape, without.ranks, without.static) == ("reflection", {"q_proj": (3,)}, True)
+    assert (without.cost.flops, without.cost.base_flops) == (2 * 3 * 64, None)
+    assert (beside.cost.flops, beside.cost.base_flops) == (2 * 3 * (64 + 128), 2 * 64 * 128)
+    assert costs(adapter, base=BASE).sites[site].experts == (2 * 3 * (64 + 128),)
+
+
+def test_beside_a_merged_base_a_reflection_is_refused(saved: Any, golden: Path) -> None:
+    pairs = plain_sites(formats.read(golden / "cases" / "lora"))
+    with pytest.raises(UnsupportedError) as caught:
+        subtract(read(saved("hra")[0]), pairs)
+    assert caught.value.found == "a reflection of what W reads"
