@@ -59,7 +59,7 @@ def plain(pairs: Iterable[tuple[str, Tensor, Tensor]], limits: Limits) -> dict[s
     """(site, A `[r, in]`, B `[out, r]`) as mixtures of one pair, which every token gets.
 
     Few bytes of a file may stand for many of A and B: raises LimitError as soon as there are more
-    than an adapter may have, or a rank above the limit.
+    than an adapter may have.
     """
     found: dict[str, LinearMixture] = {}
     total = 0
