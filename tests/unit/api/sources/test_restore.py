@@ -261,7 +261,7 @@ def test_a_fault_while_sources_are_looked_at_ends_nothing(
         second = first.restarted()
         reading = []
 
-        def read(path: Path, _: Layout | None) -> Adapter:
+        def read(path: Path, _: Layout | None, residual: bool) -> Adapter:
             reading.append(second.world.registry.intake.reading.locked())
             if path.name == "1":
                 raise RuntimeError("a fault")
