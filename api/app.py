@@ -89,7 +89,7 @@ class MolehillRoutes:
         layouts = dict(options.layouts)
         for name, path in options.adapters:
             startup.enter(f"loading adapter {name}")
-            source = operator_source(path, layouts.get(name))
+            source = operator_source(path, layouts.get(name), name in options.residuals)
             await services.registry.load(name, str(path), local(source))
         # Held by the state, or it would be collected while it runs.
         state.molehill_task = start(go_on(services, watch=options.watch))

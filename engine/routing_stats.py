@@ -12,9 +12,10 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import Adapter
 from molehill.kernels.counters import SiteCounters, SlotCounters
-from molehill.kernels.mixture import Experts, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.mixture import Experts, LinearMixture, Mixture, Reflection, ScaleMixture
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,27 @@ class Costs:
     static: int = field(compare=False)
 
 
-def costs(adapter: Adapter, counted: Callable[[str], bool] = lambda site: True) -> Costs:
+def costs(
+    adapter: Adapter,
+    counted: Callable[[str], bool] = lambda site: True,
+    base: BaseModel | None = None,
+) -> Costs:
     """An expert of rank r costs 2 r (in + out), a vector nothing, a router 2 rows in.
 
-    counted: whether a site belongs to them.
+    counted: whether a site belongs to them. base: tells a reflection's outputs, which count as none
+    without it.
     """
-    sites = adapter.sites.items()
-    return cost_table(tuple((site, _cost(mixture)) for site, mixture in sites if counted(site)))
+
+    def outputs(site: str) -> int:
+        return base.linears[site][1] if base and site in base.linears else 0
+
+    return cost_table(
+        tuple(
+            (site, _cost(mixture, outputs(site)))
+            for site, mixture in adapter.sites.items()
+            if counted(site)
+        )
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -65,12 +80,15 @@ def cost_table(sites: tuple[tuple[str, SiteCost], ...]) -> Costs:
     )
 
 
-def _cost(mixture: Mixture) -> SiteCost:
+def _cost(mixture: Mixture, outputs: int) -> SiteCost:
+    """outputs: of the site's linear."""
     router = None if mixture.router is None else 2 * mixture.router.numel()
     if isinstance(mixture, LinearMixture):
         return SiteCost(_expert_costs(mixture.experts), router)
     if isinstance(mixture, ScaleMixture):
         return SiteCost((0,) * mixture.num_experts, router)
+    if isinstance(mixture, Reflection):
+        return SiteCost((2 * mixture.rank * (mixture.a.shape[1] + outputs),), router)
     projections = [_expert_costs(pair) for pair in mixture.experts.values()]
     experts = range(mixture.num_experts)
     return SiteCost(tuple(sum(cost[e] for cost in projections) for e in experts), router)

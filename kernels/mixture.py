@@ -1,4 +1,4 @@
-"""The three shapes that serve every method, as data.
+"""The shapes that serve every method, as data.
 
 Tensors are in `nn.Linear` layout (out, in), float32 unless a backend's serving copy says
 otherwise. Scaling (alpha / r) is folded into `b`.
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from molehill.kernels.policy import Policy
+from molehill.kernels.policy import Constant, Policy
 
 
 @dataclass(frozen=True)
@@ -111,4 +111,41 @@ class ScaleMixture:
         return self.vectors.shape[0]
 
 
-Mixture = LinearMixture | FfnMixture | ScaleMixture
+@dataclass(frozen=True)
+class Reflection:
+    """y = W (x - U A x) + bias: a low-rank change of what a linear reads.
+
+    A product of r Householder reflections is I - U A (HRA, arXiv 2405.17484). Beside W it is the
+    low-rank pair (A, -W U), which only a holder of W can make. a: `[r, in]`. u: `[in, r]`.
+    """
+
+    a: Tensor
+    u: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return 1
+
+    @property
+    def policy(self) -> Policy:
+        """Every token gets it."""
+        return Constant((1.0,))
+
+    @property
+    def router(self) -> None:
+        """None: there is nothing to choose."""
+
+    @property
+    def parameters(self) -> None:
+        """None, as the mixtures have whose policy learned nothing."""
+
+    def pair(self, weight: Tensor) -> Experts:
+        """(A, -W U) for W `[out, in]`, float32."""
+        return Experts(self.a, -(weight @ self.u), (self.rank,))
+
+
+Mixture = LinearMixture | FfnMixture | ScaleMixture | Reflection

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.mixture import (
+    Experts,
+    FfnMixture,
+    LinearMixture,
+    Mixture,
+    Reflection,
+    ScaleMixture,
+)
 from molehill.kernels.policy import Policy, Routing
 
 
@@ -68,6 +75,15 @@ def linear_mixture(
     if mixture.shared is not None:
         y = y + x @ mixture.shared.a.float().T @ mixture.shared.b.float().T
     return (y if bias is None else y + bias.float()), routing
+
+
+def reflection(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mixture: Reflection
+) -> tuple[Tensor, Routing]:
+    """y = W (x - U A x) + bias, and the routing. x `[T, in]`, weight `[out, in]`: y `[T, out]`."""
+    x = x.float()
+    y = (x - x @ mixture.a.float().T @ mixture.u.float().T) @ weight.float().T
+    return (y if bias is None else y + bias.float()), _route(x, mixture)
 
 
 def ffn_mixture(

@@ -50,11 +50,13 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def authored(tmp_path_factory):
-    """By name, the adapters of tests/support/authored.py: not to be changed."""
+    """By name, the adapters of tests/support/authored.py and tuners.py: not to be changed."""
     pytest.importorskip("peft", reason="the dev extra is not installed")
     from support.authored import author_all
+    from support.tuners import author_tuners
 
-    return {own.name: own for own in author_all(tmp_path_factory.mktemp("authored"))}
+    root = tmp_path_factory.mktemp("authored")
+    return {own.name: own for own in (*author_all(root), *author_tuners(root))}
 
 
 @pytest.fixture(scope="session")

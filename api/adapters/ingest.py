@@ -25,15 +25,16 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Reader = Callable[[Path, Layout | None], Adapter]
+Reader = Callable[[Path, Layout | None, bool], Adapter]
 
 # A source on its way here: entered in a thread, it is there; left, whatever was fetched is gone.
 Fetch = AbstractContextManager[Source]
 
 
 class Intake:
-    """read: parses and validates a directory, in any thread, with the layout that a source names;
-    raises AdapterError. background: where it runs. memory: bytes that the largest adapter may take.
+    """read: parses and validates a directory, in any thread, with the layout that a source names
+    and what it says of the base; raises AdapterError. background: where it runs. memory: bytes that
+    the largest adapter may take.
 
     reading: held by whoever reads an adapter there. What is not read waits, and says so.
     """
@@ -92,7 +93,7 @@ class Intake:
     def _read_untouched(self, source: Source) -> Adapter:
         """Raises AdapterError, SourceChangedError, OSError where there is no room to read it."""
         try:
-            adapter = self._read(source.directory, source.asked_layout)
+            adapter = self._read(source.directory, source.asked_layout, source.asked_residual)
         except AdapterError as error:
             # Half of one file and half of another are not the client's fault.
             source.check_untouched()

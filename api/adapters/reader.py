@@ -22,9 +22,14 @@ class AdapterReader:
     limits: Limits
     names: Collection[str]
 
-    def __call__(self, directory: Path, lora_b_layout: Layout | None = None) -> Adapter:
+    def __call__(
+        self,
+        directory: Path,
+        lora_b_layout: Layout | None = None,
+        base_is_residual: bool = False,
+    ) -> Adapter:
         """Parses and validates. Raises AdapterError."""
-        adapter = formats.read(directory, self.limits, lora_b_layout)
+        adapter = formats.read(directory, self.limits, lora_b_layout, self.base, base_is_residual)
         validation.validate(adapter, self.base, self.limits)
         warning = doubt(adapter.base_model, self.names)
         if warning is None or warning in adapter.warnings:

@@ -18,7 +18,8 @@ class Source:
     files that stay where they are have been touched since; empty for what was fetched.
     remembered: a restarted server serves it again by itself. shared: others may write to the
     directory while it is read. lora_b_layout: how whoever loads it wants it read, see
-    `formats.readers.expert_layout`. canonical: the directory is a copy of what was read.
+    `formats.readers.expert_layout`. base_is_residual: what they say of the base, see
+    `formats.readers.changed_base`. canonical: the directory is a copy of what was read.
     """
 
     directory: Path
@@ -27,12 +28,18 @@ class Source:
     remembered: bool = True
     shared: bool = False
     lora_b_layout: Layout | None = None
+    base_is_residual: bool = False
     canonical: bool = False
 
     @property
     def asked_layout(self) -> Layout | None:
         """What the directory's reader is told; a copy has the experts in order already."""
         return None if self.canonical else self.lora_b_layout
+
+    @property
+    def asked_residual(self) -> bool:
+        """What the directory's reader is told; a copy no longer says how training began."""
+        return self.base_is_residual and not self.canonical
 
     @property
     def public(self) -> str:

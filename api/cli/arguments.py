@@ -119,4 +119,12 @@ LAYOUT = Option(
     {"choices": LAYOUTS},
 )
 
+RESIDUAL = Option(
+    "base_is_residual",
+    "--base-is-residual",
+    "the base model is the one that the adapter was trained beside: the residual that PiSSA, OLoRA "
+    "or CorDA left of another, or LoftQ's quantised one",
+    {"action": "store_true"},
+)
+
 JSON = Option("json", "--json", "machine-readable output", {"action": "store_true"})

@@ -7,13 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from molehill.api.cli.arguments import JSON, LAYOUT
+from molehill.api.cli.arguments import JSON, LAYOUT, RESIDUAL
 from molehill.engine import formats
+from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import check
 from molehill.engine.formats import native
-from molehill.engine.formats.convert import isolation
+from molehill.engine.formats.convert import isolation, original_base
+from molehill.engine.formats.io import files
+from molehill.engine.formats.readers import changed_base
+from molehill.engine.hf.checkpoint import directory_of, linear_weights
+from molehill.engine.hf.shapes import base_model
 from molehill.engine.system.atomic_directory import check_free
 
 UNREADABLE = 1
@@ -30,7 +36,22 @@ def main(arguments: Sequence[str]) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="adapter directory")
     parser.add_argument("destination", metavar="DST", type=Path, help="a directory to write")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the base model that training began with, a directory or cached name: an adapter that "
+        "took a part of its weights out of them (PiSSA, OLoRA) gets it back, and one that leaves "
+        "out widths (VeRA, MiSS) is read by its",
+    )
+    parser.add_argument(
+        "--initial",
+        metavar="DIR",
+        type=Path,
+        help="the adapter as it was before training: one that took it out of the base weights "
+        "(CorDA and LoRA-GA too) gets it back",
+    )
     LAYOUT.add_to(parser)
+    RESIDUAL.add_to(parser, False)
     JSON.add_to(parser, False)
 
 
@@ -38,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
     """0 once it is written, 1 if SRC cannot be read, 2 if DST cannot be written."""
     try:
         check_free(args.destination)
-        adapter = read(args.source, args.lora_b_layout)
+        adapter = converted(args)
         native.write(adapter, args.destination.absolute())
     except AdapterError as error:
         return unreadable(error, as_json=args.json)
-    except OSError as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"molehill convert: {error}", file=sys.stderr)
         return USER_ERROR
     result = report(adapter)
@@ -53,11 +74,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read(source: Path, lora_b_layout: Layout | None = None) -> Adapter:
+def converted(args: argparse.Namespace) -> Adapter:
+    """The adapter, with what was taken out of the base weights back in it where that is asked for.
+
+    Raises AdapterError, and for the model what `base_model` does."""
+    base = base_model(args.base) if args.base else None
+    config = files.read_config(args.source) if (args.source / files.CONFIG).is_file() else None
+    changed = config is not None and changed_base.changes_base(config)
+    back = changed and not args.base_is_residual and (args.base or args.initial)
+    residual = args.base_is_residual or bool(back)
+    adapter = read(args.source, args.lora_b_layout, base, residual)
+    if not back or config is None:
+        return adapter
+    if args.initial is None:
+        found = original_base.from_base(
+            adapter, config, linear_weights(directory_of(args.base), adapter.sites)
+        )
+    else:
+        initial = files.read_config(args.initial)
+        beside = changed_base.changes_base(initial)
+        found = original_base.from_initial(adapter, read(args.initial, base_is_residual=beside))
+    check(found, formats.DEFAULT_LIMITS)
+    return found
+
+
+def read(
+    source: Path,
+    lora_b_layout: Layout | None = None,
+    base: BaseModel | None = None,
+    base_is_residual: bool = False,
+) -> Adapter:
     """Any format; a process of its own reads pickles. Raises an AdapterError."""
-    if isolation.is_pickled(source):
-        return isolation.read_isolated(source, lora_b_layout=lora_b_layout)
-    return formats.read(source, lora_b_layout=lora_b_layout)
+    reader = isolation.read_isolated if isolation.is_pickled(source) else formats.read
+    return reader(source, lora_b_layout=lora_b_layout, base=base, base_is_residual=base_is_residual)
 
 
 def report(adapter: Adapter) -> dict[str, Any]:

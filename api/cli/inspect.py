@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 
 from molehill.api.cli import probe_prompts, tables
-from molehill.api.cli.arguments import JSON, LAYOUT, TOLERANCE
+from molehill.api.cli.arguments import JSON, LAYOUT, RESIDUAL, TOLERANCE
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import AdapterError
@@ -40,32 +40,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="base model to check against: a directory or cached name")
     TOLERANCE.add_to(parser, 0.0)
     LAYOUT.add_to(parser)
+    RESIDUAL.add_to(parser, False)
     JSON.add_to(parser, False)
 
 
 def run(args: argparse.Namespace) -> int:
     """0 if the adapter can be served, 1 if there are problems."""
-    try:
-        adapter = formats.read(args.path, lora_b_layout=args.lora_b_layout)
-    except AdapterError as error:
-        return _unreadable(error, as_json=args.json)
     errors: list[AdapterError] = []
     base, change = None, None
-    if args.model:
+    try:
+        base = base_model(args.model) if args.model else None
+    except (ImportError, OSError, ValueError) as error:
+        return _unusable_model(args.model, error)
+    try:
+        adapter = formats.read(
+            args.path,
+            lora_b_layout=args.lora_b_layout,
+            base=base,
+            base_is_residual=args.base_is_residual,
+        )
+    except AdapterError as error:
+        return _unreadable(error, as_json=args.json)
+    if base is not None:
+        errors = problems(adapter, base, DEFAULT_LIMITS)
         try:
-            base = base_model(args.model)
-            errors = problems(adapter, base, DEFAULT_LIMITS)
-            if not errors:
-                change = _logit_change(args, adapter, base)
+            change = None if errors else _logit_change(args, adapter, base)
         except (ImportError, OSError, ValueError) as error:
-            print(f"--model {args.model}: {error}", file=sys.stderr)
-            return 1
+            return _unusable_model(args.model, error)
     sites = plan(adapter, base, args.merge_tolerance)
     if args.json:
         print(json.dumps(report(adapter, sites, errors, change), indent=2))
     else:
         _print(adapter, sites, errors, args.model, change)
     return 1 if errors else 0
+
+
+def _unusable_model(model: str, error: Exception) -> int:
+    print(f"--model {model}: {error}", file=sys.stderr)
+    return 1
 
 
 def _logit_change(

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from molehill.api.cli import convert, probe_prompts
-from molehill.api.cli.arguments import JSON, LAYOUT, TOLERANCE
+from molehill.api.cli.arguments import JSON, LAYOUT, RESIDUAL, TOLERANCE
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import DEFAULT_LIMITS
 from molehill.engine.formats.convert.peft_writer import write_lora
+from molehill.engine.hf.checkpoint import directory_of
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.system.atomic_directory import check_free
 from molehill.engine.transform.merge import SiteMerge, merge_static
@@ -46,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     TOLERANCE.add_to(parser, 0.0)
     LAYOUT.add_to(parser)
+    RESIDUAL.add_to(parser, False)
     JSON.add_to(parser, False)
 
 
@@ -68,28 +68,20 @@ def run(args: argparse.Namespace) -> int:
 def merge(args: argparse.Namespace) -> dict[str, Any]:
     """Writes what was asked for; raises AdapterError, and for the model what
     `base_model` does."""
-    adapter = convert.read(args.source, args.lora_b_layout)
-    base = None
-    if args.model:
-        base = base_model(args.model)
+    base = base_model(args.model) if args.model else None
+    adapter = convert.read(args.source, args.lora_b_layout, base, args.base_is_residual)
+    if base is not None:
         validate(adapter, base, DEFAULT_LIMITS)
     merged, sites = merge_static(adapter, base, args.merge_tolerance)
     destination = args.destination.absolute()
     result = report(adapter, sites)
     if args.into_base:
-        result["weights_changed"] = merge_checkpoint(checkpoint_of(args.model), merged, destination)
+        result["weights_changed"] = merge_checkpoint(directory_of(args.model), merged, destination)
     else:
         write_lora(merged, destination)
     if args.model and any(site.error for site in sites):
         result["logit_change"] = probe_prompts.logit_change(args.model, adapter, merged).as_json()
     return result
-
-
-def checkpoint_of(model: str) -> Path:
-    """The directory of a model that is one, or is in the local cache. Raises OSError."""
-    if Path(model).is_dir():
-        return Path(model)
-    return Path(snapshot_download(model, local_files_only=True))
 
 
 def report(adapter: Adapter, merges: tuple[SiteMerge, ...]) -> dict[str, Any]:

@@ -46,6 +46,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             {"metavar": "NAME=LAYOUT", "action": "append", "type": values.named_layout},
         ),
         Option(
+            "residuals",
+            "--adapter-base-is-residual",
+            "MODEL is the base that --adapter NAME was trained beside: what PiSSA, OLoRA or CorDA "
+            "left of another, or LoftQ's quantised one; may be repeated",
+            {"metavar": "NAME", "action": "append"},
+        ),
+        Option(
             "roots",
             "--adapter-root",
             "let clients load adapters from below DIR; may be repeated (default: none)",

@@ -29,7 +29,8 @@ class LoadBody(StrictBody):
     or a URL. pinned: never take it out of the workers; left out, it stays as it is.
     expected_generation: load only if the name serves this generation now, null: only if it serves
     none. allow_noop: serve it even if it does not change the base model's answers. lora_b_layout:
-    of LoRA on fused experts whose files do not say it.
+    of LoRA on fused experts whose files do not say it. base_is_residual: the served base is the one
+    that PiSSA, LoftQ and the like trained the adapter beside.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LoadBody(StrictBody):
     expected_generation: str | None = None
     allow_noop: bool = False
     lora_b_layout: Layout | None = None
+    base_is_residual: bool = False
 
     def terms(self) -> Terms:
         given = "expected_generation" in self.model_fields_set
@@ -64,7 +66,7 @@ async def list_adapters(services: Injected) -> Response:
 @router.post("", response_model=LoadedInfo, dependencies=json_only, responses=refusals(*LOADS))
 async def load_adapter(body: LoadBody, services: Injected) -> Response:
     """Loads or replaces. 200 means that the adapter serves; the same bytes again change nothing."""
-    fetch = services.sources.fetch(body.source, body.lora_b_layout)
+    fetch = services.sources.fetch(body.source, body.lora_b_layout, body.base_is_residual)
     loaded = await services.registry.load(body.name, body.source, fetch, body.terms())
     return shown(schemas.of_generation(loaded.generation), status=loaded.status)
 

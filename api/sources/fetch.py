@@ -62,17 +62,22 @@ class Sources:
     prefixes: Sequence[str] = ()
     limit: int = 8 << 30
 
-    def fetch(self, text: str, lora_b_layout: Layout | None = None) -> Fetch:
+    def fetch(
+        self, text: str, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+    ) -> Fetch:
         """Entering it checks, fetches and names the directory; leaving it deletes what was fetched.
 
-        lora_b_layout: how it is to be read. Raises BadPathError, ForbiddenPathError,
-        ForbiddenSourceError, FetchError, AdapterNotFoundError, LimitError, ConfigError.
+        lora_b_layout, base_is_residual: how it is to be read. Raises BadPathError,
+        ForbiddenPathError, ForbiddenSourceError, FetchError, AdapterNotFoundError, LimitError,
+        ConfigError.
         """
         if text.startswith(HUB):
             fetch = self._from_hub(text)
         else:
             fetch = self._from_url(text) if "://" in text else self._from_root(text)
-        return fetch if lora_b_layout is None else read_as(fetch, lora_b_layout)
+        if lora_b_layout is None and not base_is_residual:
+            return fetch
+        return read_as(fetch, lora_b_layout, base_is_residual)
 
     def fetch_for_vllm(self, text: str) -> Fetch:
         """As `fetch`, of a text as vLLM's clients write it: what reads as OWNER/NAME and is no
@@ -125,10 +130,10 @@ def local(source: Source) -> Iterator[Source]:
 
 
 @contextmanager
-def read_as(fetch: Fetch, lora_b_layout: Layout) -> Iterator[Source]:
-    """What `fetch` brings, to be read with a layout."""
+def read_as(fetch: Fetch, lora_b_layout: Layout | None, base_is_residual: bool) -> Iterator[Source]:
+    """What `fetch` brings, to be read as somebody says."""
     with fetch as source:
-        yield replace(source, lora_b_layout=lora_b_layout)
+        yield replace(source, lora_b_layout=lora_b_layout, base_is_residual=base_is_residual)
 
 
 @contextmanager

@@ -21,8 +21,9 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout: see
-    Source; the last empty for none. probed: that it has an effect was seen, or is not asked for.
+    """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout,
+    base_is_residual: see Source; the layout empty for none. probed: that it has an effect was seen,
+    or is not asked for.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Entry:
     pinned: bool
     probed: bool = True
     lora_b_layout: str = ""
+    base_is_residual: bool = False
 
     @property
     def layout(self) -> Layout | None:

@@ -107,6 +107,7 @@ class Restart:
             entry.source,
             entry.fingerprint,
             lora_b_layout=entry.layout,
+            base_is_residual=entry.base_is_residual,
             canonical=True,
         )
         terms = Terms(
@@ -120,7 +121,7 @@ class Restart:
                 return await self._load(entry, local(copy), terms)
             except (AdapterError, SourceChangedError):
                 logger.warning("Adapter %s: its copy is damaged", entry.name)
-        fetch = self._sources.fetch(entry.source, entry.layout)
+        fetch = self._sources.fetch(entry.source, entry.layout, entry.base_is_residual)
         return await self._load(entry, fetch, terms)
 
     async def _load(self, entry: Entry, fetch: Fetch, terms: Terms) -> Loaded:
@@ -159,7 +160,7 @@ class Restart:
             with self._sources.fetch(entry.source) as source:
                 if source.fingerprint == entry.fingerprint:
                     return None
-                digest = self._read(source.directory, entry.layout).digest
+                digest = self._read(source.directory, entry.layout, entry.base_is_residual).digest
                 return None if digest == entry.generation else CHANGED
         except (AdapterError, RequestError, OSError):
             return GONE
@@ -199,6 +200,7 @@ class Restart:
                 generation.status.pinned,
                 probed=generation.status.check is None,
                 lora_b_layout=generation.status.source.lora_b_layout or "",
+                base_is_residual=generation.status.source.base_is_residual,
             )
             for generation in self._registry
             if generation.status.source.remembered

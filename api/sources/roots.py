@@ -11,7 +11,9 @@ from molehill.engine.adapter.errors import AdapterNotFoundError
 from molehill.engine.adapter.layout import Layout
 
 
-def operator_source(path: Path, lora_b_layout: Layout | None = None) -> Source:
+def operator_source(
+    path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+) -> Source:
     """Any directory that the operator names, at every start."""
     directory = path.resolve()
     return Source(
@@ -21,6 +23,7 @@ def operator_source(path: Path, lora_b_layout: Layout | None = None) -> Source:
         remembered=False,
         shared=True,
         lora_b_layout=lora_b_layout,
+        base_is_residual=base_is_residual,
     )
 
 

@@ -135,9 +135,10 @@ class Watcher:
         # place of other weights has to prove itself first.
         terms = Terms(expected=None if served is None else served.digest, eager=served is not None)
         # As it was asked for, where a client loaded it: its files do not say.
-        layout = None if served is None else served.status.source.lora_b_layout
+        source = None if served is None else served.status.source
+        asked = (None, False) if source is None else (source.lora_b_layout, source.base_is_residual)
         try:
-            await self._registry.load(name, name, self._sources.fetch(name, layout), terms)
+            await self._registry.load(name, name, self._sources.fetch(name, *asked), terms)
             seen.done = True
         except NOT_NOW:
             return

@@ -141,6 +141,11 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
             raise LaunchError(
                 f"--adapter-lora-b-layout: found {found}, expected an --adapter's name"
             )
+    for name in options.residuals:
+        if name not in dict(adapters):
+            raise LaunchError(
+                f"--adapter-base-is-residual: found {name}, expected an --adapter's name"
+            )
     if args.served_model_name is None and Path(args.model).is_dir():
         # Clients need not know where the model lies; those that do may go on using the path.
         names = (Path(args.model).resolve().name, args.model)

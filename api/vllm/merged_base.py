@@ -33,7 +33,13 @@ def write_merged_base(name: str, args: argparse.Namespace, options: Options) -> 
         known = ", ".join(paths) or "no adapter"
         raise ValueError(f"--merge-into-base: found {name!r}, expected a start adapter ({known})")
     base = _base(args)
-    adapter = formats.read(paths[name], options.limits, dict(options.layouts).get(name))
+    adapter = formats.read(
+        paths[name],
+        options.limits,
+        dict(options.layouts).get(name),
+        base,
+        name in options.residuals,
+    )
     validate(adapter, base, options.limits)
     merged, _ = merge_static(adapter, base, options.merge_tolerance)
     if not plain_sites(merged):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molehill.kernels.mixture import Experts, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.mixture import Experts, LinearMixture, Mixture, Reflection, ScaleMixture
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class Adapter:
     """A MoLE or LoRA adapter.
 
     kind: the method (`lora`, `dora`, `mixlora`, `mola`, `loramoe`, `hydralora`, `molora`,
-        `dynmole`, `mole`, `adamole`, `ldmole`, `arrow`, `mov`), or `mix` for a static mix of
-        others.
+        `dynmole`, `mole`, `adamole`, `ldmole`, `arrow`, `mov`, `adalora`, `vera`, `loha`, `lokr`,
+        `hra`, `miss`, `bone`, `ia3`), or `mix` for a static mix of others.
     sites: mixtures by the base model's module, without its leading `model.`:
-        `layers.3.self_attn.q_proj` is a LinearMixture or ScaleMixture, `layers.3.mlp` an
-        FfnMixture.
+        `layers.3.self_attn.q_proj` is a LinearMixture, ScaleMixture or Reflection, `layers.3.mlp`
+        an FfnMixture.
         Tensors are float32 on the CPU; scaling is folded into `b`.
     base_model: what the adapter says it was trained on, or None.
     warnings: oddities that do not stop it from being served.
@@ -61,7 +61,11 @@ def natural_key(name: str) -> list[str | int]:
 
 def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one site: router, parameters, magnitude, `a`, `b` (by projection in an FFN),
-    and those of a shared pair; of vectors router and `vectors`."""
+    and those of a shared pair; of vectors router and `vectors`; of a reflection `a` and `u`."""
+    if isinstance(mixture, Reflection):
+        yield "a", mixture.a
+        yield "u", mixture.u
+        return
     if mixture.router is not None:
         yield "router", mixture.router
     if isinstance(mixture, ScaleMixture):
@@ -88,6 +92,8 @@ def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
 def describe_mixture(mixture: Mixture) -> dict[str, Any]:
     """All of one site but its tensors, as plain JSON."""
     policy = mixture.policy.to_json()
+    if isinstance(mixture, Reflection):
+        return {"shape": "reflection", "routing": policy}
     if isinstance(mixture, LinearMixture):
         return {"shape": "linear", "routing": policy, "ranks": list(mixture.experts.ranks)}
     if isinstance(mixture, ScaleMixture):

@@ -23,7 +23,16 @@ from molehill.engine.adapter.expert_sites import PROJECTIONS, split
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.adapter.module_names import split_layer
 from molehill.kernels.activation import ACTIVATIONS
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.mixture import (
+    Experts,
+    FfnMixture,
+    LinearMixture,
+    Mixture,
+    Reflection,
+    ScaleMixture,
+)
+
+_NO_REFLECTION = 1e-5
 
 
 def validate(adapter: Adapter, base: BaseModel, limits: Limits) -> None:
@@ -83,12 +92,15 @@ def is_finite(tensor: Tensor) -> bool:
 def _stacks(site: str, mixture: Mixture) -> list[tuple[str, Experts]]:
     if isinstance(mixture, LinearMixture):
         return [(site, mixture.experts)]
-    if isinstance(mixture, ScaleMixture):
+    if isinstance(mixture, ScaleMixture | Reflection):
         return []
     return [(f"{site}.{name}", experts) for name, experts in sorted(mixture.experts.items())]
 
 
 def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
+    if isinstance(mixture, Reflection):
+        yield from _expect(f"{site}.u", mixture.u, list(reversed(mixture.a.shape)))
+        return
     if isinstance(mixture, ScaleMixture):
         heads, width = mixture.num_heads, mixture.router.shape[-1]
         expected = [heads if mixture.of == "output" else 1, mixture.num_experts, width]
@@ -169,11 +181,13 @@ def _expect(where: str, tensor: Tensor, shape: list[int]) -> Iterator[AdapterErr
 
 
 def _over_limits(site: str, mixture: Mixture, limits: Limits) -> Iterator[AdapterError]:
-    stacks = [experts for _, experts in _stacks(site, mixture)]
+    stacks = [experts.ranks for _, experts in _stacks(site, mixture)]
+    if isinstance(mixture, Reflection):
+        stacks = [(mixture.rank,)]
     sizes = {
         "experts": (mixture.num_experts, limits.experts),
-        "rank": (max((max(e.ranks, default=0) for e in stacks), default=0), limits.rank),
-        "rank rows": (sum(sum(e.ranks) for e in stacks), limits.total_rank),
+        "rank": (max((max(ranks, default=0) for ranks in stacks), default=0), limits.rank),
+        "rank rows": (sum(sum(ranks) for ranks in stacks), limits.total_rank),
     }
     for name, (size, limit) in sizes.items():
         if size > limit:
@@ -204,11 +218,20 @@ def _acts(mixture: Mixture) -> bool:
     FFN even if every B is zero, and an output even if every vector is ones."""
     if isinstance(mixture, LinearMixture):
         return mixture.magnitude is not None or _nonzero(mixture.experts)
+    if isinstance(mixture, Reflection):
+        return _reflects(mixture)
     if not mixture.policy.sums_to_one:
         return True
     if isinstance(mixture, ScaleMixture):
         return bool((mixture.vectors != 1).any())
     return bool(mixture.magnitudes) or any(map(_nonzero, mixture.experts.values()))
+
+
+def _reflects(mixture: Reflection) -> bool:
+    """Whether U A is more than rounding, by its Frobenius norm: one reflection's is 2, those of
+    HRA's initial values cancel in pairs."""
+    u, a = mixture.u.double(), mixture.a.double()
+    return float(((u.T @ u) * (a @ a.T)).sum()) > _NO_REFLECTION**2
 
 
 def _nonzero(experts: Experts) -> bool:
@@ -220,6 +243,8 @@ def _misfits(site: str, mixture: Mixture, base: BaseModel) -> Iterator[AdapterEr
         yield UnsupportedError(site, refusal, "a base model and settings that allow it")
     elif isinstance(mixture, FfnMixture):
         yield from _ffn_misfits(site, mixture, base)
+    elif isinstance(mixture, Reflection):
+        yield from _misfit_reflection(site, mixture, base)
     elif isinstance(mixture, ScaleMixture):
         yield from _misfit_vectors(site, mixture, base)
     elif (shape := base.linear(site)) is None:
@@ -281,6 +306,13 @@ def _misfit_vectors(site: str, mixture: ScaleMixture, base: BaseModel) -> Iterat
     if heads * width != expected:
         found = f"{heads} heads of width {width}"
         yield ShapeError(f"{site}.vectors", found, f"{expected} {mixture.of}s in all")
+
+
+def _misfit_reflection(site: str, mixture: Reflection, base: BaseModel) -> Iterator[AdapterError]:
+    if site not in base.linears:
+        yield _unknown(site, "linear", list(base.linears))
+        return
+    yield from _expect(f"{site}.a", mixture.a, [mixture.rank, base.linears[site][0]])
 
 
 def _unknown(site: str, noun: str, known: list[str]) -> UnknownTargetError:

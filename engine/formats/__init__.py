@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.base_model import BaseModel, Limits
 from molehill.engine.adapter.errors import ConfigError, UnsupportedError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
@@ -11,7 +11,7 @@ from molehill.engine.adapter.validation import check
 from molehill.engine.formats import registry
 from molehill.engine.formats.io import files, nearby
 from molehill.engine.formats.io.fields import Fields
-from molehill.engine.formats.readers import expert_layout, peft_parameters
+from molehill.engine.formats.readers import changed_base, expert_layout, peft_parameters, unserved
 from molehill.engine.formats.readers.policies import STRATEGIES
 from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, with_notes
 
@@ -19,26 +19,39 @@ DEFAULT_LIMITS = Limits()
 
 # What serving them would take.
 _NOT_SERVED = {
+    **unserved.REASONS,
     "XLORA": "XLORA, whose scalings come from a pass of their own: every token would run through "
     "the base twice, first without adapters and with a KV cache of its own, then with the scalings",
 }
 
 
 def read(
-    path: Path, limits: Limits = DEFAULT_LIMITS, lora_b_layout: Layout | None = None
+    path: Path,
+    limits: Limits = DEFAULT_LIMITS,
+    lora_b_layout: Layout | None = None,
+    base: BaseModel | None = None,
+    base_is_residual: bool = False,
 ) -> Adapter:
-    """The adapter in a directory, self-consistent and within the limits, for any base model.
+    """The adapter in a directory, self-consistent and within the limits.
 
-    lora_b_layout: of LoRA on fused experts whose config does not say it. Raises an AdapterError
-    that names the file and the tensor or field.
+    lora_b_layout: of LoRA on fused experts whose config does not say it. base: what it is read for;
+    a few formats (VeRA, MiSS) leave out widths that only the base knows. Whether it fits is not
+    checked. base_is_residual: the base is the one that PiSSA and the like trained beside, see
+    `readers.changed_base`. Raises an AdapterError that names the file and the tensor or field.
     """
     files.check_directory(path)
-    adapter = _read(path, limits, lora_b_layout)
+    adapter = _read(path, limits, lora_b_layout, base, base_is_residual)
     check(adapter, limits)
     return adapter
 
 
-def _read(path: Path, limits: Limits, lora_b_layout: Layout | None = None) -> Adapter:
+def _read(
+    path: Path,
+    limits: Limits,
+    lora_b_layout: Layout | None = None,
+    base: BaseModel | None = None,
+    base_is_residual: bool = False,
+) -> Adapter:
     """By the config's name, then its `peft_type`, then, where both are shared, the tensors."""
     readers = registry.of_directory(path)
     if not (path / readers[0].files.config).exists():
@@ -55,7 +68,9 @@ def _read(path: Path, limits: Limits, lora_b_layout: Layout | None = None) -> Ad
         config = peft_parameters.settle_layout(path, config, lora_b_layout)
     else:
         expert_layout.refuse(lora_b_layout, f"as {no_layout[0]}".format(peft_type=kind))
-    adapter = AdapterFiles(path, readers[0].files, config, limits, partial(_read, limits=limits))
+    config = changed_base.with_given(config, base_is_residual)
+    read_member = partial(_read, limits=limits, base=base)
+    adapter = AdapterFiles(path, readers[0].files, config, limits, read_member, base)
     # A reader by itself refuses some configs before any weights are read.
     own = readers[0]
     if len(readers) > 1:

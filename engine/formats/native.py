@@ -24,7 +24,14 @@ from molehill.engine.formats.readers.policies import parse_policy
 from molehill.engine.formats.readers.reader import FileNames, Reader
 from molehill.engine.system.atomic_directory import appearing
 from molehill.engine.system.out_of_memory import raise_if_out_of_memory
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.mixture import (
+    Experts,
+    FfnMixture,
+    LinearMixture,
+    Mixture,
+    Reflection,
+    ScaleMixture,
+)
 from molehill.kernels.policy import Policy
 
 CONFIG = "molehill.json"
@@ -198,6 +205,15 @@ def _scale(weights: Weights, site: str, fields: Fields, policy: Policy) -> Scale
     return ScaleMixture(vectors, policy, weights.tensor(f"{site}.router", 2), of)
 
 
+def _reflection(weights: Weights, site: str, fields: Fields, policy: Policy) -> Reflection:
+    fields.only("shape", "routing")
+    found = Reflection(weights.tensor(f"{site}.a", 2), weights.tensor(f"{site}.u", 2))
+    if policy != found.policy:
+        expected = "Constant with the weight 1, as every token is reflected"
+        raise UnsupportedError(f"{fields.where}: routing", type(policy).__name__, expected)
+    return found
+
+
 def _check_routed(fields: Fields, policy: Policy) -> None:
     if policy.constant_weights is not None:
         expected = "a policy that reads the router"
@@ -231,4 +247,5 @@ _SHAPES: dict[str, Callable[[Weights, str, Fields, Policy], Mixture]] = {
     "linear": _linear,
     "ffn": _ffn,
     "scale": _scale,
+    "reflection": _reflection,
 }

@@ -9,7 +9,22 @@ from pathlib import Path
 
 from molehill.engine.formats import native
 from molehill.engine.formats.io.shards import INDEX
-from molehill.engine.formats.readers import adamole, forks, ldmole, mixes, moepeft, mov, peft
+from molehill.engine.formats.readers import (
+    adalora,
+    adamole,
+    forks,
+    hra,
+    ia3,
+    ldmole,
+    loha,
+    lokr,
+    miss,
+    mixes,
+    moepeft,
+    mov,
+    peft,
+    vera,
+)
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 
 _SAFETENSORS = ".safetensors"
@@ -24,6 +39,13 @@ READERS: tuple[Reader, ...] = (
     moepeft.READER,
     adamole.READER,
     mov.READER,
+    adalora.READER,
+    vera.READER,
+    loha.READER,
+    lokr.READER,
+    hra.READER,
+    miss.READER,
+    ia3.READER,
 )
 
 

@@ -17,13 +17,21 @@ from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.hf.shapes import activation, canonical_name, fused_experts, is_router
 from molehill.kernels.interface import Trace
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.mixture import (
+    Experts,
+    FfnMixture,
+    LinearMixture,
+    Mixture,
+    Reflection,
+    ScaleMixture,
+)
 from molehill.kernels.policy import Routing
 from molehill.kernels.reference import (
     decide,
     ffn_mixture,
     linear_mixture,
     moe_experts,
+    reflection,
     scale_mixture,
     split_heads,
 )
@@ -123,6 +131,8 @@ def _forward(
 def _apply(module: nn.Module, mixture: Mixture, model: nn.Module) -> _Apply:
     if isinstance(mixture, LinearMixture):
         return _apply_linear(module, mixture)
+    if isinstance(mixture, Reflection):
+        return _apply_reflection(module, mixture)
     if isinstance(mixture, ScaleMixture):
         return (
             _apply_output(module, mixture)
@@ -135,6 +145,11 @@ def _apply(module: nn.Module, mixture: Mixture, model: nn.Module) -> _Apply:
 def _apply_linear(module: nn.Module, mixture: LinearMixture) -> _Apply:
     weight, bias = _weight(module)
     return lambda x: (*linear_mixture(x, weight, bias, mixture), x)
+
+
+def _apply_reflection(module: nn.Module, mixture: Reflection) -> _Apply:
+    assert isinstance(module, nn.Linear)
+    return lambda x: (*reflection(x, module.weight, module.bias, mixture), x)
 
 
 def _apply_output(module: nn.Module, mixture: ScaleMixture) -> _Apply:

@@ -16,7 +16,14 @@ from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.transform.rank import surely_full
 from molehill.engine.transform.static_gates import gate
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.mixture import (
+    Experts,
+    FfnMixture,
+    LinearMixture,
+    Mixture,
+    Reflection,
+    ScaleMixture,
+)
 from molehill.kernels.policy import Constant
 
 # Singular values below this part of the largest are gone in float32's rounding of the product.
@@ -106,11 +113,12 @@ def merge_static(
 def merge_site(
     site: str, mixture: Mixture, activation: str | None = None, tolerance: float = 0.0
 ) -> tuple[dict[str, LinearMixture], SiteMerge] | None:
-    """One static site as linears; None if it is dynamic, merged already, or of vectors.
+    """One static site as linears; None if it is dynamic, merged already, of vectors, or one whose
+    pair takes the base's weight.
 
     activation: the base's, of an FFN.
     """
-    if isinstance(mixture, ScaleMixture):
+    if isinstance(mixture, ScaleMixture | Reflection):
         return None
     if isinstance(mixture, LinearMixture) and mixture.magnitude is not None:
         return None
@@ -146,6 +154,10 @@ def why_not_plain(mixture: Mixture) -> str:
     """What keeps a site from being one low-rank pair."""
     if getattr(mixture, "magnitude", None) is not None:
         return "a magnitude (DoRA)"
+    if isinstance(mixture, Reflection):
+        return "a reflection of what W reads (HRA)"
+    if isinstance(mixture, ScaleMixture) and mixture.num_experts == 1:
+        return "a vector that scales ((IA)^3)"
     return f"a dynamic site ({gate(mixture).reason})"
 
 
@@ -190,13 +202,15 @@ def subtract(adapter: Adapter, merged_pairs: Mapping[str, Experts]) -> Adapter:
     """What does on W + B A what `adapter` does on W; merged_pairs: those in the weights, by site.
 
     A site whose pair is the merged one's bits is left out: the weights do that already. Raises
-    UnsupportedError for what a low-rank pair beside it cannot set right: vectors, and magnitudes of
-    experts inside an FFN, whose norms are of W.
+    UnsupportedError for what a low-rank pair beside it cannot set right: vectors, reflections of
+    what W reads, and magnitudes of experts inside an FFN, whose norms are of W.
     """
     sites: dict[str, Mixture] = dict(adapter.sites)
     for site, mixture in sites.items():
         if isinstance(mixture, ScaleMixture) and site in merged_pairs:
             _refuse(site, "vectors")
+        if isinstance(mixture, Reflection) and site in merged_pairs:
+            _refuse(site, "a reflection of what W reads")
         if isinstance(mixture, FfnMixture):
             for name in mixture.magnitudes:
                 if f"{site}.{name}" in merged_pairs:

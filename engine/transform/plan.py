@@ -13,7 +13,14 @@ from molehill.engine.adapter.model import (
 )
 from molehill.engine.transform.merge import merge_site
 from molehill.engine.transform.static_gates import gate
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture, ScaleMixture
+from molehill.kernels.mixture import (
+    Experts,
+    FfnMixture,
+    LinearMixture,
+    Mixture,
+    Reflection,
+    ScaleMixture,
+)
 from molehill.kernels.policy import Policy
 
 # Bytes of a number of A and B in a serving copy, and of the base's weights; routers are float32.
@@ -26,7 +33,8 @@ class Cost:
     """Per token: multiply-adds counted as two, and bytes of weights read (16-bit, routers 32-bit).
 
     Element-wise work is left out. base_flops, base_bytes: of the base's own linears there, None if
-    the adapter does not tell their shape.
+    the adapter does not tell their shape. Of a reflection whose base is not known, flops and bytes
+    are those of A alone: B is as high as W.
     """
 
     flops: int
@@ -39,10 +47,10 @@ class Cost:
 class SitePlan:
     """One site.
 
-    shape: `linear`, `ffn` or `scale`. ranks: of each expert, by projection; none of vectors.
-    bytes: in canonical float32. static: the gate cannot depend on the token. reason: why it is
-    static or not. error: of the merge, `static.deviation`; 0 if it is exact. merged: the one rank
-    by projection that merging leaves, None where nothing merges. cost: of one token as it is
+    shape: `linear`, `ffn`, `scale` or `reflection`. ranks: of each expert, by projection; none of
+    vectors. bytes: in canonical float32. static: the gate cannot depend on the token. reason: why
+    it is static or not. error: of the merge, `static.deviation`; 0 if it is exact. merged: the one
+    rank by projection that merging leaves, None where nothing merges. cost: of one token as it is
     served, at the most.
     """
 
@@ -88,12 +96,13 @@ def plan(
 ) -> tuple[SitePlan, ...]:
     """One SitePlan per site, in natural order. base, tolerance: as in `merge.merge_static`."""
     return tuple(
-        _site_plan(site, adapter.sites[site], base.ffns.get(site) if base else None, tolerance)
+        _site_plan(site, adapter.sites[site], base, tolerance)
         for site in sorted(adapter.sites, key=natural_key)
     )
 
 
-def _site_plan(site: str, mixture: Mixture, activation: str | None, tolerance: float) -> SitePlan:
+def _site_plan(site: str, mixture: Mixture, base: BaseModel | None, tolerance: float) -> SitePlan:
+    activation = base.ffns.get(site) if base else None
     fixed = gate(mixture, activation, tolerance)
     merged = merge_site(site, mixture, activation, tolerance)
     return SitePlan(
@@ -107,7 +116,9 @@ def _site_plan(site: str, mixture: Mixture, activation: str | None, tolerance: f
         reason=fixed.reason,
         error=fixed.error,
         merged=None if merged is None else _merged_ranks(merged[0]),
-        cost=_cost(mixture, None if merged is None else merged[0]),
+        cost=_cost(
+            mixture, None if merged is None else merged[0], base.linears.get(site) if base else None
+        ),
     )
 
 
@@ -116,6 +127,8 @@ def _ranks(site: str, mixture: Mixture) -> dict[str, tuple[int, ...]]:
         return {_leaf(site): mixture.experts.ranks}
     if isinstance(mixture, ScaleMixture):
         return {}
+    if isinstance(mixture, Reflection):
+        return {_leaf(site): (mixture.rank,)}
     return {name: experts.ranks for name, experts in sorted(mixture.experts.items())}
 
 
@@ -127,10 +140,16 @@ def _leaf(site: str) -> str:
     return site.rpartition(".")[2]
 
 
-def _cost(mixture: Mixture, merged: Mapping[str, LinearMixture] | None) -> Cost:
-    """See `Cost`."""
+def _cost(
+    mixture: Mixture,
+    merged: Mapping[str, LinearMixture] | None,
+    shape: tuple[int, int] | None,
+) -> Cost:
+    """See `Cost`. shape: (in, out) of the base's linear, where it is known."""
     if isinstance(mixture, ScaleMixture):
         return _vectors_cost(mixture)
+    if isinstance(mixture, Reflection):
+        return _reflection_cost(mixture, shape)
     return _low_rank_cost(mixture, merged)
 
 
@@ -140,6 +159,14 @@ def _vectors_cost(mixture: ScaleMixture) -> Cost:
     chosen = mixture.policy.most_experts(mixture.num_experts)
     read = router + mixture.vectors.numel() * chosen // mixture.num_experts
     return Cost(2 * router * heads, ROUTER * read, None, None)
+
+
+def _reflection_cost(mixture: Reflection, shape: tuple[int, int] | None) -> Cost:
+    if shape is None:
+        return Cost(2 * mixture.a.numel(), SERVED * mixture.a.numel(), None, None)
+    inputs, outputs = shape
+    elements, weights = mixture.rank * (inputs + outputs), inputs * outputs
+    return Cost(2 * elements, SERVED * elements, 2 * weights, SERVED * weights)
 
 
 def _low_rank_cost(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from molehill.kernels.mixture import Experts, FfnMixture, Mixture, ScaleMixture
+from molehill.kernels.mixture import Experts, FfnMixture, Mixture, Reflection, ScaleMixture
 
 IDENTICAL = "identical experts with weights summing to 1"
 DYNAMIC = "router reads the token"
@@ -35,6 +35,8 @@ def gate(mixture: Mixture, activation: str | None = None, tolerance: float = 0.0
     """
     if isinstance(mixture, FfnMixture):
         return _ffn_gate(mixture, activation)
+    if isinstance(mixture, Reflection):
+        return Gate(torch.ones(1), "no router")
     if fixed := _fixed(mixture):
         return fixed
     if mixture.policy.sums_to_one:

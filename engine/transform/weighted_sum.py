@@ -7,7 +7,14 @@ import torch
 
 from molehill.engine.adapter.errors import ConfigError, ShapeError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Mixture
+from molehill.kernels.mixture import (
+    Experts,
+    FfnMixture,
+    LinearMixture,
+    Mixture,
+    Reflection,
+    ScaleMixture,
+)
 from molehill.kernels.policy import Constant
 
 
@@ -51,8 +58,12 @@ def low_rank(name: str, site: str, mixture: Mixture) -> Experts:
     where, expected = f"{name}: {site}", "a LoRA's, which is the same for every token"
     if isinstance(mixture, FfnMixture):
         raise UnsupportedError(where, "a mixture of whole FFNs", expected)
+    if isinstance(mixture, Reflection):
+        raise UnsupportedError(where, "a reflection (HRA), which does not add up", expected)
     constant = mixture.policy.constant_weights
-    if mixture.router is not None or constant is None:
+    if isinstance(mixture, ScaleMixture) and mixture.num_experts == 1:
+        raise UnsupportedError(where, "a vector that scales, which does not add up", expected)
+    if isinstance(mixture, ScaleMixture) or mixture.router is not None or constant is None:
         found = f"a mixture that reads the token ({type(mixture.policy).__name__})"
         raise UnsupportedError(where, found, expected)
     if mixture.magnitude is not None:

@@ -18,6 +18,7 @@ from molehill.engine.vllm.model.patched_model import PatchedModel
 from molehill.engine.vllm.prefetch import StepPacer
 from molehill.engine.vllm.settings import Settings
 from molehill.kernels.interface import Backend, CapacityError
+from molehill.kernels.mixture import FfnMixture, LinearMixture, Reflection
 
 logger = init_logger("vllm.molehill")
 
@@ -63,11 +64,10 @@ class AdapterLoader:
             adapter = native.read_own(Path(key.path), self._pacer.wait_for_step)
             self._pacer.wait_for_step()
         else:
-            adapter = formats.read(Path(key.path), self._settings.limits)
+            adapter = formats.read(Path(key.path), self._settings.limits, base=self._model.base)
             validate(adapter, self._model.base, self._settings.limits)
         served = self._without_merged_base(self._merged(adapter))
-        needs_base = any("magnitude" in name for name, _ in served.tensors())
-        return served if needs_base or not self._is_alone else self.pack(served, beside)
+        return served if _reads_base(served) or not self._is_alone else self.pack(served, beside)
 
     def pack(self, adapter: Adapter, beside: bool = False) -> PreparedAdapter:
         """This rank's share of an adapter that `load` or `base_rows` gave.
@@ -85,7 +85,7 @@ class AdapterLoader:
             raise LimitError(error.where, error.found, error.expected) from error
         # Neither sites of other pipeline stages, nor those on the base's own experts: how many
         # tokens its router sends there is not counted.
-        counted = costs(adapter, self._model.has_counted)
+        counted = costs(adapter, self._model.has_counted, self._model.base)
         return PreparedAdapter(counted, cut.moes, needed, cut.is_empty, weights)
 
     def base_rows(self) -> Adapter:
@@ -112,3 +112,13 @@ class AdapterLoader:
 
     def _without_merged_base(self, adapter: Adapter) -> Adapter:
         return subtract(adapter, self._merged_base.pairs) if self._merged_base else adapter
+
+
+def _reads_base(adapter: Adapter) -> bool:
+    """Whether cutting it reads the base's weights: for DoRA's norms, or a reflection's B."""
+    return any(
+        isinstance(mixture, Reflection)
+        or (isinstance(mixture, LinearMixture) and mixture.magnitude is not None)
+        or (isinstance(mixture, FfnMixture) and bool(mixture.magnitudes))
+        for mixture in adapter.sites.values()
+    )

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 from support.asking import Reply, ask, ask_worker, assert_golden, request
-from support.golden import Case, greatest_difference
+from support.golden import TINY_LLAMA, Case, greatest_difference
+from support.tuners import SERVED
 
 from molehill.engine import formats
 from molehill.engine.formats import native
+from molehill.engine.hf.shapes import base_model
 from molehill.engine.vllm import protocol
 
 NEIGHBOURS = ("base", "lora", "mixlora", "mola", "dynmole-default")
@@ -21,8 +23,10 @@ MADE = (
     "arrow-general",
     "mix",
     "renamed",
+    *SERVED,
 )
-ROUTED = [name for name in MADE if name not in ("arrow", "arrow-general", "mix", "renamed")]
+# Those whose authors' code tells what each token was routed to.
+ROUTED = MADE[:5]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def test_the_native_copy_answers_the_same(
 ) -> None:
     """Unloads the authors' directory and loads what `molehill convert` would make of it."""
     path = tmp_path / "native"
-    native.write(formats.read(authored[name].path), path)
+    native.write(formats.read(authored[name].path, base=base_model(TINY_LLAMA)), path)
     prompts, copy = authored[name].prompts, request(name, {name: path})
     llm.llm_engine.remove_lora(copy.lora_int_id)
     llm.llm_engine.add_lora(copy)

@@ -190,6 +190,7 @@ def test_options_reach_their_fields(tmp_path: Path) -> None:
     given = parsed(
         *("--adapter", f"a={tmp_path}", "--adapter", f"b={tmp_path}"),
         *("--adapter-lora-b-layout", "a=rank_major", "--adapter-root", str(tmp_path)),
+        *("--adapter-base-is-residual", "b"),
         *("--adapter-store", "store", "--adapter-backend", "torch", "--adapter-memory", "7"),
         *("--adapter-host-memory", "0", "--no-adapter-probe", "--no-merge"),
         *("--merge-tolerance", "0.5", "--merge-into-base", "a", "--admin-api-key", "secret"),
@@ -201,6 +202,7 @@ def test_options_reach_their_fields(tmp_path: Path) -> None:
     assert given == options.Options(
         adapters=(("a", tmp_path), ("b", tmp_path)),
         layouts=(("a", "rank_major"),),
+        residuals=("b",),
         roots=(tmp_path,),
         store=Path("store"),
         backend="torch",
@@ -274,6 +276,12 @@ def test_a_layout_is_of_a_start_adapter() -> None:
         prepared(ours=ours)
     given = options.Options((("a", path),), layouts=(("a", "rank_major"),))
     assert vars(prepared(ours=given))["molehill"].layouts == (("a", "rank_major"),)
+
+
+def test_a_residual_base_is_a_start_adapters() -> None:
+    path = GOLDEN / "cases" / "lora"
+    with pytest.raises(LaunchError, match="is-residual: found b, expected an --adapter's name"):
+        prepared(ours=options.Options((("a", path),), residuals=("b",)))
 
 
 def test_a_name_given_twice_is_refused() -> None:

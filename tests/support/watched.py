@@ -25,7 +25,9 @@ class Watched(World):
         self.watcher = Watcher(roots, Sources(roots), self.registry)
         self.read_count = 0
 
-    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
+    def read(
+        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+    ) -> Adapter:
         self.read_count += 1
         return super().read(path, lora_b_layout)
 

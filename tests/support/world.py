@@ -146,6 +146,7 @@ class World:
         self.folder = folder
         self.limits = Limits()
         self.layouts: list[Layout | None] = []
+        self.residuals: list[bool] = []
         self.engine = FakeEngine()
         self.store = AdapterStore(folder / "store")
         self.served: dict[str, LoRARequest] = {}
@@ -162,8 +163,11 @@ class World:
         )
         count_requests(self.engine, self.registry)
 
-    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
+    def read(
+        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+    ) -> Adapter:
         self.layouts.append(lora_b_layout)
+        self.residuals.append(base_is_residual)
         if not path.exists():
             raise AdapterNotFoundError(path, "nothing", "a file")
         if (path / native.CONFIG).exists():

@@ -11,8 +11,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.base_model import BaseModel, Limits, Moe
 from molehill.engine.adapter.errors import AdapterError, CorruptFileError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
@@ -32,16 +33,21 @@ def is_pickled(path: Path) -> bool:
 
 
 def read_isolated(
-    path: Path, limits: Limits = DEFAULT_LIMITS, lora_b_layout: Layout | None = None
+    path: Path,
+    limits: Limits = DEFAULT_LIMITS,
+    lora_b_layout: Layout | None = None,
+    base: BaseModel | None = None,
+    base_is_residual: bool = False,
 ) -> Adapter:
     """What `formats.read` gives. Raises what it raises, MemoryError too; CorruptFileError if the
     process dies."""
     with tempfile.TemporaryDirectory(prefix="molehill-") as scratch:
         copy = Path(scratch) / "adapter"
-        how = json.dumps([dataclasses.asdict(limits), lora_b_layout])
+        shapes = None if base is None else dataclasses.asdict(base)
+        how = json.dumps([dataclasses.asdict(limits), lora_b_layout, base_is_residual, shapes])
         child = subprocess.run(
-            [sys.executable, "-m", _MODULE, str(path.absolute()), str(copy), how],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", _MODULE, str(path.absolute()), str(copy)],
+            input=how,
             capture_output=True,
             text=True,
             check=False,
@@ -65,11 +71,13 @@ def _error(path: Path, child: subprocess.CompletedProcess[str]) -> AdapterError 
 
 def main(arguments: Sequence[str]) -> int:
     """Reads arguments[0] and writes it to arguments[1] in the native format; 1 and the error as
-    JSON on stdout if it cannot be read."""
-    source, target, how = arguments
-    limits, lora_b_layout = json.loads(how)
+    JSON on stdout if it cannot be read. How it is read comes by stdin: a base has many linears."""
+    source, target = arguments
+    limits, lora_b_layout, base_is_residual, shapes = json.load(sys.stdin)
+    base = None if shapes is None else _base(shapes)
     try:
-        native.write(read(Path(source), Limits(**limits), lora_b_layout), Path(target))
+        adapter = read(Path(source), Limits(**limits), lora_b_layout, base, base_is_residual)
+        native.write(adapter, Path(target))
     except AdapterError as error:
         print(json.dumps([error.kind, error.where, error.found, error.expected]))
         return 1
@@ -79,6 +87,12 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps([_NO_MEMORY, str(error)]))
         return 1
     return 0
+
+
+def _base(shapes: dict[str, Any]) -> BaseModel:
+    linears = {name: (shape[0], shape[1]) for name, shape in shapes["linears"].items()}
+    moes = {name: Moe(**sizes) for name, sizes in shapes["moes"].items()}
+    return BaseModel(**{**shapes, "linears": linears, "moes": moes})
 
 
 if __name__ == "__main__":

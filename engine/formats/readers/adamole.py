@@ -37,7 +37,7 @@ def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     config = files.config
     config.refuse(_UNSERVED)
-    peft.check_initialisation(config)
+    beside = peft.check_initialisation(config)
     kind = str(config.values["peft_type"]).lower()
     more = _THRESHOLD if kind == "adamole" else ()
     layout = Layout(kind, "lora_gating.weight", "lora_A.{e}.weight", "lora_B.{e}.weight", more)
@@ -54,7 +54,7 @@ def read(files: AdapterFiles) -> Adapter:
     }
     experts = {stems[module]: mixture.num_experts for module, mixture in sites.items()}
     linears.check_all_used(weights, layout, experts)
-    notes += known.warnings(config, known.FIELDS[kind])
+    notes += beside + known.warnings(config, known.FIELDS[kind])
     return Adapter(kind, sites, config.text("base_model_name_or_path"), warnings + notes)
 
 

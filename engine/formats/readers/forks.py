@@ -52,7 +52,7 @@ def recognises(config: Fields, weights: Weights) -> bool:
 def read(config: Fields, weights: Weights) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     config.refuse({**peft.FORKS_UNSERVED, **_UNKNOWN})
-    peft.check_initialisation(config)
+    beside = peft.check_initialisation(config)
     notes = saved_modules.check(config, weights)
     stems = linears.find_stems(weights, _KEY, "a router, lora_A or lora_B of a layer's linear")
     fork = _fork(weights)
@@ -63,7 +63,7 @@ def read(config: Fields, weights: Weights) -> Adapter:
     experts = {stems[module]: mixture.num_experts for module, mixture in sites.items()}
     linears.check_all_used(weights, fork, experts)
     base_model = config.text("base_model_name_or_path")
-    notes += _warnings(config, fork) + known.warnings(config, _known(fork))
+    notes += beside + _warnings(config, fork) + known.warnings(config, _known(fork))
     return Adapter(fork.method, sites, base_model, warnings + notes)
 
 

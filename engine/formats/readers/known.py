@@ -50,6 +50,7 @@ _LORA = {
     "alora_invocation_tokens",
     "alpha_pattern",
     "arrow_config",
+    "base_is_residual",
     "enable_lora",
     "exclude_modules",
     "fan_in_fan_out",
@@ -88,6 +89,7 @@ _LDMOLE = {
 
 _ADAMOLE = {
     *_COMMON,
+    "base_is_residual",
     "exclude_modules",
     "init_lora_weights",
     "layers_pattern",
@@ -120,6 +122,30 @@ _MOE_PEFT = {
 }
 _MIXLORA = {*_MOE_PEFT, "act_fn", "expert_lora"}
 
+# AdaLoRA's schedule, which has ended by the time its ranks are saved.
+_RANK_ALLOCATION = {
+    "beta1",
+    "beta2",
+    "deltaT",
+    "init_r",
+    "orth_reg_weight",
+    "target_r",
+    "tfinal",
+    "tinit",
+    "total_step",
+}
+
+# Of PEFT's other tuners.
+_TUNER = {
+    *_COMMON,
+    "exclude_modules",
+    "init_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "r",
+}
+_LYCORIS = {*_TUNER, "alpha", "alpha_pattern", "module_dropout", "rank_dropout", "rank_pattern"}
+
 # By method; MixLoRA's by routing strategy. `expert_capacity` and `sparse_step` are read by no
 # forward pass of the trainer's, or drop tokens, which a server must not.
 FIELDS: dict[str, Collection[str]] = {
@@ -148,6 +174,27 @@ FIELDS: dict[str, Collection[str]] = {
         "top_p",
     },
     "mov": {*_COMMON, "num_experts", "top_k"},
+    "adalora": {*_LORA, *_RANK_ALLOCATION},
+    "vera": {
+        *_TUNER,
+        "d_initial",
+        "fan_in_fan_out",
+        "projection_prng_key",
+        "save_projection",
+        "vera_dropout",
+    },
+    "loha": {*_LYCORIS, "use_effective_conv2d"},
+    "lokr": {
+        *_LYCORIS,
+        "decompose_both",
+        "decompose_factor",
+        "rank_dropout_scale",
+        "use_effective_conv2d",
+    },
+    "hra": {*_TUNER, "apply_GS"},
+    "miss": {*_TUNER, "mini_r", "miss_dropout"},
+    "bone": _TUNER,
+    "ia3": {*_TUNER, "fan_in_fan_out", "feedforward_modules", "init_ia3_weights"},
 }
 EXPERT_LORA = {"bias", "lora_alpha", "lora_dropout", "r", "use_dora", "use_rslora"}
 SPARSEGEN = {"enabled", "hidden_sizes", "init_strategy", "input_sizes"}

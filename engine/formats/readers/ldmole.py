@@ -67,7 +67,7 @@ def recognises(config: Fields, weights: Weights) -> bool:
 def read(config: Fields, weights: Weights) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     config.refuse(_UNSERVED)
-    peft.check_initialisation(config)
+    beside = peft.check_initialisation(config)
     if config.object("ReLUMoE_cfg").flag("enabled"):
         where = f"{config.where}: ReLUMoE_cfg"
         raise UnsupportedError(where, "ReLUMoE's router", "LD-MoLE's")
@@ -83,7 +83,7 @@ def read(config: Fields, weights: Weights) -> Adapter:
     sites = {module: _mixture(config, weights, mlps, stem) for module, stem in stems.items()}
     experts = {stems[module]: mixture.num_experts for module, mixture in sites.items()}
     linears.check_all_used(weights, _LAYOUT, experts)
-    notes += known.warnings(config, known.FIELDS["ldmole"])
+    notes += beside + known.warnings(config, known.FIELDS["ldmole"])
     notes += known.warnings(config.object("sparsegen_cfg"), known.SPARSEGEN)
     return Adapter("ldmole", sites, config.text("base_model_name_or_path"), warnings + notes)
 

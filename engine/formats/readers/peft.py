@@ -20,9 +20,16 @@ from molehill.engine.adapter.errors import (
 )
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.module_names import AROUND_LAYERS, LAYER, canonical
-from molehill.engine.formats.io.fields import Fields, shortened
+from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
-from molehill.engine.formats.readers import known, patterns, peft_parameters, saved_modules, targets
+from molehill.engine.formats.readers import (
+    changed_base,
+    known,
+    patterns,
+    peft_parameters,
+    saved_modules,
+    targets,
+)
 from molehill.engine.formats.readers.lowrank import Pair, Scaling, build_experts
 from molehill.engine.formats.readers.patterns import Patterns
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
@@ -72,8 +79,6 @@ _FORKS = {
     "lora_nums": "a mixture (LoRAMoE, HydraLoRA or LD-MoLE) without its tensors",
     "sparsegen": "LD-MoLE's router",
 }
-# Those that leave the base weights as they are.
-_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass
@@ -103,7 +108,7 @@ class _Scalings:
 
 def read(config: Fields, weights: Weights) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
-    _refuse(config)
+    beside = _refuse(config)
     scalings = _read_scalings(config)
     wanted, targeting = targets.read_targets(config), Targeting(config)
     notes = saved_modules.check(config, weights) + targeting.warnings()
@@ -131,6 +136,7 @@ def read(config: Fields, weights: Weights) -> Adapter:
         warnings=(
             *_warnings(wanted, modules, lost_magnitudes=dora and not magnitudes),
             *notes,
+            *beside,
             *peft_parameters.warnings(config),
             *known.warnings(config, known.FIELDS["lora"]),
         ),
@@ -143,6 +149,12 @@ READER = Reader(
     peft_types=("LORA",),
     no_layout=None,
 )
+
+
+def scaling_factors(config: Fields, sites: Iterable[str]) -> dict[str, float]:
+    """What `read` multiplies B by at these linears of a Llama-like model. Raises ConfigError."""
+    scalings = _read_scalings(config)
+    return {site: scalings.of(f"model.{site}").factor for site in sites}
 
 
 def factors(config: Fields, weights: Weights) -> dict[str, float]:
@@ -192,21 +204,16 @@ def _names(name: str, module: _Module) -> Pair:
     return Pair(module.a or f"{stem}.lora_A.weight", module.b or f"{stem}.lora_B.weight")
 
 
-def _refuse(config: Fields) -> None:
+def _refuse(config: Fields) -> tuple[str, ...]:
+    """Warnings, or UnsupportedError."""
     config.refuse({**UNSERVED, **_FORKS}, _REMEDIES)
-    check_initialisation(config)
+    return check_initialisation(config)
 
 
-def check_initialisation(config: Fields) -> None:
-    """Raises UnsupportedError for one that trains beside other base weights than the file's."""
-    initialisation = config.values.get("init_lora_weights")
-    name = initialisation.lower() if isinstance(initialisation, str) else initialisation
-    if name not in _INITIALISATIONS:
-        raise UnsupportedError(
-            f"{config.where}: init_lora_weights",
-            f"{shortened(initialisation)}, which changes the base weights",
-            "an initialisation that leaves them alone",
-        )
+def check_initialisation(config: Fields) -> tuple[str, ...]:
+    """Warnings; raises UnsupportedError for one that trains beside other base weights than those
+    that are served."""
+    return changed_base.check(config)
 
 
 def _read_scalings(config: Fields) -> _Scalings:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from molehill.engine.adapter.base_model import Limits
+from molehill.engine.adapter.base_model import BaseModel, Limits
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
@@ -29,13 +29,16 @@ PEFT_FILES = FileNames(files.CONFIG, (files.SAFETENSORS, INDEX, files.PICKLE))
 @dataclass(frozen=True)
 class AdapterFiles:
     """An adapter as a reader gets it. config: its config file, with `peft_type` where the format
-    has one. read_member: reads an adapter in a directory below, which has tensors of its own."""
+    has one. read_member: reads an adapter in a directory below, which has tensors of its own.
+    base: the shapes of the base model that it is read for, for formats whose files leave out
+    widths; None where nobody named one."""
 
     directory: Path
     names: FileNames
     config: Fields
     limits: Limits
     read_member: Callable[[Path], Adapter]
+    base: BaseModel | None = None
 
     @cached_property
     def weights(self) -> Weights:

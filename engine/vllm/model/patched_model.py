@@ -24,7 +24,7 @@ from molehill.kernels.interface import (
     ScalePiece,
     SlotWeights,
 )
-from molehill.kernels.mixture import FfnMixture, LinearMixture, ScaleMixture
+from molehill.kernels.mixture import FfnMixture, LinearMixture, Reflection, ScaleMixture
 from molehill.kernels.moe_blocks import MoeBlocks
 
 logger = init_logger("vllm.molehill")
@@ -148,7 +148,7 @@ class PatchedModel:
         scales: dict[int, list[ScalePiece]] = {}
         ffns: dict[int, FfnPiece] = {}
         ffn_scales: dict[int, ScalePiece] = {}
-        # In one order on all ranks: DoRA's norms are summed over them on the way.
+        # In one order on all ranks: DoRA's norms and products with W are summed over them.
         for site in sorted(adapter.sites, key=natural_key):
             mixture = adapter.sites[site]
             if isinstance(mixture, FfnMixture):
@@ -176,11 +176,15 @@ class PatchedModel:
             if site in self._block_handles
         }
 
-    def _cut_linear(self, site: str, mixture: LinearMixture) -> tuple[int, LinearPiece]:
+    def _cut_linear(
+        self, site: str, mixture: LinearMixture | Reflection
+    ) -> tuple[int, LinearPiece]:
         linear, projection = self._projections[site]
-        return self._handles[linear.name], sharding.cut_linear(
-            mixture, linear, projection, self._sum_over_ranks
-        )
+        if isinstance(mixture, Reflection):
+            piece = sharding.cut_reflection(mixture, linear, projection, self._sum_over_ranks)
+        else:
+            piece = sharding.cut_linear(mixture, linear, projection, self._sum_over_ranks)
+        return self._handles[linear.name], piece
 
     def _cut_ffn(self, site: str, mixture: FfnMixture) -> FfnPiece:
         ffn = next(ffn for ffn in self._ffns if ffn.site == site)

@@ -19,7 +19,7 @@ from molehill.engine.adapter.expert_pairs import stack
 from molehill.engine.vllm.model.discovery import Ffn, Linear, Projection
 from molehill.engine.vllm.model.moe_blocks import MoeBlock
 from molehill.kernels.interface import ExpertScale, FfnPiece, LinearPiece, MoePiece, ScalePiece
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, ScaleMixture
+from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Reflection, ScaleMixture
 
 IDENTITY_ROWS = 1024
 
@@ -80,6 +80,25 @@ def _with_magnitude(
         output_scale=scale.expand(len(experts.ranks), -1).contiguous(),
         bias=None if bias is None else bias.detach().float().cpu()[columns],
     )
+
+
+def cut_reflection(
+    mixture: Reflection,
+    linear: Linear,
+    projection: Projection,
+    total: Callable[[Tensor], Tensor],
+) -> LinearPiece:
+    """The pair (A, -W U), computed once, in float32.
+
+    total: sums a tensor over the ranks that share the linear's input, each of which has a part of
+    W U."""
+    columns = slice(projection.start, projection.start + sum(map(len, projection.outputs)))
+    inputs = slice(projection.inputs.start, projection.inputs.stop)
+    own = Reflection(mixture.a[:, inputs].contiguous(), mixture.u[inputs])
+    pair = own.pair(_base_weight(linear)[columns])
+    if linear.input_is_sharded:
+        pair = dataclasses.replace(pair, b=total(pair.b))
+    return LinearPiece(projection.site, projection.start, pair, mixture.policy, None)
 
 
 def _base_weight(linear: Linear) -> Tensor:
@@ -144,7 +163,10 @@ def _scaled(experts: Experts, factors: Tensor) -> Experts:
 
 def cut_scale(mixture: ScaleMixture, linear: Linear, projection: Projection) -> ScalePiece:
     """This rank's heads of an output. Raises UnsupportedError if a rank has no whole output: its
-    router could not read what it multiplies."""
+    router could not read what it multiplies. One vector has nothing to choose, and multiplies
+    parts of an output, or of a sum, as it does the whole."""
+    if mixture.num_experts == 1:
+        return _cut_vector(mixture, projection)
     width = mixture.router.shape[1]
     cuts = [end for part in projection.outputs for end in (part.start, part.stop)]
     if linear.input_is_sharded or any(end % width for end in cuts):
@@ -153,6 +175,13 @@ def cut_scale(mixture: ScaleMixture, linear: Linear, projection: Projection) -> 
     heads = [mixture.vectors[p.start // width : p.stop // width] for p in projection.outputs]
     vectors = torch.cat(heads)
     return ScalePiece(projection.site, mixture.policy, mixture.router, vectors, projection.start)
+
+
+def _cut_vector(mixture: ScaleMixture, projection: Projection) -> ScalePiece:
+    whole = mixture.vectors.flatten()
+    own = torch.cat([whole[part.start : part.stop] for part in projection.outputs])
+    router = own.new_zeros(1, len(own))
+    return ScalePiece(projection.site, mixture.policy, router, own.view(1, 1, -1), projection.start)
 
 
 def cut_ffn_scale(mixture: ScaleMixture, projection: Projection) -> ScalePiece:

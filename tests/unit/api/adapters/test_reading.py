@@ -17,7 +17,9 @@ class SlowDisk(World):
 
     proceed: threading.Event
 
-    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
+    def read(
+        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+    ) -> Adapter:
         found = super().read(path, lora_b_layout)
         if path.name.startswith("adapter-5"):
             assert self.proceed.wait(20)

@@ -162,7 +162,9 @@ def test_a_store_that_cannot_be_written_is_an_error_without_traces(
 class Unlucky(World):
     """Something happens while an adapter is read."""
 
-    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
+    def read(
+        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+    ) -> Adapter:
         if path.name == "exhausting":
             torch.empty(1 << 60)
         found = super().read(path / "molehill" if path.name == "touched" else path, lora_b_layout)
@@ -174,7 +176,9 @@ class Unlucky(World):
 class Unlinked(World):
     """A file goes between two reads of it."""
 
-    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
+    def read(
+        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+    ) -> Adapter:
         (path / native.WEIGHTS).unlink()
         (path / native.WEIGHTS).stat()
         raise AssertionError
@@ -218,7 +222,9 @@ def test_an_adapter_that_there_is_no_memory_to_read_is_refused(tmp_path: Path) -
 class Exhausted(World):
     """There is no memory where an adapter is read, as the system says it."""
 
-    def read(self, path: Path, lora_b_layout: Layout | None = None) -> Adapter:
+    def read(
+        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+    ) -> Adapter:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 

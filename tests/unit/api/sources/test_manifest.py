@@ -11,6 +11,7 @@ from molehill.api.sources.manifest import Entry, Manifest, ManifestError
 ENTRIES = [
     Entry("team/a", "0" * 64, "a", "f" * 64, True),
     Entry("b", "1" * 64, "hf://org/b@main", "", False, lora_b_layout="grouped_by_expert"),
+    Entry("c", "2" * 64, "c", "e" * 64, False, base_is_residual=True),
 ]
 
 

@@ -261,7 +261,7 @@ def test_a_fault_while_sources_are_looked_at_ends_nothing(
         second = first.restarted()
         reading = []
 
-        def read(path: Path, _: Layout | None) -> Adapter:
+        def read(path: Path, _: Layout | None, residual: bool) -> Adapter:
             reading.append(second.world.registry.intake.reading.locked())
             if path.name == "1":
                 raise RuntimeError("a fault")
@@ -290,7 +290,7 @@ def test_what_a_client_said_of_the_files_is_remembered(tmp_path: Path) -> None:
     async def scenario() -> None:
         first = Server(tmp_path)
         native.write(adapter(1), first.root / "1")
-        fetch = first.sources.fetch("1", "grouped_by_expert")
+        fetch = first.sources.fetch("1", "grouped_by_expert", base_is_residual=True)
         await first.world.registry.load("a", "1", fetch)
         assert first.world.layouts == ["grouped_by_expert"]
         assert first.remembers()["a"].lora_b_layout == "grouped_by_expert"
@@ -300,12 +300,15 @@ def test_what_a_client_said_of_the_files_is_remembered(tmp_path: Path) -> None:
         await second.restart.run()
         # The store's copy has the experts in order; the source, looked at again, has not.
         assert second.world.layouts == [None, "grouped_by_expert"]
+        assert second.world.residuals == [False, True]
         third = second.restarted()
         shutil.rmtree(third.world.store.path(digest))
         await third.restart.run()
         assert third.serves() == {"a": digest}
         assert third.world.layouts[0] == "grouped_by_expert"
+        assert third.world.residuals[0]
         assert third.remembers()["a"].lora_b_layout == "grouped_by_expert"
+        assert third.remembers()["a"].base_is_residual
 
     play(scenario())
 
