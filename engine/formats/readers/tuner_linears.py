@@ -15,7 +15,6 @@ from molehill.engine.adapter.errors import LimitError, UnknownTargetError, Unsup
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, patterns, saved_modules, targets
-from molehill.engine.formats.readers.patterns import Patterns
 from molehill.engine.formats.readers.reader import AdapterFiles
 from molehill.engine.formats.readers.targeting import Targeting
 from molehill.kernels.mixture import Experts, LinearMixture
@@ -81,9 +80,7 @@ def check_rank(where: str, rank: int, why: str, limits: Limits) -> None:
 
 def scalings(config: Fields, linears: TunedLinears) -> dict[str, tuple[int, float]]:
     """(r, alpha / r) by site, for tuners of LyCORIS, with their exceptions by module name."""
-    ranks, alphas = (patterns.check(config, f"{name}_pattern") for name in ("rank", "alpha"))
-    rank_of = Patterns({pattern: ranks.integer(pattern) for pattern in ranks.values})
-    alpha_of = Patterns({pattern: alphas.number(pattern) for pattern in alphas.values})
+    rank_of, alpha_of = patterns.read_ranks(config), patterns.read_alphas(config)
     usual = config.integer("r", 8), config.number("alpha", 8)
     found = {}
     for site in linears.stems:
