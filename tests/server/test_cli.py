@@ -327,7 +327,7 @@ def test_a_bad_start_adapter_ends_the_start_with_its_error(tmp_path: Path) -> No
     arguments = [*TINY, *good, "--adapter", f"bad={folder}"]
     with (
         pytest.raises(RuntimeError, match="the server ended with 2"),
-        serve(TINY_LLAMA, log, arguments),
+        serve(TINY_LLAMA, log, arguments, warm=True),
     ):
         pass
     lines = [line for line in log.read_text().splitlines() if line.startswith("molehill serve: ")]
