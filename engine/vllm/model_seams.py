@@ -78,7 +78,13 @@ LINEARS = (
         "a rank's inputs",
         attributes=("input_size_per_partition", "tp_rank"),
     ),
-    Seam(f"{MOE}.router.gate_linear", "GateLinear", DISCOVERY, "no linear for adapters"),
+    Seam(
+        f"{MOE}.router.gate_linear",
+        "GateLinear",
+        DISCOVERY,
+        "a router, and the kernels that it may run in",
+        attributes=("allow_specialized_router_gemm",),
+    ),
     Seam("vllm.model_executor.layers.activation", "SiluAndMul", DISCOVERY, "a gated FFN"),
     Seam(
         "vllm.model_executor.layers.activation",

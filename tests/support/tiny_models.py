@@ -59,7 +59,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 2,
         "sliding_window": None,
     },
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 512},
+    "gpt2": {"num_attention_heads": 2},
     "qwen3_5_text": DELTA_NET,
     "qwen3_next": {
         **DELTA_NET,

@@ -25,8 +25,10 @@ _LONGEST = 1 << 14
 _RE2_BYTES = 64 << 20
 # Letters, digits, dots that stand for any character, and escaped ones that do not.
 _PLAIN = re.compile(r"(?:[\w.]|\\\.)+", re.ASCII)
-# What RE2 takes and reads in another way than Python: `x{,3}`, `[[:alpha:]]`, and names of classes.
-_READ_OTHERWISE = re.compile(r"\{,|\[:|\\[pPCQEz]")
+# What RE2 takes and reads in another way than Python: `x{,3}`, from none to three.
+_READ_OTHERWISE = "{,"
+# `[[:alpha:]]` is a class to RE2 and `regex`, and letters to Python.
+_POSIX_CLASS = "[:"
 
 
 class Clock:
@@ -61,6 +63,8 @@ class Pattern:
         if len(own) > _LONGEST:
             expected = f"at most {_LONGEST}"
             raise LimitError(where, f"a pattern of {len(own)} characters", expected)
+        if _POSIX_CLASS in pattern:
+            raise ConfigError(where, shortened(own), f"a pattern without `{_POSIX_CLASS}`")
         self._where, self._clock = where, clock
         try:
             with warnings.catch_warnings():
@@ -90,7 +94,7 @@ class Pattern:
 
 def _compiled_by_re2(pattern: str) -> Any:
     """None for what RE2 does not take, or reads in another way."""
-    if _READ_OTHERWISE.search(pattern):
+    if _READ_OTHERWISE in pattern:
         return None
     options = re2.Options()
     options.log_errors, options.max_mem = False, _RE2_BYTES

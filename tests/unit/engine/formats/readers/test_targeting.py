@@ -184,6 +184,7 @@ def test_tensors_that_are_missing_in_a_listed_layer(saved, tmp_path):
         ({"exclude_modules": 3}, "exclude_modules"),
         ({"exclude_modules": [3]}, "exclude_modules"),
         ({"exclude_modules": "("}, "exclude_modules"),
+        ({"exclude_modules": "[[:alpha:]]"}, "exclude_modules"),
         ({"layers_to_transform": "0"}, "layers_to_transform"),
         ({"layers_to_transform": [True]}, "layers_to_transform"),
         ({"layers_to_transform": [0], "layers_pattern": "("}, "layers_pattern"),
