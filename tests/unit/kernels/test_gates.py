@@ -20,7 +20,7 @@ from molehill.kernels.interface import (
     SlotWeights,
 )
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
-from molehill.kernels.policy import AdaMoLE, Arrow, Soft, Sparsegen, Threshold
+from molehill.kernels.policy import AdaMoLE, Arrow, FlyLoRA, Soft, Sparsegen, Threshold
 from molehill.kernels.pytorch.backend import TorchBackend
 from molehill.kernels.reference import decide, ffn_mixture, linear_mixture
 from molehill.kernels.triton.backend import TritonBackend
@@ -34,6 +34,8 @@ POLICIES = {
     "adamole": AdaMoLE(0.2),
     "high_adamole": AdaMoLE(0.9),
     "sparsegen": Sparsegen(11),
+    "flylora": FlyLoRA(2, experts=5),
+    "flylora_with_all": FlyLoRA(9, experts=5),
 }
 
 
