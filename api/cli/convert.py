@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from molehill.api.cli.arguments import JSON, LAYOUT
+from molehill.api.cli.arguments import JSON, LAYOUT, amount
 from molehill.engine import formats
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
 from molehill.engine.formats.convert import isolation
+from molehill.engine.hf.checkpoint import directory_of
 from molehill.engine.system.atomic_directory import check_free
 
 UNREADABLE = 1
@@ -31,14 +32,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="adapter directory")
     parser.add_argument("destination", metavar="DST", type=Path, help="a directory to write")
     LAYOUT.add_to(parser)
+    parser.add_argument(
+        "--task",
+        metavar="N",
+        type=amount,
+        help="of an adapter whose experts are mixed by task (MOELoRA): the task to make a copy for",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the base model that was trained on, a directory or cached name: of an adapter that "
+        "begins with a part of the base weights (GOAT), which it then holds itself",
+    )
     JSON.add_to(parser, False)
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 once it is written, 1 if SRC cannot be read, 2 if DST cannot be written."""
+    """0 once it is written, 1 if SRC cannot be read, 2 if DST cannot be written or a base read."""
     try:
         check_free(args.destination)
-        adapter = read(args.source, args.lora_b_layout)
+        base = None if args.base is None else directory_of(args.base)
+        adapter = read(args.source, args.lora_b_layout, args.task, base)
         native.write(adapter, args.destination.absolute())
     except AdapterError as error:
         return unreadable(error, as_json=args.json)
@@ -53,11 +67,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read(source: Path, lora_b_layout: Layout | None = None) -> Adapter:
-    """Any format; a process of its own reads pickles. Raises an AdapterError."""
+def read(
+    source: Path,
+    lora_b_layout: Layout | None = None,
+    task: int | None = None,
+    base: Path | None = None,
+) -> Adapter:
+    """Any format; a process of its own reads pickles. base: a checkpoint of the base model. Raises
+    an AdapterError, OSError for the base."""
     if isolation.is_pickled(source):
-        return isolation.read_isolated(source, lora_b_layout=lora_b_layout)
-    return formats.read(source, lora_b_layout=lora_b_layout)
+        return isolation.read_isolated(source, lora_b_layout=lora_b_layout, task=task, base=base)
+    told = isolation.told_of(task, base)
+    return formats.read(source, lora_b_layout=lora_b_layout, told=told)
 
 
 def report(adapter: Adapter) -> dict[str, Any]:

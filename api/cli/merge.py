@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from molehill.api.cli import convert, probe_prompts
 from molehill.api.cli.arguments import JSON, LAYOUT, TOLERANCE
 from molehill.engine.adapter.errors import AdapterError
@@ -16,6 +14,7 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import DEFAULT_LIMITS
 from molehill.engine.formats.convert.peft_writer import write_lora
+from molehill.engine.hf.checkpoint import directory_of
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.system.atomic_directory import check_free
 from molehill.engine.transform.merge import SiteMerge, merge_static
@@ -77,19 +76,12 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     destination = args.destination.absolute()
     found = report(adapter, sites)
     if args.into_base:
-        found["weights_changed"] = merge_checkpoint(checkpoint_of(args.model), merged, destination)
+        found["weights_changed"] = merge_checkpoint(directory_of(args.model), merged, destination)
     else:
         write_lora(merged, destination)
     if args.model and any(site.error for site in sites):
         found["logit_change"] = probe_prompts.logit_change(args.model, adapter, merged).as_json()
     return found
-
-
-def checkpoint_of(model: str) -> Path:
-    """The directory of a model that is one, or is in the local cache. Raises OSError."""
-    if Path(model).is_dir():
-        return Path(model)
-    return Path(snapshot_download(model, local_files_only=True))
 
 
 def report(adapter: Adapter, merges: tuple[SiteMerge, ...]) -> dict[str, Any]:

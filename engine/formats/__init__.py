@@ -13,7 +13,7 @@ from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.readers import expert_layout, peft_parameters
 from molehill.engine.formats.readers.policies import STRATEGIES
-from molehill.engine.formats.readers.reader import AdapterFiles
+from molehill.engine.formats.readers.reader import NOTHING_TOLD, AdapterFiles, Told
 
 DEFAULT_LIMITS = Limits()
 
@@ -21,24 +21,35 @@ DEFAULT_LIMITS = Limits()
 _NOT_SERVED = {
     "XLORA": "XLORA, whose scalings come from a pass of their own: every token would run through "
     "the base twice, first without adapters and with a KV cache of its own, then with the scalings",
+    "LILY": "LILY, whose router averages over all tokens of a batch: an answer would depend on who "
+    "shares the step",
+    "POLY": "POLY, whose mixture goes by a task that no request names",
 }
 
 
 def read(
-    path: Path, limits: Limits = DEFAULT_LIMITS, lora_b_layout: Layout | None = None
+    path: Path,
+    limits: Limits = DEFAULT_LIMITS,
+    lora_b_layout: Layout | None = None,
+    told: Told = NOTHING_TOLD,
 ) -> Adapter:
     """The adapter in a directory, self-consistent and within the limits, for any base model.
 
-    lora_b_layout: of LoRA on fused experts whose config does not say it. Raises an AdapterError
-    that names the file and the tensor or field.
+    lora_b_layout: of LoRA on fused experts whose config does not say it. told: what else the files
+    leave open. Raises an AdapterError that names the file and the tensor or field.
     """
     files.check_directory(path)
-    adapter = _read(path, limits, lora_b_layout)
+    adapter = _read(path, limits, lora_b_layout, told)
     check(adapter, limits)
     return adapter
 
 
-def _read(path: Path, limits: Limits, lora_b_layout: Layout | None = None) -> Adapter:
+def _read(
+    path: Path,
+    limits: Limits,
+    lora_b_layout: Layout | None = None,
+    told: Told = NOTHING_TOLD,
+) -> Adapter:
     """By the config's name, then its `peft_type`, then, where both are shared, the tensors."""
     readers = registry.of_directory(path)
     config = files.read_config(path, readers[0].files.config)
@@ -52,7 +63,10 @@ def _read(path: Path, limits: Limits, lora_b_layout: Layout | None = None) -> Ad
         config = peft_parameters.settle_layout(path, config, lora_b_layout)
     else:
         expert_layout.refuse(lora_b_layout, f"as {no_layout[0]}".format(peft_type=kind))
-    adapter = AdapterFiles(path, readers[0].files, config, limits, partial(_read, limits=limits))
+    if told.task is not None and not any(reader.by_task for reader in readers):
+        raise UnsupportedError("task", told.task, "none: these gate weights do not go by task")
+    read_member = partial(_read, limits=limits)
+    adapter = AdapterFiles(path, readers[0].files, config, limits, read_member, told)
     # A reader by itself refuses some configs before any weights are read.
     if len(readers) == 1:
         return readers[0].read(adapter)

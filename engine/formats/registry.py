@@ -8,18 +8,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from molehill.engine.formats import native
-from molehill.engine.formats.readers import adamole, forks, ldmole, mixes, moepeft, mov, peft
+from molehill.engine.formats.readers import (
+    adamole,
+    flylora,
+    forks,
+    goat,
+    ldmole,
+    mixes,
+    moelora,
+    moepeft,
+    mov,
+    peft,
+)
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 
-# In the order in which they are asked. `peft` takes any LORA that the two before it do not know.
+# In the order in which they are asked. `peft` takes any LORA that the three before it do not know.
 READERS: tuple[Reader, ...] = (
     mixes.READER,
     native.READER,
     ldmole.READER,
     forks.READER,
+    flylora.READER,
     peft.READER,
     moepeft.READER,
     adamole.READER,
+    goat.READER,
+    moelora.READER,
     mov.READER,
 )
 

@@ -121,9 +121,13 @@ def merge_site(
         stacks = {f"{site}.{name}": experts for name, experts in sorted(mixture.experts.items())}
     else:
         stacks = {site: mixture.experts}
+    weights = found.weights
+    if isinstance(mixture, LinearMixture) and mixture.shared is not None:
+        ranks = (*mixture.experts.ranks, *mixture.shared.ranks)
+        stacks = {site: replace(_joined(mixture.experts, mixture.shared), ranks=ranks)}
+        weights = torch.cat([weights, torch.ones(1)])
     merged = {
-        name: LinearMixture(collapse(experts, found.weights), PLAIN)
-        for name, experts in stacks.items()
+        name: LinearMixture(collapse(experts, weights), PLAIN) for name, experts in stacks.items()
     }
     before = sum(sum(experts.ranks) for experts in stacks.values())
     after = sum(sum(linear.experts.ranks) for linear in merged.values())
@@ -139,6 +143,7 @@ def is_plain(mixture: Mixture) -> bool:
         and mixture.policy == PLAIN
         and mixture.router is None
         and mixture.magnitude is None
+        and mixture.shared is None
     )
 
 
@@ -223,16 +228,20 @@ def _equal(one: Experts, other: Experts) -> bool:
     return torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
 
 
+def _joined(one: Experts, other: Experts) -> Experts:
+    """B A of both, as one pair."""
+    return _pair(torch.cat([one.a, other.a]), torch.cat([one.b, other.b], dim=1))
+
+
 def _beside(own: LinearMixture, undo: Experts) -> LinearMixture:
     """`own` and a pair that every token gets. Beside a magnitude it joins the one expert, for the
     magnitude scales the original W."""
     if own.router is not None:
-        return replace(own, shared=undo)
-    a = torch.cat([own.experts.a, undo.a])
-    b = torch.cat([own.experts.b, undo.b], dim=1)
+        return replace(own, shared=undo if own.shared is None else _joined(own.shared, undo))
+    joined = _joined(own.experts, undo)
     if own.magnitude is not None:
-        return replace(own, experts=_pair(a, b))
+        return replace(own, experts=joined)
     weights = gate(own).weights
     assert weights is not None
-    experts = Experts(a, b, (*own.experts.ranks, *undo.ranks))
+    experts = replace(joined, ranks=(*own.experts.ranks, *undo.ranks))
     return LinearMixture(experts, Constant((*weights.tolist(), 1.0)))

@@ -1,6 +1,5 @@
 """A base checkpoint with an adapter merged into its weights."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +10,12 @@ from torch import Tensor
 
 from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
 from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.engine.hf.checkpoint import shards
 from molehill.engine.hf.shapes import canonical_name
 from molehill.engine.system.atomic_directory import appearing
 from molehill.engine.transform.merge import is_plain, merged_weight, why_not_plain
 from molehill.kernels.mixture import LinearMixture
 
-_WHOLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 # Weights in other files would be those of the base, unmerged.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -33,10 +31,10 @@ def merge_checkpoint(base: Path, adapter: Adapter, directory: Path) -> dict[str,
     UnknownTargetError (a site whose weight no shard has), FileExistsError, OSError.
     """
     sites = _sites(adapter)
-    shards = _shards(base)
+    names = shards(base)
     changes: dict[str, float] = {}
     with appearing(directory) as partial:
-        for shard in shards:
+        for shard in names:
             with safe_open(base / shard, framework="pt") as file:
                 metadata = file.metadata()
             tensors = safetensors.torch.load_file(base / shard)
@@ -44,7 +42,7 @@ def merge_checkpoint(base: Path, adapter: Adapter, directory: Path) -> dict[str,
             safetensors.torch.save_file(tensors, partial / shard, metadata)
         for site in sites:
             if site not in changes:
-                found = f"no weight of it in {', '.join(shards)}"
+                found = f"no weight of it in {', '.join(names)}"
                 raise UnknownTargetError(site, found, "one in the base's checkpoint")
         for file_path in base.iterdir():
             if file_path.is_file() and file_path.suffix not in _OTHER_WEIGHTS:
@@ -64,19 +62,6 @@ def _sites(adapter: Adapter) -> dict[str, LinearMixture]:
 
 def _is_dora(mixture: LinearMixture) -> bool:
     return mixture.magnitude is not None
-
-
-def _shards(base: Path) -> list[str]:
-    config = json.loads((base / "config.json").read_text())
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
-        raise UnsupportedError("config.json: quantization_config", method, "unquantised weights")
-    if (base / _INDEX).exists():
-        names = json.loads((base / _INDEX).read_text())["weight_map"].values()
-        return sorted(set(names))
-    if (base / _WHOLE).exists():
-        return [_WHOLE]
-    raise UnsupportedError(base, "no safetensors checkpoint", f"{_WHOLE} or {_INDEX}")
 
 
 def _merge(tensors: dict[str, Tensor], sites: Mapping[str, LinearMixture]) -> dict[str, float]:

@@ -51,6 +51,8 @@ UNSERVED = {
 _FORKS = {
     "lora_nums": "a mixture (LoRAMoE, HydraLoRA or LD-MoLE) without its tensors",
     "sparsegen": "LD-MoLE's router",
+    "bias_u": "FlyLoRA, which has a router",
+    "top_k": "a router (FlyLoRA or MoLA) without its tensors",
 }
 # Those that leave the base weights as they are.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")

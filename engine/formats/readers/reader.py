@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io import files
@@ -24,6 +26,25 @@ class FileNames:
 PEFT_FILES = FileNames(files.CONFIG, (files.SAFETENSORS, files.PICKLE))
 
 
+# The base's weight `[out, in]`, of any float dtype, of a linear by its canonical name.
+BaseWeight = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an adapter's files leave open and whoever converts it says.
+
+    task: of adapters whose gate weights go by task. base_weight: of those that training began by
+    taking a part of the base weights away from; raises an AdapterError for what it cannot give.
+    """
+
+    task: int | None = None
+    base_weight: BaseWeight | None = None
+
+
+NOTHING_TOLD = Told()
+
+
 @dataclass(frozen=True)
 class AdapterFiles:
     """An adapter as a reader gets it. config: its config file, with `peft_type` where the format
@@ -34,6 +55,7 @@ class AdapterFiles:
     config: Fields
     limits: Limits
     read_member: Callable[[Path], Adapter]
+    told: Told = NOTHING_TOLD
 
     @cached_property
     def weights(self) -> Weights:
@@ -54,6 +76,7 @@ class Reader:
     `peft_type` in common; the first that says so reads it. read: parses, and raises an
     AdapterError that names the file and the tensor or field.
     no_layout: why a `lora_b_layout` means nothing to it; None if it reads LoRA on fused experts.
+    by_task: whether it takes a task.
     """
 
     files: FileNames
@@ -61,3 +84,4 @@ class Reader:
     peft_types: tuple[str, ...] = ()
     recognises: Callable[[Fields, Weights], bool] = _always
     no_layout: str | None = "{peft_type} has no LoRA on fused experts"
+    by_task: bool = False
