@@ -12,9 +12,13 @@ from molehill.engine import formats
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import check
 from molehill.engine.formats import native
-from molehill.engine.formats.convert import isolation
-from molehill.engine.hf.checkpoint import directory_of
+from molehill.engine.formats.convert import goat_base, isolation
+from molehill.engine.formats.io import files
+from molehill.engine.formats.readers import goat
+from molehill.engine.formats.readers.reader import NOTHING_TOLD, Told
+from molehill.engine.hf.checkpoint import directory_of, linear_weights
 from molehill.engine.system.atomic_directory import check_free
 
 UNREADABLE = 1
@@ -51,12 +55,11 @@ def run(args: argparse.Namespace) -> int:
     """0 once it is written, 1 if SRC cannot be read, 2 if DST cannot be written or a base read."""
     try:
         check_free(args.destination)
-        base = None if args.base is None else directory_of(args.base)
-        adapter = read(args.source, args.lora_b_layout, args.task, base)
+        adapter = converted(args)
         native.write(adapter, args.destination.absolute())
     except AdapterError as error:
         return unreadable(error, as_json=args.json)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"molehill convert: {error}", file=sys.stderr)
         return USER_ERROR
     found = report(adapter)
@@ -67,18 +70,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read(
-    source: Path,
-    lora_b_layout: Layout | None = None,
-    task: int | None = None,
-    base: Path | None = None,
-) -> Adapter:
-    """Any format; a process of its own reads pickles. base: a checkpoint of the base model. Raises
-    an AdapterError, OSError for the base."""
-    if isolation.is_pickled(source):
-        return isolation.read_isolated(source, lora_b_layout=lora_b_layout, task=task, base=base)
-    told = isolation.told_of(task, base)
-    return formats.read(source, lora_b_layout=lora_b_layout, told=told)
+def converted(args: argparse.Namespace) -> Adapter:
+    """The adapter, with what was taken out of the base weights where that is asked for.
+
+    Raises AdapterError, and OSError or ValueError for the base."""
+    config = files.read_config(args.source) if (args.source / files.CONFIG).is_file() else None
+    restores = args.base is not None and config is not None and goat.changes_base(config)
+    adapter = read(args.source, args.lora_b_layout, Told(args.task, restores))
+    if not restores or config is None:
+        return adapter
+    weights = linear_weights(directory_of(args.base), adapter.sites)
+    found = goat_base.with_base(adapter, config, weights)
+    check(found, formats.DEFAULT_LIMITS)
+    return found
+
+
+def read(source: Path, lora_b_layout: Layout | None = None, told: Told = NOTHING_TOLD) -> Adapter:
+    """Any format; a process of its own reads pickles. Raises an AdapterError."""
+    reader = isolation.read_isolated if isolation.is_pickled(source) else formats.read
+    return reader(source, lora_b_layout=lora_b_layout, told=told)
 
 
 def report(adapter: Adapter) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The weights of a base model on disk, one by one."""
+"""The files of a base model's checkpoint."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -8,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
-from molehill.engine.adapter.expert_sites import canonical
+from molehill.engine.hf.shapes import canonical_name
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -22,10 +23,8 @@ def directory_of(model: str) -> Path:
 
 
 def shards(base: Path) -> list[str]:
-    """The names of a checkpoint's files of weights.
-
-    Raises UnsupportedError for a quantised one, or one without safetensors, OSError.
-    """
+    """The names of its safetensors files. Raises UnsupportedError for a quantised base, and for one
+    without safetensors; OSError."""
     config = json.loads((base / "config.json").read_text())
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "an unnamed method")
@@ -38,27 +37,21 @@ def shards(base: Path) -> list[str]:
     raise UnsupportedError(base, "no safetensors checkpoint", f"{_WHOLE} or {_INDEX}")
 
 
-class Checkpoint:
-    """A directory as Transformers saves it. Raises as `shards` does."""
+def linear_weights(base: Path, sites: Collection[str]) -> dict[str, Tensor]:
+    """The weights `[out, in]` of these linears, by canonical name, of their own dtype.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        # By canonical name, the file and the tensor's name in it.
-        self._places: dict[str, tuple[str, str]] = {}
-        for shard in shards(directory):
-            with safe_open(directory / shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    if name.endswith(".weight"):
-                        site = canonical(name.removeprefix("model.").removesuffix(".weight"))
-                        self._places[site] = shard, name
-
-    def weight(self, site: str) -> Tensor:
-        """`[out, in]` as it is stored, of a linear by its canonical name. Raises
-        UnknownTargetError."""
-        if site not in self._places:
-            found = f"no weight of it in {self._directory.name}"
-            raise UnknownTargetError(site, found, "one in the base's checkpoint")
-        shard, name = self._places[site]
-        with safe_open(self._directory / shard, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+    Raises UnknownTargetError for one that no shard has, and as `shards` does.
+    """
+    files = shards(base)
+    found: dict[str, Tensor] = {}
+    for shard in files:
+        with safe_open(base / shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                site = canonical_name(name.removesuffix(".weight"))
+                if site in sites and name.endswith(".weight"):
+                    found[site] = file.get_tensor(name)
+    for site in sites:
+        if site not in found:
+            text = f"no weight of it in {', '.join(files)}"
+            raise UnknownTargetError(site, text, "one in the base's checkpoint")
+    return found

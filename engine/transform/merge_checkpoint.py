@@ -10,7 +10,7 @@ from torch import Tensor
 
 from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
 from molehill.engine.adapter.model import Adapter, natural_key
-from molehill.engine.hf.checkpoint import shards
+from molehill.engine.hf.checkpoint import shards as shards_of
 from molehill.engine.hf.shapes import canonical_name
 from molehill.engine.system.atomic_directory import appearing
 from molehill.engine.transform.merge import is_plain, merged_weight, why_not_plain
@@ -31,10 +31,10 @@ def merge_checkpoint(base: Path, adapter: Adapter, directory: Path) -> dict[str,
     UnknownTargetError (a site whose weight no shard has), FileExistsError, OSError.
     """
     sites = _sites(adapter)
-    names = shards(base)
+    shards = shards_of(base)
     changes: dict[str, float] = {}
     with appearing(directory) as partial:
-        for shard in names:
+        for shard in shards:
             with safe_open(base / shard, framework="pt") as file:
                 metadata = file.metadata()
             tensors = safetensors.torch.load_file(base / shard)
@@ -42,7 +42,7 @@ def merge_checkpoint(base: Path, adapter: Adapter, directory: Path) -> dict[str,
             safetensors.torch.save_file(tensors, partial / shard, metadata)
         for site in sites:
             if site not in changes:
-                found = f"no weight of it in {', '.join(names)}"
+                found = f"no weight of it in {', '.join(shards)}"
                 raise UnknownTargetError(site, found, "one in the base's checkpoint")
         for file_path in base.iterdir():
             if file_path.is_file() and file_path.suffix not in _OTHER_WEIGHTS:

@@ -17,23 +17,13 @@ from molehill.engine.adapter.errors import AdapterError, CorruptFileError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import DEFAULT_LIMITS, native, read
-from molehill.engine.formats.readers.reader import Told
+from molehill.engine.formats.readers.reader import NOTHING_TOLD, Told
 from molehill.engine.formats.registry import pickle_files
 from molehill.engine.system.out_of_memory import is_out_of_memory
 
 _MODULE = "molehill.engine.formats.convert.isolation"
 _ERRORS = {error.kind: error for error in AdapterError.__subclasses__()}
 _NO_MEMORY = "out_of_memory"
-
-
-def told_of(task: int | None, base: Path | None) -> Told:
-    """base: a checkpoint of the base model. Raises UnsupportedError, OSError."""
-    if base is None:
-        return Told(task)
-    # Few adapters need a base model to be read.
-    from molehill.engine.hf.checkpoint import Checkpoint
-
-    return Told(task, Checkpoint(base).weight)
 
 
 def is_pickled(path: Path) -> bool:
@@ -46,15 +36,13 @@ def read_isolated(
     path: Path,
     limits: Limits = DEFAULT_LIMITS,
     lora_b_layout: Layout | None = None,
-    task: int | None = None,
-    base: Path | None = None,
+    told: Told = NOTHING_TOLD,
 ) -> Adapter:
-    """What `formats.read` gives; base: a checkpoint of the base model. Raises what it raises,
-    MemoryError too; CorruptFileError if the process dies."""
+    """What `formats.read` gives. Raises what it raises, MemoryError too; CorruptFileError if the
+    process dies."""
     with tempfile.TemporaryDirectory(prefix="molehill-") as scratch:
         copy = Path(scratch) / "adapter"
-        checkpoint = None if base is None else str(base.absolute())
-        how = json.dumps([dataclasses.asdict(limits), lora_b_layout, task, checkpoint])
+        how = json.dumps([dataclasses.asdict(limits), lora_b_layout, dataclasses.asdict(told)])
         child = subprocess.run(
             [sys.executable, "-m", _MODULE, str(path.absolute()), str(copy), how],
             stdin=subprocess.DEVNULL,
@@ -83,10 +71,10 @@ def main(arguments: Sequence[str]) -> int:
     """Reads arguments[0] and writes it to arguments[1] in the native format; 1 and the error as
     JSON on stdout if it cannot be read."""
     source, target, how = arguments
-    limits, lora_b_layout, task, base = json.loads(how)
+    limits, lora_b_layout, told = json.loads(how)
     try:
-        told = told_of(task, None if base is None else Path(base))
-        native.write(read(Path(source), Limits(**limits), lora_b_layout, told), Path(target))
+        adapter = read(Path(source), Limits(**limits), lora_b_layout, Told(**told))
+        native.write(adapter, Path(target))
     except AdapterError as error:
         print(json.dumps([error.kind, error.where, error.found, error.expected]))
         return 1

@@ -8,25 +8,22 @@ Keys: `base_model.model.model.layers.{i}.{block}.{proj}.` with
 
 The config's `r` is the rank of all experts together. Most values of `init_type` begin with a part
 of the base weight's SVD in the experts, which training takes out of the base weight first and saves
-nowhere: such an adapter needs the base weights to be read, and has a shared pair of that part.
+nowhere: `molehill.engine.formats.convert.goat_base` makes it anew.
 """
 
 import math
 import re
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
-from molehill.engine.adapter.errors import ConfigError, ShapeError, UnsupportedError
+from molehill.engine.adapter.errors import ConfigError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io.fields import Fields, shortened
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import adamole, known, linears, peft, saved_modules
 from molehill.engine.formats.readers.linears import EXPERT, STEM, Layout
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_router
-from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, BaseWeight, Reader
-from molehill.kernels.mixture import Experts, LinearMixture
+from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, Reader
+from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import TopK
 
 _KEY = re.compile(rf"{STEM}\.(?:lora_gating|lora_[AB]\.{EXPERT})\.weight")
@@ -43,7 +40,7 @@ _TAKEN: dict[str, Callable[[int, int, int], list[int]]] = {
 }
 # Of names that leave the base weight as it is, one is there and none of the others.
 _PLAIN, _OTHERS = ("lora", "mole"), ("goat", "pissa", "milora", "svd", "hydralora")
-# What is taken is divided by rho; init_cof times that leaves the base weight.
+# What is in the experts is divided by rho; init_cof times that leaves the base weight.
 _RHO = 10.0
 
 _UNSERVED = {
@@ -62,8 +59,7 @@ def read(files: AdapterFiles) -> Adapter:
     config.refuse(_UNSERVED)
     peft.check_initialisation(config)
     kind = _kind(config)
-    base = files.told.base_weight
-    if kind in _TAKEN and base is None:
+    if kind in _TAKEN and not files.told.base_is_changed:
         raise UnsupportedError(
             f"{config.where}: init_type",
             f"{kind}, which trains beside the base weights less a part of their SVD that is not "
@@ -74,10 +70,7 @@ def read(files: AdapterFiles) -> Adapter:
     notes = saved_modules.check(config, weights)
     stems = linears.find_stems(weights, _KEY, "lora_gating, lora_A or lora_B of a layer's linear")
     warnings = linears.check_targets(config, weights, stems)
-    sites = {
-        module: _mixture(config, weights, kind, module, stem, base)
-        for module, stem in stems.items()
-    }
+    sites = {module: _mixture(config, weights, kind, stem) for module, stem in stems.items()}
     experts = {stems[module]: mixture.num_experts for module, mixture in sites.items()}
     linears.check_all_used(weights, _LAYOUT, experts)
     notes += (*_doubts(config, kind), *known.warnings(config, known.FIELDS["goat"]))
@@ -99,14 +92,7 @@ def _kind(config: Fields) -> str:
     return kind
 
 
-def _mixture(
-    config: Fields,
-    weights: Weights,
-    kind: str,
-    module: str,
-    stem: str,
-    base: BaseWeight | None,
-) -> LinearMixture:
+def _mixture(config: Fields, weights: Weights, kind: str, stem: str) -> LinearMixture:
     name = f"{stem}.{_LAYOUT.router}"
     count = linears.count_experts(config, "num_experts", weights, name)
     total = config.integer("r")
@@ -116,31 +102,26 @@ def _mixture(
     inputs = weights.tensor(pairs[0].a, 2).shape[1]
     experts = build_experts(weights, pairs, _scaling(config, kind, total // count, inputs))
     router = read_router(weights, name, inputs)
-    mixture = LinearMixture(experts, TopK(config.integer("top_k", 2)), router)
-    if kind not in _TAKEN or base is None:
-        return mixture
-    weight, expected = base(module), [experts.b.shape[0], inputs]
-    if list(weight.shape) != expected:
-        raise ShapeError(f"the base's {module}", list(weight.shape), expected)
-    if total > min(expected):
-        raise ShapeError(f"the base's {module}", expected, f"{total} singular values")
-    shared = _taken(weight, _TAKEN[kind](total, count, min(expected)), _cof(config))
-    return LinearMixture(experts, mixture.policy, router, shared=shared)
+    return LinearMixture(experts, TopK(config.integer("top_k", 2)), router)
 
 
-def _cof(config: Fields) -> float:
-    return config.number("init_cof", 1.0)
+def changes_base(config: Fields) -> bool:
+    """Whether training took a part of the base weights out of them."""
+    return config.values.get("peft_type") == "GOAT" and _kind(config) in _TAKEN
 
 
-def _taken(weight: Tensor, places: list[int], cof: float) -> Experts:
-    """-cof / rho times the part of W `[out, in]` that has these singular values, as a pair.
+def taken(config: Fields, experts: int, values: int) -> list[int]:
+    """Which of a base weight's singular values, in falling order, that part has. Raises ConfigError
+    for a rank above their number."""
+    rank = config.integer("r")
+    if rank > values:
+        raise config.error("r", f"at most {values}, as many as there are singular values")
+    return _TAKEN[_kind(config)](rank, experts, values)
 
-    The SVD is in float32, as that of the authors' code.
-    """
-    u, sigma, v = torch.linalg.svd(weight.float(), full_matrices=False)
-    root = sigma[places].sqrt()
-    b = u[:, places] * root * (-cof / _RHO)
-    return Experts((v[places] * root[:, None]).contiguous(), b.contiguous(), (len(places),))
+
+def share(config: Fields) -> float:
+    """What was taken, as a part of what these singular values stand for. Raises ConfigError."""
+    return config.number("init_cof", 1.0) / _RHO
 
 
 def _segments(r: int, experts: int, n: int, *, last: bool) -> list[int]:

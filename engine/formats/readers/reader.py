@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
-
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io import files
@@ -26,20 +24,16 @@ class FileNames:
 PEFT_FILES = FileNames(files.CONFIG, (files.SAFETENSORS, files.PICKLE))
 
 
-# The base's weight `[out, in]`, of any float dtype, of a linear by its canonical name.
-BaseWeight = Callable[[str], Tensor]
-
-
 @dataclass(frozen=True)
 class Told:
     """What an adapter's files leave open and whoever converts it says.
 
-    task: of adapters whose gate weights go by task. base_weight: of those that training began by
-    taking a part of the base weights away from; raises an AdapterError for what it cannot give.
+    task: of adapters whose gate weights go by task. base_is_changed: the base is as it was in
+    training, less what that took out of it.
     """
 
     task: int | None = None
-    base_weight: BaseWeight | None = None
+    base_is_changed: bool = False
 
 
 NOTHING_TOLD = Told()
