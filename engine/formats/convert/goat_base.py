@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from molehill.engine.adapter.errors import ShapeError
+from molehill.engine.adapter.errors import NonFiniteError, ShapeError
 from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import is_finite
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.readers import goat
 from molehill.kernels.mixture import Experts, LinearMixture, Mixture
@@ -19,7 +20,7 @@ from molehill.kernels.mixture import Experts, LinearMixture, Mixture
 
 def with_base(adapter: Adapter, config: Fields, weights: Mapping[str, Tensor]) -> Adapter:
     """adapter: as it is read for W'. config: its adapter_config.json. weights: W `[out, in]` of
-    each of its sites. Raises ConfigError, ShapeError."""
+    each of its sites. Raises ConfigError, NonFiniteError, ShapeError."""
     sites: dict[str, Mixture] = {}
     for site, mixture in adapter.sites.items():
         assert isinstance(mixture, LinearMixture)
@@ -27,6 +28,8 @@ def with_base(adapter: Adapter, config: Fields, weights: Mapping[str, Tensor]) -
         expected = [mixture.experts.b.shape[0], mixture.experts.a.shape[1]]
         if list(weight.shape) != expected:
             raise ShapeError(f"the base's {site}", list(weight.shape), expected)
+        if not is_finite(weight):
+            raise NonFiniteError(f"the base's {site}", "NaN or Inf", "finite values")
         places = goat.taken(config, mixture.num_experts, min(expected))
         sites[site] = replace(mixture, shared=_taken(weight, places, goat.share(config)))
     return replace(adapter, sites=sites)

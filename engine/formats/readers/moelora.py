@@ -14,17 +14,18 @@ each linear has its own. The config's `r` is the rank of all experts together.
 """
 
 import re
-from typing import Any
 
 import torch
 
 from molehill.engine.adapter.errors import (
     ConfigError,
     CorruptFileError,
+    NonFiniteError,
     ShapeError,
     UnsupportedError,
 )
 from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.validation import is_finite
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
@@ -118,5 +119,7 @@ def _gate_weights(weights: Weights, tasks: str, gate: str, task: int) -> tuple[f
         )
     if task >= len(embeddings):
         raise ConfigError("task", task, f"0 to {len(embeddings) - 1}, the rows of {tasks}")
-    found: Any = torch.softmax(rows @ embeddings[task], dim=0).tolist()
-    return tuple(found)
+    found = torch.softmax(rows @ embeddings[task], dim=0)
+    if not is_finite(found):
+        raise NonFiniteError(weights.where(gate), f"NaN or Inf for task {task}", "finite weights")
+    return tuple(found.tolist())

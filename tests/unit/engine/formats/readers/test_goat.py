@@ -15,6 +15,7 @@ from molehill.engine.adapter.errors import (
     ConfigError,
     CorruptFileError,
     MissingTensorError,
+    NonFiniteError,
     ShapeError,
     UnknownTargetError,
     UnsupportedError,
@@ -190,11 +191,15 @@ def test_a_base_with_other_linears_is_refused(golden, tmp_path):
     def narrow(tensors):
         return {**tensors, f"model.{SITE}.weight": torch.ones(OUT, 9)}
 
+    def broken(tensors):
+        return {**tensors, f"model.{SITE}.weight": torch.full((OUT, INPUTS), math.nan)}
+
     def without(tensors):
         return {name: tensor for name, tensor in tensors.items() if SITE not in name}
 
     for change, kind, message in (
         (narrow, ShapeError, rf"the base's {SITE}: found \[64, 9\], expected \[64, 176\]"),
+        (broken, NonFiniteError, f"the base's {SITE}: found NaN or Inf"),
         (without, UnknownTargetError, f"{SITE}: found no weight of it in model.safetensors"),
     ):
         base = base_with(tmp_path / change.__name__, golden, change)

@@ -16,6 +16,7 @@ from molehill.engine.adapter.errors import (
     AdapterError,
     ConfigError,
     CorruptFileError,
+    NonFiniteError,
     ShapeError,
     UnsupportedError,
 )
@@ -163,6 +164,12 @@ STEM = f"base_model.model.{NAME}"
             "other values",
         ),
         (UnsupportedError, {}, {f"{STEM}.lora_A.weight": torch.ones(2, 64)}, "an unknown tensor"),
+        (
+            NonFiniteError,
+            {},
+            {"lora_gate.GateL.weight": torch.full((EXPERTS, WIDTH), 3e38)},
+            "lora_gate.GateL.weight: found NaN or Inf for task 1",
+        ),
         (
             ShapeError,
             {},
