@@ -50,9 +50,9 @@ SERVED = (
 )
 # What is served of them by a copy: a part of the base weights is missing in the trainer's files.
 BY_BASE = ("goat",)
-# What figures may differ by that a case magnifies the rounding of: LD-MoLE divides logits by as
-# little as 0.01.
-ROUNDED = {"ldmole": 1e-4}
+# What figures may differ by where rounding is larger than in probabilities: LD-MoLE divides logits
+# by as little as 0.01, FlyLoRA has scores of up to 13 in their place.
+ROUNDED = {"ldmole": 1e-4, "flylora": 1e-4}
 
 # What the oracle has of a case and the method does not use: a softmax beside LD-MoLE's sparsegen.
 UNUSED = (("ldmole", "p"),)
