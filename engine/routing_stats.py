@@ -20,8 +20,8 @@ from molehill.kernels.mixture import Experts, LinearMixture, Mixture, Reflection
 
 @dataclass(frozen=True)
 class SiteCost:
-    """FLOPs at one site. experts: of one token through each expert. router: of one decision, None
-    where there is no router."""
+    """FLOPs at one site. experts: of one token through each expert. router: of one decision, and of
+    the pair that every token gets beside what is decided; None where there is no router."""
 
     experts: tuple[int, ...]
     router: int | None
@@ -84,6 +84,8 @@ def _cost(mixture: Mixture, outputs: int) -> SiteCost:
     """outputs: of the site's linear."""
     router = None if mixture.router is None else 2 * mixture.router.numel()
     if isinstance(mixture, LinearMixture):
+        if router is not None and mixture.shared is not None:
+            router += sum(_expert_costs(mixture.shared))
         return SiteCost(_expert_costs(mixture.experts), router)
     if isinstance(mixture, ScaleMixture):
         return SiteCost((0,) * mixture.num_experts, router)

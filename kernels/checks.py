@@ -205,6 +205,8 @@ def _check_gate(site: str, policy: Policy, experts: int, *, has_router: bool) ->
     constant = policy.constant_weights
     if constant is not None:
         _expect(f"{site}: constant weights", len(constant), experts)
+    elif policy.only_experts is not None:
+        _expect(f"{site}: experts of the policy", policy.only_experts, experts)
     if has_router and constant is not None:
         raise WeightsError(f"{site}: router", "one beside constant weights", "none")
     if not has_router and constant is None:

@@ -42,8 +42,8 @@ class LinearMixture:
     router: `[E + policy.extra_rows, in]` float32; None when the gate weights are constant.
     parameters: `[policy.num_parameters]` float32; None when there are none.
     magnitude: `[out]`, DoRA's; then y = m / ||W + BA|| * (W x + B A x) + bias.
-    shared: one pair B_s A_s that every token gets beside those that the router chooses. No format
-    has it: it takes back from W what was merged into it for another adapter.
+    shared: one pair B_s A_s that every token gets beside those that the router chooses: what GOAT
+    took from W in training, or what takes back from W what another adapter has merged into it.
     """
 
     experts: Experts

@@ -62,7 +62,7 @@ def linear_mixture(
     """y and the routing of one projection. x `[T, in]`, weight `[out, in]`: y `[T, out]` float32.
 
     FORMATS: LoRA, rsLoRA, DoRA (PEFT; the bias is outside the magnitude), MoLA, LoRAMoE, DynMoLE,
-    AdaMoLE, LD-MoLE, Arrow.
+    AdaMoLE, LD-MoLE, GOAT, FlyLoRA, Arrow.
     """
     x, weight = x.float(), weight.float()
     routing = _route(x, mixture)

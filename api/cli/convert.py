@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from molehill.api.cli.arguments import JSON, LAYOUT, RESIDUAL
+from molehill.api.cli.arguments import JSON, LAYOUT, RESIDUAL, amount
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import BaseModel
-from molehill.engine.adapter.errors import AdapterError
+from molehill.engine.adapter.errors import AdapterError, UnsupportedError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import check
 from molehill.engine.formats import native
-from molehill.engine.formats.convert import isolation, original_base
+from molehill.engine.formats.convert import goat_base, isolation, original_base
 from molehill.engine.formats.io import files
-from molehill.engine.formats.readers import changed_base
+from molehill.engine.formats.readers import changed_base, goat
 from molehill.engine.hf.checkpoint import directory_of, linear_weights
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.system.atomic_directory import check_free
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base",
         metavar="MODEL",
         help="the base model that training began with, a directory or cached name: an adapter that "
-        "took a part of its weights out of them (PiSSA, OLoRA) gets it back, and one that leaves "
-        "out widths (VeRA, MiSS) is read by its",
+        "took a part of its weights out of them (PiSSA, OLoRA, GOAT) gets it back, and one that "
+        "leaves out widths (VeRA, MiSS) is read by its",
     )
     parser.add_argument(
         "--initial",
@@ -52,11 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     LAYOUT.add_to(parser)
     RESIDUAL.add_to(parser, False)
+    parser.add_argument(
+        "--task",
+        metavar="N",
+        type=amount,
+        help="of an adapter whose experts are mixed by task (MOELoRA): the task to make a copy for",
+    )
     JSON.add_to(parser, False)
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 once it is written, 1 if SRC cannot be read, 2 if DST cannot be written."""
+    """0 once it is written, 1 if SRC cannot be read, 2 if DST cannot be written or a base read."""
     try:
         check_free(args.destination)
         adapter = converted(args)
@@ -80,16 +86,22 @@ def converted(args: argparse.Namespace) -> Adapter:
     Raises AdapterError, and for the model what `base_model` does."""
     base = base_model(args.base) if args.base else None
     config = files.read_config(args.source) if (args.source / files.CONFIG).is_file() else None
-    changed = config is not None and changed_base.changes_base(config)
+    of_goat = config is not None and goat.changes_base(config)
+    changed = of_goat or (config is not None and changed_base.changes_base(config))
     back = changed and not args.base_is_residual and (args.base or args.initial)
     residual = args.base_is_residual or bool(back)
-    adapter = read(args.source, args.lora_b_layout, base, residual)
+    adapter = read(args.source, args.lora_b_layout, base, residual, args.task)
     if not back or config is None:
         return adapter
-    if args.initial is None:
-        found = original_base.from_base(
-            adapter, config, linear_weights(directory_of(args.base), adapter.sites)
-        )
+    if of_goat:
+        if args.base is None:
+            expected = "--base MODEL: what GOAT began with is computed from the base weights"
+            raise UnsupportedError("--initial", args.initial, expected)
+        weights = linear_weights(directory_of(args.base), adapter.sites)
+        found = goat_base.with_base(adapter, config, weights)
+    elif args.initial is None:
+        weights = linear_weights(directory_of(args.base), adapter.sites)
+        found = original_base.from_base(adapter, config, weights)
     else:
         initial = files.read_config(args.initial)
         beside = changed_base.changes_base(initial)
@@ -103,10 +115,17 @@ def read(
     lora_b_layout: Layout | None = None,
     base: BaseModel | None = None,
     base_is_residual: bool = False,
+    task: int | None = None,
 ) -> Adapter:
     """Any format; a process of its own reads pickles. Raises an AdapterError."""
     reader = isolation.read_isolated if isolation.is_pickled(source) else formats.read
-    return reader(source, lora_b_layout=lora_b_layout, base=base, base_is_residual=base_is_residual)
+    return reader(
+        source,
+        lora_b_layout=lora_b_layout,
+        base=base,
+        base_is_residual=base_is_residual,
+        task=task,
+    )
 
 
 def report(adapter: Adapter) -> dict[str, Any]:

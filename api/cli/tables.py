@@ -146,7 +146,8 @@ def _ranks(site: SitePlan) -> str:
     """Each expert's rank, by projection in an FFN, and after an arrow what merging leaves."""
     stacks = {name: _uniform(ranks) for name, ranks in site.ranks.items()}
     if site.merged is not None:
-        stacks = {name: f"{ranks} -> {site.merged[name]}" for name, ranks in stacks.items()}
+        left = site.merged
+        stacks = {n: f"{ranks} -> {left[n]}" if n in left else ranks for n, ranks in stacks.items()}
     if site.shape == "linear":
         return next(iter(stacks.values()))
     if len(stacks) == 3 and len(set(stacks.values())) == 1:

@@ -18,8 +18,9 @@ class Adapter:
     """A MoLE or LoRA adapter.
 
     kind: the method (`lora`, `dora`, `mixlora`, `mola`, `loramoe`, `hydralora`, `molora`,
-        `dynmole`, `mole`, `adamole`, `ldmole`, `arrow`, `mov`, `adalora`, `vera`, `loha`, `lokr`,
-        `hra`, `miss`, `bone`, `ia3`), or `mix` for a static mix of others.
+        `dynmole`, `mole`, `adamole`, `ldmole`, `goat`, `flylora`, `moelora`, `arrow`, `mov`,
+        `adalora`, `vera`, `loha`, `lokr`, `hra`, `miss`, `bone`, `ia3`), or `mix` for a static mix
+        of others.
     sites: mixtures by the base model's module, without its leading `model.`:
         `layers.3.self_attn.q_proj` is a LinearMixture, ScaleMixture or Reflection, `layers.3.mlp`
         an FfnMixture.

@@ -91,7 +91,8 @@ def is_finite(tensor: Tensor) -> bool:
 
 def _stacks(site: str, mixture: Mixture) -> list[tuple[str, Experts]]:
     if isinstance(mixture, LinearMixture):
-        return [(site, mixture.experts)]
+        shared = [] if mixture.shared is None else [(f"{site}.shared", mixture.shared)]
+        return [(site, mixture.experts), *shared]
     if isinstance(mixture, ScaleMixture | Reflection):
         return []
     return [(f"{site}.{name}", experts) for name, experts in sorted(mixture.experts.items())]
@@ -114,7 +115,7 @@ def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
         rows = sum(experts.ranks)
         yield from _expect(f"{stem}.a", experts.a, [rows, experts.a.shape[-1]])
         yield from _expect(f"{stem}.b", experts.b, [experts.b.shape[0], rows])
-        if len(experts.ranks) != mixture.num_experts:
+        if stem != f"{site}.shared" and len(experts.ranks) != mixture.num_experts:
             found = f"{len(experts.ranks)} experts"
             yield ShapeError(stem, found, f"the router's {mixture.num_experts}")
     yield from _inconsistent_parameters(site, mixture)
@@ -128,6 +129,10 @@ def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
         yield from _expect(f"{site}.router", mixture.router, [rows, a.shape[-1]])
     if mixture.magnitude is not None:
         yield from _expect(f"{site}.magnitude", mixture.magnitude, [b.shape[0]])
+    if mixture.shared is not None:
+        own_a, own_b = mixture.shared.a, mixture.shared.b
+        yield from _expect(f"{site}.shared.a", own_a, [own_a.shape[0], a.shape[-1]])
+        yield from _expect(f"{site}.shared.b", own_b, [b.shape[0], own_b.shape[1]])
 
 
 def _inconsistent_parameters(site: str, mixture: Mixture) -> Iterator[AdapterError]:
@@ -138,6 +143,10 @@ def _inconsistent_parameters(site: str, mixture: Mixture) -> Iterator[AdapterErr
         yield from _expect(where, mixture.parameters, [count])
     elif count:
         yield ShapeError(where, "no tensor", [count])
+    only = mixture.policy.only_experts
+    if only not in (None, mixture.num_experts):
+        found = f"{type(mixture.policy).__name__} for {only} experts"
+        yield ShapeError(f"{site}.routing", found, f"one for {mixture.num_experts}")
     constant = mixture.policy.constant_weights is not None
     if mixture.router is None and not constant:
         expected = f"one for {type(mixture.policy).__name__}"
@@ -217,7 +226,8 @@ def _acts(mixture: Mixture) -> bool:
     """Whether the output can differ from the base's. Weights that do not sum to 1 scale a whole
     FFN even if every B is zero, and an output even if every vector is ones."""
     if isinstance(mixture, LinearMixture):
-        return mixture.magnitude is not None or _nonzero(mixture.experts)
+        stacks = [experts for _, experts in _stacks("", mixture)]
+        return mixture.magnitude is not None or any(map(_nonzero, stacks))
     if isinstance(mixture, Reflection):
         return _reflects(mixture)
     if not mixture.policy.sums_to_one:
@@ -250,7 +260,8 @@ def _misfits(site: str, mixture: Mixture, base: BaseModel) -> Iterator[AdapterEr
     elif (shape := base.linear(site)) is None:
         yield _unknown(site, "linear", _linear_names(base))
     else:
-        yield from _misfit(site, mixture.experts, shape)
+        for stem, experts in _stacks(site, mixture):
+            yield from _misfit(stem, experts, shape)
         if split(site):
             yield from _expert_misfits(site, mixture)
 

@@ -22,6 +22,9 @@ _NOT_SERVED = {
     **unserved.REASONS,
     "XLORA": "XLORA, whose scalings come from a pass of their own: every token would run through "
     "the base twice, first without adapters and with a KV cache of its own, then with the scalings",
+    "LILY": "LILY, whose router averages over all tokens of a batch: an answer would depend on who "
+    "shares the step",
+    "POLY": "POLY, whose mixture goes by a task that no request names",
 }
 
 
@@ -31,16 +34,18 @@ def read(
     lora_b_layout: Layout | None = None,
     base: BaseModel | None = None,
     base_is_residual: bool = False,
+    task: int | None = None,
 ) -> Adapter:
     """The adapter in a directory, self-consistent and within the limits.
 
     lora_b_layout: of LoRA on fused experts whose config does not say it. base: what it is read for;
     a few formats (VeRA, MiSS) leave out widths that only the base knows. Whether it fits is not
-    checked. base_is_residual: the base is the one that PiSSA and the like trained beside, see
-    `readers.changed_base`. Raises an AdapterError that names the file and the tensor or field.
+    checked. base_is_residual: the base is the one that PiSSA, GOAT and the like trained beside, see
+    `readers.changed_base`. task: of adapters whose gate weights go by task. Raises an AdapterError
+    that names the file and the tensor or field.
     """
     files.check_directory(path)
-    adapter = _read(path, limits, lora_b_layout, base, base_is_residual)
+    adapter = _read(path, limits, lora_b_layout, base, base_is_residual, task)
     check(adapter, limits)
     return adapter
 
@@ -51,6 +56,7 @@ def _read(
     lora_b_layout: Layout | None = None,
     base: BaseModel | None = None,
     base_is_residual: bool = False,
+    task: int | None = None,
 ) -> Adapter:
     """By the config's name, then its `peft_type`, then, where both are shared, the tensors."""
     readers = registry.of_directory(path)
@@ -68,9 +74,13 @@ def _read(
         config = peft_parameters.settle_layout(path, config, lora_b_layout)
     else:
         expert_layout.refuse(lora_b_layout, f"as {no_layout[0]}".format(peft_type=kind))
-    config = changed_base.with_given(config, base_is_residual)
+    if base_is_residual:
+        changes = any(reader.changes_base(config) for reader in readers)
+        config = changed_base.with_residual(config, changes)
+    if task is not None and not any(reader.by_task for reader in readers):
+        raise UnsupportedError("task", task, "none: these gate weights do not go by task")
     read_member = partial(_read, limits=limits, base=base)
-    adapter = AdapterFiles(path, readers[0].files, config, limits, read_member, base)
+    adapter = AdapterFiles(path, readers[0].files, config, limits, read_member, base, task)
     # A reader by itself refuses some configs before any weights are read.
     own = readers[0]
     if len(readers) > 1:

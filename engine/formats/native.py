@@ -165,8 +165,13 @@ def _linear(weights: Weights, site: str, fields: Fields, policy: Policy) -> Line
         if magnitude in weights.tensors:
             found = f"a magnitude beside {type(policy).__name__}"
             raise UnsupportedError(weights.where(magnitude), found, "none, as there is a router")
-        parameters = _parameters(weights, site, policy)
-        return LinearMixture(experts, policy, weights.tensor(router, 2), parameters=parameters)
+        return LinearMixture(
+            experts,
+            policy,
+            weights.tensor(router, 2),
+            parameters=_parameters(weights, site, policy),
+            shared=_shared(weights, site),
+        )
     if len(policy.constant_weights) != len(experts.ranks):
         expected = f"one for each of {len(experts.ranks)} experts"
         raise fields.object("routing").error("weights", expected)
@@ -230,6 +235,17 @@ def _parameters(weights: Weights, site: str, policy: Policy) -> Tensor | None:
         found, expected = list(parameters.shape), [policy.num_parameters]
         raise ShapeError(weights.where(name), found, expected)
     return parameters
+
+
+def _shared(weights: Weights, site: str) -> Experts | None:
+    """The pair that every token gets, if there is one. Raises MissingTensorError, ShapeError."""
+    names = f"{site}.shared.a", f"{site}.shared.b"
+    if not any(name in weights.tensors for name in names):
+        return None
+    a, b = (weights.tensor(name, 2) for name in names)
+    if a.shape[0] != b.shape[1]:
+        raise ShapeError(weights.where(names[1]), list(b.shape), [b.shape[0], a.shape[0]])
+    return Experts(a, b, (a.shape[0],))
 
 
 def _experts(weights: Weights, stem: str, fields: Fields, name: str) -> Experts:

@@ -12,7 +12,9 @@ from molehill.engine.formats.io.shards import INDEX
 from molehill.engine.formats.readers import (
     adalora,
     adamole,
+    flylora,
     forks,
+    goat,
     hra,
     ia3,
     ldmole,
@@ -20,6 +22,7 @@ from molehill.engine.formats.readers import (
     lokr,
     miss,
     mixes,
+    moelora,
     moepeft,
     mov,
     peft,
@@ -29,15 +32,18 @@ from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 
 _SAFETENSORS = ".safetensors"
 
-# In the order in which they are asked. `peft` takes any LORA that the two before it do not know.
+# In the order in which they are asked. `peft` takes any LORA that the three before it do not know.
 READERS: tuple[Reader, ...] = (
     mixes.READER,
     native.READER,
     ldmole.READER,
     forks.READER,
+    flylora.READER,
     peft.READER,
     moepeft.READER,
     adamole.READER,
+    goat.READER,
+    moelora.READER,
     mov.READER,
     adalora.READER,
     vera.READER,

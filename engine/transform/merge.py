@@ -129,9 +129,13 @@ def merge_site(
         stacks = {f"{site}.{name}": experts for name, experts in sorted(mixture.experts.items())}
     else:
         stacks = {site: mixture.experts}
+    weights = fixed.weights
+    if isinstance(mixture, LinearMixture) and mixture.shared is not None:
+        ranks = (*mixture.experts.ranks, *mixture.shared.ranks)
+        stacks = {site: replace(_joined(mixture.experts, mixture.shared), ranks=ranks)}
+        weights = torch.cat([weights, torch.ones(1)])
     merged = {
-        name: LinearMixture(collapse(experts, fixed.weights), PLAIN)
-        for name, experts in stacks.items()
+        name: LinearMixture(collapse(experts, weights), PLAIN) for name, experts in stacks.items()
     }
     before = sum(sum(experts.ranks) for experts in stacks.values())
     after = sum(sum(linear.experts.ranks) for linear in merged.values())
@@ -147,6 +151,7 @@ def is_plain(mixture: Mixture) -> bool:
         and mixture.policy == PLAIN
         and mixture.router is None
         and mixture.magnitude is None
+        and mixture.shared is None
     )
 
 
@@ -237,16 +242,21 @@ def _equal(one: Experts, other: Experts) -> bool:
     return torch.equal(one.a, other.a) and torch.equal(one.b, other.b)
 
 
+def _joined(one: Experts, other: Experts) -> Experts:
+    """B A of both, as one pair."""
+    return _pair(torch.cat([one.a, other.a]), torch.cat([one.b, other.b], dim=1))
+
+
 def _beside(mixture: LinearMixture, undo: Experts) -> LinearMixture:
     """`mixture` and a pair that every token gets. Beside a magnitude it joins the one expert, for
     the magnitude scales the original W."""
     if mixture.router is not None:
-        return replace(mixture, shared=undo)
-    a = torch.cat([mixture.experts.a, undo.a])
-    b = torch.cat([mixture.experts.b, undo.b], dim=1)
+        shared = undo if mixture.shared is None else _joined(mixture.shared, undo)
+        return replace(mixture, shared=shared)
+    joined = _joined(mixture.experts, undo)
     if mixture.magnitude is not None:
-        return replace(mixture, experts=_pair(a, b))
+        return replace(mixture, experts=joined)
     weights = gate(mixture).weights
     assert weights is not None
-    experts = Experts(a, b, (*mixture.experts.ranks, *undo.ranks))
+    experts = replace(joined, ranks=(*mixture.experts.ranks, *undo.ranks))
     return LinearMixture(experts, Constant((*weights.tolist(), 1.0)))

@@ -124,7 +124,8 @@ def _site_plan(site: str, mixture: Mixture, base: BaseModel | None, tolerance: f
 
 def _ranks(site: str, mixture: Mixture) -> dict[str, tuple[int, ...]]:
     if isinstance(mixture, LinearMixture):
-        return {_leaf(site): mixture.experts.ranks}
+        shared = {} if mixture.shared is None else {"shared": mixture.shared.ranks}
+        return {_leaf(site): mixture.experts.ranks, **shared}
     if isinstance(mixture, ScaleMixture):
         return {}
     if isinstance(mixture, Reflection):
@@ -179,6 +180,7 @@ def _low_rank_cost(
     else:
         chosen = mixture.policy.most_experts(mixture.num_experts)
         elements = sum(_elements(experts, chosen) for experts in _stacks(mixture))
+        elements += _shared_elements(mixture)
         router = 0 if mixture.router is None else mixture.router.numel()
     weights = _base_weights(mixture)
     return Cost(
@@ -198,6 +200,11 @@ def _stacks(mixture: LinearMixture | FfnMixture) -> list[Experts]:
 def _elements(experts: Experts, chosen: int) -> int:
     ranks = sum(sorted(experts.ranks)[-chosen:])
     return ranks * (experts.a.shape[1] + experts.b.shape[0])
+
+
+def _shared_elements(mixture: LinearMixture | FfnMixture) -> int:
+    shared = mixture.shared if isinstance(mixture, LinearMixture) else None
+    return 0 if shared is None else _elements(shared, len(shared.ranks))
 
 
 def _base_weights(mixture: LinearMixture | FfnMixture) -> int | None:

@@ -70,8 +70,11 @@ def _fixed(mixture: Mixture) -> Gate | None:
         reason = "router of zeros"
     if reason is None:
         return None
-    uniform = torch.full((1, mixture.num_experts), 1 / mixture.num_experts)
-    return Gate(mixture.policy.route(uniform).weights[0], reason)
+    if mixture.router is None:
+        uniform = torch.full((1, mixture.num_experts), 1 / mixture.num_experts)
+        return Gate(mixture.policy.route(uniform).weights[0], reason)
+    _, routing = mixture.policy.decide(torch.zeros(1, mixture.num_experts), mixture.parameters)
+    return Gate(routing.weights[0], reason)
 
 
 def _ffn_gate(mixture: FfnMixture, activation: str | None) -> Gate:

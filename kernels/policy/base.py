@@ -111,6 +111,11 @@ class Policy(ABC):
         return None
 
     @property
+    def only_experts(self) -> int | None:
+        """The number of experts that it is for; None if it can be over any."""
+        return None if self.constant_weights is None else len(self.constant_weights)
+
+    @property
     def extra_rows(self) -> int:
         """Router rows after the experts'."""
         return 0

@@ -63,8 +63,8 @@ GATE_BIAS = tl.constexpr(17)
 UP_SCALE = tl.constexpr(18)
 UP_BIAS = tl.constexpr(19)
 
-# Policy parameters, float32.
-POLICY = tl.constexpr(16)
+# Policy parameters, float32; from BIASES on, those that each expert has.
+POLICY = tl.constexpr(64)
 DIVISOR = tl.constexpr(0)
 TOP_P = tl.constexpr(1)
 THRESHOLD = tl.constexpr(2)
@@ -74,6 +74,7 @@ MOST = tl.constexpr(5)
 TEMPERATURE = tl.constexpr(6)
 FLOOR = tl.constexpr(7)
 OFFSET = tl.constexpr(8)
+BIASES = tl.constexpr(16)
 
 # Values of NUCLEUS: which experts are kept beside the first KEEP, by what runs up to them.
 NO_NUCLEUS = tl.constexpr(0)
@@ -81,12 +82,13 @@ BEFORE_AT_MOST = tl.constexpr(1)
 WITH_AT_MOST = tl.constexpr(2)
 BEFORE_UNDER = tl.constexpr(3)
 
-# Values of SCORES: what the probabilities are made of, and held against. LEARNED has one more
-# router row, whose logits make each token's floor.
+# Values of SCORES: what the probabilities are made of, and held against. BIASED has logits and
+# biases in their place. LEARNED has one more router row, whose logits make each token's floor.
 PLAIN = tl.constexpr(0)
 ABSOLUTE = tl.constexpr(1)
-FLOORED = tl.constexpr(2)
-LEARNED = tl.constexpr(3)
+BIASED = tl.constexpr(2)
+FLOORED = tl.constexpr(3)
+LEARNED = tl.constexpr(4)
 
 # Values of ENTROPY.
 SHANNON = tl.constexpr(0)

@@ -10,6 +10,7 @@ from molehill.kernels.policy import (
     AdaMoLE,
     Arrow,
     DynMoLE,
+    FlyLoRA,
     Policy,
     Soft,
     Sparsegen,
@@ -42,6 +43,7 @@ class PolicyRecord:
     temperature: float = 1.0
     floor: float = 0.0
     offset: float = 0.0
+    biases: tuple[float, ...] = ()
 
     def integers(self) -> list[int]:
         """Fields KEEP to SCORES of a piece or FFN record."""
@@ -60,6 +62,7 @@ class PolicyRecord:
         floats[at.TEMPERATURE.value] = self.temperature
         floats[at.FLOOR.value] = self.floor
         floats[at.OFFSET.value] = self.offset
+        floats[at.BIASES.value : at.BIASES.value + len(self.biases)] = self.biases
         return floats
 
 
@@ -154,6 +157,16 @@ def _adamole(policy: AdaMoLE, experts: int, learned: Tensor | None = None) -> Po
         floor=policy.max_threshold,
         offset=learned.item(),
     )
+
+
+@encode.register
+def _flylora(policy: FlyLoRA, experts: int, learned: Tensor | None = None) -> PolicyRecord:
+    assert learned is not None
+    most = at.POLICY.value - at.BIASES.value
+    if experts > most:
+        raise NoPlaceError(f"at most {most} experts with biases")
+    biases = tuple(learned.tolist())
+    return replace(_keeping(policy.k, experts), scores=at.BIASED.value, biases=biases)
 
 
 @encode.register

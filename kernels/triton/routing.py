@@ -4,7 +4,8 @@ p = softmax(logits), or of |logits| / temperature; q = p / divisor. With the exp
 ties by index, an expert is kept if it is among the first `keep`, or by what the q before it (and
 with it) sum to, or if the token is soft: entropy(p) > threshold. Where there is a floor, only
 experts that reach it are kept; it is a number, or the token's own, which q is then less by. w = q
-where kept, else 0; w / sum(w) if normalised and not all 0. Every class of molehill.kernels.policy
+where kept, else 0; w / sum(w) if normalised and not all 0. Where experts have biases, logit + bias
+has the place of p, and w = 1 where kept. Every class of molehill.kernels.policy
 that has a place here is one choice of these parameters (molehill.kernels.triton.policy_encoding).
 """
 
@@ -83,17 +84,25 @@ def route(
     scores = tl.load(record + at.SCORES)
     if scores == at.ABSOLUTE:
         logits = tl.abs(logits) / tl.load(parameters + at.TEMPERATURE)
+    biased = scores == at.BIASED
+    if biased:
+        expert = tl.arange(0, logits.shape[1])
+        biases = tl.load(parameters + at.BIASES + expert, mask=expert < experts, other=0.0)
+        logits += biases[None, :]
     logits = tl.where(own, logits, float("-inf"))
     p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     p = p / tl.sum(p, axis=1)[:, None]
     entropy = entropy_of(p, own, tl.load(record + at.ENTROPY), parameters)
     soft = entropy > tl.load(parameters + at.THRESHOLD)
     q = p / tl.load(parameters + at.DIVISOR)
-    kept = own & (q >= 0)
+    if biased:
+        p = tl.where(own, logits, 0.0)
+        q = p
+    kept = own & (q == q)
     if tl.load(record + at.KEEP) < experts:
         kept = kept & sparse_mask(q, experts, record, tl.load(parameters + at.TOP_P))
         kept = kept | (own & soft[:, None])
-    w = tl.where(kept, q, 0.0)
+    w = tl.where(kept, tl.where(biased, 1.0, q), 0.0)
     if scores >= at.FLOORED:
         w = above_floor(w, extra, scores, parameters)
     if tl.load(record + at.NORMALIZE) != 0:

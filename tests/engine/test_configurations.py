@@ -69,6 +69,6 @@ def test_configuration_matches_the_reference(
     prompts = every_prompt()[: 2 * (1 + len(SERVED))]
     prompts += [prompt for own in authored.values() for prompt in own.prompts]
     others = {name: own.path for name, own in authored.items()}
-    with engine(**configuration.options, max_loras=30) as llm:
+    with engine(**configuration.options, max_loras=40) as llm:
         assert_golden(ask(llm, prompts, others=others), prompts)
         assert_dora(llm, dora, tmp_path / "dora")

@@ -15,6 +15,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from support.golden import served_path
+
 TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = TESTS / "data" / "golden"
 BASE = "tiny"
@@ -29,9 +31,9 @@ def oracle(case: str) -> dict[str, Any]:
 
 
 def copy_adapter(case: str, target: Path) -> Path:
-    """The files of a golden adapter, without its oracle."""
+    """The files of a golden adapter as it is loaded, without its oracle."""
     ignored = shutil.ignore_patterns("oracle.*")
-    shutil.copytree(GOLDEN / "cases" / case, target, ignore=ignored)
+    shutil.copytree(served_path(case), target, ignore=ignored)
     return target
 
 

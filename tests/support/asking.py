@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from molehill.engine.vllm.protocol import ReplyT, RequestT, Rpc, to_wire
-from support.golden import SERVED, Case, Prompt, greatest_difference
+from support.golden import SERVED, Case, Prompt, greatest_difference, served_path
 
 LOGIT_TOLERANCE = 1e-3
 IDS = {name: i + 1 for i, name in enumerate(SERVED)}
@@ -39,7 +39,7 @@ def request(case: str, others: Mapping[str, Path] | None = None) -> Any:
 
     if others is not None and case in others:
         return LoRARequest(case, 100 + list(others).index(case), str(others[case]))
-    return None if case == "base" else LoRARequest(case, IDS[case], str(Case(case).path))
+    return None if case == "base" else LoRARequest(case, IDS[case], str(served_path(case)))
 
 
 def ask(

@@ -1,6 +1,16 @@
-"""The golden cases, and what the readers make of them."""
+"""The golden cases that are read as they are, and what the readers make of them."""
 
-from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK, TopP
+from molehill.kernels.policy import (
+    AdaMoLE,
+    Constant,
+    DynMoLE,
+    FlyLoRA,
+    Soft,
+    Sparsegen,
+    Threshold,
+    TopK,
+    TopP,
+)
 
 CASES = {
     "lora": ("lora", 28, Constant((1.0,))),
@@ -22,4 +32,11 @@ CASES = {
     "dynmole-renyi": ("dynmole", 8, DynMoLE(0.9, 2, 0.6, 2.0, "renyi")),
     "dynmole-k1": ("dynmole", 8, DynMoLE(0.95, 1, 0.85)),
     "mov": ("mov", 12, Soft()),
+    "adamole": ("adamole", 8, AdaMoLE(0.25)),
+    "mole-topk": ("mole", 8, TopK(2)),
+    "mole-threshold": ("mole", 12, Threshold(0.18)),
+    "ldmole": ("ldmole", 8, Sparsegen(8)),
+    "ldmole-soft": ("loramoe", 8, Soft()),
+    "goat-lora": ("goat", 8, TopK(2)),
+    "flylora": ("flylora", 8, FlyLoRA(3, experts=8)),
 }

@@ -24,7 +24,7 @@ def engine(**options: Any) -> Iterator[Any]:
         "max_model_len": 256,
         "block_size": 32,
         "enable_lora": True,
-        "max_loras": 20,
+        "max_loras": 30,
         "worker_cls": "molehill.engine.vllm.worker.Worker",
         "max_logprobs": -1,
         "logprobs_mode": "raw_logits",

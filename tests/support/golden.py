@@ -1,14 +1,18 @@
 """The golden cases: adapters as their trainers save them, and what the trainers' code computed."""
 
+import functools
 import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from molehill.api.cli import convert
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TINY_LLAMA = GOLDEN / "tiny-llama"
@@ -35,7 +39,37 @@ SERVED = (
     "dynmole-renyi",
     "dynmole-k1",
     "mov",
+    "adamole",
+    "mole-topk",
+    "mole-threshold",
+    "ldmole",
+    "ldmole-soft",
+    "goat",
+    "goat-lora",
+    "flylora",
 )
+# What is served of them by a copy: a part of the base weights is missing in the trainer's files.
+BY_BASE = ("goat",)
+# What figures may differ by where rounding is larger than in probabilities: LD-MoLE divides logits
+# by as little as 0.01, FlyLoRA has scores of up to 13 in their place.
+ROUNDED = {"ldmole": 1e-4, "flylora": 1e-4}
+
+# What the oracle has of a case and the method does not use: a softmax beside LD-MoLE's sparsegen.
+UNUSED = (("ldmole", "p"),)
+
+_copies = TemporaryDirectory(prefix="molehill-golden-")
+
+
+@functools.cache
+def served_path(case: str) -> Path:
+    """The directory that is loaded for a case: its trainer's, or the copy that
+    `molehill convert --base` makes."""
+    path = GOLDEN / "cases" / case
+    if case not in BY_BASE:
+        return path
+    copy = Path(_copies.name) / case
+    assert convert.main([str(path), str(copy), "--base", str(TINY_LLAMA)]) == 0
+    return copy
 
 
 @dataclass(frozen=True)
@@ -88,12 +122,13 @@ class Case:
 
     def routes(self) -> dict[str, dict[str, Tensor]]:
         """By site: p, w `[tokens, E]` and, where it has one, entropy, all for prompt 0. `mov` has p
-        alone, with an axis of heads on an output."""
+        alone, with an axis of heads on an output, and `ldmole` has w alone."""
         found: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
             if name.startswith("route.prompt0."):
                 site, _, figure = name.removeprefix("route.prompt0.").rpartition(".")
-                found.setdefault(site, {})[figure] = tensor
+                if (self.name, figure) not in UNUSED:
+                    found.setdefault(site, {})[figure] = tensor
         return found
 
 

@@ -38,13 +38,16 @@ def read_isolated(
     lora_b_layout: Layout | None = None,
     base: BaseModel | None = None,
     base_is_residual: bool = False,
+    task: int | None = None,
 ) -> Adapter:
     """What `formats.read` gives. Raises what it raises, MemoryError too; CorruptFileError if the
     process dies."""
     with tempfile.TemporaryDirectory(prefix="molehill-") as scratch:
         copy = Path(scratch) / "adapter"
         shapes = None if base is None else dataclasses.asdict(base)
-        how = json.dumps([dataclasses.asdict(limits), lora_b_layout, base_is_residual, shapes])
+        how = json.dumps(
+            [dataclasses.asdict(limits), lora_b_layout, base_is_residual, task, shapes]
+        )
         child = subprocess.run(
             [sys.executable, "-m", _MODULE, str(path.absolute()), str(copy)],
             input=how,
@@ -73,10 +76,10 @@ def main(arguments: Sequence[str]) -> int:
     """Reads arguments[0] and writes it to arguments[1] in the native format; 1 and the error as
     JSON on stdout if it cannot be read. How it is read comes by stdin: a base has many linears."""
     source, target = arguments
-    limits, lora_b_layout, base_is_residual, shapes = json.load(sys.stdin)
+    limits, lora_b_layout, base_is_residual, task, shapes = json.load(sys.stdin)
     base = None if shapes is None else _base(shapes)
     try:
-        adapter = read(Path(source), Limits(**limits), lora_b_layout, base, base_is_residual)
+        adapter = read(Path(source), Limits(**limits), lora_b_layout, base, base_is_residual, task)
         native.write(adapter, Path(target))
     except AdapterError as error:
         print(json.dumps([error.kind, error.where, error.found, error.expected]))

@@ -43,7 +43,7 @@ def read(files: AdapterFiles) -> Adapter:
     layout = Layout(kind, "lora_gating.weight", "lora_A.{e}.weight", "lora_B.{e}.weight", more)
     policy = _policy(config, kind)
     scaling = Scaling(config.number("lora_alpha", above=0), config.integer("lora_rank"))
-    weights = _without_copies(files.weights)
+    weights = without_copies(files.weights)
     notes = saved_modules.check(config, weights)
     expected = "lora_gating, lora_threshold, lora_A or lora_B of a layer's linear"
     stems = linears.find_stems(weights, _KEY, expected)
@@ -77,7 +77,7 @@ def _policy(config: Fields, kind: str) -> Callable[[int], Policy]:
     return lambda experts: Threshold(threshold)
 
 
-def _without_copies(weights: Weights) -> Weights:
+def without_copies(weights: Weights) -> Weights:
     """The tensors less the second name of each. Raises CorruptFileError if two are not the same."""
     own = dict(weights.tensors)
     for name in weights.tensors:

@@ -32,18 +32,21 @@ def changes_base(config: Fields) -> bool:
     return _name(config) not in _HARMLESS
 
 
-def with_given(config: Fields, given: bool) -> Fields:
-    """The config with what somebody says of the base as the adapter is loaded.
+def with_residual(config: Fields, changes: bool) -> Fields:
+    """The config, with what somebody says of the base as the adapter is loaded.
 
-    Raises UnsupportedError if the adapter was not trained beside another base.
+    changes: whether the adapter was trained beside another base; raises UnsupportedError if not.
     """
-    if not given:
-        return config
-    if not changes_base(config):
+    if not changes:
         initialisation = shortened(config.values.get(_INITIALISATION))
         expected = f"false, as {_INITIALISATION} ({initialisation}) leaves the base as it is"
         raise UnsupportedError(FIELD, True, expected)
     return Fields(config.where, {**config.values, FIELD: True})
+
+
+def warning(field: str, value: object) -> str:
+    """Of an adapter that is read for the base as it was in training."""
+    return f"{field} is {shortened(value)}: right only on the base as it was in training"
 
 
 def check(config: Fields) -> tuple[str, ...]:
@@ -51,9 +54,9 @@ def check(config: Fields) -> tuple[str, ...]:
     the one that it names, unless that one is served."""
     if not changes_base(config):
         return ()
-    said = shortened(config.values.get(_INITIALISATION))
     if config.flag(FIELD):
-        return (f"{_INITIALISATION} is {said}: right only on the base as it was in training",)
+        return (warning(_INITIALISATION, config.values.get(_INITIALISATION)),)
+    said = shortened(config.values.get(_INITIALISATION))
     raise UnsupportedError(
         f"{config.where}: {_INITIALISATION}",
         f"{said}, which changes the base weights",

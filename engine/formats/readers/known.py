@@ -101,6 +101,17 @@ _ADAMOLE = {
     "use_rslora",
 }
 
+# GOAT's, and two of molehill's own for what it saves nowhere.
+_GOAT = {
+    *_LORA,
+    "init_cof",
+    "init_type",
+    "molehill_eta",
+    "molehill_scaling",
+    "num_experts",
+    "top_k",
+}
+
 # MoE-PEFT's and DynMoLE's; losses, noise and initial values are for training only.
 _MOE_PEFT = {
     *_COMMON,
@@ -154,6 +165,9 @@ FIELDS: dict[str, Collection[str]] = {
     "loramoe-official": _LDMOLE,
     "hydralora": _FORK,
     "ldmole": {*_LDMOLE, "ReLUMoE_cfg", "selected_topk", "use_abs"},
+    "flylora": {*_LORA, "bias_u", "top_k"},
+    "goat": _GOAT,
+    "moelora": {*_LORA, "expert_num", "task_embedding_dim", "task_num"},
     "mole": {*_ADAMOLE, "threshold", "top_k"},
     "adamole": {*_ADAMOLE, "max_threshold"},
     "mixlora": {*_MIXLORA, "top_k"},

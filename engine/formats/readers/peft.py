@@ -78,6 +78,8 @@ FORKS_UNSERVED = {**UNSERVED, "fan_in_fan_out": "transposed weights"}
 _FORKS = {
     "lora_nums": "a mixture (LoRAMoE, HydraLoRA or LD-MoLE) without its tensors",
     "sparsegen": "LD-MoLE's router",
+    "bias_u": "FlyLoRA, which has a router",
+    "top_k": "a router (FlyLoRA or MoLA) without its tensors",
 }
 
 

@@ -11,7 +11,7 @@ from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.io.shards import INDEX
-from molehill.engine.formats.readers import keys
+from molehill.engine.formats.readers import changed_base, keys
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class AdapterFiles:
     """An adapter as a reader gets it. config: its config file, with `peft_type` where the format
     has one. read_member: reads an adapter in a directory below, which has tensors of its own.
     base: the shapes of the base model that it is read for, for formats whose files leave out
-    widths; None where nobody named one."""
+    widths; None where nobody named one. task: of adapters whose gate weights go by task."""
 
     directory: Path
     names: FileNames
@@ -39,6 +39,7 @@ class AdapterFiles:
     limits: Limits
     read_member: Callable[[Path], Adapter]
     base: BaseModel | None = None
+    task: int | None = None
 
     @cached_property
     def weights(self) -> Weights:
@@ -71,6 +72,8 @@ class Reader:
     `peft_type` in common; the first that says so reads it. read: parses, and raises an
     AdapterError that names the file and the tensor or field.
     no_layout: why a `lora_b_layout` means nothing to it; None if it reads LoRA on fused experts.
+    by_task: whether it takes a task. changes_base: whether a config of its own says that training
+    took something out of the base weights.
     """
 
     files: FileNames
@@ -78,3 +81,5 @@ class Reader:
     peft_types: tuple[str, ...] = ()
     recognises: Callable[[Fields, Weights], bool] = _always
     no_layout: str | None = "{peft_type} has no LoRA on fused experts"
+    by_task: bool = False
+    changes_base: Callable[[Fields], bool] = changed_base.changes_base

@@ -326,6 +326,44 @@ class Sparsegen : public Policy {
   const std::vector<float> parameters_;  // hidden biases, output weights, output bias
 };
 
+// Scores, logit + bias, have the place of probabilities: what the k greatest get is 1.
+class FlyLora : public Policy {
+ public:
+  FlyLora(PolicyFields& fields, int experts)
+      : Policy(experts),
+        k_(fields.count("k")),
+        biases_(fields.numbers("parameters", fields.count("experts"))) {
+    if (int(biases_.size()) != experts)
+      throw std::invalid_argument("molehill_cpu: FlyLoRA: biases of " +
+                                  std::to_string(biases_.size()) + " experts, expected " +
+                                  std::to_string(experts));
+  }
+
+  void probabilities(const Kernels&, float* logits, int rows, float*) const override {
+    for (int i = 0; i < rows * experts_; ++i) logits[i] += biases_[i % experts_];
+  }
+
+  void entropy_terms(const Kernels& kernels, const float* scores, int rows,
+                     float* terms) const override {
+    const size_t count = size_t(rows) * experts_;
+    std::copy_n(scores, count, terms);
+    softmax(kernels, terms, rows, experts_);
+    kernels.entropies(terms, terms, count);
+  }
+
+ protected:
+  bool weigh(const Kernels& kernels, const Row& row, float* weights) const override {
+    uint16_t order[kMaxRouterRows];
+    kernels.rank(row.probabilities, experts_, order);
+    for (int i = 0; i < experts_; ++i) weights[order[i]] = i < k_ ? 1 : 0;
+    return false;
+  }
+
+ private:
+  const int k_;
+  const std::vector<float> biases_;
+};
+
 template <class Own>
 std::unique_ptr<const Policy> make(PolicyFields& fields, int experts) {
   return std::make_unique<const Own>(fields, experts);
@@ -337,6 +375,7 @@ const std::map<std::string, Maker> kMakers = {
     {"Constant", make<Constant>}, {"Soft", make<Soft>},           {"TopK", make<TopK>},
     {"TopP", make<TopP>},         {"DynMoLE", make<DynMole>},     {"Threshold", make<Threshold>},
     {"Arrow", make<Arrow>},       {"AdaMoLE", make<AdaMole>},     {"Sparsegen", make<Sparsegen>},
+    {"FlyLoRA", make<FlyLora>},
 };
 
 }  // namespace

@@ -24,7 +24,7 @@ from molehill.kernels.interface import (
     SlotWeights,
 )
 from molehill.kernels.moe_blocks import MoeBlocks
-from molehill.kernels.policy import AdaMoLE, Constant, Soft, TopK
+from molehill.kernels.policy import AdaMoLE, Constant, FlyLoRA, Soft, TopK
 from molehill.kernels.pytorch.backend import TorchBackend
 from molehill.kernels.triton.backend import TritonBackend
 
@@ -117,6 +117,9 @@ LINEARS: dict[str, LinearPiece] = {
     ),
     f"{Q}: constant weights: found 3, expected 2": linear(
         router=None, policy=Constant((1.0, 1.0, 1.0))
+    ),
+    f"{Q}: experts of the policy: found 3, expected 2": linear(
+        policy=FlyLoRA(1, experts=3), parameters=random(3)
     ),
     f"{Q}: router: found (2, 16), expected (3, 16)": linear(policy=LEARNED, parameters=random(1)),
     f"{Q}: parameters: found None, expected (1,)": linear(policy=LEARNED, router=router(3, D)),

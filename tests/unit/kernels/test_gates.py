@@ -20,7 +20,7 @@ from molehill.kernels.interface import (
     SlotWeights,
 )
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
-from molehill.kernels.policy import AdaMoLE, Arrow, Soft, Sparsegen, Threshold
+from molehill.kernels.policy import AdaMoLE, Arrow, FlyLoRA, Soft, Sparsegen, Threshold
 from molehill.kernels.pytorch.backend import TorchBackend
 from molehill.kernels.reference import decide, ffn_mixture, linear_mixture
 from molehill.kernels.triton.backend import TritonBackend
@@ -34,6 +34,8 @@ POLICIES = {
     "adamole": AdaMoLE(0.2),
     "high_adamole": AdaMoLE(0.9),
     "sparsegen": Sparsegen(11),
+    "flylora": FlyLoRA(2, experts=5),
+    "flylora_with_all": FlyLoRA(9, experts=5),
 }
 
 
@@ -201,6 +203,39 @@ def test_every_instruction_set_and_thread_count(isa, threads):
             backend.begin_step([Run(0, 0, rows)])
             backend.linear(y, x, handle)
             assert_near(y, torch.cat([delta(x, own) for own in pieces], dim=1), torch.float32)
+
+
+def flylora(rank: int, k: int) -> LinearPiece:
+    """As it is read: experts of rank 1, and their A for a router."""
+    pair = experts(INPUTS, OUT, (1,) * rank)
+    biases = random(rank, seed=3, scale=0.1)
+    return LinearPiece("q", 0, pair, FlyLoRA(k, rank), pair.a, parameters=biases)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_flyloras_ranks_are_experts_of_every_backend(make, dtype):
+    """In bfloat16 the router stays float32: the same experts are chosen."""
+    rank = 16 if isinstance(make(), TritonBackend) else 64
+    own = flylora(rank, rank // 4)
+    backend, handle = one_linear(make, [own], dtype)
+    x, y = random(ROWS, INPUTS, seed=7).to(dtype), torch.zeros(ROWS, OUT, dtype=dtype)
+    backend.begin_step([Run(0, 0, ROWS)])
+    backend.linear(y, x, handle)
+    assert_near(y, delta(x.float(), own, dtype), dtype)
+    assert sum(backend.counters(0).sites["q"].expert_tokens) == ROWS * (rank // 4)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [(17, "found 17 experts, expected at most 16"), (49, "at most 48 experts with biases")],
+)
+def test_more_ranks_than_triton_has_room_for_are_refused_with_the_limit(interpreted, rank, message):
+    capacity = CAPACITY if rank == 17 else replace(CAPACITY, experts=64)
+    backend = TritonBackend(DEVICE, capacity)
+    handle = backend.register_linear(LinearShape("linear", INPUTS, OUT))
+    with pytest.raises(CapacityError, match=message):
+        backend.store(0, SlotWeights({handle: [flylora(rank, 2)]}, {}))
+    assert backend.resident_bytes(0) == 0
 
 
 def test_a_large_mlp_is_served_and_one_beyond_the_kernels_is_refused():

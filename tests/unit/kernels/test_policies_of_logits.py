@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from molehill.kernels.policy import AdaMoLE, Arrow, Soft, Sparsegen, Threshold, TopK
+from molehill.kernels.policy import AdaMoLE, Arrow, FlyLoRA, Soft, Sparsegen, Threshold, TopK
 
 
 def decided(policy, logits, parameters=None):
@@ -141,7 +141,25 @@ def test_arrow_is_a_softmax_over_the_best_scores(logits, k, temperature):
     assert decided(Arrow(k, temperature), logits)[1] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("policy", [AdaMoLE(0.3), Sparsegen(3)], ids=repr)
+def test_flylora_keeps_the_greatest_scores_whatever_their_sign():
+    scores, w = decided(FlyLoRA(2, experts=4), [-3.0, 2.0, -1.0, -8.0], [0.0, -6.0, 0.25, 0.0])
+    assert scores == [-3.0, -4.0, -0.75, -8.0]
+    assert w == [1, 0, 1, 0]
+
+
+def test_flylora_tells_scores_apart_that_softmax_cannot():
+    """Far below the greatest all probabilities are 0."""
+    w = decided(FlyLoRA(2, experts=3), [300.0, -2.0, -1.0], [0.0, 0.0, 0.0])[1]
+    assert w == [1, 0, 1]
+
+
+def test_flyloras_entropy_is_that_of_the_scores_softmax():
+    policy, logits = FlyLoRA(1, experts=2), torch.tensor([[1.0, 3.0]])
+    entropy = policy.decide(logits, torch.tensor([2.0, 0.0]))[1].entropy
+    assert entropy.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("policy", [AdaMoLE(0.3), Sparsegen(3), FlyLoRA(2, experts=4)], ids=repr)
 def test_parameters_of_several_routers_broadcast(policy):
     logits = torch.randn(5, 2, 4 + policy.extra_rows)
     parameters = torch.randn(2, policy.num_parameters)

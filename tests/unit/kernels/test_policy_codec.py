@@ -18,6 +18,7 @@ from molehill.kernels.policy import (
     AdaMoLE,
     Constant,
     DynMoLE,
+    FlyLoRA,
     JsonFields,
     Policy,
     Routing,
@@ -28,6 +29,7 @@ from molehill.kernels.triton.backend import TritonBackend
 
 INPUTS, OUT, RANKS = 8, 12, (2, 1, 2)
 TOP_K = {"k": [2.0], "normalize": [1.0]}
+FLYLORA = {"k": [1.0], "experts": [3.0], "parameters": [0.0] * 3}
 DYNMOLE = encode(DynMoLE(), None)[1]
 
 
@@ -56,6 +58,11 @@ class OnlyInPython(Policy):
         (Soft(), None, {}),
         (TopK(2), None, TOP_K),
         (AdaMoLE(0.5), torch.tensor([0.25]), {"max_threshold": [0.5], "parameters": [0.25]}),
+        (
+            FlyLoRA(1, experts=2),
+            torch.tensor([0.5, -1.0]),
+            {"k": [1.0], "experts": [2.0], "parameters": [0.5, -1.0]},
+        ),
     ],
     ids=str,
 )
@@ -83,6 +90,8 @@ def test_the_library_has_a_class_for_every_policy():
         ("TopK", {**TOP_K, "k": []}, "TopK: k has 0 numbers, expected 1"),
         ("TopK", {**TOP_K, "k": [1.0, 2.0]}, "TopK: k has 2 numbers, expected 1"),
         ("AdaMoLE", {"max_threshold": [0.5]}, "AdaMoLE: no field parameters"),
+        ("FlyLoRA", {**FLYLORA, "parameters": [0.0]}, "parameters has 1 numbers, expected 3"),
+        ("FlyLoRA", {**FLYLORA, "experts": [2.0], "parameters": [0.0] * 2}, "biases of 2 experts"),
         ("DynMoLE", {**DYNMOLE, "entropy_type=shannon": []}, "unknown field entropy_type=shannon"),
         ("Sharp", {}, "unknown policy Sharp"),
         ("Constant", {"weights": [0.5] * 3}, "Constant beside a router"),

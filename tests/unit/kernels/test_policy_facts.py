@@ -13,6 +13,7 @@ from molehill.kernels.policy import (
     Arrow,
     Constant,
     DynMoLE,
+    FlyLoRA,
     Policy,
     Soft,
     Sparsegen,
@@ -44,6 +45,7 @@ JSON = {
     Arrow(3, 0.5): '{"policy": "Arrow", "k": 3, "temperature": 0.5}',
     AdaMoLE(0.9): '{"policy": "AdaMoLE", "max_threshold": 0.9}',
     Sparsegen(4): '{"policy": "Sparsegen", "hidden": 4}',
+    FlyLoRA(2, experts=4): '{"policy": "FlyLoRA", "k": 2, "experts": 4}',
 }
 ROUTED = [policy for policy in JSON if policy.constant_weights is None]
 
@@ -82,9 +84,14 @@ def test_no_token_has_more_experts_than_is_said(policy):
     assert (decided(policy) != 0).sum(-1).max() <= policy.most_experts(EXPERTS) <= EXPERTS
 
 
-@pytest.mark.parametrize("policy", [TopK(2), Arrow(2)], ids=str)
+@pytest.mark.parametrize("policy", [TopK(2), Arrow(2), FlyLoRA(2, experts=4)], ids=str)
 def test_the_most_experts_are_k(policy):
     assert (policy.most_experts(4), policy.most_experts(1)) == (2, 1)
+
+
+def test_two_policies_know_how_many_experts_they_are_for():
+    known = {policy: policy.only_experts for policy in JSON if policy.only_experts is not None}
+    assert known == {Constant((0.5, 1.0)): 2, FlyLoRA(2, experts=4): 4}
 
 
 def test_constant_weights_are_those_of_every_token():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.golden import served_path
 
 from molehill.api.cli import convert, main
 from molehill.engine import formats
@@ -196,10 +197,11 @@ def test_the_documents_example_is_what_is_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["mixlora-expert-lora", "dora", "dynmole-k1", "mola-official", "mov"]
+    "case",
+    ["mixlora-expert-lora", "dora", "dynmole-k1", "mola-official", "mov", "flylora", "goat"],
 )
-def test_the_digest_is_what_the_document_says(golden, tmp_path, case):
-    native.write(formats.read(golden / "cases" / case), tmp_path / "a")
+def test_the_digest_is_what_the_document_says(tmp_path, case):
+    native.write(formats.read(served_path(case)), tmp_path / "a")
     document = json.loads((tmp_path / "a" / native.CONFIG).read_text())
     tensors = load_file(tmp_path / "a" / native.WEIGHTS)
     described = {name: document[name] for name in ("kind", "sites")}
@@ -213,7 +215,10 @@ def test_the_digest_is_what_the_document_says(golden, tmp_path, case):
 def documented_order(name):
     """(layer, site, [projection,] part) of a Llama's tensor."""
     _, layer, *site, part = name.split(".")
-    place = ("router", "magnitude", "a", "b", "vectors").index(part)
+    if site[-1] == "shared":
+        part = f"{site.pop()}.{part}"
+    parts = ("router", "parameters", "magnitude", "a", "b", "shared.a", "shared.b", "vectors")
+    place = parts.index(part)
     ffn = site[0] == "mlp" and len(site) == 2
     if site[0] == "mlp" and (ffn or part == "router"):
         return int(layer), "mlp", site[1] if ffn else "", place

@@ -21,7 +21,7 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import check, problems, validate
 from molehill.engine.hf.shapes import base_model
 from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, ScaleMixture
-from molehill.kernels.policy import AdaMoLE, Constant, Soft, Sparsegen, TopK
+from molehill.kernels.policy import AdaMoLE, Constant, FlyLoRA, Soft, Sparsegen, TopK
 
 CASES = ["lora", "dora", "mixlora-expert-lora", "mixlora-switch", "mola", "loramoe", "dynmole-k1"]
 PLAIN = Constant((1.0,))
@@ -81,6 +81,7 @@ def test_a_base_model_comes_from_a_config_alone(golden, tiny):
         (AdaMoLE(0.2), 2, 1, "router", "[2, 64]"),
         (AdaMoLE(0.2), None, 1, "router", "no tensor"),
         (Sparsegen(4), 6, 4, "parameters", "[4]"),
+        (FlyLoRA(1, experts=3), 2, 3, "routing", "FlyLoRA for 3 experts"),
         (Soft(), 2, 1, "parameters", "[1]"),
         (Soft(), None, None, "router", "no tensor"),
         (TopK(1), None, None, "router", "no tensor"),

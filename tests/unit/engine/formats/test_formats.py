@@ -30,7 +30,8 @@ def test_kind_sites_and_policy(golden, case):
     policies = {mixture.policy for mixture in adapter.sites.values()}
     assert policies | {Constant((1.0,))} == {policy, Constant((1.0,))}
     assert policy in policies
-    assert len(adapter.warnings) == (case == "mola-official")
+    # Neither saves all that decides its answers.
+    assert len(adapter.warnings) == (case in ("mola-official", "goat-lora"))
 
 
 @pytest.mark.parametrize("case", CASES)

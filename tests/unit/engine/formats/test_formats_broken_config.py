@@ -117,6 +117,18 @@ def test_formats_that_are_not_read_yet_are_named(golden, case, found):
     assert found in refusal(UnsupportedError, golden / "cases" / case).found
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("LILY", "whose router averages over all tokens of a batch: an answer would depend on who"),
+        ("POLY", "whose mixture goes by a task that no request names"),
+    ],
+)
+def test_mixtures_that_no_server_can_mix_are_refused_with_the_reason(edited, kind, why):
+    error = refusal(UnsupportedError, edited("lora", {"peft_type": kind}))
+    assert error.found.startswith(f"{kind}, {why}")
+
+
 def test_meteoras_gates_are_not_understood(edited):
     name = "base_model.model.model.layers.0.mlp.up_proj.moe_gate.weight"
     assert (

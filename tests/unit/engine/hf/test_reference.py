@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.golden import SERVED
+from support.golden import ROUNDED, SERVED, Case, served_path
 from support.logits import logits_of
 from transformers import AutoModelForCausalLM
 
@@ -37,7 +37,7 @@ def test_logits_and_greedy_tokens_are_the_oracles(golden, model, case):
     directory = golden / "cases" / case
     prompts = json.loads((directory / "oracle.json").read_text())["prompts"]
     oracle = load_file(directory / "oracle.safetensors")
-    attached = nullcontext() if case == "base" else attach(model, formats.read(directory))
+    attached = nullcontext() if case == "base" else attach(model, formats.read(served_path(case)))
     with attached:
         for i, prompt in enumerate(prompts):
             logits = logits_of(model, prompt["prompt_token_ids"])
@@ -51,19 +51,18 @@ def test_logits_and_greedy_tokens_are_the_oracles(golden, model, case):
 @pytest.mark.parametrize("case", [case for case in SERVED if case not in UNROUTED])
 def test_routing_is_the_oracles(golden, model, case):
     directory = golden / "cases" / case
-    oracle = load_file(directory / "oracle.safetensors")
     prompt = json.loads((directory / "oracle.json").read_text())["prompts"][0]
     trace = {}
-    with attach(model, formats.read(directory), trace):
+    with attach(model, formats.read(served_path(case)), trace):
         logits_of(model, prompt["prompt_token_ids"])
-    routes = [name.removeprefix("route.prompt0.") for name in oracle if name.startswith("route.")]
+    routes = Case(case).routes()
     assert routes
-    for route in routes:
-        site, _, what = route.rpartition(".")
+    for site, route in routes.items():
         (entry,) = trace[site]
-        found = {"p": entry.probabilities, "w": entry.weights, "entropy": entry.entropy}[what]
-        expected = oracle[f"route.prompt0.{route}"]
-        torch.testing.assert_close(found, expected, rtol=0, atol=ROUTING)
+        found = {"p": entry.probabilities, "w": entry.weights, "entropy": entry.entropy}
+        for figure, expected in route.items():
+            close = ROUNDED.get(case, ROUTING)
+            torch.testing.assert_close(found[figure], expected, rtol=0, atol=close)
 
 
 def test_detaching_restores_the_model(golden, model):
