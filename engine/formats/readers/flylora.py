@@ -27,7 +27,7 @@ _SPARSE = "sparse"
 _FIELDS = ("bias_u", "top_k")
 
 _UNSERVED = {
-    **peft.UNSERVED,
+    **peft.FORKS_UNSERVED,
     "use_dora": "DoRA",
     "rank_pattern": "ranks by pattern",
     "alpha_pattern": "scalings by pattern",

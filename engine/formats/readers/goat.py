@@ -54,7 +54,7 @@ _PLAIN, _OTHERS = ("lora", "mole"), ("goat", "pissa", "milora", "svd", "hydralor
 _RHO = 10.0
 
 _UNSERVED = {
-    **peft.UNSERVED,
+    **peft.FORKS_UNSERVED,
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA's scaling, which init_type sets",
     "rank_pattern": "ranks by pattern",

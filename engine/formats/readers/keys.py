@@ -25,9 +25,9 @@ class Rule:
 
 ADAPTER_NAME = Rule(
     "the adapter's name",
-    # A number is an expert's.
+    # A number is an expert's, and GateL a part of MOELoRA's gate.
     re.compile(
-        r"(\.lora_\w+)\.(?P<adapter>(?!(?:\d+|weight|bias)\b)[\w-]+)(?=\.(?:weight|bias)$|$)"
+        r"(\.lora_\w+)\.(?P<adapter>(?!(?:\d+|weight|bias|GateL)\b)[\w-]+)(?=\.(?:weight|bias)$|$)"
     ),
     r"\1",
 )

@@ -59,7 +59,7 @@ def read(files: AdapterFiles) -> Adapter:
             "request names",
             "a copy for one task: molehill convert SRC DST --task N",
         )
-    config.refuse(peft.UNSERVED)
+    config.refuse(peft.FORKS_UNSERVED)
     peft.check_initialisation(config)
     whole = _without_copies(files.weights)
     tensors = {name: t for name, t in whole.tensors.items() if name not in (_TASKS, _GATE)}

@@ -75,7 +75,7 @@ def test_config_fields_of_the_wrong_type_or_range(edited, case, field, value):
 
 
 UNSUPPORTED = [
-    ("lora", "peft_type", "IA3", "LORA, MIXLORA, MOLA, LORAMOE, DYNMOLE"),
+    ("lora", "peft_type", "OFT", "LORA, MIXLORA, MOLA, LORAMOE, DYNMOLE"),
     ("lora", "peft_type", "lora", "LORA"),
     ("lora", "enable_lora", [True, False], "absent"),
     ("lora", "layer_replication", [[0, 4], [2, 4]], "absent"),
