@@ -118,30 +118,47 @@ class TritonBackend(CheckedBackend):
         self._steps[: len(steps)].copy_(steps, non_blocking=True)
 
     def linear(self, out: Tensor, x: Tensor, handle: int) -> None:
+        """Both halves in sequence."""
+        self.begin_linear(x, handle)
+        self.finish_linear(out, x, handle)
+
+    def begin_linear(self, x: Tensor, handle: int) -> None:
+        """The half of `linear` that needs only its input `[T, in]`: may run beside the base's GEMM.
+
+        Writes scratch, which `finish_linear` reads: nothing of another linear may run between.
+        """
         if not self._runs or not len(x):
             return
         x = x if x.stride(-1) == 1 else x.contiguous()
         tokens, shape = len(x), self._linears[handle]
         slots, config = self.table, launch_config_for(tokens, self.capacity)
-        heads = slots.heads[:, handle]
-        scratch = self._scratch_of(handle, tokens)
         mixed = None
         if handle in self._ffn_of_down:
             width = self._ffns[self._ffn_of_down[handle]].intermediate
             mixed = self._strips.of(tokens, width)
-        floats, ints = slots.arena.view(torch.float32), slots.arena.view(torch.int32)
-        weights = slots.arena.view(shape.dtype)
-        shrink(x, self._steps, heads, (weights, floats), scratch, config, mixed)
+        arena = (slots.arena.view(shape.dtype), slots.arena.view(torch.float32))
+        heads, scratch = slots.heads[:, handle], self._scratch_of(handle, tokens)
+        shrink(x, self._steps, heads, arena, scratch, config, mixed)
+
+    def finish_linear(self, out: Tensor, x: Tensor, handle: int) -> None:
+        """The half of `linear` that changes `out [T, out]`, once the base's output is in it."""
+        if not self._runs or not len(x):
+            return
+        tokens, shape = len(x), self._linears[handle]
+        slots, config = self.table, launch_config_for(tokens, self.capacity)
+        scratch = self._scratch_of(handle, tokens)
         if shape.reduce is not None:
             scratch = replace(scratch, logits=shape.reduce(scratch.logits))
         records = (
-            heads,
+            slots.heads[:, handle],
             slots.pieces[:, handle],
             slots.parameters[:, handle],
             slots.counters[:, handle],
         )
+        arena = slots.arena
+        views = (arena.view(shape.dtype), arena.view(torch.float32), arena.view(torch.int32))
         trace = self._trace_buffer(tokens)
-        expand(out, self._steps, records, (weights, floats, ints), scratch, config, trace)
+        expand(out, self._steps, records, views, scratch, config, trace)
         self._record(trace, handle, is_ffn=False)
 
     def ffn(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
