@@ -65,8 +65,7 @@ class LoRAManager:
             self._adapters.pacer.step_begins()
             runs = self._runs(mapping.index_mapping)
             self._adapters.stats.mark_active(run.slot for run in runs)
-            self._adapters.backend.begin_step(runs)
-            self._adapters.moes.begin_step(runs)
+            self._adapters.model.begin_step(runs)
 
     def _runs(self, ids: Sequence[int]) -> list[Run]:
         """ids: of the adapter of each row."""

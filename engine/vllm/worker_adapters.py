@@ -66,15 +66,14 @@ class WorkerAdapters:
         tp = get_tp_group()
         self._ranks = RankAgreement(tp.world_size, tp.cpu_group)
         self.moes = MoeBlocks()
-        patched = PatchedModel(config, device, model, self.backend, self.moes)
-        self._base = patched.base
+        self.model = PatchedModel(config, device, model, self.backend, self.moes)
         self.slots = SlotTable(self.backend, self.moes, settings.memory, self._ranks)
         self.stats = AdapterStats(self.slots.counters, self.slots.resident_bytes)
         self.pacer = StepPacer()
         self._loader = AdapterLoader(
             settings,
             self.backend,
-            patched,
+            self.model,
             config.model_config.dtype,
             self.pacer,
             lambda: self.slots.free_bytes,
@@ -151,7 +150,7 @@ class WorkerAdapters:
 
     def describe(self, request: Empty) -> BaseModel:
         """The base model's shapes."""
-        return self._base
+        return self.model.base
 
     def prepare(self, request: AdapterRequest) -> PrepareReply:
         """Starts to read a copy of the store in a thread, unless it is in host memory."""

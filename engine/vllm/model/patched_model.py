@@ -1,5 +1,6 @@
 """Where adapters act in a loaded vLLM model: finds and hooks the places, cuts adapters to fit."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from molehill.engine.adapter import expert_pairs
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.vllm.model import discovery, moe_blocks, sharding
-from molehill.engine.vllm.model.hooks import hook_experts, hook_ffn, hook_linear
+from molehill.engine.vllm.model.base_linears import BaseLinears, SideStream
+from molehill.engine.vllm.model.hooks import (
+    hook_experts,
+    hook_ffn,
+    hook_linear,
+    quantises_inputs,
+    replace_linear,
+)
 from molehill.kernels.interface import (
     Backend,
     FfnPiece,
@@ -21,8 +29,10 @@ from molehill.kernels.interface import (
     LinearShape,
     MoePiece,
     MoeShape,
+    Run,
     ScalePiece,
     SlotWeights,
+    SplitBackend,
 )
 from molehill.kernels.mixture import FfnMixture, LinearMixture, ScaleMixture
 from molehill.kernels.moe_blocks import MoeBlocks
@@ -62,6 +72,9 @@ class PatchedModel:
         self._handles: dict[str, int] = {}
         self._ffn_handles: dict[str, int] = {}
         self._dtype = config.model_config.dtype
+        self._base_linears: BaseLinears | None = None
+        if isinstance(backend, SplitBackend) and not config.model_config.enforce_eager:
+            self._base_linears = BaseLinears(backend, SideStream(device))
         self._install(self._dtype, device)
         self._install_experts(config, model, device)
         self.base = self._describe_base(config)
@@ -73,8 +86,13 @@ class PatchedModel:
             shape = LinearShape(
                 linear.name, linear.in_features, linear.out_features, dtype, device, reduce
             )
-            handles[linear.name] = self._backend.register_linear(shape)
-            hook_linear(linear.module, handles[linear.name], self._backend.linear_op)
+            handles[linear.name] = handle = self._backend.register_linear(shape)
+            base_linears = self._base_linears
+            if base_linears is None or quantises_inputs(linear.module):
+                hook_linear(linear.module, handle, self._backend.linear_op)
+            else:
+                base_linears.add(handle, linear.module)
+                replace_linear(linear.module, handle, base_linears.op, linear.out_features)
         for ffn in self._ffns:
             width = self._by_name[ffn.down].in_features
             handle = self._backend.register_ffn(
@@ -136,6 +154,13 @@ class PatchedModel:
             moes={site: sizes for stage in everyone for site, sizes in stage[2].items()},
             refused={site: why for stage in everyone for site, why in stage[3].items()},
         )
+
+    def begin_step(self, runs: Sequence[Run]) -> None:
+        """Announces the next forward; rows in no run belong to the base. Never raises."""
+        self._backend.begin_step(runs)
+        self._moes.begin_step(runs)
+        if self._base_linears is not None:
+            self._base_linears.begin_step(runs)
 
     def has_counted(self, site: str) -> bool:
         """Whether a site is on this pipeline stage, and its tokens are counted."""
