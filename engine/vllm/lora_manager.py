@@ -89,7 +89,8 @@ class LoRAManager:
         return UNSERVED if slot is None and lora_id > BASE else slot
 
     # Profiling and graph capture. A dummy adapter's rows are unserved ones, for which a GPU backend
-    # launches what it launches for any adapter.
+    # launches what it launches for any adapter. vLLM captures each size once more without dummies:
+    # in that graph is nothing of molehill's, and steps without adapters replay it.
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:

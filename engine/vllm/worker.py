@@ -45,6 +45,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         if current_platform.is_cpu():
             model = self.vllm_config.model_config
             precision.check(model.hf_config, str(model.dtype).removeprefix("torch."))
+        else:
+            compilation.warn_of_one_graph(self.vllm_config)
         self.model_runner.load_lora_model = self._load_lora_model
 
     def load_model(self, **kwargs: Any) -> None:
