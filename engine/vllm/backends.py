@@ -58,5 +58,7 @@ def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tup
     )
     # With an adapter in the base weights, the base's rows take a slot as well.
     adapters = lora.max_loras + (settings.merged_base is not None)
-    capacity = Capacity(adapters=adapters, tokens=tokens, memory=settings.memory)
+    # What waits for its turn in a step has a slot too.
+    slots = max(Capacity.slots, 4 * adapters)
+    capacity = Capacity(adapters=adapters, tokens=tokens, slots=slots, memory=settings.memory)
     return TritonBackend(device, capacity), "Triton kernels"
