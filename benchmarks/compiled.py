@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from molehill.kernels.triton.expand import expand_kernel
 from molehill.kernels.triton.ffn import ffn_kernel
+from molehill.kernels.triton.gate import gate_kernel
 from molehill.kernels.triton.launch_config import MAX_REGISTERS, Capacity, launch_config_for
 from molehill.kernels.triton.shrink import shrink_kernel
 
@@ -45,14 +46,16 @@ class Specialisation:
         tokens = STEPS[self.step]
         config = launch_config_for(tokens, self.capacity)
         precise = self.dtype == "fp32"
-        shared = {
+        shared: dict[str, Any] = {
             "MAX_RANK": config.max_rank,
-            "MAX_GATES": config.max_gates,
-            "SPLITS": config.splits(tokens, self.features),
             "LIST": config.tile_list,
             "TILE": config.tile,
-            "PRECISION": "ieee" if precise else "tf32",
         }
+        if self.kernel is not expand_kernel and self.kernel is not ffn_kernel:
+            shared["SPLITS"] = config.splits(tokens, self.features)
+        if self.kernel is not gate_kernel:
+            shared["PRECISION"] = "ieee" if precise else "tf32"
+        shared["MAX_GATES"] = config.max_gates
         if self.kernel is shrink_kernel:
             return shared | {
                 "BLOCK_IN": config.inputs // (2 if precise else 1),
@@ -62,25 +65,40 @@ class Specialisation:
                 "GATE_PROGRAMS": config.gate_programs,
                 "ROUTER_PRECISION": "ieee" if precise else "tf32x3",
             }
-        own = {"MAX_EXPERTS": config.max_experts, "TRACE": False}
+        if self.kernel is gate_kernel:
+            return shared | {
+                "MAX_EXPERTS": config.max_experts,
+                "MAX_PIECES": config.max_pieces,
+                "COUNTERS": config.counters,
+                "BLOCK_RANK": config.route_rank,
+                "MIXED": False,
+                "TRACE": False,
+            }
         if self.kernel is expand_kernel:
-            return shared | own | {"BLOCK_RANK": config.expand_rank, "BLOCK_OUT": config.columns}
-        return shared | own | {"BLOCK_RANK": 16, "BLOCK": config.columns // (2 if precise else 1)}
+            return shared | {
+                "MAX_PIECES": config.max_pieces,
+                "BLOCK_RANK": config.expand_rank,
+                "BLOCK_OUT": config.columns,
+            }
+        own = {"MAX_EXPERTS": config.max_experts, "BLOCK_RANK": 16}
+        return shared | own | {"BLOCK": config.columns // (2 if precise else 1)}
 
     @property
     def options(self) -> dict[str, int]:
+        if self.kernel is gate_kernel:
+            return {"num_warps": 4, "num_stages": 1, "maxnreg": MAX_REGISTERS}
         warps = launch_config_for(STEPS[self.step], self.capacity).warps
         stages = 3 if self.kernel is shrink_kernel else 2
         return {"num_warps": warps, "num_stages": stages, "maxnreg": MAX_REGISTERS}
 
 
 # Pointers by argument name; every other argument is a 32-bit integer.
-SERVING = {"x", "out", "h", "gate_up", "weights"}
+SERVING = {"x", "out", "h", "gate_up", "weights", "gated"}
 POINTERS = {
     **dict.fromkeys(("heads", "pieces", "records", "counters"), "*i64"),
     **dict.fromkeys(("steps", "owners", "ints"), "*i32"),
     **dict.fromkeys(
-        ("routers", "mixed", "rows", "logits", "floats", "parameters", "strips", "trace"), "*fp32"
+        ("routers", "rows", "logits", "gates", "floats", "parameters", "strips", "trace"), "*fp32"
     ),
 }
 # Integers that are no multiple of 16.
@@ -98,7 +116,7 @@ class Compiled:
 
 
 def specialisations(capacity: Capacity, features: int = 4096) -> Iterator[Specialisation]:
-    for kernel in (shrink_kernel, expand_kernel, ffn_kernel):
+    for kernel in (shrink_kernel, gate_kernel, expand_kernel, ffn_kernel):
         for step in STEPS:
             for dtype in ("bf16", "fp16", "fp32"):
                 yield Specialisation(kernel, dtype, step, features, capacity)

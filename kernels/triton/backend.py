@@ -1,6 +1,7 @@
 """The Triton backend: mixtures on CUDA GPUs, safe to capture in CUDA graphs.
 
-Two launches per fused linear and one more per FFN. What is launched, and with which grid, depends
+Three launches per fused linear, of which two need only its input and may run beside the base's
+GEMM, and one more per FFN. What is launched, and with which grid, depends
 on the number of tokens and on whether the step has any adapter at all (the key by which vLLM picks
 a graph too); everything else is read from device memory. Tracing reads back, so it is for eager
 runs only.
@@ -20,6 +21,7 @@ from molehill.kernels.interface import FfnShape, LinearShape, Packed, Run, SlotW
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.expand import expand
 from molehill.kernels.triton.ffn import ffn as launch_ffn
+from molehill.kernels.triton.gate import gate
 from molehill.kernels.triton.launch_config import (
     Capacity,
     Scratch,
@@ -125,84 +127,75 @@ class TritonBackend(CheckedBackend):
     def begin_linear(self, x: Tensor, handle: int) -> None:
         """The half of `linear` that needs only its input `[T, in]`: may run beside the base's GEMM.
 
-        Writes scratch, which `finish_linear` reads: nothing of another linear may run between.
+        Writes scratch, which `finish_linear` reads: nothing of another linear may run between. A
+        sharded input's logits are summed over the ranks here.
         """
         if not self._runs or not len(x):
             return
         x = x if x.stride(-1) == 1 else x.contiguous()
         tokens, shape = len(x), self._linears[handle]
         slots, config = self.table, launch_config_for(tokens, self.capacity)
-        mixed = None
-        if handle in self._ffn_of_down:
-            width = self._ffns[self._ffn_of_down[handle]].intermediate
-            mixed = self._strips.of(tokens, width)
-        arena = (slots.arena.view(shape.dtype), slots.arena.view(torch.float32))
         heads, scratch = slots.heads[:, handle], self._scratch_of(handle, tokens)
-        shrink(x, self._steps, heads, arena, scratch, config, mixed)
+        floats, ints = slots.arena.view(torch.float32), slots.arena.view(torch.int32)
+        shrink(x, self._steps, heads, (slots.arena.view(shape.dtype), floats), scratch, config)
+        if shape.reduce is not None:
+            scratch = replace(scratch, logits=shape.reduce(scratch.logits))
+        records = (
+            heads,
+            slots.pieces[:, handle],
+            slots.parameters[:, handle],
+            slots.counters[:, handle],
+        )
+        mixed, trace = self._mixed(handle, tokens), self._trace_buffer(tokens)
+        gate(self._steps, records, ints, scratch, config, mixed, trace)
+        self._record(trace, handle)
 
     def finish_linear(self, out: Tensor, x: Tensor, handle: int) -> None:
         """The half of `linear` that changes `out [T, out]`, once the base's output is in it."""
         if not self._runs or not len(x):
             return
-        tokens, shape = len(x), self._linears[handle]
-        slots, config = self.table, launch_config_for(tokens, self.capacity)
-        scratch = self._scratch_of(handle, tokens)
-        if shape.reduce is not None:
-            scratch = replace(scratch, logits=shape.reduce(scratch.logits))
-        records = (
-            slots.heads[:, handle],
-            slots.pieces[:, handle],
-            slots.parameters[:, handle],
-            slots.counters[:, handle],
-        )
-        arena = slots.arena
-        views = (arena.view(shape.dtype), arena.view(torch.float32), arena.view(torch.int32))
-        trace = self._trace_buffer(tokens)
-        expand(out, self._steps, records, views, scratch, config, trace)
-        self._record(trace, handle, is_ffn=False)
+        tokens, slots = len(x), self.table
+        views = (slots.arena.view(self._linears[handle].dtype), slots.arena.view(torch.float32))
+        config, scratch = launch_config_for(tokens, self.capacity), self._scratch_of(handle, tokens)
+        expand(out, self._steps, slots.pieces[:, handle], views, scratch, config)
 
     def ffn(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
         if not self._runs or not len(h):
             return
-        tokens, shape = len(h), self._ffns[handle]
-        slots, config = self.table, launch_config_for(tokens, self.capacity)
-        records = (
-            slots.ffns[:, handle],
-            slots.ffn_parameters[:, handle],
-            slots.ffn_counters[:, handle],
-        )
+        tokens, shape, slots = len(h), self._ffns[handle], self.table
+        config, arena = launch_config_for(tokens, self.capacity), slots.arena
         dtype = self._linears[shape.gate_up].dtype
-        floats, ints = slots.arena.view(torch.float32), slots.arena.view(torch.int32)
-        arena = (slots.arena.view(dtype), floats, ints)
+        views = (arena.view(dtype), arena.view(torch.float32), arena.view(torch.int32))
         scratch = self._scratch_of(shape.gate_up, tokens)
         strips = self._strips.of(tokens, shape.intermediate)
-        trace = self._trace_buffer(tokens)
-        launch_ffn(h, gate_up, self._steps, records, arena, scratch, strips, config, trace)
-        self._record(trace, handle, is_ffn=True)
+        records = slots.ffns[:, handle]
+        launch_ffn(h, gate_up, self._steps, records, views, scratch, strips, config)
 
     def _scratch_of(self, handle: int, tokens: int) -> Scratch:
         memory = self._gate_up if handle in self._ffn_of_gate_up else self._scratch
-        return memory.of(tokens, self._linears[handle].in_features)
+        shape = self._linears[handle]
+        return memory.of(tokens, shape.in_features, shape.dtype)
+
+    def _mixed(self, handle: int, tokens: int) -> Tensor | None:
+        """The strips that an FFN mixture has left for its down linear."""
+        if handle not in self._ffn_of_down:
+            return None
+        return self._strips.of(tokens, self._ffns[self._ffn_of_down[handle]].intermediate)
 
     def counters(self, slot: int) -> SlotCounters:
         """Waits for the device: call it between steps."""
         sites = self.table.sites[slot]
         if not sites:
             return SlotCounters(self._tokens[slot])
-        linears, ffns = self.table.counters[slot], self.table.ffn_counters[slot]
-        pieces = linears.shape[1]
-        rows = [
-            len(linears) * pieces + site.handle
-            if site.piece is None
-            else site.handle * pieces + site.piece
-            for site in sites
-        ]
-        found = torch.cat([linears.flatten(0, 1), ffns]).cpu()[rows]
+        pieces = self.table.counters.shape[2]
+        rows = [site.handle * pieces + site.piece for site in sites]
+        found = self.table.counters[slot].flatten(0, 1).cpu()[rows]
         experts = tuple(site.experts for site in sites)
-        decided = found[:, -at.FIGURES.value : -1]
-        counts = torch.cat([decided, found[:, : max(experts)]], 1)
+        config = launch_config_for(self.capacity.tokens, self.capacity)
+        figures = found[:, config.max_experts :]
+        counts = torch.cat([figures[:, : at.TOTAL_ENTROPY.value], found[:, : max(experts)]], 1)
         names = tuple(site.name for site in sites)
-        entropy = found[:, -1].double() / at.ENTROPY_UNIT.value
+        entropy = figures[:, at.TOTAL_ENTROPY.value].double() / at.ENTROPY_UNIT.value
         return SlotCounters(self._tokens[slot], names, experts, counts, entropy)
 
     def seconds(self) -> None:
@@ -218,13 +211,13 @@ class TritonBackend(CheckedBackend):
         gates = launch_config_for(tokens, self.capacity).max_gates
         return torch.zeros(tokens, 2 * gates, device=self._device)
 
-    def _record(self, buffer: Tensor | None, handle: int, is_ffn: bool) -> None:
+    def _record(self, buffer: Tensor | None, handle: int) -> None:
         """Probabilities and weights are the kernel's; the entropy is worked out from them."""
         if buffer is None or self._traces is None:
             return
         for run in self._runs:
             for site in self.table.sites.get(run.slot, ()):
-                if site.handle == handle and (site.piece is None) == is_ffn:
+                if site.handle == handle:
                     p, w = (
                         half[run.start : run.stop, site.gate : site.gate + site.experts].clone()
                         for half in buffer.chunk(2, dim=1)

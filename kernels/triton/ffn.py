@@ -1,9 +1,9 @@
 """FFN mixture: h = sum_e w_e u_e with u_e = act(W_gate x + d_gate,e) * (W_up x + d_up,e).
 
-d_gate,e = B_gate,e A_gate,e x; the shrunk inputs A x and the logits come from the gate_up linear's
-shrink. Where experts are DoRA, W_gate x and W_up x are multiplied by the expert's factors. The same
-launch computes w_e A_down,e u_e for the down linear, in strips of the intermediate: each program
-has a strip of its own, molehill.kernels.triton.shrink adds them up.
+d_gate,e = B_gate,e A_gate,e x; the shrunk inputs A x and the gate weights come from the gate_up
+linear's launches before. Where experts are DoRA, W_gate x and W_up x are multiplied by the
+expert's factors. The same launch computes w_e A_down,e u_e for the down linear, in strips of the
+intermediate: each program has a strip of its own, molehill.kernels.triton.gate adds them up.
 """
 
 import triton
@@ -11,7 +11,6 @@ from torch import Tensor
 from triton import language as tl
 
 from molehill.kernels.triton import layout as at
-from molehill.kernels.triton.expand import gate_weights
 from molehill.kernels.triton.launch_config import MAX_REGISTERS, LaunchConfig, Scratch
 from molehill.kernels.triton.shrink import load_tile
 
@@ -38,11 +37,9 @@ def add_delta(
     starts: tl.tensor,
     token: tl.tensor,
     own: tl.tensor,
-    tokens: tl.tensor,
     column: tl.tensor,
     width: tl.tensor,
     MAX_RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
@@ -52,16 +49,13 @@ def add_delta(
     for start in range(tl.load(starts), stop, BLOCK_RANK):
         row = start + tl.arange(0, BLOCK_RANK)
         where = own[:, None] & (row < stop)[None, :]
-        sums = tl.zeros((token.shape[0], BLOCK_RANK), dtype=tl.float32)
-        for split in range(SPLITS):
-            source = (split * tokens + token)[:, None] * MAX_RANK + row[None, :]
-            sums += tl.load(rows + source, mask=where, other=0.0)
+        z = tl.load(rows + (token * MAX_RANK)[:, None] + row[None, :], mask=where, other=0.0)
         b = tl.load(
             weights + (row[:, None] * pitch + column[None, :]),
             mask=(row < stop)[:, None] & (column < width)[None, :],
             other=0.0,
         )
-        y = tl.dot(sums.to(b.dtype), b, y, input_precision=PRECISION)
+        y = tl.dot(z, b, y, input_precision=PRECISION)
     return y
 
 
@@ -143,32 +137,25 @@ def ffn_kernel(
     gate_up: tl.tensor,
     steps: tl.tensor,
     records: tl.tensor,
-    parameters: tl.tensor,
-    counters: tl.tensor,
-    rows: tl.tensor,
-    logits: tl.tensor,
+    gated: tl.tensor,
+    gates: tl.tensor,
     strips: tl.tensor,
     weights: tl.tensor,
     floats: tl.tensor,
     ints: tl.tensor,
-    trace: tl.tensor,
     tokens: tl.tensor,
     width: tl.tensor,
     h_stride: tl.tensor,
     gate_up_stride: tl.tensor,
     record_stride: tl.tensor,
-    parameter_stride: tl.tensor,
-    counter_stride: tl.tensor,
     MAX_RANK: tl.constexpr,
     MAX_GATES: tl.constexpr,
     MAX_EXPERTS: tl.constexpr,
-    SPLITS: tl.constexpr,
     LIST: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
-    TRACE: tl.constexpr,
 ) -> None:
     slot, token, own = load_tile(steps, tokens, LIST, TILE)
     if slot < 0:
@@ -179,28 +166,15 @@ def ffn_kernel(
     if experts == 0:
         return
     number = tl.program_id(1)
-    w = gate_weights(
-        logits,
-        record,
-        parameters + slot * parameter_stride,
-        counters + slot * counter_stride,
-        trace,
-        token,
-        own,
-        tokens,
-        number == 0,
-        MAX_GATES,
-        MAX_EXPERTS,
-        SPLITS,
-        TRACE,
-    )
+    expert = tl.arange(0, MAX_EXPERTS)[None, :]
+    source = gates + (token * MAX_GATES + tl.load(record + at.GATE))[:, None] + expert
+    w = tl.load(source, mask=own[:, None] & (expert < experts), other=0.0)
     strip = (strips + (number * tokens + token) * MAX_RANK)[:, None]
     clear_strip(strip, record, w, own, number == 0, BLOCK_RANK)
-    expert = tl.arange(0, MAX_EXPERTS)[None, :]
     starts = ints + tl.load(record + at.STARTS)
     kind = tl.load(record + at.ACTIVATION)
-    gate_rows = rows + tl.load(record + at.GATE_ROW)
-    up_rows = rows + tl.load(record + at.UP_ROW)
+    gate_rows = gated + tl.load(record + at.GATE_ROW)
+    up_rows = gated + tl.load(record + at.UP_ROW)
     gate_b = weights + tl.multiple_of(tl.load(record + at.GATE_B), at.PITCH)
     up_b = weights + tl.multiple_of(tl.load(record + at.UP_B), at.PITCH)
     down_a = weights + tl.multiple_of(tl.load(record + at.DOWN_A), at.PITCH)
@@ -231,11 +205,9 @@ def ffn_kernel(
                     first,
                     token,
                     own,
-                    tokens,
                     column,
                     width,
                     MAX_RANK,
-                    SPLITS,
                     BLOCK_RANK,
                     PRECISION,
                 )
@@ -254,11 +226,9 @@ def ffn_kernel(
                     first + experts + 1,
                     token,
                     own,
-                    tokens,
                     column,
                     width,
                     MAX_RANK,
-                    SPLITS,
                     BLOCK_RANK,
                     PRECISION,
                 )
@@ -286,54 +256,44 @@ def ffn(
     h: Tensor,
     gate_up: Tensor,
     steps: Tensor,
-    records: tuple[Tensor, Tensor, Tensor],
+    records: Tensor,
     arena: tuple[Tensor, Tensor, Tensor],
     scratch: Scratch,
     strips: Tensor,
     config: LaunchConfig,
-    trace: Tensor | None,
 ) -> None:
     """Overwrites the FFN mixtures' rows of h `[T, I]` from gate_up `[T, 2 I]`; fills `strips`.
 
-    records: the FFN's records `[slots, FFN]`, parameters `[slots, POLICY]` and counters. arena: its
-    flat views in the serving dtype, in float32 and in int32. scratch: what the gate_up linear's
-    shrink left.
+    records: the FFN's `[slots, FFN]`. arena: its flat views in the serving dtype, in float32 and in
+    int32. scratch: what the gate_up linear's launches left.
     """
     tokens, width = h.shape
-    ffns, parameters, counters = records
     weights, floats, ints = arena
     precise = h.element_size() == 4
     ffn_kernel[(config.tiles(tokens), strips.shape[0])](
         h,
         gate_up,
         steps,
-        ffns,
-        parameters,
-        counters,
-        scratch.rows,
-        scratch.logits,
+        records,
+        scratch.gated,
+        scratch.gates,
         strips,
         weights,
         floats,
         ints,
-        scratch.logits if trace is None else trace,
         tokens,
         width,
         h.stride(0),
         gate_up.stride(0),
-        ffns.stride(0),
-        parameters.stride(0),
-        counters.stride(0),
+        records.stride(0),
         MAX_RANK=config.max_rank,
         MAX_GATES=config.max_gates,
         MAX_EXPERTS=config.max_experts,
-        SPLITS=scratch.splits,
         LIST=config.tile_list,
         TILE=config.tile,
         BLOCK_RANK=16,
         BLOCK=config.columns // (2 if precise else 1),
         PRECISION="ieee" if precise else "tf32",
-        TRACE=trace is not None,
         num_warps=config.warps,
         num_stages=2,
         maxnreg=MAX_REGISTERS,

@@ -47,7 +47,8 @@ class Capacity:
 class LaunchConfig:
     """Constants of one launch's kernels. tile_list: which tiles of the steps buffer they read.
 
-    rank_programs, gate_programs: that share a tile's rank rows and router rows, block by block.
+    rank_programs, gate_programs, route_programs: that share a tile's rank rows and router rows in
+    shrink, and its rank rows in gate, block by block. counters: int64 of one router.
     """
 
     tile: int
@@ -57,11 +58,14 @@ class LaunchConfig:
     max_gates: int
     max_experts: int
     max_pieces: int
+    counters: int
     rank: int
     expand_rank: int
     rank_programs: int
     gates: int
     gate_programs: int
+    route_programs: int
+    route_rank: int
     inputs: int
     columns: int
     warps: int
@@ -93,12 +97,16 @@ def launch_config_for(tokens: int, capacity: Capacity) -> LaunchConfig:
         max_rank=_round_up(capacity.rank, 16),
         max_gates=_round_up(capacity.gates, 16),
         max_experts=_power_of_two(capacity.experts),
-        max_pieces=capacity.pieces,
+        max_pieces=1 << (capacity.pieces - 1).bit_length(),
+        # Records start at multiples of 16 bytes, so that every kernel is compiled once.
+        counters=_round_up(_power_of_two(capacity.experts) + at.FIGURES.value, 2),
         rank=32 if short else 64,
         expand_rank=32,
         rank_programs=8 if short else 4,
         gates=32,
         gate_programs=2,
+        route_programs=8,
+        route_rank=32,
         inputs=64,
         columns=64,
         warps=4 if short else 8,
@@ -115,14 +123,19 @@ def _power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class Scratch:
-    """What passes from one launch to the next: partial sums of rank rows and of router logits.
+    """What passes from one launch to the next.
 
-    rows: float32 `[splits, T, max_rank]`, logits: float32 `[splits, T, max_gates]`.
+    From shrink to gate, partial sums of rank rows and of router logits: rows float32
+    `[splits, T, max_rank]`, logits float32 `[splits, T, max_gates]`. From gate to expand and ffn:
+    gated `[T, max_rank]` in the serving dtype, rank rows times their gate weights, and those
+    weights, gates float32 `[T, max_gates]`, where the logits were.
     """
 
     splits: int
     rows: Tensor
     logits: Tensor
+    gated: Tensor
+    gates: Tensor
 
 
 class ScratchMemory:
@@ -134,15 +147,19 @@ class ScratchMemory:
         config = launch_config_for(capacity.tokens, capacity)
         self._rows = torch.zeros(most * config.max_rank, device=device)
         self._logits = torch.zeros(most * config.max_gates, device=device)
+        self._gated = torch.zeros(capacity.tokens * config.max_rank, device=device)
+        self._gates = torch.zeros(capacity.tokens * config.max_gates, device=device)
 
-    def of(self, tokens: int, features: int) -> Scratch:
-        """The scratch of a linear with `features` inputs."""
+    def of(self, tokens: int, features: int, dtype: torch.dtype) -> Scratch:
+        """The scratch of a linear with `features` inputs of `dtype`."""
         config = launch_config_for(tokens, self._capacity)
         splits = config.splits(tokens, features)
         return Scratch(
             splits,
             _shaped(self._rows, splits, tokens, config.max_rank),
             _shaped(self._logits, splits, tokens, config.max_gates),
+            _shaped(self._gated.view(dtype), 1, tokens, config.max_rank)[0],
+            _shaped(self._gates, 1, tokens, config.max_gates)[0],
         )
 
 

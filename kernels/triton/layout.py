@@ -13,17 +13,20 @@ from triton import language as tl
 # Multiple of elements between the starts of stored rows: vectorised reads stay aligned.
 PITCH = tl.constexpr(16)
 
-# Linear record: stacked rank rows and their matrix A, stacked router rows and their matrix, rank
-# rows that an FFN mixture's kernel computes for its down linear, pieces.
+# Linear record: stacked rank rows and their matrix A, stacked router rows and their matrix. Rank
+# rows from HEAD_RANK on are those that an FFN mixture's kernel computes for its down linear.
 HEAD = tl.constexpr(8)
 HEAD_RANK = tl.constexpr(0)
 HEAD_A = tl.constexpr(1)
 HEAD_GATES = tl.constexpr(2)
 HEAD_ROUTERS = tl.constexpr(3)
-HEAD_MIXED = tl.constexpr(4)
-HEAD_PIECES = tl.constexpr(5)
 
-# What pieces and FFNs have in common: first router row, experts (0: no router), policy.
+# Piece record: first router row, experts (0: no router), policy; output columns, rank rows, B
+# transposed `[rank, pitch]`, int32 expert of each rank row (only with a router; EVERY_TOKEN where
+# the weight is 1), float32 output scale `[max(experts, 1), pitch]` and bias `[width]`, -1 where
+# there is none. An FFN mixture is one more piece of its gate_up linear, which writes no columns: it
+# routes, and its rank rows are those of gate and of up.
+PIECE = tl.constexpr(16)
 GATE = tl.constexpr(0)
 EXPERTS = tl.constexpr(1)
 KEEP = tl.constexpr(2)
@@ -32,9 +35,6 @@ NORMALIZE = tl.constexpr(4)
 ENTROPY = tl.constexpr(5)
 SCORES = tl.constexpr(6)
 
-# Piece record: output columns, rank rows, B transposed `[rank, pitch]`, int32 expert of each rank
-# row, float32 output scale `[max(experts, 1), pitch]` and bias `[width]`, -1 where there is none.
-PIECE = tl.constexpr(16)
 START = tl.constexpr(7)
 WIDTH = tl.constexpr(8)
 ROW = tl.constexpr(9)
@@ -43,11 +43,13 @@ B = tl.constexpr(11)
 OWNER = tl.constexpr(12)
 SCALE = tl.constexpr(13)
 BIAS = tl.constexpr(14)
+EVERY_TOKEN = tl.constexpr(-1)
 
-# FFN record: first rank rows of gate and up among those of the gate_up linear, B of both, A of
-# down, int32 `[3, experts + 1]` of the experts' first rows in each, activation, rank rows of down,
-# whether one more carries (sum of weights - 1) for down's bias; DoRA's factors of gate and up,
-# float32 `[experts, pitch]`, and the base's biases `[width]`, -1 where there is none.
+# FFN record: GATE and EXPERTS as its piece has them, first rank rows of gate and up among those of
+# the gate_up linear, B of both, A of down, int32 `[3, experts + 1]` of the experts' first rows in
+# each, activation, rank rows of down, whether one more carries (sum of weights - 1) for down's
+# bias; DoRA's factors of gate and up, float32 `[experts, pitch]`, and the base's biases `[width]`,
+# -1 where there is none.
 FFN = tl.constexpr(24)
 GATE_ROW = tl.constexpr(7)
 UP_ROW = tl.constexpr(8)

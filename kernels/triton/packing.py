@@ -40,13 +40,13 @@ class Record:
 class Site:
     """Where a router's decisions are found: columns of the logits, and row of the counters.
 
-    handle, piece: of the linear; piece is None for an FFN mixture and the handle an FFN's.
+    handle, piece: of the linear, which for an FFN mixture is the gate_up linear.
     """
 
     name: str
     policy: Policy
     handle: int
-    piece: int | None
+    piece: int
     gate: int
     experts: int
 
@@ -122,8 +122,6 @@ class RowStack:
         record = Record([0] * at.HEAD.value)
         record.fields[at.HEAD_RANK.value] = self.rank
         record.fields[at.HEAD_GATES.value] = self.gates
-        record.fields[at.HEAD_MIXED.value] = self.mixed
-        record.fields[at.HEAD_PIECES.value] = len(self.pieces)
         if self.rank:
             record.places[at.HEAD_A.value] = packing.add(torch.cat(self.a), dtype)
         if self.gates:
@@ -138,7 +136,7 @@ def pack_piece(
 ) -> None:
     """Constant gate weights are multiplied into B and the output scale; no router is left then.
 
-    The rows of a shared pair belong to the expert after the last, whose weight is always 1.
+    The rows of a shared pair belong to no expert: their weight is always 1.
     """
     weights = _constant_weights(piece)
     experts = piece.experts
@@ -146,26 +144,20 @@ def pack_piece(
     owner, scale = experts.expert_of_row, piece.output_scale
     if weights is not None:
         b = b * weights[owner]
-        owner = torch.zeros_like(owner)
         scale = None if scale is None else (weights @ scale).unsqueeze(0)
     record = Record([0] * at.PIECE.value)
     if piece.shared is not None:
-        if len(experts.ranks) >= capacity.experts:
-            found = f"{len(experts.ranks)} experts and a shared one"
-            raise CapacityError(piece.site, found, f"at most {capacity.experts} together")
-        always = torch.full((sum(piece.shared.ranks),), len(experts.ranks))
+        always = torch.full((sum(piece.shared.ranks),), at.EVERY_TOKEN.value)
         a, b = torch.cat([a, piece.shared.a]), torch.cat([b, piece.shared.b], dim=1)
         owner = torch.cat([owner, always])
     if weights is None and piece.router is not None:
-        gate, count = _route(record, piece, piece.router, stack, capacity)
-        position = len(stack.pieces)
-        packing.sites.append(Site(piece.site, piece.policy, stack.handle, position, gate, count))
+        _route(record, piece, piece.router, stack, packing, capacity)
+        record.places[at.OWNER.value] = packing.add_integers(owner.tolist())
     fields = record.fields
     fields[at.START.value], fields[at.WIDTH.value] = piece.start, b.shape[0]
     fields[at.ROW.value], fields[at.RANK.value] = stack.add_rows(a), b.shape[1]
     fields[at.SCALE.value] = fields[at.BIAS.value] = -1
     record.places[at.B.value] = packing.add(b.T, dtype)
-    record.places[at.OWNER.value] = packing.add_integers(owner.tolist())
     if scale is not None:
         record.places[at.SCALE.value] = packing.add(scale, torch.float32)
         if piece.bias is not None:
@@ -175,7 +167,6 @@ def pack_piece(
 
 def pack_ffn(
     piece: FfnPiece,
-    handle: int,
     gate_up: RowStack,
     down: RowStack,
     packing: Packing,
@@ -184,9 +175,7 @@ def pack_ffn(
 ) -> Record:
     """gate and up shrink with the gate_up linear; down's rows are expanded by the down linear."""
     record = Record([0] * at.FFN.value)
-    fields = record.fields
-    gate, count = _route(record, piece, piece.router, gate_up, capacity)
-    packing.sites.append(Site(piece.site, piece.policy, handle, None, gate, count))
+    fields, count = record.fields, piece.num_experts
     fields[at.ACTIVATION.value] = ACTIVATION_CODES[piece.activation]
     starts: list[int] = []
     for experts, row, place, rows in (
@@ -203,9 +192,27 @@ def pack_ffn(
         else:
             record.places[place.value] = packing.add(experts.a, dtype)
     record.places[at.STARTS.value] = packing.add_integers(starts)
+    routed = _pack_ffn_router(piece, gate_up, packing, capacity)
+    for position in (at.GATE.value, at.EXPERTS.value):
+        fields[position] = routed.fields[position]
     _pack_scale(piece.gate_scale, record, at.GATE_SCALE.value, at.GATE_BIAS.value, packing)
     _pack_scale(piece.up_scale, record, at.UP_SCALE.value, at.UP_BIAS.value, packing)
     _pack_down(piece, record, down, packing, dtype)
+    return record
+
+
+def _pack_ffn_router(
+    piece: FfnPiece, gate_up: RowStack, packing: Packing, capacity: Capacity
+) -> Record:
+    """The piece that routes for an FFN mixture and finishes the rank rows of gate and up, which are
+    the last that were added, ungated: each expert's own. It writes no columns."""
+    record = Record([0] * at.PIECE.value)
+    _route(record, piece, piece.router, gate_up, packing, capacity)
+    rank = sum(sum(experts.ranks) for experts in (piece.gate, piece.up) if experts is not None)
+    record.fields[at.ROW.value], record.fields[at.RANK.value] = gate_up.rank - rank, rank
+    record.fields[at.SCALE.value] = record.fields[at.BIAS.value] = -1
+    record.places[at.OWNER.value] = packing.add_integers([at.EVERY_TOKEN.value] * max(rank, 1))
+    gate_up.pieces.append(record)
     return record
 
 
@@ -250,7 +257,6 @@ def _pack_down(
     own.fields[at.ROW.value] = first
     own.fields[at.SCALE.value] = own.fields[at.BIAS.value] = -1
     own.places[at.B.value] = packing.add(stacked, dtype, over)
-    own.places[at.OWNER.value] = packing.add_integers([0] * stacked.shape[0])
     down.pieces.append(own)
 
 
@@ -272,9 +278,10 @@ def _route(
     piece: LinearPiece | FfnPiece,
     router: Tensor,
     stack: RowStack,
+    packing: Packing,
     capacity: Capacity,
-) -> tuple[int, int]:
-    """Writes the router's fields; its first column of the logits, and its experts."""
+) -> None:
+    """Writes the router's fields, of the next piece of the stack, and its site."""
     policy, experts = piece.policy, router.shape[0] - piece.policy.extra_rows
     if experts > capacity.experts:
         raise CapacityError(piece.site, f"{experts} experts", f"at most {capacity.experts}")
@@ -286,7 +293,8 @@ def _route(
     gate = stack.add_router(router)
     record.fields[at.GATE.value], record.fields[at.EXPERTS.value] = gate, experts
     record.fields[at.KEEP.value : at.SCORES.value + 1] = encoded.integers()
-    return gate, experts
+    position = len(stack.pieces)
+    packing.sites.append(Site(piece.site, policy, stack.handle, position, gate, experts))
 
 
 def _constant_weights(piece: LinearPiece) -> Tensor | None:

@@ -3,8 +3,7 @@
 One launch for all slots and all pieces of a linear. x `[T, in]`; A `[rank, in]` and G `[gates, in]`
 are the (slot, linear)'s stacked rank rows and router rows. Where tokens are few, `in` is cut into
 splits whose partial sums lie side by side and are added by the reader in a fixed order: results do
-not depend on the order of the programs. The rank rows of an FFN mixture's down experts were
-computed by molehill.kernels.triton.ffn, in strips; here they are only added up.
+not depend on the order of the programs.
 """
 
 import triton
@@ -62,21 +61,19 @@ def project(
     return total
 
 
-@triton.jit(do_not_specialize=["tokens", "parts"])
+@triton.jit(do_not_specialize=["tokens"])
 def shrink_kernel(
     x: tl.tensor,
     steps: tl.tensor,
     heads: tl.tensor,
     weights: tl.tensor,
     routers: tl.tensor,
-    mixed: tl.tensor,
     rows: tl.tensor,
     logits: tl.tensor,
     tokens: tl.tensor,
     features: tl.tensor,
     x_stride: tl.tensor,
     slot_stride: tl.tensor,
-    parts: tl.tensor,
     MAX_RANK: tl.constexpr,
     MAX_GATES: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -111,7 +108,7 @@ def shrink_kernel(
             sums = project(x_row, own, g, gate < gates, begin, end, ROUTER_PRECISION, BLOCK_IN)
             where = own[:, None] & (gate < gates)[None, :]
             tl.store(logits + out_row * MAX_GATES + gate[None, :], sums, mask=where)
-    elif program < GATE_PROGRAMS + RANK_PROGRAMS:
+    else:
         program -= GATE_PROGRAMS
         rank = tl.load(head + at.HEAD_RANK).to(tl.int32)
         first = tl.multiple_of(tl.load(head + at.HEAD_A), at.PITCH)
@@ -121,18 +118,6 @@ def shrink_kernel(
             sums = project(x_row, own, a, row < rank, begin, end, PRECISION, BLOCK_IN)
             where = own[:, None] & (row < rank)[None, :]
             tl.store(rows + out_row * MAX_RANK + row[None, :], sums, mask=where)
-    else:
-        program -= GATE_PROGRAMS + RANK_PROGRAMS
-        count = tl.load(head + at.HEAD_MIXED).to(tl.int32)
-        before = tl.load(head + at.HEAD_RANK).to(tl.int32)
-        for start in range(program * BLOCK_RANK, count, RANK_PROGRAMS * BLOCK_RANK):
-            row = start + tl.arange(0, BLOCK_RANK)
-            where = own[:, None] & (row < count)[None, :]
-            sums = tl.zeros((TILE, BLOCK_RANK), dtype=tl.float32)
-            for part in range(tl.where(split == 0, parts, 0)):
-                source = (part * tokens + token)[:, None] * MAX_RANK + row[None, :]
-                sums += tl.load(mixed + source, mask=where, other=0.0)
-            tl.store(rows + out_row * MAX_RANK + before + row[None, :], sums, mask=where)
 
 
 def shrink(
@@ -142,17 +127,16 @@ def shrink(
     arena: tuple[Tensor, Tensor],
     scratch: Scratch,
     config: LaunchConfig,
-    mixed: Tensor | None,
 ) -> None:
     """Fills `scratch` from x `[T, in]`.
 
     heads: the linear's records `[slots, HEAD]`. arena: its flat views in the serving dtype and in
-    float32. mixed: the strips of an FFN mixture, for its down linear.
+    float32.
     """
     tokens, features = x.shape
     weights, routers = arena
     precise = x.element_size() == 4
-    programs = config.gate_programs + config.rank_programs * (1 if mixed is None else 2)
+    programs = config.gate_programs + config.rank_programs
     grid = (config.tiles(tokens), programs, scratch.splits)
     shrink_kernel[grid](
         x,
@@ -160,14 +144,12 @@ def shrink(
         heads,
         weights,
         routers,
-        scratch.rows if mixed is None else mixed,
         scratch.rows,
         scratch.logits,
         tokens,
         features,
         x.stride(0),
         heads.stride(0),
-        1 if mixed is None else mixed.shape[0],
         MAX_RANK=config.max_rank,
         MAX_GATES=config.max_gates,
         SPLITS=scratch.splits,

@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 from triton.runtime.jit import JITFunction
 
 from molehill.kernels.cpu.backend import ISAS
-from molehill.kernels.triton import expand, ffn, routing, shrink
+from molehill.kernels.triton import expand, ffn, gate, routing, shrink
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def interpreted(monkeypatch) -> None:
     """
     # The interpreter imports gluon when it is first used, and gluon wants the compiled functions.
     assert gluon
-    for module in (tl, standard, routing, shrink, expand, ffn):
+    for module in (tl, standard, routing, shrink, gate, expand, ffn):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.interface import (
-    CapacityError,
     FfnPiece,
     FfnShape,
     LinearPiece,
@@ -163,19 +162,18 @@ def test_an_ffn_mixture_on_merged_weights(setup, rows, biased):
         assert_near(y[rows:], plain)
 
 
-def test_a_shared_pair_needs_one_more_column_of_weights_on_a_gpu():
+def test_a_shared_pair_is_no_expert_of_a_gpu_s_capacity(interpreted):
     backend = TritonBackend(CPU, CAPACITY)
     handle = backend.register_linear(LinearShape("linear", 8, 8))
-    full = LinearPiece(
-        "q",
-        0,
-        experts(8, 8, [1] * CAPACITY.experts),
-        Soft(),
-        random(CAPACITY.experts, 8),
-        shared=experts(8, 8, [1]),
-    )
-    with pytest.raises(CapacityError, match="16 experts and a shared one, expected at most 16"):
-        backend.store(0, SlotWeights({handle: [full]}, {}))
+    router, pairs = random(CAPACITY.experts, 8), experts(8, 8, [1] * CAPACITY.experts)
+    shared = experts(8, 8, [1], seed=4)
+    full = LinearPiece("q", 0, pairs, Soft(), router, shared=shared)
+    backend.store(0, SlotWeights({handle: [full]}, {}))
+    x, y = random(3, 8, seed=7), torch.zeros(3, 8)
+    backend.begin_step([Run(0, 0, 3)])
+    backend.linear(y, x, handle)
+    whole = LinearMixture(pairs, Soft(), router, shared=shared)
+    assert_near(y, linear_mixture(x, torch.zeros(8, 8), None, whole)[0])
 
 
 def test_a_shared_pair_that_does_not_fit_is_refused():
