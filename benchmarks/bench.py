@@ -24,7 +24,6 @@ from molehill.benchmarks.contestants import (
     Mixtures,
     dtype_of,
     line_up,
-    memory,
 )
 from molehill.benchmarks.engines import progress
 from molehill.benchmarks.host import host
@@ -135,9 +134,7 @@ class Bench:
             groups = [[own for own in contestants if own.engine == name] for name in names]
         dtype, routed = "", dict[str, Any]()
         for group in groups:
-            # Of the widest dtype: what the engines choose is known when they are up.
-            room = memory(group, itemsize=4)
-            with engines.running(self._model, group, self._options, room) as running:
+            with engines.running(self._model, group, self._options, *self._sizes()) as running:
                 config = running[group[0].engine].llm_engine.model_config
                 dtype = str(config.dtype).removeprefix("torch.")
                 progress("loading adapters")
@@ -148,6 +145,12 @@ class Bench:
                     turns.take(running, requests, group, arriving)
                 routed |= engines.chosen(running, requests)
         return self._report(contestants, turns, dtype, routed)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Bytes of the base, and of a number: what the engines choose is known when they are up."""
+        itemsize = 4 if self.args.dtype in ("float32", "float") else 2
+        one = limits.base_step(self._base, self._config, itemsize, Workload(1, 1, 2))
+        return int(one.moved), itemsize
 
     @cache  # noqa: B019  One Bench a process.
     def _mixtures(self) -> Mixtures:

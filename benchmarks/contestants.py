@@ -122,11 +122,11 @@ def _experts(mixture: Any) -> list[Any]:
     return list(experts.values()) if isinstance(experts, Mapping) else [experts] if experts else []
 
 
-def memory(contestants: Sequence[Contestant], itemsize: int) -> int:
-    """Bytes that a worker of molehill's needs for all of them at once, with a quarter to spare."""
+def memory(contestants: Sequence[Contestant], engine: str, itemsize: int) -> int:
+    """Bytes that an engine needs for all its adapters at once, with a quarter to spare."""
     total = 0.0
     for own in contestants:
-        if own.engine == MOLEHILL and own.work is not None:
+        if own.engine == engine and own.work is not None:
             numbers = own.work.routed + own.work.static
             total += len(own.paths) * (4 * own.work.routers + itemsize * numbers)
     return int(1.25 * total) + (256 << 20)

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from molehill.benchmarks.contestants import MOLEHILL, PLAIN, VLLM_LORA, Contestant, rank_of
+from molehill.benchmarks.contestants import MOLEHILL, PLAIN, VLLM_LORA, Contestant, memory, rank_of
 from molehill.engine import formats
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-# Of a GPU, for all engines together.
-SHARE = 0.9
+# Of a GPU, for all engines together; bytes of what one has beside weights and adapters.
+SHARE, KV_CACHE = 0.9, 6 << 30
 
 
 def progress(text: str) -> None:
@@ -28,19 +28,20 @@ def running(
     model: str,
     contestants: Sequence[Contestant],
     options: Mapping[str, Any],
-    memory: int,
+    weights: int,
+    itemsize: int,
 ) -> Iterator[dict[str, Any]]:
-    """By name, the engines that the contestants need. options: of each; memory: bytes for adapters
-    in a worker of molehill's."""
+    """By name, the engines that the contestants need. options: of each. weights: bytes of the base.
+    itemsize: bytes of a number of an adapter. A GPU is shared by what each needs."""
     from vllm import LLM
 
     from molehill.engine.vllm import compilation
     from molehill.engine.vllm.settings import Settings
 
     names = list(dict.fromkeys(own.engine for own in contestants))
-    if torch.cuda.is_available():
-        options = {"gpu_memory_utilization": SHARE / len(names), **options}
-    else:
+    room = {name: memory(contestants, name, itemsize) for name in names}
+    needed = {name: weights + room[name] + KV_CACHE for name in names}
+    if not torch.cuda.is_available():
         compilation.lift_gate()
     own: dict[str, dict[str, Any]] = {
         PLAIN: {},
@@ -48,7 +49,7 @@ def running(
             "worker_cls": compilation.WORKER,
             "enable_lora": True,
             "max_loras": _most(contestants, MOLEHILL),
-            "additional_config": Settings(memory=memory).to_config(),
+            "additional_config": Settings(memory=room.get(MOLEHILL, 0)).to_config(),
         },
         VLLM_LORA: _vllm_lora(contestants),
     }
@@ -56,7 +57,9 @@ def running(
     try:
         for name in names:
             progress(f"starting {name}")
-            engines[name] = LLM(model, **options, **own[name])
+            share = SHARE * needed[name] / sum(needed.values())
+            shared = {"gpu_memory_utilization": share} if torch.cuda.is_available() else {}
+            engines[name] = LLM(model, **options, **shared, **own[name])
         yield engines
     finally:
         for llm in engines.values():

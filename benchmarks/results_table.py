@@ -86,9 +86,10 @@ def print_tables(found: Sequence[Cell], notes: Sequence[str], console: Console) 
     if speeds:
         title = "tokens/s; speed over the plain base's (and what bytes and multiply-adds allow)"
         console.print(_table(speeds, [(cell.workload, "") for cell in speeds], title))
-    if others:
-        title = "milliseconds; how much faster than the plain base"
-        console.print(_table(others, [(c.workload, c.figure) for c in others], title))
+    for workload in dict.fromkeys(cell.workload for cell in others):
+        own = [cell for cell in others if cell.workload == workload]
+        title = f"{workload}: milliseconds; how much faster than the plain base"
+        console.print(_table(own, [("", cell.figure) for cell in own], title))
     for note in notes:
         console.print(escape(note))
 
@@ -99,7 +100,10 @@ def _table(found: Sequence[Cell], columns: Sequence[tuple[str, str]], title: str
     table.add_column("")
     for workload, figure in columns:
         table.add_column("\n".join(filter(None, (workload, _label(figure)))), justify="right")
-    by_place = {(c.contestant, c.workload, "" if c.figure == SPEED else c.figure): c for c in found}
+    by_place = {
+        (c.contestant, *((c.workload, "") if c.figure == SPEED else ("", c.figure))): c
+        for c in found
+    }
     for contestant in dict.fromkeys(cell.contestant for cell in found):
         row = [by_place.get((contestant, *column)) for column in columns]
         table.add_row(escape(contestant), *(_text(cell) if cell else "-" for cell in row))

@@ -39,11 +39,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 2048,
     },
 }
-# Root mean square of what the linears read, by the last part of their name, where all weights, the
-# norms' too, are vLLM's dummies: uniform up to 1e-3. A normalised row times such a norm has 1e-3 /
-# sqrt(3); each linear of n inputs multiplies that by sqrt(n) of it; an FFN's two branches by each
-# other and by silu's half.
+# Where all weights, the norms' too, are vLLM's dummies: uniform up to 1e-3. Their root mean square,
+# which rows of the embedding have too, and what a norm makes of those.
 _DUMMY = 1e-3 / 3**0.5
+_NORMED = _DUMMY * _DUMMY / (_DUMMY**2 + _LLAMA["rms_norm_eps"]) ** 0.5
 
 
 def write(shape: str, folder: Path) -> Path:
@@ -55,14 +54,19 @@ def write(shape: str, folder: Path) -> Path:
 
 
 def dummy_input_sizes(linears: dict[str, tuple[int, int]]) -> dict[str, float]:
-    """Root mean square of what each linear reads, by site, with dummy weights. linears: (in, out)
-    features. What the routers then choose is counted and printed beside the speeds."""
+    """About the root mean square of what each linear reads, by site, with dummy weights. linears:
+    (in, out) features.
+
+    A linear of n inputs multiplies that of its input by sqrt(n) of a weight's; an FFN multiplies
+    two branches with each other and with silu's half; attention is left out. What the routers then
+    choose is counted and printed beside the speeds.
+    """
     found = {}
     for site, (features, _) in linears.items():
         leaf = site.rpartition(".")[2]
         hidden = features if leaf != "down_proj" else linears[_beside(site, "gate_proj")][0]
-        branch = _DUMMY**2 * hidden**0.5
-        found[site] = {"o_proj": branch, "down_proj": branch**2 / 2}.get(leaf, _DUMMY)
+        branch = _NORMED * _DUMMY * hidden**0.5
+        found[site] = {"o_proj": branch, "down_proj": branch**2 / 2}.get(leaf, _NORMED)
     return found
 
 

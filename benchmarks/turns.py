@@ -42,6 +42,8 @@ class Turns:
                     self._turn(llm, requests[own.name], own.name, workload.name, asked, repetition)
 
     def _asked(self, own: Contestant, workload: Workload) -> Workload | None:
+        if len(own.paths) > 1 and workload.batch == 1:
+            return None
         if not (self._is_cpu and own.engine == VLLM_LORA):
             return workload
         if workload.prompt > PROMPT:

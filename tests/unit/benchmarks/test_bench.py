@@ -162,7 +162,7 @@ def test_the_contestants_without_adapters_are_synthetic(tmp_path) -> None:
     ]
     one = found[2].work
     assert found[4].work == one
-    assert memory([found[2]], 2) - memory(found[:2], 2) == int(
+    assert memory([found[2]], MOLEHILL, 2) - memory(found[:2], MOLEHILL, 2) == int(
         1.25 * (2 * one.routed + 4 * one.routers)
     )
 

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support import triton_cases
 from support.backend_cases import assert_near, experts, random, rounded
 from support.cpu_cases import thread_count, usable_isas
 from support.triton_cases import CAPACITY, ffn_experts, ffn_piece, ffn_weights, run_ffn
-from support.triton_cases import CPU as DEVICE
 
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.interface import (
@@ -60,12 +60,12 @@ def delta(x: torch.Tensor, own: LinearPiece, dtype=torch.float32) -> torch.Tenso
     return linear_mixture(x, torch.zeros(pair.b.shape[0], x.shape[1]), None, mixture)[0]
 
 
-@pytest.fixture(params=["cpu", "torch", "triton"])
+@pytest.fixture(params=["cpu", "torch", pytest.param("triton", marks=pytest.mark.gpu)])
 def make(request):
     """A backend's constructor. Sparsegen has no place in the Triton kernels."""
     if request.param == "triton":
         request.getfixturevalue("interpreted")
-        return lambda: TritonBackend(DEVICE, replace(CAPACITY, rank=128))
+        return lambda: triton_cases.backend(replace(CAPACITY, rank=128))
     return {"cpu": CpuBackend, "torch": TorchBackend}[request.param]
 
 
@@ -218,7 +218,7 @@ def test_a_large_mlp_is_served_and_one_beyond_the_kernels_is_refused():
 
 
 def test_sparsegen_is_refused_by_the_triton_backend(interpreted):
-    backend = TritonBackend(DEVICE, CAPACITY)
+    backend = triton_cases.backend(CAPACITY)
     handle = backend.register_linear(LinearShape("linear", INPUTS, OUT))
     with pytest.raises(CapacityError, match=r"Sparsegen.*the Triton kernels have none"):
         backend.store(0, SlotWeights({handle: [piece(Sparsegen(3))]}, {}))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support import triton_cases
 from support.triton_cases import CAPACITY
 from torch.nn import functional as F
 
@@ -22,9 +23,7 @@ from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK
 from molehill.kernels.pytorch.backend import TorchBackend
 from molehill.kernels.reference import ffn_mixture, linear_mixture
-from molehill.kernels.triton.backend import TritonBackend
 
-CPU = torch.device("cpu")
 # Relative to the largest output: float32 in other orders.
 EXACT = 2e-5
 
@@ -58,11 +57,13 @@ class Setup(NamedTuple):
     steps: int = 1
 
 
-@pytest.fixture(params=["cpu", "cpu, 3 threads", "torch", "triton"])
+@pytest.fixture(
+    params=["cpu", "cpu, 3 threads", "torch", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 def setup(request):
     if request.param == "triton":
         request.getfixturevalue("interpreted")
-        yield Setup(lambda: TritonBackend(CPU, CAPACITY))
+        yield Setup(triton_cases.backend)
     elif request.param == "cpu, 3 threads":
         with threads(3):
             yield Setup(CpuBackend, 515, 770, 96, 10)
@@ -163,7 +164,7 @@ def test_an_ffn_mixture_on_merged_weights(setup, rows, biased):
 
 
 def test_a_shared_pair_is_no_expert_of_a_gpu_s_capacity(interpreted):
-    backend = TritonBackend(CPU, CAPACITY)
+    backend = triton_cases.backend()
     handle = backend.register_linear(LinearShape("linear", 8, 8))
     router, pairs = random(CAPACITY.experts, 8), experts(8, 8, [1] * CAPACITY.experts)
     shared = experts(8, 8, [1], seed=4)

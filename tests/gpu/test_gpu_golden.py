@@ -1,0 +1,85 @@
+"""The golden cases through the engine on a GPU, compiled and captured, with both model runners."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.asking import ask, every_prompt, request
+from support.engines import engine
+from support.golden import SERVED, Prompt, greatest_difference
+from support.gpu_reference import Reference
+
+# vLLM's attention multiplies float32 in TF32, which the base feels too: a mixture may differ by as
+# much again.
+LEEWAY, LEAST = 3.0, 1e-2
+# A near-tie of a router goes the other way at such a difference; of a case's prompts, one may.
+TIES = 1
+
+
+@pytest.fixture(scope="module", params=["second runner", "first runner"])
+def llm(request: pytest.FixtureRequest) -> Iterator[Any]:
+    before = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if request.param == "second runner" else "0"
+    try:
+        with engine(
+            gpu_memory_utilization=0.3,
+            attention_backend="TRITON_ATTN",
+            max_num_seqs=96,
+            compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 96]},
+        ) as llm:
+            yield llm
+    finally:
+        if before is None:
+            del os.environ["VLLM_USE_V2_MODEL_RUNNER"]
+        else:
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = before
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference()
+
+
+def assert_as_the_reference(llm: Any, reference: Reference, prompts: list[Prompt]) -> None:
+    """Greedy tokens are those of the golden cases, logits near the reference's on this GPU."""
+    replies = ask(llm, prompts)
+    wrong = [
+        f"{prompt.case}: {reply.tokens} is not {prompt.greedy}"
+        for reply, prompt in zip(replies, prompts, strict=True)
+        if reply.tokens != prompt.greedy
+    ]
+    assert not wrong, "\n".join(wrong)
+    differences: dict[str, list[float]] = {}
+    for reply, prompt in zip(replies, prompts, strict=True):
+        expected = reference.logits(prompt)[0]
+        found = greatest_difference(reply.logits, expected)
+        differences.setdefault(prompt.case, []).append(found)
+    most = max(LEAST, LEEWAY * max(differences["base"]))
+    far = {case: own for case, own in differences.items() if sum(d > most for d in own) > TIES}
+    assert not far, f"expected logits within {most:.2g}, found {far}"
+
+
+def test_every_method_in_one_batch_is_right(llm: Any, reference: Reference) -> None:
+    """None may be refused: loading raises."""
+    for name in SERVED:
+        llm.llm_engine.add_lora(request(name))
+    assert_as_the_reference(llm, reference, every_prompt())
+
+
+def test_adapters_come_and_go_while_the_graphs_stay(llm: Any, reference: Reference) -> None:
+    """What was captured before serves what was stored after, in other slots than before."""
+    names = list(SERVED)
+    for name in names[1:4]:
+        llm.llm_engine.remove_lora(request(name).lora_int_id)
+    for name in reversed(names[1:4]):
+        llm.llm_engine.add_lora(request(name))
+    llm.reset_prefix_cache()
+    assert_as_the_reference(llm, reference, every_prompt())
+
+
+def test_alone_each_is_what_it_is_in_company(llm: Any, reference: Reference) -> None:
+    llm.reset_prefix_cache()
+    for prompt in every_prompt()[: 1 + len(SERVED)]:
+        (reply,) = ask(llm, [prompt])
+        assert reply.tokens == prompt.greedy, prompt.case
