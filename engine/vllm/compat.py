@@ -67,7 +67,13 @@ WORKERS = (
         "CPUWorker",
         WORKER,
         "is extended",
-        attributes=("init_device", "load_model", "determine_available_memory", "model_runner"),
+        attributes=(
+            "init_device",
+            "load_model",
+            "determine_available_memory",
+            "compile_or_warm_up_model",
+            "model_runner",
+        ),
         platform="cpu",
     ),
     Seam(
@@ -75,7 +81,13 @@ WORKERS = (
         "Worker",
         WORKER,
         "is extended",
-        attributes=("init_device", "load_model", "determine_available_memory", "model_runner"),
+        attributes=(
+            "init_device",
+            "load_model",
+            "determine_available_memory",
+            "compile_or_warm_up_model",
+            "model_runner",
+        ),
         platform="gpu",
     ),
     Seam(

@@ -15,6 +15,7 @@ from molehill.api.metrics.worker_stats import (
     Told,
     Totals,
     WorkerStats,
+    compilations,
     seconds,
     told,
 )
@@ -57,6 +58,12 @@ def test_seconds_add_up_where_all_workers_measure() -> None:
     assert seconds([one, one]) == StepSeconds(4.0, 1.0)
     assert seconds([one, replace(one, seconds=None)]) is None
     assert seconds([]) is None
+
+
+def test_compilations_add_up_over_the_workers_that_compile() -> None:
+    one = answer(0, RoutingStats())
+    assert compilations([one]) is None
+    assert compilations([replace(one, compilations=2), replace(one, compilations=1), one]) == 3
 
 
 def test_a_name_counts_on_through_a_replacement() -> None:
