@@ -46,54 +46,67 @@ class Specialisation:
         tokens = STEPS[self.step]
         config = launch_config_for(tokens, self.capacity)
         precise = self.dtype == "fp32"
-        shared: dict[str, Any] = {
-            "MAX_RANK": config.max_rank,
-            "LIST": config.tile_list,
-            "TILE": config.tile,
-        }
-        if self.kernel is not expand_kernel and self.kernel is not ffn_kernel:
-            shared["SPLITS"] = config.splits(tokens, self.features)
-        if self.kernel is not gate_kernel:
+        kernel: Any = self.kernel
+        shared: dict[str, Any] = {"LIST": config.tile_list, "ORDER": config.order}
+        shared |= {"TILE": config.tile, "MAX_GATES": config.max_gates}
+        if kernel is not expand_kernel:
+            shared["MAX_RANK"] = config.max_rank
+        if kernel is not shrink_kernel:
+            shared["MAX_FINISHED"] = config.max_finished
+        if kernel is not ffn_kernel:
+            shared["SINGLE"] = config.single
+        if kernel is not gate_kernel:
             shared["PRECISION"] = "ieee" if precise else "tf32"
-        shared["MAX_GATES"] = config.max_gates
-        if self.kernel is shrink_kernel:
+        if kernel is shrink_kernel:
             return shared | {
+                "SPLITS": config.splits(tokens, self.features),
                 "BLOCK_IN": config.inputs // (2 if precise else 1),
                 "BLOCK_RANK": config.rank,
                 "BLOCK_GATES": config.gates,
                 "RANK_PROGRAMS": config.rank_programs,
                 "GATE_PROGRAMS": config.gate_programs,
-                "ROUTER_PRECISION": "ieee" if precise else "tf32x3",
+                "HALVES": not precise,
             }
-        if self.kernel is gate_kernel:
+        if kernel is gate_kernel:
             return shared | {
+                "SPLITS": config.splits(tokens, self.features),
                 "MAX_EXPERTS": config.max_experts,
                 "MAX_PIECES": config.max_pieces,
                 "COUNTERS": config.counters,
                 "BLOCK_RANK": config.route_rank,
+                "SINGLE_RANK": config.single_rank,
+                "SINGLE_IN": config.single_inputs // (2 if precise else 1),
                 "MIXED": False,
                 "TRACE": False,
             }
-        if self.kernel is expand_kernel:
+        if kernel is expand_kernel:
             return shared | {
                 "MAX_PIECES": config.max_pieces,
                 "BLOCK_RANK": config.expand_rank,
                 "BLOCK_OUT": config.columns,
             }
         own = {"MAX_EXPERTS": config.max_experts, "BLOCK_RANK": 16}
-        return shared | own | {"BLOCK": config.columns // (2 if precise else 1)}
+        return shared | own | {"BLOCK": config.ffn_columns // (2 if precise else 1)}
 
     @property
     def options(self) -> dict[str, int]:
-        if self.kernel is gate_kernel:
-            return {"num_warps": 4, "num_stages": 1, "maxnreg": MAX_REGISTERS}
-        warps = launch_config_for(STEPS[self.step], self.capacity).warps
-        stages = 3 if self.kernel is shrink_kernel else 2
-        return {"num_warps": warps, "num_stages": stages, "maxnreg": MAX_REGISTERS}
+        config = launch_config_for(STEPS[self.step], self.capacity)
+        warps = {
+            shrink_kernel: config.shrink_warps,
+            gate_kernel: config.gate_warps,
+            expand_kernel: config.expand_warps,
+            ffn_kernel: config.ffn_warps,
+        }
+        stages = {shrink_kernel: 3, gate_kernel: 1, expand_kernel: 2, ffn_kernel: 2}
+        return {
+            "num_warps": warps[self.kernel],
+            "num_stages": stages[self.kernel],
+            "maxnreg": MAX_REGISTERS,
+        }
 
 
 # Pointers by argument name; every other argument is a 32-bit integer.
-SERVING = {"x", "out", "h", "gate_up", "weights", "gated"}
+SERVING = {"x", "out", "h", "gate_up", "weights", "finished"}
 POINTERS = {
     **dict.fromkeys(("heads", "pieces", "records", "counters"), "*i64"),
     **dict.fromkeys(("steps", "owners", "ints"), "*i32"),

@@ -31,7 +31,7 @@ from molehill.kernels.triton.launch_config import (
 )
 from molehill.kernels.triton.shrink import shrink
 from molehill.kernels.triton.slot_table import SlotTable
-from molehill.kernels.triton.tiling import buffer_size, table
+from molehill.kernels.triton.tiling import StepLayout, table
 
 
 class TritonBackend(CheckedBackend):
@@ -53,7 +53,7 @@ class TritonBackend(CheckedBackend):
         self._packed: dict[int, Packed] = {}
         self._runs: list[Run] = []
         self._traces: list[Trace] | None = None
-        size = buffer_size(capacity.tokens, capacity.adapters + 1)
+        size = StepLayout(capacity.tokens, capacity.adapters + 1).size
         self._steps = torch.zeros(size, dtype=torch.int32, device=device)
         self.linear_op: Callable[..., Any] = torch.ops.molehill.linear.default
         self.ffn_op: Callable[..., Any] = torch.ops.molehill.ffn.default
@@ -136,8 +136,8 @@ class TritonBackend(CheckedBackend):
         tokens, shape = len(x), self._linears[handle]
         slots, config = self.table, launch_config_for(tokens, self.capacity)
         heads, scratch = slots.heads[:, handle], self._scratch_of(handle, tokens)
-        floats, ints = slots.arena.view(torch.float32), slots.arena.view(torch.int32)
-        shrink(x, self._steps, heads, (slots.arena.view(shape.dtype), floats), scratch, config)
+        weights, floats = slots.arena.view(shape.dtype), slots.arena.view(torch.float32)
+        shrink(x, self._steps, heads, (weights, floats), scratch, config)
         if shape.reduce is not None:
             scratch = replace(scratch, logits=shape.reduce(scratch.logits))
         records = (
@@ -147,7 +147,8 @@ class TritonBackend(CheckedBackend):
             slots.counters[:, handle],
         )
         mixed, trace = self._mixed(handle, tokens), self._trace_buffer(tokens)
-        gate(self._steps, records, ints, scratch, config, mixed, trace)
+        views = weights, slots.arena.view(torch.int32)
+        gate(x, self._steps, records, views, scratch, config, mixed, trace)
         self._record(trace, handle)
 
     def finish_linear(self, out: Tensor, x: Tensor, handle: int) -> None:

@@ -12,7 +12,7 @@ from triton import language as tl
 
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.launch_config import MAX_REGISTERS, LaunchConfig, Scratch
-from molehill.kernels.triton.shrink import load_tile
+from molehill.kernels.triton.shrink import load_tile, load_tokens
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def add_delta(
     own: tl.tensor,
     column: tl.tensor,
     width: tl.tensor,
-    MAX_RANK: tl.constexpr,
+    MAX_FINISHED: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
@@ -49,7 +49,7 @@ def add_delta(
     for start in range(tl.load(starts), stop, BLOCK_RANK):
         row = start + tl.arange(0, BLOCK_RANK)
         where = own[:, None] & (row < stop)[None, :]
-        z = tl.load(rows + (token * MAX_RANK)[:, None] + row[None, :], mask=where, other=0.0)
+        z = tl.load(rows + (token * MAX_FINISHED)[:, None] + row[None, :], mask=where, other=0.0)
         b = tl.load(
             weights + (row[:, None] * pitch + column[None, :]),
             mask=(row < stop)[:, None] & (column < width)[None, :],
@@ -137,7 +137,7 @@ def ffn_kernel(
     gate_up: tl.tensor,
     steps: tl.tensor,
     records: tl.tensor,
-    gated: tl.tensor,
+    finished: tl.tensor,
     gates: tl.tensor,
     strips: tl.tensor,
     weights: tl.tensor,
@@ -149,17 +149,20 @@ def ffn_kernel(
     gate_up_stride: tl.tensor,
     record_stride: tl.tensor,
     MAX_RANK: tl.constexpr,
+    MAX_FINISHED: tl.constexpr,
     MAX_GATES: tl.constexpr,
     MAX_EXPERTS: tl.constexpr,
     LIST: tl.constexpr,
+    ORDER: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    slot, token, own = load_tile(steps, tokens, LIST, TILE)
+    slot, place, size, _ = load_tile(steps, LIST)
     if slot < 0:
         return
+    token, own = load_tokens(steps, place, size, tokens, ORDER, TILE)
     slot = slot.to(tl.int64)
     record = records + slot * record_stride
     experts = tl.load(record + at.EXPERTS).to(tl.int32)
@@ -167,14 +170,14 @@ def ffn_kernel(
         return
     number = tl.program_id(1)
     expert = tl.arange(0, MAX_EXPERTS)[None, :]
-    source = gates + (token * MAX_GATES + tl.load(record + at.GATE))[:, None] + expert
-    w = tl.load(source, mask=own[:, None] & (expert < experts), other=0.0)
+    weight = gates + (token * MAX_GATES + tl.load(record + at.GATE))[:, None] + expert
+    w = tl.load(weight, mask=own[:, None] & (expert < experts), other=0.0)
     strip = (strips + (number * tokens + token) * MAX_RANK)[:, None]
     clear_strip(strip, record, w, own, number == 0, BLOCK_RANK)
     starts = ints + tl.load(record + at.STARTS)
     kind = tl.load(record + at.ACTIVATION)
-    gate_rows = gated + tl.load(record + at.GATE_ROW)
-    up_rows = gated + tl.load(record + at.UP_ROW)
+    gate_rows = finished + tl.load(record + at.GATE_ROW)
+    up_rows = finished + tl.load(record + at.UP_ROW)
     gate_b = weights + tl.multiple_of(tl.load(record + at.GATE_B), at.PITCH)
     up_b = weights + tl.multiple_of(tl.load(record + at.UP_B), at.PITCH)
     down_a = weights + tl.multiple_of(tl.load(record + at.DOWN_A), at.PITCH)
@@ -207,7 +210,7 @@ def ffn_kernel(
                     own,
                     column,
                     width,
-                    MAX_RANK,
+                    MAX_FINISHED,
                     BLOCK_RANK,
                     PRECISION,
                 )
@@ -228,7 +231,7 @@ def ffn_kernel(
                     own,
                     column,
                     width,
-                    MAX_RANK,
+                    MAX_FINISHED,
                     BLOCK_RANK,
                     PRECISION,
                 )
@@ -275,7 +278,7 @@ def ffn(
         gate_up,
         steps,
         records,
-        scratch.gated,
+        scratch.finished,
         scratch.gates,
         strips,
         weights,
@@ -287,14 +290,16 @@ def ffn(
         gate_up.stride(0),
         records.stride(0),
         MAX_RANK=config.max_rank,
+        MAX_FINISHED=config.max_finished,
         MAX_GATES=config.max_gates,
         MAX_EXPERTS=config.max_experts,
         LIST=config.tile_list,
+        ORDER=config.order,
         TILE=config.tile,
         BLOCK_RANK=16,
-        BLOCK=config.columns // (2 if precise else 1),
+        BLOCK=config.ffn_columns // (2 if precise else 1),
         PRECISION="ieee" if precise else "tf32",
-        num_warps=config.warps,
+        num_warps=config.ffn_warps,
         num_stages=2,
         maxnreg=MAX_REGISTERS,
     )

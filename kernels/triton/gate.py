@@ -1,10 +1,11 @@
 """Gate: routes every token once, and finishes its rank rows: w[owner] * (A x) in the serving dtype.
 
 The launch between shrink and expand. A program has some rank rows of one piece for one tile: it
-adds up the splits of the rows and of the piece's logits, routes, and multiplies. The programs of a
-piece's first rows count, and write the gate weights for what needs more than gated rows (DoRA's
-output scales, an FFN mixture). Nothing here depends on the base's output: like shrink it may run
-beside the base's GEMM.
+adds up the splits of the rows and of the piece's logits, routes, and multiplies. Of a tile that
+routes first it computes A x itself, of the rank rows of chosen experts. The programs of a piece's
+first rows count, and write the gate weights for what needs more than finished rows (DoRA's output
+scales, an FFN mixture). Nothing here depends on the base's output: like shrink it may run beside
+the base's GEMM.
 """
 
 import triton
@@ -14,7 +15,7 @@ from triton import language as tl
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.launch_config import MAX_REGISTERS, LaunchConfig, Scratch
 from molehill.kernels.triton.routing import count, route
-from molehill.kernels.triton.shrink import load_tile
+from molehill.kernels.triton.shrink import load_tile, load_tokens, project_one, routes_first
 
 
 @triton.jit
@@ -62,8 +63,8 @@ def gate_weights(
     extra = tl.zeros((token.shape[0],), dtype=tl.float32)
     if tl.load(record + at.SCORES) == at.LEARNED:
         last = logits + tl.load(record + at.GATE) + experts
-        for split in range(SPLITS):
-            extra += tl.load(last + (split * tokens + token) * MAX_GATES, mask=own, other=0.0)
+        for i in range(SPLITS):
+            extra += tl.load(last + (i * tokens + token) * MAX_GATES, mask=own, other=0.0)
     p, w, entropy, soft = route(sums, extra, experts, record, parameters)
     if first:
         count(counters, w, entropy, soft, own)
@@ -76,8 +77,7 @@ def gate_weights(
 
 
 @triton.jit
-def summed_rows(
-    rows: tl.tensor,
+def mixed_rows(
     strips: tl.tensor,
     row: tl.tensor,
     where: tl.tensor,
@@ -86,83 +86,171 @@ def summed_rows(
     shrunk: tl.tensor,
     parts: tl.tensor,
     MAX_RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MIXED: tl.constexpr,
 ) -> tl.tensor:
-    """Rank rows `row` of the linear, float32 `[T, row]`: the sum of shrink's splits or, from row
-    number `shrunk` on, of an FFN mixture's strips."""
-    here = where & (row < shrunk)[None, :]
-    sums = tl.zeros((token.shape[0], row.shape[0]), dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        source = (split * tokens + token)[:, None] * MAX_RANK + row[None, :]
-        sums += tl.load(rows + source, mask=here, other=0.0)
-    if MIXED:
-        there = where & (row >= shrunk)[None, :]
-        for part in range(tl.where(tl.max(row, axis=0) >= shrunk, parts, 0)):
-            source = (part * tokens + token)[:, None] * MAX_RANK + (row - shrunk)[None, :]
-            sums += tl.load(strips + source, mask=there, other=0.0)
+    """Rank rows that an FFN mixture has left in strips, float32 `[T, row]`: those from row number
+    `shrunk` of the linear on; 0 for others."""
+    there = where & (row >= shrunk)[None, :]
+    sums = tl.zeros(where.shape, dtype=tl.float32)
+    for part in range(tl.where(tl.max(row, axis=0) >= shrunk, parts, 0)):
+        source = (part * tokens + token)[:, None] * MAX_RANK + (row - shrunk)[None, :]
+        sums += tl.load(strips + source, mask=there, other=0.0)
     return sums
+
+
+@triton.jit
+def row_gates(
+    w: tl.tensor, owners: tl.tensor, record: tl.tensor, row: tl.tensor, rank: tl.tensor
+) -> tl.tensor:
+    """w `[T, E]` of the expert that owns each rank row of a piece: `[T, row]`."""
+    owner = tl.load(owners + tl.load(record + at.OWNER) + row, mask=row < rank, other=0)
+    index = tl.broadcast_to(tl.maximum(owner, 0)[None, :], (w.shape[0], row.shape[0]))
+    gate = tl.where((owner == at.EVERY_TOKEN)[None, :], 1.0, tl.gather(w, index, axis=1))
+    if tl.load(record + at.UNGATED) != 0:
+        gate = tl.where(gate == 0, 0.0, 1.0)
+    return tl.where((row < rank)[None, :], gate, 0.0)
+
+
+@triton.jit
+def store_finished(
+    finished: tl.tensor,
+    record: tl.tensor,
+    sums: tl.tensor,
+    gate: tl.tensor,
+    row: tl.tensor,
+    token: tl.tensor,
+    own: tl.tensor,
+    MAX_FINISHED: tl.constexpr,
+) -> None:
+    """Rank rows `row` of a piece times their gates, and zeros up to the next multiple of PITCH."""
+    # A row of an expert that is not chosen is 0, whatever its sum is.
+    z = tl.where(gate == 0, 0.0, sums * gate)
+    place = tl.multiple_of(tl.load(record + at.FINISHED).to(tl.int32), at.PITCH)
+    stop = tl.cdiv(tl.load(record + at.RANK).to(tl.int32), at.PITCH) * at.PITCH
+    target = finished + (token * MAX_FINISHED)[:, None] + place + row[None, :]
+    tl.store(target, z.to(finished.dtype.element_ty), mask=own[:, None] & (row < stop)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
 def gate_kernel(
+    x: tl.tensor,
     steps: tl.tensor,
     heads: tl.tensor,
     pieces: tl.tensor,
     parameters: tl.tensor,
     counters: tl.tensor,
+    weights: tl.tensor,
     owners: tl.tensor,
     rows: tl.tensor,
     logits: tl.tensor,
     strips: tl.tensor,
-    gated: tl.tensor,
+    finished: tl.tensor,
     gates: tl.tensor,
     trace: tl.tensor,
     tokens: tl.tensor,
     parts: tl.tensor,
+    features: tl.tensor,
+    x_stride: tl.tensor,
     head_stride: tl.tensor,
     piece_stride: tl.tensor,
     parameter_stride: tl.tensor,
     counter_stride: tl.tensor,
     MAX_RANK: tl.constexpr,
+    MAX_FINISHED: tl.constexpr,
     MAX_GATES: tl.constexpr,
     MAX_EXPERTS: tl.constexpr,
     MAX_PIECES: tl.constexpr,
     COUNTERS: tl.constexpr,
     SPLITS: tl.constexpr,
     LIST: tl.constexpr,
+    ORDER: tl.constexpr,
     TILE: tl.constexpr,
+    SINGLE: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
+    SINGLE_RANK: tl.constexpr,
+    SINGLE_IN: tl.constexpr,
     MIXED: tl.constexpr,
     TRACE: tl.constexpr,
 ) -> None:
-    slot, token, own = load_tile(steps, tokens, LIST, TILE)
+    slot, place, size, first_token = load_tile(steps, LIST)
     if slot < 0:
         return
     slot = slot.to(tl.int64)
     pieces += slot * piece_stride
+    parameters += slot * parameter_stride
+    counters += slot * counter_stride
+    head = heads + slot * head_stride
     every = pieces + tl.arange(0, MAX_PIECES) * at.PIECE
     # A router without rank rows of its own decides and counts all the same.
     sizes = tl.load(every + at.RANK).to(tl.int32)
     sizes = tl.maximum(sizes, (tl.load(every + at.EXPERTS) > 0).to(tl.int32))
-    shrunk = tl.load(heads + slot * head_stride + at.HEAD_RANK).to(tl.int32)
+    shrunk = tl.load(head + at.HEAD_RANK).to(tl.int32)
+    # Two conditions: the first is decided when it is compiled.
+    if SINGLE:  # noqa: SIM102
+        if routes_first(steps, size):
+            token = first_token + tl.arange(0, 1)
+            own = token < tokens
+            x_one = x + first_token.to(tl.int64) * x_stride
+            a = weights + tl.multiple_of(tl.load(head + at.HEAD_A), at.PITCH)
+            pitch = tl.multiple_of(tl.cdiv(features, at.PITCH) * at.PITCH, at.PITCH)
+            blocks = tl.sum(tl.cdiv(sizes, SINGLE_RANK), axis=0)
+            for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
+                piece, local = find_block(sizes, block, SINGLE_RANK)
+                record = pieces + piece * at.PIECE
+                row = local * SINGLE_RANK + tl.arange(0, SINGLE_RANK)
+                rank = tl.load(record + at.RANK).to(tl.int32)
+                gate = tl.where((row < rank)[None, :], 1.0, 0.0)
+                if tl.load(record + at.EXPERTS) > 0:
+                    w = gate_weights(
+                        logits,
+                        record,
+                        parameters + piece * at.POLICY,
+                        counters + piece * COUNTERS,
+                        gates,
+                        trace,
+                        token,
+                        own,
+                        tokens,
+                        local == 0,
+                        MAX_GATES,
+                        MAX_EXPERTS,
+                        SPLITS,
+                        TRACE,
+                    )
+                    gate = row_gates(w, owners, record, row, rank)
+                stacked = tl.load(record + at.ROW).to(tl.int32) + row
+                wanted = (tl.max(tl.abs(gate), axis=0) > 0) & (stacked < shrunk)
+                # Nothing is read where no row of the block is wanted.
+                end = tl.where(tl.max(wanted.to(tl.int32), axis=0) > 0, features, 0)
+                sums = project_one(x_one, a + stacked * pitch, wanted, 0, end, SINGLE_IN)[None, :]
+                if MIXED:
+                    where = own[:, None] & (row < rank)[None, :]
+                    sums += mixed_rows(
+                        strips, stacked, where, token, tokens, shrunk, parts, MAX_RANK
+                    )
+                store_finished(finished, record, sums, gate, row, token, own, MAX_FINISHED)
+            return
+    token, own = load_tokens(steps, place, size, tokens, ORDER, TILE)
     blocks = tl.sum(tl.cdiv(sizes, BLOCK_RANK), axis=0)
     for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
         piece, local = find_block(sizes, block, BLOCK_RANK)
         record = pieces + piece * at.PIECE
-        own_row = local * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+        row = local * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
         rank = tl.load(record + at.RANK).to(tl.int32)
-        row = tl.load(record + at.ROW).to(tl.int32) + own_row
-        where = own[:, None] & (own_row < rank)[None, :]
-        sums = summed_rows(
-            rows, strips, row, where, token, tokens, shrunk, parts, MAX_RANK, SPLITS, MIXED
-        )
+        stacked = tl.load(record + at.ROW).to(tl.int32) + row
+        where = own[:, None] & (row < rank)[None, :]
+        sums = tl.zeros((TILE, BLOCK_RANK), dtype=tl.float32)
+        for split in tl.static_range(SPLITS):
+            source = (split * tokens + token)[:, None] * MAX_RANK + stacked[None, :]
+            sums += tl.load(rows + source, mask=where & (stacked < shrunk)[None, :], other=0.0)
+        if MIXED:
+            sums += mixed_rows(strips, stacked, where, token, tokens, shrunk, parts, MAX_RANK)
+        gate = tl.where((row < rank)[None, :], tl.full((TILE, 1), 1.0, tl.float32), 0.0)
         if tl.load(record + at.EXPERTS) > 0:
             w = gate_weights(
                 logits,
                 record,
-                parameters + slot * parameter_stride + piece * at.POLICY,
-                counters + slot * counter_stride + piece * COUNTERS,
+                parameters + piece * at.POLICY,
+                counters + piece * COUNTERS,
                 gates,
                 trace,
                 token,
@@ -174,65 +262,69 @@ def gate_kernel(
                 SPLITS,
                 TRACE,
             )
-            owner = tl.load(
-                owners + tl.load(record + at.OWNER) + own_row, mask=own_row < rank, other=0
-            )
-            index = tl.broadcast_to(tl.maximum(owner, 0)[None, :], (TILE, BLOCK_RANK))
-            gate = tl.where((owner == at.EVERY_TOKEN)[None, :], 1.0, tl.gather(w, index, axis=1))
-            # A row of an expert that is not chosen is 0, whatever its sum is.
-            sums = tl.where(gate == 0, 0.0, sums * gate)
-        target = gated + (token * MAX_RANK)[:, None] + row[None, :]
-        tl.store(target, sums.to(gated.dtype.element_ty), mask=where)
+            gate = row_gates(w, owners, record, row, rank)
+        store_finished(finished, record, sums, gate, row, token, own, MAX_FINISHED)
 
 
 def gate(
+    x: Tensor,
     steps: Tensor,
     records: tuple[Tensor, Tensor, Tensor, Tensor],
-    owners: Tensor,
+    arena: tuple[Tensor, Tensor],
     scratch: Scratch,
     config: LaunchConfig,
     mixed: Tensor | None,
     trace: Tensor | None,
 ) -> None:
-    """Fills `scratch.gated` and `scratch.gates` from what shrink left in `scratch`.
+    """Fills `scratch.finished` and `scratch.gates` from x `[T, in]` and what shrink left.
 
     records: the linear's heads `[slots, HEAD]`, pieces `[slots, pieces, PIECE]`, parameters
-    `[slots, pieces, POLICY]` and counters. owners: the arena's flat view in int32. mixed: the
-    strips of an FFN mixture, for its down linear.
+    `[slots, pieces, POLICY]` and counters. arena: its flat views in the serving dtype and in int32.
+    mixed: the strips of an FFN mixture, for its down linear.
     """
-    tokens = scratch.gated.shape[0]
+    tokens, features = x.shape
     heads, pieces, parameters, counters = records
+    weights, owners = arena
     gate_kernel[(config.tiles(tokens), config.route_programs)](
+        x,
         steps,
         heads,
         pieces,
         parameters,
         counters,
+        weights,
         owners,
         scratch.rows,
         scratch.logits,
         scratch.rows if mixed is None else mixed,
-        scratch.gated,
+        scratch.finished,
         scratch.gates,
         scratch.logits if trace is None else trace,
         tokens,
         1 if mixed is None else mixed.shape[0],
+        features,
+        x.stride(0),
         heads.stride(0),
         pieces.stride(0),
         parameters.stride(0),
         counters.stride(0),
         MAX_RANK=config.max_rank,
+        MAX_FINISHED=config.max_finished,
         MAX_GATES=config.max_gates,
         MAX_EXPERTS=config.max_experts,
         MAX_PIECES=config.max_pieces,
         COUNTERS=counters.stride(1),
         SPLITS=scratch.splits,
         LIST=config.tile_list,
+        ORDER=config.order,
         TILE=config.tile,
+        SINGLE=config.single,
         BLOCK_RANK=config.route_rank,
+        SINGLE_RANK=config.single_rank,
+        SINGLE_IN=config.single_inputs // (2 if x.element_size() == 4 else 1),
         MIXED=mixed is not None,
         TRACE=trace is not None,
-        num_warps=4,
+        num_warps=config.gate_warps,
         num_stages=1,
         maxnreg=MAX_REGISTERS,
     )

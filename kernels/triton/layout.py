@@ -24,9 +24,11 @@ HEAD_ROUTERS = tl.constexpr(3)
 # Piece record: first router row, experts (0: no router), policy; output columns, rank rows, B
 # transposed `[rank, pitch]`, int32 expert of each rank row (only with a router; EVERY_TOKEN where
 # the weight is 1), float32 output scale `[max(experts, 1), pitch]` and bias `[width]`, -1 where
-# there is none. An FFN mixture is one more piece of its gate_up linear, which writes no columns: it
-# routes, and its rank rows are those of gate and of up.
-PIECE = tl.constexpr(16)
+# there is none, and where its finished rows begin, in steps of PITCH. An FFN mixture is one more
+# piece of its gate_up linear, which writes no columns: it routes, and its rank rows are those of
+# gate and of up, which are finished UNGATED (rows of experts that are not chosen are 0 all the
+# same).
+PIECE = tl.constexpr(18)
 GATE = tl.constexpr(0)
 EXPERTS = tl.constexpr(1)
 KEEP = tl.constexpr(2)
@@ -43,13 +45,14 @@ B = tl.constexpr(11)
 OWNER = tl.constexpr(12)
 SCALE = tl.constexpr(13)
 BIAS = tl.constexpr(14)
+FINISHED = tl.constexpr(15)
+UNGATED = tl.constexpr(16)
 EVERY_TOKEN = tl.constexpr(-1)
 
-# FFN record: GATE and EXPERTS as its piece has them, first rank rows of gate and up among those of
-# the gate_up linear, B of both, A of down, int32 `[3, experts + 1]` of the experts' first rows in
-# each, activation, rank rows of down, whether one more carries (sum of weights - 1) for down's
-# bias; DoRA's factors of gate and up, float32 `[experts, pitch]`, and the base's biases `[width]`,
-# -1 where there is none.
+# FFN record: GATE and EXPERTS as its piece has them, first finished rows of gate and up, B of both,
+# A of down, int32 `[3, experts + 1]` of the experts' first rows in each, activation, rank rows of
+# down, whether one more carries (sum of weights - 1) for down's bias; DoRA's factors of gate and
+# up, float32 `[experts, pitch]`, and the base's biases `[width]`, -1 where there is none.
 FFN = tl.constexpr(24)
 GATE_ROW = tl.constexpr(7)
 UP_ROW = tl.constexpr(8)
@@ -109,12 +112,13 @@ TOTAL_ENTROPY = tl.constexpr(2)
 FIGURES = tl.constexpr(3)
 ENTROPY_UNIT = tl.constexpr(1 << 24)
 
-# The steps buffer, int32: number and place of the small tiles, of the large tiles, place of the
-# token order; then the tiles as (slot, first place in the order, tokens) and the order itself.
-SMALL = tl.constexpr(0)
-LARGE = tl.constexpr(2)
-ORDER = tl.constexpr(4)
-STEP_HEAD = tl.constexpr(8)
-TILE = tl.constexpr(3)
+# The steps buffer, int32: a head, the small tiles, the large tiles and the order of the tokens,
+# each at a place that the capacity fixes. Tiles are (slot, first place in the order, tokens, first
+# token); those that a step does not need have the slot NO_TILE. ROUTE_FIRST says that the tiles of
+# one row have their rank rows computed after routing, for chosen experts alone.
+STEP_HEAD = tl.constexpr(4)
+ROUTE_FIRST = tl.constexpr(0)
+TILE = tl.constexpr(4)
+NO_TILE = tl.constexpr(-1)
 
 UNSERVED = tl.constexpr(-2)

@@ -96,6 +96,7 @@ class RowStack:
     rank: int = 0
     gates: int = 0
     mixed: int = 0
+    finished: int = 0
     pieces: list[Record] = field(default_factory=list)
 
     def add_rows(self, a: Tensor) -> int:
@@ -107,6 +108,18 @@ class RowStack:
         first, self.gates = self.gates, self.gates + router.shape[0]
         self.routers.append(router)
         return first
+
+    def add_piece(self, record: Record) -> None:
+        """The last of the stack's pieces; its finished rows begin at a multiple of the pitch."""
+        pitch = at.PITCH.value
+        record.fields[at.FINISHED.value] = self.finished
+        self.finished += -(-record.fields[at.RANK.value] // pitch) * pitch
+        self.pieces.append(record)
+
+    def pop_piece(self) -> Record:
+        record = self.pieces.pop()
+        self.finished = record.fields[at.FINISHED.value]
+        return record
 
     def check(self, capacity: Capacity) -> None:
         """Raises CapacityError."""
@@ -162,7 +175,7 @@ def pack_piece(
         record.places[at.SCALE.value] = packing.add(scale, torch.float32)
         if piece.bias is not None:
             record.places[at.BIAS.value] = packing.add(piece.bias.unsqueeze(0), torch.float32)
-    stack.pieces.append(record)
+    stack.add_piece(record)
 
 
 def pack_ffn(
@@ -178,23 +191,17 @@ def pack_ffn(
     fields, count = record.fields, piece.num_experts
     fields[at.ACTIVATION.value] = ACTIVATION_CODES[piece.activation]
     starts: list[int] = []
-    for experts, row, place, rows in (
-        (piece.gate, at.GATE_ROW, at.GATE_B, gate_up.add_rows),
-        (piece.up, at.UP_ROW, at.UP_B, gate_up.add_rows),
-        (piece.down, None, at.DOWN_A, None),
-    ):
+    for experts, place in ((piece.gate, at.GATE_B), (piece.up, at.UP_B), (piece.down, at.DOWN_A)):
         starts += _starts(experts, count)
-        if experts is None or not sum(experts.ranks):
-            continue
-        if row is not None and rows is not None:
-            fields[row.value] = rows(experts.a)
-            record.places[place.value] = packing.add(experts.b.T, dtype)
-        else:
-            record.places[place.value] = packing.add(experts.a, dtype)
+        if experts is not None and starts[-1]:
+            matrix = experts.a if place is at.DOWN_A else experts.b.T
+            record.places[place.value] = packing.add(matrix, dtype)
     record.places[at.STARTS.value] = packing.add_integers(starts)
     routed = _pack_ffn_router(piece, gate_up, packing, capacity)
     for position in (at.GATE.value, at.EXPERTS.value):
         fields[position] = routed.fields[position]
+    fields[at.GATE_ROW.value] = routed.fields[at.FINISHED.value]
+    fields[at.UP_ROW.value] = fields[at.GATE_ROW.value] + starts[count]
     _pack_scale(piece.gate_scale, record, at.GATE_SCALE.value, at.GATE_BIAS.value, packing)
     _pack_scale(piece.up_scale, record, at.UP_SCALE.value, at.UP_BIAS.value, packing)
     _pack_down(piece, record, down, packing, dtype)
@@ -204,15 +211,20 @@ def pack_ffn(
 def _pack_ffn_router(
     piece: FfnPiece, gate_up: RowStack, packing: Packing, capacity: Capacity
 ) -> Record:
-    """The piece that routes for an FFN mixture and finishes the rank rows of gate and up, which are
-    the last that were added, ungated: each expert's own. It writes no columns."""
+    """The piece that routes for an FFN mixture and finishes the rank rows of gate, then of up,
+    ungated. It writes no columns."""
     record = Record([0] * at.PIECE.value)
     _route(record, piece, piece.router, gate_up, packing, capacity)
-    rank = sum(sum(experts.ranks) for experts in (piece.gate, piece.up) if experts is not None)
-    record.fields[at.ROW.value], record.fields[at.RANK.value] = gate_up.rank - rank, rank
+    first, owners = gate_up.rank, [0]
+    for experts in (piece.gate, piece.up):
+        if experts is not None:
+            gate_up.add_rows(experts.a)
+            owners[-1:-1] = experts.expert_of_row.tolist()
+    record.fields[at.ROW.value], record.fields[at.RANK.value] = first, gate_up.rank - first
     record.fields[at.SCALE.value] = record.fields[at.BIAS.value] = -1
-    record.places[at.OWNER.value] = packing.add_integers([at.EVERY_TOKEN.value] * max(rank, 1))
-    gate_up.pieces.append(record)
+    record.fields[at.UNGATED.value] = 1
+    record.places[at.OWNER.value] = packing.add_integers(owners)
+    gate_up.add_piece(record)
     return record
 
 
@@ -247,7 +259,7 @@ def _pack_down(
     down.mixed = sum(part.shape[0] for part in b)
     first, over = down.rank, None
     if len(down.pieces) == 1 and _is_plain(down.pieces[0]):
-        plain = down.pieces.pop()
+        plain = down.pop_piece()
         first, over = plain.fields[at.ROW.value], plain.places[at.B.value]
         b.insert(0, packing.matrices[over][:, : plain.fields[at.WIDTH.value]])
     stacked = torch.cat([part.float() for part in b])
@@ -257,7 +269,7 @@ def _pack_down(
     own.fields[at.ROW.value] = first
     own.fields[at.SCALE.value] = own.fields[at.BIAS.value] = -1
     own.places[at.B.value] = packing.add(stacked, dtype, over)
-    down.pieces.append(own)
+    down.add_piece(own)
 
 
 def _is_plain(record: Record) -> bool:
