@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.asking import ask, every_prompt, request
+from support.asking import ask, ask_worker, every_prompt, request
 from support.engines import engine
 from support.golden import SERVED, Prompt, greatest_difference
 from support.gpu_reference import Reference
+
+from molehill.engine.vllm import protocol
 
 # vLLM's attention multiplies float32 in TF32, which the base feels too: a mixture may differ by as
 # much again.
@@ -76,6 +78,12 @@ def test_adapters_come_and_go_while_the_graphs_stay(llm: Any, reference: Referen
         llm.llm_engine.add_lora(request(name))
     llm.reset_prefix_cache()
     assert_as_the_reference(llm, reference, every_prompt())
+
+
+def test_no_kernel_was_compiled_while_requests_waited(llm: Any) -> None:
+    """Whose tests ran before this one."""
+    reply = ask_worker(llm, protocol.STATS, protocol.StatsRequest())
+    assert reply.compilations == 0
 
 
 def test_alone_each_is_what_it_is_in_company(llm: Any, reference: Reference) -> None:

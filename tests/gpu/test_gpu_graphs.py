@@ -8,11 +8,13 @@ import torch
 from support.triton_cases import CAPACITY, mixture, piece, random
 from torch import nn
 
+from molehill.engine.vllm.model import warmup
 from molehill.engine.vllm.model.base_linears import BaseLinears, OneStream, SideStream, Streams
 from molehill.kernels import reference
 from molehill.kernels.interface import UNSERVED, LinearShape, Run, SlotWeights
 from molehill.kernels.policy import DynMoLE, Soft, TopK
 from molehill.kernels.triton.backend import TritonBackend
+from molehill.kernels.triton.compilations import Compilations
 
 TOKENS, INPUTS, OUT = 32, 96, 64
 LAYERS = 3
@@ -95,6 +97,23 @@ def test_a_graph_serves_adapters_stored_after_its_capture(model: Model) -> None:
                 expected[3:20], _ = reference.linear_mixture(x.cpu()[3:20], weight.cpu(), None, one)
                 assert (y.cpu() - expected).abs().max() < TOLERANCE * expected.abs().max()
         model.backend.erase(seed % 2)
+
+
+def test_nothing_is_compiled_after_the_warm_up() -> None:
+    """Nor for a stored adapter, of any policy and any number of tokens."""
+    compilations, own = Compilations(), Model(OneStream())
+    compilations.watch()
+    shapes = {i: LinearShape("linear", INPUTS, OUT) for i in range(LAYERS)}
+    warmup.run(own.backend, shapes, {}, CAPACITY.tokens)
+    compilations.expect_none()
+    for slot, policy in enumerate((TopK(2), DynMoLE(), Soft())):
+        one = piece(mixture(policy, (4, 2, 3), INPUTS, OUT))
+        own.backend.store(slot, SlotWeights({i: [one] for i in range(LAYERS)}, {}))
+    for tokens in range(1, CAPACITY.tokens + 1):
+        own.begin_step([Run(tokens % 3, 0, tokens)])
+        own(random(tokens, INPUTS, seed=7).cuda())
+    torch.cuda.synchronize()
+    assert compilations.late == 0
 
 
 def test_a_graph_without_adapters_launches_none_of_ours(model: Model) -> None:

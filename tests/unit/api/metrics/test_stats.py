@@ -158,6 +158,13 @@ def samples(registry: NoAdapters, snapshot: Snapshot) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
+def test_compilations_are_shown_where_there_are_any_to_count() -> None:
+    name = "molehill_kernel_compilations_total"
+    assert samples(NoAdapters(), Snapshot(compilations=0))[name] == 0
+    assert samples(NoAdapters(), Snapshot(compilations=3))[name] == 3
+    assert name not in samples(NoAdapters(), Snapshot())
+
+
 LATE = 'molehill_worker_scrape_failures_total{kind="late"}'
 ERROR = 'molehill_worker_scrape_failures_total{kind="error"}'
 AGE = "molehill_worker_figures_age_seconds"
