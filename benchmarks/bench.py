@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from molehill.api.cli.arguments import positive
 from molehill.benchmarks import engines, limits, results_table, shapes, synthetic
 from molehill.benchmarks.contestants import (
     PLAIN_BASE,
@@ -68,23 +69,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vs-vllm", action="store_true", help="also static LoRA of the same rank, on both engines"
     )
     parser.add_argument(
-        "--many", type=int, default=32, help="adapters in one batch; 1 for none (%(default)s)"
+        "--many", type=positive, default=32, help="adapters in one batch; 1 for none (%(default)s)"
     )
     parser.add_argument(
-        "--batches", default="1,8,32", help="sequences that decode at a time (%(default)s)"
+        "--batches",
+        type=batch_sizes,
+        default=[1, 8, 32],
+        metavar="N,N",
+        help="sequences that decode at a time (%(default)s)",
     )
-    parser.add_argument("--tokens", type=int, default=64, help="that each decodes (%(default)s)")
-    parser.add_argument("--prefill", default="4x512", help="prompts x tokens (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=several, default=64, help="that each decodes (%(default)s)"
+    )
+    parser.add_argument(
+        "--prefill", type=prompts, default=(4, 512), metavar="PxT", help="prompts x tokens (4x512)"
+    )
     parser.add_argument(
         "--rate", type=float, help="requests/s that arrive; half of what the base can, 0 for none"
     )
-    parser.add_argument("--requests", type=int, default=64, help="that arrive (%(default)s)")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--requests", type=positive, default=64, help="that arrive (%(default)s)")
+    parser.add_argument("--repetitions", type=positive, default=5)
     parser.add_argument(
         "--budget", type=float, default=120.0, help="seconds of one contestant's turn (%(default)s)"
     )
-    parser.add_argument("--experts", type=int, default=8, help="of random adapters (%(default)s)")
-    parser.add_argument("--rank", type=int, default=8, help="of their experts (%(default)s)")
+    parser.add_argument(
+        "--experts", type=positive, default=8, help="of random adapters (%(default)s)"
+    )
+    parser.add_argument("--rank", type=positive, default=8, help="of their experts (%(default)s)")
     parser.add_argument(
         "--sharpness",
         type=float,
@@ -96,10 +107,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--one-at-a-time", action="store_true", help="where the engines do not fit side by side"
     )
     parser.add_argument("--eager", action="store_true", help="neither compiled nor captured")
-    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-model-len", type=positive, default=2048)
     parser.add_argument(
         "--output", type=Path, default=Path("molehill-bench"), help="a folder (%(default)s)"
     )
+
+
+def batch_sizes(text: str) -> list[int]:
+    """`1,8,32`; raises argparse.ArgumentTypeError."""
+    return [positive(part) for part in text.split(",")]
+
+
+def prompts(text: str) -> tuple[int, int]:
+    """`4x512`, how many of how many tokens; raises argparse.ArgumentTypeError."""
+    number, _, length = text.partition("x")
+    return positive(number), positive(length)
+
+
+def several(text: str) -> int:
+    """At least two, between which time is measured; raises argparse.ArgumentTypeError."""
+    number = positive(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected at least 2")
+    return number
 
 
 class Bench:
@@ -117,7 +147,7 @@ class Bench:
             "max_model_len": args.max_model_len,
             "enable_prefix_caching": False,
             "disable_log_stats": False,
-            "max_num_seqs": max(64, *self._batches()),
+            "max_num_seqs": max(64, *args.batches),
             "dtype": args.dtype,
             "enforce_eager": args.eager,
             "skip_tokenizer_init": True,
@@ -162,13 +192,10 @@ class Bench:
             sizes = synthetic.input_sizes(self._model)
         return Mixtures(self._base, args.experts, args.rank, args.sharpness, sizes)
 
-    def _batches(self) -> list[int]:
-        return [int(batch) for batch in self.args.batches.split(",")]
-
     def _workloads(self) -> list[Workload]:
-        prompts, _, length = self.args.prefill.partition("x")
-        decode = [Workload(batch, PROMPT, self.args.tokens) for batch in self._batches()]
-        return [*decode, Workload(int(prompts), int(length), 1)]
+        decode = [Workload(batch, PROMPT, self.args.tokens) for batch in self.args.batches]
+        batch, length = self.args.prefill
+        return [*decode, Workload(batch, length, 1)]
 
     def _rate(self, turns: Turns) -> float:
         """Requests per second: as asked for, or by what the plain base was seen to do."""

@@ -191,9 +191,12 @@ def test_dummy_shapes_are_models_and_their_routers_see_what_they_read(tmp_path) 
     [
         ([], "found neither of MODEL and --shape"),
         (["somewhere", "--shape", "8b"], "found both of MODEL and --shape"),
+        (["somewhere", "--batches", "1,x"], "--batches: found 'x', expected a positive integer"),
+        (["somewhere", "--prefill", "4"], "--prefill: found '', expected a positive integer"),
+        (["somewhere", "--tokens", "1"], "--tokens: found '1', expected at least 2"),
     ],
 )
-def test_a_run_needs_one_model(arguments, said, capsys) -> None:
+def test_a_run_needs_one_model_and_numbers_that_are_some(arguments, said, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         bench.main(arguments)
     assert said in capsys.readouterr().err
