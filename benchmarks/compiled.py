@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molehill.kernels.triton.expand import expand_kernel
+from molehill.kernels.triton.expand import PART, expand_kernel
 from molehill.kernels.triton.ffn import ffn_kernel
 from molehill.kernels.triton.gate import gate_kernel
 from molehill.kernels.triton.launch_config import MAX_REGISTERS, Capacity, launch_config_for
@@ -70,6 +70,7 @@ class Specialisation:
         if kernel is gate_kernel:
             return shared | {
                 "SPLITS": config.splits(tokens, self.features),
+                "LOGIT_SPLITS": config.splits(tokens, self.features),
                 "MAX_EXPERTS": config.max_experts,
                 "MAX_PIECES": config.max_pieces,
                 "COUNTERS": config.counters,
@@ -80,10 +81,12 @@ class Specialisation:
                 "TRACE": False,
             }
         if kernel is expand_kernel:
+            columns = min(config.columns, PART) if precise else config.columns
             return shared | {
                 "MAX_PIECES": config.max_pieces,
                 "BLOCK_RANK": config.expand_rank,
-                "BLOCK_OUT": config.columns,
+                "BLOCK_OUT": columns,
+                "PART": min(columns, PART),
             }
         own = {"MAX_EXPERTS": config.max_experts, "BLOCK_RANK": 16}
         return shared | own | {"BLOCK": config.ffn_columns // (2 if precise else 1)}

@@ -139,7 +139,8 @@ class TritonBackend(CheckedBackend):
         weights, floats = slots.arena.view(shape.dtype), slots.arena.view(torch.float32)
         shrink(x, self._steps, heads, (weights, floats), scratch, config)
         if shape.reduce is not None:
-            scratch = replace(scratch, logits=shape.reduce(scratch.logits))
+            total = shape.reduce(scratch.logits.sum(0, keepdim=True))
+            scratch = replace(scratch, logits=total)
         records = (
             heads,
             slots.pieces[:, handle],
@@ -147,7 +148,7 @@ class TritonBackend(CheckedBackend):
             slots.counters[:, handle],
         )
         mixed, trace = self._mixed(handle, tokens), self._trace_buffer(tokens)
-        views = weights, slots.arena.view(torch.int32)
+        views = weights, floats, slots.arena.view(torch.int32)
         gate(x, self._steps, records, views, scratch, config, mixed, trace)
         self._record(trace, handle)
 

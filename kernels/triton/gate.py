@@ -31,11 +31,42 @@ def find_block(
 
 
 @triton.jit
+def mlp_output(
+    logits: tl.tensor,
+    record: tl.tensor,
+    floats: tl.tensor,
+    token: tl.tensor,
+    own: tl.tensor,
+    tokens: tl.tensor,
+    MAX_GATES: tl.constexpr,
+    LOGIT_SPLITS: tl.constexpr,
+) -> tl.tensor:
+    """c relu(h + b) of the HIDDEN router rows after a piece's experts: float32 `[T]`."""
+    hidden = tl.load(record + at.HIDDEN).to(tl.int32)
+    pitch = tl.cdiv(hidden, at.PITCH) * at.PITCH
+    biases = floats + tl.load(record + at.MLP)
+    first = (tl.load(record + at.GATE) + tl.load(record + at.EXPERTS)).to(tl.int32)
+    total = tl.zeros((token.shape[0],), dtype=tl.float32)
+    for start in range(0, hidden, 32):
+        unit = start + tl.arange(0, 32)
+        where = own[:, None] & (unit < hidden)[None, :]
+        h = tl.zeros((token.shape[0], 32), dtype=tl.float32)
+        for i in range(LOGIT_SPLITS):
+            source = (i * tokens + token)[:, None] * MAX_GATES + first + unit[None, :]
+            h += tl.load(logits + source, mask=where, other=0.0)
+        b = tl.load(biases + unit, mask=unit < hidden, other=0.0)
+        c = tl.load(biases + pitch + unit, mask=unit < hidden, other=0.0)
+        total += tl.sum(c[None, :] * tl.maximum(h + b[None, :], 0.0), axis=1)
+    return total
+
+
+@triton.jit
 def gate_weights(
     logits: tl.tensor,
     record: tl.tensor,
     parameters: tl.tensor,
     counters: tl.tensor,
+    floats: tl.tensor,
     gates: tl.tensor,
     trace: tl.tensor,
     token: tl.tensor,
@@ -44,7 +75,7 @@ def gate_weights(
     first: tl.tensor,
     MAX_GATES: tl.constexpr,
     MAX_EXPERTS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    LOGIT_SPLITS: tl.constexpr,
     TRACE: tl.constexpr,
 ) -> tl.tensor:
     """w `[T, MAX_EXPERTS]` of a piece. first: whether this program counts, writes w and traces.
@@ -57,13 +88,16 @@ def gate_weights(
     gate = tl.load(record + at.GATE).to(tl.int32) + expert
     where = own[:, None] & (expert < experts)[None, :]
     sums = tl.zeros((token.shape[0], MAX_EXPERTS), dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
+    for split in tl.static_range(LOGIT_SPLITS):
         source = (split * tokens + token)[:, None] * MAX_GATES + gate[None, :]
         sums += tl.load(logits + source, mask=where, other=0.0)
     extra = tl.zeros((token.shape[0],), dtype=tl.float32)
-    if tl.load(record + at.SCORES) == at.LEARNED:
+    scores = tl.load(record + at.SCORES)
+    if scores == at.SPARSE:
+        extra = mlp_output(logits, record, floats, token, own, tokens, MAX_GATES, LOGIT_SPLITS)
+    elif scores == at.LEARNED:
         last = logits + tl.load(record + at.GATE) + experts
-        for i in range(SPLITS):
+        for i in range(LOGIT_SPLITS):
             extra += tl.load(last + (i * tokens + token) * MAX_GATES, mask=own, other=0.0)
     p, w, entropy, soft = route(sums, extra, experts, record, parameters)
     if first:
@@ -139,6 +173,7 @@ def gate_kernel(
     parameters: tl.tensor,
     counters: tl.tensor,
     weights: tl.tensor,
+    floats: tl.tensor,
     owners: tl.tensor,
     rows: tl.tensor,
     logits: tl.tensor,
@@ -161,6 +196,7 @@ def gate_kernel(
     MAX_PIECES: tl.constexpr,
     COUNTERS: tl.constexpr,
     SPLITS: tl.constexpr,
+    LOGIT_SPLITS: tl.constexpr,
     LIST: tl.constexpr,
     ORDER: tl.constexpr,
     TILE: tl.constexpr,
@@ -205,6 +241,7 @@ def gate_kernel(
                         record,
                         parameters + piece * at.POLICY,
                         counters + piece * COUNTERS,
+                        floats,
                         gates,
                         trace,
                         token,
@@ -213,7 +250,7 @@ def gate_kernel(
                         local == 0,
                         MAX_GATES,
                         MAX_EXPERTS,
-                        SPLITS,
+                        LOGIT_SPLITS,
                         TRACE,
                     )
                     gate = row_gates(w, owners, record, row, rank)
@@ -251,6 +288,7 @@ def gate_kernel(
                 record,
                 parameters + piece * at.POLICY,
                 counters + piece * COUNTERS,
+                floats,
                 gates,
                 trace,
                 token,
@@ -259,7 +297,7 @@ def gate_kernel(
                 local == 0,
                 MAX_GATES,
                 MAX_EXPERTS,
-                SPLITS,
+                LOGIT_SPLITS,
                 TRACE,
             )
             gate = row_gates(w, owners, record, row, rank)
@@ -270,7 +308,7 @@ def gate(
     x: Tensor,
     steps: Tensor,
     records: tuple[Tensor, Tensor, Tensor, Tensor],
-    arena: tuple[Tensor, Tensor],
+    arena: tuple[Tensor, Tensor, Tensor],
     scratch: Scratch,
     config: LaunchConfig,
     mixed: Tensor | None,
@@ -279,12 +317,12 @@ def gate(
     """Fills `scratch.finished` and `scratch.gates` from x `[T, in]` and what shrink left.
 
     records: the linear's heads `[slots, HEAD]`, pieces `[slots, pieces, PIECE]`, parameters
-    `[slots, pieces, POLICY]` and counters. arena: its flat views in the serving dtype and in int32.
-    mixed: the strips of an FFN mixture, for its down linear.
+    `[slots, pieces, POLICY]` and counters. arena: its flat views in the serving dtype, in float32
+    and in int32. mixed: the strips of an FFN mixture, for its down linear.
     """
     tokens, features = x.shape
     heads, pieces, parameters, counters = records
-    weights, owners = arena
+    weights, floats, owners = arena
     gate_kernel[(config.tiles(tokens), config.route_programs)](
         x,
         steps,
@@ -293,6 +331,7 @@ def gate(
         parameters,
         counters,
         weights,
+        floats,
         owners,
         scratch.rows,
         scratch.logits,
@@ -315,6 +354,7 @@ def gate(
         MAX_PIECES=config.max_pieces,
         COUNTERS=counters.stride(1),
         SPLITS=scratch.splits,
+        LOGIT_SPLITS=scratch.logits.shape[0],
         LIST=config.tile_list,
         ORDER=config.order,
         TILE=config.tile,

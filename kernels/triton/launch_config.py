@@ -38,7 +38,8 @@ class Capacity:
 
     adapters: different ones in one step (vLLM's max_loras). slots: loaded at once. tokens: of the
     longest step. rank: stacked rank rows of one adapter on one (fused) linear. experts: of one
-    router, at most 32 are tested. gates: stacked router rows of one adapter on one linear.
+    router, at most 32 are tested. gates: stacked router rows of one adapter on one linear, with those
+    of Sparsegen's hidden layers.
     pieces: original projections of one linear. memory: bytes for adapter weights.
     """
 
@@ -47,7 +48,7 @@ class Capacity:
     slots: int = 64
     rank: int = 1024
     experts: int = 32
-    gates: int = 128
+    gates: int = 1024
     pieces: int = 8
     memory: int = 2 << 30
 
