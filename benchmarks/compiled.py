@@ -78,6 +78,7 @@ class Specialisation:
                 "SINGLE_RANK": config.single_rank,
                 "SINGLE_IN": config.single_inputs // (2 if precise else 1),
                 "MIXED": False,
+                "PAIRS": True,
                 "TRACE": False,
             }
         if kernel is expand_kernel:
@@ -88,7 +89,7 @@ class Specialisation:
                 "BLOCK_OUT": columns,
                 "PART": min(columns, PART),
             }
-        own = {"MAX_EXPERTS": config.max_experts, "BLOCK_RANK": 16}
+        own = {"MAX_EXPERTS": config.max_experts, "BLOCK_RANK": config.ffn_rank}
         return shared | own | {"BLOCK": config.ffn_columns // (2 if precise else 1)}
 
     @property
@@ -112,7 +113,7 @@ class Specialisation:
 SERVING = {"x", "out", "h", "gate_up", "weights", "finished"}
 POINTERS = {
     **dict.fromkeys(("heads", "pieces", "records", "counters"), "*i64"),
-    **dict.fromkeys(("steps", "owners", "ints"), "*i32"),
+    **dict.fromkeys(("steps", "owners", "ints", "pairs"), "*i32"),
     **dict.fromkeys(
         ("routers", "rows", "logits", "gates", "floats", "parameters", "strips", "trace"), "*fp32"
     ),

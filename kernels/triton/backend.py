@@ -148,8 +148,9 @@ class TritonBackend(CheckedBackend):
             slots.counters[:, handle],
         )
         mixed, trace = self._mixed(handle, tokens), self._trace_buffer(tokens)
+        pairs = self._strips.pairs if handle in self._ffn_of_gate_up else None
         views = weights, floats, slots.arena.view(torch.int32)
-        gate(x, self._steps, records, views, scratch, config, mixed, trace)
+        gate(x, self._steps, records, views, scratch, config, mixed, pairs, trace)
         self._record(trace, handle)
 
     def finish_linear(self, out: Tensor, x: Tensor, handle: int) -> None:
@@ -171,7 +172,8 @@ class TritonBackend(CheckedBackend):
         scratch = self._scratch_of(shape.gate_up, tokens)
         strips = self._strips.of(tokens, shape.intermediate)
         records = slots.ffns[:, handle]
-        launch_ffn(h, gate_up, self._steps, records, views, scratch, strips, config)
+        pairs = self._strips.pairs
+        launch_ffn(h, gate_up, self._steps, records, views, scratch, pairs, strips, config)
 
     def _scratch_of(self, handle: int, tokens: int) -> Scratch:
         memory = self._gate_up if handle in self._ffn_of_gate_up else self._scratch

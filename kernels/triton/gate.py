@@ -111,6 +111,28 @@ def gate_weights(
 
 
 @triton.jit
+def list_pairs(
+    pairs: tl.tensor,
+    record: tl.tensor,
+    w: tl.tensor,
+    own: tl.tensor,
+    place: tl.tensor,
+    first: tl.tensor,
+) -> None:
+    """A tile's (token, expert) pairs with a gate weight, if the piece is an FFN mixture's: their
+    number, then of each the token's number in the tile times MAX_EXPERTS, plus the expert.
+
+    pairs: int32, the tile's are at its first place times MAX_EXPERTS + 1.
+    """
+    if first & (tl.load(record + at.UNGATED) != 0):
+        size: tl.constexpr = w.shape[0] * w.shape[1]
+        there = tl.reshape((w != 0) & own[:, None], (size,)).to(tl.int32)
+        target = pairs + place * (w.shape[1] + 1)
+        tl.store(target + tl.cumsum(there, axis=0), tl.arange(0, size), mask=there != 0)
+        tl.store(target, tl.sum(there, axis=0))
+
+
+@triton.jit
 def mixed_rows(
     strips: tl.tensor,
     row: tl.tensor,
@@ -125,9 +147,12 @@ def mixed_rows(
     `shrunk` of the linear on; 0 for others."""
     there = where & (row >= shrunk)[None, :]
     sums = tl.zeros(where.shape, dtype=tl.float32)
-    for part in range(tl.where(tl.max(row, axis=0) >= shrunk, parts, 0)):
-        source = (part * tokens + token)[:, None] * MAX_RANK + (row - shrunk)[None, :]
-        sums += tl.load(strips + source, mask=there, other=0.0)
+    # Several loads at a time are under way: there may be a hundred strips.
+    end = tl.full(row.shape, parts, tl.int32)
+    for part in range(0, tl.where(tl.max(row, axis=0) >= shrunk, parts, 0), 8):
+        for i in tl.static_range(8):
+            source = ((part + i) * tokens + token)[:, None] * MAX_RANK + (row - shrunk)[None, :]
+            sums += tl.load(strips + source, mask=there & (part + i < end)[None, :], other=0.0)
     return sums
 
 
@@ -180,6 +205,7 @@ def gate_kernel(
     strips: tl.tensor,
     finished: tl.tensor,
     gates: tl.tensor,
+    pairs: tl.tensor,
     trace: tl.tensor,
     tokens: tl.tensor,
     parts: tl.tensor,
@@ -205,6 +231,7 @@ def gate_kernel(
     SINGLE_RANK: tl.constexpr,
     SINGLE_IN: tl.constexpr,
     MIXED: tl.constexpr,
+    PAIRS: tl.constexpr,
     TRACE: tl.constexpr,
 ) -> None:
     slot, place, size, first_token = load_tile(steps, LIST)
@@ -254,6 +281,8 @@ def gate_kernel(
                         TRACE,
                     )
                     gate = row_gates(w, owners, record, row, rank)
+                    if PAIRS:
+                        list_pairs(pairs, record, w, own, place, local == 0)
                 stacked = tl.load(record + at.ROW).to(tl.int32) + row
                 wanted = (tl.max(tl.abs(gate), axis=0) > 0) & (stacked < shrunk)
                 # Nothing is read where no row of the block is wanted.
@@ -301,6 +330,8 @@ def gate_kernel(
                 TRACE,
             )
             gate = row_gates(w, owners, record, row, rank)
+            if PAIRS:
+                list_pairs(pairs, record, w, own, place, local == 0)
         store_finished(finished, record, sums, gate, row, token, own, MAX_FINISHED)
 
 
@@ -312,13 +343,15 @@ def gate(
     scratch: Scratch,
     config: LaunchConfig,
     mixed: Tensor | None,
+    pairs: Tensor | None,
     trace: Tensor | None,
 ) -> None:
     """Fills `scratch.finished` and `scratch.gates` from x `[T, in]` and what shrink left.
 
     records: the linear's heads `[slots, HEAD]`, pieces `[slots, pieces, PIECE]`, parameters
     `[slots, pieces, POLICY]` and counters. arena: its flat views in the serving dtype, in float32
-    and in int32. mixed: the strips of an FFN mixture, for its down linear.
+    and in int32. mixed: the strips of an FFN mixture, for its down linear. pairs: int32
+    `[T * (experts + 1)]`, to be filled for one of a gate_up linear.
     """
     tokens, features = x.shape
     heads, pieces, parameters, counters = records
@@ -338,6 +371,7 @@ def gate(
         scratch.rows if mixed is None else mixed,
         scratch.finished,
         scratch.gates,
+        owners if pairs is None else pairs,
         scratch.logits if trace is None else trace,
         tokens,
         1 if mixed is None else mixed.shape[0],
@@ -363,6 +397,7 @@ def gate(
         SINGLE_RANK=config.single_rank,
         SINGLE_IN=config.single_inputs // (2 if x.element_size() == 4 else 1),
         MIXED=mixed is not None,
+        PAIRS=pairs is not None,
         TRACE=trace is not None,
         num_warps=config.gate_warps,
         num_stages=1,
