@@ -181,6 +181,7 @@ def ffn_kernel(
     LIST: tl.constexpr,
     ORDER: tl.constexpr,
     TILE: tl.constexpr,
+    PAIR_TILE: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -222,8 +223,8 @@ def ffn_kernel(
     for begin in range(number * span, tl.minimum((number + 1) * span, width), BLOCK):
         column = begin + tl.arange(0, BLOCK)
         total = tl.zeros((TILE, BLOCK), dtype=tl.float32)
-        for first in range(0, count, TILE):
-            j = first + tl.arange(0, TILE)
+        for first in range(0, count, PAIR_TILE):
+            j = first + tl.arange(0, PAIR_TILE)
             pair = tl.load(pairs + 1 + j, mask=j < count, other=0)
             there = j < count
             local, expert = pair // MAX_EXPERTS, pair % MAX_EXPERTS
@@ -232,9 +233,7 @@ def ffn_kernel(
             inside = there[:, None] & (column < width)[None, :]
             source = gate_up + (pair_token.to(tl.int64) * gate_up_stride)[:, None]
             g = tl.load(source + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            u = tl.load(source + width + column[None, :], mask=inside, other=0.0).to(tl.float32)
             g = rescaled(g, floats, gate_scale, gate_bias, expert, column, width)
-            u = rescaled(u, floats, up_scale, up_bias, expert, column, width)
             g += delta(
                 gate_rows,
                 gate_b,
@@ -249,6 +248,9 @@ def ffn_kernel(
                 BLOCK_RANK,
                 PRECISION,
             )
+            g = activated(g, kind)
+            u = tl.load(source + width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            u = rescaled(u, floats, up_scale, up_bias, expert, column, width)
             u += delta(
                 up_rows,
                 up_b,
@@ -263,7 +265,7 @@ def ffn_kernel(
                 BLOCK_RANK,
                 PRECISION,
             )
-            u = activated(g, kind) * u
+            u *= g
             mine = (tl.arange(0, TILE)[:, None] == local[None, :]) & there[None, :]
             chosen = tl.where(mine, 1.0, 0.0)
             total = tl.dot(chosen, u * w_pair[:, None], total, input_precision=PRECISION)
@@ -346,7 +348,8 @@ def ffn(
         LIST=config.tile_list,
         ORDER=config.order,
         TILE=config.tile,
-        BLOCK_RANK=config.ffn_rank,
+        PAIR_TILE=16 if precise else config.pair_tile,
+        BLOCK_RANK=16 if precise else config.ffn_rank,
         BLOCK=config.ffn_columns // (2 if precise else 1),
         PRECISION="ieee" if precise else "tf32",
         num_warps=config.ffn_warps,

@@ -60,8 +60,8 @@ class BlockSizes:
     rank, rank_programs, gates, gate_programs, inputs, shrink_warps: shrink's rank rows, router rows
     and inputs. route_rank, route_programs, gate_warps: gate's rank rows; single_rank,
     single_inputs: of tiles that route first. expand_rank, columns, expand_warps: expand's rank rows
-    and outputs.
-    ffn_columns, ffn_rank, ffn_warps: of an FFN mixture.
+    and outputs. pair_tile, ffn_columns, ffn_rank, ffn_warps: an FFN mixture's (token, expert)
+    pairs, columns and rank rows.
     """
 
     tile: int
@@ -79,6 +79,7 @@ class BlockSizes:
     expand_rank: int
     columns: int
     expand_warps: int
+    pair_tile: int
     ffn_columns: int
     ffn_rank: int
     ffn_warps: int
@@ -104,8 +105,9 @@ SHORT = BlockSizes(
     expand_rank=32,
     columns=128,
     expand_warps=4,
+    pair_tile=16,
     ffn_columns=64,
-    ffn_rank=64,
+    ffn_rank=32,
     ffn_warps=4,
 )
 LONG = BlockSizes(
@@ -124,6 +126,7 @@ LONG = BlockSizes(
     expand_rank=32,
     columns=256,
     expand_warps=8,
+    pair_tile=32,
     ffn_columns=64,
     ffn_rank=32,
     ffn_warps=8,
