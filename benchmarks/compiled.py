@@ -125,12 +125,16 @@ ODD = {"tokens", "parts"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas says. Shared memory and spills in bytes per program, registers per thread."""
+    """What ptxas says. Shared memory and spills in bytes per program, registers per thread.
+
+    instructions: of the machine code, each counted once.
+    """
 
     registers: int
     spilled: int
     stack: int
     shared: int
+    instructions: int
 
 
 def specialisations(capacity: Capacity, features: int = 4096) -> Iterator[Specialisation]:
@@ -162,11 +166,23 @@ def compile_for(own: Specialisation, architecture: int) -> Compiled:
         for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack")
     ]
     registers, spilled, stack = numbers
-    return Compiled(registers, spilled, stack, built.metadata.shared)
+    instructions = _instructions(built.asm["cubin"])
+    return Compiled(registers, spilled, stack, built.metadata.shared, instructions)
 
 
 def _type(name: str, dtype: str) -> str:
     return f"*{dtype}" if name in SERVING else POINTERS.get(name, "i32")
+
+
+def _instructions(cubin: bytes) -> int:
+    """SASS instructions by nvdisasm, the version that Triton brings; the padding is left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(binary)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(\S+)", done.stdout, re.MULTILINE)
+    return sum(not line.startswith("NOP") for line in lines)
 
 
 def _ptxas(ptx: str, architecture: int) -> str:
