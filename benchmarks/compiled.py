@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molehill.kernels.triton.expand import expand_kernel
+from molehill.kernels.triton.expand import PART, expand_kernel
 from molehill.kernels.triton.ffn import ffn_kernel
 from molehill.kernels.triton.gate import gate_kernel
 from molehill.kernels.triton.launch_config import MAX_REGISTERS, Capacity, launch_config_for
@@ -70,6 +70,7 @@ class Specialisation:
         if kernel is gate_kernel:
             return shared | {
                 "SPLITS": config.splits(tokens, self.features),
+                "LOGIT_SPLITS": config.splits(tokens, self.features),
                 "MAX_EXPERTS": config.max_experts,
                 "MAX_PIECES": config.max_pieces,
                 "COUNTERS": config.counters,
@@ -77,15 +78,19 @@ class Specialisation:
                 "SINGLE_RANK": config.single_rank,
                 "SINGLE_IN": config.single_inputs // (2 if precise else 1),
                 "MIXED": False,
+                "PAIRS": True,
                 "TRACE": False,
             }
         if kernel is expand_kernel:
+            columns = min(config.columns, PART) if precise else config.columns
             return shared | {
                 "MAX_PIECES": config.max_pieces,
                 "BLOCK_RANK": config.expand_rank,
-                "BLOCK_OUT": config.columns,
+                "BLOCK_OUT": columns,
+                "PART": min(columns, PART),
             }
-        own = {"MAX_EXPERTS": config.max_experts, "BLOCK_RANK": 16}
+        own = {"MAX_EXPERTS": config.max_experts, "PAIR_TILE": 16 if precise else config.pair_tile}
+        own |= {"BLOCK_RANK": 16 if precise else config.ffn_rank}
         return shared | own | {"BLOCK": config.ffn_columns // (2 if precise else 1)}
 
     @property
@@ -109,7 +114,7 @@ class Specialisation:
 SERVING = {"x", "out", "h", "gate_up", "weights", "finished"}
 POINTERS = {
     **dict.fromkeys(("heads", "pieces", "records", "counters"), "*i64"),
-    **dict.fromkeys(("steps", "owners", "ints"), "*i32"),
+    **dict.fromkeys(("steps", "owners", "ints", "pairs"), "*i32"),
     **dict.fromkeys(
         ("routers", "rows", "logits", "gates", "floats", "parameters", "strips", "trace"), "*fp32"
     ),
@@ -120,12 +125,16 @@ ODD = {"tokens", "parts"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas says. Shared memory and spills in bytes per program, registers per thread."""
+    """What ptxas says. Shared memory and spills in bytes per program, registers per thread.
+
+    instructions: of the machine code, each counted once.
+    """
 
     registers: int
     spilled: int
     stack: int
     shared: int
+    instructions: int
 
 
 def specialisations(capacity: Capacity, features: int = 4096) -> Iterator[Specialisation]:
@@ -157,11 +166,23 @@ def compile_for(own: Specialisation, architecture: int) -> Compiled:
         for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack")
     ]
     registers, spilled, stack = numbers
-    return Compiled(registers, spilled, stack, built.metadata.shared)
+    instructions = _instructions(built.asm["cubin"])
+    return Compiled(registers, spilled, stack, built.metadata.shared, instructions)
 
 
 def _type(name: str, dtype: str) -> str:
     return f"*{dtype}" if name in SERVING else POINTERS.get(name, "i32")
+
+
+def _instructions(cubin: bytes) -> int:
+    """SASS instructions by nvdisasm, the version that Triton brings; the padding is left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(binary)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(\S+)", done.stdout, re.MULTILINE)
+    return sum(not line.startswith("NOP") for line in lines)
 
 
 def _ptxas(ptx: str, architecture: int) -> str:

@@ -139,7 +139,8 @@ class TritonBackend(CheckedBackend):
         weights, floats = slots.arena.view(shape.dtype), slots.arena.view(torch.float32)
         shrink(x, self._steps, heads, (weights, floats), scratch, config)
         if shape.reduce is not None:
-            scratch = replace(scratch, logits=shape.reduce(scratch.logits))
+            total = shape.reduce(scratch.logits.sum(0, keepdim=True))
+            scratch = replace(scratch, logits=total)
         records = (
             heads,
             slots.pieces[:, handle],
@@ -147,8 +148,9 @@ class TritonBackend(CheckedBackend):
             slots.counters[:, handle],
         )
         mixed, trace = self._mixed(handle, tokens), self._trace_buffer(tokens)
-        views = weights, slots.arena.view(torch.int32)
-        gate(x, self._steps, records, views, scratch, config, mixed, trace)
+        pairs = self._strips.pairs if handle in self._ffn_of_gate_up else None
+        views = weights, floats, slots.arena.view(torch.int32)
+        gate(x, self._steps, records, views, scratch, config, mixed, pairs, trace)
         self._record(trace, handle)
 
     def finish_linear(self, out: Tensor, x: Tensor, handle: int) -> None:
@@ -170,7 +172,8 @@ class TritonBackend(CheckedBackend):
         scratch = self._scratch_of(shape.gate_up, tokens)
         strips = self._strips.of(tokens, shape.intermediate)
         records = slots.ffns[:, handle]
-        launch_ffn(h, gate_up, self._steps, records, views, scratch, strips, config)
+        pairs = self._strips.pairs
+        launch_ffn(h, gate_up, self._steps, records, views, scratch, pairs, strips, config)
 
     def _scratch_of(self, handle: int, tokens: int) -> Scratch:
         memory = self._gate_up if handle in self._ffn_of_gate_up else self._scratch

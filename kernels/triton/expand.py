@@ -15,6 +15,9 @@ from molehill.kernels.triton.gate import find_block
 from molehill.kernels.triton.launch_config import MAX_REGISTERS, LaunchConfig, Scratch
 from molehill.kernels.triton.shrink import load_tile, load_tokens
 
+# Outputs that a program takes at a time of pieces with an output scale or odd widths.
+PART = 64
+
 
 @triton.jit
 def low_rank(
@@ -107,40 +110,76 @@ def scaled(
 
 
 @triton.jit
+def product(
+    finished: tl.tensor,
+    record: tl.tensor,
+    weights: tl.tensor,
+    token: tl.tensor,
+    own: tl.tensor,
+    column: tl.tensor,
+    MAX_FINISHED: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """B z at a piece's outputs `column`: float32 `[T, columns]`."""
+    if token.shape[0] == 1:
+        return low_rank_of_one(finished, record, weights, token, column, MAX_FINISHED, BLOCK_RANK)
+    else:
+        return low_rank(
+            finished, record, weights, token, own, column, MAX_FINISHED, BLOCK_RANK, PRECISION
+        )
+
+
+@triton.jit
 def add_to_piece(
     out: tl.tensor,
     out_stride: tl.tensor,
-    total: tl.tensor,
     record: tl.tensor,
+    first: tl.tensor,
+    finished: tl.tensor,
     gates: tl.tensor,
+    weights: tl.tensor,
+    floats: tl.tensor,
     token: tl.tensor,
     own: tl.tensor,
-    floats: tl.tensor,
-    column: tl.tensor,
+    MAX_FINISHED: tl.constexpr,
     MAX_GATES: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    PART: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:
-    """Adds `total` to the outputs `column` of a piece: in vectors, if it begins and ends at
-    multiples of PITCH."""
-    target = (out + token.to(tl.int64) * out_stride)[:, None] + column[None, :]
+    """Adds B z to BLOCK_OUT outputs of a piece, from its output `first` on.
+
+    In vectors if the piece begins and ends at multiples of PITCH. Otherwise, and where it has an
+    output scale, PART outputs at a time, so that the others do not pay with registers.
+    """
+    out_row = (out + token.to(tl.int64) * out_stride)[:, None]
     start = tl.load(record + at.START)
     width = tl.load(record + at.WIDTH).to(tl.int32)
-    # The compiler takes the multiples from the products.
-    even_start, even_width = start // at.PITCH * at.PITCH, width // at.PITCH * at.PITCH
-    even = (start == even_start) & (width == even_width)
-    inside = own[:, None] & (column < width)[None, :]
-    even_inside = own[:, None] & (column < even_width)[None, :]
-    if even:
-        y = tl.load(target + even_start, mask=even_inside, other=0.0)
+    plain = tl.load(record + at.SCALE) < 0
+    if plain & (start % at.PITCH == 0) & (width % at.PITCH == 0):
+        column = first + tl.arange(0, BLOCK_OUT)
+        total = product(
+            finished, record, weights, token, own, column, MAX_FINISHED, BLOCK_RANK, PRECISION
+        )
+        # The compiler takes the multiples from the products.
+        target = out_row + start // at.PITCH * at.PITCH + column[None, :]
+        inside = own[:, None] & (column < width // at.PITCH * at.PITCH)[None, :]
+        y = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target, (y + total).to(target.dtype.element_ty), mask=inside)
     else:
-        y = tl.load(target + start, mask=inside, other=0.0)
-    y = y.to(tl.float32)
-    if tl.load(record + at.SCALE) >= 0:
-        y = scaled(y, record, gates, token, own, floats, column, MAX_GATES)
-    y = (y + total).to(target.dtype.element_ty)
-    if even:
-        tl.store(target + even_start, y, mask=even_inside)
-    else:
-        tl.store(target + start, y, mask=inside)
+        for part in range(0, BLOCK_OUT, PART):
+            column = first + part + tl.arange(0, PART)
+            total = product(
+                finished, record, weights, token, own, column, MAX_FINISHED, BLOCK_RANK, PRECISION
+            )
+            target = out_row + start + column[None, :]
+            inside = own[:, None] & (column < width)[None, :]
+            y = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+            if not plain:
+                y = scaled(y, record, gates, token, own, floats, column, MAX_GATES)
+            tl.store(target, (y + total).to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -165,6 +204,7 @@ def expand_kernel(
     SINGLE: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    PART: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     slot, place, size, first_token = load_tile(steps, LIST)
@@ -184,24 +224,50 @@ def expand_kernel(
     if piece == MAX_PIECES:
         return
     record = pieces + piece * at.PIECE
-    column = local * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    first = local * BLOCK_OUT
     # Two conditions: the first is decided when it is compiled.
     if SINGLE:  # noqa: SIM102
         if size == 1:
             token = first_token + tl.arange(0, 1)
             own = token < tokens
-            total = low_rank_of_one(
-                finished, record, weights, first_token, column, MAX_FINISHED, BLOCK_RANK
-            )
             add_to_piece(
-                out, out_stride, total, record, gates, token, own, floats, column, MAX_GATES
+                out,
+                out_stride,
+                record,
+                first,
+                finished,
+                gates,
+                weights,
+                floats,
+                token,
+                own,
+                MAX_FINISHED,
+                MAX_GATES,
+                BLOCK_RANK,
+                BLOCK_OUT,
+                PART,
+                PRECISION,
             )
             return
     token, own = load_tokens(steps, place, size, tokens, ORDER, TILE)
-    total = low_rank(
-        finished, record, weights, token, own, column, MAX_FINISHED, BLOCK_RANK, PRECISION
+    add_to_piece(
+        out,
+        out_stride,
+        record,
+        first,
+        finished,
+        gates,
+        weights,
+        floats,
+        token,
+        own,
+        MAX_FINISHED,
+        MAX_GATES,
+        BLOCK_RANK,
+        BLOCK_OUT,
+        PART,
+        PRECISION,
     )
-    add_to_piece(out, out_stride, total, record, gates, token, own, floats, column, MAX_GATES)
 
 
 def expand(
@@ -219,8 +285,10 @@ def expand(
     """
     tokens, features = out.shape
     weights, floats = arena
-    columns = triton.cdiv(features, config.columns) + config.max_pieces - 1
-    expand_kernel[(config.tiles(tokens), columns)](
+    precise = out.element_size() == 4
+    block_out = min(config.columns, PART) if precise else config.columns
+    blocks = triton.cdiv(features, block_out) + config.max_pieces - 1
+    expand_kernel[(config.tiles(tokens), blocks)](
         out,
         steps,
         pieces,
@@ -240,8 +308,9 @@ def expand(
         TILE=config.tile,
         SINGLE=config.single,
         BLOCK_RANK=config.expand_rank,
-        BLOCK_OUT=config.columns,
-        PRECISION="ieee" if out.element_size() == 4 else "tf32",
+        BLOCK_OUT=block_out,
+        PART=min(block_out, PART),
+        PRECISION="ieee" if precise else "tf32",
         num_warps=config.expand_warps,
         num_stages=2,
         maxnreg=MAX_REGISTERS,

@@ -31,11 +31,42 @@ def find_block(
 
 
 @triton.jit
+def mlp_output(
+    logits: tl.tensor,
+    record: tl.tensor,
+    floats: tl.tensor,
+    token: tl.tensor,
+    own: tl.tensor,
+    tokens: tl.tensor,
+    MAX_GATES: tl.constexpr,
+    LOGIT_SPLITS: tl.constexpr,
+) -> tl.tensor:
+    """c relu(h + b) of the HIDDEN router rows after a piece's experts: float32 `[T]`."""
+    hidden = tl.load(record + at.HIDDEN).to(tl.int32)
+    pitch = tl.cdiv(hidden, at.PITCH) * at.PITCH
+    biases = floats + tl.load(record + at.MLP)
+    first = (tl.load(record + at.GATE) + tl.load(record + at.EXPERTS)).to(tl.int32)
+    total = tl.zeros((token.shape[0],), dtype=tl.float32)
+    for start in range(0, hidden, 32):
+        unit = start + tl.arange(0, 32)
+        where = own[:, None] & (unit < hidden)[None, :]
+        h = tl.zeros((token.shape[0], 32), dtype=tl.float32)
+        for i in range(LOGIT_SPLITS):
+            source = (i * tokens + token)[:, None] * MAX_GATES + first + unit[None, :]
+            h += tl.load(logits + source, mask=where, other=0.0)
+        b = tl.load(biases + unit, mask=unit < hidden, other=0.0)
+        c = tl.load(biases + pitch + unit, mask=unit < hidden, other=0.0)
+        total += tl.sum(c[None, :] * tl.maximum(h + b[None, :], 0.0), axis=1)
+    return total
+
+
+@triton.jit
 def gate_weights(
     logits: tl.tensor,
     record: tl.tensor,
     parameters: tl.tensor,
     counters: tl.tensor,
+    floats: tl.tensor,
     gates: tl.tensor,
     trace: tl.tensor,
     token: tl.tensor,
@@ -44,7 +75,7 @@ def gate_weights(
     first: tl.tensor,
     MAX_GATES: tl.constexpr,
     MAX_EXPERTS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    LOGIT_SPLITS: tl.constexpr,
     TRACE: tl.constexpr,
 ) -> tl.tensor:
     """w `[T, MAX_EXPERTS]` of a piece. first: whether this program counts, writes w and traces.
@@ -57,13 +88,16 @@ def gate_weights(
     gate = tl.load(record + at.GATE).to(tl.int32) + expert
     where = own[:, None] & (expert < experts)[None, :]
     sums = tl.zeros((token.shape[0], MAX_EXPERTS), dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
+    for split in tl.static_range(LOGIT_SPLITS):
         source = (split * tokens + token)[:, None] * MAX_GATES + gate[None, :]
         sums += tl.load(logits + source, mask=where, other=0.0)
     extra = tl.zeros((token.shape[0],), dtype=tl.float32)
-    if tl.load(record + at.SCORES) == at.LEARNED:
+    scores = tl.load(record + at.SCORES)
+    if scores == at.SPARSE:
+        extra = mlp_output(logits, record, floats, token, own, tokens, MAX_GATES, LOGIT_SPLITS)
+    elif scores == at.LEARNED:
         last = logits + tl.load(record + at.GATE) + experts
-        for i in range(SPLITS):
+        for i in range(LOGIT_SPLITS):
             extra += tl.load(last + (i * tokens + token) * MAX_GATES, mask=own, other=0.0)
     p, w, entropy, soft = route(sums, extra, experts, record, parameters)
     if first:
@@ -74,6 +108,28 @@ def gate_weights(
             tl.store(target, p, mask=where)
             tl.store(target + MAX_GATES, w, mask=where)
     return w
+
+
+@triton.jit
+def list_pairs(
+    pairs: tl.tensor,
+    record: tl.tensor,
+    w: tl.tensor,
+    own: tl.tensor,
+    place: tl.tensor,
+    first: tl.tensor,
+) -> None:
+    """A tile's (token, expert) pairs with a gate weight, if the piece is an FFN mixture's: their
+    number, then of each the token's number in the tile times MAX_EXPERTS, plus the expert.
+
+    pairs: int32, the tile's are at its first place times MAX_EXPERTS + 1.
+    """
+    if first & (tl.load(record + at.UNGATED) != 0):
+        size: tl.constexpr = w.shape[0] * w.shape[1]
+        there = tl.reshape((w != 0) & own[:, None], (size,)).to(tl.int32)
+        target = pairs + place * (w.shape[1] + 1)
+        tl.store(target + tl.cumsum(there, axis=0), tl.arange(0, size), mask=there != 0)
+        tl.store(target, tl.sum(there, axis=0))
 
 
 @triton.jit
@@ -91,9 +147,12 @@ def mixed_rows(
     `shrunk` of the linear on; 0 for others."""
     there = where & (row >= shrunk)[None, :]
     sums = tl.zeros(where.shape, dtype=tl.float32)
-    for part in range(tl.where(tl.max(row, axis=0) >= shrunk, parts, 0)):
-        source = (part * tokens + token)[:, None] * MAX_RANK + (row - shrunk)[None, :]
-        sums += tl.load(strips + source, mask=there, other=0.0)
+    # Several loads at a time are under way: there may be a hundred strips.
+    end = tl.full(row.shape, parts, tl.int32)
+    for part in range(0, tl.where(tl.max(row, axis=0) >= shrunk, parts, 0), 8):
+        for i in tl.static_range(8):
+            source = ((part + i) * tokens + token)[:, None] * MAX_RANK + (row - shrunk)[None, :]
+            sums += tl.load(strips + source, mask=there & (part + i < end)[None, :], other=0.0)
     return sums
 
 
@@ -139,12 +198,14 @@ def gate_kernel(
     parameters: tl.tensor,
     counters: tl.tensor,
     weights: tl.tensor,
+    floats: tl.tensor,
     owners: tl.tensor,
     rows: tl.tensor,
     logits: tl.tensor,
     strips: tl.tensor,
     finished: tl.tensor,
     gates: tl.tensor,
+    pairs: tl.tensor,
     trace: tl.tensor,
     tokens: tl.tensor,
     parts: tl.tensor,
@@ -161,6 +222,7 @@ def gate_kernel(
     MAX_PIECES: tl.constexpr,
     COUNTERS: tl.constexpr,
     SPLITS: tl.constexpr,
+    LOGIT_SPLITS: tl.constexpr,
     LIST: tl.constexpr,
     ORDER: tl.constexpr,
     TILE: tl.constexpr,
@@ -169,6 +231,7 @@ def gate_kernel(
     SINGLE_RANK: tl.constexpr,
     SINGLE_IN: tl.constexpr,
     MIXED: tl.constexpr,
+    PAIRS: tl.constexpr,
     TRACE: tl.constexpr,
 ) -> None:
     slot, place, size, first_token = load_tile(steps, LIST)
@@ -205,6 +268,7 @@ def gate_kernel(
                         record,
                         parameters + piece * at.POLICY,
                         counters + piece * COUNTERS,
+                        floats,
                         gates,
                         trace,
                         token,
@@ -213,10 +277,12 @@ def gate_kernel(
                         local == 0,
                         MAX_GATES,
                         MAX_EXPERTS,
-                        SPLITS,
+                        LOGIT_SPLITS,
                         TRACE,
                     )
                     gate = row_gates(w, owners, record, row, rank)
+                    if PAIRS:
+                        list_pairs(pairs, record, w, own, place, local == 0)
                 stacked = tl.load(record + at.ROW).to(tl.int32) + row
                 wanted = (tl.max(tl.abs(gate), axis=0) > 0) & (stacked < shrunk)
                 # Nothing is read where no row of the block is wanted.
@@ -251,6 +317,7 @@ def gate_kernel(
                 record,
                 parameters + piece * at.POLICY,
                 counters + piece * COUNTERS,
+                floats,
                 gates,
                 trace,
                 token,
@@ -259,10 +326,12 @@ def gate_kernel(
                 local == 0,
                 MAX_GATES,
                 MAX_EXPERTS,
-                SPLITS,
+                LOGIT_SPLITS,
                 TRACE,
             )
             gate = row_gates(w, owners, record, row, rank)
+            if PAIRS:
+                list_pairs(pairs, record, w, own, place, local == 0)
         store_finished(finished, record, sums, gate, row, token, own, MAX_FINISHED)
 
 
@@ -270,21 +339,23 @@ def gate(
     x: Tensor,
     steps: Tensor,
     records: tuple[Tensor, Tensor, Tensor, Tensor],
-    arena: tuple[Tensor, Tensor],
+    arena: tuple[Tensor, Tensor, Tensor],
     scratch: Scratch,
     config: LaunchConfig,
     mixed: Tensor | None,
+    pairs: Tensor | None,
     trace: Tensor | None,
 ) -> None:
     """Fills `scratch.finished` and `scratch.gates` from x `[T, in]` and what shrink left.
 
     records: the linear's heads `[slots, HEAD]`, pieces `[slots, pieces, PIECE]`, parameters
-    `[slots, pieces, POLICY]` and counters. arena: its flat views in the serving dtype and in int32.
-    mixed: the strips of an FFN mixture, for its down linear.
+    `[slots, pieces, POLICY]` and counters. arena: its flat views in the serving dtype, in float32
+    and in int32. mixed: the strips of an FFN mixture, for its down linear. pairs: int32
+    `[T * (experts + 1)]`, to be filled for one of a gate_up linear.
     """
     tokens, features = x.shape
     heads, pieces, parameters, counters = records
-    weights, owners = arena
+    weights, floats, owners = arena
     gate_kernel[(config.tiles(tokens), config.route_programs)](
         x,
         steps,
@@ -293,12 +364,14 @@ def gate(
         parameters,
         counters,
         weights,
+        floats,
         owners,
         scratch.rows,
         scratch.logits,
         scratch.rows if mixed is None else mixed,
         scratch.finished,
         scratch.gates,
+        owners if pairs is None else pairs,
         scratch.logits if trace is None else trace,
         tokens,
         1 if mixed is None else mixed.shape[0],
@@ -315,6 +388,7 @@ def gate(
         MAX_PIECES=config.max_pieces,
         COUNTERS=counters.stride(1),
         SPLITS=scratch.splits,
+        LOGIT_SPLITS=scratch.logits.shape[0],
         LIST=config.tile_list,
         ORDER=config.order,
         TILE=config.tile,
@@ -323,6 +397,7 @@ def gate(
         SINGLE_RANK=config.single_rank,
         SINGLE_IN=config.single_inputs // (2 if x.element_size() == 4 else 1),
         MIXED=mixed is not None,
+        PAIRS=pairs is not None,
         TRACE=trace is not None,
         num_warps=config.gate_warps,
         num_stages=1,

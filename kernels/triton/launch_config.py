@@ -25,8 +25,8 @@ MAX_SPLITS = 16
 # Splits times tokens of a long step, and the most splits that are made.
 LONG_SPLIT_TOKENS = 8192
 MAX_LONG_SPLITS = 4
-# Programs that an FFN launch aims at: about two for each multiprocessor of a large GPU.
-FFN_PROGRAMS = 256
+# Strips times tokens of an FFN launch.
+STRIP_TOKENS = 16384
 
 # Given to ptxas where its own choice would rather spill a little than keep fewer programs resident.
 MAX_REGISTERS = 255
@@ -38,8 +38,9 @@ class Capacity:
 
     adapters: different ones in one step (vLLM's max_loras). slots: loaded at once. tokens: of the
     longest step. rank: stacked rank rows of one adapter on one (fused) linear. experts: of one
-    router, at most 32 are tested. gates: stacked router rows of one adapter on one linear.
-    pieces: original projections of one linear. memory: bytes for adapter weights.
+    router, at most 32 are tested. gates: stacked router rows of one adapter on one linear, with
+    those of Sparsegen's hidden layers. pieces: original projections of one linear, and its FFN's
+    mixture. memory: bytes for adapter weights.
     """
 
     adapters: int
@@ -47,7 +48,7 @@ class Capacity:
     slots: int = 64
     rank: int = 1024
     experts: int = 32
-    gates: int = 128
+    gates: int = 1024
     pieces: int = 8
     memory: int = 2 << 30
 
@@ -59,8 +60,8 @@ class BlockSizes:
     rank, rank_programs, gates, gate_programs, inputs, shrink_warps: shrink's rank rows, router rows
     and inputs. route_rank, route_programs, gate_warps: gate's rank rows; single_rank,
     single_inputs: of tiles that route first. expand_rank, columns, expand_warps: expand's rank rows
-    and outputs.
-    ffn_columns, ffn_warps: of an FFN mixture.
+    and outputs. pair_tile, ffn_columns, ffn_rank, ffn_warps: an FFN mixture's (token, expert)
+    pairs, columns and rank rows.
     """
 
     tile: int
@@ -78,7 +79,9 @@ class BlockSizes:
     expand_rank: int
     columns: int
     expand_warps: int
+    pair_tile: int
     ffn_columns: int
+    ffn_rank: int
     ffn_warps: int
 
 
@@ -102,7 +105,9 @@ SHORT = BlockSizes(
     expand_rank=32,
     columns=128,
     expand_warps=4,
+    pair_tile=16,
     ffn_columns=64,
+    ffn_rank=32,
     ffn_warps=4,
 )
 LONG = BlockSizes(
@@ -121,7 +126,9 @@ LONG = BlockSizes(
     expand_rank=32,
     columns=256,
     expand_warps=8,
+    pair_tile=32,
     ffn_columns=64,
+    ffn_rank=32,
     ffn_warps=8,
 )
 
@@ -159,8 +166,7 @@ class LaunchConfig(BlockSizes):
 
     def strips(self, tokens: int, intermediate: int) -> int:
         """Parts that an FFN's intermediate is cut into."""
-        wanted = max(1, FFN_PROGRAMS // self.tiles(tokens))
-        return min(wanted, -(-intermediate // self.ffn_columns))
+        return min(max(1, STRIP_TOKENS // tokens), -(-intermediate // self.ffn_columns))
 
 
 @lru_cache
@@ -239,14 +245,16 @@ class ScratchMemory:
 
 
 class StripMemory:
-    """Room for the strips of an FFN launch: partial sums of down's rank rows."""
+    """Room for the strips of an FFN launch, partial sums of down's rank rows, and for its pairs."""
 
     def __init__(self, capacity: Capacity, device: torch.device) -> None:
         self._capacity = capacity
         config = launch_config_for(capacity.tokens, capacity)
-        # strips * tokens is at most FFN_PROGRAMS * tile, or tokens with one strip.
-        most = max(FFN_PROGRAMS * LARGE_TILE, capacity.tokens)
+        most = max(STRIP_TOKENS, capacity.tokens)
         self._rows = torch.zeros(most * config.max_rank, device=device)
+        # A number of pairs and the pairs, for each tile at its first token's place.
+        size = capacity.tokens * (config.max_experts + 1)
+        self.pairs = torch.zeros(size, dtype=torch.int32, device=device)
 
     def of(self, tokens: int, intermediate: int) -> Tensor:
         """float32 `[strips, T, max_rank]`."""

@@ -27,8 +27,9 @@ HEAD_ROUTERS = tl.constexpr(3)
 # there is none, and where its finished rows begin, in steps of PITCH. An FFN mixture is one more
 # piece of its gate_up linear, which writes no columns: it routes, and its rank rows are those of
 # gate and of up, which are finished UNGATED (rows of experts that are not chosen are 0 all the
-# same).
-PIECE = tl.constexpr(18)
+# same). HIDDEN router rows after the experts' are those of an MLP whose biases and output weights
+# are float32 `[2, pitch]` at MLP.
+PIECE = tl.constexpr(20)
 GATE = tl.constexpr(0)
 EXPERTS = tl.constexpr(1)
 KEEP = tl.constexpr(2)
@@ -47,6 +48,8 @@ SCALE = tl.constexpr(13)
 BIAS = tl.constexpr(14)
 FINISHED = tl.constexpr(15)
 UNGATED = tl.constexpr(16)
+HIDDEN = tl.constexpr(17)
+MLP = tl.constexpr(18)
 EVERY_TOKEN = tl.constexpr(-1)
 
 # FFN record: GATE and EXPERTS as its piece has them, first finished rows of gate and up, B of both,
@@ -79,6 +82,7 @@ MOST = tl.constexpr(5)
 TEMPERATURE = tl.constexpr(6)
 FLOOR = tl.constexpr(7)
 OFFSET = tl.constexpr(8)
+LEAST = tl.constexpr(9)
 
 # Values of NUCLEUS: which experts are kept beside the first KEEP, by what runs up to them.
 NO_NUCLEUS = tl.constexpr(0)
@@ -87,11 +91,13 @@ WITH_AT_MOST = tl.constexpr(2)
 BEFORE_UNDER = tl.constexpr(3)
 
 # Values of SCORES: what the probabilities are made of, and held against. LEARNED has one more
-# router row, whose logits make each token's floor.
+# router row, whose logits make each token's floor; SPARSE has an MLP's, whose output makes each
+# token's sparsity.
 PLAIN = tl.constexpr(0)
 ABSOLUTE = tl.constexpr(1)
 FLOORED = tl.constexpr(2)
 LEARNED = tl.constexpr(3)
+SPARSE = tl.constexpr(4)
 
 # Values of ENTROPY.
 SHANNON = tl.constexpr(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molehill.kernels.interface import CapacityError, ExpertScale, FfnPiece, LinearPiece
 from molehill.kernels.mixture import Experts
-from molehill.kernels.policy import Policy
+from molehill.kernels.policy import Policy, Sparsegen
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.launch_config import Capacity
 from molehill.kernels.triton.policy_encoding import NoPlaceError, encode
@@ -305,6 +305,11 @@ def _route(
     gate = stack.add_router(router)
     record.fields[at.GATE.value], record.fields[at.EXPERTS.value] = gate, experts
     record.fields[at.KEEP.value : at.SCORES.value + 1] = encoded.integers()
+    if isinstance(policy, Sparsegen):
+        assert piece.parameters is not None
+        mlp = piece.parameters[:-1].view(2, policy.hidden)
+        record.fields[at.HIDDEN.value] = policy.hidden
+        record.places[at.MLP.value] = packing.add(mlp, torch.float32)
     position = len(stack.pieces)
     packing.sites.append(Site(piece.site, policy, stack.handle, position, gate, experts))
 

@@ -17,6 +17,7 @@ from molehill.kernels.policy import (
     TopK,
     TopP,
 )
+from molehill.kernels.policy.sparsegen import SPARSEGEN_EPS
 from molehill.kernels.triton import layout as at
 
 
@@ -42,6 +43,7 @@ class PolicyRecord:
     temperature: float = 1.0
     floor: float = 0.0
     offset: float = 0.0
+    least: float = 0.0
 
     def integers(self) -> list[int]:
         """Fields KEEP to SCORES of a piece or FFN record."""
@@ -60,6 +62,7 @@ class PolicyRecord:
         floats[at.TEMPERATURE.value] = self.temperature
         floats[at.FLOOR.value] = self.floor
         floats[at.OFFSET.value] = self.offset
+        floats[at.LEAST.value] = self.least
         return floats
 
 
@@ -158,8 +161,14 @@ def _adamole(policy: AdaMoLE, experts: int, learned: Tensor | None = None) -> Po
 
 @encode.register
 def _sparsegen(policy: Sparsegen, experts: int, learned: Tensor | None = None) -> PolicyRecord:
-    """Its MLP does not fit in the kernel's registers."""
-    raise NoPlaceError("a policy without an MLP: the Triton kernels have none")
+    """The MLP's biases and output weights are a table that molehill.kernels.triton.packing adds."""
+    assert learned is not None
+    return replace(
+        _keeping(experts, experts),
+        scores=at.SPARSE.value,
+        offset=learned[-1].item(),
+        least=SPARSEGEN_EPS,
+    )
 
 
 def _keeping(keep: int, experts: int) -> PolicyRecord:

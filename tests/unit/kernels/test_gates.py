@@ -62,16 +62,11 @@ def delta(x: torch.Tensor, own: LinearPiece, dtype=torch.float32) -> torch.Tenso
 
 @pytest.fixture(params=["cpu", "torch", pytest.param("triton", marks=pytest.mark.gpu)])
 def make(request):
-    """A backend's constructor. Sparsegen has no place in the Triton kernels."""
+    """A backend's constructor."""
     if request.param == "triton":
         request.getfixturevalue("interpreted")
-        return lambda: triton_cases.backend(replace(CAPACITY, rank=128))
+        return lambda: triton_cases.backend(replace(CAPACITY, rank=128, gates=64))
     return {"cpu": CpuBackend, "torch": TorchBackend}[request.param]
-
-
-def served(make, policies):
-    with_triton = isinstance(make(), TritonBackend)
-    return {n: p for n, p in policies.items() if not (with_triton and isinstance(p, Sparsegen))}
 
 
 def one_linear(make, pieces, dtype=torch.float32, reduce=None, inputs=INPUTS, out=OUT):
@@ -83,7 +78,7 @@ def one_linear(make, pieces, dtype=torch.float32, reduce=None, inputs=INPUTS, ou
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_policy_gives_the_definition(make, dtype):
-    for policy in served(make, POLICIES).values():
+    for policy in POLICIES.values():
         own = piece(policy)
         backend, handle = one_linear(make, [own], dtype)
         x, base = random(ROWS, INPUTS, seed=7).to(dtype), random(ROWS, OUT, seed=8).to(dtype)
@@ -94,7 +89,7 @@ def test_every_policy_gives_the_definition(make, dtype):
 
 
 def test_counters_and_traces_are_the_policys_own_figures(make):
-    for policy in served(make, POLICIES).values():
+    for policy in POLICIES.values():
         own = piece(policy)
         backend, handle = one_linear(make, [own])
         x = random(ROWS, INPUTS, seed=7)
@@ -115,9 +110,7 @@ def test_counters_and_traces_are_the_policys_own_figures(make):
 
 def test_policies_share_a_fused_linear(make):
     """Neighbours with other rows per router; two of one policy have parameters of their own."""
-    policies = served(
-        make, {"q": AdaMoLE(0.3), "k": Soft(), "v": AdaMoLE(0.3), "o": Sparsegen(3), "g": Arrow(1)}
-    )
+    policies = {"q": AdaMoLE(0.3), "k": Soft(), "v": AdaMoLE(0.3), "o": Sparsegen(3), "g": Arrow(1)}
     pieces = [
         piece(policy, out=8, start=8 * i, seed=10 * i, site=site)
         for i, (site, policy) in enumerate(list(policies.items())[:4])
@@ -134,10 +127,7 @@ def test_policies_share_a_fused_linear(make):
 @pytest.mark.parametrize("name", ["adamole", "sparsegen", "arrow"])
 def test_logits_of_sharded_inputs_are_summed_before_they_are_routed(make, name):
     """Each of two ranks has half of the inputs, and gets the other's logits from `reduce`."""
-    policies = served(make, POLICIES)
-    if name not in policies:
-        pytest.skip("Sparsegen is refused by the Triton backend")
-    own, half = piece(policies[name]), INPUTS // 2
+    own, half = piece(POLICIES[name]), INPUTS // 2
     x = random(ROWS, INPUTS, seed=7)
     whole = x @ own.router.T
     total = torch.zeros(ROWS, OUT)
@@ -161,10 +151,7 @@ def test_logits_of_sharded_inputs_are_summed_before_they_are_routed(make, name):
 
 @pytest.mark.parametrize("name", ["adamole", "sparsegen", "arrow", "threshold"])
 def test_ffn_mixtures_route_by_them_too(make, name):
-    policies = served(make, POLICIES)
-    if name not in policies:
-        pytest.skip("Sparsegen is refused by the Triton backend")
-    d, width, policy = 20, 24, policies[name]
+    d, width, policy = 20, 24, POLICIES[name]
     rows = gate(policy, d, 4)
     own = FfnMixture(
         ffn_experts(("gate_proj", "up_proj", "down_proj"), d, width, 4),
@@ -217,11 +204,12 @@ def test_a_large_mlp_is_served_and_one_beyond_the_kernels_is_refused():
         assert_near(y, delta(x, own), torch.float32)
 
 
-def test_sparsegen_is_refused_by_the_triton_backend(interpreted):
-    backend = triton_cases.backend(CAPACITY)
+def test_a_hidden_layer_beyond_a_gpu_s_capacity_is_refused():
+    """Its rows are router rows."""
+    backend = TritonBackend(triton_cases.CPU, CAPACITY)
     handle = backend.register_linear(LinearShape("linear", INPUTS, OUT))
-    with pytest.raises(CapacityError, match=r"Sparsegen.*the Triton kernels have none"):
-        backend.store(0, SlotWeights({handle: [piece(Sparsegen(3))]}, {}))
+    with pytest.raises(CapacityError, match="router rows, expected at most 48"):
+        backend.store(0, SlotWeights({handle: [piece(Sparsegen(48))]}, {}))
     assert backend.resident_bytes(0) == 0
 
 
