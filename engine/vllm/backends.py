@@ -58,5 +58,10 @@ def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tup
     )
     # With an adapter in the base weights, the base's rows take a slot as well.
     adapters = lora.max_loras + (settings.merged_base is not None)
-    capacity = Capacity(adapters=adapters, tokens=tokens, memory=settings.memory)
+    capacity = Capacity(
+        adapters=adapters,
+        tokens=tokens,
+        memory=settings.memory,
+        vectors=config.model_config.enforce_eager,
+    )
     return TritonBackend(device, capacity), "Triton kernels"
