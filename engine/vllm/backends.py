@@ -63,7 +63,12 @@ def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tup
     tokens, lora = longest_step(config), config.lora_config
     # With an adapter in the base weights, the base's rows take a slot as well.
     adapters = lora.max_loras + (settings.merged_base is not None)
-    # What waits for its turn in a step has a slot too.
-    slots = max(Capacity.slots, 4 * adapters)
-    capacity = Capacity(adapters=adapters, tokens=tokens, slots=slots, memory=settings.memory)
+    capacity = Capacity(
+        adapters=adapters,
+        tokens=tokens,
+        # What waits for its turn in a step has a slot too.
+        slots=max(Capacity.slots, 4 * adapters),
+        memory=settings.memory,
+        vectors=config.model_config.enforce_eager,
+    )
     return TritonBackend(device, capacity), "Triton kernels"

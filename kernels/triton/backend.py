@@ -32,6 +32,7 @@ from molehill.kernels.triton.launch_config import (
 from molehill.kernels.triton.shrink import shrink
 from molehill.kernels.triton.slot_table import SlotTable
 from molehill.kernels.triton.tiling import StepLayout, table
+from molehill.kernels.triton.vectors import Vectors
 
 
 class TritonBackend(CheckedBackend):
@@ -48,6 +49,7 @@ class TritonBackend(CheckedBackend):
         self._ffn_of_gate_up: dict[int, int] = {}
         self._ffn_of_down: dict[int, int] = {}
         self._table: SlotTable | None = None
+        self._vectors = Vectors(device)
         self._tokens: dict[int, int] = {}
         # What is in device memory is on the host too, so that it may come back without its files.
         self._packed: dict[int, Packed] = {}
@@ -90,20 +92,24 @@ class TritonBackend(CheckedBackend):
 
     def _pack(self, weights: SlotWeights) -> Packed:
         """On the host; copies to the device are left to `store`."""
-        return Packed(self.table.pack(weights))
+        return Packed((self.table.pack(weights), weights.scales, weights.ffn_scales))
 
     def _put(self, slot: int, packed: Packed) -> None:
-        self.table.store(slot, packed.layout)
+        packing, scales, ffn_scales = packed.layout
+        self.table.store(slot, packing)
+        self._vectors.store(slot, scales, ffn_scales)
         self._packed[slot] = packed
         self._tokens[slot] = 0
 
     def erase(self, slot: int) -> Packed | None:
         self.table.erase(slot)
+        self._vectors.erase(slot)
         self._tokens.pop(slot, None)
         return self._packed.pop(slot, None)
 
     def resident_bytes(self, slot: int) -> int:
-        return sum(extent.size for extent in self.table.extents.get(slot, ()))
+        extents = self.table.extents.get(slot, ())
+        return sum(extent.size for extent in extents) + self._vectors.num_bytes(slot)
 
     def begin_step(self, runs: Sequence[Run]) -> None:
         """One copy to the device, ordered on the stream; nothing waits for it."""
@@ -161,6 +167,7 @@ class TritonBackend(CheckedBackend):
         views = (slots.arena.view(self._linears[handle].dtype), slots.arena.view(torch.float32))
         config, scratch = launch_config_for(tokens, self.capacity), self._scratch_of(handle, tokens)
         expand(out, self._steps, slots.pieces[:, handle], views, scratch, config)
+        self._vectors.scale_linear(out, handle, self._runs, self._traces)
 
     def ffn(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
         if not self._runs or not len(h):
@@ -174,6 +181,8 @@ class TritonBackend(CheckedBackend):
         records = slots.ffns[:, handle]
         pairs = self._strips.pairs
         launch_ffn(h, gate_up, self._steps, records, views, scratch, pairs, strips, config)
+        reduce = self._linears[shape.down].reduce
+        self._vectors.scale_ffn(h, handle, self._runs, reduce, self._traces)
 
     def _scratch_of(self, handle: int, tokens: int) -> Scratch:
         memory = self._gate_up if handle in self._ffn_of_gate_up else self._scratch
@@ -188,6 +197,11 @@ class TritonBackend(CheckedBackend):
 
     def counters(self, slot: int) -> SlotCounters:
         """Waits for the device: call it between steps."""
+        own = self._kernel_counters(slot)
+        vectors = self._vectors.counters(slot)
+        return SlotCounters.of(own.tokens, own.sites | vectors) if vectors else own
+
+    def _kernel_counters(self, slot: int) -> SlotCounters:
         sites = self.table.sites[slot]
         if not sites:
             return SlotCounters(self._tokens[slot])

@@ -40,7 +40,8 @@ class Capacity:
     longest step. rank: stacked rank rows of one adapter on one (fused) linear. experts: of one
     router, at most 32 are tested. gates: stacked router rows of one adapter on one linear, with
     those of Sparsegen's hidden layers. pieces: original projections of one linear, and its FFN's
-    mixture. memory: bytes for adapter weights.
+    mixture. memory: bytes for adapter weights. vectors: whether mixtures of vectors may come, which
+    only eager mode can run.
     """
 
     adapters: int
@@ -51,6 +52,7 @@ class Capacity:
     gates: int = 1024
     pieces: int = 8
     memory: int = 2 << 30
+    vectors: bool = False
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,11 @@ class SlotTable:
             self.arena.release(extents)
 
     def pack(self, weights: SlotWeights) -> Packing:
-        """Raises CapacityError."""
+        """Of all but the vectors. Raises CapacityError."""
         for vectors in [*chain(*weights.scales.values()), *weights.ffn_scales.values()]:
-            expected = "low-rank experts on this backend"
-            raise CapacityError(vectors.site, "vectors of MoV", expected)
+            if not self._capacity.vectors:
+                expected = "low-rank experts on this backend, or eager mode"
+                raise CapacityError(vectors.site, "vectors of MoV", expected)
         packing = Packing()
         stacks: dict[int, RowStack] = {}
 

@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from support import native
 from support.triton_cases import random
 from triton import language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from molehill.kernels.triton import shrink
 
-pytestmark = pytest.mark.usefixtures("interpreted")
+pytestmark = [
+    pytest.mark.usefixtures("interpreted"),
+    pytest.mark.skipif(native.is_here(), reason="reads the kernel's numbers in the interpreter"),
+]
 
 
 def cut_to_tf32(values: np.ndarray) -> np.ndarray:
