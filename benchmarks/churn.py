@@ -343,7 +343,7 @@ def report(results: Any) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    from molehill.benchmarks.engine import host
+    from molehill.benchmarks.host import host
 
     default = Sizes()
     parser = argparse.ArgumentParser(

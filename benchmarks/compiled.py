@@ -15,8 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molehill.kernels.triton.expand import expand_kernel
+from molehill.kernels.triton.expand import PART, expand_kernel
 from molehill.kernels.triton.ffn import ffn_kernel
+from molehill.kernels.triton.gate import gate_kernel
 from molehill.kernels.triton.launch_config import MAX_REGISTERS, Capacity, launch_config_for
 from molehill.kernels.triton.shrink import shrink_kernel
 
@@ -45,46 +46,77 @@ class Specialisation:
         tokens = STEPS[self.step]
         config = launch_config_for(tokens, self.capacity)
         precise = self.dtype == "fp32"
-        shared = {
-            "MAX_RANK": config.max_rank,
-            "MAX_GATES": config.max_gates,
-            "SPLITS": config.splits(tokens, self.features),
-            "LIST": config.tile_list,
-            "TILE": config.tile,
-            "PRECISION": "ieee" if precise else "tf32",
-        }
-        if self.kernel is shrink_kernel:
+        kernel: Any = self.kernel
+        shared: dict[str, Any] = {"LIST": config.tile_list, "ORDER": config.order}
+        shared |= {"TILE": config.tile, "MAX_GATES": config.max_gates}
+        if kernel is not expand_kernel:
+            shared["MAX_RANK"] = config.max_rank
+        if kernel is not shrink_kernel:
+            shared["MAX_FINISHED"] = config.max_finished
+        if kernel is not ffn_kernel:
+            shared["SINGLE"] = config.single
+        if kernel is not gate_kernel:
+            shared["PRECISION"] = "ieee" if precise else "tf32"
+        if kernel is shrink_kernel:
             return shared | {
+                "SPLITS": config.splits(tokens, self.features),
                 "BLOCK_IN": config.inputs // (2 if precise else 1),
                 "BLOCK_RANK": config.rank,
                 "BLOCK_GATES": config.gates,
                 "RANK_PROGRAMS": config.rank_programs,
                 "GATE_PROGRAMS": config.gate_programs,
-                "ROUTER_PRECISION": "ieee" if precise else "tf32x3",
+                "HALVES": not precise,
             }
-        routing = {"MAX_EXPERTS": config.max_experts, "TRACE": False}
-        if self.kernel is expand_kernel:
-            return (
-                shared | routing | {"BLOCK_RANK": config.expand_rank, "BLOCK_OUT": config.columns}
-            )
-        return (
-            shared | routing | {"BLOCK_RANK": 16, "BLOCK": config.columns // (2 if precise else 1)}
-        )
+        if kernel is gate_kernel:
+            return shared | {
+                "SPLITS": config.splits(tokens, self.features),
+                "LOGIT_SPLITS": config.splits(tokens, self.features),
+                "MAX_EXPERTS": config.max_experts,
+                "MAX_PIECES": config.max_pieces,
+                "COUNTERS": config.counters,
+                "BLOCK_RANK": config.route_rank,
+                "SINGLE_RANK": config.single_rank,
+                "SINGLE_IN": config.single_inputs // (2 if precise else 1),
+                "MIXED": False,
+                "PAIRS": True,
+                "TRACE": False,
+            }
+        if kernel is expand_kernel:
+            columns = min(config.columns, PART) if precise else config.columns
+            return shared | {
+                "MAX_PIECES": config.max_pieces,
+                "BLOCK_RANK": config.expand_rank,
+                "BLOCK_OUT": columns,
+                "PART": min(columns, PART),
+            }
+        own = {"MAX_EXPERTS": config.max_experts, "PAIR_TILE": 16 if precise else config.pair_tile}
+        own |= {"BLOCK_RANK": 16 if precise else config.ffn_rank}
+        return shared | own | {"BLOCK": config.ffn_columns // (2 if precise else 1)}
 
     @property
     def options(self) -> dict[str, int]:
-        warps = launch_config_for(STEPS[self.step], self.capacity).warps
-        stages = 3 if self.kernel is shrink_kernel else 2
-        return {"num_warps": warps, "num_stages": stages, "maxnreg": MAX_REGISTERS}
+        config = launch_config_for(STEPS[self.step], self.capacity)
+        warps = {
+            shrink_kernel: config.shrink_warps,
+            gate_kernel: config.gate_warps,
+            expand_kernel: config.expand_warps,
+            ffn_kernel: config.ffn_warps,
+        }
+        stages = {shrink_kernel: 3, gate_kernel: 1, expand_kernel: 2, ffn_kernel: 2}
+        return {
+            "num_warps": warps[self.kernel],
+            "num_stages": stages[self.kernel],
+            "maxnreg": MAX_REGISTERS,
+        }
 
 
 # Pointers by argument name; every other argument is a 32-bit integer.
-SERVING = {"x", "out", "h", "gate_up", "weights"}
+SERVING = {"x", "out", "h", "gate_up", "weights", "finished"}
 POINTERS = {
     **dict.fromkeys(("heads", "pieces", "records", "counters"), "*i64"),
-    **dict.fromkeys(("steps", "owners", "ints"), "*i32"),
+    **dict.fromkeys(("steps", "owners", "ints", "pairs"), "*i32"),
     **dict.fromkeys(
-        ("routers", "mixed", "rows", "logits", "floats", "parameters", "strips", "trace"), "*fp32"
+        ("routers", "rows", "logits", "gates", "floats", "parameters", "strips", "trace"), "*fp32"
     ),
 }
 # Integers that are no multiple of 16.
@@ -93,16 +125,20 @@ ODD = {"tokens", "parts"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas says. Shared memory and spills in bytes per program, registers per thread."""
+    """What ptxas says. Shared memory and spills in bytes per program, registers per thread.
+
+    instructions: of the machine code, each counted once.
+    """
 
     registers: int
     spilled: int
     stack: int
     shared: int
+    instructions: int
 
 
 def specialisations(capacity: Capacity, features: int = 4096) -> Iterator[Specialisation]:
-    for kernel in (shrink_kernel, expand_kernel, ffn_kernel):
+    for kernel in (shrink_kernel, gate_kernel, expand_kernel, ffn_kernel):
         for step in STEPS:
             for dtype in ("bf16", "fp16", "fp32"):
                 yield Specialisation(kernel, dtype, step, features, capacity)
@@ -130,11 +166,23 @@ def compile_for(specialisation: Specialisation, architecture: int) -> Compiled:
         for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack")
     ]
     registers, spilled, stack = numbers
-    return Compiled(registers, spilled, stack, built.metadata.shared)
+    instructions = _instructions(built.asm["cubin"])
+    return Compiled(registers, spilled, stack, built.metadata.shared, instructions)
 
 
 def _type(name: str, dtype: str) -> str:
     return f"*{dtype}" if name in SERVING else POINTERS.get(name, "i32")
+
+
+def _instructions(cubin: bytes) -> int:
+    """SASS instructions by nvdisasm, the version that Triton brings; the padding is left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(binary)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(\S+)", done.stdout, re.MULTILINE)
+    return sum(not line.startswith("NOP") for line in lines)
 
 
 def _ptxas(ptx: str, architecture: int) -> str:

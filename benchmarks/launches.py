@@ -18,7 +18,7 @@ from torch import Tensor
 
 from molehill.benchmarks.compiled import ARCHITECTURES, compile_for, specialisations
 from molehill.kernels.interface import FfnShape, LinearShape, Run
-from molehill.kernels.triton import expand, ffn, shrink
+from molehill.kernels.triton import expand, ffn, gate, shrink
 from molehill.kernels.triton.backend import TritonBackend
 from molehill.kernels.triton.launch_config import Capacity, LaunchConfig, launch_config_for
 
@@ -73,7 +73,7 @@ class Traffic:
 
     floor: adapter weights that no implementation can leave unread (routers, chosen experts).
     weights: adapter weights that the kernels read (A of all experts). scratch: partial sums
-    written and read back once.
+    written and read back once, and the finished rows.
     """
 
     base: float
@@ -83,18 +83,19 @@ class Traffic:
 
 
 def traffic(features: int, outs: tuple[int, ...], load: Load, config: LaunchConfig) -> Traffic:
-    """The two launches of one linear; its output is read and written once more beside that."""
+    """The launches of one linear; its output is read and written once more beside that."""
     rows, out = load.experts * load.rank, sum(outs)
     routers = len(outs) * load.experts * features * FLOAT
     a = len(outs) * rows * features * HALF
     b = rows * out * HALF
     share = load.touched / load.experts
     sums = len(outs) * (rows + load.experts) * load.tokens * FLOAT
+    finished = len(outs) * rows * load.tokens * HALF
     return Traffic(
         base=features * out * HALF,
         floor=routers + share * (a + b),
         weights=routers + a + share * b,
-        scratch=2 * sums * config.splits(load.tokens, features),
+        scratch=2 * (sums * config.splits(load.tokens, features) + finished),
     )
 
 
@@ -117,7 +118,7 @@ class Counter:
 def launches(layer: Layer, tokens: int, capacity: Capacity) -> list[tuple[str, int]]:
     """(kernel, programs) of every launch of one layer whose FFN may hold an FFN mixture."""
     notes: list[tuple[str, int]] = []
-    kernels = ((shrink, "shrink"), (expand, "expand"), (ffn, "ffn"))
+    kernels = ((shrink, "shrink"), (gate, "gate"), (expand, "expand"), (ffn, "ffn"))
     patched = [
         (module, f"{name}_kernel", getattr(module, f"{name}_kernel")) for module, name in kernels
     ]

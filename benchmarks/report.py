@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from molehill.benchmarks.engine import host
 from molehill.benchmarks.floor import Machine, Work
+from molehill.benchmarks.host import host
 from molehill.benchmarks.race import Timing
 from molehill.benchmarks.workload import Point
 

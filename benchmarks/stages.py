@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 
 from molehill.api.adapters.background import Background
 from molehill.api.adapters.generation import content_of
-from molehill.benchmarks.engine import host
+from molehill.benchmarks.host import host
 from molehill.benchmarks.synthetic import dynmole, save, save_lora
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import BaseModel, Limits

@@ -41,7 +41,10 @@ def input_sizes(model: str, tokens: int = 256) -> dict[str, float]:
     """
     from transformers import AutoModelForCausalLM
 
-    causal = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    device, dtype = (
+        ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    )
+    causal = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
     result: dict[str, float] = {}
     for name, module in causal.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -49,12 +52,12 @@ def input_sizes(model: str, tokens: int = 256) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, causal.config.vocab_size, (1, tokens), generator=generator)
     with torch.inference_mode():
-        causal(ids)
+        causal(ids.to(device))
     return result
 
 
 def _measure(sizes: dict[str, float], site: str, module: torch.nn.Module, args: Any) -> None:
-    sizes[site] = float(args[0].square().mean().sqrt())
+    sizes[site] = float(args[0].float().square().mean().sqrt())
 
 
 def router(

@@ -23,7 +23,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import psutil
 
-from molehill.benchmarks.engine import host
+from molehill.benchmarks.host import host
 
 # VLLM_PLUGINS of each arm. An empty one loads none.
 ARMS = {"spin": "", "sleep": "molehill"}

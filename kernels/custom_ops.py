@@ -1,7 +1,8 @@
 """The custom ops in front of a Python backend and of MoeBlocks, which a model's forward calls.
 
-Opaque to torch.compile. The layer is named by a one-element int64 CPU tensor, not by a Python
-number, so that the graphs of all layers are the same graph. A backend may bring ops of its own.
+Opaque to torch.compile. `linear` comes after the base's own GEMM, `base_linear` runs that too. The
+layer is named by a one-element int64 CPU tensor, not by a Python number, so that the graphs of all
+layers are the same graph. A backend may bring ops of its own.
 """
 
 from collections.abc import Callable
@@ -12,12 +13,15 @@ from torch import Tensor
 from molehill.kernels.interface import Backend
 
 Experts = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Linears = Callable[[Tensor, Tensor | None, int], Tensor]
 
 _active: list[Backend] = []
 _experts: list[Experts] = []
+_linears: list[Linears] = []
 _library = torch.library.Library("molehill", "DEF")
 _library.define("linear(Tensor(a!) out, Tensor x, Tensor handle) -> ()")
 _library.define("ffn(Tensor(a!) h, Tensor gate_up, Tensor handle) -> ()")
+_library.define("base_linear(Tensor x, Tensor? bias, Tensor handle, SymInt out_features) -> Tensor")
 _library.define("experts(Tensor x, Tensor weights, Tensor chosen, Tensor handle) -> Tensor")
 
 
@@ -29,6 +33,12 @@ def install(backend: Backend) -> None:
 def install_experts(run: Experts) -> None:
     """Makes `run(x, weights, chosen, handle)` what stands behind the op `experts`."""
     _experts[:] = [run]
+
+
+def install_linears(run: Linears) -> None:
+    """Makes `run(x, bias, handle)` what stands behind the op `base_linear`: a linear of the base
+    with its mixtures, `y [..., out]` in the dtype of x `[..., in]`."""
+    _linears[:] = [run]
 
 
 def _linear(out: Tensor, x: Tensor, handle: Tensor) -> None:
@@ -58,3 +68,17 @@ def _like_x(x: Tensor, weights: Tensor, chosen: Tensor, handle: Tensor) -> Tenso
 
 _library.impl("experts", _run_experts, "CompositeExplicitAutograd")
 torch.library.register_fake("molehill::experts", _like_x, lib=_library)
+
+
+def _run_linear(x: Tensor, bias: Tensor | None, handle: Tensor, out_features: int) -> Tensor:
+    y = _linears[0](x, bias, int(handle))
+    # As the traced graph was told. Some of vLLM's GEMMs return a part of a wider output.
+    return y.contiguous()
+
+
+def _of_width(x: Tensor, bias: Tensor | None, handle: Tensor, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+_library.impl("base_linear", _run_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("molehill::base_linear", _of_width, lib=_library)

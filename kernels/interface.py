@@ -8,7 +8,7 @@ wants is its own business.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -327,3 +327,18 @@ class Backend(Protocol):
 
     def trace(self, enabled: bool) -> list[Trace]:
         """Returns what was recorded since tracing was switched on; for tests and debugging."""
+
+
+@runtime_checkable
+class SplitBackend(Backend, Protocol):
+    """A backend whose `linear` has two halves, the first of which reads nothing but the linear's
+    input: it may run beside the base's GEMM, on another stream. `linear` is both in sequence.
+
+    Between the halves of one linear nothing of another one runs.
+    """
+
+    def begin_linear(self, x: Tensor, handle: int) -> None:
+        """What can be done with `x [T, in]` before the base's output is there."""
+
+    def finish_linear(self, out: Tensor, x: Tensor, handle: int) -> None:
+        """The rest: changes `out [T, out]`, the base's output. `x` is what `begin_linear` got."""

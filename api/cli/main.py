@@ -8,15 +8,19 @@ from importlib.metadata import version
 
 USER_ERROR = 2
 
-# Each is the module beside this one that has its name, with `main(arguments)`. It is imported when
-# it is asked for: most need torch, some vLLM, which nobody should wait for in vain.
+# Each is the module beside this one that has its name, or that of MODULES, with `main(arguments)`.
+# It is imported when it is asked for: most need torch, some vLLM, which nobody should wait for in
+# vain.
 COMMANDS = {
     "serve": "start the server",
     "inspect": "show what an adapter holds, and what is wrong with it",
     "convert": "write an adapter in molehill's own format",
     "merge": "write a static adapter as a plain LoRA or merged base model",
     "env": "show versions, and which backend applies adapters here",
+    "bench": "measure how fast adapters are on this machine, beside the base",
 }
+# benchmarks/ stands above api, which imports nothing of it.
+MODULES = {"bench": "molehill.benchmarks.bench"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +36,8 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         make_parser().parse_args(arguments)
         return 0
-    command = import_module(f"molehill.api.cli.{arguments[0]}")
+    name = arguments[0]
+    command = import_module(MODULES.get(name, f"molehill.api.cli.{name}"))
     code: int = command.main(arguments[1:])
     return code
 

@@ -87,6 +87,7 @@ class AdapterCollector(Collector):
         yield self._imbalance()
         yield self._experts()
         yield from self._seconds()
+        yield from self._compilations()
 
     def _by_state(self) -> Metric:
         states = GaugeMetricFamily(
@@ -207,6 +208,13 @@ class AdapterCollector(Collector):
                 share.add_metric([name], total.op_seconds / seconds.steps)
         yield spent
         yield share
+
+    def _compilations(self) -> Iterator[Metric]:
+        """Nothing where the workers compile no kernels at run time."""
+        late = self._snapshot.compilations
+        if late is not None:
+            what = "Compilations of GPU kernels after the start, for which a step waited."
+            yield CounterMetricFamily("molehill_kernel_compilations", what, late)
 
 
 def joined(generations: Iterable[Generation]) -> str:

@@ -34,8 +34,8 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One answer of the workers, by adapter name. seconds: summed over workers, None where they are
-    not measured.
+    """One answer of the workers, by adapter name. seconds, compilations: summed over workers, None
+    where they are not measured.
 
     age: seconds since the question that they answered; since the start where they never have.
     """
@@ -44,6 +44,7 @@ class Snapshot:
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
     host_bytes: Mapping[str, int] = field(default_factory=dict)
     seconds: StepSeconds | None = None
+    compilations: int | None = None
     age: float = 0.0
 
 
@@ -78,6 +79,12 @@ def seconds(replies: Collection[StatsReply]) -> StepSeconds | None:
     return StepSeconds(
         sum(worker.steps for worker in measured), sum(worker.ops for worker in measured)
     )
+
+
+def compilations(replies: Iterable[StatsReply]) -> int | None:
+    """Of kernels after the start, over all workers; None if none of them compiles any."""
+    counted = [reply.compilations for reply in replies if reply.compilations is not None]
+    return sum(counted) if counted else None
 
 
 def host_bytes(replies: Iterable[StatsReply], generations: Iterable[Generation]) -> dict[str, int]:
@@ -173,5 +180,6 @@ class WorkerStats:
                 resident[generation.name] += generation.resident_bytes or 0
         stats = self._totals.update(generations, known, names)
         waiting = host_bytes(replies, self._registry.alive())
-        self._last = Snapshot(stats, resident, waiting, seconds(replies))
+        late = compilations(replies)
+        self._last = Snapshot(stats, resident, waiting, seconds(replies), late)
         self._asked = asked

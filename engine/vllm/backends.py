@@ -40,6 +40,15 @@ def on_cpu(name: str) -> tuple[Backend, str]:
     return backend, f"C++ kernels for {backend.isa}"
 
 
+def longest_step(config: VllmConfig) -> int:
+    """Tokens that a step, captured or not, has at most."""
+    tokens: int = max(
+        config.scheduler_config.max_num_batched_tokens,
+        config.compilation_config.max_cudagraph_capture_size or 0,
+    )
+    return tokens
+
+
 def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tuple[Backend, str]:
     from molehill.kernels.triton.backend import TritonBackend
     from molehill.kernels.triton.launch_config import Capacity
@@ -51,12 +60,15 @@ def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tup
             # A replayed graph would skip the Python that applies the adapters.
             raise ValueError("backend: found 'torch' with CUDA graphs, expected --enforce-eager")
         return TorchBackend(), "as asked for"
-    scheduler, lora = config.scheduler_config, config.lora_config
-    tokens = max(
-        scheduler.max_num_batched_tokens,
-        config.compilation_config.max_cudagraph_capture_size or 0,
-    )
+    tokens, lora = longest_step(config), config.lora_config
     # With an adapter in the base weights, the base's rows take a slot as well.
     adapters = lora.max_loras + (settings.merged_base is not None)
-    capacity = Capacity(adapters=adapters, tokens=tokens, memory=settings.memory)
+    capacity = Capacity(
+        adapters=adapters,
+        tokens=tokens,
+        # What waits for its turn in a step has a slot too.
+        slots=max(Capacity.slots, 4 * adapters),
+        memory=settings.memory,
+        vectors=config.model_config.enforce_eager,
+    )
     return TritonBackend(device, capacity), "Triton kernels"

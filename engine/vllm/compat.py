@@ -67,7 +67,13 @@ WORKERS = (
         "CPUWorker",
         WORKER,
         "is extended",
-        attributes=("init_device", "load_model", "determine_available_memory", "model_runner"),
+        attributes=(
+            "init_device",
+            "load_model",
+            "determine_available_memory",
+            "compile_or_warm_up_model",
+            "model_runner",
+        ),
         platform="cpu",
     ),
     Seam(
@@ -75,7 +81,13 @@ WORKERS = (
         "Worker",
         WORKER,
         "is extended",
-        attributes=("init_device", "load_model", "determine_available_memory", "model_runner"),
+        attributes=(
+            "init_device",
+            "load_model",
+            "determine_available_memory",
+            "compile_or_warm_up_model",
+            "model_runner",
+        ),
         platform="gpu",
     ),
     Seam(
@@ -153,6 +165,56 @@ REQUESTS = (
     ),
 )
 
+# By whether a step has rows of adapters vLLM picks its graph; one without has none of molehill's
+# launches in it, whatever is registered.
+GRAPHS = (
+    Seam(
+        "vllm.v1.cudagraph_dispatcher",
+        "CudagraphDispatcher._get_lora_cases",
+        MANAGER_FILE,
+        "steps without adapters have a graph of their own",
+        overrides=("self",),
+        markers=("cudagraph_specialize_lora", "return [0] + captured_counts"),
+        platform="gpu",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._determine_batch_execution_and_padding",
+        MANAGER_FILE,
+        "which graph a step replays: by the adapters of its requests",
+        markers=(
+            "else len(self.input_batch.lora_id_to_lora_request)",
+            "num_active_loras > 0 if force_has_lora is None",
+        ),
+        platform="gpu",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.lora_utils",
+        "get_lora_capture_cases",
+        MANAGER_FILE,
+        "steps without adapters have a graph of their own",
+        overrides=("lora_config", "compilation_config"),
+        markers=("return [0] + [c for c in captured if c > 0]",),
+        platform="gpu",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.lora_utils",
+        "get_num_active_loras_for_dispatch",
+        MANAGER_FILE,
+        "which graph a step replays: by the adapters of its requests",
+        overrides=("lora_config", "lora_state", "req_ids", "dummy_run"),
+        markers=("len(lora_state.get_activate_loras(req_ids))",),
+        platform="gpu",
+    ),
+    Seam(
+        RUNNER,
+        "LoRAModelRunnerMixin.maybe_select_dummy_loras",
+        MANAGER_FILE,
+        "whose rows a captured step holds: nobody's in the graph without adapters",
+        markers=("if num_active_loras == 0:", "prompt_lora_mapping = np.zeros(num_reqs"),
+    ),
+)
+
 CONFIG = (
     Seam(
         "vllm.config",
@@ -200,8 +262,8 @@ CONFIG = (
         "vllm.config",
         "CompilationConfig",
         COMPILATION,
-        "whether the model is compiled, and rows of a captured step",
-        attributes=("mode", "max_cudagraph_capture_size"),
+        "whether the model is compiled, and which steps are captured",
+        attributes=("mode", "max_cudagraph_capture_size", "cudagraph_specialize_lora"),
     ),
     Seam("vllm.config", "CompilationMode", COMPILATION, "no compilation", attributes=("NONE",)),
     Seam(
@@ -308,6 +370,7 @@ PLUGINS = (
 SEAMS: tuple[Seam, ...] = (
     *WORKERS,
     *REQUESTS,
+    *GRAPHS,
     *CONFIG,
     *PARALLEL,
     *COMPILING,

@@ -72,3 +72,15 @@ def announced(config: Any) -> Iterator[None]:
     read = compilation_counter.num_aot_artifacts_loaded > before
     how = "read from the cache of compiled models" if read else "compiled"
     logger.info("molehill: base model %s in %.0f s", how, seconds())
+
+
+def warn_of_one_graph(config: Any) -> None:
+    """Logs a warning if steps without adapters have no graphs of their own."""
+    if (
+        not config.model_config.enforce_eager
+        and not config.compilation_config.cudagraph_specialize_lora
+    ):
+        logger.warning(
+            "molehill: cudagraph_specialize_lora is off: steps without adapters launch what steps "
+            "with adapters do, or run without a CUDA graph"
+        )

@@ -65,8 +65,7 @@ class LoRAManager:
             self._adapters.pacer.step_begins()
             runs = self._runs(mapping.index_mapping)
             self._adapters.stats.mark_active(run.slot for run in runs)
-            self._adapters.backend.begin_step(runs)
-            self._adapters.moes.begin_step(runs)
+            self._adapters.model.begin_step(runs)
 
     def _runs(self, ids: Sequence[int]) -> list[Run]:
         """ids: of the adapter of each row."""
@@ -90,7 +89,8 @@ class LoRAManager:
         return UNSERVED if slot is None and lora_id > BASE else slot
 
     # Profiling and graph capture. A dummy adapter's rows are unserved ones, for which a GPU backend
-    # launches what it launches for any adapter.
+    # launches what it launches for any adapter. vLLM captures each size once more without dummies:
+    # in that graph is nothing of molehill's, and steps without adapters replay it.
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:

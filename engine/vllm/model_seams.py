@@ -8,6 +8,7 @@ LINEAR = "vllm.model_executor.layers.linear"
 ROUTING = ("topk_weights", "topk_ids", "shared_experts", "shared_experts_input")
 
 DISCOVERY, HOOKS = "engine/vllm/model/discovery.py", "engine/vllm/model/hooks.py"
+BASE_LINEARS = "engine/vllm/model/base_linears.py"
 BLOCKS, MERGED = "engine/vllm/model/moe_blocks.py", "engine/vllm/model/merged_base_loader.py"
 
 LINEARS = (
@@ -41,6 +42,22 @@ LINEARS = (
         HOOKS,
         "a hooked linear's input stays unquantised",
         markers=('"requires_unquantized_input"',),
+    ),
+    Seam(
+        "vllm.utils.multi_stream_utils",
+        "execute_in_parallel",
+        BASE_LINEARS,
+        "what mixtures begin with runs beside the GEMM",
+        positional=("default_fn", "aux_fns", "start_event", "done_events", "aux_streams"),
+        keywords=("enable",),
+        markers=("if not default_first:\n        default_result = default_fn()",),
+    ),
+    Seam(
+        "vllm.compilation.breakable_cudagraph",
+        "BreakableCUDAGraphCapture",
+        BASE_LINEARS,
+        "a graph with breaks has one stream",
+        attributes=("is_active",),
     ),
     Seam(
         LINEAR,

@@ -176,12 +176,14 @@ class StepSeconds:
 @dataclass(frozen=True)
 class StatsReply:
     """stage: this worker's of the pipeline. adapters: by id. host_bytes: of the adapters in host
-    memory, by id. seconds: None where they are not measured."""
+    memory, by id. seconds: None where they are not measured. compilations: of kernels after the
+    start, None where none are compiled at run time."""
 
     stage: int
     adapters: dict[int, AdapterReport] = field(default_factory=dict)
     host_bytes: dict[int, int] = field(default_factory=dict)
     seconds: StepSeconds | None = None
+    compilations: int | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from molehill.engine.system import startup
 from molehill.engine.system.cpu_affinity import affinity
 from molehill.engine.transform.merge import MergedBase
-from molehill.engine.vllm import compat, compilation, precision, protocol
+from molehill.engine.vllm import backends, compat, compilation, precision, protocol
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
 from molehill.engine.vllm.settings import Settings
@@ -45,6 +45,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         if current_platform.is_cpu():
             model = self.vllm_config.model_config
             precision.check(model.hf_config, str(model.dtype).removeprefix("torch."))
+        else:
+            compilation.warn_of_one_graph(self.vllm_config)
         self.model_runner.load_lora_model = self._load_lora_model
 
     def load_model(self, **kwargs: Any) -> None:
@@ -68,11 +70,21 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         )
 
     def determine_available_memory(self) -> int:
-        """Runs the model for the first time, which compiles it."""
+        """Runs the model for the first time, which compiles it. Our kernels are compiled before,
+        while the memory that takes is free."""
+        if not current_platform.is_cpu():
+            self.adapters.compile_kernels(backends.longest_step(self.vllm_config))
+            torch.accelerator.empty_cache()
         with compilation.announced(self.vllm_config):
             available: int = super().determine_available_memory()
         startup.enter("setting up the KV cache")
         return available
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Captures graphs, if there are any; then requests may come."""
+        done = super().compile_or_warm_up_model()
+        self.adapters.expect_no_compilation()
+        return done
 
     def _load_lora_model(
         self, model: nn.Module, vllm_config: VllmConfig, device: torch.device

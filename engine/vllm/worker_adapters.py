@@ -1,6 +1,7 @@
 """The adapters of one worker: on their way to a slot, in one, and on their way out."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from vllm.logger import init_logger
 
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import AdapterError
+from molehill.engine.system import startup
 from molehill.engine.system.out_of_memory import is_out_of_memory
 from molehill.engine.transform.merge import MergedBase
 from molehill.engine.vllm import backends
@@ -43,6 +45,9 @@ from molehill.engine.vllm.slot_table import BASE, FullError, SlotTable
 from molehill.kernels.interface import Packed
 from molehill.kernels.moe_blocks import MoeBlocks
 
+if TYPE_CHECKING:
+    from molehill.kernels.triton.compilations import Compilations
+
 logger = init_logger("vllm.molehill")
 
 
@@ -66,15 +71,14 @@ class WorkerAdapters:
         tp = get_tp_group()
         self._ranks = RankAgreement(tp.world_size, tp.cpu_group)
         self.moes = MoeBlocks()
-        patched = PatchedModel(config, device, model, self.backend, self.moes)
-        self._base = patched.base
+        self.model = PatchedModel(config, device, model, self.backend, self.moes)
         self.slots = SlotTable(self.backend, self.moes, settings.memory, self._ranks)
         self.stats = AdapterStats(self.slots.counters, self.slots.resident_bytes)
         self.pacer = StepPacer()
         self._loader = AdapterLoader(
             settings,
             self.backend,
-            patched,
+            self.model,
             config.model_config.dtype,
             self.pacer,
             lambda: self.slots.free_bytes,
@@ -87,8 +91,28 @@ class WorkerAdapters:
         # By id, where it was read and what it was before a slot took it.
         self._entered: dict[int, tuple[AdapterKey, PreparedAdapter]] = {}
         self._refused: set[int] = set()
+        self._compilations: Compilations | None = None
         if merged_base is not None:
             self.slots.store(BASE, self._loader.pack(self._loader.base_rows()))
+
+    def compile_kernels(self, most: int) -> None:
+        """Of a Triton backend, all kernels for steps of up to `most` tokens, before any request can
+        wait for them; see `expect_no_compilation`. Nothing of others."""
+        if self.backend.name != "triton":
+            return
+        from molehill.kernels.triton.compilations import Compilations
+
+        self._compilations = Compilations()
+        self._compilations.watch()
+        line = "compiling the GPU kernels: a minute at the first start, seconds at later ones"
+        with startup.long_step("compiling the GPU kernels", line) as seconds:
+            self.model.warm_up(most)
+        logger.info("molehill: GPU kernels ready in %.0f s", seconds())
+
+    def expect_no_compilation(self) -> None:
+        """From here on, each compilation of a kernel is counted, and logged as a warning."""
+        if self._compilations is not None:
+            self._compilations.expect_none()
 
     def add(self, name: str, key: AdapterKey) -> None:
         """Reads, checks and stores an adapter; a second call for the same id is a no-op.
@@ -151,7 +175,7 @@ class WorkerAdapters:
 
     def describe(self, request: Empty) -> BaseModel:
         """The base model's shapes."""
-        return self._base
+        return self.model.base
 
     def prepare(self, request: AdapterRequest) -> PrepareReply:
         """Starts to read a copy of the store in a thread, unless it is in host memory."""
@@ -204,6 +228,7 @@ class WorkerAdapters:
             self.stats.report(request.known, seconds.ops if seconds else 0.0),
             {key.lora_id: size for key, size in self._host.sizes().items()},
             seconds,
+            None if self._compilations is None else self._compilations.late,
         )
 
     def routing(self, request: RoutingRequest) -> RoutingReply:

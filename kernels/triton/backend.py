@@ -1,6 +1,7 @@
 """The Triton backend: mixtures on CUDA GPUs, safe to capture in CUDA graphs.
 
-Two launches per fused linear and one more per FFN. What is launched, and with which grid, depends
+Three launches per fused linear, of which two need only its input and may run beside the base's
+GEMM, and one more per FFN. What is launched, and with which grid, depends
 on the number of tokens and on whether the step has any adapter at all (the key by which vLLM picks
 a graph too); everything else is read from device memory. Tracing reads back, so it is for eager
 runs only.
@@ -20,6 +21,7 @@ from molehill.kernels.interface import FfnShape, LinearShape, Packed, Run, SlotW
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.expand import expand
 from molehill.kernels.triton.ffn import ffn as launch_ffn
+from molehill.kernels.triton.gate import gate
 from molehill.kernels.triton.launch_config import (
     Capacity,
     Scratch,
@@ -29,7 +31,8 @@ from molehill.kernels.triton.launch_config import (
 )
 from molehill.kernels.triton.shrink import shrink
 from molehill.kernels.triton.slot_table import SlotTable
-from molehill.kernels.triton.tiling import buffer_size, table
+from molehill.kernels.triton.tiling import StepLayout, table
+from molehill.kernels.triton.vectors import Vectors
 
 
 class TritonBackend(CheckedBackend):
@@ -46,12 +49,13 @@ class TritonBackend(CheckedBackend):
         self._ffn_of_gate_up: dict[int, int] = {}
         self._ffn_of_down: dict[int, int] = {}
         self._table: SlotTable | None = None
+        self._vectors = Vectors(device)
         self._tokens: dict[int, int] = {}
         # What is in device memory is on the host too, so that it may come back without its files.
         self._packed: dict[int, Packed] = {}
         self._runs: list[Run] = []
         self._traces: list[Trace] | None = None
-        size = buffer_size(capacity.tokens, capacity.adapters + 1)
+        size = StepLayout(capacity.tokens, capacity.adapters + 1).size
         self._steps = torch.zeros(size, dtype=torch.int32, device=device)
         self.linear_op: Callable[..., Any] = torch.ops.molehill.linear.default
         self.ffn_op: Callable[..., Any] = torch.ops.molehill.ffn.default
@@ -88,20 +92,24 @@ class TritonBackend(CheckedBackend):
 
     def _pack(self, weights: SlotWeights) -> Packed:
         """On the host; copies to the device are left to `store`."""
-        return Packed(self.table.pack(weights))
+        return Packed((self.table.pack(weights), weights.scales, weights.ffn_scales))
 
     def _put(self, slot: int, packed: Packed) -> None:
-        self.table.store(slot, packed.layout)
+        packing, scales, ffn_scales = packed.layout
+        self.table.store(slot, packing)
+        self._vectors.store(slot, scales, ffn_scales)
         self._packed[slot] = packed
         self._tokens[slot] = 0
 
     def erase(self, slot: int) -> Packed | None:
         self.table.erase(slot)
+        self._vectors.erase(slot)
         self._tokens.pop(slot, None)
         return self._packed.pop(slot, None)
 
     def resident_bytes(self, slot: int) -> int:
-        return sum(extent.size for extent in self.table.extents.get(slot, ()))
+        extents = self.table.extents.get(slot, ())
+        return sum(extent.size for extent in extents) + self._vectors.num_bytes(slot)
 
     def begin_step(self, runs: Sequence[Run]) -> None:
         """One copy to the device, ordered on the stream; nothing waits for it."""
@@ -118,74 +126,94 @@ class TritonBackend(CheckedBackend):
         self._steps[: len(steps)].copy_(steps, non_blocking=True)
 
     def linear(self, out: Tensor, x: Tensor, handle: int) -> None:
+        """Both halves in sequence."""
+        self.begin_linear(x, handle)
+        self.finish_linear(out, x, handle)
+
+    def begin_linear(self, x: Tensor, handle: int) -> None:
+        """The half of `linear` that needs only its input `[T, in]`: may run beside the base's GEMM.
+
+        Writes scratch, which `finish_linear` reads: nothing of another linear may run between. A
+        sharded input's logits are summed over the ranks here.
+        """
         if not self._runs or not len(x):
             return
         x = x if x.stride(-1) == 1 else x.contiguous()
         tokens, shape = len(x), self._linears[handle]
         slots, config = self.table, launch_config_for(tokens, self.capacity)
-        heads = slots.heads[:, handle]
-        scratch = self._scratch_of(handle, tokens)
-        mixed = None
-        if handle in self._ffn_of_down:
-            width = self._ffns[self._ffn_of_down[handle]].intermediate
-            mixed = self._strips.of(tokens, width)
-        floats, ints = slots.arena.view(torch.float32), slots.arena.view(torch.int32)
-        weights = slots.arena.view(shape.dtype)
-        shrink(x, self._steps, heads, (weights, floats), scratch, config, mixed)
+        heads, scratch = slots.heads[:, handle], self._scratch_of(handle, tokens)
+        weights, floats = slots.arena.view(shape.dtype), slots.arena.view(torch.float32)
+        shrink(x, self._steps, heads, (weights, floats), scratch, config)
         if shape.reduce is not None:
-            scratch = replace(scratch, logits=shape.reduce(scratch.logits))
+            total = shape.reduce(scratch.logits.sum(0, keepdim=True))
+            scratch = replace(scratch, logits=total)
         records = (
             heads,
             slots.pieces[:, handle],
             slots.parameters[:, handle],
             slots.counters[:, handle],
         )
-        trace = self._trace_buffer(tokens)
-        expand(out, self._steps, records, (weights, floats, ints), scratch, config, trace)
-        self._record(trace, handle, is_ffn=False)
+        mixed, trace = self._mixed(handle, tokens), self._trace_buffer(tokens)
+        pairs = self._strips.pairs if handle in self._ffn_of_gate_up else None
+        views = weights, floats, slots.arena.view(torch.int32)
+        gate(x, self._steps, records, views, scratch, config, mixed, pairs, trace)
+        self._record(trace, handle)
+
+    def finish_linear(self, out: Tensor, x: Tensor, handle: int) -> None:
+        """The half of `linear` that changes `out [T, out]`, once the base's output is in it."""
+        if not self._runs or not len(x):
+            return
+        tokens, slots = len(x), self.table
+        views = (slots.arena.view(self._linears[handle].dtype), slots.arena.view(torch.float32))
+        config, scratch = launch_config_for(tokens, self.capacity), self._scratch_of(handle, tokens)
+        expand(out, self._steps, slots.pieces[:, handle], views, scratch, config)
+        self._vectors.scale_linear(out, handle, self._runs, self._traces)
 
     def ffn(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
         if not self._runs or not len(h):
             return
-        tokens, shape = len(h), self._ffns[handle]
-        slots, config = self.table, launch_config_for(tokens, self.capacity)
-        records = (
-            slots.ffns[:, handle],
-            slots.ffn_parameters[:, handle],
-            slots.ffn_counters[:, handle],
-        )
+        tokens, shape, slots = len(h), self._ffns[handle], self.table
+        config, arena = launch_config_for(tokens, self.capacity), slots.arena
         dtype = self._linears[shape.gate_up].dtype
-        floats, ints = slots.arena.view(torch.float32), slots.arena.view(torch.int32)
-        arena = (slots.arena.view(dtype), floats, ints)
+        views = (arena.view(dtype), arena.view(torch.float32), arena.view(torch.int32))
         scratch = self._scratch_of(shape.gate_up, tokens)
         strips = self._strips.of(tokens, shape.intermediate)
-        trace = self._trace_buffer(tokens)
-        launch_ffn(h, gate_up, self._steps, records, arena, scratch, strips, config, trace)
-        self._record(trace, handle, is_ffn=True)
+        records = slots.ffns[:, handle]
+        pairs = self._strips.pairs
+        launch_ffn(h, gate_up, self._steps, records, views, scratch, pairs, strips, config)
+        reduce = self._linears[shape.down].reduce
+        self._vectors.scale_ffn(h, handle, self._runs, reduce, self._traces)
 
     def _scratch_of(self, handle: int, tokens: int) -> Scratch:
         memory = self._gate_up if handle in self._ffn_of_gate_up else self._scratch
-        return memory.of(tokens, self._linears[handle].in_features)
+        shape = self._linears[handle]
+        return memory.of(tokens, shape.in_features, shape.dtype)
+
+    def _mixed(self, handle: int, tokens: int) -> Tensor | None:
+        """The strips that an FFN mixture has left for its down linear."""
+        if handle not in self._ffn_of_down:
+            return None
+        return self._strips.of(tokens, self._ffns[self._ffn_of_down[handle]].intermediate)
 
     def counters(self, slot: int) -> SlotCounters:
         """Waits for the device: call it between steps."""
+        own = self._kernel_counters(slot)
+        vectors = self._vectors.counters(slot)
+        return SlotCounters.of(own.tokens, own.sites | vectors) if vectors else own
+
+    def _kernel_counters(self, slot: int) -> SlotCounters:
         sites = self.table.sites[slot]
         if not sites:
             return SlotCounters(self._tokens[slot])
-        linears, ffns = self.table.counters[slot], self.table.ffn_counters[slot]
-        pieces = linears.shape[1]
-        rows = [
-            len(linears) * pieces + site.handle
-            if site.piece is None
-            else site.handle * pieces + site.piece
-            for site in sites
-        ]
-        found = torch.cat([linears.flatten(0, 1), ffns]).cpu()[rows]
+        pieces = self.table.counters.shape[2]
+        rows = [site.handle * pieces + site.piece for site in sites]
+        found = self.table.counters[slot].flatten(0, 1).cpu()[rows]
         experts = tuple(site.experts for site in sites)
-        decided = found[:, -at.FIGURES.value : -1]
-        counts = torch.cat([decided, found[:, : max(experts)]], 1)
+        config = launch_config_for(self.capacity.tokens, self.capacity)
+        figures = found[:, config.max_experts :]
+        counts = torch.cat([figures[:, : at.TOTAL_ENTROPY.value], found[:, : max(experts)]], 1)
         names = tuple(site.name for site in sites)
-        entropy = found[:, -1].double() / at.ENTROPY_UNIT.value
+        entropy = figures[:, at.TOTAL_ENTROPY.value].double() / at.ENTROPY_UNIT.value
         return SlotCounters(self._tokens[slot], names, experts, counts, entropy)
 
     def seconds(self) -> None:
@@ -201,13 +229,13 @@ class TritonBackend(CheckedBackend):
         gates = launch_config_for(tokens, self.capacity).max_gates
         return torch.zeros(tokens, 2 * gates, device=self._device)
 
-    def _record(self, buffer: Tensor | None, handle: int, is_ffn: bool) -> None:
+    def _record(self, buffer: Tensor | None, handle: int) -> None:
         """Probabilities and weights are the kernel's; the entropy is worked out from them."""
         if buffer is None or self._traces is None:
             return
         for run in self._runs:
             for site in self.table.sites.get(run.slot, ()):
-                if site.handle == handle and (site.piece is None) == is_ffn:
+                if site.handle == handle:
                     p, w = (
                         half[run.start : run.stop, site.gate : site.gate + site.experts].clone()
                         for half in buffer.chunk(2, dim=1)

@@ -1,9 +1,14 @@
 """FFN mixture: h = sum_e w_e u_e with u_e = act(W_gate x + d_gate,e) * (W_up x + d_up,e).
 
-d_gate,e = B_gate,e A_gate,e x; the shrunk inputs A x and the logits come from the gate_up linear's
-shrink. Where experts are DoRA, W_gate x and W_up x are multiplied by the expert's factors. The same
-launch computes w_e A_down,e u_e for the down linear, in strips of the intermediate: each program
-has a strip of its own, molehill.kernels.triton.shrink adds them up.
+d_gate,e = B_gate,e A_gate,e x; the shrunk inputs A x and the gate weights come from the gate_up
+linear's launches before. Where experts are DoRA, W_gate x and W_up x are multiplied by the
+expert's factors. The same launch computes w_e A_down,e u_e for the down linear, in strips of the
+intermediate: each program has a strip of its own, molehill.kernels.triton.gate adds them up.
+
+The work goes by (token, expert) pairs, which gate has listed for each tile: nothing is computed for
+an expert that a token did not choose. Rows of a matrix product are pairs; rank rows of all experts
+are its inner dimension, and a pair's are 0 outside of its expert's, so that one product serves all
+experts. Another product, with ones where a pair is a token's, adds pairs up to tokens.
 """
 
 import triton
@@ -11,9 +16,8 @@ from torch import Tensor
 from triton import language as tl
 
 from molehill.kernels.triton import layout as at
-from molehill.kernels.triton.expand import gate_weights
 from molehill.kernels.triton.launch_config import MAX_REGISTERS, LaunchConfig, Scratch
-from molehill.kernels.triton.shrink import load_tile
+from molehill.kernels.triton.shrink import load_tile, load_tokens
 
 
 @triton.jit
@@ -31,38 +35,40 @@ def activated(x: tl.tensor, kind: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def add_delta(
-    y: tl.tensor,
-    rows: tl.tensor,
+def delta(
+    finished: tl.tensor,
     weights: tl.tensor,
     starts: tl.tensor,
     token: tl.tensor,
-    own: tl.tensor,
-    tokens: tl.tensor,
+    expert: tl.tensor,
+    there: tl.tensor,
+    experts: tl.tensor,
     column: tl.tensor,
     width: tl.tensor,
-    MAX_RANK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_FINISHED: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """y + B_e rows_e `[T, columns]`; `starts` points at expert e's first rank row."""
+    """B_e A_e x of each pair's expert: float32 `[pairs, columns]`.
+
+    One product for all experts: a pair's rank rows are 0 outside of its expert's. starts: int32
+    `[experts + 1]`, the first rank row of each expert.
+    """
     pitch = tl.multiple_of(tl.cdiv(width, at.PITCH) * at.PITCH, at.PITCH)
-    stop = tl.load(starts + 1)
-    for start in range(tl.load(starts), stop, BLOCK_RANK):
-        row = start + tl.arange(0, BLOCK_RANK)
-        where = own[:, None] & (row < stop)[None, :]
-        sums = tl.zeros((token.shape[0], BLOCK_RANK), dtype=tl.float32)
-        for split in range(SPLITS):
-            source = (split * tokens + token)[:, None] * MAX_RANK + row[None, :]
-            sums += tl.load(rows + source, mask=where, other=0.0)
-        b = tl.load(
-            weights + (row[:, None] * pitch + column[None, :]),
-            mask=(row < stop)[:, None] & (column < width)[None, :],
-            other=0.0,
-        )
-        y = tl.dot(sums.to(b.dtype), b, y, input_precision=PRECISION)
-    return y
+    begin = tl.load(starts + expert, mask=there, other=0)
+    end = tl.load(starts + expert + 1, mask=there, other=0)
+    rank = tl.load(starts + experts)
+    total = tl.zeros((token.shape[0], column.shape[0]), dtype=tl.float32)
+    for start in range(0, rank, BLOCK_RANK):
+        row = start + tl.arange(0, BLOCK_RANK)[None, :]
+        where = (row >= begin[:, None]) & (row < end[:, None])
+        used = tl.max(where.to(tl.int32), axis=0) > 0
+        z = tl.load(finished + (token * MAX_FINISHED)[:, None] + row, mask=where, other=0.0)
+        row = start + tl.arange(0, BLOCK_RANK)[:, None]
+        inside = used[:, None] & (column < pitch)[None, :]
+        b = tl.load(weights + row * pitch + column[None, :], mask=inside, other=0.0)
+        total = tl.dot(z, b, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -71,17 +77,19 @@ def rescaled(
     floats: tl.tensor,
     scale: tl.tensor,
     bias: tl.tensor,
-    e: tl.tensor,
+    expert: tl.tensor,
     column: tl.tensor,
     width: tl.tensor,
 ) -> tl.tensor:
-    """(y - bias) * factor_e + bias: DoRA's base output of expert e. scale, bias: places, or -1."""
+    """(y - bias) * factor_e + bias `[pairs, columns]`: DoRA's base output of each pair's expert.
+    scale, bias: places, or -1."""
     if scale >= 0:
         pitch = tl.cdiv(width, at.PITCH) * at.PITCH
-        inside = column < width
-        factor = tl.load(floats + scale + e * pitch + column, mask=inside, other=0.0)[None, :]
+        inside = (column < width)[None, :]
+        place = (expert * pitch)[:, None] + column[None, :]
+        factor = tl.load(floats + scale + place, mask=inside, other=0.0)
         if bias >= 0:
-            own = tl.load(floats + bias + column, mask=inside, other=0.0)[None, :]
+            own = tl.load(floats + bias + column[None, :], mask=inside, other=0.0)
             y = (y - own) * factor + own
         else:
             y = y * factor
@@ -89,33 +97,44 @@ def rescaled(
 
 
 @triton.jit
-def add_down(
+def down_rows(
     u: tl.tensor,
-    w_e: tl.tensor,
-    strip: tl.tensor,
+    w: tl.tensor,
+    chosen: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    start: tl.tensor,
     weights: tl.tensor,
-    starts: tl.tensor,
-    own: tl.tensor,
     column: tl.tensor,
     width: tl.tensor,
     BLOCK_RANK: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> None:
-    """Adds w_e A_down,e u_e to this program's strip; `strip` points at its tokens' rows."""
+) -> tl.tensor:
+    """w_e A_down,e u_e, rank rows from `start` on, of these columns: float32 `[T, BLOCK_RANK]`.
+
+    u `[pairs, columns]`, w `[pairs]`; begin, end: the rank rows of each pair's expert. chosen:
+    float32 `[T, pairs]`, 1 for the pairs of a token.
+    """
     pitch = tl.multiple_of(tl.cdiv(width, at.PITCH) * at.PITCH, at.PITCH)
-    stop = tl.load(starts + 1)
-    for start in range(tl.load(starts), stop, BLOCK_RANK):
-        row = start + tl.arange(0, BLOCK_RANK)
-        where = own[:, None] & (row < stop)[None, :]
-        a = tl.load(
-            weights + (row[None, :] * pitch + column[:, None]),
-            mask=(row < stop)[None, :] & (column < width)[:, None],
-            other=0.0,
-        )
-        sums = tl.dot(u.to(a.dtype), a, input_precision=PRECISION) * w_e[:, None]
-        target = strip + row[None, :]
-        sums += tl.load(target, mask=where, other=0.0)
-        tl.store(target, sums, mask=where)
+    row = (start + tl.arange(0, BLOCK_RANK))[None, :]
+    where = (row >= begin[:, None]) & (row < end[:, None])
+    used = tl.max(where.to(tl.int32), axis=0) > 0
+    inside = used[None, :] & (column < pitch)[:, None]
+    a = tl.load(weights + row * pitch + column[:, None], mask=inside, other=0.0)
+    sums = tl.dot(u.to(a.dtype), a, input_precision=PRECISION)
+    return tl.dot(chosen, tl.where(where, sums * w[:, None], 0.0), input_precision=PRECISION)
+
+
+@triton.jit
+def add_to_strip(
+    strip: tl.tensor, sums: tl.tensor, own: tl.tensor, start: tl.tensor, stop: tl.tensor
+) -> None:
+    """Adds `sums` to rank rows from `start` on of a program's own strip `[T, MAX_RANK]`."""
+    row = (start + tl.arange(0, sums.shape[1]))[None, :]
+    where = own[:, None] & (row < stop)
+    # Other threads may have written what is read.
+    tl.debug_barrier()
+    tl.store(strip + row, sums + tl.load(strip + row, mask=where, other=0.0), mask=where)
 
 
 @triton.jit
@@ -143,34 +162,31 @@ def ffn_kernel(
     gate_up: tl.tensor,
     steps: tl.tensor,
     records: tl.tensor,
-    parameters: tl.tensor,
-    counters: tl.tensor,
-    rows: tl.tensor,
-    logits: tl.tensor,
+    finished: tl.tensor,
+    gates: tl.tensor,
+    pairs: tl.tensor,
     strips: tl.tensor,
     weights: tl.tensor,
     floats: tl.tensor,
     ints: tl.tensor,
-    trace: tl.tensor,
     tokens: tl.tensor,
     width: tl.tensor,
     h_stride: tl.tensor,
     gate_up_stride: tl.tensor,
     record_stride: tl.tensor,
-    parameter_stride: tl.tensor,
-    counter_stride: tl.tensor,
     MAX_RANK: tl.constexpr,
+    MAX_FINISHED: tl.constexpr,
     MAX_GATES: tl.constexpr,
     MAX_EXPERTS: tl.constexpr,
-    SPLITS: tl.constexpr,
     LIST: tl.constexpr,
+    ORDER: tl.constexpr,
     TILE: tl.constexpr,
+    PAIR_TILE: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
-    TRACE: tl.constexpr,
 ) -> None:
-    slot, token, own = load_tile(steps, tokens, LIST, TILE)
+    slot, place, size, _ = load_tile(steps, LIST)
     if slot < 0:
         return
     slot = slot.to(tl.int64)
@@ -178,163 +194,165 @@ def ffn_kernel(
     experts = tl.load(record + at.EXPERTS).to(tl.int32)
     if experts == 0:
         return
+    token, own = load_tokens(steps, place, size, tokens, ORDER, TILE)
     number = tl.program_id(1)
-    w = gate_weights(
-        logits,
-        record,
-        parameters + slot * parameter_stride,
-        counters + slot * counter_stride,
-        trace,
-        token,
-        own,
-        tokens,
-        number == 0,
-        MAX_GATES,
-        MAX_EXPERTS,
-        SPLITS,
-        TRACE,
-    )
+    every = tl.arange(0, MAX_EXPERTS)[None, :]
+    gate = tl.load(record + at.GATE)
+    weight = gates + (token * MAX_GATES + gate)[:, None] + every
+    w = tl.load(weight, mask=own[:, None] & (every < experts), other=0.0)
     strip = (strips + (number * tokens + token) * MAX_RANK)[:, None]
     clear_strip(strip, record, w, own, number == 0, BLOCK_RANK)
-    expert = tl.arange(0, MAX_EXPERTS)[None, :]
     starts = ints + tl.load(record + at.STARTS)
+    up_starts = starts + experts + 1
+    down_starts = up_starts + experts + 1
     kind = tl.load(record + at.ACTIVATION)
-    gate_rows = rows + tl.load(record + at.GATE_ROW)
-    up_rows = rows + tl.load(record + at.UP_ROW)
+    gate_scale = tl.load(record + at.GATE_SCALE)
+    gate_bias = tl.load(record + at.GATE_BIAS)
+    up_scale = tl.load(record + at.UP_SCALE)
+    up_bias = tl.load(record + at.UP_BIAS)
+    gate_rows = finished + tl.load(record + at.GATE_ROW)
+    up_rows = finished + tl.load(record + at.UP_ROW)
     gate_b = weights + tl.multiple_of(tl.load(record + at.GATE_B), at.PITCH)
     up_b = weights + tl.multiple_of(tl.load(record + at.UP_B), at.PITCH)
     down_a = weights + tl.multiple_of(tl.load(record + at.DOWN_A), at.PITCH)
+    down_rank = tl.load(record + at.DOWN_RANK).to(tl.int32)
+    pairs += place * (MAX_EXPERTS + 1)
+    count = tl.load(pairs)
     span = tl.cdiv(tl.cdiv(width, tl.num_programs(1)), BLOCK) * BLOCK
+    down = tl.zeros((TILE, BLOCK_RANK), dtype=tl.float32)
     for begin in range(number * span, tl.minimum((number + 1) * span, width), BLOCK):
         column = begin + tl.arange(0, BLOCK)
-        inside = own[:, None] & (column < width)[None, :]
-        source = gate_up + (token.to(tl.int64) * gate_up_stride)[:, None] + column[None, :]
-        gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
         total = tl.zeros((TILE, BLOCK), dtype=tl.float32)
-        for e in range(experts):
-            w_e = tl.sum(tl.where((expert == e) & own[:, None], w, 0.0), axis=1)
-            if tl.max(tl.abs(w_e), axis=0) > 0:
-                first = starts + e
-                g = add_delta(
-                    rescaled(
-                        gate,
-                        floats,
-                        tl.load(record + at.GATE_SCALE),
-                        tl.load(record + at.GATE_BIAS),
-                        e,
-                        column,
-                        width,
-                    ),
-                    gate_rows,
-                    gate_b,
-                    first,
-                    token,
-                    own,
-                    tokens,
-                    column,
-                    width,
-                    MAX_RANK,
-                    SPLITS,
-                    BLOCK_RANK,
-                    PRECISION,
-                )
-                u = add_delta(
-                    rescaled(
-                        up,
-                        floats,
-                        tl.load(record + at.UP_SCALE),
-                        tl.load(record + at.UP_BIAS),
-                        e,
-                        column,
-                        width,
-                    ),
-                    up_rows,
-                    up_b,
-                    first + experts + 1,
-                    token,
-                    own,
-                    tokens,
-                    column,
-                    width,
-                    MAX_RANK,
-                    SPLITS,
-                    BLOCK_RANK,
-                    PRECISION,
-                )
-                u = activated(g, kind) * u
-                total += w_e[:, None] * u
-                # The strip is this program's own, but other threads wrote what is read next.
-                tl.debug_barrier()
-                add_down(
+        for first in range(0, count, PAIR_TILE):
+            j = first + tl.arange(0, PAIR_TILE)
+            pair = tl.load(pairs + 1 + j, mask=j < count, other=0)
+            there = j < count
+            local, expert = pair // MAX_EXPERTS, pair % MAX_EXPERTS
+            pair_token = tl.load(steps + ORDER + place + local, mask=there, other=0)
+            w_pair = tl.load(gates + pair_token * MAX_GATES + gate + expert, mask=there, other=0.0)
+            inside = there[:, None] & (column < width)[None, :]
+            source = gate_up + (pair_token.to(tl.int64) * gate_up_stride)[:, None]
+            g = tl.load(source + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            g = rescaled(g, floats, gate_scale, gate_bias, expert, column, width)
+            g += delta(
+                gate_rows,
+                gate_b,
+                starts,
+                pair_token,
+                expert,
+                there,
+                experts,
+                column,
+                width,
+                MAX_FINISHED,
+                BLOCK_RANK,
+                PRECISION,
+            )
+            g = activated(g, kind)
+            u = tl.load(source + width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            u = rescaled(u, floats, up_scale, up_bias, expert, column, width)
+            u += delta(
+                up_rows,
+                up_b,
+                up_starts,
+                pair_token,
+                expert,
+                there,
+                experts,
+                column,
+                width,
+                MAX_FINISHED,
+                BLOCK_RANK,
+                PRECISION,
+            )
+            u *= g
+            mine = (tl.arange(0, TILE)[:, None] == local[None, :]) & there[None, :]
+            chosen = tl.where(mine, 1.0, 0.0)
+            total = tl.dot(chosen, u * w_pair[:, None], total, input_precision=PRECISION)
+            row_begin = tl.load(down_starts + expert, mask=there, other=0)
+            row_end = tl.load(down_starts + expert + 1, mask=there, other=0)
+            down += down_rows(
+                u,
+                w_pair,
+                chosen,
+                row_begin,
+                row_end,
+                0,
+                down_a,
+                column,
+                width,
+                BLOCK_RANK,
+                PRECISION,
+            )
+            for start in range(BLOCK_RANK, down_rank, BLOCK_RANK):
+                more = down_rows(
                     u,
-                    w_e,
-                    strip,
+                    w_pair,
+                    chosen,
+                    row_begin,
+                    row_end,
+                    start,
                     down_a,
-                    first + 2 * (experts + 1),
-                    own,
                     column,
                     width,
                     BLOCK_RANK,
                     PRECISION,
                 )
+                add_to_strip(strip, more, own, start, down_rank)
         target = h + (token.to(tl.int64) * h_stride)[:, None] + column[None, :]
+        inside = own[:, None] & (column < width)[None, :]
         tl.store(target, total.to(h.dtype.element_ty), mask=inside)
+    add_to_strip(strip, down, own, 0, down_rank)
 
 
 def ffn(
     h: Tensor,
     gate_up: Tensor,
     steps: Tensor,
-    records: tuple[Tensor, Tensor, Tensor],
+    records: Tensor,
     arena: tuple[Tensor, Tensor, Tensor],
     scratch: Scratch,
+    pairs: Tensor,
     strips: Tensor,
     config: LaunchConfig,
-    trace: Tensor | None,
 ) -> None:
     """Overwrites the FFN mixtures' rows of h `[T, I]` from gate_up `[T, 2 I]`; fills `strips`.
 
-    records: the FFN's records `[slots, FFN]`, parameters `[slots, POLICY]` and counters. arena: its
-    flat views in the serving dtype, in float32 and in int32. scratch: what the gate_up linear's
-    shrink left.
+    records: the FFN's `[slots, FFN]`. arena: its flat views in the serving dtype, in float32 and in
+    int32. scratch, pairs: what the gate_up linear's launches left.
     """
     tokens, width = h.shape
-    ffns, parameters, counters = records
     weights, floats, ints = arena
     precise = h.element_size() == 4
     ffn_kernel[(config.tiles(tokens), strips.shape[0])](
         h,
         gate_up,
         steps,
-        ffns,
-        parameters,
-        counters,
-        scratch.rows,
-        scratch.logits,
+        records,
+        scratch.finished,
+        scratch.gates,
+        pairs,
         strips,
         weights,
         floats,
         ints,
-        scratch.logits if trace is None else trace,
         tokens,
         width,
         h.stride(0),
         gate_up.stride(0),
-        ffns.stride(0),
-        parameters.stride(0),
-        counters.stride(0),
+        records.stride(0),
         MAX_RANK=config.max_rank,
+        MAX_FINISHED=config.max_finished,
         MAX_GATES=config.max_gates,
         MAX_EXPERTS=config.max_experts,
-        SPLITS=scratch.splits,
         LIST=config.tile_list,
+        ORDER=config.order,
         TILE=config.tile,
-        BLOCK_RANK=16,
-        BLOCK=config.columns // (2 if precise else 1),
+        PAIR_TILE=16 if precise else config.pair_tile,
+        BLOCK_RANK=16 if precise else config.ffn_rank,
+        BLOCK=config.ffn_columns // (2 if precise else 1),
         PRECISION="ieee" if precise else "tf32",
-        TRACE=trace is not None,
-        num_warps=config.warps,
+        num_warps=config.ffn_warps,
         num_stages=2,
         maxnreg=MAX_REGISTERS,
     )

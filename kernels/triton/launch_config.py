@@ -4,20 +4,29 @@ Everything here depends on the number of (padded) tokens and on the capacity of 
 never on what adapters are loaded, so that a captured CUDA graph stays right.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from molehill.kernels.triton import layout as at
-from molehill.kernels.triton.tiling import DECODE_TOKENS, LARGE_TILE, SMALL_TILE, max_tiles
+from molehill.kernels.triton.tiling import (
+    DECODE_TOKENS,
+    LARGE_TILE,
+    SMALL_TILE,
+    StepLayout,
+    max_tiles,
+)
 
 # Inputs that one split of a short step adds up, and the most splits that are made.
 SPLIT_INPUTS = 512
 MAX_SPLITS = 16
-# Programs that an FFN launch aims at: about two for each multiprocessor of a large GPU.
-FFN_PROGRAMS = 256
+# Splits times tokens of a long step, and the most splits that are made.
+LONG_SPLIT_TOKENS = 8192
+MAX_LONG_SPLITS = 4
+# Strips times tokens of an FFN launch.
+STRIP_TOKENS = 16384
 
 # Given to ptxas where its own choice would rather spill a little than keep fewer programs resident.
 MAX_REGISTERS = 255
@@ -29,8 +38,10 @@ class Capacity:
 
     adapters: different ones in one step (vLLM's max_loras). slots: loaded at once. tokens: of the
     longest step. rank: stacked rank rows of one adapter on one (fused) linear. experts: of one
-    router, at most 32 are tested. gates: stacked router rows of one adapter on one linear.
-    pieces: original projections of one linear. memory: bytes for adapter weights.
+    router, at most 32 are tested. gates: stacked router rows of one adapter on one linear, with
+    those of Sparsegen's hidden layers. pieces: original projections of one linear, and its FFN's
+    mixture. memory: bytes for adapter weights. vectors: whether mixtures of vectors may come, which
+    only eager mode can run.
     """
 
     adapters: int
@@ -38,70 +49,148 @@ class Capacity:
     slots: int = 64
     rank: int = 1024
     experts: int = 32
-    gates: int = 128
+    gates: int = 1024
     pieces: int = 8
     memory: int = 2 << 30
+    vectors: bool = False
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
-    """Constants of one launch's kernels. tile_list: which tiles of the steps buffer they read.
+class BlockSizes:
+    """What programs take at a time, and how many share a tile, in steps of one kind.
 
-    rank_programs, gate_programs: that share a tile's rank rows and router rows, block by block.
+    rank, rank_programs, gates, gate_programs, inputs, shrink_warps: shrink's rank rows, router rows
+    and inputs. route_rank, route_programs, gate_warps: gate's rank rows; single_rank,
+    single_inputs: of tiles that route first. expand_rank, columns, expand_warps: expand's rank rows
+    and outputs. pair_tile, ffn_columns, ffn_rank, ffn_warps: an FFN mixture's (token, expert)
+    pairs, columns and rank rows.
     """
 
     tile: int
-    tile_list: int
-    groups: int
-    max_rank: int
-    max_gates: int
-    max_experts: int
-    max_pieces: int
     rank: int
-    expand_rank: int
     rank_programs: int
     gates: int
     gate_programs: int
     inputs: int
+    shrink_warps: int
+    route_rank: int
+    route_programs: int
+    gate_warps: int
+    single_rank: int
+    single_inputs: int
+    expand_rank: int
     columns: int
-    warps: int
+    expand_warps: int
+    pair_tile: int
+    ffn_columns: int
+    ffn_rank: int
+    ffn_warps: int
+
+
+# Measured on an H200 at Llama-3.1-8B's shape (E 8, rank 8) with the kernels of 2026-11-27, which
+# routed in expand: shrink's of both kinds, expand's rank rows, and the 256 columns of long steps.
+# The other numbers are arithmetic: with routing gone from expand, short steps want more programs,
+# not fewer, than the 24 that 256 columns leave of qkv's 6144.
+SHORT = BlockSizes(
+    tile=SMALL_TILE,
+    rank=16,
+    rank_programs=12,
+    gates=16,
+    gate_programs=2,
+    inputs=128,
+    shrink_warps=4,
+    route_rank=32,
+    route_programs=8,
+    gate_warps=4,
+    single_rank=8,
+    single_inputs=1024,
+    expand_rank=32,
+    columns=128,
+    expand_warps=4,
+    pair_tile=16,
+    ffn_columns=64,
+    ffn_rank=32,
+    ffn_warps=4,
+)
+LONG = BlockSizes(
+    tile=LARGE_TILE,
+    rank=64,
+    rank_programs=3,
+    gates=32,
+    gate_programs=1,
+    inputs=64,
+    shrink_warps=8,
+    route_rank=32,
+    route_programs=4,
+    gate_warps=4,
+    single_rank=8,
+    single_inputs=1024,
+    expand_rank=32,
+    columns=256,
+    expand_warps=8,
+    pair_tile=32,
+    ffn_columns=64,
+    ffn_rank=32,
+    ffn_warps=8,
+)
+
+
+@dataclass(frozen=True)
+class LaunchConfig(BlockSizes):
+    """Constants of one launch's kernels.
+
+    tile_list, order: where the steps buffer has the tiles that they read, and the tokens. single:
+    whether tiles of one row have a path of their own. counters: int64 of one router. max_finished:
+    a token's finished rows of all pieces.
+    """
+
+    tile_list: int
+    order: int
+    groups: int
+    single: bool
+    max_rank: int
+    max_finished: int
+    max_gates: int
+    max_experts: int
+    max_pieces: int
+    counters: int
 
     def tiles(self, tokens: int) -> int:
         """Programs that a step of `tokens` needs for its tiles."""
         return max_tiles(tokens, self.groups, self.tile)
 
     def splits(self, tokens: int, features: int) -> int:
-        """Parts that the inputs of a linear are cut into: where tokens are few, more programs."""
-        if tokens > DECODE_TOKENS:
-            return 1
-        return min(MAX_SPLITS, -(-features // SPLIT_INPUTS))
+        """Parts that the inputs of a linear are cut into, for more programs where tiles are few."""
+        if tokens <= DECODE_TOKENS:
+            return min(MAX_SPLITS, -(-features // SPLIT_INPUTS))
+        most = max(1, min(MAX_LONG_SPLITS, LONG_SPLIT_TOKENS // tokens))
+        return min(most, -(-features // SPLIT_INPUTS))
 
     def strips(self, tokens: int, intermediate: int) -> int:
         """Parts that an FFN's intermediate is cut into."""
-        wanted = max(1, FFN_PROGRAMS // self.tiles(tokens))
-        return min(wanted, -(-intermediate // self.columns))
+        return min(max(1, STRIP_TOKENS // tokens), -(-intermediate // self.ffn_columns))
 
 
 @lru_cache
 def launch_config_for(tokens: int, capacity: Capacity) -> LaunchConfig:
     """Short steps have small tiles; long ones large tiles."""
-    short = tokens <= DECODE_TOKENS
+    sizes = SHORT if tokens <= DECODE_TOKENS else LONG
+    steps = StepLayout(capacity.tokens, capacity.adapters + 1)
+    max_rank, max_pieces = _round_up(capacity.rank, 16), 1 << (capacity.pieces - 1).bit_length()
+    max_experts = _power_of_two(capacity.experts)
     return LaunchConfig(
-        tile=SMALL_TILE if short else LARGE_TILE,
-        tile_list=(at.SMALL if short else at.LARGE).value,
+        **asdict(sizes),
+        tile_list=steps.small if sizes is SHORT else steps.large,
+        order=steps.order,
         groups=capacity.adapters + 1,
-        max_rank=_round_up(capacity.rank, 16),
+        single=sizes is SHORT,
+        max_rank=max_rank,
+        max_finished=max_rank + at.PITCH.value * max_pieces,
         max_gates=_round_up(capacity.gates, 16),
-        max_experts=_power_of_two(capacity.experts),
-        max_pieces=capacity.pieces,
-        rank=32 if short else 64,
-        expand_rank=32,
-        rank_programs=8 if short else 4,
-        gates=32,
-        gate_programs=2,
-        inputs=64,
-        columns=64,
-        warps=4 if short else 8,
+        max_experts=max_experts,
+        max_pieces=max_pieces,
+        # Records start at multiples of 16 bytes, so that every kernel is compiled once.
+        counters=_round_up(max_experts + at.FIGURES.value, 2),
     )
 
 
@@ -115,14 +204,19 @@ def _power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class Scratch:
-    """What passes from one launch to the next: partial sums of rank rows and of router logits.
+    """What passes from one launch to the next.
 
-    rows: float32 `[splits, T, max_rank]`, logits: float32 `[splits, T, max_gates]`.
+    From shrink to gate, partial sums of rank rows and of router logits: rows float32
+    `[splits, T, max_rank]`, logits float32 `[splits, T, max_gates]`. From gate to expand and ffn:
+    finished `[T, max_finished]` in the serving dtype, rank rows times their gate weights, and those
+    weights, gates float32 `[T, max_gates]`, where the logits were.
     """
 
     splits: int
     rows: Tensor
     logits: Tensor
+    finished: Tensor
+    gates: Tensor
 
 
 class ScratchMemory:
@@ -130,31 +224,39 @@ class ScratchMemory:
 
     def __init__(self, capacity: Capacity, device: torch.device) -> None:
         self._capacity = capacity
-        most = max(min(capacity.tokens, DECODE_TOKENS) * MAX_SPLITS, capacity.tokens)
+        short = min(capacity.tokens, DECODE_TOKENS) * MAX_SPLITS
+        long = min(capacity.tokens * MAX_LONG_SPLITS, LONG_SPLIT_TOKENS)
+        most = max(short, long, capacity.tokens)
         config = launch_config_for(capacity.tokens, capacity)
         self._rows = torch.zeros(most * config.max_rank, device=device)
         self._logits = torch.zeros(most * config.max_gates, device=device)
+        self._finished = torch.zeros(capacity.tokens * config.max_finished, device=device)
+        self._gates = torch.zeros(capacity.tokens * config.max_gates, device=device)
 
-    def of(self, tokens: int, features: int) -> Scratch:
-        """The scratch of a linear with `features` inputs."""
+    def of(self, tokens: int, features: int, dtype: torch.dtype) -> Scratch:
+        """The scratch of a linear with `features` inputs of `dtype`."""
         config = launch_config_for(tokens, self._capacity)
         splits = config.splits(tokens, features)
         return Scratch(
             splits,
             _shaped(self._rows, splits, tokens, config.max_rank),
             _shaped(self._logits, splits, tokens, config.max_gates),
+            _shaped(self._finished.view(dtype), 1, tokens, config.max_finished)[0],
+            _shaped(self._gates, 1, tokens, config.max_gates)[0],
         )
 
 
 class StripMemory:
-    """Room for the strips of an FFN launch: partial sums of down's rank rows."""
+    """Room for the strips of an FFN launch, partial sums of down's rank rows, and for its pairs."""
 
     def __init__(self, capacity: Capacity, device: torch.device) -> None:
         self._capacity = capacity
         config = launch_config_for(capacity.tokens, capacity)
-        # strips * tokens is at most FFN_PROGRAMS * tile, or tokens with one strip.
-        most = max(FFN_PROGRAMS * LARGE_TILE, capacity.tokens)
+        most = max(STRIP_TOKENS, capacity.tokens)
         self._rows = torch.zeros(most * config.max_rank, device=device)
+        # A number of pairs and the pairs, for each tile at its first token's place.
+        size = capacity.tokens * (config.max_experts + 1)
+        self.pairs = torch.zeros(size, dtype=torch.int32, device=device)
 
     def of(self, tokens: int, intermediate: int) -> Tensor:
         """float32 `[strips, T, max_rank]`."""

@@ -13,17 +13,23 @@ from triton import language as tl
 # Multiple of elements between the starts of stored rows: vectorised reads stay aligned.
 PITCH = tl.constexpr(16)
 
-# Linear record: stacked rank rows and their matrix A, stacked router rows and their matrix, rank
-# rows that an FFN mixture's kernel computes for its down linear, pieces.
+# Linear record: stacked rank rows and their matrix A, stacked router rows and their matrix. Rank
+# rows from HEAD_RANK on are those that an FFN mixture's kernel computes for its down linear.
 HEAD = tl.constexpr(8)
 HEAD_RANK = tl.constexpr(0)
 HEAD_A = tl.constexpr(1)
 HEAD_GATES = tl.constexpr(2)
 HEAD_ROUTERS = tl.constexpr(3)
-HEAD_MIXED = tl.constexpr(4)
-HEAD_PIECES = tl.constexpr(5)
 
-# What pieces and FFNs have in common: first router row, experts (0: no router), policy.
+# Piece record: first router row, experts (0: no router), policy; output columns, rank rows, B
+# transposed `[rank, pitch]`, int32 expert of each rank row (only with a router; EVERY_TOKEN where
+# the weight is 1), float32 output scale `[max(experts, 1), pitch]` and bias `[width]`, -1 where
+# there is none, and where its finished rows begin, in steps of PITCH. An FFN mixture is one more
+# piece of its gate_up linear, which writes no columns: it routes, and its rank rows are those of
+# gate and of up, which are finished UNGATED (rows of experts that are not chosen are 0 all the
+# same). HIDDEN router rows after the experts' are those of an MLP whose biases and output weights
+# are float32 `[2, pitch]` at MLP.
+PIECE = tl.constexpr(20)
 GATE = tl.constexpr(0)
 EXPERTS = tl.constexpr(1)
 KEEP = tl.constexpr(2)
@@ -32,9 +38,6 @@ NORMALIZE = tl.constexpr(4)
 ENTROPY = tl.constexpr(5)
 SCORES = tl.constexpr(6)
 
-# Piece record: output columns, rank rows, B transposed `[rank, pitch]`, int32 expert of each rank
-# row, float32 output scale `[max(experts, 1), pitch]` and bias `[width]`, -1 where there is none.
-PIECE = tl.constexpr(16)
 START = tl.constexpr(7)
 WIDTH = tl.constexpr(8)
 ROW = tl.constexpr(9)
@@ -43,11 +46,16 @@ B = tl.constexpr(11)
 OWNER = tl.constexpr(12)
 SCALE = tl.constexpr(13)
 BIAS = tl.constexpr(14)
+FINISHED = tl.constexpr(15)
+UNGATED = tl.constexpr(16)
+HIDDEN = tl.constexpr(17)
+MLP = tl.constexpr(18)
+EVERY_TOKEN = tl.constexpr(-1)
 
-# FFN record: first rank rows of gate and up among those of the gate_up linear, B of both, A of
-# down, int32 `[3, experts + 1]` of the experts' first rows in each, activation, rank rows of down,
-# whether one more carries (sum of weights - 1) for down's bias; DoRA's factors of gate and up,
-# float32 `[experts, pitch]`, and the base's biases `[width]`, -1 where there is none.
+# FFN record: GATE and EXPERTS as its piece has them, first finished rows of gate and up, B of both,
+# A of down, int32 `[3, experts + 1]` of the experts' first rows in each, activation, rank rows of
+# down, whether one more carries (sum of weights - 1) for down's bias; DoRA's factors of gate and
+# up, float32 `[experts, pitch]`, and the base's biases `[width]`, -1 where there is none.
 FFN = tl.constexpr(24)
 GATE_ROW = tl.constexpr(7)
 UP_ROW = tl.constexpr(8)
@@ -74,6 +82,7 @@ MOST = tl.constexpr(5)
 TEMPERATURE = tl.constexpr(6)
 FLOOR = tl.constexpr(7)
 OFFSET = tl.constexpr(8)
+LEAST = tl.constexpr(9)
 BIASES = tl.constexpr(16)
 
 # Values of NUCLEUS: which experts are kept beside the first KEEP, by what runs up to them.
@@ -83,12 +92,14 @@ WITH_AT_MOST = tl.constexpr(2)
 BEFORE_UNDER = tl.constexpr(3)
 
 # Values of SCORES: what the probabilities are made of, and held against. BIASED has logits and
-# biases in their place. LEARNED has one more router row, whose logits make each token's floor.
+# biases in their place. LEARNED has one more router row, whose logits make each token's floor;
+# SPARSE has an MLP's, whose output makes each token's sparsity.
 PLAIN = tl.constexpr(0)
 ABSOLUTE = tl.constexpr(1)
 BIASED = tl.constexpr(2)
 FLOORED = tl.constexpr(3)
 LEARNED = tl.constexpr(4)
+SPARSE = tl.constexpr(5)
 
 # Values of ENTROPY.
 SHANNON = tl.constexpr(0)
@@ -109,12 +120,13 @@ TOTAL_ENTROPY = tl.constexpr(2)
 FIGURES = tl.constexpr(3)
 ENTROPY_UNIT = tl.constexpr(1 << 24)
 
-# The steps buffer, int32: number and place of the small tiles, of the large tiles, place of the
-# token order; then the tiles as (slot, first place in the order, tokens) and the order itself.
-SMALL = tl.constexpr(0)
-LARGE = tl.constexpr(2)
-ORDER = tl.constexpr(4)
-STEP_HEAD = tl.constexpr(8)
-TILE = tl.constexpr(3)
+# The steps buffer, int32: a head, the small tiles, the large tiles and the order of the tokens,
+# each at a place that the capacity fixes. Tiles are (slot, first place in the order, tokens, first
+# token); those that a step does not need have the slot NO_TILE. ROUTE_FIRST says that the tiles of
+# one row have their rank rows computed after routing, for chosen experts alone.
+STEP_HEAD = tl.constexpr(4)
+ROUTE_FIRST = tl.constexpr(0)
+TILE = tl.constexpr(4)
+NO_TILE = tl.constexpr(-1)
 
 UNSERVED = tl.constexpr(-2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molehill.kernels.interface import CapacityError, ExpertScale, FfnPiece, LinearPiece
 from molehill.kernels.mixture import Experts
-from molehill.kernels.policy import Policy
+from molehill.kernels.policy import Policy, Sparsegen
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.launch_config import Capacity
 from molehill.kernels.triton.policy_encoding import NoPlaceError, encode
@@ -40,13 +40,13 @@ class Record:
 class Site:
     """Where a router's decisions are found: columns of the logits, and row of the counters.
 
-    handle, piece: of the linear; piece is None for an FFN mixture and the handle an FFN's.
+    handle, piece: of the linear, which for an FFN mixture is the gate_up linear.
     """
 
     name: str
     policy: Policy
     handle: int
-    piece: int | None
+    piece: int
     gate: int
     experts: int
 
@@ -96,6 +96,7 @@ class RowStack:
     rank: int = 0
     gates: int = 0
     mixed: int = 0
+    finished: int = 0
     pieces: list[Record] = field(default_factory=list)
 
     def add_rows(self, a: Tensor) -> int:
@@ -107,6 +108,18 @@ class RowStack:
         first, self.gates = self.gates, self.gates + router.shape[0]
         self.routers.append(router)
         return first
+
+    def add_piece(self, record: Record) -> None:
+        """The last of the stack's pieces; its finished rows begin at a multiple of the pitch."""
+        pitch = at.PITCH.value
+        record.fields[at.FINISHED.value] = self.finished
+        self.finished += -(-record.fields[at.RANK.value] // pitch) * pitch
+        self.pieces.append(record)
+
+    def pop_piece(self) -> Record:
+        record = self.pieces.pop()
+        self.finished = record.fields[at.FINISHED.value]
+        return record
 
     def check(self, capacity: Capacity) -> None:
         """Raises CapacityError."""
@@ -122,8 +135,6 @@ class RowStack:
         record = Record([0] * at.HEAD.value)
         record.fields[at.HEAD_RANK.value] = self.rank
         record.fields[at.HEAD_GATES.value] = self.gates
-        record.fields[at.HEAD_MIXED.value] = self.mixed
-        record.fields[at.HEAD_PIECES.value] = len(self.pieces)
         if self.rank:
             record.places[at.HEAD_A.value] = packing.add(torch.cat(self.a), dtype)
         if self.gates:
@@ -138,7 +149,7 @@ def pack_piece(
 ) -> None:
     """Constant gate weights are multiplied into B and the output scale; no router is left then.
 
-    The rows of a shared pair belong to the expert after the last, whose weight is always 1.
+    The rows of a shared pair belong to no expert: their weight is always 1.
     """
     weights = _constant_weights(piece)
     experts = piece.experts
@@ -146,36 +157,29 @@ def pack_piece(
     owner, scale = experts.expert_of_row, piece.output_scale
     if weights is not None:
         b = b * weights[owner]
-        owner = torch.zeros_like(owner)
         scale = None if scale is None else (weights @ scale).unsqueeze(0)
     record = Record([0] * at.PIECE.value)
     if piece.shared is not None:
-        if len(experts.ranks) >= capacity.experts:
-            found = f"{len(experts.ranks)} experts and a shared one"
-            raise CapacityError(piece.site, found, f"at most {capacity.experts} together")
-        always = torch.full((sum(piece.shared.ranks),), len(experts.ranks))
+        always = torch.full((sum(piece.shared.ranks),), at.EVERY_TOKEN.value)
         a, b = torch.cat([a, piece.shared.a]), torch.cat([b, piece.shared.b], dim=1)
         owner = torch.cat([owner, always])
     if weights is None and piece.router is not None:
-        gate, count = _route(record, piece, piece.router, stack, capacity)
-        position = len(stack.pieces)
-        packing.sites.append(Site(piece.site, piece.policy, stack.handle, position, gate, count))
+        _route(record, piece, piece.router, stack, packing, capacity)
+        record.places[at.OWNER.value] = packing.add_integers(owner.tolist())
     fields = record.fields
     fields[at.START.value], fields[at.WIDTH.value] = piece.start, b.shape[0]
     fields[at.ROW.value], fields[at.RANK.value] = stack.add_rows(a), b.shape[1]
     fields[at.SCALE.value] = fields[at.BIAS.value] = -1
     record.places[at.B.value] = packing.add(b.T, dtype)
-    record.places[at.OWNER.value] = packing.add_integers(owner.tolist())
     if scale is not None:
         record.places[at.SCALE.value] = packing.add(scale, torch.float32)
         if piece.bias is not None:
             record.places[at.BIAS.value] = packing.add(piece.bias.unsqueeze(0), torch.float32)
-    stack.pieces.append(record)
+    stack.add_piece(record)
 
 
 def pack_ffn(
     piece: FfnPiece,
-    handle: int,
     gate_up: RowStack,
     down: RowStack,
     packing: Packing,
@@ -184,28 +188,43 @@ def pack_ffn(
 ) -> Record:
     """gate and up shrink with the gate_up linear; down's rows are expanded by the down linear."""
     record = Record([0] * at.FFN.value)
-    fields = record.fields
-    gate, count = _route(record, piece, piece.router, gate_up, capacity)
-    packing.sites.append(Site(piece.site, piece.policy, handle, None, gate, count))
+    fields, count = record.fields, piece.num_experts
     fields[at.ACTIVATION.value] = ACTIVATION_CODES[piece.activation]
     starts: list[int] = []
-    for experts, row, place, rows in (
-        (piece.gate, at.GATE_ROW, at.GATE_B, gate_up.add_rows),
-        (piece.up, at.UP_ROW, at.UP_B, gate_up.add_rows),
-        (piece.down, None, at.DOWN_A, None),
-    ):
+    for experts, place in ((piece.gate, at.GATE_B), (piece.up, at.UP_B), (piece.down, at.DOWN_A)):
         starts += _starts(experts, count)
-        if experts is None or not sum(experts.ranks):
-            continue
-        if row is not None and rows is not None:
-            fields[row.value] = rows(experts.a)
-            record.places[place.value] = packing.add(experts.b.T, dtype)
-        else:
-            record.places[place.value] = packing.add(experts.a, dtype)
+        if experts is not None and starts[-1]:
+            matrix = experts.a if place is at.DOWN_A else experts.b.T
+            record.places[place.value] = packing.add(matrix, dtype)
     record.places[at.STARTS.value] = packing.add_integers(starts)
+    routed = _pack_ffn_router(piece, gate_up, packing, capacity)
+    for position in (at.GATE.value, at.EXPERTS.value):
+        fields[position] = routed.fields[position]
+    fields[at.GATE_ROW.value] = routed.fields[at.FINISHED.value]
+    fields[at.UP_ROW.value] = fields[at.GATE_ROW.value] + starts[count]
     _pack_scale(piece.gate_scale, record, at.GATE_SCALE.value, at.GATE_BIAS.value, packing)
     _pack_scale(piece.up_scale, record, at.UP_SCALE.value, at.UP_BIAS.value, packing)
     _pack_down(piece, record, down, packing, dtype)
+    return record
+
+
+def _pack_ffn_router(
+    piece: FfnPiece, gate_up: RowStack, packing: Packing, capacity: Capacity
+) -> Record:
+    """The piece that routes for an FFN mixture and finishes the rank rows of gate, then of up,
+    ungated. It writes no columns."""
+    record = Record([0] * at.PIECE.value)
+    _route(record, piece, piece.router, gate_up, packing, capacity)
+    first, owners = gate_up.rank, [0]
+    for experts in (piece.gate, piece.up):
+        if experts is not None:
+            gate_up.add_rows(experts.a)
+            owners[-1:-1] = experts.expert_of_row.tolist()
+    record.fields[at.ROW.value], record.fields[at.RANK.value] = first, gate_up.rank - first
+    record.fields[at.SCALE.value] = record.fields[at.BIAS.value] = -1
+    record.fields[at.UNGATED.value] = 1
+    record.places[at.OWNER.value] = packing.add_integers(owners)
+    gate_up.add_piece(record)
     return record
 
 
@@ -240,7 +259,7 @@ def _pack_down(
     down.mixed = sum(part.shape[0] for part in b)
     first, over = down.rank, None
     if len(down.pieces) == 1 and _is_plain(down.pieces[0]):
-        plain = down.pieces.pop()
+        plain = down.pop_piece()
         first, over = plain.fields[at.ROW.value], plain.places[at.B.value]
         b.insert(0, packing.matrices[over][:, : plain.fields[at.WIDTH.value]])
     stacked = torch.cat([part.float() for part in b])
@@ -250,8 +269,7 @@ def _pack_down(
     own.fields[at.ROW.value] = first
     own.fields[at.SCALE.value] = own.fields[at.BIAS.value] = -1
     own.places[at.B.value] = packing.add(stacked, dtype, over)
-    own.places[at.OWNER.value] = packing.add_integers([0] * stacked.shape[0])
-    down.pieces.append(own)
+    down.add_piece(own)
 
 
 def _is_plain(record: Record) -> bool:
@@ -272,9 +290,10 @@ def _route(
     piece: LinearPiece | FfnPiece,
     router: Tensor,
     stack: RowStack,
+    packing: Packing,
     capacity: Capacity,
-) -> tuple[int, int]:
-    """Writes the router's fields; its first column of the logits, and its experts."""
+) -> None:
+    """Writes the router's fields, of the next piece of the stack, and its site."""
     policy, experts = piece.policy, router.shape[0] - piece.policy.extra_rows
     if experts > capacity.experts:
         raise CapacityError(piece.site, f"{experts} experts", f"at most {capacity.experts}")
@@ -286,7 +305,13 @@ def _route(
     gate = stack.add_router(router)
     record.fields[at.GATE.value], record.fields[at.EXPERTS.value] = gate, experts
     record.fields[at.KEEP.value : at.SCORES.value + 1] = encoded.integers()
-    return gate, experts
+    if isinstance(policy, Sparsegen):
+        assert piece.parameters is not None
+        mlp = piece.parameters[:-1].view(2, policy.hidden)
+        record.fields[at.HIDDEN.value] = policy.hidden
+        record.places[at.MLP.value] = packing.add(mlp, torch.float32)
+    position = len(stack.pieces)
+    packing.sites.append(Site(piece.site, policy, stack.handle, position, gate, experts))
 
 
 def _constant_weights(piece: LinearPiece) -> Tensor | None:

@@ -18,6 +18,7 @@ from molehill.kernels.policy import (
     TopK,
     TopP,
 )
+from molehill.kernels.policy.sparsegen import SPARSEGEN_EPS
 from molehill.kernels.triton import layout as at
 
 
@@ -44,6 +45,7 @@ class PolicyRecord:
     floor: float = 0.0
     offset: float = 0.0
     biases: tuple[float, ...] = ()
+    least: float = 0.0
 
     def integers(self) -> list[int]:
         """Fields KEEP to SCORES of a piece or FFN record."""
@@ -63,6 +65,7 @@ class PolicyRecord:
         floats[at.FLOOR.value] = self.floor
         floats[at.OFFSET.value] = self.offset
         floats[at.BIASES.value : at.BIASES.value + len(self.biases)] = self.biases
+        floats[at.LEAST.value] = self.least
         return floats
 
 
@@ -171,8 +174,14 @@ def _flylora(policy: FlyLoRA, experts: int, learned: Tensor | None = None) -> Po
 
 @encode.register
 def _sparsegen(policy: Sparsegen, experts: int, learned: Tensor | None = None) -> PolicyRecord:
-    """Its MLP does not fit in the kernel's registers."""
-    raise NoPlaceError("a policy without an MLP: the Triton kernels have none")
+    """The MLP's biases and output weights are a table that molehill.kernels.triton.packing adds."""
+    assert learned is not None
+    return replace(
+        _keeping(experts, experts),
+        scores=at.SPARSE.value,
+        offset=learned[-1].item(),
+        least=SPARSEGEN_EPS,
+    )
 
 
 def _keeping(keep: int, experts: int) -> PolicyRecord:

@@ -2,7 +2,8 @@
 
 p = softmax(logits), or of |logits| / temperature; q = p / divisor. With the experts by falling q,
 ties by index, an expert is kept if it is among the first `keep`, or by what the q before it (and
-with it) sum to, or if the token is soft: entropy(p) > threshold. Where there is a floor, only
+with it) sum to, or if the token is soft: entropy(p) > threshold. Sparsegen's p is not a softmax:
+p = w = sparsemax(logits / (eps + softplus(-MLP))). Where there is a floor, only
 experts that reach it are kept; it is a number, or the token's own, which q is then less by. w = q
 where kept, else 0; w / sum(w) if normalised and not all 0. Where experts have biases, logit + bias
 has the place of p, and w = 1 where kept. Every class of molehill.kernels.policy
@@ -56,6 +57,29 @@ def sparse_mask(q: tl.tensor, experts: tl.tensor, record: tl.tensor, top_p: tl.t
 
 
 @triton.jit
+def softplus(x: tl.tensor) -> tl.tensor:
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def sparsemax(v: tl.tensor, own: tl.tensor, experts: tl.tensor) -> tl.tensor:
+    """The distribution nearest to v `[T, E]` (arXiv 1602.02068), by each v's place and by what the
+    larger ones sum to, in place of sorting them."""
+    expert = tl.arange(0, v.shape[1])[None, :]
+    place = tl.full(v.shape, 1.0, dtype=tl.float32)
+    upto = tl.where(own, v, 0.0)
+    for other in range(experts):
+        u = tl.sum(tl.where(expert == other, tl.where(own, v, 0.0), 0.0), axis=1)[:, None]
+        precedes = (u > v) | ((u == v) & (other < expert))
+        place += tl.where(precedes, 1.0, 0.0)
+        upto += tl.where(precedes, u, 0.0)
+    support = own & (1.0 + place * v > upto)
+    total = tl.sum(tl.where(support, v, 0.0), axis=1)
+    size = tl.sum(tl.where(support, 1.0, 0.0), axis=1)
+    return tl.where(own, tl.maximum(v - ((total - 1.0) / size)[:, None], 0.0), 0.0)
+
+
+@triton.jit
 def above_floor(
     q: tl.tensor, extra: tl.tensor, scores: tl.tensor, parameters: tl.tensor
 ) -> tl.tensor:
@@ -78,7 +102,8 @@ def route(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """logits float32 `[T, E]`, of which `experts` columns count: p, w `[T, E]`, entropy, soft.
 
-    extra: float32 `[T]`, the logits of the router's extra row where scores are LEARNED.
+    extra: float32 `[T]`, the logits of the router's extra row where scores are LEARNED, what the
+    hidden layer comes to where they are SPARSE.
     """
     own = (tl.arange(0, logits.shape[1]) < experts)[None, :]
     scores = tl.load(record + at.SCORES)
@@ -90,8 +115,14 @@ def route(
         biases = tl.load(parameters + at.BIASES + expert, mask=expert < experts, other=0.0)
         logits += biases[None, :]
     logits = tl.where(own, logits, float("-inf"))
-    p = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    p = p / tl.sum(p, axis=1)[:, None]
+    # Neither softmax nor sparsemax changes if all logits move.
+    moved = logits - tl.max(logits, axis=1)[:, None]
+    if scores == at.SPARSE:
+        sparsity = softplus(-(extra + tl.load(parameters + at.OFFSET)))
+        p = sparsemax(moved / (sparsity + tl.load(parameters + at.LEAST))[:, None], own, experts)
+    else:
+        p = tl.exp(moved)
+        p = p / tl.sum(p, axis=1)[:, None]
     entropy = entropy_of(p, own, tl.load(record + at.ENTROPY), parameters)
     soft = entropy > tl.load(parameters + at.THRESHOLD)
     q = p / tl.load(parameters + at.DIVISOR)

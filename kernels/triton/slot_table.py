@@ -33,18 +33,17 @@ class SlotTable:
         self.sites: dict[int, list[Site]] = {}
         each = capacity.slots, len(linears)
         each_ffn = capacity.slots, len(ffns)
-        figures = launch_config_for(capacity.tokens, capacity).max_experts + at.FIGURES.value
+        config = launch_config_for(capacity.tokens, capacity)
+        pieces = config.max_pieces
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.heads = zeros(*each, at.HEAD.value)
-        self.pieces = zeros(*each, capacity.pieces, at.PIECE.value)
-        self.parameters = zeros(*each, capacity.pieces, at.POLICY.value, dtype=torch.float32)
-        self.counters = zeros(*each, capacity.pieces, figures)
+        self.pieces = zeros(*each, pieces, at.PIECE.value)
+        self.parameters = zeros(*each, pieces, at.POLICY.value, dtype=torch.float32)
+        self.counters = zeros(*each, pieces, config.counters)
         self.ffns = zeros(*each_ffn, at.FFN.value)
-        self.ffn_parameters = zeros(*each_ffn, at.POLICY.value, dtype=torch.float32)
-        self.ffn_counters = zeros(*each_ffn, figures)
 
     def store(self, slot: int, packing: Packing) -> None:
         """Raises CapacityError or ArenaFullError before anything is written."""
@@ -64,14 +63,16 @@ class SlotTable:
         if extents is not None:
             del self.sites[slot]
             self.heads[slot].zero_()
+            self.pieces[slot].zero_()
             self.ffns[slot].zero_()
             self.arena.release(extents)
 
     def pack(self, weights: SlotWeights) -> Packing:
-        """Raises CapacityError."""
+        """Of all but the vectors. Raises CapacityError."""
         for vectors in [*chain(*weights.scales.values()), *weights.ffn_scales.values()]:
-            expected = "low-rank experts on this backend"
-            raise CapacityError(vectors.site, "vectors of MoV", expected)
+            if not self._capacity.vectors:
+                expected = "low-rank experts on this backend, or eager mode"
+                raise CapacityError(vectors.site, "vectors of MoV", expected)
         packing = Packing()
         stacks: dict[int, RowStack] = {}
 
@@ -86,7 +87,7 @@ class SlotTable:
             shape = self._ffns[handle]
             dtype = self._linears[shape.gate_up].dtype
             packing.ffns[handle] = pack_ffn(
-                ffn, handle, stack(shape.gate_up), stack(shape.down), packing, dtype, self._capacity
+                ffn, stack(shape.gate_up), stack(shape.down), packing, dtype, self._capacity
             )
         for handle, own in stacks.items():
             own.check(self._capacity)
@@ -114,10 +115,8 @@ class SlotTable:
         }
         ffns = {(handle,): record for handle, record in packing.ffns.items()}
         self.counters[slot].zero_()
-        self.ffn_counters[slot].zero_()
         fill(self.pieces, {index: fields(record) for index, record in pieces.items()})
         fill(self.parameters, {i: torch.tensor(record.parameters) for i, record in pieces.items()})
-        fill(self.ffn_parameters, {i: torch.tensor(r.parameters) for i, r in ffns.items()})
         fill(self.heads, {(h,): fields(record) for h, record in packing.heads.items()})
         fill(self.ffns, {index: fields(record) for index, record in ffns.items()})
 

@@ -17,7 +17,9 @@ from support.asking import (
 )
 from support.golden import ROUNDED, SERVED, Case, greatest_difference
 
-from molehill.benchmarks import engine as benchmark
+from molehill.benchmarks.contestants import MOLEHILL, Contestant
+from molehill.benchmarks.turns import Turns
+from molehill.benchmarks.workloads import Workload
 from molehill.engine import formats
 from molehill.engine.formats import native
 from molehill.engine.vllm import protocol
@@ -258,14 +260,25 @@ def test_a_bad_adapter_met_in_a_step_never_answers_as_the_base(llm: Any, tmp_pat
 def test_the_benchmark_leaves_out_what_takes_too_long_and_tells_how_far_it_is(
     llm: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    long, short = benchmark.Point("long", 2, 16, 48), benchmark.Point("short", 1, 16, 1)
-    samples, stopped = benchmark.run(
-        {"plain": llm}, {"a": [None]}, "a", [long, short], repetitions=2, budget=0.0
-    )
+    long, short = Workload(2, 16, 48), Workload(1, 16, 1)
+    turns = Turns(repetitions=2, budget=0.0)
+    turns.take({MOLEHILL: llm}, {"base": [None]}, [Contestant("base", MOLEHILL)], [long, short])
     # Nothing stops what is done with its first step.
-    assert [(s.point, s.repetition) for s in samples] == [("short", 0), ("short", 1)]
-    assert stopped == ["a, long: stopped in repetition -1, 2 x (16 + 48) tokens take more than 0 s"]
-    assert stopped[0] in benchmark.report(samples, "a", stopped)
+    assert [(s.workload, s.repetition) for s in turns.samples] == [(short.name, 0), (short.name, 1)]
+    said = "stopped in repetition -1, 2 x (16 + 48) tokens take more than 0 s"
+    assert turns.stopped == {("base", long.name): f"base, {long.name}: {said}"}
     lines = [line.split()[1:3] for line in capsys.readouterr().err.splitlines()]
-    expected = [["warm-up", "long"], ["warm-up", "short"], ["0", "short"], ["1", "short"]]
+    expected = [["warm-up", "decode"], ["warm-up", "prefill"], ["0", "prefill"], ["1", "prefill"]]
     assert [line for line in lines if line in expected] == expected
+
+
+def test_requests_that_arrive_one_by_one_have_all_their_tokens_in_time(llm: Any) -> None:
+    """A mixture's and the base's, by turns."""
+    turns = Turns(repetitions=1, budget=60.0)
+    arriving = Workload(6, 16, 4, rate=50.0)
+    loras = {"both": [request("mixlora"), None]}
+    turns.take({MOLEHILL: llm}, loras, [Contestant("both", MOLEHILL)], [arriving])
+    figures = {sample.figure: sample.value for sample in turns.samples}
+    assert list(figures) == ["ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms"]
+    assert 0 < figures["ttft_p50_ms"] <= figures["ttft_p99_ms"]
+    assert 0 < figures["itl_p50_ms"] <= figures["itl_p99_ms"]

@@ -18,14 +18,20 @@ STARTERS = {
     ("support.server", "serve"): "server",
     ("support.pages", "browser"): "browser",
 }
+# The fixture of tests that run in Triton's interpreter, or natively where there is a GPU.
+NATIVE = "interpreted"
 LAST = 3
 
 
 def marks(item: pytest.Item) -> set[str]:
-    """What a test and the fixtures that it gets start, of STARTERS' values."""
+    """What a test and the fixtures that it gets start, of STARTERS' values; and `gpu` for what a
+    GPU runs natively."""
     if not isinstance(item, pytest.Function):
         return set()
-    return {mark for function in _functions(item) for mark in reached(function)}
+    on_gpu = NATIVE in item.fixturenames or TESTS / "gpu" in item.path.parents
+    return ({"gpu"} if on_gpu else set()) | {
+        mark for function in _functions(item) for mark in reached(function)
+    }
 
 
 def group(item: pytest.Item) -> str:

@@ -10,6 +10,7 @@ from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant
 from molehill.kernels.triton.backend import TritonBackend
 from molehill.kernels.triton.launch_config import Capacity
+from support import native
 
 CPU = torch.device("cpu")
 CAPACITY = Capacity(
@@ -21,7 +22,10 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
 
 
 def backend(capacity: Capacity = CAPACITY) -> TritonBackend:
-    return TritonBackend(CPU, capacity)
+    """In the interpreter, or natively where there is a GPU; see the fixture `interpreted`."""
+    return (
+        native.NativeTritonBackend(capacity) if native.is_here() else TritonBackend(CPU, capacity)
+    )
 
 
 def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:

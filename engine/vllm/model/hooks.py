@@ -1,8 +1,8 @@
-"""Puts the backend's ops into a vLLM model: after each linear's GEMM and each FFN's activation, and
-around each MoE block's kernel.
+"""Puts the backend's ops into a vLLM model: after or around each linear's GEMM, after each FFN's
+activation, and around each MoE block's kernel.
 
-The base GEMMs run as before and exactly once. A linear is hooked through its `quant_method`, before
-the tensor-parallel collectives, so modules keep their names and types.
+The base GEMMs run exactly once, by vLLM's own quant methods. A linear is hooked through its
+`quant_method`, before the tensor-parallel collectives, so modules keep their names and types.
 """
 
 from collections.abc import Callable, Hashable
@@ -34,13 +34,48 @@ def _hooked(method: Hashable) -> type:
 
 def hook_linear(module: LinearBase, handle: int, op: Op) -> None:
     """Runs `op(out, x, handle)` after `module`'s GEMM."""
-    method: Any = module.quant_method
+    _hook(module, _hooked, handle, op)
+    module.requires_unquantized_input = True
+
+
+@cache
+def _replaced(method: Hashable) -> type:
+    """A subclass of a quant method whose `apply` is the op, which runs the GEMM too."""
+
+    def apply(self: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        width = layer.molehill_out_features
+        y: Tensor = layer.molehill_op(x, bias, layer.molehill_handle, width)
+        return y
+
+    parent: Any = method
+    return type(f"Molehill{parent.__name__}", (parent,), {"apply": apply})
+
+
+def replace_linear(module: LinearBase, handle: int, op: Op, out_features: int) -> None:
+    """Runs `op(x, bias, handle, out_features)` in place of `module`'s GEMM. out_features: on this
+    rank."""
+    _hook(module, _replaced, handle, op)
+    module.molehill_out_features = out_features
+    module.requires_unquantized_input = True
+
+
+def quantises_inputs(module: LinearBase) -> bool:
+    """Whether the GEMM may read its input in fewer bits: its weights have no more than eight.
+
+    vLLM's compiler fuses that quantisation into the operation before the linear, which it could not
+    see inside an op that runs the GEMM.
+    """
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.element_size() == 1
+
+
+def _hook(module: Any, subclass: Callable[[Hashable], type], handle: int, op: Op) -> None:
+    method = module.quant_method
     kind: Any = type(method)
-    hooked: Any = object.__new__(_hooked(kind))
+    hooked: Any = object.__new__(subclass(kind))
     hooked.__dict__ = method.__dict__
     module.molehill_op = op
     module.molehill_handle = torch.tensor([handle], device="cpu")
-    module.requires_unquantized_input = True
     module.quant_method = hooked
 
 
@@ -70,13 +105,7 @@ def _hooked_experts(method: Hashable) -> type:
 
 def hook_experts(experts: Any, handle: int, op: Op) -> None:
     """Runs `op(x, weights, chosen, handle)` in place of the kernel of a vLLM RoutedExperts."""
-    method = experts.quant_method
-    kind: Any = type(method)
-    hooked: Any = object.__new__(_hooked_experts(kind))
-    hooked.__dict__ = method.__dict__
-    experts.molehill_op = op
-    experts.molehill_handle = torch.tensor([handle], device="cpu")
-    experts.quant_method = hooked
+    _hook(experts, _hooked_experts, handle, op)
 
 
 class MixedActivation(nn.Module):

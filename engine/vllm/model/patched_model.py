@@ -1,5 +1,6 @@
 """Where adapters act in a loaded vLLM model: finds and hooks the places, cuts adapters to fit."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,15 @@ from vllm.logger import init_logger
 from molehill.engine.adapter import expert_pairs
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import Adapter, natural_key
-from molehill.engine.vllm.model import discovery, moe_blocks, sharding
-from molehill.engine.vllm.model.hooks import hook_experts, hook_ffn, hook_linear
+from molehill.engine.vllm.model import discovery, moe_blocks, sharding, warmup
+from molehill.engine.vllm.model.base_linears import BaseLinears, SideStream
+from molehill.engine.vllm.model.hooks import (
+    hook_experts,
+    hook_ffn,
+    hook_linear,
+    quantises_inputs,
+    replace_linear,
+)
 from molehill.kernels.interface import (
     Backend,
     FfnPiece,
@@ -21,8 +29,10 @@ from molehill.kernels.interface import (
     LinearShape,
     MoePiece,
     MoeShape,
+    Run,
     ScalePiece,
     SlotWeights,
+    SplitBackend,
 )
 from molehill.kernels.mixture import FfnMixture, LinearMixture, Reflection, ScaleMixture
 from molehill.kernels.moe_blocks import MoeBlocks
@@ -62,6 +72,12 @@ class PatchedModel:
         }
         self._handles: dict[str, int] = {}
         self._ffn_handles: dict[str, int] = {}
+        self._linear_shapes: dict[int, LinearShape] = {}
+        self._ffn_shapes: dict[int, FfnShape] = {}
+        self._dtype = config.model_config.dtype
+        self._base_linears: BaseLinears | None = None
+        if isinstance(backend, SplitBackend) and not config.model_config.enforce_eager:
+            self._base_linears = BaseLinears(backend, SideStream(device))
         self._install(self._dtype, device)
         self._install_experts(config, model, device)
         self.base = self._describe_base(config)
@@ -73,14 +89,19 @@ class PatchedModel:
             shape = LinearShape(
                 linear.name, linear.in_features, linear.out_features, dtype, device, reduce
             )
-            handles[linear.name] = self._backend.register_linear(shape)
-            hook_linear(linear.module, handles[linear.name], self._backend.linear_op)
+            handles[linear.name] = handle = self._backend.register_linear(shape)
+            self._linear_shapes[handle] = shape
+            base_linears = self._base_linears
+            if base_linears is None or quantises_inputs(linear.module):
+                hook_linear(linear.module, handle, self._backend.linear_op)
+            else:
+                base_linears.add(handle, linear.module)
+                replace_linear(linear.module, handle, base_linears.op, linear.out_features)
         for ffn in self._ffns:
             width = self._by_name[ffn.down].in_features
-            handle = self._backend.register_ffn(
-                FfnShape(ffn.site, handles[ffn.gate_up], handles[ffn.down], width)
-            )
-            self._ffn_handles[ffn.site] = handle
+            inner = FfnShape(ffn.site, handles[ffn.gate_up], handles[ffn.down], width)
+            self._ffn_handles[ffn.site] = handle = self._backend.register_ffn(inner)
+            self._ffn_shapes[handle] = inner
             hook_ffn(ffn, handle, self._backend.ffn_op)
         self._backend.seal()
         hooked = len(self._linears), len(self._ffns)
@@ -137,6 +158,17 @@ class PatchedModel:
             moes={site: sizes for stage in everyone for site, sizes in stage[2].items()},
             refused={site: why for stage in everyone for site, why in stage[3].items()},
         )
+
+    def warm_up(self, most: int) -> None:
+        """Launches the backend's kernels for steps of up to `most` tokens."""
+        warmup.run(self._backend, self._linear_shapes, self._ffn_shapes, most)
+
+    def begin_step(self, runs: Sequence[Run]) -> None:
+        """Announces the next forward; rows in no run belong to the base. Never raises."""
+        self._backend.begin_step(runs)
+        self._moes.begin_step(runs)
+        if self._base_linears is not None:
+            self._base_linears.begin_step(runs)
 
     def has_counted(self, site: str) -> bool:
         """Whether a site is on this pipeline stage, and its tokens are counted."""

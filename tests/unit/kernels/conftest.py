@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from support import native
 from support.cpu_cases import thread_count, usable_isas
 from triton import language as tl
 from triton.experimental.gluon import language as gluon
@@ -10,19 +11,24 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 from triton.runtime.jit import JITFunction
 
 from molehill.kernels.cpu.backend import ISAS
-from molehill.kernels.triton import expand, ffn, routing, shrink
+from molehill.kernels.triton import expand, ffn, gate, routing, shrink
 
 
 @pytest.fixture
-def interpreted(monkeypatch) -> None:
-    """Runs Triton kernels in Triton's interpreter, on CPU tensors, for one test.
+def interpreted(request, monkeypatch) -> None:
+    """Runs Triton kernels in Triton's interpreter, on CPU tensors, for one test; natively on a
+    machine with a GPU. `pytest -m gpu` asks for the latter only.
 
     TRITON_INTERPRET=1 would do so only if it were set before anything imports Triton, and then for
     the whole process.
     """
+    if native.is_here():
+        return
+    if request.config.option.markexpr == "gpu":
+        pytest.skip(native.NO_GPU)
     # The interpreter imports gluon when it is first used, and gluon wants the compiled functions.
     assert gluon
-    for module in (tl, standard, routing, shrink, expand, ffn):
+    for module in (tl, standard, routing, shrink, gate, expand, ffn):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))

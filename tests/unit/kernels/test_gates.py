@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support import triton_cases
 from support.backend_cases import assert_near, experts, random, rounded
 from support.cpu_cases import thread_count, usable_isas
 from support.triton_cases import CAPACITY, ffn_experts, ffn_piece, ffn_weights, run_ffn
-from support.triton_cases import CPU as DEVICE
 
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.interface import (
@@ -62,18 +62,13 @@ def delta(x: torch.Tensor, own: LinearPiece, dtype=torch.float32) -> torch.Tenso
     return linear_mixture(x, torch.zeros(pair.b.shape[0], x.shape[1]), None, mixture)[0]
 
 
-@pytest.fixture(params=["cpu", "torch", "triton"])
+@pytest.fixture(params=["cpu", "torch", pytest.param("triton", marks=pytest.mark.gpu)])
 def make(request):
-    """A backend's constructor. Sparsegen has no place in the Triton kernels."""
+    """A backend's constructor."""
     if request.param == "triton":
         request.getfixturevalue("interpreted")
-        return lambda: TritonBackend(DEVICE, replace(CAPACITY, rank=128))
+        return lambda: triton_cases.backend(replace(CAPACITY, rank=128, gates=64))
     return {"cpu": CpuBackend, "torch": TorchBackend}[request.param]
-
-
-def served(make, policies):
-    with_triton = isinstance(make(), TritonBackend)
-    return {n: p for n, p in policies.items() if not (with_triton and isinstance(p, Sparsegen))}
 
 
 def one_linear(make, pieces, dtype=torch.float32, reduce=None, inputs=INPUTS, out=OUT):
@@ -85,7 +80,7 @@ def one_linear(make, pieces, dtype=torch.float32, reduce=None, inputs=INPUTS, ou
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_policy_gives_the_definition(make, dtype):
-    for policy in served(make, POLICIES).values():
+    for policy in POLICIES.values():
         own = piece(policy)
         backend, handle = one_linear(make, [own], dtype)
         x, base = random(ROWS, INPUTS, seed=7).to(dtype), random(ROWS, OUT, seed=8).to(dtype)
@@ -96,7 +91,7 @@ def test_every_policy_gives_the_definition(make, dtype):
 
 
 def test_counters_and_traces_are_the_policys_own_figures(make):
-    for policy in served(make, POLICIES).values():
+    for policy in POLICIES.values():
         own = piece(policy)
         backend, handle = one_linear(make, [own])
         x = random(ROWS, INPUTS, seed=7)
@@ -117,9 +112,7 @@ def test_counters_and_traces_are_the_policys_own_figures(make):
 
 def test_policies_share_a_fused_linear(make):
     """Neighbours with other rows per router; two of one policy have parameters of their own."""
-    policies = served(
-        make, {"q": AdaMoLE(0.3), "k": Soft(), "v": AdaMoLE(0.3), "o": Sparsegen(3), "g": Arrow(1)}
-    )
+    policies = {"q": AdaMoLE(0.3), "k": Soft(), "v": AdaMoLE(0.3), "o": Sparsegen(3), "g": Arrow(1)}
     pieces = [
         piece(policy, out=8, start=8 * i, seed=10 * i, site=site)
         for i, (site, policy) in enumerate(list(policies.items())[:4])
@@ -136,10 +129,7 @@ def test_policies_share_a_fused_linear(make):
 @pytest.mark.parametrize("name", ["adamole", "sparsegen", "arrow"])
 def test_logits_of_sharded_inputs_are_summed_before_they_are_routed(make, name):
     """Each of two ranks has half of the inputs, and gets the other's logits from `reduce`."""
-    policies = served(make, POLICIES)
-    if name not in policies:
-        pytest.skip("Sparsegen is refused by the Triton backend")
-    own, half = piece(policies[name]), INPUTS // 2
+    own, half = piece(POLICIES[name]), INPUTS // 2
     x = random(ROWS, INPUTS, seed=7)
     whole = x @ own.router.T
     total = torch.zeros(ROWS, OUT)
@@ -163,10 +153,7 @@ def test_logits_of_sharded_inputs_are_summed_before_they_are_routed(make, name):
 
 @pytest.mark.parametrize("name", ["adamole", "sparsegen", "arrow", "threshold"])
 def test_ffn_mixtures_route_by_them_too(make, name):
-    policies = served(make, POLICIES)
-    if name not in policies:
-        pytest.skip("Sparsegen is refused by the Triton backend")
-    d, width, policy = 20, 24, policies[name]
+    d, width, policy = 20, 24, POLICIES[name]
     rows = gate(policy, d, 4)
     own = FfnMixture(
         ffn_experts(("gate_proj", "up_proj", "down_proj"), d, width, 4),
@@ -231,7 +218,7 @@ def test_flyloras_ranks_are_experts_of_every_backend(make, dtype):
 )
 def test_more_ranks_than_triton_has_room_for_are_refused_with_the_limit(interpreted, rank, message):
     capacity = CAPACITY if rank == 17 else replace(CAPACITY, experts=64)
-    backend = TritonBackend(DEVICE, capacity)
+    backend = triton_cases.backend(capacity)
     handle = backend.register_linear(LinearShape("linear", INPUTS, OUT))
     with pytest.raises(CapacityError, match=message):
         backend.store(0, SlotWeights({handle: [flylora(rank, 2)]}, {}))
@@ -252,11 +239,12 @@ def test_a_large_mlp_is_served_and_one_beyond_the_kernels_is_refused():
         assert_near(y, delta(x, own), torch.float32)
 
 
-def test_sparsegen_is_refused_by_the_triton_backend(interpreted):
-    backend = TritonBackend(DEVICE, CAPACITY)
+def test_a_hidden_layer_beyond_a_gpu_s_capacity_is_refused():
+    """Its rows are router rows."""
+    backend = TritonBackend(triton_cases.CPU, CAPACITY)
     handle = backend.register_linear(LinearShape("linear", INPUTS, OUT))
-    with pytest.raises(CapacityError, match=r"Sparsegen.*the Triton kernels have none"):
-        backend.store(0, SlotWeights({handle: [piece(Sparsegen(3))]}, {}))
+    with pytest.raises(CapacityError, match="router rows, expected at most 48"):
+        backend.store(0, SlotWeights({handle: [piece(Sparsegen(48))]}, {}))
     assert backend.resident_bytes(0) == 0
 
 

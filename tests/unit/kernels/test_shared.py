@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support import triton_cases
 from support.triton_cases import CAPACITY
 from torch.nn import functional as F
 
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.interface import (
-    CapacityError,
     FfnPiece,
     FfnShape,
     LinearPiece,
@@ -23,9 +23,7 @@ from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK
 from molehill.kernels.pytorch.backend import TorchBackend
 from molehill.kernels.reference import ffn_mixture, linear_mixture
-from molehill.kernels.triton.backend import TritonBackend
 
-CPU = torch.device("cpu")
 # Relative to the largest output: float32 in other orders.
 EXACT = 2e-5
 
@@ -59,11 +57,13 @@ class Setup(NamedTuple):
     steps: int = 1
 
 
-@pytest.fixture(params=["cpu", "cpu, 3 threads", "torch", "triton"])
+@pytest.fixture(
+    params=["cpu", "cpu, 3 threads", "torch", pytest.param("triton", marks=pytest.mark.gpu)]
+)
 def setup(request):
     if request.param == "triton":
         request.getfixturevalue("interpreted")
-        yield Setup(lambda: TritonBackend(CPU, CAPACITY))
+        yield Setup(triton_cases.backend)
     elif request.param == "cpu, 3 threads":
         with threads(3):
             yield Setup(CpuBackend, 515, 770, 96, 10)
@@ -163,19 +163,18 @@ def test_an_ffn_mixture_on_merged_weights(setup, rows, biased):
         assert_near(y[rows:], plain)
 
 
-def test_a_shared_pair_needs_one_more_column_of_weights_on_a_gpu():
-    backend = TritonBackend(CPU, CAPACITY)
+def test_a_shared_pair_is_no_expert_of_a_gpu_s_capacity(interpreted):
+    backend = triton_cases.backend()
     handle = backend.register_linear(LinearShape("linear", 8, 8))
-    full = LinearPiece(
-        "q",
-        0,
-        experts(8, 8, [1] * CAPACITY.experts),
-        Soft(),
-        random(CAPACITY.experts, 8),
-        shared=experts(8, 8, [1]),
-    )
-    with pytest.raises(CapacityError, match="16 experts and a shared one, expected at most 16"):
-        backend.store(0, SlotWeights({handle: [full]}, {}))
+    router, pairs = random(CAPACITY.experts, 8), experts(8, 8, [1] * CAPACITY.experts)
+    shared = experts(8, 8, [1], seed=4)
+    full = LinearPiece("q", 0, pairs, Soft(), router, shared=shared)
+    backend.store(0, SlotWeights({handle: [full]}, {}))
+    x, y = random(3, 8, seed=7), torch.zeros(3, 8)
+    backend.begin_step([Run(0, 0, 3)])
+    backend.linear(y, x, handle)
+    whole = LinearMixture(pairs, Soft(), router, shared=shared)
+    assert_near(y, linear_mixture(x, torch.zeros(8, 8), None, whole)[0])
 
 
 def test_a_shared_pair_that_does_not_fit_is_refused():

@@ -16,6 +16,7 @@ from molehill.api.metrics.worker_stats import (
     Totals,
     WorkerStats,
     by_generation,
+    compilations,
     seconds,
 )
 from molehill.engine.routing_stats import RoutingStats
@@ -61,6 +62,12 @@ def test_seconds_add_up_where_all_workers_measure() -> None:
     assert seconds([one, one]) == StepSeconds(4.0, 1.0)
     assert seconds([one, replace(one, seconds=None)]) is None
     assert seconds([]) is None
+
+
+def test_compilations_add_up_over_the_workers_that_compile() -> None:
+    one = answer(0, RoutingStats())
+    assert compilations([one]) is None
+    assert compilations([replace(one, compilations=2), replace(one, compilations=1), one]) == 3
 
 
 def test_a_name_counts_on_through_a_replacement() -> None:
@@ -160,6 +167,13 @@ def samples(registry: NoAdapters, snapshot: Snapshot) -> dict[str, float]:
     text = exposition(AdapterCollector(registry, snapshot), registry.events).decode()
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_compilations_are_shown_where_there_are_any_to_count() -> None:
+    name = "molehill_kernel_compilations_total"
+    assert samples(NoAdapters(), Snapshot(compilations=0))[name] == 0
+    assert samples(NoAdapters(), Snapshot(compilations=3))[name] == 3
+    assert name not in samples(NoAdapters(), Snapshot())
 
 
 LATE = 'molehill_worker_scrape_failures_total{kind="late"}'

@@ -1,12 +1,15 @@
 """The tiles of a step against its runs."""
 
-from types import SimpleNamespace
+from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molehill.kernels.interface import UNSERVED, Run
 from molehill.kernels.triton import tiling
+from molehill.kernels.triton.layout import NO_TILE as EMPTY
+
+NO_TILE = EMPTY.value
 
 
 @st.composite
@@ -20,29 +23,44 @@ def steps(draw) -> tuple[list[Run], int]:
     return runs, row
 
 
+def tiles(table: list[int], begin: int, end: int) -> list[list[int]]:
+    """The tiles that there are between two places; those after them are empty."""
+    found = [table[i : i + 4] for i in range(begin, end, 4)]
+    used = [tile for tile in found if tile[0] != NO_TILE]
+    assert all(tile[0] == NO_TILE for tile in found[len(used) :])
+    return used
+
+
 @settings(max_examples=200, deadline=None)
 @given(steps())
 def test_tiles_cover_every_row_once_and_fit_the_grid(step) -> None:
     runs, tokens = step
     adapters, stored = 3, {0, 1, 2}
-    table = tiling.table(runs, stored, adapters, tokens).tolist()
-    assert len(table) <= tiling.buffer_size(max(tokens, 1), adapters + 1)
+    layout = tiling.StepLayout(max(tokens, 1), adapters + 1)
+    table = tiling.table(runs, stored, adapters, max(tokens, 1)).tolist()
+    assert len(table) <= layout.size
     wanted = {
         row: run.slot if run.slot in stored else UNSERVED
         for run in runs
         for row in range(run.start, run.stop)
     }
-    for place, size in ((0, tiling.SMALL_TILE), (2, tiling.LARGE_TILE)):
-        count, first = table[place : place + 2]
-        assert count <= tiling.max_tiles(max(tokens, 1), adapters + 1, size)
+    few = sum(n for s, n in Counter(wanted.values()).items() if n <= 2 and s != UNSERVED)
+    long = any(run.stop > tiling.DECODE_TOKENS for run in runs)
+    assert table[0] == (few >= tiling.ROUTE_FIRST_ROWS and not long)
+    for begin, end, size in (
+        (layout.small, layout.large, tiling.SMALL_TILE),
+        (layout.large, layout.order, tiling.LARGE_TILE),
+    ):
+        own = tiles(table, begin, end)
+        assert len(own) <= tiling.max_tiles(max(tokens, 1), adapters + 1, size)
         found = {}
-        for i in range(first, first + 3 * count, 3):
-            slot, start, rows = table[i : i + 3]
+        for slot, place, rows, first in own:
             assert 0 < rows <= size
-            for row in table[table[4] + start : table[4] + start + rows]:
+            part = table[layout.order + place : layout.order + place + rows]
+            assert part[0] == first
+            for row in part:
                 assert row not in found
                 found[row] = slot
-        long = any(run.stop > tiling.DECODE_TOKENS for run in runs)
         assert found == ({} if long and size == tiling.SMALL_TILE else wanted)
 
 
@@ -52,12 +70,30 @@ def test_the_grid_of_a_padded_step_has_room_for_every_shorter_one() -> None:
         assert bounds == sorted(bounds)
 
 
+def test_a_short_step_as_long_as_it_may_be_fits_the_small_tiles() -> None:
+    """Of 200 adapters in 256 rows, 200 have few rows."""
+    runs = [Run(slot, slot, slot + 1) for slot in range(200)] + [Run(200, 200, 256)]
+    layout = tiling.StepLayout(8192, 257)
+    table = tiling.table(runs, set(range(201)), 256, 8192).tolist()
+    assert table[0] == 1
+    assert len(tiles(table, layout.small, layout.large)) == 204
+
+
 def test_the_worked_example_of_the_tiles_holds(monkeypatch) -> None:
     monkeypatch.setattr(tiling, "SMALL_TILE", 4)
     runs = [Run(2, 0, 5), Run(0, 5, 6), Run(2, 9, 11)]
     table = tiling.table(runs, {0, 2}, 3, 11).tolist()
-    head = SimpleNamespace(small=table[0:2], order=table[4])
-    assert table[head.order :] == [0, 1, 2, 3, 4, 9, 10, 5]
-    first = head.small[1]
-    assert head.small[0] == 3
-    assert table[first : first + 9] == [2, 0, 4, 2, 4, 3, 0, 7, 1]
+    layout = tiling.StepLayout(11, 4)
+    assert table[layout.order :] == [0, 1, 2, 3, 4, 9, 10, 5]
+    assert tiles(table, layout.small, layout.large) == [[2, 0, 4, 0], [2, 4, 3, 4], [0, 7, 1, 5]]
+
+
+def test_adapters_of_a_row_or_two_get_tiles_of_one_row() -> None:
+    runs = [Run(0, 0, 1), Run(1, 1, 3), Run(2, 3, 6), Run(3, 6, 7)]
+    table = tiling.table(runs, {0, 1, 2, 3}, 4, 7).tolist()
+    layout = tiling.StepLayout(7, 5)
+    found = [
+        (slot, rows, first) for slot, _, rows, first in tiles(table, layout.small, layout.large)
+    ]
+    assert found == [(0, 1, 0), (1, 1, 1), (1, 1, 2), (2, 3, 3), (3, 1, 6)]
+    assert table[0] == 1

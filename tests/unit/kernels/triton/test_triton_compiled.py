@@ -12,10 +12,11 @@ from triton import knobs
 
 from molehill.benchmarks.compiled import STEPS, specialisations
 from molehill.kernels.interface import FfnShape, LinearShape, Run
-from molehill.kernels.triton import expand, ffn, shrink
+from molehill.kernels.triton import expand, ffn, gate, shrink
 from molehill.kernels.triton.backend import TritonBackend
 from molehill.kernels.triton.launch_config import Capacity
 
+MODULES = {"shrink": shrink, "gate": gate, "expand": expand, "ffn": ffn}
 NO_PTXAS = "neither Triton's package nor this machine has ptxas"
 
 
@@ -36,7 +37,7 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     found = {(row["kernel"], row["step"]) for row in rows}
-    assert found == {(k, s) for k in ("shrink", "expand", "ffn") for s in ("decode", "prefill")}
+    assert found == {(kernel, step) for kernel in MODULES for step in ("decode", "prefill")}
     # Two programs of the largest fit in the 227 KB of a multiprocessor.
     assert all(row["spilled"] == 0 and row["shared"] <= 113 * 1024 for row in rows)
     assert all(row["registers"] <= 255 for row in rows)
@@ -63,7 +64,7 @@ def test_what_is_compiled_is_what_is_launched(step, dtype, monkeypatch) -> None:
     down = serving.register_linear(LinearShape("down", 16, features, dtype))
     mlp = serving.register_ffn(FfnShape("mlp", up, down, 16))
     launched: list = []
-    for module, name in ((shrink, "shrink"), (expand, "expand"), (ffn, "ffn")):
+    for name, module in MODULES.items():
         monkeypatch.setattr(module, f"{name}_kernel", Launches(launched))
     x, h = torch.zeros(tokens, features, dtype=dtype), torch.zeros(tokens, 16, dtype=dtype)
     gate_up = torch.zeros(tokens, 32, dtype=dtype)
