@@ -50,7 +50,7 @@ class Vectors:
 
     def _table(self, piece: ScalePiece, by_head: bool) -> ScaleTable:
         table = ScaleTable(piece, self._device, by_head=by_head)
-        table.router.figures = table.router.figures.to(self._device)
+        table.router.counts = table.router.counts.to(self._device)
         return table
 
     def erase(self, slot: int) -> None:

@@ -1,6 +1,7 @@
 """What of all errors means that there is no memory left."""
 
 import errno
+import io
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,8 @@ def test_a_reader_of_its_own_that_has_no_memory_says_so(
         torch.empty(1 << 60)
 
     monkeypatch.setattr(isolation, "read", exhausted)
-    assert isolation.main([str(tmp_path), str(tmp_path / "copy"), "[{}, null]"]) == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO("[{}, null, false, null, null]"))
+    assert isolation.main([str(tmp_path), str(tmp_path / "copy")]) == 1
     said = capsys.readouterr().out
     child = isolation.subprocess.CompletedProcess([], 1, said, "")
     assert isinstance(isolation._error(tmp_path, child), MemoryError)
