@@ -25,8 +25,10 @@ MAX_SPLITS = 16
 # Splits times tokens of a long step, and the most splits that are made.
 LONG_SPLIT_TOKENS = 8192
 MAX_LONG_SPLITS = 4
-# Strips times tokens of an FFN launch.
+# Strips times tokens of an FFN launch, and programs: that many are resident at once on a large GPU,
+# so that a launch without any FFN mixture ends as soon as it has begun.
 STRIP_TOKENS = 16384
+FFN_PROGRAMS = 2048
 
 # Given to ptxas where its own choice would rather spill a little than keep fewer programs resident.
 MAX_REGISTERS = 255
@@ -87,10 +89,11 @@ class BlockSizes:
     ffn_warps: int
 
 
-# Measured on an H200 at Llama-3.1-8B's shape (E 8, rank 8) with the kernels of 2026-11-27, which
-# routed in expand: shrink's of both kinds, expand's rank rows, and the 256 columns of long steps.
-# The other numbers are arithmetic: with routing gone from expand, short steps want more programs,
-# not fewer, than the 24 that 256 columns leave of qkv's 6144.
+# Measured on an H200 at Llama-3.1-8B's shape (E 8, rank 8, bf16) with the kernels of 2026-11-27,
+# which routed in expand: shrink's sizes, splits and warps of both kinds (qkv at 32 tokens 9.3 us ->
+# 5.9, at 1024 tokens 102 -> 24), and of long steps expand's (qkv at 1024 tokens 130 us -> 39).
+# All others are arithmetic and what compiles without spills: with routing gone from expand, short
+# steps want more programs, not fewer, than the 24 that 256 columns leave of qkv's 6144.
 SHORT = BlockSizes(
     tile=SMALL_TILE,
     rank=16,
@@ -168,7 +171,8 @@ class LaunchConfig(BlockSizes):
 
     def strips(self, tokens: int, intermediate: int) -> int:
         """Parts that an FFN's intermediate is cut into."""
-        return min(max(1, STRIP_TOKENS // tokens), -(-intermediate // self.ffn_columns))
+        most = min(STRIP_TOKENS // tokens, FFN_PROGRAMS // self.tiles(tokens))
+        return min(max(1, most), -(-intermediate // self.ffn_columns))
 
 
 @lru_cache

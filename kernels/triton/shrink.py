@@ -7,8 +7,8 @@ order of the programs. Tiles of one row in a step that routes first get logits a
 
 Logits are exact to float32's rounding: a float32 weight of G is the sum of two TF32 numbers but for
 2^-22 of it, and a bfloat16 or float16 input is a TF32 number, so two passes of tensor cores do. The
-halves are two instructions from the weight that is read anyway; stored, they would double the bytes
-of the routers.
+halves are three instructions from the weight that is read anyway; stored, they would double the
+bytes of the routers.
 """
 
 import triton

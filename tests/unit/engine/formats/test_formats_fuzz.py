@@ -105,7 +105,7 @@ def originals():
         folder = GOLDEN / "cases" / case
         config = json.loads((folder / files.CONFIG).read_text())
         # Some formats have a tensor twice, which safetensors does not save.
-        found[case] = config, {name: t.clone() for name, t in read_tensors(folder).items()}
+        found[case] = config, {name: t.detach().clone() for name, t in read_tensors(folder).items()}
     return found
 
 
