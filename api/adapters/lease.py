@@ -4,7 +4,7 @@ or for a load or a pin.
 
 from collections.abc import Callable
 
-from molehill.api.adapters.events import Tier
+from molehill.api.adapters.events import NotInvoked, Tier
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.slots import Residency
 
@@ -46,6 +46,10 @@ class Lease:
 
     def give_slot_back(self) -> None:
         self._residency.release(self.generation)
+
+    def not_invoked(self, outcome: NotInvoked) -> None:
+        """Counts a prompt that does not activate the adapter."""
+        self._residency.events.not_invoked(self.generation.name, outcome)
 
     def hit(self, tier: Tier) -> None:
         """Counts where the engine's output found the adapter, if it was not brought in before."""

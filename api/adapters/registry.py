@@ -36,6 +36,7 @@ from molehill.api.adapters.generation import (
     failure_of,
 )
 from molehill.api.adapters.ingest import Fetch, Intake, Reader
+from molehill.api.adapters.invocation import check_activated
 from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.load_options import Anything, Expected, Terms, check_expected
 from molehill.api.adapters.reading import READERS
@@ -215,13 +216,11 @@ class AdapterRegistry:
                 old = self._current.get(loading.name)
                 check_expected(loading.name, old, terms.expected)
                 content, source = await self.intake.take_in(loading, fetch, terms.content)
-                if self._is_merged_base_otherwise(loading.name, content.digest):
+                try:
+                    self._check_content(loading.name, content, terms)
+                except RequestError:
                     await self.intake.let_go(content.digest)
-                    raise MergedIntoBaseError(
-                        f"The lora adapter '{loading.name}' is merged into the base weights with "
-                        "other weights than these. It cannot be replaced; restart the server to "
-                        "change it."
-                    )
+                    raise
                 if old is not None and (old.digest == content.digest or not terms.replace):
                     await self.intake.let_go(content.digest)
                     if old.digest == content.digest:
@@ -238,16 +237,22 @@ class AdapterRegistry:
         finally:
             self._loading.remove(loading)
 
-    def _is_merged_base_otherwise(self, name: str, digest: str) -> bool:
-        if self._merged_base is None:
-            return False
-        merged_base, merged = self._merged_base
-        return name == merged_base and digest != merged
+    def _check_content(self, name: str, content: Content, terms: Terms) -> None:
+        """Raises MergedIntoBaseError, NotActivatedError."""
+        check_activated(name, content.invocation_tokens, terms.when_not_invoked)
+        merged_base, merged = self._merged_base or ("", "")
+        if name == merged_base and content.digest != merged:
+            raise MergedIntoBaseError(
+                f"The lora adapter '{name}' is merged into the base weights with other weights "
+                "than these. It cannot be replaced; restart the server to change it."
+            )
 
     async def _unchanged(self, old: Generation, source: Source, terms: Terms) -> Loaded:
         old.status.load_again(source)
         if terms.allow_noop:
             old.status.pass_check()
+        if terms.when_not_invoked is not None:
+            old.status.answer_not_invoked(terms.when_not_invoked)
         if terms.pinned is not None:
             await self._bring_and_pin(old, terms.pinned)
         await self.changed()
@@ -271,6 +276,9 @@ class AdapterRegistry:
     ) -> Generation:
         request = self._make_request(loading.name, next(self._ids), str(content.path))
         generation = Generation(loading.name, content, request, GenerationStatus(source))
+        if content.invocation_tokens:
+            before = None if old is None else old.status.when_not_invoked
+            generation.status.answer_not_invoked(terms.when_not_invoked or before or "refuse")
         self._alive[request.lora_int_id] = generation
         self.events.begin(loading.name)
         lease = self.lease(generation)

@@ -118,6 +118,7 @@ class Restart:
             content=entry.generation,
             allow_noop=entry.probed,
             eager=entry.pinned,
+            when_not_invoked=entry.not_invoked,
         )
         if copy.directory.is_dir():
             try:
@@ -203,6 +204,7 @@ class Restart:
                 generation.status.pinned,
                 probed=generation.status.check is None,
                 lora_b_layout=generation.status.source.lora_b_layout or "",
+                when_not_invoked=generation.status.when_not_invoked or "",
             )
             for generation in self._registry
             if generation.status.source.remembered

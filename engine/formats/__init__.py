@@ -11,7 +11,7 @@ from molehill.engine.adapter.validation import check
 from molehill.engine.formats import registry
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
-from molehill.engine.formats.readers import expert_layout, peft_parameters
+from molehill.engine.formats.readers import expert_layout, invocation, peft_parameters
 from molehill.engine.formats.readers.policies import STRATEGIES
 from molehill.engine.formats.readers.reader import AdapterFiles
 
@@ -55,9 +55,15 @@ def _read(path: Path, limits: Limits, lora_b_layout: Layout | None = None) -> Ad
     adapter = AdapterFiles(path, readers[0].files, config, limits, partial(_read, limits=limits))
     # A reader by itself refuses some configs before any weights are read.
     if len(readers) == 1:
-        return readers[0].read(adapter)
+        return invocation.activated(readers[0].read(adapter), config)
     own = next(reader for reader in readers if reader.recognises(config, adapter.weights))
-    return own.read(adapter)
+    return invocation.activated(own.read(adapter), config)
+
+
+def invocation_tokens(path: Path) -> tuple[int, ...]:
+    """Those of the adapter in a directory, of whose files the config alone is read; empty of one
+    that acts on every token. Raises an AdapterError."""
+    return invocation.read(files.read_config(path, registry.of_directory(path)[0].files.config))
 
 
 def peft_type(config: Fields) -> str:

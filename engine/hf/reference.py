@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,18 +30,23 @@ from molehill.kernels.reference import (
 
 # y, the routing, and what the router read.
 _Apply = Callable[[Tensor], tuple[Tensor, Routing, Tensor]]
+_Forward = Callable[..., Tensor]
 
 
 @contextmanager
 def attach(
-    model: nn.Module, adapter: Adapter, trace: dict[str, list[Trace]] | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    trace: dict[str, list[Trace]] | None = None,
+    start: int = 0,
 ) -> Iterator[nn.Module]:
     """The model with the adapter on it, inside the `with` block; as it was afterwards.
 
     trace: gets, by site, one Trace per forward of each routed site: probabilities and weights
     `[tokens, E]`, entropy `[tokens]`, tokens of all sequences of the batch in a row, with an axis
-    of heads after the tokens where a router reads heads. Raises
-    UnknownTargetError for a site that the model lacks.
+    of heads after the tokens where a router reads heads. start: the position of each sequence, all
+    of them from 0 on in one forward, from which on the adapter acts: an activated one's offset.
+    Raises UnknownTargetError for a site that the model lacks.
     """
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     on_experts = _on_fused_experts(adapter, modules)
@@ -52,16 +58,29 @@ def attach(
     try:
         for site, mixture in sites.items():
             module = modules[site]
-            module.forward = _forward(site, mixture, _apply(module, mixture, model), trace)
+            applied = _forward(site, mixture, _apply(module, mixture, model), trace)
+            module.forward = _from(start, module.forward, applied)
             bound.append(module)
         for block, projections in expert_pairs.group(on_experts).items():
             module = modules[f"{block}.experts"]
-            module.forward = _moe_forward(module, projections, activation(model.config))
+            applied = _moe_forward(module, projections, activation(model.config))
+            module.forward = _from(start, module.forward, applied)
             bound.append(module)
         yield model
     finally:
         for module in bound:
             del module.forward
+
+
+def _from(start: int, base: _Forward, adapted: _Forward) -> _Forward:
+    """`adapted` from position `start` on, `base` before it."""
+
+    def forward(x: Tensor, *args: Tensor) -> Tensor:
+        y = adapted(x, *args)
+        # Of `[..., positions, width]`; experts get the positions of one sequence.
+        return torch.cat([base(x, *args)[..., :start, :], y[..., start:, :]], dim=-2)
+
+    return forward if start else adapted
 
 
 def _on_fused_experts(adapter: Adapter, modules: dict[str, nn.Module]) -> dict[str, Mixture]:

@@ -7,12 +7,14 @@ import torch
 from vllm.logger import init_logger
 
 from molehill.engine import formats
-from molehill.engine.adapter.errors import LimitError
+from molehill.engine.adapter.errors import LimitError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import native
+from molehill.engine.formats.readers import invocation
 from molehill.engine.routing_stats import costs
 from molehill.engine.transform.merge import MergedBase, merge_static, subtract
+from molehill.engine.vllm import prefix_keys
 from molehill.engine.vllm.host_cache import AdapterKey, PreparedAdapter
 from molehill.engine.vllm.model.patched_model import PatchedModel
 from molehill.engine.vllm.prefetch import StepPacer
@@ -65,6 +67,9 @@ class AdapterLoader:
         else:
             adapter = formats.read(Path(key.path), self._settings.limits)
             validate(adapter, self._model.base, self._settings.limits)
+        if adapter.invocation_tokens and not prefix_keys.are_installed():
+            found = "an activated adapter, and no plugin of molehill's in this engine"
+            raise UnsupportedError(invocation.FIELD, found, "molehill among VLLM_PLUGINS")
         served = self._without_merged_base(self._merged(adapter))
         needs_base = any("magnitude" in name for name, _ in served.tensors())
         return served if needs_base or not self._is_alone else self.pack(served, beside)
@@ -86,7 +91,9 @@ class AdapterLoader:
         # Neither sites of other pipeline stages, nor those on the base's own experts: how many
         # tokens its router sends there is not counted.
         counted = costs(adapter, self._model.has_counted)
-        return PreparedAdapter(counted, cut.moes, needed, cut.is_empty, weights)
+        return PreparedAdapter(
+            counted, cut.moes, needed, cut.is_empty, weights, adapter.invocation_tokens
+        )
 
     def base_rows(self) -> Adapter:
         """What rows without an adapter need where one is merged into the base weights."""

@@ -40,7 +40,6 @@ UNSERVED = {
     "layer_replication": "replicated layers",
     "trainable_token_indices": "trained token embeddings",
     "lora_bias": "a bias in lora_B",
-    "alora_invocation_tokens": "an activated LoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing, which a molehill_mix.json sets up",
