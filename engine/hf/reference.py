@@ -58,7 +58,7 @@ def attach(
     try:
         for site, mixture in sites.items():
             module = modules[site]
-            applied = _forward(site, mixture, _apply(module, mixture, model), trace)
+            applied: _Forward = _forward(site, mixture, _apply(module, mixture, model), trace)
             module.forward = _from(start, module.forward, applied)
             bound.append(module)
         for block, projections in expert_pairs.group(on_experts).items():
