@@ -1,6 +1,6 @@
 """What activated adapters save: the base has read a document, then adapters are asked about it.
 
-    python benchmarks/activated.py MODEL [--tokens 1800] [--repetitions 5] [--compiled]
+    python benchmarks/activated.py MODEL [--tokens 1800] [--repetitions 5] [--chains 3] [--compiled]
 
 One server with LoRAs of random weights on all projections, each twice: as plain ones, and with
 invocation tokens. By repetition, on a document that is new:
@@ -48,14 +48,20 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What one repetition measured, by kind; cached: prompt tokens that the first one found."""
+class Firsts:
+    """Seconds to the first token after a prompt, by kind, and its tokens that were cached."""
 
     prompt: int
-    first: dict[str, float]
+    seconds: dict[str, float]
     cached: dict[str, int]
-    chain: dict[str, float]
-    chain_first: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Of one conversation, by kind: seconds in all, and the sum of those to first tokens."""
+
+    seconds: dict[str, float]
+    firsts: dict[str, float]
 
 
 def ask(http: httpx.Client, model: str, prompt: list[int], tokens: int) -> Answer:
@@ -97,17 +103,19 @@ class Conversation:
         ask(self._http, "base", document, 1)
         return document
 
-    def turn(self, length: int, seed: int) -> Turn:
-        document = self.document(length, 2 * seed)
-        prompt = [*document, *self._invocations[0]]
-        order = sorted(KINDS, reverse=bool(seed % 2))
-        answers = {kind: ask(self._http, f"{kind}-0", prompt, 1) for kind in order}
-        chained = self.document(length, 2 * seed + 1)
-        chains = {kind: self.chain(kind, chained) for kind in order}
-        return Turn(
+    def firsts(self, length: int, seed: int) -> Firsts:
+        prompt = [*self.document(length, seed), *self._invocations[0]]
+        answers = {kind: ask(self._http, f"{kind}-0", prompt, 1) for kind in order(seed)}
+        return Firsts(
             len(prompt),
             {kind: answer.first for kind, answer in answers.items()},
             {kind: answer.cached for kind, answer in answers.items()},
+        )
+
+    def chains(self, length: int, seed: int) -> Chains:
+        document = self.document(length, seed)
+        chains = {kind: self.chain(kind, document) for kind in order(seed)}
+        return Chains(
             {kind: sum(answer.last for answer in chain) for kind, chain in chains.items()},
             {kind: sum(answer.first for answer in chain) for kind, chain in chains.items()},
         )
@@ -119,6 +127,10 @@ class Conversation:
             answers.append(ask(self._http, f"{kind}-{number}", conversation, ANSWER))
             conversation += answers[-1].tokens
         return answers
+
+
+def order(seed: int) -> list[str]:
+    return sorted(KINDS, reverse=bool(seed % 2))
 
 
 def save_adapters(model: Path, folder: Path, invocations: Sequence[list[int]]) -> None:
@@ -135,27 +147,35 @@ def save_adapters(model: Path, folder: Path, invocations: Sequence[list[int]]) -
         native.write(activated, folder / f"activated-{number}")
 
 
-def report(turns: Sequence[Turn]) -> list[str]:
+def report(firsts: Sequence[Firsts], chains: Sequence[Chains]) -> list[str]:
     lines = []
-    for title, unit in (("first", "time to first token"), ("chain", f"chain of {CHAIN}")):
-        found = {kind: [getattr(turn, title)[kind] for turn in turns] for kind in KINDS}
-        lines.append(f"{unit}: {compared(found)}")
-    firsts = {kind: [turn.chain_first[kind] for turn in turns] for kind in KINDS}
-    lines.append(f"sum of times to first token in a chain: {compared(firsts)}")
-    for turn in turns:
+    if firsts:
+        lines.append(f"time to first token: {compared([turn.seconds for turn in firsts])}")
+    if chains:
+        lines.append(f"chain of {CHAIN}: {compared([turn.seconds for turn in chains])}")
+        summed = compared([turn.firsts for turn in chains])
+        lines.append(f"sum of times to first token in a chain: {summed}")
+    for turn in firsts:
         cached = ", ".join(f"{kind} {turn.cached[kind]}" for kind in KINDS)
         lines.append(f"prompt of {turn.prompt} tokens, cached: {cached}")
     return lines
 
 
-def compared(seconds: dict[str, list[float]]) -> str:
-    medians = {kind: statistics.median(found) for kind, found in seconds.items()}
-    ratios = [a / b for a, b in zip(seconds["plain"], seconds["activated"], strict=True)]
+def compared(turns: Sequence[dict[str, float]]) -> str:
+    """turns: seconds by kind."""
+    ratios = [turn["plain"] / turn["activated"] for turn in turns]
+    medians = {kind: statistics.median(turn[kind] for turn in turns) for kind in KINDS}
     shown = ", ".join(f"{kind} {median:.3f} s" for kind, median in medians.items())
     return (
         f"{shown}; plain / activated: median {statistics.median(ratios):.1f} "
         f"({min(ratios):.1f} to {max(ratios):.1f}, {len(ratios)} repetitions)"
     )
+
+
+def lengths(tokens: int, repetitions: int) -> list[int]:
+    """Around `tokens`, over a block."""
+    steps = (BLOCK * (2 * i + 1) // (2 * repetitions) for i in range(repetitions))
+    return [tokens - BLOCK // 2 + step for step in steps]
 
 
 def main() -> None:
@@ -166,7 +186,8 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=1800, help="of a document, on average")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=5, help="of one prompt")
+    parser.add_argument("--chains", type=int, default=3, help="repetitions of the chain")
     parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args()
     invocations = [[300 + i, 400, 500 + i, 600] for i in range(CHAIN)]
@@ -184,13 +205,17 @@ def main() -> None:
             print(host(), flush=True)
             with httpx.Client(base_url=server.url, timeout=600) as http:
                 conversation = Conversation(http, invocations, range(1000, 40000))
-                turns = []
-                # The first one warms up.
-                for seed in range(args.repetitions + 1):
-                    step = seed * BLOCK // (args.repetitions + 1) - BLOCK // 2
-                    turns.append(conversation.turn(args.tokens + step, seed))
-                    print(turns[-1], flush=True)
-        print("\n".join(report(turns[1:])))
+                # Each adapter once before anything is measured.
+                conversation.firsts(2 * BLOCK, -1)
+                conversation.chains(2 * BLOCK, -2)
+                firsts, chains = [], []
+                for seed, length in enumerate(lengths(args.tokens, args.repetitions)):
+                    firsts.append(conversation.firsts(length, seed))
+                    print(firsts[-1], flush=True)
+                for seed, length in enumerate(lengths(args.tokens, args.chains), args.repetitions):
+                    chains.append(conversation.chains(length, seed))
+                    print(chains[-1], flush=True)
+        print("\n".join(report(firsts, chains)))
 
 
 if __name__ == "__main__":
