@@ -7,11 +7,10 @@ import torch
 from vllm.logger import init_logger
 
 from molehill.engine import formats
-from molehill.engine.adapter.errors import LimitError, UnsupportedError
+from molehill.engine.adapter.errors import LimitError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import native
-from molehill.engine.formats.readers import invocation
 from molehill.engine.routing_stats import costs
 from molehill.engine.transform.merge import MergedBase, merge_static, subtract
 from molehill.engine.vllm import prefix_keys
@@ -67,9 +66,7 @@ class AdapterLoader:
         else:
             adapter = formats.read(Path(key.path), self._settings.limits)
             validate(adapter, self._model.base, self._settings.limits)
-        if adapter.invocation_tokens and not prefix_keys.are_installed():
-            found = "an activated adapter, and no plugin of molehill's in this engine"
-            raise UnsupportedError(invocation.FIELD, found, "molehill among VLLM_PLUGINS")
+        prefix_keys.check(adapter)
         served = self._without_merged_base(self._merged(adapter))
         needs_base = any("magnitude" in name for name, _ in served.tensors())
         return served if needs_base or not self._is_alone else self.pack(served, beside)

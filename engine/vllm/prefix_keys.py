@@ -18,6 +18,9 @@ from vllm.logger import init_logger
 
 from molehill.engine import formats
 from molehill.engine.adapter.activation import activation_offset
+from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.formats.readers import invocation
 from molehill.engine.vllm import compat
 from molehill.engine.vllm.activation_seams import PREFIX_KEYS
 
@@ -67,6 +70,14 @@ def are_installed() -> bool:
     return hasattr(getattr(module, PREFIX_KEYS.name, None), "follows_activation")
 
 
+def check(adapter: Adapter) -> None:
+    """Raises UnsupportedError for an activated adapter where blocks are not keyed so: they would be
+    taken for those of other offsets."""
+    if adapter.invocation_tokens and not are_installed():
+        found = "an activated adapter in an engine without molehill's plugin"
+        raise UnsupportedError(invocation.FIELD, found, "molehill among VLLM_PLUGINS")
+
+
 def with_activation(original: Callable[..., ExtraKeys]) -> Callable[..., ExtraKeys]:
     """vLLM's generate_block_hash_extra_keys, whose adapter's key follows the activation."""
 
@@ -99,14 +110,14 @@ def activation_of(request: Any) -> Activation | None:
 
 def _activation_of(request: Any) -> Activation | None:
     try:
-        invocation = invocation_tokens(request.lora_request.lora_path)
+        tokens = invocation_tokens(request.lora_request.lora_path)
     except Exception:
         # Shared with nobody, its blocks are right whatever the adapter does.
         logger.exception("The config of adapter %s is unreadable", request.lora_request.lora_name)
         return Activation(-1, request.request_id)
-    if not invocation:
+    if not tokens:
         return None
-    offset = activation_offset(request.prompt_token_ids or (), invocation)
+    offset = activation_offset(request.prompt_token_ids or (), tokens)
     return Activation(-1, -1) if offset is None else Activation(offset, offset)
 
 

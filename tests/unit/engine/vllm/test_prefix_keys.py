@@ -12,6 +12,8 @@ from vllm.utils.hashing import sha256_cbor
 from vllm.v1.core import block_pool, kv_cache_utils
 from vllm.v1.request import Request
 
+from molehill.engine import formats
+from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.vllm import prefix_keys
 
 BLOCK = 16
@@ -188,3 +190,6 @@ def test_other_keys_of_vllms_leave_it_alone(monkeypatch: Any, caplog: Any) -> No
     prefix_keys.install()
     assert kv_cache_utils.generate_block_hash_extra_keys is generate
     assert not prefix_keys.are_installed()
+    with pytest.raises(UnsupportedError, match="VLLM_PLUGINS"):
+        prefix_keys.check(formats.read(Case("alora").path))
+    prefix_keys.check(formats.read(Case("lora").path))
