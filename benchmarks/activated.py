@@ -216,9 +216,7 @@ def main() -> None:
             print(host(), flush=True)
             with httpx.Client(base_url=server.url, timeout=600) as http:
                 conversation = Conversation(http, invocations, range(1000, 40000))
-                # Each adapter once before anything is measured.
                 conversation.firsts(2 * args.block_size, WARM_UP)
-                conversation.chains(2 * args.block_size, WARM_UP + 1)
                 firsts, chains = [], []
                 documents = lengths(args.tokens, args.repetitions, args.block_size)
                 for seed, length in enumerate(documents):
