@@ -135,6 +135,19 @@ class NoEffectError(RequestError):
     kind = "no_effect"
 
 
+class NotActivatedError(RequestError):
+    """The adapter acts on every token: nothing activates it."""
+
+    kind = "not_activated"
+
+
+class NotInvokedError(RequestError):
+    """A prompt without the tokens that activate the adapter."""
+
+    # As vLLM calls it.
+    kind = "BadRequestError"
+
+
 def encodable(message: str) -> str:
     """`message` with escapes for lone surrogates; names of files that are no UTF-8 have them."""
     return message.encode(errors="backslashreplace").decode()

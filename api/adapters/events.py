@@ -22,6 +22,9 @@ EVICTING: tuple[Tier, ...] = ("worker", "host")
 # Who starts tasks that nobody awaits.
 TaskKind = Literal["metrics", "registry", "residency", "restart", "watch"]
 
+# What becomes of a request that does not activate its adapter.
+NotInvoked = Literal["base", "refused"]
+
 # Why a scrape shows the workers' figures of an earlier one.
 ScrapeFailure = Literal["error", "late"]
 
@@ -58,6 +61,12 @@ class LifecycleMetrics(Collector):
             "Requests by the tier where they found their adapter; from `host` and `disk` it had to "
             "be brought in.",
             ["adapter", "tier"],
+            registry=self._registry,
+        )
+        self._not_invoked = Counter(
+            "molehill_requests_not_invoked",
+            "Prompts without the tokens that activate the adapter, by what became of them.",
+            ["adapter", "outcome"],
             registry=self._registry,
         )
         self._evictions = Counter(
@@ -114,6 +123,8 @@ class LifecycleMetrics(Collector):
             yield self._hits, (name, tier)
         for tier in EVICTING:
             yield self._evictions, (name, tier)
+        for outcome in get_args(NotInvoked):
+            yield self._not_invoked, (name, outcome)
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
@@ -154,6 +165,10 @@ class LifecycleMetrics(Collector):
     def hit(self, name: str, tier: Tier) -> None:
         if name in self._names:
             self._hits.labels(name, tier).inc()
+
+    def not_invoked(self, name: str, outcome: NotInvoked) -> None:
+        if name in self._names:
+            self._not_invoked.labels(name, outcome).inc()
 
     def evicted(self, name: str, tier: Tier) -> None:
         if name in self._names:

@@ -19,6 +19,7 @@ class Content:
 
     digest: sha256 of the bytes that were read, the generation's identity before clients.
     num_bytes: of the tensors in canonical float32. plan: sites by what they need when they run.
+    invocation_tokens: see Adapter.
     """
 
     digest: str
@@ -27,6 +28,7 @@ class Content:
     warnings: tuple[str, ...]
     plan: Mapping[str, int]
     path: Path
+    invocation_tokens: tuple[int, ...] = ()
 
 
 def content_of(adapter: Adapter, path: Path) -> Content:
@@ -34,7 +36,15 @@ def content_of(adapter: Adapter, path: Path) -> Content:
     sites = adapter.sites.values()
     static = sum(gate(mixture).weights is not None for mixture in sites)
     summary = {"sites": len(sites), "static": static, "dynamic": len(sites) - static}
-    return Content(adapter.digest, adapter.kind, adapter.num_bytes, adapter.warnings, summary, path)
+    return Content(
+        adapter.digest,
+        adapter.kind,
+        adapter.num_bytes,
+        adapter.warnings,
+        summary,
+        path,
+        adapter.invocation_tokens,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,6 +48,9 @@ class Installer:
         Raises EngineRefusedError, CannotPinError and what the probe raises.
         """
         generation = self._generations.create(loading.name, content, source)
+        if content.invocation_tokens:
+            before = None if old is None else old.status.when_not_invoked
+            generation.status.answer_not_invoked(terms.when_not_invoked or before or "refuse")
         lease = self._generations.lease(generation)
         pinned = old is not None and old.status.pinned if terms.pinned is None else terms.pinned
         probed = self._probe is not None and not terms.allow_noop

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from molehill.api.adapters.errors import GenerationMismatchError, SourceChangedError
 from molehill.api.adapters.generation import Generation
+from molehill.api.adapters.invocation import WhenNotInvoked
 
 
 class Anything:
@@ -21,7 +22,8 @@ class Terms:
     replace: whether it may take the place of other weights. expected: digest of the generation
     that must be served now, None for none. pinned: None leaves it as it is. allow_noop: serve it
     even if it changes nothing. content: digest that the source must have, None for any. eager:
-    bring it into the workers even where another adapter must leave them for it.
+    bring it into the workers even where another adapter must leave them for it. when_not_invoked:
+    of an activated adapter; None leaves it as it is, which for a new name is "refuse".
     """
 
     replace: bool = True
@@ -30,6 +32,7 @@ class Terms:
     allow_noop: bool = False
     content: str | None = None
     eager: bool = True
+    when_not_invoked: WhenNotInvoked | None = None
 
 
 def check_expected(name: str, current: Generation | None, expected: Expected) -> None:

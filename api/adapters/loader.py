@@ -3,10 +3,11 @@
 import logging
 
 from molehill.api.adapters.errors import AlreadyLoadedError
-from molehill.api.adapters.generation import Generation, Loaded, Loading
+from molehill.api.adapters.generation import Content, Generation, Loaded, Loading
 from molehill.api.adapters.generations import Generations
 from molehill.api.adapters.ingest import Fetch, Intake
 from molehill.api.adapters.installer import Installer
+from molehill.api.adapters.invocation import check_activated
 from molehill.api.adapters.load_options import Terms, check_expected
 from molehill.api.adapters.merged_base import MergedBaseAdapter
 from molehill.api.adapters.name_table import NameTable
@@ -44,7 +45,7 @@ class Loader:
             check_expected(name, old, terms.expected)
             content, source = await self._intake.take_in(loading, fetch, terms.content)
             try:
-                kept = self._kept(name, old, content.digest, terms)
+                kept = self._kept(name, old, content, terms)
             except Exception:
                 await self._intake.let_go(content.digest)
                 raise
@@ -56,13 +57,14 @@ class Loader:
             return Loaded(new, "loaded" if old is None else "replaced")
 
     def _kept(
-        self, name: str, old: Generation | None, digest: str, terms: Terms
+        self, name: str, old: Generation | None, content: Content, terms: Terms
     ) -> Generation | None:
-        """`old`, if it has these very bytes. Raises MergedIntoBaseError, AlreadyLoadedError where
-        others may not take its place."""
+        """`old`, if it has these very bytes. Raises NotActivatedError for terms that do not fit
+        them, MergedIntoBaseError, AlreadyLoadedError where others may not take its place."""
+        check_activated(name, content.invocation_tokens, terms.when_not_invoked)
         if self._merged_base is not None:
-            self._merged_base.check_load(name, digest)
-        if old is None or old.digest == digest:
+            self._merged_base.check_load(name, content.digest)
+        if old is None or old.digest == content.digest:
             return old
         if not terms.replace:
             raise AlreadyLoadedError(
@@ -76,6 +78,8 @@ class Loader:
         old.status.load_again(source)
         if terms.allow_noop:
             old.status.pass_check()
+        if terms.when_not_invoked is not None:
+            old.status.answer_not_invoked(terms.when_not_invoked)
         if terms.pinned is not None:
             await self._pins.set(old, terms.pinned)
         await self._names.changed()

@@ -107,8 +107,8 @@ class AdapterRegistry:
 
         label: the source as the client wrote it. The same bytes again change nothing. Raises
         BadNameError, BusyError, TooManyAdaptersError, GenerationMismatchError, AlreadyLoadedError,
-        MergedIntoBaseError, AdapterError, StoreError, EngineRefusedError, and what `fetch` and the
-        probe raise; then everything is as before.
+        MergedIntoBaseError, NotActivatedError, AdapterError, StoreError, EngineRefusedError, and
+        what `fetch` and the probe raise; then everything is as before.
         """
         with self.events.refusals():
             names.check(name, self._base_models)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.source import Source
 
 
@@ -39,6 +40,7 @@ class GenerationStatus:
     holds: all that need it; it is freed when there are none and no more can come.
     check: what must still be made sure of when it first comes into the workers, or None; raises
     EngineRefusedError.
+    when_not_invoked: None of an adapter that acts on every token.
     pinned: it is not taken out of the workers. last_used: Unix seconds. loads: how often it came
     into the workers.
     resident: in the workers' slots.
@@ -51,6 +53,7 @@ class GenerationStatus:
     note: str | None = None
     holds: set[Hold] = field(default_factory=set)
     check: Callable[[], Awaitable[None]] | None = None
+    when_not_invoked: WhenNotInvoked | None = None
     pinned: bool = False
     last_used: float | None = None
     loads: int = 0
@@ -103,6 +106,10 @@ class GenerationStatus:
 
     def pass_check(self) -> None:
         self.check = None
+
+    def answer_not_invoked(self, when: WhenNotInvoked) -> None:
+        """How, from the next request on."""
+        self.when_not_invoked = when
 
     # By the slots
 

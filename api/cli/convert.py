@@ -17,7 +17,7 @@ from molehill.engine.adapter.validation import check
 from molehill.engine.formats import native
 from molehill.engine.formats.convert import goat_base, isolation, original_base
 from molehill.engine.formats.io import files
-from molehill.engine.formats.readers import changed_base, goat
+from molehill.engine.formats.readers import changed_base, goat, invocation
 from molehill.engine.hf.checkpoint import directory_of, linear_weights
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.system.atomic_directory import check_free
@@ -93,6 +93,12 @@ def converted(args: argparse.Namespace) -> Adapter:
     adapter = read(args.source, args.lora_b_layout, base, residual, args.task)
     if not back or config is None:
         return adapter
+    if adapter.invocation_tokens:
+        raise UnsupportedError(
+            invocation.FIELD,
+            "an activated adapter, which needs the changed base up to its invocation",
+            "--base-is-residual, with that base served",
+        )
     if of_goat:
         if args.base is None:
             expected = "--base MODEL: what GOAT began with is computed from the base weights"

@@ -101,6 +101,7 @@ def report(
         "kind": adapter.kind,
         "digest": adapter.digest,
         "base_model": adapter.base_model,
+        "alora_invocation_tokens": list(adapter.invocation_tokens) or None,
         "bytes": adapter.num_bytes,
         "warnings": list(adapter.warnings),
         "problems": [_problem(error) for error in errors],

@@ -57,6 +57,7 @@ def summary(adapter: Adapter, sites: Sequence[SitePlan]) -> Table:
         "kind": adapter.kind,
         "digest": adapter.digest,
         "base model": adapter.base_model or "not named",
+        "acts": _activation(adapter),
         "routing": "; ".join(_routings(sites)) or "none (plain LoRA)",
         "sites": f"{len(sites)}: {static} static, {len(sites) - static} dynamic",
         "size": f"{_size(adapter.num_bytes)} in float32",
@@ -68,6 +69,13 @@ def summary(adapter: Adapter, sites: Sequence[SitePlan]) -> Table:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", escape(value))
     return table
+
+
+def _activation(adapter: Adapter) -> str:
+    tokens = ", ".join(map(str, adapter.invocation_tokens))
+    return (
+        f"from tokens {tokens} on, where the prompt has them last" if tokens else "on every token"
+    )
 
 
 def _merging(merged: Sequence[SitePlan]) -> str:

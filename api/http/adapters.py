@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from molehill.api.adapters.errors import NotLoadedError
+from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.load_options import Anything, Expected, Terms
 from molehill.api.http import schemas
 from molehill.api.http.dependencies import (
@@ -30,7 +31,9 @@ class LoadBody(StrictBody):
     expected_generation: load only if the name serves this generation now, null: only if it serves
     none. allow_noop: serve it even if it does not change the base model's answers. lora_b_layout:
     of LoRA on fused experts whose files do not say it. base_is_residual: the served base is the one
-    that PiSSA, LoftQ and the like trained the adapter beside.
+    that PiSSA, LoftQ and the like trained the adapter beside. when_not_invoked: what becomes of a
+    prompt without an activated adapter's tokens; left out, it stays as it is, which is "refuse" at
+    first.
     """
 
     name: str
@@ -40,11 +43,17 @@ class LoadBody(StrictBody):
     allow_noop: bool = False
     lora_b_layout: Layout | None = None
     base_is_residual: bool = False
+    when_not_invoked: WhenNotInvoked | None = None
 
     def terms(self) -> Terms:
         given = "expected_generation" in self.model_fields_set
         expected: Expected = self.expected_generation if given else Anything
-        return Terms(expected=expected, pinned=self.pinned, allow_noop=self.allow_noop)
+        return Terms(
+            expected=expected,
+            pinned=self.pinned,
+            allow_noop=self.allow_noop,
+            when_not_invoked=self.when_not_invoked,
+        )
 
 
 class PinBody(StrictBody):

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from molehill.api.adapters.generation import Failure, Generation, Loading
+from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.status import AdapterState
 
@@ -28,6 +29,8 @@ class AdapterInfo(BaseModel):
     generation: sha256 of the content. bytes: of its tensors in float32. resident: where it is: in
     the workers (ready at once), or on disk (the next request waits for it). last_used: Unix
     seconds. loads: how often it came into the workers. source_note: what has become of the source.
+    alora_invocation_tokens: what activates it; null of an adapter that acts on every token.
+    when_not_invoked: what becomes of a prompt without them.
     """
 
     name: str
@@ -48,6 +51,8 @@ class AdapterInfo(BaseModel):
     loads: int = 0
     loading_seconds: float | None = None
     plan: Plan | None = None
+    alora_invocation_tokens: list[int] | None = None
+    when_not_invoked: WhenNotInvoked | None = None
     warnings: list[str] = []
 
 
@@ -79,6 +84,8 @@ def of_generation(generation: Generation) -> AdapterInfo:
         last_used=status.last_used,
         loads=status.loads,
         plan=Plan(**content.plan),
+        alora_invocation_tokens=list(content.invocation_tokens) or None,
+        when_not_invoked=status.when_not_invoked,
         warnings=list(content.warnings),
     )
 

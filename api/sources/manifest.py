@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from molehill.api.adapters.invocation import CHOICES, WhenNotInvoked
 from molehill.engine.adapter.layout import LAYOUTS, Layout
 
 logger = logging.getLogger("vllm.molehill")
@@ -22,8 +23,8 @@ class ManifestError(ValueError):
 @dataclass(frozen=True)
 class Entry:
     """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout,
-    base_is_residual: see Source; the layout empty for none. probed: that it has an effect was seen,
-    or is not asked for.
+    base_is_residual: see Source; the layout empty for none. when_not_invoked: see GenerationStatus;
+    empty for None. probed: that it has an effect was seen, or is not asked for.
     """
 
     name: str
@@ -34,10 +35,15 @@ class Entry:
     probed: bool = True
     lora_b_layout: str = ""
     base_is_residual: bool = False
+    when_not_invoked: str = ""
 
     @property
     def layout(self) -> Layout | None:
         return next((layout for layout in LAYOUTS if layout == self.lora_b_layout), None)
+
+    @property
+    def not_invoked(self) -> WhenNotInvoked | None:
+        return next((choice for choice in CHOICES if choice == self.when_not_invoked), None)
 
 
 class Manifest:
@@ -96,4 +102,8 @@ def entry(fields: dict[str, Any]) -> Entry:
             raise TypeError(f"{name}: found {getattr(made, name)!r}, expected {kind.__name__}")
     if made.lora_b_layout not in ("", *LAYOUTS):
         raise ValueError(f"lora_b_layout: found {made.lora_b_layout!r}, expected one of {LAYOUTS}")
+    if made.when_not_invoked not in ("", *CHOICES):
+        raise ValueError(
+            f"when_not_invoked: found {made.when_not_invoked!r}, expected one of {CHOICES}"
+        )
     return made

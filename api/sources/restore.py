@@ -115,6 +115,7 @@ class Restart:
             content=entry.generation,
             allow_noop=entry.probed,
             eager=entry.pinned,
+            when_not_invoked=entry.not_invoked,
         )
         if copy.directory.is_dir():
             try:
@@ -201,6 +202,7 @@ class Restart:
                 probed=generation.status.check is None,
                 lora_b_layout=generation.status.source.lora_b_layout or "",
                 base_is_residual=generation.status.source.base_is_residual,
+                when_not_invoked=generation.status.when_not_invoked or "",
             )
             for generation in self._registry
             if generation.status.source.remembered

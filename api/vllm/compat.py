@@ -236,6 +236,24 @@ SERVER = (
     Seam("vllm.exceptions", "VLLMNotFoundError", MODELS, "a model that is not served"),
     Seam(
         "vllm.exceptions",
+        "VLLMValidationError",
+        TRACKING,
+        "a request that is wrong",
+        positional=("message",),
+        keywords=("parameter",),
+    ),
+    Seam(
+        "vllm.entrypoints.generate.beam_search.online",
+        "",
+        "api/vllm/invocation.py",
+        "tells the steps of a beam search",
+        markers=(
+            'request_id_batch = f"{request_id}-{random_uuid()}"',
+            'request_id_item = f"{request_id_batch}-beam-{i}"',
+        ),
+    ),
+    Seam(
+        "vllm.exceptions",
         "GracefulHTTPError",
         TRACKING,
         "a refusal with a status",
@@ -298,6 +316,7 @@ SERVER = (
             "get_supported_tasks",
             "logger_manager",
             "model_config",
+            "tokenizer",
             "vllm_config",
         ),
     ),

@@ -16,7 +16,7 @@ from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import native
 from molehill.engine.hf.shapes import base_model
-from molehill.engine.transform.merge import merge_static, plain_sites
+from molehill.engine.transform.merge import check_mergeable, merge_static, plain_sites
 
 # vLLM's formats that `molehill.engine.vllm.model.merged_base_loader` can change weights in.
 LOAD_FORMATS = ("auto", "hf", "safetensors")
@@ -26,7 +26,8 @@ def write_merged_base(name: str, args: argparse.Namespace, options: Options) -> 
     """Reads, checks and merges the start adapter `name`, and writes what is to be merged.
 
     args: vLLM's. Raises ValueError for a base or options that it cannot be merged into, and
-    AdapterError for the adapter (UnsupportedError where nothing of it is static).
+    AdapterError for the adapter (UnsupportedError where nothing of it is static, or where it is
+    activated).
     """
     paths = dict(options.adapters)
     if name not in paths:
@@ -41,6 +42,7 @@ def write_merged_base(name: str, args: argparse.Namespace, options: Options) -> 
         name in options.residuals,
     )
     validate(adapter, base, options.limits)
+    check_mergeable(adapter, f"--merge-into-base {name}")
     merged, _ = merge_static(adapter, base, options.merge_tolerance)
     if not plain_sites(merged):
         expected = "at least one without a router that depends on the token, and without magnitude"

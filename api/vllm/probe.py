@@ -41,17 +41,19 @@ class Prober:
         a busy server; one with an effect is never refused for it.
         """
         for tokens in (SHORT_TOKENS, PROMPT_TOKENS):
-            if await self._differs(generation, tokens):
+            # An activated adapter acts on the prompt from its invocation on.
+            prompt = [*generation.content.invocation_tokens, *self._prompt[:tokens]]
+            if await self._differs(generation, prompt):
                 return
         raise NoEffectError(
             f"{generation.name!a}: found the base model's log-probabilities at all of "
             f"{PROMPT_TOKENS} probe tokens, expected a difference; allow_noop serves it anyway"
         )
 
-    async def _differs(self, generation: Generation, tokens: int) -> bool:
+    async def _differs(self, generation: Generation, prompt: list[int]) -> bool:
         try:
-            base = await self._answer(None, tokens)
-            adapted = await self._answer(generation.request, tokens)
+            base = await self._answer(None, prompt)
+            adapted = await self._answer(generation.request, prompt)
         except Exception as error:
             logger.exception("Adapter %s could not be probed", generation.name)
             raise NotProbedError(
@@ -61,13 +63,15 @@ class Prober:
             ) from error
         return adapted != base
 
-    async def _answer(self, request: Any, tokens: int) -> Answer:
+    async def _answer(self, request: Any, prompt: list[int]) -> Answer:
         self._asked += 1
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
-        prompt = {"prompt_token_ids": self._prompt[:tokens]}
         last: Any = None
         async for output in self._generate(
-            prompt, params, f"molehill-probe-{self._asked}", lora_request=request
+            {"prompt_token_ids": prompt},
+            params,
+            f"molehill-probe-{self._asked}",
+            lora_request=request,
         ):
             last = output
         if last is None or not last.prompt_logprobs:

@@ -10,8 +10,9 @@ client reads that.
 """
 
 import asyncio
+import inspect
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,13 +23,15 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
-from molehill.api.adapters.errors import EngineRefusedError, UnknownModelError
-from molehill.api.adapters.events import Tier
+from molehill.api.adapters.errors import EngineRefusedError, NotInvokedError, UnknownModelError
+from molehill.api.adapters.events import LifecycleMetrics, Tier
+from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.vllm.invocation import Decode, check_invoked, decoder
 from molehill.api.vllm.read_ahead import ReadAhead
 
 HEADER = "Molehill-Generation"
@@ -152,12 +155,16 @@ def admit(registry: AdapterRegistry, lora_request: Any) -> None:
 
 def count_requests(engine_client: Any, registry: AdapterRegistry) -> None:
     """Puts the count in front of this engine client's `generate` and `encode`."""
-    engine_client.generate = counted(engine_client.generate, registry)
-    engine_client.encode = counted(engine_client.encode, registry)
+    decode = decoder(engine_client)
+    engine_client.generate = counted(engine_client.generate, registry, decode)
+    engine_client.encode = counted(engine_client.encode, registry, decode)
 
 
-def counted(call: Callable[..., Any], registry: AdapterRegistry) -> Callable[..., Any]:
+def counted(
+    call: Callable[..., Any], registry: AdapterRegistry, decode: Decode
+) -> Callable[..., Any]:
     """`call` with its `lora_request` (a keyword on all of vLLM's routes) admitted and counted."""
+    names = list(inspect.signature(call).parameters)
 
     def start(*args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
         if lora_request is None:
@@ -166,17 +173,41 @@ def counted(call: Callable[..., Any], registry: AdapterRegistry) -> Callable[...
         # A refusal must come before a streaming response has begun.
         lease = request.lease(registry, lora_request)
         name = lease.generation.name
+        try:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            invoked = is_invoked(lease.generation, registry.events, given, decode)
+        except Exception:
+            lease.leave()
+            raise
         request.asked.add(name)
 
         def hit(tier: Tier) -> None:
             registry.events.hit(name, request.tiers.pop(name, tier))
 
-        outputs = run(lease, hit, call, args, kwargs)
+        outputs = run(lease, hit, call, args, kwargs) if invoked else run_base(call, args, kwargs)
         counted = Counted(lease, outputs, gives_deltas(*args, **kwargs))
         request.unread.add(counted)
         return counted
 
     return start
+
+
+def is_invoked(
+    generation: Generation, events: LifecycleMetrics, given: Mapping[str, Any], decode: Decode
+) -> bool:
+    """Whether the adapter acts on any token; False if the base is to answer for it.
+
+    given: the call's arguments by name. Raises VLLMValidationError, as vLLM's routes understand it.
+    """
+    try:
+        check_invoked(generation.name, generation.content.invocation_tokens, given, decode)
+    except NotInvokedError as error:
+        if generation.status.when_not_invoked == "base":
+            events.not_invoked(generation.name, "base")
+            return False
+        events.not_invoked(generation.name, "refused")
+        raise VLLMValidationError(str(error), parameter="prompt") from error
+    return True
 
 
 def gives_deltas(_: Any = None, sampling_params: Any = None, *__: Any, **___: Any) -> bool:
@@ -220,6 +251,16 @@ async def run(
                 yield output
     finally:
         slot.leave()
+
+
+async def run_base(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Outputs:
+    """As `run`, where the base answers: it needs no slot."""
+    yield None
+    async with aclosing(call(*args, **kwargs)) as outputs:
+        async for output in outputs:
+            yield output
 
 
 class Counted:

@@ -26,6 +26,8 @@ class Adapter:
         an FfnMixture.
         Tensors are float32 on the CPU; scaling is folded into `b`.
     base_model: what the adapter says it was trained on, or None.
+    invocation_tokens: ids that a prompt must hold, if the adapter is an activated one; it acts from
+        their last occurrence on, see `activation`. Empty: it acts on every token.
     warnings: oddities that do not stop it from being served.
     """
 
@@ -33,6 +35,7 @@ class Adapter:
     sites: Mapping[str, Mixture]
     base_model: str | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    invocation_tokens: tuple[int, ...] = ()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by a canonical name, sites in natural order."""
@@ -47,7 +50,8 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) of all that decides its output: kind, policies, ranks and tensor bytes."""
+        """sha256 (hex) of all that decides its output: kind, policies, ranks, invocation tokens
+        and tensor bytes."""
         sha = hashlib.sha256(json.dumps(describe(self), sort_keys=True).encode())
         for name, tensor in self.tensors():
             sha.update(f"\0{name}{list(tensor.shape)}".encode())
@@ -111,7 +115,10 @@ def describe_mixture(mixture: Mixture) -> dict[str, Any]:
 def describe(adapter: Adapter) -> dict[str, Any]:
     """All of an adapter but its tensors, base name and warnings, as plain JSON."""
     sites = {name: describe_mixture(mixture) for name, mixture in adapter.sites.items()}
-    return {"kind": adapter.kind, "sites": sites}
+    described: dict[str, Any] = {"kind": adapter.kind, "sites": sites}
+    if adapter.invocation_tokens:
+        described["alora_invocation_tokens"] = list(adapter.invocation_tokens)
+    return described
 
 
 __all__ = [

@@ -11,7 +11,13 @@ from molehill.engine.adapter.validation import check
 from molehill.engine.formats import registry
 from molehill.engine.formats.io import files, nearby
 from molehill.engine.formats.io.fields import Fields
-from molehill.engine.formats.readers import changed_base, expert_layout, peft_parameters, unserved
+from molehill.engine.formats.readers import (
+    changed_base,
+    expert_layout,
+    invocation,
+    peft_parameters,
+    unserved,
+)
 from molehill.engine.formats.readers.policies import STRATEGIES
 from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, with_notes
 
@@ -85,8 +91,16 @@ def _read(
     own = readers[0]
     if len(readers) > 1:
         own = next(reader for reader in readers if reader.recognises(config, adapter.weights))
-    found = own.read(adapter)
-    return with_notes(found, adapter.weights) if own.files == PEFT_FILES else found
+    result = own.read(adapter)
+    if own.files == PEFT_FILES:
+        result = with_notes(result, adapter.weights)
+    return invocation.activated(result, config)
+
+
+def invocation_tokens(path: Path) -> tuple[int, ...]:
+    """Those of the adapter in a directory, of whose files the config alone is read; empty of one
+    that acts on every token. Raises an AdapterError."""
+    return invocation.read(files.read_config(path, registry.of_directory(path)[0].files.config))
 
 
 def peft_type(config: Fields) -> str:

@@ -20,6 +20,7 @@ from molehill.engine.adapter.model import Adapter, describe
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
+from molehill.engine.formats.readers import invocation
 from molehill.engine.formats.readers.policies import parse_policy
 from molehill.engine.formats.readers.reader import FileNames, Reader
 from molehill.engine.system.atomic_directory import appearing
@@ -38,7 +39,15 @@ CONFIG = "molehill.json"
 WEIGHTS = "molehill.safetensors"
 FORMAT_VERSION = 1
 
-_FIELDS = ("format_version", "digest", "base_model", "warnings", "kind", "sites")
+_FIELDS = (
+    "format_version",
+    "digest",
+    "base_model",
+    "warnings",
+    "kind",
+    "sites",
+    invocation.FIELD,
+)
 _FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -94,6 +103,7 @@ def _read(config: Fields, directory: Path, limits: Limits) -> Adapter:
         sites={site: _mixture(weights, site, sites.object(site)) for site in sites.values},
         base_model=config.text("base_model"),
         warnings=tuple(warnings),
+        invocation_tokens=invocation.read(config),
     )
     _check_all_used(adapter, weights)
     if adapter.digest != digest:
@@ -125,6 +135,7 @@ def read_own(directory: Path, pause: Callable[[], None] = lambda: None) -> Adapt
             kind=_required(config, "kind"),
             sites={site: _mixture(weights, site, sites.object(site)) for site in sites.values},
             base_model=config.text("base_model"),
+            invocation_tokens=invocation.read(config),
         )
     except CorruptFileError:
         raise

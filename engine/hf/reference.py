@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -38,18 +39,24 @@ from molehill.kernels.reference import (
 
 # y, the routing, and what the router read.
 _Apply = Callable[[Tensor], tuple[Tensor, Routing, Tensor]]
+# y; of a router of the base's, a tuple of tensors.
+_Forward = Callable[..., Any]
 
 
 @contextmanager
 def attach(
-    model: nn.Module, adapter: Adapter, trace: dict[str, list[Trace]] | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    trace: dict[str, list[Trace]] | None = None,
+    start: int = 0,
 ) -> Iterator[nn.Module]:
     """The model with the adapter on it, inside the `with` block; as it was afterwards.
 
     trace: gets, by site, one Trace per forward of each routed site: probabilities and weights
     `[tokens, E]`, entropy `[tokens]`, tokens of all sequences of the batch in a row, with an axis
-    of heads after the tokens where a router reads heads. Raises
-    UnknownTargetError for a site that the model lacks.
+    of heads after the tokens where a router reads heads. start: the position of each sequence, all
+    of them from 0 on in one forward, from which on the adapter acts: an activated one's offset.
+    Raises UnknownTargetError for a site that the model lacks.
     """
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     on_experts = _on_fused_experts(adapter, modules)
@@ -60,32 +67,55 @@ def attach(
     with ExitStack() as stack:
         for site, mixture in sites.items():
             module = modules[site]
-            if is_router(module):
-                stack.enter_context(_with_weight(site, module, mixture))
-                continue
-            module.forward = _forward(site, mixture, _apply(module, mixture, model), trace)
+            applied = (
+                _router_forward(site, module, mixture)
+                if is_router(module)
+                else _forward(site, mixture, _apply(module, mixture, model), trace)
+            )
+            module.forward = _from(start, module.forward, applied)
             stack.callback(delattr, module, "forward")
         for block, projections in expert_pairs.group(on_experts).items():
             module = modules[f"{block}.experts"]
-            module.forward = _moe_forward(module, projections, activation(model.config))
+            applied = _moe_forward(module, projections, activation(model.config))
+            module.forward = _from(start, module.forward, applied)
             stack.callback(delattr, module, "forward")
         yield model
 
 
-@contextmanager
-def _with_weight(site: str, module: nn.Module, mixture: Mixture) -> Iterator[None]:
-    """A router of the base's, whose forward does more than multiply, with W + B A inside."""
+def _router_forward(site: str, module: nn.Module, mixture: Mixture) -> _Forward:
+    """That of a router of the base's, which does more than multiply, with W + B A inside."""
     weights = mixture.policy.constant_weights
     if not isinstance(mixture, LinearMixture) or weights is None or mixture.magnitude is not None:
         raise UnsupportedError(site, "a mixture or DoRA on the base's router", "plain LoRA")
-    before = module.get_parameter("weight")
+    base, before = module.forward, module.get_parameter("weight")
     pairs = zip(weights, mixture.experts.split(), strict=True)
     delta = sum(weight * (b @ a) for weight, (a, b) in pairs)
-    module.weight = nn.Parameter((before.float() + delta).to(before.dtype), requires_grad=False)
-    try:
-        yield
-    finally:
-        module.weight = before
+    after = nn.Parameter((before.float() + delta).to(before.dtype), requires_grad=False)
+
+    def forward(x: Tensor) -> Any:
+        module.weight = after
+        try:
+            return base(x)
+        finally:
+            module.weight = before
+
+    return forward
+
+
+def _from(start: int, base: _Forward, adapted: _Forward) -> _Forward:
+    """`adapted` from position `start` on, `base` before it."""
+
+    # Of `[..., positions, width]`; experts and their router get the positions of one sequence.
+    def joined(before: Tensor, after: Tensor) -> Tensor:
+        return torch.cat([before[..., :start, :], after[..., start:, :]], dim=-2)
+
+    def forward(x: Tensor, *args: Tensor) -> Any:
+        before, after = base(x, *args), adapted(x, *args)
+        if isinstance(after, Tensor):
+            return joined(before, after)
+        return tuple(map(joined, before, after))
+
+    return forward if start else adapted
 
 
 def _on_fused_experts(adapter: Adapter, modules: dict[str, nn.Module]) -> dict[str, Mixture]:

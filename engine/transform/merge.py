@@ -192,6 +192,13 @@ class MergedBase:
         return plain_sites(self.merged)
 
 
+def check_mergeable(adapter: Adapter, where: str) -> None:
+    """Raises UnsupportedError for one that may not become part of the base's weights."""
+    if adapter.invocation_tokens:
+        found = "an activated adapter (alora_invocation_tokens), which acts on a part of the tokens"
+        raise UnsupportedError(where, found, "one that acts on every token")
+
+
 def merged_weight(weight: Tensor, mixture: LinearMixture) -> Tensor:
     """W + B A, with a magnitude m / ||W + B A|| * (W + B A) by rows: `[out, in]`.
 

@@ -13,7 +13,7 @@ from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.hf.checkpoint import shards as shards_of
 from molehill.engine.hf.shapes import canonical_name
 from molehill.engine.system.atomic_directory import appearing
-from molehill.engine.transform.merge import is_plain, merged_weight, why_not_plain
+from molehill.engine.transform.merge import check_mergeable, is_plain, merged_weight, why_not_plain
 from molehill.kernels.mixture import LinearMixture
 
 # Weights in other files would be those of the base, unmerged.
@@ -27,9 +27,10 @@ def merge_checkpoint(base: Path, adapter: Adapter, directory: Path) -> dict[str,
     float32, rounded once to the weight's dtype. Shards keep their names and tensors; config and
     tokenizer are copied. Returns the relative change ||W' - W|| / ||W|| by site.
 
-    Raises UnsupportedError (a dynamic site; a quantised base, or one without safetensors),
-    UnknownTargetError (a site whose weight no shard has), FileExistsError, OSError.
+    Raises UnsupportedError (a dynamic site, an activated adapter; a quantised base, or one without
+    safetensors), UnknownTargetError (a site whose weight no shard has), FileExistsError, OSError.
     """
+    check_mergeable(adapter, "adapter")
     sites = _sites(adapter)
     shards = shards_of(base)
     changes: dict[str, float] = {}

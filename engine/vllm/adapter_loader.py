@@ -13,6 +13,7 @@ from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import native
 from molehill.engine.routing_stats import costs
 from molehill.engine.transform.merge import MergedBase, merge_static, subtract
+from molehill.engine.vllm import prefix_keys
 from molehill.engine.vllm.host_cache import AdapterKey, PreparedAdapter
 from molehill.engine.vllm.model.patched_model import PatchedModel
 from molehill.engine.vllm.prefetch import StepPacer
@@ -66,6 +67,7 @@ class AdapterLoader:
         else:
             adapter = formats.read(Path(key.path), self._settings.limits, base=self._model.base)
             validate(adapter, self._model.base, self._settings.limits)
+        prefix_keys.check(adapter)
         served = self._without_merged_base(self._merged(adapter))
         return served if _reads_base(served) or not self._is_alone else self.pack(served, beside)
 
@@ -86,7 +88,9 @@ class AdapterLoader:
         # Neither sites of other pipeline stages, nor those on the base's own experts: how many
         # tokens its router sends there is not counted.
         counted = costs(adapter, self._model.has_counted, self._model.base)
-        return PreparedAdapter(counted, cut.moes, needed, cut.is_empty, weights)
+        return PreparedAdapter(
+            counted, cut.moes, needed, cut.is_empty, weights, adapter.invocation_tokens
+        )
 
     def base_rows(self) -> Adapter:
         """What rows without an adapter need where one is merged into the base weights."""

@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from molehill.engine.vllm import activation_seams as activation
 from molehill.engine.vllm import model_seams as model
 from molehill.engine.vllm import seams
 from molehill.engine.vllm.seam_sources import Sources
@@ -155,13 +156,6 @@ REQUESTS = (
         MANAGER_FILE,
         "whose rows a step holds",
         attributes=("index_mapping", "type"),
-    ),
-    Seam(
-        "vllm.v1.core.kv_cache_utils",
-        "_gen_lora_extra_hash_keys",
-        "api/adapters/store.py",
-        "the path is in the prefix cache's key, so a new generation finds none of the old one's",
-        markers=("lora_request.lora_path",),
     ),
 )
 
@@ -371,6 +365,7 @@ SEAMS: tuple[Seam, ...] = (
     *WORKERS,
     *REQUESTS,
     *GRAPHS,
+    *activation.SEAMS,
     *CONFIG,
     *PARALLEL,
     *COMPILING,
@@ -436,6 +431,11 @@ def check_seams() -> None:
     platform = "cpu" if current_platform.is_cpu() else "gpu"
     here = [seam for seam in SEAMS if seam.platform in ("any", platform)]
     seams.check(here, installed_version())
+
+
+def check_prefix_keys() -> None:
+    """Raises RuntimeError unless vLLM's keys of blocks are made as `prefix_keys` expects."""
+    seams.check(activation.KEYS, installed_version())
 
 
 def check_waiting() -> None:

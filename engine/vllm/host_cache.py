@@ -29,6 +29,7 @@ class PreparedAdapter:
     """One rank's share of an adapter. num_bytes: of its serving copy.
 
     weights: as the backend keeps them, or as they were cut where there was no room to pack them.
+    invocation_tokens: see Adapter.
     """
 
     costs: Costs
@@ -36,6 +37,7 @@ class PreparedAdapter:
     num_bytes: int
     is_empty: bool
     weights: SlotWeights | Packed
+    invocation_tokens: tuple[int, ...] = ()
 
 
 class HostCache(Generic[Key]):

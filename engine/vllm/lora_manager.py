@@ -11,18 +11,23 @@ from itertools import groupby
 from vllm.lora.layers.utils import LoRAMapping
 from vllm.lora.request import LoRARequest
 
+from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.host_cache import AdapterKey
 from molehill.engine.vllm.slot_table import BASE
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
 from molehill.kernels.interface import UNSERVED, Run
+
+# In the place of the id of an adapter whose request lacks the invocation.
+NOT_INVOKED = -1
 
 
 class LoRAManager:
     """Adds and removes adapters as vLLM asks for it, and tells the backend whose rows a step
     holds."""
 
-    def __init__(self, adapters: WorkerAdapters) -> None:
+    def __init__(self, adapters: WorkerAdapters, activated: ActivatedRows) -> None:
         self._adapters = adapters
+        self._activated = activated
         self._slots = adapters.slots
         self._dummies: set[int] = set()
 
@@ -63,9 +68,19 @@ class LoRAManager:
                 self._adapters.add_late(request.lora_name, AdapterKey.of(request))
         if mapping is not None:
             self._adapters.pacer.step_begins()
-            runs = self._runs(mapping.index_mapping)
+            runs = self._runs(self._without_plain_rows(mapping.index_mapping))
             self._adapters.stats.mark_active(run.slot for run in runs)
             self._adapters.model.begin_step(runs)
+
+    def _without_plain_rows(self, ids: Sequence[int]) -> Sequence[int]:
+        """`ids` with the base's in rows before an invocation."""
+        plain = self._activated.take()
+        if not plain:
+            return ids
+        ids = list(ids)
+        for start, stop, invoked in plain:
+            ids[start:stop] = [BASE if invoked else NOT_INVOKED] * (stop - start)
+        return ids
 
     def _runs(self, ids: Sequence[int]) -> list[Run]:
         """ids: of the adapter of each row."""
@@ -83,7 +98,7 @@ class LoRAManager:
 
     def _slot(self, lora_id: int) -> int | None:
         """None for rows that are the model's as it is."""
-        if lora_id in self._dummies:
+        if lora_id in self._dummies or lora_id == NOT_INVOKED:
             return UNSERVED
         slot = self._slots.slot(lora_id)
         return UNSERVED if slot is None and lora_id > BASE else slot

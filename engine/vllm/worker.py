@@ -12,6 +12,7 @@ from molehill.engine.system import startup
 from molehill.engine.system.cpu_affinity import affinity
 from molehill.engine.transform.merge import MergedBase
 from molehill.engine.vllm import backends, compat, compilation, precision, protocol
+from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
 from molehill.engine.vllm.settings import Settings
@@ -90,7 +91,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self, model: nn.Module, vllm_config: VllmConfig, device: torch.device
     ) -> nn.Module:
         self.adapters = WorkerAdapters(vllm_config, device, model, self._merged_base)
-        self.model_runner.lora_manager = LoRAManager(self.adapters)
+        activated = ActivatedRows(self.model_runner, self.adapters.invocation_of)
+        self.model_runner.lora_manager = LoRAManager(self.adapters, activated)
         return model
 
     # What `molehill.engine.vllm.protocol` asks, in plain values and answered in them

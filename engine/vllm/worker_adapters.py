@@ -171,6 +171,11 @@ class WorkerAdapters:
             self._host.put(key, replace(adapter, weights=packed))
         return True
 
+    def invocation_of(self, lora_id: int) -> tuple[int, ...] | None:
+        """See Adapter.invocation_tokens; None of an adapter that is in no slot."""
+        entered = self._entered.get(lora_id)
+        return None if entered is None else entered[1].invocation_tokens
+
     # What molehill's API asks for
 
     def describe(self, request: Empty) -> BaseModel:

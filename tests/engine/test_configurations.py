@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import dora_experts
+from support import activated, dora_experts
 from support.asking import ask, ask_each, assert_golden, every_prompt
 from support.engines import engine
-from support.golden import SERVED, TINY_LLAMA
+from support.golden import SERVED, TINY_LLAMA, Case
 from transformers import AutoModelForCausalLM
 
 
@@ -68,7 +68,8 @@ def test_configuration_matches_the_reference(
     # The first two prompts of the base and of every method, in one batch.
     prompts = every_prompt()[: 2 * (1 + len(SERVED))]
     prompts += [prompt for own in authored.values() for prompt in own.prompts]
-    others = {name: own.path for name, own in authored.items()}
+    prompts += activated.golden_prompts()
+    others = {name: own.path for name, own in authored.items()} | {"alora": Case("alora").path}
     with engine(**configuration.options, max_loras=40) as llm:
         assert_golden(ask(llm, prompts, others=others), prompts)
         assert_dora(llm, dora, tmp_path / "dora")

@@ -156,5 +156,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused_at_start(tmp_path: Path) ->
         prepared(ours=asking("other"))
     with pytest.raises(UnsupportedError, match="resident: found no static site"):
         prepared(ours=asking("resident", MOLA))
+    with pytest.raises(UnsupportedError, match="resident: found an activated adapter"):
+        prepared(ours=asking("resident", GOLDEN / "cases" / "alora"))
     with pytest.raises(BaseMismatchError, match="tiny-moe"):
         prepared(ours=asking("resident"), model=GOLDEN / "tiny-moe")

@@ -14,6 +14,7 @@ import safetensors.torch
 from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.formats.io import files
+from molehill.engine.formats.readers import invocation
 from molehill.engine.system.atomic_directory import appearing
 from molehill.engine.transform.merge import plain_sites, why_not_plain
 from molehill.kernels.mixture import Experts
@@ -61,4 +62,5 @@ def _config(adapter: Adapter, pairs: dict[str, Experts]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": list(pairs),
+        invocation.FIELD: list(adapter.invocation_tokens) or None,
     }

@@ -22,6 +22,7 @@ _EPSILON = 1e-5
 
 # `rank_pattern` is AdaLoRA's own here; nothing in PEFT's AdaLoRA reads the others.
 _UNREAD = {
+    "alora_invocation_tokens": "an activated LoRA",
     "alpha_pattern": "scalings by pattern",
     "target_parameters": "AdaLoRA on fused experts",
     "use_dora": "DoRA",

@@ -12,8 +12,9 @@ _SHOWN = 8
 _LONGEST_NAME = 80
 
 # Of every PEFT, and of every fork of it. `task_type` says what the model was, not what is in the
-# file: a head that was saved is refused by its tensor.
+# file: a head that was saved is refused by its tensor. `alora_invocation_tokens` is read of all.
 _COMMON = {
+    "alora_invocation_tokens",
     "auto_mapping",
     "base_model_name_or_path",
     "bias",
@@ -47,7 +48,6 @@ _TRAINING = {
 _LORA = {
     *_COMMON,
     *_TRAINING,
-    "alora_invocation_tokens",
     "alpha_pattern",
     "arrow_config",
     "base_is_residual",

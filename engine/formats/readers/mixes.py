@@ -14,7 +14,7 @@ from molehill.engine.adapter.errors import AdapterError, ConfigError, LimitError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
-from molehill.engine.formats.readers import peft
+from molehill.engine.formats.readers import invocation, peft
 from molehill.engine.formats.readers.reader import (
     PEFT_FILES,
     AdapterFiles,
@@ -46,7 +46,7 @@ READER = Reader(FileNames(CONFIG), read, no_layout=f"each adapter of a {CONFIG} 
 
 
 def _read_mix(config: Fields, members: "_Members", read_member: _Read) -> Adapter:
-    config.only("kind", "adapters")
+    config.only("kind", "adapters", invocation.FIELD)
     scales = config.object("adapters")
     members.check("adapters", list(scales.values))
     numbers = {name: scales.number(name) for name in scales.values}
@@ -55,7 +55,7 @@ def _read_mix(config: Fields, members: "_Members", read_member: _Read) -> Adapte
 
 def _read_arrow(config: Fields, members: "_Members") -> Adapter:
     """Names and defaults of PEFT's ArrowConfig; `general` takes the place of `use_gks`."""
-    config.only("kind", "adapters", "general", "top_k", "router_temperature")
+    config.only("kind", "adapters", "general", "top_k", "router_temperature", invocation.FIELD)
     tasks = list(config.items("adapters").values.values())
     general = list(config.items("general").values.values()) if config.has("general") else []
     members.check("adapters", tasks)
@@ -103,11 +103,18 @@ class _Members:
                 expected = "an adapter with tensors of its own"
                 raise UnsupportedError(CONFIG, "a mix inside a mix", expected)
             adapter = read_member(path)
+            self._check_invocation(adapter)
         self._bytes += adapter.num_bytes
         if self._bytes > self._limits.adapter_bytes:
             expected = f"at most {self._limits.adapter_bytes} bytes for all of the mix"
             raise LimitError(name, f"{self._bytes} bytes up to here", expected)
         return adapter
+
+    def _check_invocation(self, adapter: Adapter) -> None:
+        """One that acts on a part of the tokens alone cannot act on all of them in a mix."""
+        if adapter.invocation_tokens not in ((), invocation.read(self._config)):
+            expected = f"none, or those of the {CONFIG}"
+            raise UnsupportedError(invocation.FIELD, list(adapter.invocation_tokens), expected)
 
     def read_lora(self, name: str) -> Lora:
         """One that PEFT saved: only its config tells the factor in B."""
@@ -120,7 +127,8 @@ class _Members:
                 raise UnsupportedError(f"{config.where}: peft_type", found, "LORA")
             weights = read_weights(path, PEFT_FILES, self._limits)
             factors.update(peft.factors(config, weights))
-            return with_notes(peft.read(config, weights), weights)
+            adapter = with_notes(peft.read(config, weights), weights)
+            return invocation.activated(adapter, config)
 
         return Lora(name, self.read(name, read_member), factors)
 

@@ -55,7 +55,6 @@ UNSERVED = {
     "layer_replication": "replicated layers",
     "trainable_token_indices": "trained token embeddings",
     "lora_bias": "a bias in lora_B",
-    "alora_invocation_tokens": "an activated LoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing, which a molehill_mix.json sets up",
@@ -69,7 +68,6 @@ _REMEDIES = {
     "lora_bias": _MERGED,
     "layer_replication": "the model with its layers replicated, served as the base",
     "trainable_token_indices": _MERGED,
-    "alora_invocation_tokens": "a plain LoRA, which acts on all tokens",
     "arrow_config": "the LoRAs in directories of their own below a molehill_mix.json",
     "kasa_config": _MERGED,
 }

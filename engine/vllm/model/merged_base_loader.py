@@ -19,7 +19,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import TRANSPOSED, Limits
-from molehill.engine.transform.merge import PLAIN, MergedBase, merged_weight
+from molehill.engine.transform.merge import PLAIN, MergedBase, check_mergeable, merged_weight
 from molehill.engine.vllm.model.discovery import canonical
 from molehill.kernels.mixture import Experts, LinearMixture
 
@@ -55,7 +55,9 @@ def install(
     ):
         if refused:
             raise RuntimeError(f"merging an adapter into the base weights: found {what}")
-    merged_base = MergedBase(formats.read(directory, limits), digest)
+    adapter = formats.read(directory, limits)
+    check_mergeable(adapter, "merged_base")
+    merged_base = MergedBase(adapter, digest)
     _merged_pairs.update(merged_base.pairs)
     config.load_config.load_format = _PREFIX + config.load_config.load_format
     return merged_base

@@ -67,6 +67,15 @@ def test_json(golden, capsys):
     assert (report["per_token"]["flops"], report["logit_change"]) == (total, None)
 
 
+def test_what_activates_an_adapter(golden, capsys):
+    assert run(golden / "cases" / "alora") == 0
+    assert "from tokens 301, 17, 302 on" in capsys.readouterr().out
+    assert run(golden / "cases" / "alora", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["alora_invocation_tokens"] == [301, 17, 302]
+    assert run(golden / "cases" / "mola", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["alora_invocation_tokens"] is None
+
+
 def test_an_adapter_of_another_base(golden, tmp_path, capsys):
     config = json.loads((golden / "tiny-llama" / "config.json").read_text())
     config["num_hidden_layers"] = 1

@@ -154,6 +154,18 @@ def test_shards_config_and_tokenizer_stay(wide, zeroed, tmp_path, capsys):
     assert_close(logits_of(load(tmp_path / "base")), expected_of(wide, zeroed))
 
 
+def test_an_activated_adapter_stays_one_and_does_not_go_into_a_base(wide, tmp_path, capsys):
+    peft = pytest.importorskip("peft", reason=NO_PEFT)
+    source = Case("alora").path
+    assert run(source, tmp_path / "base", "--into-base", "--model", wide) == 1
+    assert "found an activated adapter" in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
+    assert run(source, tmp_path / "lora") == 0
+    config = peft.PeftConfig.from_pretrained(tmp_path / "lora")
+    assert config.alora_invocation_tokens == [301, 17, 302]
+    assert formats.read(tmp_path / "lora").invocation_tokens == (301, 17, 302)
+
+
 @pytest.mark.slow
 def test_a_bfloat16_base_is_rounded_once(golden, tmp_path):
     base = golden / "tiny-llama"

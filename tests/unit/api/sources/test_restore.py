@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.world import adapter, settle
 
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import NotLoadedError
+from molehill.api.adapters.load_options import Terms
 from molehill.api.sources.manifest import Entry, Manifest
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
@@ -309,6 +311,21 @@ def test_what_a_client_said_of_the_files_is_remembered(tmp_path: Path) -> None:
         assert third.world.residuals[0]
         assert third.remembers()["a"].lora_b_layout == "grouped_by_expert"
         assert third.remembers()["a"].base_is_residual
+
+    play(scenario())
+
+
+def test_what_becomes_of_prompts_that_activate_nothing_is_remembered(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        first = Server(tmp_path)
+        native.write(replace(adapter(1), invocation_tokens=(5,)), first.root / "1")
+        for name, when in (("a", "base"), ("b", None)):
+            terms = Terms(when_not_invoked=when)
+            await first.world.registry.load(name, "1", first.sources.fetch("1"), terms)
+        second = first.restarted()
+        await second.restart.run()
+        found = {g.name: g.status.when_not_invoked for g in second.world.registry}
+        assert found == {"a": "base", "b": "refuse"}
 
     play(scenario())
 

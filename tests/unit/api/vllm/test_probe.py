@@ -40,7 +40,9 @@ def logprobs(value: float) -> Answer:
 
 
 def probe(engine: Engine) -> None:
-    generation: Any = SimpleNamespace(name="a", request=object())
+    generation: Any = SimpleNamespace(
+        name="a", request=object(), content=SimpleNamespace(invocation_tokens=())
+    )
     asyncio.run(Prober(engine.generate, PROMPT_TOKENS)(generation))
 
 

@@ -82,7 +82,6 @@ UNSUPPORTED = [
     ("lora", "trainable_token_indices", [1, 2], "absent"),
     ("lora", "lora_bias", True, "absent"),
     ("lora", "target_parameters", ["mlp.experts"], "gate_up_proj or down_proj"),
-    ("lora", "alora_invocation_tokens", [1], "absent"),
     ("lora", "init_lora_weights", "pissa", "leaves them alone"),
     ("lora", "lora_nums", 3, "absent"),
     ("lora", "sparsegen", True, "absent"),

@@ -65,6 +65,32 @@ def test_routing_is_the_oracles(golden, model, case):
             torch.testing.assert_close(found[figure], expected, rtol=0, atol=close)
 
 
+def test_an_activated_lora_acts_from_its_invocation_on_as_in_peft(golden, model):
+    directory = golden / "cases" / "alora"
+    prompts = json.loads((directory / "oracle.json").read_text())["prompts"]
+    oracle = load_file(directory / "oracle.safetensors")
+    adapter = formats.read(directory)
+    for i, prompt in enumerate(prompts):
+        tokens, start = prompt["prompt_token_ids"], prompt["invocation_start"]
+        start = len(tokens) if start is None else start
+        with attach(model, adapter, start=start):
+            found = logits_of(model, tokens)
+        torch.testing.assert_close(found, oracle[f"logits.{i}"], rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize("case", ["mixlora", "mov", "dynmole-k1"])
+def test_before_its_first_position_a_mixture_is_the_base(golden, model, case):
+    tokens = [303, 316, 288, 262, 352, 17]
+    adapter = formats.read(golden / "cases" / case)
+    with attach(model, adapter, start=4):
+        found = logits_of(model, tokens)
+    torch.testing.assert_close(found[:4], logits_of(model, tokens)[:4], rtol=0, atol=0)
+    with attach(model, adapter):
+        whole = logits_of(model, tokens)
+    assert (found[4:] - whole[4:]).abs().max() > 0.01
+    assert (found[4:] - logits_of(model, tokens)[4:]).abs().max() > 0.01
+
+
 def test_detaching_restores_the_model(golden, model):
     tokens = [303, 316, 288, 262, 352]
     before = logits_of(model, tokens)

@@ -9,6 +9,7 @@ import pytest
 from support.slot_worker import Worker
 from vllm.config import CUDAGraphMode, LoRAConfig, VllmConfig
 from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu.lora_utils import (
     LoraState,
@@ -18,6 +19,7 @@ from vllm.v1.worker.gpu.lora_utils import (
 )
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
+from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.adapter_stats import AdapterStats
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.prefetch import StepPacer
@@ -41,8 +43,12 @@ class Runner(LoRAModelRunnerMixin):
                 pacer=StepPacer(),
                 stats=AdapterStats(slots.counters, slots.resident_bytes),
                 model=SimpleNamespace(begin_step=self._begin_step),
-            )
+            ),
+            ActivatedRows(self, {ADAPTER: ()}.get),
         )
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> None:
+        """Steps without requests that an adapter is activated in: none is run here."""
 
     def _begin_step(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)

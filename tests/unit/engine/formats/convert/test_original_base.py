@@ -155,6 +155,21 @@ def test_what_the_base_does_not_determine_is_refused(
     assert not (tmp_path / "copy").exists()
 
 
+def test_an_activated_one_is_not_converted(trained: Any, tmp_path: Path, capsys: Any) -> None:
+    """Up to its invocation the tokens are those of the base as it was in training."""
+    shutil.copytree(trained("pissa")[0] / "trained", tmp_path / "activated")
+    config = tmp_path / "activated" / "adapter_config.json"
+    document = json.loads(config.read_text()) | {"alora_invocation_tokens": [5, 6]}
+    config.write_text(json.dumps(document))
+    arguments = [str(tmp_path / "activated"), str(tmp_path / "copy")]
+    assert convert.main([*arguments, "--base", str(TINY_LLAMA)]) == 1
+    assert "needs the changed base" in capsys.readouterr().err
+    assert not (tmp_path / "copy").exists()
+    assert convert.main([*arguments, "--base-is-residual"]) == 0
+    adapter = native.read(tmp_path / "copy", formats.DEFAULT_LIMITS)
+    assert adapter.invocation_tokens == (5, 6)
+
+
 def test_a_residual_base_is_refused_for_other_adapters(golden: Path) -> None:
     with pytest.raises(UnsupportedError) as caught:
         formats.read(golden / "cases" / "rslora", base_is_residual=True)

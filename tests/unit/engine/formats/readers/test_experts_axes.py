@@ -43,6 +43,18 @@ def test_golden_cases_are_the_oracles(model, tiny, case):
     check_oracle(model, Case("drlora-base"))
 
 
+@torch.no_grad()
+def test_from_a_position_on_it_goes_on_from_what_the_base_has_read(model):
+    """The base's router up to there, and the adapted one on the base's cache from there on."""
+    adapter, ids = formats.read(Case("moe-all-linear").path), torch.tensor([TOKENS])
+    with attach(model, adapter, start=4):
+        found = model(ids, use_cache=False).logits[0]
+    read = model(ids[:, :4], use_cache=True)
+    with attach(model, adapter):
+        after = model(ids[:, 4:], past_key_values=read.past_key_values).logits[0]
+    torch.testing.assert_close(found, torch.cat([read.logits[0], after]), rtol=0, atol=LOGITS)
+
+
 def edited(case, directory, keep=lambda name: True, **fields):
     shutil.copytree(Case(case).path, directory)
     config = json.loads((directory / "adapter_config.json").read_text())

@@ -124,7 +124,6 @@ def test_what_is_for_training_changes_nothing(golden, edited, field, value):
         ("monteclora_config", {"num_samples": 8}),
         ("use_bdlora", {"nblocks": 2}),
         ("use_qalora", True),
-        ("alora_invocation_tokens", [1, 2]),
         ("enable_lora", [True, False, True]),
     ],
 )

@@ -196,6 +196,7 @@ def test_tensors_that_are_wrong(
     ("name", "config", "where", "found"),
     [
         ("adalora", {"use_dora": True}, "use_dora", "DoRA"),
+        ("adalora", {"alora_invocation_tokens": [5]}, "alora_invocation_tokens", "activated"),
         ("miss", {"init_weights": "bat"}, "init_weights", "bat, whose blocks multiply W's own"),
         ("ia3", {"target_modules": ["k_proj"]}, "down_proj", "untargeted"),
         ("hra", {"layers_to_transform": [0]}, "layers.1", "untargeted"),

@@ -1,0 +1,56 @@
+"""Whether a request activates its adapter, before the engine is asked."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from molehill.api.adapters.errors import NotInvokedError
+from molehill.api.adapters.invocation import not_invoked
+from molehill.engine.adapter.activation import activation_offset
+
+# Of one step of vLLM's beam search, whose prompt ends with what the beam has generated.
+BEAM = re.compile(r"-[0-9a-f]{16}-beam-\d+")
+
+# What token ids are in words, empty where nobody knows.
+Decode = Callable[[Sequence[int]], str]
+
+
+def decoder(engine_client: Any) -> Decode:
+    """By the tokenizer of the engine's client."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        tokenizer = getattr(engine_client, "tokenizer", None)
+        try:
+            return str(tokenizer.decode(list(tokens))) if tokenizer is not None else ""
+        except Exception:
+            # Of ids that the vocabulary does not have.
+            return ""
+
+    return decode
+
+
+def check_invoked(
+    name: str, tokens: Sequence[int], call: Mapping[str, Any], decode: Decode
+) -> None:
+    """Raises NotInvokedError unless the prompt activates an adapter that has such tokens.
+
+    call: `prompt` and `request_id` of a call of vLLM's engine client.
+    """
+    if not tokens:
+        return
+    if BEAM.search(call["request_id"]):
+        found = "beam search, which takes what it generated for a prompt"
+        raise NotInvokedError(f"{found}, expected none with {name!a}, an activated adapter")
+    prompt = token_ids(call["prompt"])
+    if prompt is None:
+        raise not_invoked(name, "a prompt without token ids", tokens, decode(tokens))
+    if activation_offset(prompt, tokens) is None:
+        raise not_invoked(name, f"{len(prompt)} tokens", tokens, decode(tokens))
+
+
+def token_ids(prompt: Any) -> Sequence[int] | None:
+    """Of a prompt as vLLM's routes render it; None of embeddings, and of a stream of inputs."""
+    if not isinstance(prompt, Mapping):
+        return None
+    found: Sequence[int] | None = prompt.get("decoder_prompt", prompt).get("prompt_token_ids")
+    return found

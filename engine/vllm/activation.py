@@ -1,0 +1,144 @@
+"""Rows of a step before their request's invocation: there an activated adapter is the base.
+
+vLLM maps rows to adapters by request. Where a request's rows lie in its prompt is in the
+scheduler's output, and in which order requests lie in the step is known where the model runner asks
+for the mapping: `ActivatedRows` follows both, for either of vLLM's model runners.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vllm.logger import init_logger
+
+from molehill.engine.adapter.activation import activation_offset
+
+logger = init_logger("vllm.molehill")
+
+# By the id of an adapter: None if it is not here, empty if it acts on every token.
+InvocationOf = Callable[[int], tuple[int, ...] | None]
+
+
+class PlainRows(NamedTuple):
+    """Rows `start` to `stop` of a step. invoked: whether the invocation comes after them, or is
+    missing, so that the request has no answer."""
+
+    start: int
+    stop: int
+    invoked: bool
+
+
+@dataclass
+class _Request:
+    """offset: in the prompt, once it was looked for. prompt: None where it has no token ids."""
+
+    name: str
+    lora_id: int
+    prompt: Sequence[int] | None
+    offset: int | None = None
+    looked: bool = False
+
+
+class ActivatedRows:
+    """The requests of one worker that have an adapter, and the step that is being prepared."""
+
+    def __init__(self, runner: Any, invocation_of: InvocationOf) -> None:
+        """runner: vLLM's model runner, whose steps are followed from now on."""
+        self._invocation_of = invocation_of
+        self._requests: dict[str, _Request] = {}
+        self._computed: dict[str, int] = {}
+        self._layout: list[tuple[str, int]] = []
+        runner.execute_model = self._following(runner.execute_model)
+        if hasattr(runner, "lora_state"):
+            state = runner.lora_state
+            state.make_lora_inputs = self._laying_out_v2(state.make_lora_inputs)
+        else:
+            runner.set_active_loras = self._laying_out_v1(runner.set_active_loras)
+
+    def follow(self, step: Any) -> None:
+        """step: vLLM's SchedulerOutput."""
+        for request_id in step.finished_req_ids:
+            self._requests.pop(request_id, None)
+        for new in step.scheduled_new_reqs:
+            if new.lora_request is not None:
+                name, lora_id = new.lora_request.lora_name, new.lora_request.lora_int_id
+                self._requests[new.req_id] = _Request(name, lora_id, new.prompt_token_ids)
+        self._layout = []
+        self._computed = {}
+        if self._requests:
+            cached = step.scheduled_cached_reqs
+            self._computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=False))
+            self._computed.update(
+                (n.req_id, n.num_computed_tokens) for n in step.scheduled_new_reqs
+            )
+
+    def lay_out(self, request_ids: Sequence[str], num_tokens: Sequence[int]) -> None:
+        """In which order, and with how many rows each, requests lie in the step."""
+        if self._requests:
+            self._layout = list(zip(request_ids, map(int, num_tokens), strict=False))
+
+    def take(self) -> list[PlainRows]:
+        """Of the step that was laid out, once all its adapters are here."""
+        layout, self._layout = self._layout, []
+        return list(self._plain_rows(layout))
+
+    def _plain_rows(self, layout: Sequence[tuple[str, int]]) -> Iterator[PlainRows]:
+        start = 0
+        for request_id, size in layout:
+            request = self._requests.get(request_id)
+            if request is not None and self._is_activated(request_id, request):
+                computed = self._computed.get(request_id, 0)
+                if request.offset is None:
+                    yield PlainRows(start, start + size, invoked=False)
+                elif request.offset > computed:
+                    yield PlainRows(start, start + min(size, request.offset - computed), True)
+            start += size
+
+    def _is_activated(self, request_id: str, request: _Request) -> bool:
+        if request.looked:
+            return True
+        invocation = self._invocation_of(request.lora_id)
+        if not invocation:
+            if invocation is not None:
+                # It acts on every token: nothing to follow.
+                del self._requests[request_id]
+            return False
+        request.looked = True
+        request.offset = activation_offset(request.prompt or (), invocation)
+        request.prompt = None
+        if request.offset is None:
+            logger.error(
+                "molehill: the prompt of request %s lacks the tokens %s that activate adapter %s: "
+                "its outputs are zeroed",
+                request_id,
+                list(invocation),
+                request.name,
+            )
+        return True
+
+    def _following(self, execute_model: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(execute_model)
+        def following(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self.follow(scheduler_output)
+            return execute_model(scheduler_output, *args, **kwargs)
+
+        return following
+
+    def _laying_out_v1(self, set_active_loras: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(set_active_loras)
+        def laying_out(
+            input_batch: Any, num_scheduled_tokens: Any, *args: Any, **more: Any
+        ) -> None:
+            self.lay_out(input_batch.req_ids, num_scheduled_tokens)
+            set_active_loras(input_batch, num_scheduled_tokens, *args, **more)
+
+        return laying_out
+
+    def _laying_out_v2(self, make_lora_inputs: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make_lora_inputs)
+        def laying_out(req_ids: Any, idx_mapping: Any, num_scheduled_tokens: Any) -> Any:
+            self.lay_out(req_ids, num_scheduled_tokens)
+            return make_lora_inputs(req_ids, idx_mapping, num_scheduled_tokens)
+
+        return laying_out

@@ -1,0 +1,110 @@
+"""What is used of vLLM for activated adapters, seam by seam: keys of blocks, and a step's rows."""
+
+from molehill.engine.vllm.seams import Seam
+
+ACTIVATION, KEYS_FILE = "engine/vllm/activation.py", "engine/vllm/prefix_keys.py"
+
+PREFIX_KEYS = Seam(
+    "vllm.v1.core.kv_cache_utils",
+    "generate_block_hash_extra_keys",
+    KEYS_FILE,
+    "is replaced: an activated adapter's blocks before its invocation are the base's",
+    overrides=("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+    markers=("_gen_lora_extra_hash_keys(request)", "return tuple(extra_keys), new_start_mm_idx"),
+)
+LORA_KEY = Seam(
+    PREFIX_KEYS.module,
+    "_gen_lora_extra_hash_keys",
+    KEYS_FILE,
+    "the path is in the prefix cache's key, so a new generation finds none of the old one's",
+    markers=('[("lora", lora_request.lora_name, ', "lora_request.lora_path"),
+)
+EVENT_KEYS = Seam(
+    PREFIX_KEYS.module,
+    "to_event_extra_keys",
+    KEYS_FILE,
+    "of an adapter's key, events show the name",
+    positional=("extra_keys",),
+    markers=("else key[1] for key in keys",),
+)
+
+KEYS = (PREFIX_KEYS, LORA_KEY, EVENT_KEYS)
+
+# What the requests of a step are, and how far they are computed.
+STEPS = (
+    Seam(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        ACTIVATION,
+        "which rows come before an invocation",
+        attributes=("finished_req_ids", "scheduled_cached_reqs", "scheduled_new_reqs"),
+    ),
+    Seam(
+        "vllm.v1.core.sched.output",
+        "NewRequestData",
+        ACTIVATION,
+        "which rows come before an invocation",
+        attributes=("lora_request", "num_computed_tokens", "prompt_token_ids", "req_id"),
+    ),
+    Seam(
+        "vllm.v1.core.sched.output",
+        "CachedRequestData",
+        ACTIVATION,
+        "which rows come before an invocation",
+        attributes=("num_computed_tokens", "req_ids"),
+    ),
+    Seam(
+        "vllm.v1.request",
+        "Request",
+        KEYS_FILE,
+        "where its adapter is activated",
+        attributes=("lora_request", "prompt_token_ids", "request_id"),
+    ),
+    Seam(
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LoRAModelRunnerMixin.set_active_loras",
+        ACTIVATION,
+        "is extended on the model runner: the order of a step's requests",
+        overrides=(
+            "self",
+            "input_batch",
+            "num_scheduled_tokens",
+            "num_sampled_tokens",
+            "mapping_type",
+        ),
+        markers=("input_batch.make_lora_inputs(num_scheduled_tokens, num_sampled_tokens)",),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch.make_lora_inputs",
+        ACTIVATION,
+        "rows lie as the requests do",
+        markers=("req_lora_mapping.repeat(num_scheduled_tokens)",),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch",
+        ACTIVATION,
+        "the order of a step's requests",
+        attributes=("req_ids",),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.lora_utils",
+        "LoraState.make_lora_inputs",
+        ACTIVATION,
+        "is extended on the second model runner's state: the order of a step's requests",
+        overrides=("self", "req_ids", "idx_mapping", "num_scheduled_tokens"),
+        markers=("lora_ids.repeat(num_scheduled_tokens)",),
+        platform="gpu",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.__init__",
+        ACTIVATION,
+        "the second model runner's state",
+        markers=("self.lora_state = LoraState(",),
+        platform="gpu",
+    ),
+)
+
+SEAMS: tuple[Seam, ...] = (*KEYS, *STEPS)

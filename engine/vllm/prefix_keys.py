@@ -1,0 +1,127 @@
+"""Keys of the prefix cache: before its invocation, an activated adapter's blocks are the base's.
+
+vLLM hashes a block with its tokens, the hash of the block before and extra keys; an adapter's name
+and path are one. Blocks that end at or before the invocation's first token get no such key, so that
+the base, and every other activated adapter, finds them, and they find the base's. Blocks from there
+on carry the name and path as ever, and the offset: a block that holds two occurrences, or is
+followed by the end of another, has the same tokens under different offsets.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vllm.logger import init_logger
+
+from molehill.engine import formats
+from molehill.engine.adapter.activation import activation_offset
+from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.formats.readers import invocation
+from molehill.engine.vllm import compat
+from molehill.engine.vllm.activation_seams import PREFIX_KEYS
+
+logger = init_logger("vllm.molehill")
+
+# Adapters whose invocation tokens are remembered.
+MOST = 4096
+
+ExtraKeys = tuple[tuple[Any, ...] | None, int]
+
+
+class Activation(NamedTuple):
+    """Of one request. offset: the first position that the adapter acts on; -1 if it never does.
+    mark: what its blocks from there on carry beside name and path."""
+
+    offset: int
+    mark: int | str
+
+
+def install() -> None:
+    """vLLM's general plugin, for the engine core; without effect a second time.
+
+    Where vLLM's keys are not as expected, without effect and with a warning: molehill's worker then
+    refuses activated adapters.
+    """
+    if are_installed():
+        return
+    try:
+        compat.check_prefix_keys()
+    except (ImportError, RuntimeError) as error:
+        logger.warning("Activated adapters cannot be served: %s", error)
+        return
+    from vllm.v1.core import kv_cache_utils
+
+    original: Callable[..., ExtraKeys] = kv_cache_utils.generate_block_hash_extra_keys
+    replacement = with_activation(original)
+    # vLLM's modules import it by name. Those that come later get it from there.
+    for name, module in list(sys.modules.items()):
+        found = getattr(module, "__dict__", {}).get(PREFIX_KEYS.name)
+        if name.startswith("vllm.") and found is original:
+            setattr(module, PREFIX_KEYS.name, replacement)
+
+
+def are_installed() -> bool:
+    """Whether this process's blocks are keyed so."""
+    module = sys.modules.get(PREFIX_KEYS.module)
+    return hasattr(getattr(module, PREFIX_KEYS.name, None), "follows_activation")
+
+
+def check(adapter: Adapter) -> None:
+    """Raises UnsupportedError for an activated adapter where blocks are not keyed so: they would be
+    taken for those of other offsets."""
+    if adapter.invocation_tokens and not are_installed():
+        found = "an activated adapter in an engine without molehill's plugin"
+        raise UnsupportedError(invocation.FIELD, found, "molehill among VLLM_PLUGINS")
+
+
+def with_activation(original: Callable[..., ExtraKeys]) -> Callable[..., ExtraKeys]:
+    """vLLM's generate_block_hash_extra_keys, whose adapter's key follows the activation."""
+
+    @functools.wraps(original)
+    def extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> ExtraKeys:
+        keys, mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        activation = activation_of(request) if request.lora_request else None
+        if activation is None or keys is None:
+            return keys, mm_idx
+        own = () if end_token_idx <= activation.offset else (activation.mark,)
+        changed = (
+            (*key, *own) if key[0] == "lora" else key for key in keys if own or key[0] != "lora"
+        )
+        return tuple(changed) or None, mm_idx
+
+    extra_keys.follows_activation = True  # type: ignore[attr-defined]
+    return extra_keys
+
+
+def activation_of(request: Any) -> Activation | None:
+    """Of vLLM's Request, which keeps it; None if its adapter acts on every token. Never raises."""
+    try:
+        found: Activation | None = request.molehill_activation
+    except AttributeError:
+        found = request.molehill_activation = _activation_of(request)
+    return found
+
+
+def _activation_of(request: Any) -> Activation | None:
+    try:
+        tokens = invocation_tokens(request.lora_request.lora_path)
+    except Exception:
+        # Shared with nobody, its blocks are right whatever the adapter does.
+        logger.exception("The config of adapter %s is unreadable", request.lora_request.lora_name)
+        return Activation(-1, request.request_id)
+    if not tokens:
+        return None
+    offset = activation_offset(request.prompt_token_ids or (), tokens)
+    return Activation(-1, -1) if offset is None else Activation(offset, offset)
+
+
+@lru_cache(MOST)
+def invocation_tokens(path: str) -> tuple[int, ...]:
+    """Of the adapter in a directory. Raises AdapterError, OSError."""
+    return formats.invocation_tokens(Path(path))

@@ -1,0 +1,266 @@
+"""Activated adapters in the engine: which tokens they act on, and which cached ones they share.
+
+Steps take 24 tokens and blocks 32, so that chunks and blocks cut prompts, and each other, at odd
+places; the cache has room for less than a batch, and drafts of an n-gram speculator are verified.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.activated import INVOCATION, OTHER, activate, golden_prompts
+from support.asking import LOGIT_TOLERANCE, Reply, ask_each
+from support.engines import engine
+from support.golden import TINY_LLAMA, Case, Prompt, greatest_difference
+from support.oracle import answer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from molehill.engine import formats
+from molehill.engine.adapter.activation import activation_offset
+from molehill.engine.hf.reference import attach
+
+CHUNK, BLOCK = 24, 32
+BLOCKS = 14
+TEXT = [(37 * i + 11) % 290 + 5 for i in range(120)]
+
+DRAFTS = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[Any]:
+    options = {
+        "max_num_batched_tokens": CHUNK,
+        "max_num_seqs": 6,
+        "num_gpu_blocks_override": BLOCKS,
+        "speculative_config": DRAFTS,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    with engine(**options) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def adapters(llm: Any, tmp_path_factory: Any) -> dict[str, Any]:
+    """By name; `base` is None."""
+    from vllm.lora.request import LoRARequest
+
+    folder = Path(tmp_path_factory.mktemp("activated"))
+    paths = {
+        "plain": Case("lora").path,
+        "alora": Case("alora").path,
+        "dynmole": activate("dynmole-default", folder / "dynmole", OTHER),
+        "mixlora": activate("mixlora", folder / "mixlora", OTHER),
+    }
+    found = {
+        name: LoRARequest(name, i, str(path)) for i, (name, path) in enumerate(paths.items(), 1)
+    }
+    for request in found.values():
+        assert llm.llm_engine.add_lora(request)
+    return {"base": None, **found}
+
+
+def invoked(offset: int, invocation: Sequence[int] = INVOCATION, length: int = 80) -> list[int]:
+    """A prompt with an invocation at `offset`."""
+    return [*TEXT[:offset], *invocation, *TEXT[offset:]][:length]
+
+
+def expected(model: Any, request: Any, prompt: Sequence[int], steps: int = 8) -> Prompt:
+    """By the definition, on the rows from the invocation on."""
+    if request is None:
+        return answer(model, "base", prompt, steps)
+    adapter = formats.read(Path(request.lora_path))
+    tokens = adapter.invocation_tokens
+    start = activation_offset(prompt, tokens) if tokens else 0
+    assert start is not None
+    with attach(model, adapter, start=start):
+        return answer(model, request.lora_name, prompt, steps)
+
+
+def assert_as(reply: Reply, prompt: Prompt) -> None:
+    assert reply.tokens == prompt.greedy[: len(reply.tokens)], prompt.case
+    assert greatest_difference(reply.logits, prompt.logits) <= LOGIT_TOLERANCE, prompt.case
+
+
+def ask(llm: Any, prompts: Sequence[Sequence[int]], requests: Sequence[Any]) -> list[Reply]:
+    return ask_each(llm, [list(prompt) for prompt in prompts], requests, tokens=8)
+
+
+def test_pefts_answers_to_the_golden_prompts(llm: Any, adapters: dict[str, Any]) -> None:
+    """All in one batch, with the base's own answers to the same prompts between them."""
+    prompts = [prompt for prompt in golden_prompts() if len(prompt.ids) < 70]
+    oracle = {tuple(p["prompt_token_ids"]): p for p in Case("alora").oracle["prompts"]}
+    requests = [adapters["alora"], None] * len(prompts)
+    ids = [list(prompt.ids) for prompt in prompts for _ in range(2)]
+    replies = ask_each(llm, ids, requests, tokens=12)
+    for i, prompt in enumerate(prompts):
+        assert_as(replies[2 * i], prompt)
+        assert list(replies[2 * i + 1].tokens) == oracle[prompt.ids]["base_greedy_token_ids"]
+
+
+@pytest.fixture(scope="module")
+def peft_model() -> Any:
+    """Of its own: PEFT changes the model that it is given."""
+    peft = pytest.importorskip("peft", reason="the dev extra is not installed")
+    base = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(base, Case("alora").path).eval()
+
+
+@torch.no_grad()
+def pefts_logits(peft_model: Any, prompt: list[int]) -> Tensor:
+    found: Tensor = peft_model(torch.tensor([prompt]), use_cache=False).logits[0]
+    return found
+
+
+SHAPES = {
+    "first": invoked(0),
+    "last": invoked(77),
+    "twice": [*invoked(20, length=50), *invoked(9, length=30)],
+    "overlapping beginnings": [*TEXT[:21], 301, 17, *INVOCATION, *TEXT[:20]],
+    "cut by a block's border": invoked(BLOCK - 1),
+    "before a block's border": invoked(BLOCK - 3),
+    "behind a block's border": invoked(2 * BLOCK),
+    "cut by a chunk's border": invoked(CHUNK - 1),
+    "before a chunk's border": invoked(CHUNK - 3),
+    "behind a chunk's border": invoked(2 * CHUNK),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_of_prompt_gives_pefts_logits(
+    llm: Any, adapters: dict[str, Any], peft_model: Any, shape: str
+) -> None:
+    prompt = SHAPES[shape]
+    (reply,) = ask_each(llm, [prompt], [adapters["alora"]], tokens=1, prompt_logits=True)
+    assert reply.prompt_logits is not None
+    found = torch.cat([reply.prompt_logits, reply.logits.unsqueeze(0)])
+    assert greatest_difference(found, pefts_logits(peft_model, prompt)) <= LOGIT_TOLERANCE
+
+
+def test_base_plain_and_activated_adapters_in_one_batch(
+    llm: Any, adapters: dict[str, Any], model: Any
+) -> None:
+    """Each prompt has both invocations, at other places."""
+    prompts = [
+        [*invoked(30, length=40 + i), *invoked(12, OTHER, length=30)] for i in range(0, 15, 3)
+    ]
+    names = [name for name in adapters for _ in range(2)]
+    jobs = [(prompts[i % len(prompts)], adapters[name]) for i, name in enumerate(names)]
+    replies = ask(llm, [prompt for prompt, _ in jobs], [request for _, request in jobs])
+    for reply, (prompt, request) in zip(replies, jobs, strict=True):
+        assert_as(reply, expected(model, request, prompt))
+
+
+# Two whole blocks come before the invocation, and one has it.
+BOTH = [*TEXT[:66], *INVOCATION, *TEXT[66:70], *OTHER, *TEXT[70:100]]
+FOLLOWERS = {"base": 64, "alora": 64, "dynmole": 64, "mixlora": 64, "plain": 0}
+
+
+@pytest.mark.parametrize("first", ["base", "alora", "dynmole"])
+def test_what_one_has_read_before_its_invocation_serves_all_but_plain_adapters(
+    llm: Any, adapters: dict[str, Any], model: Any, first: str
+) -> None:
+    assert llm.reset_prefix_cache()
+    (reply,) = ask(llm, [BOTH], [adapters[first]])
+    assert reply.cached == 0
+    for name, cached in FOLLOWERS.items():
+        (reply,) = ask(llm, [BOTH], [adapters[name]])
+        # What it has itself computed, from its invocation on, it finds as well.
+        assert (name, reply.cached) == (name, 96 if name == first else cached)
+        assert_as(reply, expected(model, adapters[name], BOTH))
+
+
+def test_a_salt_separates_what_is_the_bases_too(llm: Any, adapters: dict[str, Any]) -> None:
+    from vllm import SamplingParams
+
+    assert llm.reset_prefix_cache()
+    ask(llm, [BOTH], [None])
+    sampling = SamplingParams(temperature=0, max_tokens=1)
+    cached = []
+    for salt, request in (("x", adapters["alora"]), ("x", None), ("y", adapters["alora"])):
+        prompt = {"prompt_token_ids": BOTH, "cache_salt": salt}
+        (output,) = llm.generate([prompt], sampling, lora_request=request, use_tqdm=False)
+        cached.append(output.num_cached_tokens)
+    assert cached == [0, 64, 0]
+
+
+def test_other_weights_under_the_name_keep_what_is_the_bases(
+    llm: Any, adapters: dict[str, Any], model: Any, tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    path = activate("alora", tmp_path / "other", INVOCATION, lora_alpha=2)
+    assert llm.reset_prefix_cache()
+    ask(llm, [BOTH], [adapters["alora"]])
+    other = LoRARequest("alora", 50, str(path))
+    assert llm.llm_engine.add_lora(other)
+    (reply,) = ask(llm, [BOTH], [other])
+    assert llm.llm_engine.remove_lora(50)
+    assert reply.cached == 64
+    wanted = expected(model, other, BOTH)
+    assert_as(reply, wanted)
+    assert greatest_difference(wanted.logits, expected(model, adapters["alora"], BOTH).logits) > 0.1
+
+
+@torch.no_grad()
+def test_samples_of_one_prompt(llm: Any, adapters: dict[str, Any], model: Any) -> None:
+    """Whatever was drawn, its logits are those of the adapter from the invocation on."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(n=3, max_tokens=8, ignore_eos=True, logprobs=-1)
+    request, prompt = adapters["dynmole"], {"prompt_token_ids": BOTH}
+    (output,) = llm.generate([prompt], sampling, lora_request=request, use_tqdm=False)
+    assert len(output.outputs) == 3
+    adapter = formats.read(Path(request.lora_path))
+    assert activation_offset(BOTH, adapter.invocation_tokens) == 73
+    for sample in output.outputs:
+        ids = [*BOTH, *sample.token_ids]
+        with attach(model, adapter, start=73):
+            wanted = model(torch.tensor([ids]), use_cache=False).logits[0, len(BOTH) - 1 : -1]
+        found = [[row[token].logprob for token in range(len(row))] for row in sample.logprobs]
+        assert greatest_difference(torch.tensor(found), wanted) <= LOGIT_TOLERANCE
+
+
+def counter(llm: Any, name: str) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+def test_preempted_requests_and_drafts(llm: Any, adapters: dict[str, Any], model: Any) -> None:
+    """Blocks for 416 tokens, of which six requests want 130 each."""
+    assert llm.reset_prefix_cache()
+    preempted = counter(llm, "vllm:num_preemptions")
+    accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
+    names = ["alora", "base", "dynmole", "alora", "mixlora", "plain"]
+    prompts = [[*TEXT[i:50], *INVOCATION, *TEXT[i:20], *OTHER, *TEXT[:9]] for i in range(6)]
+    requests = [adapters[name] for name in names]
+    replies = ask_each(llm, prompts, requests, tokens=50)
+    for prompt, request, reply in zip(prompts, requests, replies, strict=True):
+        assert_as(reply, expected(model, request, prompt, steps=50))
+    assert counter(llm, "vllm:num_preemptions") > preempted
+    assert counter(llm, "vllm:spec_decode_num_accepted_tokens") > accepted
+
+
+def test_a_prompt_without_the_invocation_is_not_the_bases_answer(
+    llm: Any, adapters: dict[str, Any]
+) -> None:
+    """molehill's API refuses it; here the outputs are zeroed, and the rest of the batch is not."""
+    prompt = TEXT[:70]
+    base, absent, again = ask(llm, [prompt] * 3, [None, adapters["alora"], None])
+    assert base.tokens == again.tokens
+    assert greatest_difference(absent.logits, base.logits) > 0.1
+    (warm,) = ask(llm, [prompt], [None])
+    assert warm.cached == 64
+    assert warm.tokens == base.tokens

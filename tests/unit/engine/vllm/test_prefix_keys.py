@@ -1,0 +1,195 @@
+"""Which blocks of the prefix cache requests have in common, by vLLM's own hashes."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.golden import Case
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.utils.hashing import sha256_cbor
+from vllm.v1.core import block_pool, kv_cache_utils
+from vllm.v1.request import Request
+
+from molehill.engine import formats
+from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.vllm import prefix_keys
+
+BLOCK = 16
+INVOCATION = [301, 17, 302]
+OTHER = [300, 17, 302]
+TEXT = list(range(20, 100))
+
+
+@pytest.fixture(autouse=True)
+def installed() -> Iterator[None]:
+    """In this process, for the test."""
+    name = "generate_block_hash_extra_keys"
+    before = {module: getattr(module, name) for module in (kv_cache_utils, block_pool)}
+    prefix_keys.install()
+    kv_cache_utils.init_none_hash(sha256_cbor)
+    yield
+    for module, original in before.items():
+        setattr(module, name, original)
+
+
+@pytest.fixture
+def adapters(edited: Callable[..., Path]) -> dict[str, LoRARequest]:
+    """A plain LoRA, PEFT's activated one, and an activated mixture."""
+    paths = {
+        "plain": Case("lora").path,
+        "alora": Case("alora").path,
+        "dynmole": edited("dynmole-k1", {"alora_invocation_tokens": OTHER}),
+    }
+    return {
+        name: LoRARequest(name, i, str(path)) for i, (name, path) in enumerate(paths.items(), 1)
+    }
+
+
+def request(prompt: list[int], lora: LoRARequest | None = None, salt: str | None = None) -> Request:
+    hasher = kv_cache_utils.get_request_block_hasher(BLOCK, sha256_cbor)
+    return Request(
+        request_id=f"r{len(prompt)}",
+        prompt_token_ids=list(prompt),
+        sampling_params=SamplingParams(max_tokens=100),
+        pooling_params=None,
+        lora_request=lora,
+        cache_salt=salt,
+        block_hasher=hasher,
+    )
+
+
+def common(one: Request, other: Request) -> int:
+    """Blocks at the start that the two have in common."""
+    pairs = list(zip(one.block_hashes, other.block_hashes, strict=False))
+    same = [a == b for a, b in pairs]
+    # A hash holds that of the block before, so none can be the same after one that is not.
+    assert same == sorted(same, reverse=True)
+    return sum(same)
+
+
+def at(offset: int, invocation: list[int] = INVOCATION, length: int = 80) -> list[int]:
+    prompt = TEXT[:length]
+    return [*prompt[:offset], *invocation, *prompt[offset:]][:length]
+
+
+@pytest.mark.parametrize(
+    ("offset", "shared"), [(0, 0), (15, 0), (16, 1), (31, 1), (32, 2), (70, 4), (77, 4)]
+)
+def test_blocks_that_end_before_the_invocation_are_the_bases(
+    adapters: dict[str, LoRARequest], offset: int, shared: int
+) -> None:
+    base, own = request(at(offset)), request(at(offset), adapters["alora"])
+    assert len(base.block_hashes) == len(own.block_hashes) == 5
+    assert common(base, own) == shared
+    assert common(request(at(offset)), base) == 5
+
+
+def test_activated_adapters_share_with_each_other_and_plain_ones_with_nobody(
+    adapters: dict[str, LoRARequest],
+) -> None:
+    prompt = [*TEXT[:40], *INVOCATION, *TEXT[40:60], *OTHER, *TEXT[60:]]
+    alora, dynmole = (request(prompt, adapters[name]) for name in ("alora", "dynmole"))
+    plain = request(prompt, adapters["plain"])
+    assert common(alora, dynmole) == 2
+    assert common(request(prompt), dynmole) == 3
+    assert common(request(prompt), plain) == common(alora, plain) == 0
+    assert common(plain, request(prompt, adapters["plain"])) == 5
+
+
+def test_other_weights_share_what_is_the_bases_and_no_more(
+    adapters: dict[str, LoRARequest], tmp_path: Path
+) -> None:
+    """As after an in-place reload: the name is the same, the path is the other digest's."""
+    copy = tmp_path / "other"
+    copy.symlink_to(Case("alora").path)
+    reloaded = LoRARequest("alora", 9, str(copy))
+    prompt = at(40)
+    assert common(request(prompt, adapters["alora"]), request(prompt, reloaded)) == 2
+
+
+def test_the_same_tokens_under_another_offset_are_other_blocks(
+    adapters: dict[str, LoRARequest],
+) -> None:
+    """Block 0 holds an invocation, and the beginning of another that only one prompt ends."""
+    alora = adapters["alora"]
+    block = [*TEXT[:5], *INVOCATION, *TEXT[5:11], 301, 17]
+    assert len(block) == BLOCK
+    once, twice = request([*block, 5, 6, *TEXT], alora), request([*block, 302, *TEXT], alora)
+    assert (once.molehill_activation.offset, twice.molehill_activation.offset) == (5, 14)
+    assert common(once, twice) == 0
+
+
+def test_what_was_generated_is_not_searched_until_it_is_a_prompt(
+    adapters: dict[str, LoRARequest],
+) -> None:
+    alora = adapters["alora"]
+    prompt = [*TEXT[:2], *INVOCATION, *TEXT[2:6]]
+    generated = [*INVOCATION, *TEXT[6:40]]
+    first = request(prompt, alora)
+    first.append_output_token_ids(generated)
+    assert first.molehill_activation.offset == 2
+    assert len(first.block_hashes) == 2
+    again = request([*prompt, *generated], alora)
+    assert again.molehill_activation.offset == len(prompt)
+    assert common(first, again) == 0
+    alike = request(prompt, alora)
+    alike.append_output_token_ids(generated)
+    assert common(first, alike) == 2
+
+
+def test_a_salt_keeps_others_out_before_the_invocation_too(
+    adapters: dict[str, LoRARequest],
+) -> None:
+    prompt = at(40)
+    alora = adapters["alora"]
+    salted = request(prompt, alora, salt="mine")
+    assert common(request(prompt, salt="mine"), salted) == 2
+    assert common(request(prompt), salted) == common(request(prompt, alora), salted) == 0
+    assert common(request(prompt, alora, salt="yours"), salted) == 0
+
+
+def test_a_prompt_without_the_invocation_shares_nothing_with_the_base(
+    adapters: dict[str, LoRARequest],
+) -> None:
+    """Only past molehill's API; its outputs are zeroed."""
+    assert common(request(TEXT), request(TEXT, adapters["alora"])) == 0
+
+
+def test_a_config_that_cannot_be_read_shares_with_nobody(tmp_path: Path, caplog: Any) -> None:
+    gone = LoRARequest("gone", 7, str(tmp_path / "gone"))
+    one, other = request(TEXT, gone), request(TEXT[:70], gone)
+    assert common(one, other) == common(request(TEXT), one) == 0
+
+
+def test_events_show_the_bases_blocks_as_the_bases(adapters: dict[str, LoRARequest]) -> None:
+    own = request(at(32), adapters["alora"])
+    keys = [
+        block_pool.generate_block_hash_extra_keys(own, start, start + BLOCK, 0)[0]
+        for start in range(0, 64, BLOCK)
+    ]
+    assert kv_cache_utils.to_event_extra_keys(keys) == [None, None, ("alora",), ("alora",)]
+
+
+def test_a_second_installation_changes_nothing() -> None:
+    before = kv_cache_utils.generate_block_hash_extra_keys
+    prefix_keys.install()
+    assert (
+        kv_cache_utils.generate_block_hash_extra_keys
+        is before
+        is (block_pool.generate_block_hash_extra_keys)
+    )
+    assert prefix_keys.are_installed()
+
+
+def test_other_keys_of_vllms_leave_it_alone(monkeypatch: Any, caplog: Any) -> None:
+    def generate(request: Any, start: int, end: int) -> None: ...
+
+    monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", generate)
+    prefix_keys.install()
+    assert kv_cache_utils.generate_block_hash_extra_keys is generate
+    assert not prefix_keys.are_installed()
+    with pytest.raises(UnsupportedError, match="VLLM_PLUGINS"):
+        prefix_keys.check(formats.read(Case("alora").path))
+    prefix_keys.check(formats.read(Case("lora").path))
