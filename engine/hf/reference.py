@@ -67,7 +67,7 @@ def attach(
     with ExitStack() as stack:
         for site, mixture in sites.items():
             module = modules[site]
-            applied = (
+            applied: _Forward = (
                 _router_forward(site, module, mixture)
                 if is_router(module)
                 else _forward(site, mixture, _apply(module, mixture, model), trace)
