@@ -1,6 +1,6 @@
 """The golden cases under other engine configurations give what the plain one gives."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,15 @@ def test_configuration_matches_the_reference(
         monkeypatch.setenv(variable, value)
     # The first two prompts of the base and of every method, in one batch.
     prompts = every_prompt()[: 2 * (1 + len(SERVED))]
-    prompts += [prompt for own in authored.values() for prompt in own.prompts]
     prompts += activated.golden_prompts()
-    others = {name: own.path for name, own in authored.items()} | {"alora": Case("alora").path}
-    with engine(**configuration.options, max_loras=40) as llm:
+    # Some have the name of a golden case.
+    others = {f"authored-{name}": own.path for name, own in authored.items()}
+    others["alora"] = Case("alora").path
+    prompts += [
+        replace(prompt, case=f"authored-{name}")
+        for name, own in authored.items()
+        for prompt in own.prompts
+    ]
+    with engine(**configuration.options, max_loras=44) as llm:
         assert_golden(ask(llm, prompts, others=others), prompts)
         assert_dora(llm, dora, tmp_path / "dora")

@@ -82,10 +82,12 @@ def serve(
     files: tuple[int, ...] = ()
     before = ""
     if warm:
-        lent, files = warming.lent()
+        lent, files = warming.lent(log)
         lent["PYTHONPATH"] = str(TESTS)
         before = "from support import warm; warm.borrow(); "
-    with log.open("wb") as output:
+    log.write_bytes(b"")
+    # Several processes write to it.
+    with log.open("ab") as output:
         process = subprocess.Popen(
             command(model, *arguments, before=before),
             stdout=output,

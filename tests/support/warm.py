@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import context, forkserver
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,9 +23,11 @@ PRELOADED = [
     "molehill.engine.vllm.worker",
 ]
 # For another process: the warm server's address, and the end of a pipe by which it sees that the
-# process lives. The group that its processes join, so that they can be ended with it.
+# process lives. The group that its processes join, so that they can be ended with it, and the file
+# to which they write, as they would if they were its children.
 ADDRESS = "MOLEHILL_TEST_FORKSERVER"
 GROUP = "MOLEHILL_TEST_GROUP"
+LOG = "MOLEHILL_TEST_LOG"
 
 
 @contextmanager
@@ -35,13 +38,15 @@ def start() -> Iterator[None]:
         yield
 
 
-def lent() -> tuple[dict[str, str], tuple[int, ...]]:
-    """What a new process of this one's session needs to `borrow`: environment, and open files."""
+def lent(log: Path) -> tuple[dict[str, str], tuple[int, ...]]:
+    """What a new process of this one's session needs to `borrow`: environment, and open files.
+
+    log: appended to by whatever is forked for it."""
     _ensure_running()
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     alive: int = server._forkserver_alive_fd
     address = os.fsdecode(server._forkserver_address)
-    return {ADDRESS: f"{alive} {address}"}, (alive,)
+    return {ADDRESS: f"{alive} {address}", LOG: str(log)}, (alive,)
 
 
 def borrow() -> None:
@@ -85,6 +90,9 @@ def _run(environment: dict[str, str], target: Callable[..., Any], kwargs: dict[s
     os.environ.update(environment)
     if GROUP in environment:
         os.setpgid(0, int(environment[GROUP]))
+        with open(environment[LOG], "ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
     multiprocessing.get_context = _instead_of_spawning(  # type: ignore[assignment]
         context.ForkContext()
     )

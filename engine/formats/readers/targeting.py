@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.adapter.model import natural_key
 from molehill.engine.adapter.module_names import canonical, split_layer
 from molehill.engine.formats.io.fields import Fields, shortened
 from molehill.engine.formats.readers.patterns import Clock, Pattern
@@ -70,7 +71,7 @@ class Targeting:
 
         Raises UnsupportedError for the first that is not adapted, LimitError for a slow pattern.
         """
-        for module in modules:
+        for module in sorted(modules, key=natural_key):
             field = self.against(module)
             if field is not None:
                 value = shortened(self._config.values.get(field))
