@@ -44,16 +44,17 @@ def test_tokens_of_the_wrong_type_are_refused(edited, case, tokens):
     assert error.expected == "a list of token ids"
 
 
-def test_dora_is_refused_as_peft_refuses_it(edited):
+@pytest.mark.parametrize("case", ["lora", "dora"])
+def test_dora_is_refused_as_peft_refuses_it(edited, case):
+    """With magnitudes, and without: that is read as a plain LoRA."""
     peft = pytest.importorskip("peft", reason="the dev extra is not installed")
     from torch import nn
 
     config = peft.LoraConfig(target_modules=["0"], use_dora=True, alora_invocation_tokens=[5])
     with pytest.raises(ValueError, match="unsupported variant combination"):
         peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
-    for case in ("lora", "dora"):
-        error = refusal(UnsupportedError, edited(case, {FIELD: [5], "use_dora": True}))
-        assert (error.where, error.found) == ("adapter_config.json: use_dora", "DoRA")
+    error = refusal(UnsupportedError, edited(case, {FIELD: [5], "use_dora": True}))
+    assert (error.where, error.found) == ("adapter_config.json: use_dora", "DoRA")
 
 
 def test_lora_on_parameters_is_refused_beside_it(golden, tmp_path):
