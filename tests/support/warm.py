@@ -90,6 +90,7 @@ def _run(environment: dict[str, str], target: Callable[..., Any], kwargs: dict[s
     os.environ.update(environment)
     if GROUP in environment:
         os.setpgid(0, int(environment[GROUP]))
+    if LOG in environment:
         with open(environment[LOG], "ab") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
