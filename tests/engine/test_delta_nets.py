@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import tiny_models
+from support import tiny_models, warm
 from support.asking import ask_each
 from support.engines import engine
 
@@ -41,9 +41,13 @@ def test_the_base_starts_without_torchvision_and_agrees_with_transformers(
         assert error.std() < TOLERANCE * expected.std()
 
 
-def test_a_worker_refuses_another_dtype_before_the_model_loads(tmp_path: Path, capfd: Any) -> None:
-    """Its processes start anew: those of other tests write where these tests do not read."""
+def test_a_worker_refuses_another_dtype_before_the_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm import LLM
+
+    log = tmp_path / "log"
+    monkeypatch.setenv(warm.LOG, str(log))
 
     options = {
         "dtype": "float32",
@@ -52,10 +56,10 @@ def test_a_worker_refuses_another_dtype_before_the_model_loads(tmp_path: Path, c
         "max_model_len": 64,
         "worker_cls": "molehill.engine.vllm.worker.Worker",
     }
-    with pytest.raises(RuntimeError):
+    with warm.start(), pytest.raises(RuntimeError):
         LLM(model=str(tiny_models.build("qwen3_5_text", tmp_path)), **options)
     sentence = (
         "--dtype: found float32, expected bfloat16: vLLM's CPU kernels for the gated delta net "
         "of qwen3_5_text take nothing else"
     )
-    assert sentence in "".join(capfd.readouterr())
+    assert sentence in log.read_text()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ class Model:
         self.weights = [random(OUT, INPUTS, seed=i, scale=0.1).cuda() for i in range(LAYERS)]
         for weight in self.weights:
             handle = self.backend.register_linear(LinearShape("linear", INPUTS, OUT))
-            layer = nn.Module()
+            layer: Any = nn.Module()
             layer.weight, layer.quant_method = weight, self
             self.linears.add(handle, layer)
         self.backend.seal()

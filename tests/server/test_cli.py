@@ -6,6 +6,7 @@ import sys
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.api_client import BASE, GOLDEN
@@ -127,7 +128,7 @@ def parsed(*arguments: str) -> options.Options:
     return from_namespace(make_parser().parse_args(arguments))
 
 
-def prepared(*arguments: str, ours: options.Options | None = None) -> object:
+def prepared(*arguments: str, ours: options.Options | None = None) -> Any:
     args = launcher.parse([str(TINY_LLAMA), *arguments])
     return launcher.prepare(args, ours or options.Options())
 

@@ -76,7 +76,7 @@ def without_numbers(folder: Path) -> None:
     save_file(tensors, folder / files.SAFETENSORS)
 
 
-DAMAGE = {
+DAMAGE: dict[Callable[[Path], None], str] = {
     truncated: "corrupt_file",
     endless_header: "corrupt_file",
     grown_shape: "corrupt_file",

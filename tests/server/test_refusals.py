@@ -288,7 +288,8 @@ def test_a_body_that_is_no_json_is_refused(api: Api) -> None:
 def test_unknown_query_parameters_are_refused(clean: Api, method: str, path: str) -> None:
     assert clean.load("m", "lora").status_code == 200
     url = path.format(name="m")
-    body = {"name": "m", "source": "lora"} if "unload" not in url else {"lora_name": "m"}
+    body: dict[str, Any] = {"name": "m", "source": "lora"}
+    body = body if "unload" not in url else {"lora_name": "m"}
     body = {"pinned": False} if "/pin" in url else body
     answer = clean.http.request(method, url, json=body if method == "POST" else None)
     assert clean.error(answer)[:2] == (422, "unknown_parameter")

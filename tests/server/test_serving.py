@@ -89,7 +89,8 @@ def test_chat_renders_the_template_and_runs_on_the_adapter(api: Api) -> None:
             temperature=0,
             extra_body={"ignore_eos": True, "return_token_ids": True},
         )
-        answers[model] = response.choices[0].token_ids
+        choice: Any = response.choices[0]
+        answers[model] = choice.token_ids
         assert response.model == model
         assert answers[model] == api.greedy(model, rendered)
     assert answers["started"] != answers[BASE]
@@ -173,7 +174,8 @@ def test_several_samples_run_on_the_adapter(api: Api) -> None:
         # Among one candidate, sampling is greedy; vLLM refuses n > 1 at temperature 0.
         extra_body={"top_k": 1, "ignore_eos": True, "return_token_ids": True},
     )
-    assert [c.token_ids for c in response.choices] == [prompt["greedy_token_ids"]] * 3
+    choices: list[Any] = list(response.choices)
+    assert [c.token_ids for c in choices] == [prompt["greedy_token_ids"]] * 3
 
 
 def test_an_unknown_model_is_not_found(api: Api) -> None:
@@ -209,7 +211,8 @@ def test_an_adapter_named_like_a_content_type_takes_no_foreign_requests(clean: A
             temperature=0,
             extra_body={"ignore_eos": True, "return_token_ids": True},
         )
-        token_ids: list[int] = response.choices[0].token_ids
+        choice: Any = response.choices[0]
+        token_ids: list[int] = choice.token_ids
         return token_ids
 
     alone = chat(BASE)

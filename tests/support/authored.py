@@ -127,7 +127,11 @@ def shared_names(parts: SimpleNamespace, stem: str) -> dict[str, Tensor]:
 
 
 MOLE = {"lora_rank": RANK, "num_experts": EXPERTS, "bias": "none", "init_lora_weights": True}
-SPARSEGEN_CFG = {"enabled": True, "input_sizes": [64, 128, 176], "hidden_sizes": HIDDEN}
+SPARSEGEN_CFG: dict[str, Any] = {
+    "enabled": True,
+    "input_sizes": [64, 128, 176],
+    "hidden_sizes": HIDDEN,
+}
 METHODS = (
     Method(
         "mole-top-k",

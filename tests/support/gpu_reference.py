@@ -1,7 +1,7 @@
 """The golden cases' adapters on the plain Transformers model, in float32 on this GPU."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ class Reference:
     """Exact float32: TF32 is off while it computes."""
 
     def __init__(self) -> None:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             TINY_LLAMA, dtype=torch.float32, attn_implementation="eager"
         )
         self._model = model.cuda().eval()
@@ -28,7 +28,7 @@ class Reference:
         """float32 `[1 + generated, vocabulary]`: after the prompt, and after each token that
         followed it."""
         ids = torch.tensor([[*prompt.ids, *generated]], device="cuda")
-        adapter = nullcontext()
+        adapter: AbstractContextManager[Any] = nullcontext()
         if prompt.case != "base":
             own = formats.read(Case(prompt.case).path)
             sites = {site: _on_gpu(mixture) for site, mixture in own.sites.items()}

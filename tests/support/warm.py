@@ -43,7 +43,7 @@ def lent(log: Path) -> tuple[dict[str, str], tuple[int, ...]]:
 
     log: appended to by whatever is forked for it."""
     _ensure_running()
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     alive: int = server._forkserver_alive_fd
     address = os.fsdecode(server._forkserver_address)
     return {ADDRESS: f"{alive} {address}", LOG: str(log)}, (alive,)
@@ -52,7 +52,7 @@ def lent(log: Path) -> tuple[dict[str, str], tuple[int, ...]]:
 def borrow() -> None:
     """From now on, what this process would spawn is forked from the warm server of its parent."""
     alive, _, address = os.environ.pop(ADDRESS).partition(" ")
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     server._forkserver_alive_fd, server._forkserver_address = int(alive), address
     server.ensure_running = lambda: None
     os.environ[GROUP] = str(os.getpgrp())
@@ -90,6 +90,7 @@ def _run(environment: dict[str, str], target: Callable[..., Any], kwargs: dict[s
     os.environ.update(environment)
     if GROUP in environment:
         os.setpgid(0, int(environment[GROUP]))
+    if LOG in environment:
         with open(environment[LOG], "ab") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)

@@ -91,7 +91,7 @@ def test_contestants_compute_the_same_plain_lora(arm):
     layers, inputs = make_layers(point, 1), make_inputs(point.tokens)
     if arm == "vllm":
         pytest.importorskip("vllm", reason=NO_VLLM)
-        contestant = VllmArm(layers, point.adapters)
+        contestant: VllmArm | MixtureArm = VllmArm(layers, point.adapters)
     else:
         contestant = MixtureArm(MIXTURES[arm](), layers, point.adapters)
     found, expected = outputs_of(contestant, point, inputs), defined(layers[0], inputs)

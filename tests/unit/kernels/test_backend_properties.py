@@ -154,8 +154,9 @@ class Model:
         for i, mixture in slot.linears.items():
             start = self.layer.starts[i]
             if isinstance(mixture, ScaleMixture):
-                vectors = mixture.vectors
-                scales.append(ScalePiece(f"p{i}", mixture.policy, mixture.router, vectors, start))
+                scales.append(
+                    ScalePiece(f"p{i}", mixture.policy, mixture.router, mixture.vectors, start)
+                )
             else:
                 pair, policy = mixture.experts, mixture.policy
                 linears.append(LinearPiece(f"p{i}", start, pair, policy, mixture.router))
@@ -262,28 +263,28 @@ def check(model: Model, own: list[Slot], batch: list[tuple[int | None, int]]) ->
         row += rows
     plain = model.run([], x, base)
     qkv, h, out = model.run(runs, x, base)
-    for number, rows in places:
+    for number, span in places:
         if number in (EMPTY, UNSERVED):
-            assert not qkv[rows].any()
-            assert not out[rows].any()
+            assert not qkv[span].any()
+            assert not out[span].any()
             continue
         if number is BASE:
             for found, before in zip((qkv, h, out), plain, strict=True):
-                assert torch.equal(found[rows], before[rows])
+                assert torch.equal(found[span], before[span])
             continue
-        slot = own[number]
-        wide = x[rows].float()
-        assert_rows(qkv[rows], *expected_qkv(layer, slot, wide, base[rows].float()), dtype)
-        if slot.ffn is None:
-            assert torch.equal(out[rows], plain[2][rows])
-        elif isinstance(slot.ffn, ScaleMixture):
-            before = plain[1][rows].float()
-            sound = decisive(slot.ffn.policy, before @ slot.ffn.router.T)
-            assert_rows(h[rows], reference.scale_mixture(before, slot.ffn)[0], sound, dtype)
+        weights = own[number]
+        wide = x[span].float()
+        assert_rows(qkv[span], *expected_qkv(layer, weights, wide, base[span].float()), dtype)
+        if weights.ffn is None:
+            assert torch.equal(out[span], plain[2][span])
+        elif isinstance(weights.ffn, ScaleMixture):
+            before = plain[1][span].float()
+            sound = decisive(weights.ffn.policy, before @ weights.ffn.router.T)
+            assert_rows(h[span], reference.scale_mixture(before, weights.ffn)[0], sound, dtype)
         else:
-            sound = decisive(slot.ffn.policy, wide @ slot.ffn.router.T)
-            arguments = layer.weights, layer.biases, "silu", slot.ffn
-            assert_rows(out[rows], reference.ffn_mixture(wide, *arguments)[0], sound, dtype)
+            sound = decisive(weights.ffn.policy, wide @ weights.ffn.router.T)
+            arguments = layer.weights, layer.biases, "silu", weights.ffn
+            assert_rows(out[span], reference.ffn_mixture(wide, *arguments)[0], sound, dtype)
 
 
 @pytest.mark.slow

@@ -263,7 +263,8 @@ def test_a_hot_adapter_does_not_starve_a_cold_one(tmp_path: Path) -> None:
         await w.load("hot", 1)
         await w.load("cold", 2)
         # The double's requests end when `more` is set; here each takes some rounds of the loop.
-        w.engine.more = Rounds(6)
+        engine: Any = w.engine
+        engine.more = Rounds(6)
         numbers = {name: w.registry.get(name).lora_int_id for name in ("hot", "cold")}
         done = asyncio.Event()
 

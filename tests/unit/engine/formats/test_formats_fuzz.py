@@ -6,8 +6,10 @@ What comes out is an AdapterError, or an adapter that can be stored, planned and
 import copy
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +46,7 @@ VALUES = st.one_of(
 
 def places(value, path=()):
     """Every path into a JSON value but the empty one."""
-    children = value.items() if isinstance(value, dict) else ()
+    children: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else ()
     children = enumerate(value) if isinstance(value, list) else children
     for name, child in children:
         yield (*path, name)

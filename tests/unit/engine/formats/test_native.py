@@ -5,9 +5,11 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -361,7 +363,7 @@ VALUES = st.one_of(
 def places(value, path=()):
     """Every path into a JSON value."""
     yield path
-    children = value.items() if isinstance(value, dict) else ()
+    children: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else ()
     children = enumerate(value) if isinstance(value, list) else children
     for name, child in children:
         yield from places(child, (*path, name))

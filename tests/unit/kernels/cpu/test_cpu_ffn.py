@@ -71,7 +71,7 @@ def run_ffn(piece, activation, rows, dtype, isa=None, biased=True, widths=WIDTHS
 
 def ffn_piece(present, policy, activation="silu", widths=WIDTHS, ranks=(4, 8, 3)):
     pairs = {
-        name: experts(*widths[name], ranks, seed=i)
+        name: experts(widths[name][0], widths[name][1], ranks, seed=i)
         for i, name in enumerate(widths)
         if name in present
     }

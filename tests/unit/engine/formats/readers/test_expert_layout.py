@@ -116,7 +116,9 @@ def test_each_parameter_may_say_its_own(model, saved):
     tensors = load_file(saved.directory / "adapter_model.safetensors")
     outer = tensors["base_model.model.model.layers.0.mlp.experts.lora_B.weight"]
     grouped = "down_proj" if outer.shape[0] == 64 else "gate_up_proj"
-    layouts = {name: {"lora_B_layout": "rank_major"} for name in ("gate_up_proj", "down_proj")}
+    layouts: dict[str, dict[str, object]] = {
+        name: {"lora_B_layout": "rank_major"} for name in ("gate_up_proj", "down_proj")
+    }
     layouts[grouped] = {"lora_B_layout": "grouped_by_expert", "num_experts": EXPERTS}
     saved.edit(
         auto_mapping={"unsloth_fixed": True},

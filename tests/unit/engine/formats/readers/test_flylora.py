@@ -50,6 +50,7 @@ def test_ranks_are_experts_and_a_is_the_router(golden, stored):
 )
 def test_the_config_is_followed(edited, stored, config, k, scaling):
     mixture = formats.read(edited("flylora", config, safetensors=True)).sites[SITE]
+    assert isinstance(mixture.policy, FlyLoRA)
     assert mixture.policy.k == k
     torch.testing.assert_close(mixture.experts.b, stored[f"{STEM}.lora_B.weight"] * scaling)
 

@@ -1,6 +1,7 @@
 """DoRA on the experts inside an FFN: the file, and the reference against PEFT's own DoRA layers."""
 
 import copy
+from typing import Any, cast
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_the_reference_gives_pefts_logits(plain, oracles, tmp_path, name):
         torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0, atol=2e-4 * scale)
     # What the magnitudes do is not lost in the tolerance.
     sites = {
-        site: type(mixture)(mixture.experts, mixture.policy, mixture.router)
+        site: cast(Any, type(mixture))(mixture.experts, mixture.policy, mixture.router)
         for site, mixture in adapter.sites.items()
     }
     with attach(model, Adapter("mixlora", sites)):

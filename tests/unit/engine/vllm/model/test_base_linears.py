@@ -4,6 +4,8 @@ There is no second stream on a CPU: what is tested is the way through the op, co
 which order the halves run, and that each step launches what it needs.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from support.backend_cases import assert_near, experts, piece_delta, random, router
@@ -77,16 +79,19 @@ class Stack(nn.Module):
             linear.quant_method.process_weights_after_loading(linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return sum(linear(2 * x)[0] for linear in self.linears)
+        first, second = (linear(2 * x)[0] for linear in self.linears)
+        both: torch.Tensor = first + second
+        return both
 
 
 def plain(stack: Stack, x: torch.Tensor) -> torch.Tensor:
     """What the base's linears alone give, in float32."""
     rows = 2 * x.flatten(0, -2).float()
-    return sum(
+    first, second = (
         nn.functional.linear(rows, weight.float(), None if bias is None else bias.float())
         for weight, bias in stack.originals
     )
+    return first + second
 
 
 def piece(seed: int) -> LinearPiece:
@@ -187,7 +192,7 @@ def test_a_gemm_that_returns_a_part_of_a_wider_output_is_copied_into_its_own() -
         def apply(self, layer, x, bias):
             return nn.functional.pad(x, (0, 8))[:, : x.shape[1]]
 
-    layer = nn.Module()
+    layer: Any = nn.Module()
     layer.quant_method = Padded()
     backend = Halves()
     handle = backend.register_linear(LinearShape("linear", OUT, OUT))
