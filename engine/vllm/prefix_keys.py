@@ -8,6 +8,7 @@ followed by the end of another, has the same tokens under different offsets.
 """
 
 import functools
+import multiprocessing
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -41,12 +42,14 @@ class Activation(NamedTuple):
 
 
 def install() -> None:
-    """vLLM's general plugin, for the engine core; without effect a second time.
+    """vLLM's general plugin, for the engine core and its workers; without effect a second time.
 
-    Where vLLM's keys are not as expected, without effect and with a warning: molehill's worker then
-    refuses activated adapters.
+    They are processes that another one started, or one that has imported the engine core by now;
+    others have no blocks, and do not import vLLM's cache for this. Where vLLM's keys are not as
+    expected, without effect and with a warning: molehill's worker then refuses activated adapters.
     """
-    if are_installed():
+    is_started = multiprocessing.parent_process() is not None
+    if are_installed() or not (is_started or PREFIX_KEYS.module in sys.modules):
         return
     try:
         compat.check_prefix_keys()
