@@ -63,11 +63,12 @@ def test_a_prompt_that_activates_it_is_answered(play: Play) -> None:
 def test_others_are_refused_before_the_engine_is_asked(play: Play, prompt: Any) -> None:
     async def scenario(w: World) -> None:
         generation = (await w.load("a", activated(w))).generation
-        w.engine.tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
+        engine: Any = w.engine
+        engine.tokenizer = AutoTokenizer.from_pretrained(TINY_LLAMA)
         with pytest.raises(VLLMValidationError, match=r"\[301, 17, 302\]") as refused:
             ask(w, prompt)
         assert refused.value.parameter == "prompt"
-        text = w.engine.tokenizer.decode(list(TOKENS))
+        text = engine.tokenizer.decode(list(TOKENS))
         assert text
         assert repr(text) in str(refused.value)
         assert w.engine.served == []
