@@ -61,8 +61,10 @@ def borrow() -> None:
 
 def _ensure_running() -> None:
     multiprocessing.set_forkserver_preload(PRELOADED)
-    # OpenMP is set up where it is imported. vLLM would give a worker one core of two.
-    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+    # OpenMP is set up where it is imported. vLLM would give a worker one core of two. It also reads
+    # the interval of a warning then, for which `molehill serve` has this value.
+    read_early = {"OMP_NUM_THREADS": "1", "VLLM_RINGBUFFER_WARNING_INTERVAL": "600"}
+    with patch.dict(os.environ, read_early):
         forkserver.ensure_running()
 
 
