@@ -209,7 +209,7 @@ def main() -> None:
                 "base",
             ),
             *("--max-loras", str(2 * len(names)), "--enable-prompt-tokens-details"),
-            *(part for name in names for part in ("--adapter", f"{name}={folder}/root/{name}")),
+            *(part for name in names for part in ("--adapter", f"{name}={folder / 'root' / name}")),
             *([] if args.compiled else ["--enforce-eager"]),
         ]
         with serve(args.model, folder / "log", options) as server:

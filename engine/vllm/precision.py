@@ -16,7 +16,7 @@ import torch
 
 AUTO, FLOAT32, BFLOAT16 = "auto", "float32", "bfloat16"
 
-# benchmarks/dtypes.py on two AVX2 cores; the table is in docs/operations.md.
+# Measured on two AVX2 cores; the table, and how to measure again, is in docs/operations.md.
 GAIN = (
     "SmolLM2-135M read prompts 5.2 times as fast in it, and decoded one stream at 0.93 times the "
     "speed"
