@@ -22,6 +22,8 @@ from molehill.kernels.interface import (
     MoeShape,
     ScalePiece,
     SlotWeights,
+    VocabularyPiece,
+    VocabularyShape,
 )
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy
@@ -64,7 +66,8 @@ def check_ffn_shape(shape: FfnShape, layers: Layers) -> None:
 
 
 def check_weights(weights: SlotWeights, layers: Layers) -> None:
-    """All of an adapter but its `moes`, which MoeBlocks checks. Reads shapes and dtypes only.
+    """All of an adapter but its `moes`, which MoeBlocks checks, and what it has on the vocabulary,
+    which Vocabulary checks. Reads shapes and dtypes only.
 
     Raises WeightsError: what does not fit, and where.
     """
@@ -98,6 +101,20 @@ def check_moe(piece: MoePiece, shape: MoeShape) -> None:
             ins = pair.a.shape[1] if inputs is None else inputs
             outs = pair.b.shape[0] if outputs is None else outputs
             _check_pair(where, pair, shape.experts, ins, outs)
+
+
+def check_vocabulary(
+    piece: VocabularyPiece, shape: VocabularyShape | None, *, of_embedding: bool
+) -> VocabularyShape:
+    """The shape that a piece fits. Raises WeightsError."""
+    if shape is None:
+        noun = "embedding" if of_embedding else "head"
+        raise WeightsError(piece.site, f"a pair on the {noun}", f"a registered {noun}")
+    inputs, outputs = shape.hidden, shape.tokens
+    if of_embedding:
+        inputs, outputs = outputs, inputs
+    _check_pair(piece.site, piece.pair, len(piece.pair.ranks), inputs, outputs)
+    return shape
 
 
 def _check_linear(piece: LinearPiece, shape: LinearShape | None, handle: int) -> None:

@@ -1,4 +1,5 @@
-"""The custom ops in front of a Python backend and of MoeBlocks, which a model's forward calls.
+"""The custom ops in front of a Python backend, of MoeBlocks and of Vocabulary, which a model's
+forward calls.
 
 Opaque to torch.compile. `linear` comes after the base's own GEMM, `base_linear` runs that too. The
 layer is named by a one-element int64 CPU tensor, not by a Python number, so that the graphs of all
@@ -14,14 +15,17 @@ from molehill.kernels.interface import Backend
 
 Experts = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 Linears = Callable[[Tensor, Tensor | None, int], Tensor]
+Embedding = Callable[[Tensor, Tensor], None]
 
 _active: list[Backend] = []
 _experts: list[Experts] = []
 _linears: list[Linears] = []
+_embedding: list[Embedding] = []
 _library = torch.library.Library("molehill", "DEF")
 _library.define("linear(Tensor(a!) out, Tensor x, Tensor handle) -> ()")
 _library.define("ffn(Tensor(a!) h, Tensor gate_up, Tensor handle) -> ()")
 _library.define("base_linear(Tensor x, Tensor? bias, Tensor handle, SymInt out_features) -> Tensor")
+_library.define("embedding(Tensor(a!) out, Tensor ids) -> ()")
 _library.define("experts(Tensor x, Tensor weights, Tensor chosen, Tensor handle) -> Tensor")
 
 
@@ -39,6 +43,12 @@ def install_linears(run: Linears) -> None:
     """Makes `run(x, bias, handle)` what stands behind the op `base_linear`: a linear of the base
     with its mixtures, `y [..., out]` in the dtype of x `[..., in]`."""
     _linears[:] = [run]
+
+
+def install_embedding(run: Embedding) -> None:
+    """Makes `run(out, ids)` what stands behind the op `embedding`: changes what the base's lookup
+    made of token ids `[T]`, `out [T, hidden]`."""
+    _embedding[:] = [run]
 
 
 def _linear(out: Tensor, x: Tensor, handle: Tensor) -> None:
@@ -82,3 +92,15 @@ def _of_width(x: Tensor, bias: Tensor | None, handle: Tensor, out_features: int)
 
 _library.impl("base_linear", _run_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("molehill::base_linear", _of_width, lib=_library)
+
+
+def _embed(out: Tensor, ids: Tensor) -> None:
+    _embedding[0](out, ids)
+
+
+def _nothing_looked_up(out: Tensor, ids: Tensor) -> None:
+    """What a traced graph sees: `out` changes, nothing is returned."""
+
+
+_library.impl("embedding", _embed, "CompositeExplicitAutograd")
+torch.library.register_fake("molehill::embedding", _nothing_looked_up, lib=_library)

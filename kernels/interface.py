@@ -177,6 +177,38 @@ class MoePiece:
 
 
 @dataclass(frozen=True)
+class VocabularyShape:
+    """The embedding or the LM head of the base model, as this rank sees it. tokens: of this rank's
+    part of the vocabulary, without padding."""
+
+    tokens: int
+    hidden: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+
+
+@dataclass(frozen=True)
+class VocabularyPiece:
+    """One pair on the embedding, A `[r, tokens]` and B `[hidden, r]`, or on the LM head,
+    A `[r, hidden]` and B `[tokens, r]`, cut to this rank's tokens."""
+
+    site: str
+    pair: Experts
+
+
+@dataclass(frozen=True)
+class VocabularyPieces:
+    """What one adapter has on the vocabulary."""
+
+    embedding: VocabularyPiece | None = None
+    head: VocabularyPiece | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.embedding is None and self.head is None
+
+
+@dataclass(frozen=True)
 class ScalePiece:
     """A mixture of vectors cut to this rank: it multiplies columns `start` onwards, head by head.
 
@@ -202,7 +234,7 @@ class SlotWeights:
 
     scales: multiply a linear's output, after its other mixtures. ffn_scales: multiply an FFN's
     intermediate, as one head; under tensor parallelism its router's logits are summed by the down
-    linear's `reduce`.
+    linear's `reduce`. vocabulary: for molehill.kernels.vocabulary.
     """
 
     linears: Mapping[int, Sequence[LinearPiece]]
@@ -210,10 +242,12 @@ class SlotWeights:
     scales: Mapping[int, Sequence[ScalePiece]] = field(default_factory=dict)
     ffn_scales: Mapping[int, ScalePiece] = field(default_factory=dict)
     moes: Mapping[int, MoePiece] = field(default_factory=dict)
+    vocabulary: VocabularyPieces = field(default_factory=VocabularyPieces)
 
     @property
     def is_empty(self) -> bool:
-        return not (self.linears or self.ffns or self.scales or self.ffn_scales or self.moes)
+        tables = self.linears or self.ffns or self.scales or self.ffn_scales or self.moes
+        return not tables and self.vocabulary.is_empty
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of a serving copy, A and B in `dtype`, tables in float32, padding left out."""
@@ -231,6 +265,8 @@ class SlotWeights:
             tables += [vectors.router, vectors.vectors]
         for moe in self.moes.values():
             pairs += [pair for pair in (moe.gate, moe.up, moe.down) if pair is not None]
+        on_vocabulary = (self.vocabulary.embedding, self.vocabulary.head)
+        pairs += [piece.pair for piece in on_vocabulary if piece is not None]
         elements = sum(pair.a.numel() + pair.b.numel() for pair in pairs)
         floats = sum(table.numel() for table in tables if table is not None)
         return elements * dtype.itemsize + 4 * floats
@@ -267,7 +303,8 @@ class Trace:
 
 class Backend(Protocol):
     """Applies the mixtures of all slots to a batch. One instance per worker. What adapters do to
-    the experts of MoE blocks (`SlotWeights.moes`) is left to molehill.kernels.moe_blocks.
+    the experts of MoE blocks (`SlotWeights.moes`) is left to molehill.kernels.moe_blocks, what they
+    do to the vocabulary to molehill.kernels.vocabulary.
 
     linear_op(out, x, handle), ffn_op(h, gate_up, handle): what a model's forward calls, torch ops
     that end in `linear` and `ffn`; the handle is a one-element int64 CPU tensor.

@@ -10,6 +10,7 @@ from typing import Any
 from molehill.api.cli.arguments import JSON, LAYOUT, RESIDUAL, amount
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.adapter.base_weights import directory_of
 from molehill.engine.adapter.errors import AdapterError, UnsupportedError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
@@ -18,7 +19,7 @@ from molehill.engine.formats import native
 from molehill.engine.formats.convert import goat_base, isolation, original_base
 from molehill.engine.formats.io import files
 from molehill.engine.formats.readers import changed_base, goat, invocation
-from molehill.engine.hf.checkpoint import directory_of, linear_weights
+from molehill.engine.hf.checkpoint import linear_weights
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.system.atomic_directory import check_free
 

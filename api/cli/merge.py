@@ -9,12 +9,12 @@ from typing import Any
 
 from molehill.api.cli import convert, probe_prompts
 from molehill.api.cli.arguments import JSON, LAYOUT, RESIDUAL, TOLERANCE
+from molehill.engine.adapter.base_weights import directory_of
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import DEFAULT_LIMITS
 from molehill.engine.formats.convert.peft_writer import write_lora
-from molehill.engine.hf.checkpoint import directory_of
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.system.atomic_directory import check_free
 from molehill.engine.transform.merge import SiteMerge, merge_static

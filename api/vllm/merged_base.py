@@ -16,7 +16,7 @@ from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import native
 from molehill.engine.hf.shapes import base_model
-from molehill.engine.transform.merge import check_mergeable, merge_static, plain_sites
+from molehill.engine.transform.merge import check_mergeable, merge_static, mergeable_sites
 
 # vLLM's formats that `molehill.engine.vllm.model.merged_base_loader` can change weights in.
 LOAD_FORMATS = ("auto", "hf", "safetensors")
@@ -44,7 +44,7 @@ def write_merged_base(name: str, args: argparse.Namespace, options: Options) -> 
     validate(adapter, base, options.limits)
     check_mergeable(adapter, f"--merge-into-base {name}")
     merged, _ = merge_static(adapter, base, options.merge_tolerance)
-    if not plain_sites(merged):
+    if not mergeable_sites(merged):
         expected = "at least one without a router that depends on the token, and without magnitude"
         raise UnsupportedError(f"--merge-into-base {name}", "no static site", expected)
     directory = _root(options) / f"base-{merged.digest}"

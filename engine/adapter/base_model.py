@@ -29,6 +29,8 @@ class BaseModel:
         `down_proj`.
     moes: the blocks of routed experts by canonical name, `layers.3.mlp`.
     refused: why what lies below a module cannot be adapted on this base, by the module's name.
+    vocabulary: (in, out) of `embed_tokens`, (tokens, hidden), and of `lm_head`, (hidden, tokens).
+    tied: whether these two have one weight.
     """
 
     name: str
@@ -37,13 +39,16 @@ class BaseModel:
     ffns: Mapping[str, str]
     moes: Mapping[str, Moe] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    vocabulary: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    tied: bool = False
 
     def linear(self, site: str) -> tuple[int, int] | None:
-        """(in_features, out_features) of a linear or of an expert's projection; None if unknown."""
+        """(in_features, out_features) of a linear, of an expert's projection, of the embedding or
+        the LM head; None if unknown."""
         expert = expert_sites.split(site)
         block = self.moes.get(expert.block) if expert else None
         if expert is None or block is None:
-            return self.linears.get(site)
+            return self.linears.get(site, self.vocabulary.get(site))
         if expert.expert >= block.experts or expert.projection not in expert_sites.PROJECTIONS:
             return None
         if expert.projection == "down_proj":

@@ -22,6 +22,7 @@ from molehill.engine.adapter.errors import (
 from molehill.engine.adapter.expert_sites import PROJECTIONS, split
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.adapter.module_names import split_layer
+from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
 from molehill.kernels.activation import ACTIVATIONS
 from molehill.kernels.mixture import (
     Experts,
@@ -75,6 +76,8 @@ def adapter_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
         mixture = adapter.sites[site]
         errors += [*_inconsistent(site, mixture), *_over_limits(site, mixture, limits)]
         errors += _unservable(site, mixture, adapter.sites)
+        if is_on_vocabulary(site):
+            errors += _unservable_on_vocabulary(site, mixture)
     for name, tensor in adapter.tensors():
         if not is_finite(tensor):
             errors.append(NonFiniteError(name, "NaN or Inf", "finite values"))
@@ -220,6 +223,18 @@ def _unservable(
         if f"{site}.{projection}" in sites:
             where = f"{site}.{projection}"
             yield UnsupportedError(where, "a linear inside an FFN mixture", "one of the two")
+
+
+def _unservable_on_vocabulary(site: str, mixture: Mixture) -> Iterator[AdapterError]:
+    """The methods that route adapt the layers alone, and the head is run for few of a step's rows,
+    outside the backends."""
+    expected = "plain LoRA on the embedding and on the LM head"
+    if not isinstance(mixture, LinearMixture):
+        yield UnsupportedError(site, type(mixture).__name__, expected)
+    elif mixture.router is not None:
+        yield UnsupportedError(site, "a router", expected)
+    elif mixture.magnitude is not None:
+        yield UnsupportedError(site, "DoRA", expected)
 
 
 def _acts(mixture: Mixture) -> bool:

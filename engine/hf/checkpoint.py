@@ -4,23 +4,13 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
 from molehill.engine.adapter.base_model import TRANSPOSED
+from molehill.engine.adapter.base_weights import INDEX, WHOLE
 from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
 from molehill.engine.hf.shapes import canonical_name
-
-_WHOLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-
-
-def directory_of(model: str) -> Path:
-    """The directory of a model that is one, or is in the local cache. Raises OSError."""
-    if Path(model).is_dir():
-        return Path(model)
-    return Path(snapshot_download(model, local_files_only=True))
 
 
 def shards(base: Path) -> list[str]:
@@ -33,12 +23,12 @@ def shards(base: Path) -> list[str]:
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "an unnamed method")
         raise UnsupportedError("config.json: quantization_config", method, "unquantised weights")
-    if (base / _INDEX).exists():
-        names = json.loads((base / _INDEX).read_text())["weight_map"].values()
+    if (base / INDEX).exists():
+        names = json.loads((base / INDEX).read_text())["weight_map"].values()
         return sorted(set(names))
-    if (base / _WHOLE).exists():
-        return [_WHOLE]
-    raise UnsupportedError(base, "no safetensors checkpoint", f"{_WHOLE} or {_INDEX}")
+    if (base / WHOLE).exists():
+        return [WHOLE]
+    raise UnsupportedError(base, "no safetensors checkpoint", f"{WHOLE} or {INDEX}")
 
 
 def linear_weights(base: Path, sites: Collection[str]) -> dict[str, Tensor]:

@@ -67,11 +67,7 @@ def attach(
     with ExitStack() as stack:
         for site, mixture in sites.items():
             module = modules[site]
-            applied: _Forward = (
-                _router_forward(site, module, mixture)
-                if is_router(module)
-                else _forward(site, mixture, _apply(module, mixture, model), trace)
-            )
+            applied = _adapted_forward(site, module, mixture, model, trace)
             module.forward = _from(start, module.forward, applied)
             stack.callback(delattr, module, "forward")
         for block, projections in expert_pairs.group(on_experts).items():
@@ -80,6 +76,38 @@ def attach(
             module.forward = _from(start, module.forward, applied)
             stack.callback(delattr, module, "forward")
         yield model
+
+
+def _adapted_forward(
+    site: str,
+    module: nn.Module,
+    mixture: Mixture,
+    model: nn.Module,
+    trace: dict[str, list[Trace]] | None,
+) -> _Forward:
+    if is_router(module):
+        return _router_forward(site, module, mixture)
+    if isinstance(module, nn.Embedding):
+        return _embedding_forward(site, module, mixture)
+    return _forward(site, mixture, _apply(module, mixture, model), trace)
+
+
+def _embedding_forward(site: str, module: nn.Embedding, mixture: Mixture) -> _Forward:
+    """W + (B A)^T looked up; by some models times a scale."""
+    weights = mixture.policy.constant_weights
+    if not isinstance(mixture, LinearMixture) or weights is None or mixture.magnitude is not None:
+        raise UnsupportedError(site, "a mixture or DoRA on the embedding", "plain LoRA")
+    base, scale = module.forward, getattr(module, "embed_scale", None)
+    pairs = list(zip(weights, mixture.experts.split(), strict=True))
+
+    def forward(ids: Tensor) -> Tensor:
+        y: Tensor = base(ids)
+        delta = torch.zeros(y.shape, dtype=torch.float32)
+        for weight, (a, b) in pairs:
+            delta += weight * (F.embedding(ids, a.T) @ b.T)
+        return (y.float() + (delta if scale is None else delta * scale.float())).to(y.dtype)
+
+    return forward
 
 
 def _router_forward(site: str, module: nn.Module, mixture: Mixture) -> _Forward:

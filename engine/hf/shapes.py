@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molehill.engine.adapter import module_names
 from molehill.engine.adapter.base_model import BaseModel, Moe
+from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
 from molehill.engine.system.torchvision import check_importable
 
 _IN_LAYERS = re.compile(r"(?:^|\.)(?:layers|h)\.\d+\.")
@@ -20,8 +21,8 @@ _FFN_PROJECTIONS = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "dow
 def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
     """From a model directory, a name in the local cache, or a config.
 
-    Its linears are those inside the layers; the head and the embeddings are never adapted. Raises
-    OSError or ValueError as Transformers does, and ImportError where it lacks something.
+    Its linears are those inside the layers. Raises OSError or ValueError as Transformers does, and
+    ImportError where it lacks something.
     """
     check_importable()
     config = source if isinstance(source, PretrainedConfig) else AutoConfig.from_pretrained(source)
@@ -33,6 +34,8 @@ def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
         linears=_linears(model),
         ffns=_ffns(model, activation(config)),
         moes=_moes(model),
+        vocabulary=_vocabulary(model),
+        tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
     )
 
 
@@ -68,6 +71,18 @@ def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
         for name, module in model.named_modules()
         if _IN_LAYERS.search(name) and (shape := _linear(module)) is not None
     }
+
+
+def _vocabulary(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(in, out) of the embedding, taken as a linear from token ids, and of the LM head."""
+    found = {}
+    for name, module in model.named_modules():
+        site = canonical_name(name)
+        if is_embedding(site) and isinstance(module, nn.Embedding):
+            found[site] = (module.num_embeddings, module.embedding_dim)
+        if is_head(site) and isinstance(module, nn.Linear):
+            found[site] = (module.in_features, module.out_features)
+    return found
 
 
 def _linear(module: nn.Module) -> tuple[int, int] | None:

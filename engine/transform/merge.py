@@ -14,6 +14,7 @@ from torch import Tensor
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
 from molehill.engine.transform.rank import surely_full
 from molehill.engine.transform.static_gates import gate
 from molehill.kernels.mixture import (
@@ -167,13 +168,19 @@ def why_not_plain(mixture: Mixture) -> str:
 
 
 def plain_sites(adapter: Adapter) -> dict[str, Experts]:
-    """The pairs B A of the sites that are nothing else: after `merge_static`, all that can go into
-    base weights and come out again as a low-rank pair."""
+    """The pairs B A of the sites that are nothing else."""
     return {
         site: mixture.experts
         for site, mixture in adapter.sites.items()
         if isinstance(mixture, LinearMixture) and is_plain(mixture)
     }
+
+
+def mergeable_sites(adapter: Adapter) -> dict[str, Experts]:
+    """After `merge_static`, all that can go into base weights and come out again as a low-rank
+    pair. On the vocabulary nothing is: one weight may be the embedding's and the head's."""
+    pairs = plain_sites(adapter)
+    return {site: pair for site, pair in pairs.items() if not is_on_vocabulary(site)}
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ class MergedBase:
     @cached_property
     def pairs(self) -> dict[str, Experts]:
         """The merged pairs by site."""
-        return plain_sites(self.merged)
+        return mergeable_sites(self.merged)
 
 
 def check_mergeable(adapter: Adapter, where: str) -> None:

@@ -85,11 +85,17 @@ class AdapterLoader:
             weights = self._backend.pack(cut) if needed <= self._free_bytes() else cut
         except CapacityError as error:
             raise LimitError(error.where, error.found, error.expected) from error
-        # Neither sites of other pipeline stages, nor those on the base's own experts: how many
-        # tokens its router sends there is not counted.
+        # Neither sites of other pipeline stages, nor those on the base's own experts and on the
+        # vocabulary: how many tokens go there is not counted.
         counted = costs(adapter, self._model.has_counted, self._model.base)
         return PreparedAdapter(
-            counted, cut.moes, needed, cut.is_empty, weights, adapter.invocation_tokens
+            counted,
+            cut.moes,
+            needed,
+            cut.is_empty,
+            weights,
+            adapter.invocation_tokens,
+            cut.vocabulary,
         )
 
     def base_rows(self) -> Adapter:

@@ -2,11 +2,11 @@
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from molehill.engine.routing_stats import Costs
-from molehill.kernels.interface import MoePiece, Packed, SlotWeights
+from molehill.kernels.interface import MoePiece, Packed, SlotWeights, VocabularyPieces
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -38,6 +38,7 @@ class PreparedAdapter:
     is_empty: bool
     weights: SlotWeights | Packed
     invocation_tokens: tuple[int, ...] = ()
+    vocabulary: VocabularyPieces = field(default_factory=VocabularyPieces)
 
 
 class HostCache(Generic[Key]):

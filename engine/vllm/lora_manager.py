@@ -13,6 +13,7 @@ from vllm.lora.request import LoRARequest
 
 from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.host_cache import AdapterKey
+from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.slot_table import BASE
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
 from molehill.kernels.interface import UNSERVED, Run
@@ -25,9 +26,12 @@ class LoRAManager:
     """Adds and removes adapters as vLLM asks for it, and tells the backend whose rows a step
     holds."""
 
-    def __init__(self, adapters: WorkerAdapters, activated: ActivatedRows) -> None:
+    def __init__(
+        self, adapters: WorkerAdapters, activated: ActivatedRows, logits: LogitsRows
+    ) -> None:
         self._adapters = adapters
         self._activated = activated
+        self._logits = logits
         self._slots = adapters.slots
         self._dummies: set[int] = set()
 
@@ -71,6 +75,7 @@ class LoRAManager:
             runs = self._runs(self._without_plain_rows(mapping.index_mapping))
             self._adapters.stats.mark_active(run.slot for run in runs)
             self._adapters.model.begin_step(runs)
+            self._logits.begin_step(*self._heads(runs, mapping.prompt_mapping))
 
     def _without_plain_rows(self, ids: Sequence[int]) -> Sequence[int]:
         """`ids` with the base's in rows before an invocation."""
@@ -95,6 +100,18 @@ class LoRAManager:
                 self._adapters.stats.mark_active([slot])
             start = stop
         return runs
+
+    def _heads(
+        self, runs: Sequence[Run], sampled: Sequence[int]
+    ) -> tuple[list[Run], list[int | None]]:
+        """What of a step is in slots that change the LM head: runs of its rows, and the slots of
+        the rows that are sampled from, all of which come after an invocation."""
+        has_head = self._adapters.vocabulary.has_head
+        on_head = [run for run in runs if has_head(run.slot)]
+        if not on_head:
+            return [], []
+        slots = (self._slots.slot(lora_id) for lora_id in sampled)
+        return on_head, [slot if slot is not None and has_head(slot) else None for slot in slots]
 
     def _slot(self, lora_id: int) -> int | None:
         """None for rows that are the model's as it is."""

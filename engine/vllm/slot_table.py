@@ -11,6 +11,7 @@ from molehill.engine.vllm.rank_agreement import RankAgreement
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.interface import Backend, CapacityError, Packed
 from molehill.kernels.moe_blocks import MoeBlocks
+from molehill.kernels.vocabulary import Vocabulary
 
 # The id that vLLM gives to rows without an adapter. They have a slot only if an adapter is merged
 # into the base weights.
@@ -22,15 +23,21 @@ class FullError(LimitError):
 
 
 class SlotTable:
-    """The slots of one worker, in its backend and its MoE blocks. Adapters go by `lora_int_id`.
+    """The slots of one worker, in its backend, its MoE blocks and its vocabulary. Adapters go by
+    `lora_int_id`.
 
     memory: bytes for all of them.
     """
 
     def __init__(
-        self, backend: Backend, moes: MoeBlocks, memory: int, ranks: RankAgreement
+        self,
+        backend: Backend,
+        moes: MoeBlocks,
+        vocabulary: Vocabulary,
+        memory: int,
+        ranks: RankAgreement,
     ) -> None:
-        self._backend, self._moes = backend, moes
+        self._backend, self._moes, self._vocabulary = backend, moes, vocabulary
         self._memory = memory
         self._ranks = ranks
         self._slots: dict[int, int] = {}
@@ -80,7 +87,8 @@ class SlotTable:
         return packed
 
     def resident_bytes(self, slot: int) -> int:
-        return self._backend.resident_bytes(slot) + self._moes.resident_bytes(slot)
+        holders = (self._backend, self._moes, self._vocabulary)
+        return sum(holder.resident_bytes(slot) for holder in holders)
 
     def is_idle(self, slot: int) -> bool:
         """Whether nothing of its adapter is on this rank."""
@@ -102,9 +110,11 @@ class SlotTable:
             raise self._over_memory(needed, f"at most {free} of {self._memory}")
         try:
             self._moes.store(slot, adapter.moes)
+            self._vocabulary.store(slot, adapter.vocabulary)
             self._backend.store(slot, adapter.weights)
         except Exception as error:
             self._moes.erase(slot)
+            self._vocabulary.erase(slot)
             if isinstance(error, CapacityError):
                 full = FullError if self.adapters() else LimitError
                 raise full(error.where, error.found, error.expected) from error
@@ -120,4 +130,5 @@ class SlotTable:
 
     def _erase(self, slot: int) -> Packed | None:
         self._moes.erase(slot)
+        self._vocabulary.erase(slot)
         return self._backend.erase(slot)

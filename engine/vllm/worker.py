@@ -13,6 +13,7 @@ from molehill.engine.system.cpu_affinity import affinity
 from molehill.engine.transform.merge import MergedBase
 from molehill.engine.vllm import backends, compat, compilation, precision, protocol
 from molehill.engine.vllm.activation import ActivatedRows
+from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
 from molehill.engine.vllm.settings import Settings
@@ -92,7 +93,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     ) -> nn.Module:
         self.adapters = WorkerAdapters(vllm_config, device, model, self._merged_base)
         activated = ActivatedRows(self.model_runner, self.adapters.invocation_of)
-        self.model_runner.lora_manager = LoRAManager(self.adapters, activated)
+        logits = LogitsRows(self.model_runner, model, self.adapters.vocabulary.begin_logits)
+        self.model_runner.lora_manager = LoRAManager(self.adapters, activated, logits)
         return model
 
     # What `molehill.engine.vllm.protocol` asks, in plain values and answered in them

@@ -44,6 +44,7 @@ from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.slot_table import BASE, FullError, SlotTable
 from molehill.kernels.interface import Packed
 from molehill.kernels.moe_blocks import MoeBlocks
+from molehill.kernels.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from molehill.kernels.triton.compilations import Compilations
@@ -71,8 +72,11 @@ class WorkerAdapters:
         tp = get_tp_group()
         self._ranks = RankAgreement(tp.world_size, tp.cpu_group)
         self.moes = MoeBlocks()
-        self.model = PatchedModel(config, device, model, self.backend, self.moes)
-        self.slots = SlotTable(self.backend, self.moes, settings.memory, self._ranks)
+        self.vocabulary = Vocabulary()
+        self.model = PatchedModel(config, device, model, self.backend, self.moes, self.vocabulary)
+        self.slots = SlotTable(
+            self.backend, self.moes, self.vocabulary, settings.memory, self._ranks
+        )
         self.stats = AdapterStats(self.slots.counters, self.slots.resident_bytes)
         self.pacer = StepPacer()
         self._loader = AdapterLoader(

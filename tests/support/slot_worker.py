@@ -11,6 +11,7 @@ from molehill.kernels.mixture import Experts
 from molehill.kernels.moe_blocks import MoeBlocks
 from molehill.kernels.policy import Constant
 from molehill.kernels.pytorch.backend import TorchBackend
+from molehill.kernels.vocabulary import Vocabulary
 
 IN, OUT, RANK = 8, 6, 2
 
@@ -24,7 +25,7 @@ class Worker:
         self.backend = TorchBackend()
         self.handle = self.backend.register_linear(LinearShape("q", IN, OUT))
         ranks = ranks or RankAgreement(1, None)
-        self.slots = SlotTable(self.backend, MoeBlocks(), 2 * BYTES, ranks)
+        self.slots = SlotTable(self.backend, MoeBlocks(), Vocabulary(), 2 * BYTES, ranks)
 
     def adapter(self, rank: int = RANK) -> PreparedAdapter:
         pair = Experts(torch.randn(rank, IN), torch.randn(OUT, rank), (rank,))

@@ -95,7 +95,8 @@ def main(arguments: Sequence[str]) -> int:
 def _base(shapes: dict[str, Any]) -> BaseModel:
     linears = {name: (shape[0], shape[1]) for name, shape in shapes["linears"].items()}
     moes = {name: Moe(**sizes) for name, sizes in shapes["moes"].items()}
-    return BaseModel(**{**shapes, "linears": linears, "moes": moes})
+    vocabulary = {name: (shape[0], shape[1]) for name, shape in shapes["vocabulary"].items()}
+    return BaseModel(**{**shapes, "linears": linears, "moes": moes, "vocabulary": vocabulary})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import (
     CorruptFileError,
     MissingTensorError,
@@ -29,6 +30,7 @@ from molehill.engine.formats.readers import (
     peft_parameters,
     saved_modules,
     targets,
+    vocabulary,
 )
 from molehill.engine.formats.readers.lowrank import Pair, Scaling, build_experts
 from molehill.engine.formats.readers.patterns import Patterns
@@ -106,9 +108,11 @@ class _Scalings:
         return Scaling(alpha, rank, self.rslora)
 
 
-def read(config: Fields, weights: Weights) -> Adapter:
-    """Raises an AdapterError for whatever cannot be served exactly."""
+def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Adapter:
+    """Raises an AdapterError for whatever cannot be served exactly. base: what it is read for."""
     beside = _refuse(config)
+    on_vocabulary, whole = vocabulary.find(weights), weights
+    weights = on_vocabulary.rest
     scalings = _read_scalings(config)
     wanted, targeting = targets.read_targets(config), Targeting(config)
     notes = saved_modules.check(config, weights) + targeting.warnings()
@@ -128,13 +132,15 @@ def read(config: Fields, weights: Weights) -> Adapter:
         pattern_name = f"{name}.weight" if name in by_weight else name
         scaling = _scaling(weights, pattern_name, module, scalings)
         sites[canonical(name)] = _mixture(weights, name, module, scaling, dora)
+    sites |= vocabulary.read(config, whole, on_vocabulary, targeting, scalings.of, base)
     magnitudes = any(mixture.magnitude is not None for mixture in sites.values())
+    adapted = [*modules, *on_vocabulary.pairs]
     return Adapter(
         kind="dora" if magnitudes else "lora",
         sites=sites,
         base_model=config.text("base_model_name_or_path"),
         warnings=(
-            *_warnings(wanted, modules, lost_magnitudes=dora and not magnitudes),
+            *_warnings(wanted, adapted, lost_magnitudes=dora and not magnitudes),
             *notes,
             *beside,
             *peft_parameters.warnings(config),
@@ -145,7 +151,7 @@ def read(config: Fields, weights: Weights) -> Adapter:
 
 READER = Reader(
     PEFT_FILES,
-    lambda files: read(files.config, files.weights),
+    lambda files: read(files.config, files.weights, files.base),
     peft_types=("LORA",),
     no_layout=None,
 )

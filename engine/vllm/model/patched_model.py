@@ -12,7 +12,8 @@ from vllm.logger import init_logger
 from molehill.engine.adapter import expert_pairs
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import Adapter, natural_key
-from molehill.engine.vllm.model import discovery, moe_blocks, sharding, warmup
+from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
+from molehill.engine.vllm.model import discovery, moe_blocks, sharding, vocabulary, warmup
 from molehill.engine.vllm.model.base_linears import BaseLinears, SideStream
 from molehill.engine.vllm.model.hooks import (
     hook_experts,
@@ -36,6 +37,7 @@ from molehill.kernels.interface import (
 )
 from molehill.kernels.mixture import FfnMixture, LinearMixture, Reflection, ScaleMixture
 from molehill.kernels.moe_blocks import MoeBlocks
+from molehill.kernels.vocabulary import Vocabulary
 
 logger = init_logger("vllm.molehill")
 
@@ -53,8 +55,9 @@ class PatchedModel:
         model: nn.Module,
         backend: Backend,
         moes: MoeBlocks,
+        tables: Vocabulary,
     ) -> None:
-        self._backend, self._moes = backend, moes
+        self._backend, self._moes, self._vocabulary = backend, moes, tables
         self._tp = get_tp_group()
         self._dtype = config.model_config.dtype
         self._linears = discovery.find_linears(model, self._dtype)
@@ -80,6 +83,7 @@ class PatchedModel:
             self._base_linears = BaseLinears(backend, SideStream(device))
         self._install(self._dtype, device)
         self._install_experts(config, model, device)
+        self._install_vocabulary(config, model, device)
         self.base = self._describe_base(config)
 
     def _install(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -131,6 +135,27 @@ class PatchedModel:
             self._block_handles[site] = self._moes.register(shape)
             hook_experts(runner.routed_experts, self._block_handles[site], self._moes.op)
 
+    def _install_vocabulary(
+        self, config: VllmConfig, model: nn.Module, device: torch.device
+    ) -> None:
+        graphs = device.type != "cpu" and not config.model_config.enforce_eager
+        text = config.model_config.hf_text_config
+        self._tied = bool(getattr(text, "tie_word_embeddings", False))
+        self._embedding = vocabulary.find_embedding(model)
+        self._head = vocabulary.find_head(model, self._tied)
+        self._on_vocabulary = {
+            site.name: site.shape for site in (self._embedding, self._head) if site is not None
+        }
+        refusal = vocabulary.embedding_refusal(config, graphs)
+        if self._embedding is not None and refusal:
+            self._refusals[self._embedding.name] = refusal
+            self._embedding = None
+        refusal = vocabulary.head_refusal(config)
+        if self._head is not None and refusal:
+            self._refusals[self._head.name] = refusal
+            self._head = None
+        vocabulary.register(self._vocabulary, self._embedding, self._head, self._dtype, device)
+
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         total: Tensor = self._tp.all_reduce(tensor)
         return total
@@ -145,6 +170,7 @@ class PatchedModel:
             {ffn.site: ffn.activation for ffn in self._ffns},
             {site: block.sizes for site, block in self._blocks.items()},
             self._refusals,
+            self._on_vocabulary,
         )
         world = get_world_group()
         everyone: list[Any] = [stage] * world.world_size
@@ -157,6 +183,8 @@ class PatchedModel:
             ffns={site: name for stage in everyone for site, name in stage[1].items()},
             moes={site: sizes for stage in everyone for site, sizes in stage[2].items()},
             refused={site: why for stage in everyone for site, why in stage[3].items()},
+            vocabulary={site: shape for stage in everyone for site, shape in stage[4].items()},
+            tied=self._tied,
         )
 
     def warm_up(self, most: int) -> None:
@@ -167,6 +195,7 @@ class PatchedModel:
         """Announces the next forward; rows in no run belong to the base. Never raises."""
         self._backend.begin_step(runs)
         self._moes.begin_step(runs)
+        self._vocabulary.begin_step(runs)
         if self._base_linears is not None:
             self._base_linears.begin_step(runs)
 
@@ -186,7 +215,7 @@ class PatchedModel:
             if isinstance(mixture, FfnMixture):
                 if site in self._ffn_handles:
                     ffns[self._ffn_handles[site]] = self._cut_ffn(site, mixture)
-            elif site not in self._projections:
+            elif site not in self._projections or is_on_vocabulary(site):
                 continue
             elif isinstance(mixture, ScaleMixture):
                 linear, projection = self._projections[site]
@@ -199,7 +228,9 @@ class PatchedModel:
             else:
                 handle, piece = self._cut_linear(site, mixture)
                 linears.setdefault(handle, []).append(piece)
-        return SlotWeights(linears, ffns, scales, ffn_scales, self._cut_moes(adapter))
+        on_vocabulary = vocabulary.cut(adapter.sites, self._embedding, self._head)
+        moes = self._cut_moes(adapter)
+        return SlotWeights(linears, ffns, scales, ffn_scales, moes, on_vocabulary)
 
     def _cut_moes(self, adapter: Adapter) -> dict[int, MoePiece]:
         return {

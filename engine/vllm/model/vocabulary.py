@@ -1,0 +1,206 @@
+"""The embedding and the LM head of a loaded vLLM model: which of them adapters can change, and how
+they are hooked and an adapter is cut to this rank.
+
+The seam is the quant method of either, before the tensor-parallel sum of the lookup and before the
+logits are gathered: each rank has a part of the vocabulary. A tied base may have one module for
+both.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
+from molehill.engine.vllm.model.discovery import canonical
+from molehill.kernels.interface import VocabularyPiece, VocabularyPieces, VocabularyShape
+from molehill.kernels.mixture import Experts, LinearMixture, Mixture
+from molehill.kernels.vocabulary import Vocabulary
+
+# Speculation whose drafts come from no model, which could share the base's embedding.
+_WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix")
+
+
+@dataclass(frozen=True)
+class Site:
+    """The embedding or the head. tokens, hidden: of the whole model. part: this rank's range of the
+    tokens."""
+
+    name: str
+    module: VocabParallelEmbedding
+    tokens: int
+    hidden: int
+    part: range
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(in, out), the embedding taken as a linear."""
+        return (self.tokens, self.hidden) if is_embedding(self.name) else (self.hidden, self.tokens)
+
+
+def find_embedding(model: nn.Module) -> Site | None:
+    """On the first pipeline stage; None if it is none that adapters can change."""
+    found = [
+        (canonical(name), module)
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding)
+        and not isinstance(module, ParallelLMHead)
+        and is_embedding(canonical(name))
+    ]
+    if len(found) != 1 or not get_pp_group().is_first_rank:
+        return None
+    return _site(*found[0])
+
+
+def find_head(model: nn.Module, tied: bool) -> Site | None:
+    """On the last pipeline stage; None if there is none. tied: whether the base says so."""
+    processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+    if len(processors) != 1 or not get_pp_group().is_last_rank:
+        return None
+    vocabulary = [
+        (canonical(name), module)
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding)
+    ]
+    heads = [module for name, module in vocabulary if is_head(name)]
+    if not heads and tied:
+        heads = [module for name, module in vocabulary if is_embedding(name)]
+    return _site("lm_head", heads[0]) if len(heads) == 1 else None
+
+
+def _site(name: str, module: VocabParallelEmbedding) -> Site:
+    shard = module.shard_indices
+    part = range(shard.org_vocab_start_index, shard.org_vocab_end_index)
+    return Site(name, module, module.org_vocab_size, module.embedding_dim, part)
+
+
+def embedding_refusal(config: VllmConfig, cuda_graphs: bool) -> str | None:
+    """Why adapters cannot change the embedding; None if they can."""
+    drafts = config.speculative_config
+    return _refusal(
+        {
+            "CUDA graphs (start with --enforce-eager)": cuda_graphs,
+            "a multimodal base, whose text is looked up by itself": (
+                config.model_config.is_multimodal_model
+            ),
+            "prompts of embeddings (--enable-prompt-embeds)": (
+                config.model_config.enable_prompt_embeds
+            ),
+            "a draft model, which may share the embedding": (
+                drafts is not None and drafts.method not in _WITHOUT_MODEL
+            ),
+        }
+    )
+
+
+def head_refusal(config: VllmConfig) -> str | None:
+    """Why adapters cannot change the LM head; None if they can."""
+    model = config.model_config
+    sharded = getattr(config.parallel_config, "enable_batch_sharded_sampling", False)
+    return _refusal(
+        {
+            f"a head in {model.head_dtype} (head_dtype)": model.head_dtype != model.dtype,
+            "batch-sharded sampling": bool(sharded),
+        }
+    )
+
+
+def _refusal(reasons: Mapping[str, bool]) -> str | None:
+    return next((f"{reason} on this server" for reason, holds in reasons.items() if holds), None)
+
+
+def register(
+    vocabulary: Vocabulary,
+    embedding: Site | None,
+    head: Site | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Makes the sites known and hooks them."""
+    if embedding is not None:
+        shape = VocabularyShape(len(embedding.part), embedding.hidden, dtype, device)
+        vocabulary.register_embedding(shape)
+        _hook(embedding.module)
+        embedding.module.molehill_embedding_op = vocabulary.embedding_op
+        # Goes round the quant method.
+        embedding.module.use_fused_embedding = False
+    if head is not None:
+        shape = VocabularyShape(len(head.part), head.hidden, dtype, device)
+        vocabulary.register_head(shape)
+        _hook(head.module)
+        head.module.molehill_project = vocabulary.project
+
+
+@cache
+def _hooked(method: Hashable) -> type:
+    """A subclass of a quant method whose lookup and GEMM also apply the adapters."""
+    parent: Any = method
+
+    def embedding(self: Any, layer: Any, input_: Tensor) -> Tensor:
+        out: Tensor = parent.embedding(self, layer, input_)
+        if layer.molehill_embedding_op is not None:
+            layer.molehill_embedding_op(out.flatten(0, -2), input_.flatten())
+        return out
+
+    def apply(self: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        logits: Tensor = parent.apply(self, layer, x, bias)
+        if layer.molehill_project is not None:
+            layer.molehill_project(logits.flatten(0, -2), x.flatten(0, -2))
+        return logits
+
+    return type(f"Molehill{parent.__name__}", (parent,), {"embedding": embedding, "apply": apply})
+
+
+def _hook(module: Any) -> None:
+    if hasattr(module, "molehill_project"):
+        return
+    method = module.quant_method
+    kind: Any = type(method)
+    hooked: Any = object.__new__(_hooked(kind))
+    hooked.__dict__ = method.__dict__
+    module.molehill_embedding_op = None
+    module.molehill_project = None
+    module.quant_method = hooked
+
+
+def cut(
+    sites: Mapping[str, Mixture], embedding: Site | None, head: Site | None
+) -> VocabularyPieces:
+    """This rank's share of what an adapter has on the vocabulary."""
+    return VocabularyPieces(
+        None if embedding is None else _cut(sites, embedding, _cut_inputs),
+        None if head is None else _cut(sites, head, _cut_outputs),
+    )
+
+
+def _cut(
+    sites: Mapping[str, Mixture], site: Site, share: Callable[[Experts, range], Experts]
+) -> VocabularyPiece | None:
+    mixture = sites.get(site.name)
+    if mixture is None:
+        return None
+    assert isinstance(mixture, LinearMixture), site.name
+    constant, experts = mixture.policy.constant_weights, mixture.experts
+    assert constant is not None, site.name
+    b = experts.b * torch.tensor(constant)[experts.expert_of_row]
+    return VocabularyPiece(
+        site.name, share(Experts(experts.a, b, (sum(experts.ranks),)), site.part)
+    )
+
+
+def _cut_inputs(pair: Experts, part: range) -> Experts:
+    return Experts(pair.a[:, part.start : part.stop], pair.b, pair.ranks)
+
+
+def _cut_outputs(pair: Experts, part: range) -> Experts:
+    return Experts(pair.a, pair.b[part.start : part.stop], pair.ranks)

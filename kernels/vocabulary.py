@@ -1,0 +1,132 @@
+"""What adapters have on the vocabulary, in torch: on the embedding, and on the LM head.
+
+The embedding's pair is a gather of A's columns by token id, then B. Rows of logits are not those of
+a step: they are announced for each call of the head. Nothing is launched where no adapter of the
+step has anything there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from molehill.kernels import custom_ops
+from molehill.kernels.checks import check_vocabulary
+from molehill.kernels.interface import Run, VocabularyPiece, VocabularyPieces, VocabularyShape
+
+Rows = slice | Tensor
+
+
+class VocabularyTable:
+    """One adapter's pair on the embedding, A kept by token, or on the head."""
+
+    def __init__(
+        self, piece: VocabularyPiece, shape: VocabularyShape, *, of_embedding: bool
+    ) -> None:
+        a = piece.pair.a.T if of_embedding else piece.pair.a
+        self._a = a.to(shape.device, shape.dtype).contiguous()
+        self._b = piece.pair.b.to(shape.device, shape.dtype).contiguous()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._a.nbytes + self._b.nbytes
+
+    def embed(self, out: Tensor, ids: Tensor) -> None:
+        """Changes `out [T, hidden]` in place; ids `[T]`: of this rank's part of the vocabulary."""
+        out.addmm_(F.embedding(ids, self._a), self._b.T)
+
+    def project(self, logits: Tensor, x: Tensor) -> None:
+        """Changes `logits [T, tokens and padding]` in place; x `[T, hidden]`."""
+        logits[:, : len(self._b)] += F.linear(F.linear(x, self._a), self._b).to(logits.dtype)
+
+
+class Vocabulary:
+    """The embedding and the LM head of one worker, and what the slots do to them.
+
+    `embedding_op(out, ids)` is what a model's forward calls after its lookup.
+    """
+
+    def __init__(self) -> None:
+        self._embedding: VocabularyShape | None = None
+        self._head: VocabularyShape | None = None
+        self._embeddings: dict[int, VocabularyTable] = {}
+        self._heads: dict[int, VocabularyTable] = {}
+        self._runs: list[Run] = []
+        self._logits_runs: list[Run] = []
+        self.embedding_op = torch.ops.molehill.embedding.default
+        custom_ops.install_embedding(self.embed)
+
+    def register_embedding(self, shape: VocabularyShape) -> None:
+        """Called once, before any weights are stored."""
+        self._embedding = shape
+
+    def register_head(self, shape: VocabularyShape) -> None:
+        """Called once, before any weights are stored."""
+        self._head = shape
+
+    def store(self, slot: int, pieces: VocabularyPieces) -> None:
+        """Puts what an adapter has here into an empty slot; on error the slot stays empty.
+
+        Raises WeightsError, MemoryError.
+        """
+        embedding = head = None
+        if pieces.embedding is not None:
+            shape = check_vocabulary(pieces.embedding, self._embedding, of_embedding=True)
+            embedding = VocabularyTable(pieces.embedding, shape, of_embedding=True)
+        if pieces.head is not None:
+            shape = check_vocabulary(pieces.head, self._head, of_embedding=False)
+            head = VocabularyTable(pieces.head, shape, of_embedding=False)
+        if embedding is not None:
+            self._embeddings[slot] = embedding
+        if head is not None:
+            self._heads[slot] = head
+
+    def erase(self, slot: int) -> None:
+        """Frees a slot."""
+        self._embeddings.pop(slot, None)
+        self._heads.pop(slot, None)
+
+    def resident_bytes(self, slot: int) -> int:
+        """Bytes that the slot's serving copy takes."""
+        tables = (self._embeddings.get(slot), self._heads.get(slot))
+        return sum(table.num_bytes for table in tables if table is not None)
+
+    def has_head(self, slot: int) -> bool:
+        """Whether the slot changes logits at the head."""
+        return slot in self._heads
+
+    def begin_step(self, runs: Sequence[Run]) -> None:
+        """Announces the next forward; rows in no run belong to the base. Never raises."""
+        self._runs = [run for run in runs if run.slot in self._embeddings]
+        self._logits_runs = []
+
+    def begin_logits(self, runs: Sequence[Run]) -> None:
+        """Announces the rows of the head's next calls, until the next announcement."""
+        self._logits_runs = [run for run in runs if run.slot in self._heads]
+
+    def embed(self, out: Tensor, ids: Tensor) -> None:
+        """Changes the base's lookup `out [T, hidden]` of ids `[T]`."""
+        for slot in dict.fromkeys(run.slot for run in self._runs):
+            rows = _rows(self._runs, slot, len(ids), ids.device)
+            y = out[rows]
+            self._embeddings[slot].embed(y, ids[rows])
+            if not isinstance(rows, slice):
+                out[rows] = y
+
+    def project(self, logits: Tensor, x: Tensor) -> None:
+        """Changes the base's `logits [T, tokens and padding]` of x `[T, hidden]`."""
+        for slot in dict.fromkeys(run.slot for run in self._logits_runs):
+            rows = _rows(self._logits_runs, slot, len(x), x.device)
+            y = logits[rows]
+            self._heads[slot].project(y, x[rows])
+            if not isinstance(rows, slice):
+                logits[rows] = y
+
+
+def _rows(runs: Sequence[Run], slot: int, most: int, device: torch.device) -> Rows:
+    """The rows of one slot, of `most` that there are."""
+    mine = [(min(run.start, most), min(run.stop, most)) for run in runs if run.slot == slot]
+    if len(mine) == 1:
+        return slice(*mine[0])
+    return torch.cat([torch.arange(*ends) for ends in mine]).to(device)

@@ -1,0 +1,130 @@
+"""What PEFT adapts on the vocabulary, read and run by the reference, against what PEFT answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import tiny_models, vocabulary
+from support.tuners import logits
+
+from molehill.engine import formats
+from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.adapter.errors import AdapterError, UnsupportedError
+from molehill.engine.adapter.validation import validate
+from molehill.engine.formats import native
+from molehill.engine.hf.reference import attach
+from molehill.engine.hf.shapes import base_model
+
+BASES = {"tied": "qwen2", "untied": "qwen3"}
+CASES = [(kind, name) for kind in BASES for name in vocabulary.names(kind == "tied")]
+LIMITS = formats.DEFAULT_LIMITS
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: Any) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {kind: tiny_models.build(name, root) for kind, name in BASES.items()}
+
+
+@pytest.fixture
+def saved(bases: dict[str, Path], tmp_path: Path) -> Path:
+    """A LoRA on the head and the embedding of the untied base."""
+    vocabulary.author(bases["untied"], tmp_path / "saved", vocabulary.LORAS["on-both"])
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_the_reference_answers_as_peft_does(
+    bases: dict[str, Path], tmp_path: Path, kind: str, name: str
+) -> None:
+    base, directory = bases[kind], tmp_path / name
+    oracle = vocabulary.author(base, directory, vocabulary.names(kind == "tied")[name])
+    adapter = formats.read(directory, base=base_model(base))
+    validate(adapter, base_model(base), LIMITS)
+    native.write(adapter, tmp_path / "native")
+    again = formats.read(tmp_path / "native")
+    assert again.digest == adapter.digest
+    assert not adapter.warnings
+    with attach(tiny_models.load(base), again) as model:
+        found = logits(model)
+    plain, expected = logits(tiny_models.load(base)), logits(oracle)
+    assert (expected - plain).abs().max() > 0.1
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_tied_weights_are_changed_one_by_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapters = {}
+    for name in ("on-embedding", "on-head", "tying"):
+        settings = {**vocabulary.LORAS, **vocabulary.TIED}[name]
+        vocabulary.author(bases["tied"], tmp_path / name, settings)
+        adapters[name] = formats.read(tmp_path / name, base=base_model(bases["tied"]))
+    assert set(adapters["on-embedding"].sites) == {"embed_tokens"}
+    assert "embed_tokens" not in adapters["on-head"].sites
+    assert set(adapters["tying"].sites) == {"embed_tokens", "lm_head"}
+
+
+def test_a_whole_weight_needs_the_base(saved: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"base_layer\.weight.*--model"):
+        formats.read(saved)
+
+
+def test_a_whole_weight_that_is_another_is_refused(
+    saved: Path, bases: dict[str, Path]
+) -> None:
+    key = "base_model.model.lm_head.base_layer.weight"
+    tensors = load_file(saved / "adapter_model.safetensors")
+    tensors[key][7] += 1
+    save_file(tensors, saved / "adapter_model.safetensors")
+    with pytest.raises(UnsupportedError, match="1 rows that are not the base's") as refused:
+        formats.read(saved, base=base_model(bases["untied"]))
+    assert refused.value.where == f"adapter_model.safetensors: {key}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_whole_weight_may_be_saved_in_fewer_bits(
+    saved: Path, bases: dict[str, Path], dtype: torch.dtype
+) -> None:
+    tensors = load_file(saved / "adapter_model.safetensors")
+    rounded = {n: t.to(dtype) if "base_layer" in n else t for n, t in tensors.items()}
+    before = formats.read(saved, base=base_model(bases["untied"]))
+    save_file(rounded, saved / "adapter_model.safetensors")
+    assert formats.read(saved, base=base_model(bases["untied"])).digest == before.digest
+
+
+def edit(directory: Path, **fields: Any) -> Path:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return directory
+
+
+def refusal(directory: Path, base: BaseModel | None) -> AdapterError:
+    with pytest.raises(UnsupportedError) as refused:
+        validate(formats.read(directory, base=base), base, LIMITS)  # type: ignore[arg-type]
+    return refused.value
+
+
+def test_tensors_of_an_untargeted_head_are_refused(saved: Path, bases: dict[str, Path]) -> None:
+    base = base_model(bases["untied"])
+    error = refusal(edit(saved, target_modules=["embed_tokens", "down_proj"]), base)
+    assert error.where.startswith("adapter_model.safetensors: base_model.model.lm_head.")
+    assert error.found == "tensors of an untargeted module"
+
+
+def test_dora_on_the_embedding_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    settings = {"target_modules": ["embed_tokens"], "use_dora": True}
+    vocabulary.author(bases["untied"], tmp_path / "dora", settings)
+    error = refusal(tmp_path / "dora", base_model(bases["untied"]))
+    assert error.where.endswith("embed_tokens.lora_magnitude_vector")
+    assert error.found == "DoRA"
+
+
+def test_another_vocabulary_is_refused(saved: Path, bases: dict[str, Path]) -> None:
+    base = base_model(bases["untied"])
+    other = BaseModel(
+        base.name, base.architecture, base.linears, base.ffns, vocabulary={"lm_head": (64, 500)}
+    )
+    with pytest.raises(AdapterError, match=r"embed_tokens|lm_head"):
+        validate(formats.read(saved, base=base), other, LIMITS)
