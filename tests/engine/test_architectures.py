@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import asking
+import torch
+from support import asking, tiny_models, vocabulary
 from support.architectures import ARCHITECTURES, STEPS, make
-from support.asking import ask, assert_golden
+from support.asking import LOGIT_TOLERANCE, ask, assert_golden
 from support.engines import engine
-from support.golden import Prompt
+from support.golden import Prompt, greatest_difference
+
+from molehill.engine import formats
+from molehill.engine.adapter.model import Adapter
+from molehill.engine.hf.reference import attach
+from molehill.engine.hf.shapes import base_model
 
 
 @dataclass
@@ -18,6 +24,7 @@ class Served:
     """An engine, its adapters by name, and what the oracle says of every prompt."""
 
     llm: Any
+    base: Path
     adapters: dict[str, Path]
     prompts: list[Prompt]
 
@@ -29,9 +36,30 @@ def served(tmp_path_factory: Any, request: Any) -> Iterator[Served]:
     with engine(model=str(path), enforce_eager=True) as llm:
         for name in adapters:
             llm.llm_engine.add_lora(asking.request(name, adapters))
-        yield Served(llm, adapters, prompts)
+        yield Served(llm, path, adapters, prompts)
 
 
 def test_base_and_adapters_in_one_batch_match_the_oracle(served: Served) -> None:
     mixed = sorted(served.prompts, key=lambda prompt: len(prompt.ids))
     assert_golden(ask(served.llm, mixed, STEPS, others=served.adapters), mixed)
+
+
+def test_logits_of_prompts_know_whose_rows_they_are(served: Served) -> None:
+    """Of all prompts of one batch, those of adapters on the head among them."""
+    names = [name for name in served.adapters if name in vocabulary.HEADS]
+    if not names:
+        pytest.skip("this architecture is asked without an adapter on the head")
+    prompts = [prompt for prompt in served.prompts if prompt.case in ("base", "lora", *names)]
+    served.llm.reset_prefix_cache()
+    replies = ask(served.llm, prompts, 1, prompt_logits=True, others=served.adapters)
+    model = tiny_models.load(served.base)
+    for name in ("base", *names):
+        adapter = Adapter("base", {})
+        if name != "base":
+            adapter = formats.read(served.adapters[name], base=base_model(served.base))
+        mine = [(p, r) for p, r in zip(prompts, replies, strict=True) if p.case == name]
+        for prompt, reply in mine:
+            with attach(model, adapter), torch.no_grad():
+                expected = model(torch.tensor([prompt.ids]), use_cache=False).logits[0, :-1]
+            assert reply.prompt_logits is not None
+            assert greatest_difference(reply.prompt_logits, expected) < LOGIT_TOLERANCE

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from support import expert_lora, mixtures, tiny_models
+from support import expert_lora, mixtures, tiny_models, vocabulary
 from support.golden import VOCABULARY, Prompt
 from support.oracle import answer, peft_lora
 
@@ -26,6 +26,7 @@ class Architecture:
     """linears: what DynMoLE and PEFT adapt. attention: what MixLoRA adapts beside the FFN, which
     it can have only where each layer has one gated FFN. act_fn: as the file names it, if it does.
     parameters: what PEFT adapts beside the linears. prompts: a seed whose greedy tokens are sure.
+    on_vocabulary: adapters of support.vocabulary that it is asked with.
     """
 
     linears: Sequence[str] = (*QKVO, *FFN)
@@ -33,17 +34,20 @@ class Architecture:
     act_fn: str | None = None
     parameters: Sequence[str] = ()
     prompts: int = 3
+    on_vocabulary: Sequence[str] = ()
 
 
 ARCHITECTURES = {
     "mistral": Architecture(),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
-    "gemma2": Architecture(act_fn="gelu_pytorch_tanh"),
+    "qwen2": Architecture(on_vocabulary=tuple(vocabulary.names(tied=True))),
+    "qwen3": Architecture(on_vocabulary=tuple(vocabulary.names(tied=False))),
+    "gemma2": Architecture(act_fn="gelu_pytorch_tanh", on_vocabulary=("on-both",)),
     "phi3": Architecture(
         ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "qkv_proj", prompts=4
     ),
-    "phi": Architecture(("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"), None),
+    "phi": Architecture(
+        ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"), None, on_vocabulary=("on-head",)
+    ),
     "mixtral": Architecture(
         QKVO, None, parameters=("experts.gate_up_proj", "experts.down_proj"), prompts=4
     ),
@@ -79,6 +83,10 @@ def make(model_type: str, directory: Path) -> tuple[Path, dict[str, Path], list[
     ask_oracle("base", nullcontext(model))
     for name, recipe in recipes.items():
         ask_oracle(name, recipe.attached(model))
+    for name in architecture.on_vocabulary:
+        adapters[name] = directory / name
+        settings = {**vocabulary.LORAS, **vocabulary.TIED}[name]
+        ask_oracle(name, nullcontext(vocabulary.author(path, adapters[name], settings)))
     adapters["lora"] = directory / "lora"
     wrapped = peft_lora(model, architecture.linears, architecture.parameters, adapters["lora"])
     ask_oracle("lora", nullcontext(wrapped))

@@ -24,6 +24,8 @@ TIED: Mapping[str, Mapping[str, Any]] = {
     "tying": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
 }
 
+HEADS = ("on-head", "on-both", "tying")
+
 
 def author(base: Path, directory: Path, settings: Mapping[str, Any], seed: int = 0) -> nn.Module:
     """Saves a random LoRA; the model that answers with it."""

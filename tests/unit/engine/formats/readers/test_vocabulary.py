@@ -71,9 +71,7 @@ def test_a_whole_weight_needs_the_base(saved: Path) -> None:
         formats.read(saved)
 
 
-def test_a_whole_weight_that_is_another_is_refused(
-    saved: Path, bases: dict[str, Path]
-) -> None:
+def test_a_whole_weight_that_is_another_is_refused(saved: Path, bases: dict[str, Path]) -> None:
     key = "base_model.model.lm_head.base_layer.weight"
     tensors = load_file(saved / "adapter_model.safetensors")
     tensors[key][7] += 1
