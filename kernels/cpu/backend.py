@@ -200,7 +200,7 @@ class CpuBackend(CheckedBackend):
 
 
 class PackedSlot:
-    """A slot that is being packed or waits for `store`; goes with this object if it is not stored."""
+    """A slot that is being packed or waits for `store`; if it is not stored, it goes with this."""
 
     def __init__(self, ops: Any, backend: int, number: int) -> None:
         self.number = number
