@@ -75,14 +75,14 @@ def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def _vocabulary(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(in, out) of the embedding, taken as a linear from token ids, and of the LM head."""
-    found = {}
+    shapes = {}
     for name, module in model.named_modules():
         site = canonical_name(name)
         if is_embedding(site) and isinstance(module, nn.Embedding):
-            found[site] = (module.num_embeddings, module.embedding_dim)
+            shapes[site] = (module.num_embeddings, module.embedding_dim)
         if is_head(site) and isinstance(module, nn.Linear):
-            found[site] = (module.in_features, module.out_features)
-    return found
+            shapes[site] = (module.in_features, module.out_features)
+    return shapes
 
 
 def _linear(module: nn.Module) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from molehill.engine.vllm.seams import Seam
 
+LAYERS = "vllm.model_executor.layers"
 MOE = "vllm.model_executor.layers.fused_moe"
 LINEAR = "vllm.model_executor.layers.linear"
 # What vLLM hands to the kernels of an MoE block beside its input.
@@ -9,6 +10,7 @@ ROUTING = ("topk_weights", "topk_ids", "shared_experts", "shared_experts_input")
 
 DISCOVERY, HOOKS = "engine/vllm/model/discovery.py", "engine/vllm/model/hooks.py"
 BASE_LINEARS = "engine/vllm/model/base_linears.py"
+ON_VOCABULARY, LOGITS = "engine/vllm/model/vocabulary.py", "engine/vllm/logits_rows.py"
 BLOCKS, MERGED = "engine/vllm/model/moe_blocks.py", "engine/vllm/model/merged_base_loader.py"
 
 LINEARS = (
@@ -214,6 +216,86 @@ EXPERTS = (
     Seam(f"{MOE}.router.zero_expert_router", "ZeroExpertRouter", BLOCKS, "experts without weights"),
 )
 
+VOCABULARY = (
+    Seam(
+        f"{LAYERS}.vocab_parallel_embedding",
+        "VocabParallelEmbedding",
+        ON_VOCABULARY,
+        "its quant method is replaced by a subclass; a rank's part of the vocabulary",
+        attributes=(
+            "embedding_dim",
+            "org_vocab_size",
+            "quant_method",
+            "shard_indices",
+            "use_fused_embedding",
+        ),
+    ),
+    Seam(
+        f"{LAYERS}.vocab_parallel_embedding",
+        "VocabParallelEmbedding.forward",
+        ON_VOCABULARY,
+        "calls the quant method, before the ranks' sum",
+        markers=("self.quant_method.embedding(self, ", "if self.use_fused_embedding:"),
+    ),
+    Seam(f"{LAYERS}.vocab_parallel_embedding", "ParallelLMHead", ON_VOCABULARY, "the LM head"),
+    Seam(
+        f"{LAYERS}.vocab_parallel_embedding",
+        "UnquantizedEmbeddingMethod.embedding",
+        ON_VOCABULARY,
+        "is replaced: the adapters come after it",
+        overrides=("self", "layer", "input_"),
+    ),
+    Seam(
+        f"{LAYERS}.vocab_parallel_embedding",
+        "UnquantizedEmbeddingMethod.apply",
+        ON_VOCABULARY,
+        "is replaced: the adapters come after it",
+        overrides=("self", "layer", "x", "bias"),
+    ),
+    Seam(
+        f"{LAYERS}.logits_processor",
+        "LogitsProcessor._apply_head",
+        ON_VOCABULARY,
+        "calls the head's quant method, before the ranks' logits are gathered",
+        markers=("lm_head.quant_method.apply(", "self.head_dtype == hidden_states.dtype"),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._get_prompt_logprobs_dict",
+        LOGITS,
+        "is extended on the model runner: logits of prompts are of its hidden states' rows",
+        overrides=("self", "hidden_states", "num_scheduled_tokens"),
+        markers=(
+            "prompt_hidden_states = hidden_states[offset : offset + num_logits]",
+            "self.model.compute_logits(prompt_hidden_states)",
+        ),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch.make_lora_inputs",
+        LOGITS,
+        "logits lie as the requests do",
+        markers=("req_lora_mapping.repeat(num_sampled_tokens)",),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.sample",
+        LOGITS,
+        "is extended on the second model runner: the rows that are sampled from",
+        overrides=("self", "hidden_states", "input_batch", "grammar_output"),
+        markers=("hidden_states[input_batch.logits_indices]", "self.model.compute_logits("),
+        platform="gpu",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.sample.prompt_logprob",
+        "compute_prompt_logprobs_with_chunking",
+        LOGITS,
+        "logits of prompts are of its hidden states' rows",
+        markers=("logits_fn(prompt_hidden_states[start_idx:end_idx])",),
+        platform="gpu",
+    ),
+)
+
 LOADING = (
     Seam(
         "vllm.model_executor.model_loader",
@@ -238,4 +320,4 @@ LOADING = (
     ),
 )
 
-SEAMS: tuple[Seam, ...] = (*LINEARS, *EXPERTS, *LOADING)
+SEAMS: tuple[Seam, ...] = (*LINEARS, *EXPERTS, *VOCABULARY, *LOADING)

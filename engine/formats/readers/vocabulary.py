@@ -21,7 +21,7 @@ from molehill.engine.adapter.module_names import AROUND_LAYERS, canonical
 from molehill.engine.adapter.vocabulary_sites import EMBEDDINGS, HEADS, is_embedding
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
-from molehill.engine.formats.readers.lowrank import Pair, Scaling, build_experts
+from molehill.engine.formats.readers.lowrank import PairNames, Scaling, build_experts
 from molehill.engine.formats.readers.targeting import Targeting
 from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Constant
@@ -37,7 +37,7 @@ _ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
-class Found:
+class VocabularyTensors:
     """keys: the names in the file by module and part. rest: all other tensors."""
 
     rest: Weights
@@ -49,7 +49,7 @@ class Found:
         return [module for module, keys in self.keys.items() if set(keys) - {"base_layer.weight"}]
 
 
-def find(weights: Weights) -> Found:
+def find(weights: Weights) -> VocabularyTensors:
     """Takes apart what is on the vocabulary and what is not. Raises CorruptFileError."""
     keys: dict[str, dict[str, str]] = {}
     for key in weights.tensors:
@@ -61,13 +61,13 @@ def find(weights: Weights) -> Found:
         raise CorruptFileError(weights.where(max(keys)), "two spellings of one module", "one")
     taken = {key for parts in keys.values() for key in parts.values()}
     rest = {key: tensor for key, tensor in weights.tensors.items() if key not in taken}
-    return Found(replace(weights, tensors=rest), keys)
+    return VocabularyTensors(replace(weights, tensors=rest), keys)
 
 
 def read(
     config: Fields,
     weights: Weights,
-    found: Found,
+    on_vocabulary: VocabularyTensors,
     targeting: Targeting,
     scaling: Callable[[str], Scaling],
     base: BaseModel | None,
@@ -75,8 +75,8 @@ def read(
     """The pairs by site. base: what the adapter is read for, whose weights a whole one in the file
     is compared with. Raises an AdapterError."""
     sites = {}
-    _check_targets(config, weights, found, targeting)
-    for module, keys in found.keys.items():
+    _check_targets(config, weights, on_vocabulary, targeting)
+    for module, keys in on_vocabulary.keys.items():
         site = canonical(module)
         a, b = _PAIRS[is_embedding(site)]
         for part, key in keys.items():
@@ -86,22 +86,24 @@ def read(
                 raise UnsupportedError(weights.where(key), what, f"plain LoRA on {noun}: {a}, {b}")
         if "base_layer.weight" in keys:
             _check_whole(weights, keys["base_layer.weight"], site, base)
-        if module in found.pairs:
+        if module in on_vocabulary.pairs:
             stem = f"base_model.model.{module}"
-            pair = Pair(keys.get(a, f"{stem}.{a}"), keys.get(b, f"{stem}.{b}"))
+            pair = PairNames(keys.get(a, f"{stem}.{a}"), keys.get(b, f"{stem}.{b}"))
             experts = build_experts(weights, [pair], scaling(module))
             sites[site] = LinearMixture(experts, Constant((1.0,)))
     return sites
 
 
-def _check_targets(config: Fields, weights: Weights, found: Found, targeting: Targeting) -> None:
+def _check_targets(
+    config: Fields, weights: Weights, on_vocabulary: VocabularyTensors, targeting: Targeting
+) -> None:
     """PEFT drops the tensors of other modules; `ensure_weight_tying` adapts the one that is tied to
     a target as well. Raises UnsupportedError."""
-    against = {module: targeting.against(module) for module in found.pairs}
+    against = {module: targeting.against(module) for module in on_vocabulary.pairs}
     tying = config.flag("ensure_weight_tying") and None in against.values()
     for module, name in against.items():
         if name is not None and not (tying and name == "target_modules"):
-            key = min(found.keys[module].values())
+            key = min(on_vocabulary.keys[module].values())
             expected = f"none, as {name} does not adapt it"
             raise UnsupportedError(weights.where(key), "tensors of an untargeted module", expected)
 
@@ -120,16 +122,16 @@ def changed_rows(weights: Weights, key: str, site: str, base: BaseModel | None) 
 
     Raises UnsupportedError where there is no base to compare with, ShapeError.
     """
-    own = weights.tensor(key, 2)
+    saved = weights.tensor(key, 2)
     if base is None:
         expected = "the base model, to compare it with (--model, --base)"
         raise UnsupportedError(weights.where(key), f"the whole weight of {site}", expected)
     weight = vocabulary_weight(base.name, site, base.tied)
-    if own.shape != weight.shape:
-        raise ShapeError(weights.where(key), list(own.shape), list(weight.shape))
+    if saved.shape != weight.shape:
+        raise ShapeError(weights.where(key), list(saved.shape), list(weight.shape))
     changed = []
-    for start in range(0, len(own), _ROWS):
-        rows, before = own[start : start + _ROWS], weight[start : start + _ROWS]
+    for start in range(0, len(saved), _ROWS):
+        rows, before = saved[start : start + _ROWS], weight[start : start + _ROWS]
         same = torch.zeros(len(rows), dtype=torch.bool)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             same |= (before.to(dtype).float() == rows).all(1)

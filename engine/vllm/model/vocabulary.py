@@ -50,16 +50,16 @@ class Site:
 
 def find_embedding(model: nn.Module) -> Site | None:
     """On the first pipeline stage; None if it is none that adapters can change."""
-    found = [
+    embeddings = [
         (canonical(name), module)
         for name, module in model.named_modules()
         if isinstance(module, VocabParallelEmbedding)
         and not isinstance(module, ParallelLMHead)
         and is_embedding(canonical(name))
     ]
-    if len(found) != 1 or not get_pp_group().is_first_rank:
+    if len(embeddings) != 1 or not get_pp_group().is_first_rank:
         return None
-    return _site(*found[0])
+    return _site(*embeddings[0])
 
 
 def find_head(model: nn.Module, tied: bool) -> Site | None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support.slot_worker import Worker
+from torch import Tensor, nn
 from vllm.config import CUDAGraphMode, LoRAConfig, VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -21,9 +22,11 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.adapter_stats import AdapterStats
+from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.prefetch import StepPacer
 from molehill.kernels.interface import UNSERVED, Run
+from molehill.kernels.vocabulary import Vocabulary
 
 ADAPTER = 1000
 MAX_LORAS = 4
@@ -43,12 +46,17 @@ class Runner(LoRAModelRunnerMixin):
                 pacer=StepPacer(),
                 stats=AdapterStats(slots.counters, slots.resident_bytes),
                 model=SimpleNamespace(begin_step=self._begin_step),
+                vocabulary=Vocabulary(),
             ),
             ActivatedRows(self, {ADAPTER: ()}.get),
+            LogitsRows(self, nn.Module(), lambda runs: None),
         )
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> None:
         """Steps without requests that an adapter is activated in: none is run here."""
+
+    def _get_prompt_logprobs_dict(self, hidden_states: Tensor, tokens: dict[str, int]) -> None:
+        """Prompts whose log-probabilities nobody asks for."""
 
     def _begin_step(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)

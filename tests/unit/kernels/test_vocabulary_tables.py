@@ -1,0 +1,91 @@
+"""What adapters have on the vocabulary, against the plain formulas."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from molehill.kernels.checks import WeightsError
+from molehill.kernels.interface import Run, VocabularyPiece, VocabularyPieces, VocabularyShape
+from molehill.kernels.mixture import Experts
+from molehill.kernels.vocabulary import Vocabulary
+
+TOKENS, PADDING, HIDDEN, RANK = 11, 5, 8, 2
+RUNS = [Run(0, 1, 4), Run(2, 4, 5), Run(0, 6, 7)]
+
+
+def pieces(seed: int) -> VocabularyPieces:
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(inputs: int, outputs: int) -> Experts:
+        a = torch.randn(RANK, inputs, generator=generator)
+        return Experts(a, torch.randn(outputs, RANK, generator=generator), (RANK,))
+
+    return VocabularyPieces(
+        VocabularyPiece("embed_tokens", pair(TOKENS, HIDDEN)),
+        VocabularyPiece("lm_head", pair(HIDDEN, TOKENS)),
+    )
+
+
+def vocabulary(dtype: torch.dtype = torch.float32) -> Vocabulary:
+    made = Vocabulary()
+    made.register_embedding(VocabularyShape(TOKENS, HIDDEN, dtype))
+    made.register_head(VocabularyShape(TOKENS, HIDDEN, dtype))
+    return made
+
+
+def pair_of(piece: VocabularyPiece | None) -> tuple[Tensor, Tensor]:
+    assert piece is not None
+    return piece.pair.a, piece.pair.b
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.2)])
+def test_rows_get_what_their_slots_hold(dtype: torch.dtype, tolerance: float) -> None:
+    made, held = vocabulary(dtype), {0: pieces(0), 2: pieces(1)}
+    for slot, piece in held.items():
+        made.store(slot, piece)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, TOKENS, (8,), generator=generator)
+    x = torch.randn(8, HIDDEN, generator=generator).to(dtype)
+    looked_up, logits = torch.zeros(8, HIDDEN, dtype=dtype), torch.zeros(8, TOKENS + PADDING)
+    logits = logits.to(dtype)
+    expected_rows, expected_logits = looked_up.float(), logits.float()
+    for run in RUNS:
+        rows = slice(run.start, run.stop)
+        a, b = pair_of(held[run.slot].embedding)
+        expected_rows[rows] = a.T[ids[rows]] @ b.T
+        a, b = pair_of(held[run.slot].head)
+        expected_logits[rows, :TOKENS] = x[rows].float() @ a.T @ b.T
+    made.begin_step([*RUNS, Run(1, 5, 6)])
+    made.begin_logits(RUNS)
+    made.embedding_op(looked_up, ids)
+    made.project(logits, x)
+    assert (looked_up.float() - expected_rows).abs().max() < tolerance
+    assert (logits.float() - expected_logits).abs().max() < tolerance
+
+
+def test_slots_are_freed_and_nothing_is_left_of_a_bad_piece() -> None:
+    made, stored = vocabulary(), pieces(0)
+    made.store(3, stored)
+    assert made.has_head(3)
+    assert made.resident_bytes(3) == 2 * 4 * RANK * (TOKENS + HIDDEN)
+    made.erase(3)
+    assert not made.has_head(3)
+    assert made.resident_bytes(3) == 0
+    wide = VocabularyPiece(
+        "lm_head", Experts(torch.ones(1, HIDDEN + 1), torch.ones(TOKENS, 1), (1,))
+    )
+    with pytest.raises(WeightsError, match="lm_head: a"):
+        made.store(3, VocabularyPieces(stored.embedding, wide))
+    assert made.resident_bytes(3) == 0
+    with pytest.raises(WeightsError, match="a registered head"):
+        Vocabulary().store(0, VocabularyPieces(head=stored.head))
+
+
+def test_rows_beyond_a_lookup_are_left_out() -> None:
+    """A draft model that shares the embedding looks up fewer."""
+    made = vocabulary()
+    made.store(0, pieces(0))
+    made.begin_step([Run(0, 1, 2), Run(0, 4, 9)])
+    out = torch.zeros(3, HIDDEN)
+    made.embed(out, torch.tensor([1, 2, 3]))
+    assert out.any(1).tolist() == [False, True, False]
