@@ -22,7 +22,7 @@ from molehill.engine.adapter.errors import (
 from molehill.engine.adapter.expert_sites import PROJECTIONS, split
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.adapter.module_names import split_layer
-from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
+from molehill.engine.adapter.vocabulary_sites import is_embedding, is_on_vocabulary
 from molehill.kernels.activation import ACTIVATIONS
 from molehill.kernels.mixture import (
     Experts,
@@ -78,6 +78,9 @@ def adapter_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
         errors += _unservable(site, mixture, adapter.sites)
         if is_on_vocabulary(site):
             errors += _unservable_on_vocabulary(site, mixture)
+        if is_embedding(site) and adapter.invocation_tokens:
+            found = "the embedding in an activated adapter, which PEFT changes for every token"
+            errors.append(UnsupportedError(site, found, "the layers and the LM head"))
     for name, tensor in adapter.tensors():
         if not is_finite(tensor):
             errors.append(NonFiniteError(name, "NaN or Inf", "finite values"))

@@ -1,7 +1,7 @@
 """A base checkpoint with an adapter merged into its weights."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
 from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head, is_on_vocabulary
 from molehill.engine.hf.checkpoint import shards as shards_of
 from molehill.engine.hf.shapes import canonical_name
 from molehill.engine.system.atomic_directory import appearing
@@ -28,11 +29,13 @@ def merge_checkpoint(base: Path, adapter: Adapter, directory: Path) -> dict[str,
     tokenizer are copied. Returns the relative change ||W' - W|| / ||W|| by site.
 
     Raises UnsupportedError (a dynamic site, an activated adapter; a quantised base, or one without
-    safetensors), UnknownTargetError (a site whose weight no shard has), FileExistsError, OSError.
+    safetensors; the embedding or the head of a base that ties them), UnknownTargetError
+    (a site whose weight no shard has), FileExistsError, OSError.
     """
     check_mergeable(adapter, "adapter")
     sites = _sites(adapter)
     shards = shards_of(base)
+    _check_untied(base, shards, sites)
     changes: dict[str, float] = {}
     with appearing(directory) as partial:
         for shard in shards:
@@ -61,6 +64,19 @@ def _sites(adapter: Adapter) -> dict[str, LinearMixture]:
     return result
 
 
+def _check_untied(base: Path, shards: Sequence[str], sites: Collection[str]) -> None:
+    """A checkpoint without a head of its own has one weight for both."""
+    on_vocabulary = [site for site in sites if is_on_vocabulary(site)]
+    if not on_vocabulary:
+        return
+    for shard in shards:
+        with safe_open(base / shard, framework="pt") as file:
+            if any(is_head(canonical_name(n.removesuffix(".weight"))) for n in file.keys()):  # noqa: SIM118
+                return
+    found = "one weight for the embedding and the LM head, of which one is adapted or both apart"
+    raise UnsupportedError(on_vocabulary[0], found, "a base whose weights are not tied")
+
+
 def _is_dora(mixture: LinearMixture) -> bool:
     return mixture.magnitude is not None
 
@@ -71,7 +87,10 @@ def _merge(tensors: dict[str, Tensor], sites: Mapping[str, LinearMixture]) -> di
     for name, weight in tensors.items():
         site = canonical_name(name.removesuffix(".weight"))
         if site in sites and name.endswith(".weight"):
-            tensors[name] = merged_weight(weight, sites[site])
+            if is_embedding(site):
+                tensors[name] = merged_weight(weight.T, sites[site]).T.contiguous()
+            else:
+                tensors[name] = merged_weight(weight, sites[site])
             before = weight.float()
             changes[site] = float((tensors[name].float() - before).norm() / before.norm())
     return changes

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.activated import INVOCATION, OTHER, activate, golden_prompts
+from support.activated import INVOCATION, OTHER, activate, activate_head, golden_prompts
 from support.asking import LOGIT_TOLERANCE, Reply, ask_each
 from support.engines import engine
 from support.golden import TINY_LLAMA, Case, Prompt, greatest_difference
@@ -64,6 +64,7 @@ def adapters(llm: Any, tmp_path_factory: Any) -> dict[str, Any]:
         "alora": Case("alora").path,
         "dynmole": activate("dynmole-default", folder / "dynmole", OTHER),
         "mixlora": activate("mixlora", folder / "mixlora", OTHER),
+        "head": activate_head(folder / "head", INVOCATION),
     }
     found = {
         name: LoRARequest(name, i, str(path)) for i, (name, path) in enumerate(paths.items(), 1)
@@ -148,6 +149,22 @@ def test_every_shape_of_prompt_gives_pefts_logits(
     assert reply.prompt_logits is not None
     found = torch.cat([reply.prompt_logits, reply.logits.unsqueeze(0)])
     assert greatest_difference(found, pefts_logits(peft_model, prompt)) <= LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("shape", ["first", "last", "cut by a chunk's border"])
+def test_logits_of_prompts_are_the_heads_from_the_invocation_on(
+    llm: Any, adapters: dict[str, Any], model: Any, shape: str
+) -> None:
+    prompt, request = SHAPES[shape], adapters["head"]
+    (reply,) = ask_each(llm, [prompt], [request], tokens=1, prompt_logits=True)
+    adapter = formats.read(Path(request.lora_path))
+    start = activation_offset(prompt, INVOCATION)
+    assert start is not None
+    with attach(model, adapter, start=start), torch.no_grad():
+        wanted = model(torch.tensor([prompt]), use_cache=False).logits[0]
+    assert reply.prompt_logits is not None
+    both = torch.cat([reply.prompt_logits, reply.logits.unsqueeze(0)])
+    assert greatest_difference(both, wanted) <= LOGIT_TOLERANCE
 
 
 def test_base_plain_and_activated_adapters_in_one_batch(
@@ -243,7 +260,7 @@ def test_preempted_requests_and_drafts(llm: Any, adapters: dict[str, Any], model
     assert llm.reset_prefix_cache()
     preempted = counter(llm, "vllm:num_preemptions")
     accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
-    names = ["alora", "base", "dynmole", "alora", "mixlora", "plain"]
+    names = ["alora", "base", "dynmole", "head", "mixlora", "plain"]
     prompts = [[*TEXT[i:50], *INVOCATION, *TEXT[i:20], *OTHER, *TEXT[:9]] for i in range(6)]
     requests = [adapters[name] for name in names]
     replies = ask_each(llm, prompts, requests, tokens=50)

@@ -4,12 +4,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from support.golden import Case, Prompt
+import torch
+from safetensors.torch import load_file, save_file
+
+from support.golden import VOCABULARY, Case, Prompt
 
 FIELD = "alora_invocation_tokens"
 INVOCATION = [301, 17, 302]
 # Of the mixture; it begins as the other one ends.
 OTHER = [302, 9]
+# Of the tiny Llama.
+HIDDEN = 64
 
 
 def golden_prompts() -> list[Prompt]:
@@ -34,5 +39,24 @@ def activate(case: str, directory: Path, tokens: Sequence[int], **config: object
         (directory / file.name).symlink_to(file)
     fields = json.loads((Case(case).path / "adapter_config.json").read_text())
     document = {**fields, **config, FIELD: list(tokens)}
+    (directory / "adapter_config.json").write_text(json.dumps(document))
+    return directory
+
+
+def activate_head(directory: Path, tokens: Sequence[int]) -> Path:
+    """PEFT's golden LoRA with a pair on the LM head too, which such tokens activate."""
+    case = Case("alora")
+    fields = json.loads((case.path / "adapter_config.json").read_text())
+    (weights,) = case.path.glob("adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(4)
+    rank, stem = fields["r"], "base_model.model.lm_head"
+    pair = {
+        f"{stem}.lora_A.weight": torch.randn(rank, HIDDEN, generator=generator) * 0.2,
+        f"{stem}.lora_B.weight": torch.randn(VOCABULARY, rank, generator=generator) * 0.2,
+    }
+    directory.mkdir()
+    save_file({**load_file(weights), **pair}, directory / "adapter_model.safetensors")
+    targets = [*fields["target_modules"], "lm_head"]
+    document = {**fields, "target_modules": targets, FIELD: list(tokens)}
     (directory / "adapter_config.json").write_text(json.dumps(document))
     return directory

@@ -13,8 +13,9 @@ import safetensors.torch
 
 from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
 from molehill.engine.formats.io import files
-from molehill.engine.formats.readers import invocation
+from molehill.engine.formats.readers import invocation, vocabulary
 from molehill.engine.system.atomic_directory import appearing
 from molehill.engine.transform.merge import plain_sites, why_not_plain
 from molehill.kernels.mixture import Experts
@@ -29,8 +30,9 @@ def write_lora(adapter: Adapter, directory: Path) -> None:
     with appearing(directory) as partial:
         tensors = {}
         for site, experts in pairs.items():
-            tensors[f"base_model.model.model.{site}.lora_A.weight"] = experts.a.contiguous()
-            tensors[f"base_model.model.model.{site}.lora_B.weight"] = experts.b.contiguous()
+            a, b = vocabulary.PARTS[is_embedding(site)]
+            tensors[f"base_model.model.{_module(site)}.{a}"] = experts.a.contiguous()
+            tensors[f"base_model.model.{_module(site)}.{b}"] = experts.b.contiguous()
         safetensors.torch.save_file(tensors, partial / files.SAFETENSORS, {"format": "pt"})
         (partial / files.CONFIG).write_text(json.dumps(_config(adapter, pairs), indent=2))
 
@@ -44,9 +46,14 @@ def _pairs(adapter: Adapter) -> dict[str, Experts]:
     return plain
 
 
+def _module(site: str) -> str:
+    """As Transformers calls it in most models."""
+    return site if is_head(site) else f"model.{site}"
+
+
 def _config(adapter: Adapter, pairs: dict[str, Experts]) -> dict[str, Any]:
     """The most frequent rank is `r`, the others are exceptions by module."""
-    ranks = {f"model.{site}": experts.ranks[0] for site, experts in pairs.items()}
+    ranks = {_module(site): experts.ranks[0] for site, experts in pairs.items()}
     ((usual, _),) = Counter(ranks.values()).most_common(1)
     others = {module: rank for module, rank in ranks.items() if rank != usual}
     return {

@@ -28,8 +28,8 @@ _COMMON = {
 }
 
 # How training begins, and how weights are spread while it lasts. `merge_weights` and
-# `runtime_config` are about the process, `ensure_weight_tying` about embeddings, which are not
-# served.
+# `runtime_config` are about the process, `ensure_weight_tying` about what is targeted beside
+# a tied weight, which `vocabulary` reads.
 _TRAINING = {
     "corda_config",
     "ensure_weight_tying",

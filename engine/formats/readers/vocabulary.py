@@ -26,7 +26,8 @@ from molehill.engine.formats.readers.targeting import Targeting
 from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Constant
 
-_PAIRS = {True: ("lora_embedding_A", "lora_embedding_B"), False: ("lora_A.weight", "lora_B.weight")}
+# Of a pair, by whether it is on the embedding.
+PARTS = {True: ("lora_embedding_A", "lora_embedding_B"), False: ("lora_A.weight", "lora_B.weight")}
 _KEY = re.compile(
     rf"base_model\.model\.(?P<module>{AROUND_LAYERS}(?:{'|'.join((*EMBEDDINGS, *HEADS))}))"
     r"\.(?P<part>lora_embedding_[AB]|lora_[AB]\.weight|lora_magnitude_vector(?:\.weight)?"
@@ -78,7 +79,7 @@ def read(
     _check_targets(config, weights, on_vocabulary, targeting)
     for module, keys in on_vocabulary.keys.items():
         site = canonical(module)
-        a, b = _PAIRS[is_embedding(site)]
+        a, b = PARTS[is_embedding(site)]
         for part, key in keys.items():
             if part not in (a, b, "base_layer.weight"):
                 noun = "the embedding" if is_embedding(site) else "the LM head"

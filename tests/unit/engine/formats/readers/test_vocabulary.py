@@ -15,8 +15,11 @@ from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import AdapterError, UnsupportedError
 from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import native
+from molehill.engine.formats.convert.peft_writer import write_lora
 from molehill.engine.hf.reference import attach
 from molehill.engine.hf.shapes import base_model
+from molehill.engine.transform.merge import merge_static
+from molehill.engine.transform.merge_checkpoint import merge_checkpoint
 
 BASES = {"tied": "qwen2", "untied": "qwen3"}
 CASES = [(kind, name) for kind in BASES for name in vocabulary.names(kind == "tied")]
@@ -126,3 +129,44 @@ def test_another_vocabulary_is_refused(saved: Path, bases: dict[str, Path]) -> N
     )
     with pytest.raises(AdapterError, match=r"embed_tokens|lm_head"):
         validate(formats.read(saved, base=base), other, LIMITS)
+
+
+def test_written_as_a_lora_peft_answers_the_same(
+    saved: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    import peft
+
+    adapter = formats.read(saved, base=base_model(bases["untied"]))
+    merged, _ = merge_static(adapter, base_model(bases["untied"]))
+    write_lora(merged, tmp_path / "written")
+    oracle = peft.PeftModel.from_pretrained(tiny_models.load(bases["untied"]), str(saved))
+    written = peft.PeftModel.from_pretrained(
+        tiny_models.load(bases["untied"]), str(tmp_path / "written")
+    )
+    assert (logits(written) - logits(oracle)).abs().max() < 1e-4
+
+
+def test_merged_into_an_untied_base(saved: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+    import peft
+
+    adapter = formats.read(saved, base=base_model(bases["untied"]))
+    changes = merge_checkpoint(bases["untied"], adapter, tmp_path / "merged")
+    assert min(changes["embed_tokens"], changes["lm_head"]) > 0.01
+    oracle = peft.PeftModel.from_pretrained(tiny_models.load(bases["untied"]), str(saved))
+    found = logits(tiny_models.load(tmp_path / "merged"))
+    assert (found - logits(oracle)).abs().max() < 1e-4
+
+
+def test_not_merged_into_a_tied_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    vocabulary.author(bases["tied"], tmp_path / "saved", vocabulary.LORAS["on-head"])
+    adapter = formats.read(tmp_path / "saved", base=base_model(bases["tied"]))
+    with pytest.raises(UnsupportedError, match="lm_head: found one weight"):
+        merge_checkpoint(bases["tied"], adapter, tmp_path / "merged")
+
+
+def test_an_activated_adapter_on_the_embedding_is_refused(
+    saved: Path, bases: dict[str, Path]
+) -> None:
+    error = refusal(edit(saved, alora_invocation_tokens=[5, 6]), base_model(bases["untied"]))
+    assert error.where == "embed_tokens"
+    assert "activated" in error.found
