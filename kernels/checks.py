@@ -25,7 +25,7 @@ from molehill.kernels.interface import (
     VocabularyPiece,
     VocabularyShape,
 )
-from molehill.kernels.mixture import Experts
+from molehill.kernels.mixture import Experts, VocabularyRows
 from molehill.kernels.policy import Policy
 
 Shape = tuple[int, ...]
@@ -113,8 +113,21 @@ def check_vocabulary(
     inputs, outputs = shape.hidden, shape.tokens
     if of_embedding:
         inputs, outputs = outputs, inputs
-    _check_pair(piece.site, piece.pair, len(piece.pair.ranks), inputs, outputs)
+    if piece.pair is not None:
+        _check_pair(piece.site, piece.pair, len(piece.pair.ranks), inputs, outputs)
+    if piece.rows is not None:
+        _check_rows(piece.site, piece.rows, shape)
     return shape
+
+
+def _check_rows(site: str, table: VocabularyRows, shape: VocabularyShape) -> None:
+    count = len(table.ids)
+    _expect(f"{site}: rows", tuple(table.rows.shape), (count, shape.hidden))
+    _expect(f"{site}: ids", table.ids.dtype, torch.int64)
+    if count and not (bool((table.ids.diff() > 0).all()) and table.ids[0] >= 0):
+        raise WeightsError(f"{site}: ids", "others", "ascending ones, none below 0")
+    if count and table.ids[-1] >= shape.tokens:
+        raise WeightsError(f"{site}: ids", int(table.ids[-1]), f"below {shape.tokens}")
 
 
 def _check_linear(piece: LinearPiece, shape: LinearShape | None, handle: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from molehill.kernels.counters import SlotCounters
-from molehill.kernels.mixture import Experts
+from molehill.kernels.mixture import Experts, VocabularyRows
 from molehill.kernels.policy import Policy
 
 CPU = torch.device("cpu")
@@ -189,11 +189,15 @@ class VocabularyShape:
 
 @dataclass(frozen=True)
 class VocabularyPiece:
-    """One pair on the embedding, A `[r, tokens]` and B `[hidden, r]`, or on the LM head,
-    A `[r, hidden]` and B `[tokens, r]`, cut to this rank's tokens."""
+    """What is on the embedding or on the LM head, cut to this rank's tokens.
+
+    pair: on the embedding A `[r, tokens]` and B `[hidden, r]`, on the head A `[r, hidden]` and
+    B `[tokens, r]`. rows: in the place of the base's, their ids counted from this rank's first.
+    """
 
     site: str
-    pair: Experts
+    pair: Experts | None
+    rows: VocabularyRows | None = None
 
 
 @dataclass(frozen=True)
@@ -266,10 +270,13 @@ class SlotWeights:
         for moe in self.moes.values():
             pairs += [pair for pair in (moe.gate, moe.up, moe.down) if pair is not None]
         on_vocabulary = (self.vocabulary.embedding, self.vocabulary.head)
-        pairs += [piece.pair for piece in on_vocabulary if piece is not None]
+        pairs += [piece.pair for piece in on_vocabulary if piece is not None and piece.pair]
+        replaced = [piece.rows for piece in on_vocabulary if piece is not None and piece.rows]
         elements = sum(pair.a.numel() + pair.b.numel() for pair in pairs)
+        elements += sum(table.rows.numel() for table in replaced)
         floats = sum(table.numel() for table in tables if table is not None)
-        return elements * dtype.itemsize + 4 * floats
+        ids = sum(table.ids.numel() for table in replaced)
+        return elements * dtype.itemsize + 4 * floats + 8 * ids
 
 
 @dataclass(frozen=True)

@@ -148,4 +148,15 @@ class Reflection:
         return Experts(self.a, -(weight @ self.u), (self.rank,))
 
 
+@dataclass(frozen=True)
+class VocabularyRows:
+    """Rows of the embedding, or of the LM head, in the place of the base's, by token.
+
+    ids: int64 `[n]`, ascending. rows: `[n, hidden]`.
+    """
+
+    ids: Tensor
+    rows: Tensor
+
+
 Mixture = LinearMixture | FfnMixture | ScaleMixture | Reflection

@@ -1,8 +1,8 @@
 """What adapters have on the vocabulary, in torch: on the embedding, and on the LM head.
 
-The embedding's pair is a gather of A's columns by token id, then B. Rows of logits are not those of
-a step: they are announced for each call of the head. Nothing is launched where no adapter of the
-step has anything there.
+The embedding's pair is a gather of A's columns by token id, then B; rows that replace the base's
+are looked up in a sorted list of ids. Rows of logits are not those of a step: they are announced
+for each call of the head. Nothing is launched where no adapter of the step has anything there.
 """
 
 from collections.abc import Sequence
@@ -14,31 +14,70 @@ from torch.nn import functional as F
 from molehill.kernels import custom_ops
 from molehill.kernels.checks import check_vocabulary
 from molehill.kernels.interface import Run, VocabularyPiece, VocabularyPieces, VocabularyShape
+from molehill.kernels.mixture import VocabularyRows
 
 Rows = slice | Tensor
 
 
+class RowTable:
+    """One adapter's rows in the place of the base's."""
+
+    def __init__(self, table: VocabularyRows, shape: VocabularyShape) -> None:
+        self._ids = table.ids.to(shape.device)
+        self._rows = table.rows.to(shape.device, shape.dtype).contiguous()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._ids.nbytes + self._rows.nbytes
+
+    def embed(self, out: Tensor, ids: Tensor) -> None:
+        places = torch.searchsorted(self._ids, ids).clamp_(max=len(self._ids) - 1)
+        changed = self._ids[places] == ids
+        out.copy_(torch.where(changed[:, None], self._rows[places], out))
+
+    def project(self, logits: Tensor, x: Tensor, bias: Tensor | None) -> None:
+        logits[:, self._ids] = F.linear(
+            x, self._rows, None if bias is None else bias[self._ids]
+        ).to(logits.dtype)
+
+
 class VocabularyTable:
-    """One adapter's pair on the embedding, A kept by token, or on the head."""
+    """What one adapter has on the embedding, A kept by token, or on the head: its rows, and beside
+    them its pair."""
 
     def __init__(
         self, piece: VocabularyPiece, shape: VocabularyShape, *, of_embedding: bool
     ) -> None:
-        a = piece.pair.a.T if of_embedding else piece.pair.a
-        self._a = a.to(shape.device, shape.dtype).contiguous()
-        self._b = piece.pair.b.to(shape.device, shape.dtype).contiguous()
+        self._rows = RowTable(piece.rows, shape) if piece.rows and len(piece.rows.ids) else None
+        self._pair = None
+        if piece.pair is not None:
+            a = piece.pair.a.T if of_embedding else piece.pair.a
+            self._pair = (
+                a.to(shape.device, shape.dtype).contiguous(),
+                piece.pair.b.to(shape.device, shape.dtype).contiguous(),
+            )
 
     @property
     def num_bytes(self) -> int:
-        return self._a.nbytes + self._b.nbytes
+        pair = sum(half.nbytes for half in self._pair or ())
+        return pair + (0 if self._rows is None else self._rows.num_bytes)
 
     def embed(self, out: Tensor, ids: Tensor) -> None:
         """Changes `out [T, hidden]` in place; ids `[T]`: of this rank's part of the vocabulary."""
-        out.addmm_(F.embedding(ids, self._a), self._b.T)
+        if self._rows is not None:
+            self._rows.embed(out, ids)
+        if self._pair is not None:
+            a, b = self._pair
+            out.addmm_(F.embedding(ids, a), b.T)
 
-    def project(self, logits: Tensor, x: Tensor) -> None:
-        """Changes `logits [T, tokens and padding]` in place; x `[T, hidden]`."""
-        logits[:, : len(self._b)] += F.linear(F.linear(x, self._a), self._b).to(logits.dtype)
+    def project(self, logits: Tensor, x: Tensor, bias: Tensor | None) -> None:
+        """Changes `logits [T, tokens and padding]` in place; x `[T, hidden]`, bias `[tokens and
+        padding]`: the base's, which rows keep."""
+        if self._rows is not None:
+            self._rows.project(logits, x, bias)
+        if self._pair is not None:
+            a, b = self._pair
+            logits[:, : len(b)] += F.linear(F.linear(x, a), b).to(logits.dtype)
 
 
 class Vocabulary:
@@ -114,12 +153,13 @@ class Vocabulary:
             if not isinstance(rows, slice):
                 out[rows] = y
 
-    def project(self, logits: Tensor, x: Tensor) -> None:
-        """Changes the base's `logits [T, tokens and padding]` of x `[T, hidden]`."""
+    def project(self, logits: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        """Changes the base's `logits [T, tokens and padding]` of x `[T, hidden]`, which have its
+        bias if it has one."""
         for slot in dict.fromkeys(run.slot for run in self._logits_runs):
             rows = _rows(self._logits_runs, slot, len(x), x.device)
             y = logits[rows]
-            self._heads[slot].project(y, x[rows])
+            self._heads[slot].project(y, x[rows], bias)
             if not isinstance(rows, slice):
                 logits[rows] = y
 

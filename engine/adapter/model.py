@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molehill.kernels.mixture import Experts, LinearMixture, Mixture, Reflection, ScaleMixture
+from molehill.kernels.mixture import (
+    Experts,
+    LinearMixture,
+    Mixture,
+    Reflection,
+    ScaleMixture,
+    VocabularyRows,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class Adapter:
         an FfnMixture.
         Tensors are float32 on the CPU; scaling is folded into `b`.
     base_model: what the adapter says it was trained on, or None.
+    rows: of the embedding and of the LM head, in the place of the base's, by site (`embed_tokens`,
+        `lm_head`); a mixture there adds to them.
     invocation_tokens: ids that a prompt must hold, if the adapter is an activated one; it acts from
         their last occurrence on, see `activation`. Empty: it acts on every token.
     warnings: oddities that do not stop it from being served.
@@ -36,12 +45,16 @@ class Adapter:
     base_model: str | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
     invocation_tokens: tuple[int, ...] = ()
+    rows: Mapping[str, VocabularyRows] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by a canonical name, sites in natural order."""
         for site in sorted(self.sites, key=natural_key):
             for name, tensor in site_tensors(self.sites[site]):
                 yield f"{site}.{name}", tensor
+        for site, table in sorted(self.rows.items()):
+            yield f"{site}.row_ids", table.ids.float()
+            yield f"{site}.rows", table.rows
 
     @property
     def num_bytes(self) -> int:
@@ -116,6 +129,8 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     """All of an adapter but its tensors, base name and warnings, as plain JSON."""
     sites = {name: describe_mixture(mixture) for name, mixture in adapter.sites.items()}
     described: dict[str, Any] = {"kind": adapter.kind, "sites": sites}
+    if adapter.rows:
+        described["rows"] = sorted(adapter.rows)
     if adapter.invocation_tokens:
         described["alora_invocation_tokens"] = list(adapter.invocation_tokens)
     return described

@@ -31,6 +31,7 @@ from molehill.kernels.mixture import (
     Mixture,
     Reflection,
     ScaleMixture,
+    VocabularyRows,
 )
 
 _NO_REFLECTION = 1e-5
@@ -60,6 +61,8 @@ def problems(adapter: Adapter, base: BaseModel, limits: Limits) -> list[AdapterE
         for site in sorted(adapter.sites, key=natural_key)
         for problem in _misfits(site, adapter.sites[site], base)
     ]
+    for site, table in adapter.rows.items():
+        misfits += _misfit_rows(site, table, base)
     return [*adapter_problems(adapter, limits), *_mismatch(adapter, base, misfits), *misfits]
 
 
@@ -81,10 +84,13 @@ def adapter_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
         if is_embedding(site) and adapter.invocation_tokens:
             found = "the embedding in an activated adapter, which PEFT changes for every token"
             errors.append(UnsupportedError(site, found, "the layers and the LM head"))
+    for site, table in adapter.rows.items():
+        errors += _inconsistent_rows(adapter, site, table)
     for name, tensor in adapter.tensors():
         if not is_finite(tensor):
             errors.append(NonFiniteError(name, "NaN or Inf", "finite values"))
-    if not errors and not any(_acts(mixture) for mixture in adapter.sites.values()):
+    acts = bool(adapter.rows) or any(_acts(mixture) for mixture in adapter.sites.values())
+    if not errors and not acts:
         sites = len(adapter.sites)
         errors.append(NothingBoundError("adapter", f"{sites} sites, no effect", "at least one"))
     return errors
@@ -238,6 +244,35 @@ def _unservable_on_vocabulary(site: str, mixture: Mixture) -> Iterator[AdapterEr
         yield UnsupportedError(site, "a router", expected)
     elif mixture.magnitude is not None:
         yield UnsupportedError(site, "DoRA", expected)
+
+
+def _inconsistent_rows(
+    adapter: Adapter, site: str, table: VocabularyRows
+) -> Iterator[AdapterError]:
+    if not is_on_vocabulary(site):
+        yield UnsupportedError(f"{site}.rows", "rows of a linear", "those of embed_tokens, lm_head")
+    if adapter.invocation_tokens:
+        found = "rows in an activated adapter, which PEFT replaces for every token"
+        yield UnsupportedError(f"{site}.rows", found, "low-rank pairs alone")
+    if table.rows.ndim != 2 or table.ids.shape != table.rows.shape[:1]:
+        yield ShapeError(f"{site}.rows", list(table.rows.shape), [len(table.ids), "hidden"])
+    elif len(table.ids) and (table.ids[0] < 0 or not bool((table.ids.diff() > 0).all())):
+        yield UnsupportedError(f"{site}.row_ids", "others", "ascending ids, none below 0")
+
+
+def _misfit_rows(site: str, table: VocabularyRows, base: BaseModel) -> Iterator[AdapterError]:
+    if refusal := base.refusal(site):
+        yield UnsupportedError(site, refusal, "a base model and settings that allow it")
+    elif site not in base.vocabulary:
+        yield _unknown(site, "embedding or head", list(base.vocabulary))
+    else:
+        if is_embedding(site):
+            tokens, hidden = base.vocabulary[site]
+        else:
+            hidden, tokens = base.vocabulary[site]
+        yield from _expect(f"{site}.rows", table.rows, [len(table.ids), hidden])
+        if len(table.ids) and int(table.ids[-1]) >= tokens:
+            yield UnsupportedError(f"{site}.row_ids", int(table.ids[-1]), f"tokens below {tokens}")
 
 
 def _acts(mixture: Mixture) -> bool:

@@ -32,12 +32,14 @@ from molehill.kernels.mixture import (
     Mixture,
     Reflection,
     ScaleMixture,
+    VocabularyRows,
 )
 from molehill.kernels.policy import Policy
 
 CONFIG = "molehill.json"
 WEIGHTS = "molehill.safetensors"
 FORMAT_VERSION = 1
+ROWS = "rows"
 
 _FIELDS = (
     "format_version",
@@ -46,6 +48,7 @@ _FIELDS = (
     "warnings",
     "kind",
     "sites",
+    ROWS,
     invocation.FIELD,
 )
 _FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -104,6 +107,7 @@ def _read(config: Fields, directory: Path, limits: Limits) -> Adapter:
         base_model=config.text("base_model"),
         warnings=tuple(warnings),
         invocation_tokens=invocation.read(config),
+        rows={site: _rows(weights, site) for site in config.texts(ROWS)},
     )
     _check_all_used(adapter, weights)
     if adapter.digest != digest:
@@ -136,6 +140,7 @@ def read_own(directory: Path, pause: Callable[[], None] = lambda: None) -> Adapt
             sites={site: _mixture(weights, site, sites.object(site)) for site in sites.values},
             base_model=config.text("base_model"),
             invocation_tokens=invocation.read(config),
+            rows={site: _rows(weights, site) for site in config.texts(ROWS)},
         )
     except CorruptFileError:
         raise
@@ -160,6 +165,13 @@ def _check_all_used(adapter: Adapter, weights: Weights) -> None:
     if unknown:
         expected = f"only the tensors of {CONFIG}"
         raise UnsupportedError(weights.where(min(unknown)), "an unknown tensor", expected)
+
+
+def _rows(weights: Weights, site: str) -> VocabularyRows:
+    ids, rows = weights.tensor(f"{site}.row_ids", 1), weights.tensor(f"{site}.rows", 2)
+    if len(ids) != len(rows):
+        raise ShapeError(weights.where(f"{site}.rows"), list(rows.shape), [len(ids), rows.shape[1]])
+    return VocabularyRows(ids.long(), rows)
 
 
 def _mixture(weights: Weights, site: str, fields: Fields) -> Mixture:

@@ -25,6 +25,7 @@ from molehill.kernels.mixture import (
     Mixture,
     Reflection,
     ScaleMixture,
+    VocabularyRows,
 )
 from molehill.kernels.policy import Routing
 from molehill.kernels.reference import (
@@ -61,10 +62,12 @@ def attach(
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     on_experts = _on_fused_experts(adapter, modules)
     sites = {site: m for site, m in adapter.sites.items() if site not in on_experts}
-    for site in sites:
+    for site in (*sites, *adapter.rows):
         if site not in modules:
             raise UnknownTargetError(site, "no such module", f"one of {type(model).__name__}'s")
     with ExitStack() as stack:
+        for site, table in adapter.rows.items():
+            stack.enter_context(_with_rows(modules[site], table))
         for site, mixture in sites.items():
             module = modules[site]
             applied = _adapted_forward(site, module, mixture, model, trace)
@@ -76,6 +79,19 @@ def attach(
             module.forward = _from(start, module.forward, applied)
             stack.callback(delattr, module, "forward")
         yield model
+
+
+@contextmanager
+def _with_rows(module: nn.Module, table: VocabularyRows) -> Iterator[None]:
+    """The embedding or the head with rows of the adapter's; what is tied to it stays as it is."""
+    before = module.get_parameter("weight")
+    after = before.detach().clone()
+    after[table.ids] = table.rows.to(before.dtype)
+    module.weight = nn.Parameter(after, requires_grad=False)
+    try:
+        yield
+    finally:
+        module.weight = before
 
 
 def _adapted_forward(

@@ -56,6 +56,8 @@ def merge_checkpoint(base: Path, adapter: Adapter, directory: Path) -> dict[str,
 
 def _sites(adapter: Adapter) -> dict[str, LinearMixture]:
     result = {}
+    for site in adapter.rows:
+        raise UnsupportedError(site, "rows of its own", "low-rank pairs alone")
     for site in sorted(adapter.sites, key=natural_key):
         mixture = adapter.sites[site]
         if not isinstance(mixture, LinearMixture) or not (is_plain(mixture) or _is_dora(mixture)):

@@ -38,6 +38,9 @@ def mix(parts: Sequence[Part]) -> Adapter:
         raise ConfigError("mix", "no adapters", "at least one")
     stacks: dict[str, list[Experts]] = {}
     for part in parts:
+        for site in part.adapter.rows:
+            found, expected = "rows of its own, which do not add up", "a LoRA's pairs alone"
+            raise UnsupportedError(f"{part.name}: {site}", found, expected)
         for site, mixture in part.adapter.sites.items():
             pair = low_rank(part.name, site, mixture)
             scaled = Experts(pair.a, pair.b * part.scale, pair.ranks)

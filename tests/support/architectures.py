@@ -85,8 +85,7 @@ def make(model_type: str, directory: Path) -> tuple[Path, dict[str, Path], list[
         ask_oracle(name, recipe.attached(model))
     for name in architecture.on_vocabulary:
         adapters[name] = directory / name
-        settings = {**vocabulary.LORAS, **vocabulary.TIED}[name]
-        ask_oracle(name, nullcontext(vocabulary.author(path, adapters[name], settings)))
+        ask_oracle(name, nullcontext(vocabulary.author(path, adapters[name], name)))
     adapters["lora"] = directory / "lora"
     wrapped = peft_lora(model, architecture.linears, architecture.parameters, adapters["lora"])
     ask_oracle("lora", nullcontext(wrapped))

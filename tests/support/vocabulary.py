@@ -19,16 +19,40 @@ LORAS: Mapping[str, Mapping[str, Any]] = {
         "alpha_pattern": {"embed_tokens": 3},
     },
 }
+# Rows in the place of the base's.
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [300, 5, 17]},
+    "tokens-apart": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [5, 7], "lm_head": [511, 5]},
+    },
+    "saved": {"target_modules": ["down_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved-head": {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]},
+}
+# The rows of whole modules that are changed; of one that is not here, all of them.
+CHANGED = {"saved": slice(3, 40)}
 # Those that need a base whose embedding and head are one weight.
 TIED: Mapping[str, Mapping[str, Any]] = {
     "tying": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
 }
 
-HEADS = ("on-head", "on-both", "tying")
+HEADS = ("on-head", "on-both", "tying", *ROWS)
 
 
-def author(base: Path, directory: Path, settings: Mapping[str, Any], seed: int = 0) -> nn.Module:
-    """Saves a random LoRA; the model that answers with it."""
+def author(base: Path, directory: Path, name: str, seed: int = 0) -> nn.Module:
+    """Saves a random adapter of one of these names; the model that answers with it."""
+    settings = {**LORAS, **TIED, **ROWS}[name]
+    return save(base, directory, settings, seed, CHANGED.get(name, slice(None)))
+
+
+def save(
+    base: Path,
+    directory: Path,
+    settings: Mapping[str, Any],
+    seed: int = 0,
+    rows: slice = slice(None),
+) -> nn.Module:
+    """The same with these settings. rows: of whole modules, that are changed."""
     import peft
 
     config = peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **settings)
@@ -37,15 +61,20 @@ def author(base: Path, directory: Path, settings: Mapping[str, Any], seed: int =
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
     for name, parameter in model.named_parameters():
-        if "lora_" in name and id(parameter) not in done:
-            done.add(id(parameter))
-            noise = torch.randn(parameter.shape, generator=generator)
-            scale = 0.4 if "embedding" in name else 0.25
-            parameter.data.copy_(scale * noise)
+        if id(parameter) in done:
+            continue
+        done.add(id(parameter))
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "lora_" in name:
+            parameter.data.copy_((0.4 if "embedding" in name else 0.25) * noise)
+        elif "trainable_tokens_delta" in name:
+            parameter.data += 0.5 * noise
+        elif "modules_to_save" in name:
+            parameter.data[rows] += 0.5 * noise[rows]
     model.eval().save_pretrained(directory)
     return model
 
 
 def names(tied: bool) -> dict[str, Mapping[str, Any]]:
     """The settings that a base takes."""
-    return {**LORAS, **(TIED if tied else {})}
+    return {**LORAS, **ROWS, **(TIED if tied else {})}

@@ -38,6 +38,8 @@ def write_lora(adapter: Adapter, directory: Path) -> None:
 
 
 def _pairs(adapter: Adapter) -> dict[str, Experts]:
+    for site in adapter.rows:
+        raise UnsupportedError(site, "rows of its own", "one low-rank pair, as a plain LoRA has")
     plain = plain_sites(adapter)
     for site in sorted(adapter.sites, key=natural_key):
         if site not in plain:

@@ -55,7 +55,6 @@ _PARTS = {
 UNSERVED = {
     "enable_lora": "a LoRA on parts of a fused linear",
     "layer_replication": "replicated layers",
-    "trainable_token_indices": "trained token embeddings",
     "lora_bias": "a bias in lora_B",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
@@ -74,7 +73,11 @@ _REMEDIES = {
     "kasa_config": _MERGED,
 }
 # What PEFT's forks have, and nobody has seen used in them.
-FORKS_UNSERVED = {**UNSERVED, "fan_in_fan_out": "transposed weights"}
+FORKS_UNSERVED = {
+    **UNSERVED,
+    "trainable_token_indices": "trained token embeddings",
+    "fan_in_fan_out": "transposed weights",
+}
 _FORKS = {
     "lora_nums": "a mixture (LoRAMoE, HydraLoRA or LD-MoLE) without its tensors",
     "sparsegen": "LD-MoLE's router",
@@ -115,7 +118,7 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
     weights = on_vocabulary.rest
     scalings = _read_scalings(config)
     target_modules, targeting = targets.read_targets(config), Targeting(config)
-    notes = saved_modules.check(config, weights) + targeting.warnings()
+    notes = saved_modules.check(config, weights, on_vocabulary.keys) + targeting.warnings()
     grouped = _group(weights)
     modules = {name: m for name, m in grouped.items() if not peft_parameters.is_stack(name)}
     _check_spellings(weights, modules)
@@ -132,6 +135,7 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
         pattern_name = f"{name}.weight" if name in by_weight else name
         scaling = _scaling(weights, pattern_name, module, scalings)
         sites[canonical(name)] = _mixture(weights, name, module, scaling, dora)
+    rows = vocabulary.read_rows(config, whole, on_vocabulary, base)
     sites |= vocabulary.read(config, whole, on_vocabulary, targeting, scalings.of, base)
     magnitudes = any(mixture.magnitude is not None for mixture in sites.values())
     adapted = [*modules, *on_vocabulary.pairs]
@@ -139,6 +143,7 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
         kind="dora" if magnitudes else "lora",
         sites=sites,
         base_model=config.text("base_model_name_or_path"),
+        rows=rows,
         warnings=(
             *_warnings(target_modules, adapted, lost_magnitudes=dora and not magnitudes),
             *notes,

@@ -1,5 +1,7 @@
 """What PEFT may save beside an adapter's own tensors: whole modules, and biases of the base's."""
 
+from collections.abc import Collection
+
 from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.formats.io.fields import Fields, shortened
 from molehill.engine.formats.io.files import Weights
@@ -7,8 +9,10 @@ from molehill.engine.formats.io.files import Weights
 _FIELD = "modules_to_save"
 
 
-def check(config: Fields, weights: Weights) -> tuple[str, ...]:
+def check(config: Fields, weights: Weights, served: Collection[str] = ()) -> tuple[str, ...]:
     """Warnings of what the config names and the file does not hold, for it changes nothing.
+
+    served: modules whose tensors are read by others.
 
     Raises ConfigError; UnsupportedError where the file holds a whole module.
     """
@@ -19,7 +23,8 @@ def check(config: Fields, weights: Weights) -> tuple[str, ...]:
         if any(f".{name}." in module for module in modules):
             expected = "the field absent, or no tensors for it"
             raise UnsupportedError(f"{config.where}: {_FIELD}", f"whole modules ({name})", expected)
-        absent.append(name)
+        if not any(f".{module}".endswith(f".{name}") for module in served):
+            absent.append(name)
     warnings = []
     if absent:
         warnings.append(

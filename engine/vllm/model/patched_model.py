@@ -228,7 +228,7 @@ class PatchedModel:
             else:
                 handle, piece = self._cut_linear(site, mixture)
                 linears.setdefault(handle, []).append(piece)
-        on_vocabulary = vocabulary.cut(adapter.sites, self._embedding, self._head)
+        on_vocabulary = vocabulary.cut(adapter, self._embedding, self._head)
         moes = self._cut_moes(adapter)
         return SlotWeights(linears, ffns, scales, ffn_scales, moes, on_vocabulary)
 

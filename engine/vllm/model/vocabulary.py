@@ -21,10 +21,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
 from molehill.engine.vllm.model.discovery import canonical
 from molehill.kernels.interface import VocabularyPiece, VocabularyPieces, VocabularyShape
-from molehill.kernels.mixture import Experts, LinearMixture, Mixture
+from molehill.kernels.mixture import Experts, LinearMixture, Mixture, VocabularyRows
 from molehill.kernels.vocabulary import Vocabulary
 
 # Speculation whose drafts come from no model, which could share the base's embedding.
@@ -155,7 +156,7 @@ def _hooked(method: Hashable) -> type:
     def apply(self: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         logits: Tensor = parent.apply(self, layer, x, bias)
         if layer.molehill_project is not None:
-            layer.molehill_project(logits.flatten(0, -2), x.flatten(0, -2))
+            layer.molehill_project(logits.flatten(0, -2), x.flatten(0, -2), bias)
         return logits
 
     return type(f"Molehill{parent.__name__}", (parent,), {"embedding": embedding, "apply": apply})
@@ -173,29 +174,36 @@ def _hook(module: Any) -> None:
     module.quant_method = hooked
 
 
-def cut(
-    sites: Mapping[str, Mixture], embedding: Site | None, head: Site | None
-) -> VocabularyPieces:
+def cut(adapter: Adapter, embedding: Site | None, head: Site | None) -> VocabularyPieces:
     """This rank's share of what an adapter has on the vocabulary."""
     return VocabularyPieces(
-        None if embedding is None else _cut(sites, embedding, _cut_inputs),
-        None if head is None else _cut(sites, head, _cut_outputs),
+        None if embedding is None else _cut(adapter, embedding, _cut_inputs),
+        None if head is None else _cut(adapter, head, _cut_outputs),
     )
 
 
 def _cut(
-    sites: Mapping[str, Mixture], site: Site, share: Callable[[Experts, range], Experts]
+    adapter: Adapter, site: Site, share: Callable[[Experts, range], Experts]
 ) -> VocabularyPiece | None:
-    mixture = sites.get(site.name)
-    if mixture is None:
+    mixture, table = adapter.sites.get(site.name), adapter.rows.get(site.name)
+    if mixture is None and table is None:
         return None
-    assert isinstance(mixture, LinearMixture), site.name
+    pair = None if mixture is None else share(_pair(mixture), site.part)
+    return VocabularyPiece(site.name, pair, None if table is None else _cut_rows(table, site.part))
+
+
+def _pair(mixture: Mixture) -> Experts:
+    """The one pair of a static mixture."""
+    assert isinstance(mixture, LinearMixture)
     constant, experts = mixture.policy.constant_weights, mixture.experts
-    assert constant is not None, site.name
+    assert constant is not None
     b = experts.b * torch.tensor(constant)[experts.expert_of_row]
-    return VocabularyPiece(
-        site.name, share(Experts(experts.a, b, (sum(experts.ranks),)), site.part)
-    )
+    return Experts(experts.a, b, (sum(experts.ranks),))
+
+
+def _cut_rows(table: VocabularyRows, part: range) -> VocabularyRows:
+    here = (table.ids >= part.start) & (table.ids < part.stop)
+    return VocabularyRows(table.ids[here] - part.start, table.rows[here])
 
 
 def _cut_inputs(pair: Experts, part: range) -> Experts:

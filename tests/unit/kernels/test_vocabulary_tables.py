@@ -1,12 +1,14 @@
 """What adapters have on the vocabulary, against the plain formulas."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from molehill.kernels.checks import WeightsError
 from molehill.kernels.interface import Run, VocabularyPiece, VocabularyPieces, VocabularyShape
-from molehill.kernels.mixture import Experts
+from molehill.kernels.mixture import Experts, VocabularyRows
 from molehill.kernels.vocabulary import Vocabulary
 
 TOKENS, PADDING, HIDDEN, RANK = 11, 5, 8, 2
@@ -33,8 +35,48 @@ def vocabulary(dtype: torch.dtype = torch.float32) -> Vocabulary:
     return made
 
 
+def test_rows_replace_the_bases_and_pairs_add_to_them() -> None:
+    made, pair = vocabulary(), pieces(0)
+    table = VocabularyRows(torch.tensor([2, 3, 10]), torch.randn(3, HIDDEN))
+    assert pair.embedding is not None
+    assert pair.head is not None
+    made.store(
+        1,
+        VocabularyPieces(
+            dataclasses.replace(pair.embedding, rows=table),
+            dataclasses.replace(pair.head, rows=table),
+        ),
+    )
+    assert made.resident_bytes(1) == 2 * (4 * RANK * (TOKENS + HIDDEN) + 3 * (4 * HIDDEN + 8))
+    weight, bias = torch.randn(TOKENS + PADDING, HIDDEN), torch.randn(TOKENS + PADDING)
+    adapted = weight.clone()
+    adapted[table.ids] = table.rows
+    ids, x = torch.tensor([1, 2, 10, 0, 3]), torch.randn(5, HIDDEN)
+    looked_up, logits = weight[ids], x @ weight.T + bias
+    expected, expected_logits = looked_up.clone(), logits.clone()
+    a, b = pair_of(pair.embedding)
+    expected[1:] = (adapted[ids] + a.T[ids] @ b.T)[1:]
+    a, b = pair_of(pair.head)
+    expected_logits[1:] = (x @ adapted.T + bias)[1:]
+    expected_logits[1:, :TOKENS] += x[1:] @ a.T @ b.T
+    made.begin_step([Run(1, 1, 5)])
+    made.begin_logits([Run(1, 1, 3), Run(1, 3, 5)])
+    made.embed(looked_up, ids)
+    made.project(logits, x, bias)
+    assert (looked_up - expected).abs().max() < 1e-5
+    assert (logits - expected_logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("ids", [[3, 2], [2, 2], [-1, 2], [2, TOKENS]], ids=str)
+def test_ids_that_are_none_of_this_part_are_refused(ids: list[int]) -> None:
+    table = VocabularyRows(torch.tensor(ids), torch.ones(2, HIDDEN))
+    with pytest.raises(WeightsError, match="lm_head: ids"):
+        vocabulary().store(0, VocabularyPieces(head=VocabularyPiece("lm_head", None, table)))
+
+
 def pair_of(piece: VocabularyPiece | None) -> tuple[Tensor, Tensor]:
     assert piece is not None
+    assert piece.pair is not None
     return piece.pair.a, piece.pair.b
 
 

@@ -20,6 +20,7 @@ from molehill.engine.hf.reference import attach
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.transform.merge import merge_static
 from molehill.engine.transform.merge_checkpoint import merge_checkpoint
+from molehill.engine.transform.weighted_sum import Part, mix
 
 BASES = {"tied": "qwen2", "untied": "qwen3"}
 CASES = [(kind, name) for kind in BASES for name in vocabulary.names(kind == "tied")]
@@ -35,7 +36,7 @@ def bases(tmp_path_factory: Any) -> dict[str, Path]:
 @pytest.fixture
 def saved(bases: dict[str, Path], tmp_path: Path) -> Path:
     """A LoRA on the head and the embedding of the untied base."""
-    vocabulary.author(bases["untied"], tmp_path / "saved", vocabulary.LORAS["on-both"])
+    vocabulary.author(bases["untied"], tmp_path / "saved", "on-both")
     return tmp_path / "saved"
 
 
@@ -44,7 +45,7 @@ def test_the_reference_answers_as_peft_does(
     bases: dict[str, Path], tmp_path: Path, kind: str, name: str
 ) -> None:
     base, directory = bases[kind], tmp_path / name
-    oracle = vocabulary.author(base, directory, vocabulary.names(kind == "tied")[name])
+    oracle = vocabulary.author(base, directory, name)
     adapter = formats.read(directory, base=base_model(base))
     validate(adapter, base_model(base), LIMITS)
     native.write(adapter, tmp_path / "native")
@@ -61,8 +62,7 @@ def test_the_reference_answers_as_peft_does(
 def test_tied_weights_are_changed_one_by_one(bases: dict[str, Path], tmp_path: Path) -> None:
     adapters = {}
     for name in ("on-embedding", "on-head", "tying"):
-        settings = {**vocabulary.LORAS, **vocabulary.TIED}[name]
-        vocabulary.author(bases["tied"], tmp_path / name, settings)
+        vocabulary.author(bases["tied"], tmp_path / name, name)
         adapters[name] = formats.read(tmp_path / name, base=base_model(bases["tied"]))
     assert set(adapters["on-embedding"].sites) == {"embed_tokens"}
     assert "embed_tokens" not in adapters["on-head"].sites
@@ -116,7 +116,7 @@ def test_tensors_of_an_untargeted_head_are_refused(saved: Path, bases: dict[str,
 
 def test_dora_on_the_embedding_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     settings = {"target_modules": ["embed_tokens"], "use_dora": True}
-    vocabulary.author(bases["untied"], tmp_path / "dora", settings)
+    vocabulary.save(bases["untied"], tmp_path / "dora", settings)
     error = refusal(tmp_path / "dora", base_model(bases["untied"]))
     assert error.where.endswith("embed_tokens.lora_magnitude_vector")
     assert error.found == "DoRA"
@@ -158,7 +158,7 @@ def test_merged_into_an_untied_base(saved: Path, bases: dict[str, Path], tmp_pat
 
 
 def test_not_merged_into_a_tied_base(bases: dict[str, Path], tmp_path: Path) -> None:
-    vocabulary.author(bases["tied"], tmp_path / "saved", vocabulary.LORAS["on-head"])
+    vocabulary.author(bases["tied"], tmp_path / "saved", "on-head")
     adapter = formats.read(tmp_path / "saved", base=base_model(bases["tied"]))
     with pytest.raises(UnsupportedError, match="lm_head: found one weight"):
         merge_checkpoint(bases["tied"], adapter, tmp_path / "merged")
@@ -170,3 +170,71 @@ def test_an_activated_adapter_on_the_embedding_is_refused(
     error = refusal(edit(saved, alora_invocation_tokens=[5, 6]), base_model(bases["untied"]))
     assert error.where == "embed_tokens"
     assert "activated" in error.found
+
+
+def test_only_rows_that_differ_are_kept(bases: dict[str, Path], tmp_path: Path) -> None:
+    base, rows = base_model(bases["untied"]), {}
+    for name in vocabulary.ROWS:
+        vocabulary.author(bases["untied"], tmp_path / name, name)
+        tables = formats.read(tmp_path / name, base=base).rows
+        rows[name] = {site: table.ids.tolist() for site, table in tables.items()}
+    assert rows == {
+        "tokens": {"embed_tokens": [5, 17, 300]},
+        "tokens-apart": {"embed_tokens": [5, 7], "lm_head": [5, 511]},
+        "saved": {site: list(range(3, 40)) for site in ("embed_tokens", "lm_head")},
+        "saved-head": {"lm_head": list(range(512))},
+    }
+
+
+def test_a_tied_head_has_the_rows_of_the_embeddings_tokens(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    vocabulary.author(bases["tied"], tmp_path / "tokens", "tokens")
+    rows = formats.read(tmp_path / "tokens", base=base_model(bases["tied"])).rows
+    assert rows["lm_head"] == rows["embed_tokens"]
+    with pytest.raises(UnsupportedError, match="whether its head is tied"):
+        formats.read(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"trainable_token_indices": [5, 17]}, "trainable_tokens_delta"),
+        ({"trainable_token_indices": [5, 17, 17]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [5, 17, -1]}, "trainable_token_indices"),
+        ({"trainable_token_indices": None}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"lm_head": [5, 17, 300]}}, "trainable_token_indices"),
+        ({"trainable_token_indices": [5, 17, 512]}, "embed_tokens.row_ids"),
+        ({"alora_invocation_tokens": [5]}, "embed_tokens.rows"),
+    ],
+    ids=str,
+)
+def test_rows_that_contradict_the_config_are_refused(
+    bases: dict[str, Path], tmp_path: Path, fields: dict[str, Any], where: str
+) -> None:
+    base = base_model(bases["untied"])
+    vocabulary.author(bases["untied"], tmp_path / "tokens", "tokens")
+    with pytest.raises(AdapterError) as refused:
+        validate(formats.read(edit(tmp_path / "tokens", **fields), base=base), base, LIMITS)
+    assert where in refused.value.where
+
+
+def test_a_grown_vocabulary_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    key = "base_model.model.lm_head.weight"
+    vocabulary.author(bases["untied"], tmp_path / "saved", "saved-head")
+    tensors = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    tensors[key] = torch.cat([tensors[key], torch.ones(2, 64)])
+    save_file(tensors, tmp_path / "saved" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"lm_head\.weight.*\[514, 64\].*\[512, 64\]"):
+        formats.read(tmp_path / "saved", base=base_model(bases["untied"]))
+
+
+def test_rows_are_in_no_mix_and_no_merge(bases: dict[str, Path], tmp_path: Path) -> None:
+    vocabulary.author(bases["untied"], tmp_path / "tokens", "tokens")
+    adapter = formats.read(tmp_path / "tokens", base=base_model(bases["untied"]))
+    with pytest.raises(UnsupportedError, match="rows of its own"):
+        mix([Part("tokens", adapter, 1.0)])
+    with pytest.raises(UnsupportedError, match="rows of its own"):
+        write_lora(adapter, tmp_path / "written")
+    with pytest.raises(UnsupportedError, match="rows of its own"):
+        merge_checkpoint(bases["untied"], adapter, tmp_path / "merged")
