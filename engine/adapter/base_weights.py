@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
@@ -23,8 +23,11 @@ def directory_of(model: str) -> Path:
     return Path(snapshot_download(model, local_files_only=True))
 
 
-def vocabulary_weight(model: str, site: str, tied: bool) -> Tensor:
-    """The weight `[tokens, hidden]` of the embedding or the LM head, in the checkpoint's dtype.
+def vocabulary_tensor(
+    model: str, site: str, tied: bool, part: Literal["weight", "bias"] = "weight"
+) -> Tensor:
+    """The weight `[tokens, hidden]` of the embedding or the LM head, or the head's bias `[tokens]`,
+    in the checkpoint's dtype.
 
     model: a directory, or a name in the local cache. tied: whether the head's may be the
     embedding's. Raises UnsupportedError where it cannot be read.
@@ -39,14 +42,15 @@ def vocabulary_weight(model: str, site: str, tied: bool) -> Tensor:
     sites = (site, *EMBEDDINGS) if is_head(site) and tied else (site,)
     for wanted in sites:
         for name, file in files.items():
-            if name.endswith(".weight") and canonical(name.removesuffix(".weight")) == wanted:
+            stem, _, leaf = name.rpartition(".")
+            if leaf == part and canonical(stem) == wanted:
                 with safe_open(directory / file, framework="pt") as opened:
-                    weight: Tensor = opened.get_tensor(name)
-                if not weight.is_floating_point() or weight.ndim != 2:
-                    found = f"{weight.dtype} {list(weight.shape)}"
+                    tensor: Tensor = opened.get_tensor(name)
+                if not tensor.is_floating_point() or tensor.ndim != (2 if part == "weight" else 1):
+                    found = f"{tensor.dtype} {list(tensor.shape)}"
                     raise UnsupportedError(where, found, expected)
-                return weight
-    raise UnsupportedError(where, "no weight of it", expected)
+                return tensor
+    raise UnsupportedError(where, f"no {part} of it", expected)
 
 
 def _files(directory: Path) -> dict[str, str]:

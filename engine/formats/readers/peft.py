@@ -68,7 +68,6 @@ _BIASES = f"none (bias 'none' and lora_bias false when it is trained), or {_MERG
 _REMEDIES = {
     "lora_bias": _MERGED,
     "layer_replication": "the model with its layers replicated, served as the base",
-    "trainable_token_indices": _MERGED,
     "arrow_config": "the LoRAs in directories of their own below a molehill_mix.json",
     "kasa_config": _MERGED,
 }

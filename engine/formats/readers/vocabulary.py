@@ -13,13 +13,13 @@ Whole modules (`modules_to_save`) are `.weight`, rows of `trainable_token_indice
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from molehill.engine.adapter.base_model import BaseModel
-from molehill.engine.adapter.base_weights import vocabulary_weight
+from molehill.engine.adapter.base_weights import vocabulary_tensor
 from molehill.engine.adapter.errors import CorruptFileError, ShapeError, UnsupportedError
 from molehill.engine.adapter.module_names import AROUND_LAYERS, canonical
 from molehill.engine.adapter.vocabulary_sites import EMBEDDINGS, HEADS, is_embedding, is_head
@@ -35,13 +35,15 @@ PARTS = {True: ("lora_embedding_A", "lora_embedding_B"), False: ("lora_A.weight"
 _KEY = re.compile(
     rf"base_model\.model\.(?P<module>{AROUND_LAYERS}(?:{'|'.join((*EMBEDDINGS, *HEADS))}))"
     r"\.(?P<part>lora_embedding_[AB]|lora_[AB]\.weight|lora_magnitude_vector(?:\.weight)?"
-    r"|base_layer\.weight|weight|token_adapter\.trainable_tokens_delta)"
+    r"|base_layer\.weight|base_layer\.bias|weight|token_adapter\.trainable_tokens_delta)"
 )
 _WHOLE, _ROWS_OF_TOKENS = "weight", "token_adapter.trainable_tokens_delta"
 _SAVED = "modules_to_save"
 _INDICES = "trainable_token_indices"
 # Rows compared at a time.
 _ROWS = 1 << 14
+# That a weight may have been saved in.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class VocabularyTensors:
     @property
     def pairs(self) -> list[str]:
         """The modules that have a pair, or parts of one."""
-        others = {"base_layer.weight", _WHOLE, _ROWS_OF_TOKENS}
+        others = {"base_layer.weight", "base_layer.bias", _WHOLE, _ROWS_OF_TOKENS}
         return [module for module, keys in self.keys.items() if set(keys) - others]
 
     def having(self, part: str) -> dict[str, str]:
@@ -93,12 +95,14 @@ def read(
         site = canonical(module)
         a, b = PARTS[is_embedding(site)]
         for part, key in keys.items():
-            if part not in (a, b, "base_layer.weight", _WHOLE, _ROWS_OF_TOKENS):
+            if part not in (a, b, "base_layer.weight", "base_layer.bias", _WHOLE, _ROWS_OF_TOKENS):
                 noun = "the embedding" if is_embedding(site) else "the LM head"
                 what = "DoRA" if "magnitude" in part else f"an unknown tensor of {noun}"
                 raise UnsupportedError(weights.where(key), what, f"plain LoRA on {noun}: {a}, {b}")
         if "base_layer.weight" in keys:
             _check_whole(weights, keys["base_layer.weight"], site, base)
+        if "base_layer.bias" in keys:
+            _check_bias(weights, keys["base_layer.bias"], site, base)
         if module in on_vocabulary.pairs:
             stem = f"base_model.model.{module}"
             pair = PairNames(keys.get(a, f"{stem}.{a}"), keys.get(b, f"{stem}.{b}"))
@@ -209,6 +213,24 @@ def _check_whole(weights: Weights, key: str, site: str, base: BaseModel | None) 
         raise UnsupportedError(weights.where(key), found, "the base's own")
 
 
+def _check_bias(weights: Weights, key: str, site: str, base: BaseModel | None) -> None:
+    """A head's bias in the file must be the base's. Raises UnsupportedError, ShapeError."""
+    saved, bias = weights.tensor(key, 1), _of_base(weights, key, site, base, "bias")
+    if saved.shape != bias.shape:
+        raise ShapeError(weights.where(key), list(saved.shape), list(bias.shape))
+    if not any(torch.equal(saved, bias.to(dtype).float()) for dtype in _DTYPES):
+        raise UnsupportedError(weights.where(key), "a bias that is not the base's", "its own")
+
+
+def _of_base(
+    weights: Weights, key: str, site: str, base: BaseModel | None, part: Literal["weight", "bias"]
+) -> Tensor:
+    if base is None:
+        expected = "the base model, to compare it with (--model, --base)"
+        raise UnsupportedError(weights.where(key), f"the whole {part} of {site}", expected)
+    return vocabulary_tensor(base.name, site, base.tied, part)
+
+
 def changed_rows(weights: Weights, key: str, site: str, base: BaseModel | None) -> Tensor:
     """The ids int64 `[n]` of the rows in which a whole weight of the file differs from the base's
     own, in the base's dtype and in those that it may have been saved in.
@@ -216,17 +238,14 @@ def changed_rows(weights: Weights, key: str, site: str, base: BaseModel | None) 
     Raises UnsupportedError where there is no base to compare with, ShapeError.
     """
     saved = weights.tensor(key, 2)
-    if base is None:
-        expected = "the base model, to compare it with (--model, --base)"
-        raise UnsupportedError(weights.where(key), f"the whole weight of {site}", expected)
-    weight = vocabulary_weight(base.name, site, base.tied)
+    weight = _of_base(weights, key, site, base, "weight")
     if saved.shape != weight.shape:
         raise ShapeError(weights.where(key), list(saved.shape), list(weight.shape))
     changed = []
     for start in range(0, len(saved), _ROWS):
         rows, before = saved[start : start + _ROWS], weight[start : start + _ROWS]
         same = torch.zeros(len(rows), dtype=torch.bool)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype in _DTYPES:
             same |= (before.to(dtype).float() == rows).all(1)
         changed.append(start + (~same).nonzero().squeeze(1))
     return torch.cat(changed)
