@@ -239,6 +239,9 @@ def changed_rows(weights: Weights, key: str, site: str, base: BaseModel | None) 
     """
     saved = weights.tensor(key, 2)
     weight = _of_base(weights, key, site, base, "weight")
+    if len(saved) > len(weight):
+        found = f"{len(saved)} tokens, some of them added to the base's vocabulary"
+        raise UnsupportedError(weights.where(key), found, f"the base's {len(weight)}")
     if saved.shape != weight.shape:
         raise ShapeError(weights.where(key), list(saved.shape), list(weight.shape))
     changed = []
