@@ -18,7 +18,6 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.hf.reference import attach
 from molehill.engine.hf.shapes import base_model
 
-
 # Tokens of the prompts whose every logit is compared.
 SHORT = 20
 
