@@ -19,9 +19,9 @@ Instance* find_instance(int64_t backend) {
 }
 
 Instance& instance(int64_t backend) {
-  Instance* found = find_instance(backend);
-  TORCH_CHECK(found, "molehill_cpu: no backend ", backend);
-  return *found;
+  Instance* entry = find_instance(backend);
+  TORCH_CHECK(entry, "molehill_cpu: no backend ", backend);
+  return *entry;
 }
 
 Handle find(const std::vector<Handle>& handles, int64_t handle) {

@@ -55,11 +55,11 @@ void rank(const float* values, int experts, uint16_t* order) {
   Ints expert;
   for (int i = 0; i < kWide; ++i) expert[i] = i;
   for (int first = 0; first < experts; first += kWide, expert += kWide) {
-    const Floats own = load_some(values + first, experts - first);
+    const Floats of_expert = load_some(values + first, experts - first);
     Ints ahead = {};
     for (int other = 0; other < experts; ++other) {
       const Floats value = splat(values[other]);
-      ahead -= (value > own) | ((value == own) & (expert > other));
+      ahead -= (value > of_expert) | ((value == of_expert) & (expert > other));
     }
     for (int i = 0; i < kWide && first + i < experts; ++i) order[ahead[i]] = uint16_t(first + i);
   }
@@ -129,7 +129,7 @@ void expand_tiles(const ExpandJob& job, int column) {
   const Choice choice = job.choice;
   const ptrdiff_t ranks = job.ranks, out_stride = job.out_stride;
   const int* first_rank = job.first_rank;
-  const ptrdiff_t all_columns = job.all_columns, own_column = job.column + column;
+  const ptrdiff_t all_columns = job.all_columns, target_column = job.column + column;
   const auto* z = (const typename M::Operand*)job.z;
   T* out = (T*)job.out + column;
   for (ptrdiff_t row = 0; row < choice.rows; ++row, z += ranks, out += out_stride) {
@@ -145,9 +145,9 @@ void expand_tiles(const ExpandJob& job, int column) {
     }
     const uint16_t* expert = choice.experts + row * choice.max_experts;
     for (const uint16_t* end = expert + choice.counts[row]; expert != end; ++expert) {
-      const ptrdiff_t first = first_rank[*expert], own = first_rank[*expert + 1] - first;
-      const T* tiles = (const T*)job.b + first * all_columns + own * own_column;
-      columns.add(z + first, tiles, own * kTileColumns, int(own));
+      const ptrdiff_t first = first_rank[*expert], ranks = first_rank[*expert + 1] - first;
+      const T* tiles = (const T*)job.b + first * all_columns + ranks * target_column;
+      columns.add(z + first, tiles, ranks * kTileColumns, int(ranks));
     }
 #pragma GCC unroll 16
     for (int c = 0; c < kTileVectors * N; ++c) {
@@ -182,9 +182,9 @@ using Tile = typename M::template Columns<1>;
 template <class M>
 INLINE void add_side(Tile<M>& tile, int row, int e, const FfnSide& side) {
   if (!side.z) return;
-  const ptrdiff_t first = side.first_rank[e], own = side.first_rank[e + 1] - first;
-  const auto* b = (const typename M::Element*)side.b + first * side.all_columns + own * side.column;
-  tile.add((const typename M::Operand*)side.z + ptrdiff_t(row) * side.ranks + first, b, 0, int(own));
+  const ptrdiff_t first = side.first_rank[e], ranks = side.first_rank[e + 1] - first;
+  const auto* b = (const typename M::Element*)side.b + first * side.all_columns + ranks * side.column;
+  tile.add((const typename M::Operand*)side.z + ptrdiff_t(row) * side.ranks + first, b, 0, int(ranks));
 }
 
 template <class M>

@@ -174,8 +174,8 @@ int64_t unstore(int64_t backend, int64_t slot) {
 
 int64_t resident_bytes(int64_t backend, int64_t slot) {
   const Backend& state = instance(backend).state;
-  const auto found = state.slots.find(int(slot));
-  return found == state.slots.end() ? 0 : int64_t(found->second.bytes());
+  const auto entry = state.slots.find(int(slot));
+  return entry == state.slots.end() ? 0 : int64_t(entry->second.bytes());
 }
 
 }  // namespace

@@ -37,9 +37,9 @@ void pack_tiles(const T* dense, int rows, const std::vector<int>& place, int p, 
     const int e = pair.panel_expert[place[i] / kPanelRows];
     const int first = pair.first_rank[e], ranks = pair.first_rank[e + 1] - first;
     const int rank = place[i] - first;
-    T* own = pair.b.as<T>() + size_t(first) * pair.columns();
+    T* expert_b = pair.b.as<T>() + size_t(first) * pair.columns();
     for (int o = 0; o < pair.out; ++o) {
-      T* tile = own + size_t(o / kTileColumns) * ranks * kTileColumns;
+      T* tile = expert_b + size_t(o / kTileColumns) * ranks * kTileColumns;
       tile[size_t(rank / p) * kTileColumns * p + o % kTileColumns * p + rank % p] =
           dense[size_t(o) * rows + i];
     }
