@@ -101,7 +101,8 @@ TORCH_LIBRARY_FRAGMENT(molehill_cpu, m) {
   m.def("create(str isa) -> int", create);
   m.def("destroy(int backend) -> ()", destroy);
   m.def(
-      "register_linear(int backend, int inputs, int outputs, ScalarType dtype, bool reduced) -> int",
+      "register_linear(int backend, int inputs, int outputs, ScalarType dtype, bool reduced) -> "
+      "int",
       register_linear);
   m.def("register_ffn(int gate_up, int down, int intermediate) -> int", register_ffn);
 }

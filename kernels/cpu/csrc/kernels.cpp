@@ -1,5 +1,6 @@
 // The inner loops. Compiled once per instruction set, with MOLEHILL_ISA as its name.
 #include "kernels.h"
+
 #include "multiply.h"
 #include "vector.h"
 
@@ -10,7 +11,8 @@ template <class From, class To>
 void convert(const void* x, void* y, size_t count) {
   size_t i = 0;
   for (; i + kWide <= count; i += kWide) store((To*)y + i, load((const From*)x + i));
-  if (i < count) store_some((To*)y + i, load_some((const From*)x + i, int(count - i)), int(count - i));
+  if (i < count)
+    store_some((To*)y + i, load_some((const From*)x + i, int(count - i)), int(count - i));
 }
 
 template <class T>
@@ -166,7 +168,8 @@ void expand(const ExpandJob& job) {
   int column = 0;
   for (int step; column < job.columns; column += step) {
     const int left = job.columns - column;
-    step = plain && left >= kTilesAtOnce * kTileColumns ? kTilesAtOnce * kTileColumns : kTileColumns;
+    step =
+        plain && left >= kTilesAtOnce * kTileColumns ? kTilesAtOnce * kTileColumns : kTileColumns;
     if (step > kTileColumns)
       expand_tiles<M, kTilesAtOnce, true>(job, column);
     else if (plain && left >= kTileColumns)
@@ -183,8 +186,10 @@ template <class M>
 INLINE void add_side(Tile<M>& tile, int row, int e, const FfnSide& side) {
   if (!side.z) return;
   const ptrdiff_t first = side.first_rank[e], ranks = side.first_rank[e + 1] - first;
-  const auto* b = (const typename M::Element*)side.b + first * side.all_columns + ranks * side.column;
-  tile.add((const typename M::Operand*)side.z + ptrdiff_t(row) * side.ranks + first, b, 0, int(ranks));
+  const auto* b =
+      (const typename M::Element*)side.b + first * side.all_columns + ranks * side.column;
+  tile.add((const typename M::Operand*)side.z + ptrdiff_t(row) * side.ranks + first, b, 0,
+           int(ranks));
 }
 
 template <class M>

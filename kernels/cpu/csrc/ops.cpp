@@ -153,7 +153,8 @@ void ffn(Tensor h, const Tensor& gate_up, const Tensor& handle) {
   check(gate_up, "gate_up", dtype, 2 * shape.intermediate);
   const Tensor input = readable(gate_up, dtype), output = readable(h, dtype);
   PythonReduce reduce(shape.reduced_as);
-  apply_ffn(state, layer.index, rows(output), rows(input), shape.reduced_as < 0 ? nullptr : &reduce);
+  apply_ffn(state, layer.index, rows(output), rows(input),
+            shape.reduced_as < 0 ? nullptr : &reduce);
   if (!output.is_same(h)) h.copy_(output);
 }
 

@@ -41,9 +41,7 @@ class PolicyFields {
   bool flag(const std::string& name) { return number(name) != 0; }
 
   // More experts than there can be are as good as all.
-  int count(const std::string& name) {
-    return int(std::min(number(name), double(kMaxRouterRows)));
-  }
+  int count(const std::string& name) { return int(std::min(number(name), double(kMaxRouterRows))); }
 
   // The place of what was chosen.
   size_t choice(const std::string& name, const std::vector<std::string>& known) {

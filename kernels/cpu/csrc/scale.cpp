@@ -75,8 +75,14 @@ class ScaleCall {
     for (const Part& part : parts_) {
       const int heads = by_head_ ? part.piece->heads : 0;
       const int experts = part.piece->site.experts;
-      backend_.trace.push_back(
-          {part.piece->site.id, part.start, part.units / part.piece->heads, experts, {}, {}, {}, heads});
+      backend_.trace.push_back({part.piece->site.id,
+                                part.start,
+                                part.units / part.piece->heads,
+                                experts,
+                                {},
+                                {},
+                                {},
+                                heads});
     }
   }
 
@@ -106,7 +112,8 @@ class ScaleCall {
       float sums[kBlockRows * kPanelRows];
       const float* router = piece.site.router.as<float>() + size_t(panel) * padded * kPanelRows;
       kernels_.route(x, block.units, router, padded / kPanelInputs, sums);
-      const int first = panel * kPanelRows, count = std::min(kPanelRows, piece.site.experts - first);
+      const int first = panel * kPanelRows,
+                count = std::min(kPanelRows, piece.site.experts - first);
       for (int i = 0; i < block.units; ++i)
         std::copy_n(sums + i * kPanelRows, count, logits(block, i) + first);
     }

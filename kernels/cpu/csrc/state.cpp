@@ -140,7 +140,8 @@ size_t Slot::bytes() const {
              piece.down.bytes() + piece.bias.bytes() + piece.gate_scale.bytes() +
              piece.up_scale.bytes() + piece.gate_bias.bytes() + piece.up_bias.bytes();
   for (const auto& [handle, pieces] : scales)
-    for (const ScalePiece& piece : pieces) total += piece.site.router.bytes() + piece.vectors.bytes();
+    for (const ScalePiece& piece : pieces)
+      total += piece.site.router.bytes() + piece.vectors.bytes();
   for (const auto& [handle, piece] : ffn_scales)
     total += piece.site.router.bytes() + piece.vectors.bytes();
   return total;
