@@ -204,8 +204,8 @@ TORCH_LIBRARY_FRAGMENT(molehill_cpu, m) {
       "Tensor router, Tensor vectors) -> ()",
       pack_scale);
   m.def(
-      "pack_ffn_scale(int ticket, int ffn, int site, str policy, Dict(str, float[]) fields, Tensor "
-      "router, "
+      "pack_ffn_scale(int ticket, int ffn, int site, str policy, Dict(str, float[]) fields, "
+      "Tensor router, "
       "Tensor vectors) -> ()",
       pack_ffn_scale);
   m.def("store(int backend, int ticket, int slot) -> ()", store);
