@@ -19,6 +19,7 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.hf.shapes import activation, canonical_name, fused_experts, is_router
 from molehill.kernels.interface import Trace
 from molehill.kernels.mixture import (
+    Bias,
     Experts,
     FfnMixture,
     LinearMixture,
@@ -61,18 +62,24 @@ def attach(
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     on_experts = _on_fused_experts(adapter, modules)
     sites = {site: m for site, m in adapter.sites.items() if site not in on_experts}
-    for site in sites:
+    for site in (*sites, *adapter.biases):
         if site not in modules:
             raise UnknownTargetError(site, "no such module", f"one of {type(model).__name__}'s")
     with ExitStack() as stack:
         for site, mixture in sites.items():
             module = modules[site]
-            applied: _Forward = (
-                _router_forward(site, module, mixture)
-                if is_router(module)
-                else _forward(site, mixture, _apply(module, mixture, model), trace)
-            )
+            with _with_bias(module, adapter.biases.get(site)):
+                applied: _Forward = (
+                    _router_forward(site, module, mixture)
+                    if is_router(module)
+                    else _forward(site, mixture, _apply(module, mixture, model), trace)
+                )
             module.forward = _from(start, module.forward, applied)
+            stack.callback(delattr, module, "forward")
+        for site in adapter.biases.keys() - sites.keys():
+            module = modules[site]
+            with _with_bias(module, adapter.biases[site]):
+                module.forward = _from(start, module.forward, _biased(module))
             stack.callback(delattr, module, "forward")
         for block, projections in expert_pairs.group(on_experts).items():
             module = modules[f"{block}.experts"]
@@ -80,6 +87,29 @@ def attach(
             module.forward = _from(start, module.forward, applied)
             stack.callback(delattr, module, "forward")
         yield model
+
+
+@contextmanager
+def _with_bias(module: nn.Module, bias: Bias | None) -> Iterator[None]:
+    """The module with the adapter's bias while what is to take its place is made."""
+    if bias is None:
+        yield
+        return
+    assert isinstance(module, nn.Linear | Conv1D)
+    before = module.bias
+    whole = bias.whole(before)
+    assert whole is not None
+    module.bias = nn.Parameter(whole, requires_grad=False)
+    try:
+        yield
+    finally:
+        module.bias = before
+
+
+def _biased(module: nn.Module) -> _Forward:
+    weight, bias = _weight(module)
+    assert bias is not None
+    return lambda x: F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
 
 
 def _router_forward(site: str, module: nn.Module, mixture: Mixture) -> _Forward:

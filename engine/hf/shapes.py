@@ -33,6 +33,7 @@ def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
         linears=_linears(model),
         ffns=_ffns(model, activation(config)),
         moes=_moes(model),
+        biased=_biased(model),
     )
 
 
@@ -68,6 +69,16 @@ def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
         for name, module in model.named_modules()
         if _IN_LAYERS.search(name) and (shape := _linear(module)) is not None
     }
+
+
+def _biased(model: nn.Module) -> frozenset[str]:
+    return frozenset(
+        canonical_name(name)
+        for name, module in model.named_modules()
+        if _IN_LAYERS.search(name)
+        and _linear(module) is not None
+        and getattr(module, "bias", None) is not None
+    )
 
 
 def _linear(module: nn.Module) -> tuple[int, int] | None:

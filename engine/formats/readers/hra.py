@@ -28,7 +28,8 @@ def read(files: AdapterFiles) -> Adapter:
         site: reflection(_directions(weights, f"{stem}.hra_u", rank), orthogonal)
         for site, stem in found.stems.items()
     }
-    return Adapter("hra", sites, config.text("base_model_name_or_path"), found.warnings)
+    base = config.text("base_model_name_or_path")
+    return Adapter("hra", sites, base, found.warnings, biases=found.biases)
 
 
 READER = Reader(PEFT_FILES, read, peft_types=("HRA",))

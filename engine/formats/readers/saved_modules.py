@@ -1,4 +1,4 @@
-"""What PEFT may save beside an adapter's own tensors: whole modules, and biases of the base's."""
+"""What PEFT may save beside an adapter's own tensors: whole modules."""
 
 from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.formats.io.fields import Fields, shortened
@@ -23,7 +23,4 @@ def check(config: Fields, weights: Weights) -> tuple[str, ...]:
     found = []
     if absent:
         found.append(f"{_FIELD} is {shortened(absent)}, but there are no tensors for it: no effect")
-    bias = config.values.get("bias")
-    if bias not in (None, False, "none"):
-        found.append(f"bias is {shortened(bias)}, but the file has none of the base's: no effect")
     return tuple(found)

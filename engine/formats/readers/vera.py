@@ -47,7 +47,8 @@ def read(files: AdapterFiles) -> Adapter:
     notes = found.warnings
     if shared.seeded:
         notes += ("the projections are not in the file: drawn anew, as PEFT does on loading",)
-    return Adapter("vera", sites, config.text("base_model_name_or_path"), notes)
+    base = config.text("base_model_name_or_path")
+    return Adapter("vera", sites, base, notes, biases=found.biases)
 
 
 READER = Reader(PEFT_FILES, read, peft_types=("VERA",))

@@ -56,7 +56,7 @@ struct ExpandJob {
   ptrdiff_t scale_stride;
   const float* bias;       // the base's, at the first column; only read with a scale
   const float* shift;      // out += factor[row] * shift[column], or null
-  const float* factor;
+  const float* factor;     // null: 1
 };
 
 // One side (gate or up) of the experts inside an FFN.
