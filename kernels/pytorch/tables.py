@@ -192,7 +192,8 @@ class LinearTable:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self.a, self.g, *(p.b for p in self.projections)]
+        tensors = [self.a, self.g]
+        tensors += [table for p in self.projections for table in (p.b, p.added_bias)]
         return sum(t.nbytes for t in tensors if t is not None)
 
 

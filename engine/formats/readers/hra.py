@@ -32,7 +32,7 @@ def read(files: AdapterFiles) -> Adapter:
     return Adapter("hra", sites, base, found.warnings, biases=found.biases)
 
 
-READER = Reader(PEFT_FILES, read, peft_types=("HRA",))
+READER = Reader(PEFT_FILES, read, peft_types=("HRA",), expands=True)
 
 
 def _directions(weights: Weights, name: str, rank: int) -> Tensor:

@@ -35,7 +35,7 @@ def read(files: AdapterFiles) -> Adapter:
     return Adapter(kind, sites, base, linears.warnings, biases=linears.biases)
 
 
-READER = Reader(PEFT_FILES, read, peft_types=("MISS", "BONE"))
+READER = Reader(PEFT_FILES, read, peft_types=("MISS", "BONE"), expands=True)
 
 
 def _pairs(

@@ -51,7 +51,7 @@ def read(files: AdapterFiles) -> Adapter:
     return Adapter("vera", sites, base, notes, biases=found.biases)
 
 
-READER = Reader(PEFT_FILES, read, peft_types=("VERA",))
+READER = Reader(PEFT_FILES, read, peft_types=("VERA",), expands=True)
 
 
 def _projections(files: AdapterFiles, shapes: list[tuple[int, int]]) -> _Projections:
