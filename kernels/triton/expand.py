@@ -111,12 +111,15 @@ def scaled(
 
 
 @triton.jit
-def added_bias(record: tl.tensor, floats: tl.tensor, column: tl.tensor) -> tl.tensor:
-    """float32 `[1, columns]`: of a piece that has none, zeros."""
-    width = tl.load(record + at.WIDTH).to(tl.int32)
+def with_added_bias(
+    y: tl.tensor, record: tl.tensor, floats: tl.tensor, column: tl.tensor
+) -> tl.tensor:
+    """y + the bias that a piece adds, if it has one."""
     first = tl.load(record + at.ADDED_BIAS)
-    there = (first >= 0) & (column < width)
-    return tl.load(floats + first + column, mask=there, other=0.0)[None, :]
+    if first >= 0:
+        width = tl.load(record + at.WIDTH).to(tl.int32)
+        y += tl.load(floats + first + column, mask=column < width, other=0.0)[None, :]
+    return y
 
 
 @triton.jit
@@ -192,7 +195,7 @@ def add_to_piece(
             if scale >= 0:
                 y = scaled(y, record, gates, token, own, floats, column, MAX_GATES)
             if not plain:
-                y += added_bias(record, floats, column)
+                y = with_added_bias(y, record, floats, column)
             tl.store(target, (y + total).to(target.dtype.element_ty), mask=inside)
 
 
