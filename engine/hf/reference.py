@@ -107,9 +107,8 @@ def _with_bias(module: nn.Module, bias: Bias | None) -> Iterator[None]:
 
 
 def _biased(module: nn.Module) -> _Forward:
-    weight, bias = _weight(module)
-    assert bias is not None
-    return lambda x: F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
+    linear = _linear(module)
+    return lambda x: linear(x).to(x.dtype)
 
 
 def _router_forward(site: str, module: nn.Module, mixture: Mixture) -> _Forward:
@@ -208,29 +207,34 @@ def _apply_linear(module: nn.Module, mixture: LinearMixture) -> _Apply:
 
 
 def _apply_reflection(module: nn.Module, mixture: Reflection) -> _Apply:
-    assert isinstance(module, nn.Linear)
-    return lambda x: (*reflection(x, module.weight, module.bias, mixture), x)
+    weight, bias = _weight(module)
+    return lambda x: (*reflection(x, weight, bias, mixture), x)
 
 
 def _apply_output(module: nn.Module, mixture: ScaleMixture) -> _Apply:
+    linear = _linear(module)
+
     def apply(x: Tensor) -> tuple[Tensor, Routing, Tensor]:
-        u = _linear(module, x)
+        u = linear(x)
         return *scale_mixture(u, mixture), split_heads(u, mixture.num_heads)
 
     return apply
 
 
 def _apply_input(module: nn.Module, mixture: ScaleMixture) -> _Apply:
+    linear = _linear(module)
+
     def apply(x: Tensor) -> tuple[Tensor, Routing, Tensor]:
         scaled, routing = scale_mixture(x, mixture)
-        return _linear(module, scaled), Routing(*(tensor.squeeze(1) for tensor in routing)), x
+        return linear(scaled), Routing(*(tensor.squeeze(1) for tensor in routing)), x
 
     return apply
 
 
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
+def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module as it is now, in float32."""
     weight, bias = _weight(module)
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return lambda x: F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
 def _weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
