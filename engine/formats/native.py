@@ -171,13 +171,13 @@ def _biases(config: Fields, weights: Weights) -> dict[str, Bias]:
     if not config.has("biases"):
         return {}
     parts = config.object("biases")
-    found = {}
+    biases = {}
     for site in parts.values:
         names = parts.texts(site)
         if not names or not set(names) <= {"trained", "added"}:
             raise parts.error(site, "a list of trained or added")
-        found[site] = Bias(**{name: weights.tensor(bias_tensor(site, name), 1) for name in names})
-    return found
+        biases[site] = Bias(**{name: weights.tensor(bias_tensor(site, name), 1) for name in names})
+    return biases
 
 
 def _mixture(weights: Weights, site: str, fields: Fields) -> Mixture:
@@ -241,11 +241,11 @@ def _scale(weights: Weights, site: str, fields: Fields, policy: Policy) -> Scale
 
 def _reflection(weights: Weights, site: str, fields: Fields, policy: Policy) -> Reflection:
     fields.only("shape", "routing")
-    found = Reflection(weights.tensor(f"{site}.a", 2), weights.tensor(f"{site}.u", 2))
-    if policy != found.policy:
+    reflection = Reflection(weights.tensor(f"{site}.a", 2), weights.tensor(f"{site}.u", 2))
+    if policy != reflection.policy:
         expected = "Constant with the weight 1, as every token is reflected"
         raise UnsupportedError(f"{fields.where}: routing", type(policy).__name__, expected)
-    return found
+    return reflection
 
 
 def _check_routed(fields: Fields, policy: Policy) -> None:

@@ -32,7 +32,7 @@ def split(config: Fields, weights: Weights) -> tuple[Weights, dict[str, Bias], t
     Raises UnsupportedError for a bias that `bias` does not allow, or that is no linear's inside the
     layers; CorruptFileError, ShapeError.
     """
-    found: dict[str, Bias] = {}
+    trained: dict[str, Bias] = {}
     rest: dict[str, Tensor] = {}
     for name, tensor in weights.tensors.items():
         match = _BASES_OWN.fullmatch(name)
@@ -41,14 +41,14 @@ def split(config: Fields, weights: Weights) -> tuple[Weights, dict[str, Bias], t
             continue
         _check(config, weights, name, match["module"])
         site = canonical(match["module"])
-        if site in found:
+        if site in trained:
             raise CorruptFileError(weights.where(name), "a second bias of this module", "one")
-        found[site] = Bias(trained=weights.tensor(name, 1))
+        trained[site] = Bias(trained=weights.tensor(name, 1))
     said = config.values.get(_FIELD)
     notes: tuple[str, ...] = ()
-    if not found and said not in (None, False, "none"):
+    if not trained and said not in (None, False, "none"):
         notes = (f"bias is {shortened(said)}, but the file has none of the base's: no effect",)
-    return replace(weights, tensors=rest), found, notes
+    return replace(weights, tensors=rest), trained, notes
 
 
 def with_added(trained: Mapping[str, Bias], added: Mapping[str, Tensor]) -> dict[str, Bias]:

@@ -23,13 +23,13 @@ def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     config, weights = files.config, files.weights
     rank, orthogonal = config.integer("r"), config.flag("apply_GS")
-    found = tuner_linears.find(config, weights, "hra", _PARTS)
+    tuned = tuner_linears.find(config, weights, "hra", _PARTS)
     sites = {
         site: reflection(_directions(weights, f"{stem}.hra_u", rank), orthogonal)
-        for site, stem in found.stems.items()
+        for site, stem in tuned.stems.items()
     }
     base = config.text("base_model_name_or_path")
-    return Adapter("hra", sites, base, found.warnings, biases=found.biases)
+    return Adapter("hra", sites, base, tuned.warnings, biases=tuned.biases)
 
 
 READER = Reader(PEFT_FILES, read, peft_types=("HRA",), expands=True)
