@@ -230,10 +230,12 @@ def _unservable(
 
 def _unservable_bias(site: str, bias: Bias, adapter: Adapter) -> Iterator[AdapterError]:
     """Beside the adapter's own sites, whatever the base."""
-    where, parts = f"{site}.bias", list(bias.tensors().values())
-    if len({len(part) for part in parts}) > 1:
-        found = " and ".join(str(list(part.shape)) for part in parts)
-        yield ShapeError(where, found, "one width")
+    where, mixture = f"{site}.bias", adapter.sites.get(site)
+    widths = {name: tensor.shape[0] for name, tensor in bias.tensors().items()}
+    if isinstance(mixture, LinearMixture):
+        widths["b"] = mixture.experts.b.shape[0]
+    if len(set(widths.values())) > 1:
+        yield ShapeError(where, f"outputs {widths}", "one number of them")
     if split(site):
         yield UnsupportedError(where, "a bias on an expert of the base model", "biases of linears")
     block = site.rpartition(".")[0]
