@@ -176,7 +176,8 @@ def test_a_base_without_the_bias_is_not_the_one_it_was_trained_from(bases, biase
         UnsupportedError,
         "a trained bias, and the base's linear has none",
     )
-    strange = {"layers.1.input_layernorm": Bias(added=torch.ones(64)), Q: Bias(added=torch.ones(3))}
+    norm, bare = "layers.1.input_layernorm", "layers.1.self_attn.v_proj"
+    strange = {norm: Bias(added=torch.ones(64)), bare: Bias(added=torch.ones(3))}
     unknown, wide = problems(replace(adapter, biases=strange), shapes, Limits())
     assert (type(unknown), type(wide)) == (UnknownTargetError, ShapeError)
 
