@@ -95,7 +95,9 @@ def _with_bias(module: nn.Module, bias: Bias | None) -> Iterator[None]:
     if bias is None:
         yield
         return
-    assert isinstance(module, nn.Linear | Conv1D)
+    if not isinstance(module, nn.Linear | Conv1D):
+        found = f"a bias on a {type(module).__name__} of Transformers"
+        raise UnsupportedError("bias", found, "one on a linear")
     before = module.bias
     whole = bias.whole(before)
     assert whole is not None

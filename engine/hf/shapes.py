@@ -33,6 +33,7 @@ def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
         linears=_linears(model),
         ffns=_ffns(model, activation(config)),
         moes=_moes(model),
+        refused=_refused(model),
         biased=_biased(model),
     )
 
@@ -123,3 +124,19 @@ def _moes(model: nn.Module) -> dict[str, Moe]:
         for name, module in model.named_modules()
         if name.endswith(".experts") and (block := fused_experts(module)) is not None
     }
+
+
+def _refused(model: nn.Module) -> dict[str, str]:
+    """Blocks whose experts are in parameters of another layout than `fused_experts` knows."""
+    refused = {}
+    for name, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        if "gate_up_proj" in parameters and fused_experts(module) is None:
+            traits = {
+                "weights as [in, out]": getattr(module, "is_transposed", False),
+                "gate and up interleaved": not getattr(module, "is_concatenated", True),
+                "biases": any(name.endswith("_bias") for name in parameters),
+            }
+            said = " and ".join(trait for trait, has in traits.items() if has) or "another layout"
+            refused[canonical_name(name)] = f"experts that the base holds with {said}"
+    return refused
