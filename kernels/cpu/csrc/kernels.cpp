@@ -119,7 +119,7 @@ template <class T>
 INLINE Floats base_column(const ExpandJob& job, int row, int column, int some) {
   Floats y = load_some((const T*)job.out + row * job.out_stride + column, some);
   if (job.scale) y = rescale(job, row, column, some, y);
-  if (job.shift) y += job.factor[row] * load_some(job.shift + column, some);
+  if (job.shift) y += (job.factor ? job.factor[row] : 1.0f) * load_some(job.shift + column, some);
   return y;
 }
 

@@ -55,9 +55,9 @@ struct ExpandJob {
   int column, all_columns;  // the first column's place among B's, whole tiles
   const float* scale;       // DoRA: [experts][scale_stride] at the first column, or null
   ptrdiff_t scale_stride;
-  const float* bias;   // the base's, at the first column; only read with a scale
-  const float* shift;  // out += factor[row] * shift[column], or null
-  const float* factor;
+  const float* bias;    // the base's, at the first column; only read with a scale
+  const float* shift;   // out += factor[row] * shift[column], or null
+  const float* factor;  // null: 1
 };
 
 // One side (gate or up) of the experts inside an FFN.

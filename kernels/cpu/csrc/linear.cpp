@@ -21,8 +21,8 @@ struct Product {
   int start;           // first column of the output, or -1: z is kept for the FFN
   const float* scale;  // [E, out], DoRA
   const float* bias;
-  const float* shift;  // + factor[row] * shift[column]
-  const float* factor;
+  const float* shift;   // + factor[row] * shift[column]
+  const float* factor;  // null: 1
 };
 
 // A chunk with all that is done to it: ranges of the call's routings and products.
@@ -139,7 +139,7 @@ class LinearCall {
     const Routing& routing = plan_site(piece.site, arena);
     products_.push_back({&piece.experts, routing, operands(piece.experts, arena), true, true,
                          piece.start, piece.output_scale.as<float>(), piece.bias.as<float>(),
-                         nullptr, nullptr});
+                         piece.added_bias.as<float>(), nullptr});
   }
 
   void plan_gate_up(const FfnPiece& piece) {

@@ -55,7 +55,8 @@ Buffer floats(const std::optional<Tensor>& t, Arena& memory) {
 void pack_linear(int64_t ticket, int64_t linear, int64_t site, int64_t start, const Tensor& a,
                  const Tensor& b, const Ints& ranks, const std::string& policy,
                  const PolicyDict& fields, const std::optional<Tensor>& router,
-                 const std::optional<Tensor>& output_scale, const std::optional<Tensor>& bias) {
+                 const std::optional<Tensor>& output_scale, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& added_bias) {
   const Handle handle = find(linears, linear);
   Backend& state = handle.instance->state;
   Slot& owner = handle.instance->packing(ticket);
@@ -67,6 +68,7 @@ void pack_linear(int64_t ticket, int64_t linear, int64_t site, int64_t start, co
       make_pair(*state.linears[handle.index].kernels, a, b, ranks, int64_t(ranks.size()), memory);
   piece.output_scale = floats(output_scale, memory);
   piece.bias = floats(bias, memory);
+  piece.added_bias = floats(added_bias, memory);
   owner.linears[handle.index].push_back(std::move(piece));
 }
 
@@ -187,8 +189,8 @@ TORCH_LIBRARY_FRAGMENT(molehill_cpu, m) {
   m.def("stage(int backend, int bytes) -> int", stage);
   m.def(
       "pack_linear(int ticket, int linear, int site, int start, Tensor a, Tensor b, int[] ranks, "
-      "str policy, Dict(str, float[]) fields, Tensor? router, Tensor? output_scale, Tensor? bias) "
-      "-> ()",
+      "str policy, Dict(str, float[]) fields, Tensor? router, Tensor? output_scale, Tensor? bias, "
+      "Tensor? added_bias) -> ()",
       pack_linear);
   m.def(
       "pack_ffn(int ticket, int ffn, int site, int experts, int activation, Tensor? gate_a, "

@@ -134,7 +134,7 @@ size_t Slot::bytes() const {
   for (const auto& [handle, pieces] : linears)
     for (const LinearPiece& piece : pieces)
       total += piece.site.router.bytes() + piece.experts.bytes() + piece.output_scale.bytes() +
-               piece.bias.bytes();
+               piece.bias.bytes() + piece.added_bias.bytes();
   for (const auto& [handle, piece] : ffns)
     total += piece.site.router.bytes() + piece.gate.bytes() + piece.up.bytes() +
              piece.down.bytes() + piece.bias.bytes() + piece.gate_scale.bytes() +

@@ -109,6 +109,7 @@ struct LinearPiece {
   LowRank experts;
   Buffer output_scale;  // float [E, out], or empty
   Buffer bias;          // float [out], or empty
+  Buffer added_bias;    // float [out], or empty: added to every row
 };
 
 struct FfnPiece {
