@@ -1,8 +1,9 @@
 """The custom ops in front of a Python backend and of MoeBlocks, which a model's forward calls.
 
 Opaque to torch.compile. `linear` comes after the base's own GEMM, `base_linear` runs that too;
-`ffn` comes after the base's activation, `activation` is in its place. The layer is named by a one-element int64 CPU tensor, not by a Python number, so that the graphs of all
-layers are the same graph. A backend may bring ops of its own.
+`ffn` comes after the base's activation, `activation` is in its place. The layer is named by a
+one-element int64 CPU tensor, not by a Python number, so that the graphs of all layers are the same
+graph. A backend may bring ops of its own.
 """
 
 from collections.abc import Callable

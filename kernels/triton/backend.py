@@ -2,10 +2,10 @@
 
 Three launches per fused linear, of which two need only its input and may run beside the base's
 GEMM. The third of an FFN's gate_up linear is the FFN's activation too, in place of the base's own
-launch; where it cannot be, one more launch follows the base's. What is launched, and with which grid, depends
-on the number of tokens and on whether the step has any adapter at all (the key by which vLLM picks
-a graph too); everything else is read from device memory. Tracing reads back, so it is for eager
-runs only.
+launch; where it cannot be, one more launch follows the base's. What is launched, and with which
+grid, depends on the number of tokens and on whether the step has any adapter at all (the key by
+which vLLM picks a graph too); everything else is read from device memory. Tracing reads back, so it
+is for eager runs only.
 """
 
 from collections.abc import Callable, Sequence

@@ -4,8 +4,8 @@ Tokens are sorted by slot, and each slot's are cut into tiles. Example with tile
 (slot 2, rows 0-5), (slot 0, rows 5-6), (slot 2, rows 9-11) give the order 0 1 2 3 4 9 10 | 5 and
 the tiles (slot 2, place 0, 4 tokens), (slot 2, place 4, 3 tokens), (slot 0, place 7, 1 token).
 Rows 6-8 belong to the base and are in no tile; they come last in the order, for the launch that
-takes every row (molehill.kernels.triton.activate). The number of tiles that a step of T tokens can need
-has a bound that depends on T alone: that is a launch's grid, and the programs beyond the tiles
+takes every row (molehill.kernels.triton.activate). The number of tiles that a step of T tokens can
+need has a bound that depends on T alone: that is a launch's grid, and the programs beyond the tiles
 that there are return at once. Where many adapters have a row or two each, such rows are tiles of
 their own (FEW_ROWS).
 """

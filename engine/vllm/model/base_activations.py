@@ -1,5 +1,5 @@
-"""The base's FFN activations inside molehill's own op: where adapters have rows, their launch is that
-of the gate_up linear's mixtures too; a step without such rows has the base's own.
+"""The base's FFN activations inside molehill's own op: in a step with rows of adapters their launch
+is that of the gate_up linear's mixtures too; one without has the base's own.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,9 +43,10 @@ class BaseActivations:
         with torch.inference_mode():
             for shape, dtype, device in shapes:
                 assert shape.activation is not None, "an FFN registered with its activation"
-                for tokens in (2, 1):
-                    gate_up = torch.zeros(tokens, 2 * shape.intermediate, dtype=dtype, device=device)
-                    self._of_base[shape.activation](gate_up)
+                gate_up = torch.zeros(2, 2 * shape.intermediate, dtype=dtype, device=device)
+                # One row is compiled apart from any other number.
+                for rows in (gate_up, gate_up[:1]):
+                    self._of_base[shape.activation](rows)
 
     def run(self, gate_up: Tensor, handle: int) -> Tensor:
         """h `[..., I]` of gate_up `[..., 2 I]`, which may change."""
