@@ -13,14 +13,14 @@ from torch import Tensor
 
 from molehill.kernels.interface import Backend
 
-Experts = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-Linears = Callable[[Tensor, Tensor | None, int], Tensor]
-Activations = Callable[[Tensor, int], Tensor]
+RunExperts = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+RunLinears = Callable[[Tensor, Tensor | None, int], Tensor]
+RunActivation = Callable[[Tensor, int], Tensor]
 
 _active: list[Backend] = []
-_experts: list[Experts] = []
-_linears: list[Linears] = []
-_activations: list[Activations] = []
+_experts: list[RunExperts] = []
+_linears: list[RunLinears] = []
+_activations: list[RunActivation] = []
 _library = torch.library.Library("molehill", "DEF")
 _library.define("linear(Tensor(a!) out, Tensor x, Tensor handle) -> ()")
 _library.define("ffn(Tensor(a!) h, Tensor gate_up, Tensor handle) -> ()")
@@ -34,18 +34,18 @@ def install(backend: Backend) -> None:
     _active[:] = [backend]
 
 
-def install_experts(run: Experts) -> None:
+def install_experts(run: RunExperts) -> None:
     """Makes `run(x, weights, chosen, handle)` what stands behind the op `experts`."""
     _experts[:] = [run]
 
 
-def install_linears(run: Linears) -> None:
+def install_linears(run: RunLinears) -> None:
     """Makes `run(x, bias, handle)` what stands behind the op `base_linear`: a linear of the base
     with its mixtures, `y [..., out]` in the dtype of x `[..., in]`."""
     _linears[:] = [run]
 
 
-def install_activations(run: Activations) -> None:
+def install_activations(run: RunActivation) -> None:
     """Makes `run(gate_up, handle)` what stands behind the op `activation`: h `[..., I]` of an FFN
     from gate_up `[..., 2 I]`, which it may change."""
     _activations[:] = [run]

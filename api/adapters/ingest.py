@@ -25,7 +25,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Reader = Callable[[Path, Layout | None, bool], Adapter]
+ReadAdapter = Callable[[Path, Layout | None, bool], Adapter]
 
 # A source on its way here: entered in a thread, it is there; left, whatever was fetched is gone.
 Fetch = AbstractContextManager[Source]
@@ -40,7 +40,7 @@ class Intake:
     """
 
     def __init__(
-        self, read: Reader, store: AdapterStore, background: Background, memory: int
+        self, read: ReadAdapter, store: AdapterStore, background: Background, memory: int
     ) -> None:
         self._read = read
         self._store = store

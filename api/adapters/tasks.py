@@ -28,17 +28,17 @@ class Tasks:
     ) -> asyncio.Task[T]:
         """failed: called if `work` raises, once that is logged."""
         task = self._keep(work)
-        task.add_done_callback(lambda task: self._look(task, failed))
+        task.add_done_callback(lambda task: self._log(task, failed))
         return task
 
-    async def see_through(self, work: Coroutine[Any, Any, T]) -> T:
+    async def shield(self, work: Coroutine[Any, Any, T]) -> T:
         """Awaits `work`, which goes on to its end if the caller is cancelled (client gone)."""
         task = self._keep(work)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             # Who would have been told is gone.
-            task.add_done_callback(self._look)
+            task.add_done_callback(self._log)
             raise
 
     def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -47,7 +47,7 @@ class Tasks:
         task.add_done_callback(self._running.discard)
         return task
 
-    def _look(self, task: asyncio.Task[Any], failed: Callable[[], None] = lambda: None) -> None:
+    def _log(self, task: asyncio.Task[Any], failed: Callable[[], None] = lambda: None) -> None:
         error = failure(task)
         if isinstance(error, RequestError | AdapterError):
             logger.warning("A task of the %s was refused: %s", self._kind, error)

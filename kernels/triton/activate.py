@@ -69,8 +69,8 @@ def activate_kernel(
     if tl.program_id(0) >= tiles:
         if tl.program_id(1) * BLOCK < width:
             tile = tl.program_id(0) - tiles
-            token, is_there = load_base_tokens(steps, tile, tokens, ORDER, TILE)
-            inside = is_there[:, None] & (column < width)[None, :]
+            token, valid = load_base_tokens(steps, tile, tokens, ORDER, TILE)
+            inside = valid[:, None] & (column < width)[None, :]
             source = gate_up + (token.to(tl.int64) * gate_up_stride)[:, None] + column[None, :]
             gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
             up = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
@@ -82,10 +82,10 @@ def activate_kernel(
     if slot == at.NO_TILE:
         return
     if slot == at.UNSERVED:
-        token, is_there = load_tokens(steps, place, size, tokens, ORDER, TILE)
+        token, valid = load_tokens(steps, place, size, tokens, ORDER, TILE)
         target = h + (token.to(tl.int64) * h_stride)[:, None] + column[None, :]
         nothing = tl.zeros((TILE, BLOCK), dtype=h.dtype.element_ty)
-        tl.store(target, nothing, is_there[:, None] & (column < width)[None, :])
+        tl.store(target, nothing, valid[:, None] & (column < width)[None, :])
         return
     slot = slot.to(tl.int64)
     record = records + slot * record_stride
@@ -96,7 +96,7 @@ def activate_kernel(
     if tl.load(record + at.EXPERTS) != 0:
         if tl.program_id(1) < parts:
             if tl.max(widths, axis=0) > 0:
-                token, is_there = load_tokens(steps, place, size, tokens, ORDER, TILE)
+                token, valid = load_tokens(steps, place, size, tokens, ORDER, TILE)
                 span = strip_columns(width, parts, PAIR_BLOCK)
                 begin = tl.program_id(1) * span
                 add_to_strip_columns(
@@ -109,7 +109,7 @@ def activate_kernel(
                     weights,
                     floats,
                     token,
-                    is_there,
+                    valid,
                     begin,
                     tl.minimum(begin + span, width),
                     width,
@@ -181,7 +181,7 @@ def activate_kernel(
                 PRECISION,
             )
             return
-    token, is_there = load_tokens(steps, place, size, tokens, ORDER, TILE)
+    token, valid = load_tokens(steps, place, size, tokens, ORDER, TILE)
     activate_rows(
         h,
         gate_up,
@@ -193,7 +193,7 @@ def activate_kernel(
         weights,
         floats,
         token,
-        is_there,
+        valid,
         width,
         h_stride,
         gate_up_stride,

@@ -39,7 +39,7 @@ def adapted(
     weights: tl.tensor,
     floats: tl.tensor,
     token: tl.tensor,
-    is_there: tl.tensor,
+    valid: tl.tensor,
     MAX_FINISHED: tl.constexpr,
     MAX_GATES: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -55,7 +55,7 @@ def adapted(
     """
     column = first + tl.arange(0, BLOCK)
     target = source + half * width + column[None, :]
-    inside = is_there[:, None] & (column < stop)[None, :]
+    inside = valid[:, None] & (column < stop)[None, :]
     y = tl.load(target, mask=inside, other=0.0).to(tl.float32)
     number = tl.arange(0, starts.shape[0])
     place = half * width + first
@@ -67,11 +67,11 @@ def adapted(
         skipped = tl.where(tl.load(record + at.START) == 0, half * width, 0)
         local = skipped + column
         total = product(
-            finished, record, weights, token, is_there, local, MAX_FINISHED, BLOCK_RANK, PRECISION
+            finished, record, weights, token, valid, local, MAX_FINISHED, BLOCK_RANK, PRECISION
         )
         changed = y
         if tl.load(record + at.SCALE) >= 0:
-            changed = scaled(y, record, gates, token, is_there, floats, local, MAX_GATES)
+            changed = scaled(y, record, gates, token, valid, floats, local, MAX_GATES)
         changed = (changed + total).to(source.dtype.element_ty).to(tl.float32)
         y = tl.where((local < tl.load(record + at.WIDTH).to(tl.int32))[None, :], changed, y)
     return y
@@ -89,7 +89,7 @@ def activate_rows(
     weights: tl.tensor,
     floats: tl.tensor,
     token: tl.tensor,
-    is_there: tl.tensor,
+    valid: tl.tensor,
     width: tl.tensor,
     h_stride: tl.tensor,
     gate_up_stride: tl.tensor,
@@ -118,7 +118,7 @@ def activate_rows(
         weights,
         floats,
         token,
-        is_there,
+        valid,
         MAX_FINISHED,
         MAX_GATES,
         BLOCK_RANK,
@@ -139,7 +139,7 @@ def activate_rows(
         weights,
         floats,
         token,
-        is_there,
+        valid,
         MAX_FINISHED,
         MAX_GATES,
         BLOCK_RANK,
@@ -149,7 +149,7 @@ def activate_rows(
     value = gated(gate, up, h, ACTIVATION, ROUNDED)
     column = first + tl.arange(0, BLOCK)
     target = h + (token.to(tl.int64) * h_stride)[:, None] + column[None, :]
-    inside = is_there[:, None] & (column < width)[None, :]
+    inside = valid[:, None] & (column < width)[None, :]
     tl.store(target, value.to(h.dtype.element_ty), mask=inside)
 
 
@@ -164,7 +164,7 @@ def add_to_strip_columns(
     weights: tl.tensor,
     floats: tl.tensor,
     token: tl.tensor,
-    is_there: tl.tensor,
+    valid: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
     width: tl.tensor,
@@ -180,7 +180,7 @@ def add_to_strip_columns(
     source = gate_up + (token.to(tl.int64) * gate_up_stride)[:, None]
     for first in range(begin, end, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        inside = is_there[:, None] & (column < end)[None, :]
+        inside = valid[:, None] & (column < end)[None, :]
         for half in range(2):
             y = adapted(
                 source,
@@ -196,7 +196,7 @@ def add_to_strip_columns(
                 weights,
                 floats,
                 token,
-                is_there,
+                valid,
                 MAX_FINISHED,
                 MAX_GATES,
                 BLOCK_RANK,

@@ -70,9 +70,9 @@ def activated(gate_up: Tensor, activation: BaseActivation) -> Tensor:
 def added(x: Tensor, base: Tensor, parts) -> Tensor:
     """Pre-activations with the mixtures of `parts`, (first column, mixture) each."""
     total = base.to(torch.float32, copy=True)
-    for start, own in parts:
-        rows = own.experts.b.shape[0]
-        delta = reference.linear_mixture(x, torch.zeros(rows, x.shape[1]), None, own)[0]
+    for start, routed in parts:
+        rows = routed.experts.b.shape[0]
+        delta = reference.linear_mixture(x, torch.zeros(rows, x.shape[1]), None, routed)[0]
         total[:, start : start + rows] += delta
     return total.to(base.dtype)
 
@@ -116,15 +116,15 @@ def test_one_piece_may_be_both_halves(policy) -> None:
     """As Phi-3 has it; rows one by one, which short steps of many adapters route first."""
     serving, ffn, (linear, _) = setup(torch.float32)
     for slot in range(2):
-        own = mixture(policy, (2, 3), D, 2 * WIDTH, 7 * slot)
-        serving.store(slot, SlotWeights({linear: [piece(own)]}, {}))
+        routed = mixture(policy, (2, 3), D, 2 * WIDTH, 7 * slot)
+        serving.store(slot, SlotWeights({linear: [piece(routed)]}, {}))
     x, base = random(5, D, seed=2), random(5, 2 * WIDTH, seed=3)
     serving.begin_step([Run(0, 0, 1), Run(1, 1, 3), Run(0, 4, 5)])
     h = run(serving, ffn, linear, x, base)
     expected = base.clone()
     for slot, rows in ((0, [0, 4]), (1, [1, 2])):
-        own = mixture(policy, (2, 3), D, 2 * WIDTH, 7 * slot)
-        expected[rows] = added(x[rows], base[rows], [(0, own)])
+        routed = mixture(policy, (2, 3), D, 2 * WIDTH, 7 * slot)
+        expected[rows] = added(x[rows], base[rows], [(0, routed)])
     assert_close(h, activated(expected, SILU))
 
 
@@ -132,31 +132,31 @@ def test_output_scales_change_the_base_before_it_is_activated() -> None:
     """DoRA on up_proj, whose piece is less than its half."""
     width = WIDTH - 8
     serving, ffn, (linear, _) = setup(torch.float32)
-    own = mixture(TopK(1), (2, 3), D, width, 1)
+    routed = mixture(TopK(1), (2, 3), D, width, 1)
     scale, bias = 1 + 0.3 * random(2, width, seed=4), random(width, seed=6)
-    dora = replace(piece(own, WIDTH, "up"), output_scale=scale, bias=bias)
+    dora = replace(piece(routed, WIDTH, "up"), output_scale=scale, bias=bias)
     serving.store(0, SlotWeights({linear: [dora]}, {}))
     x, base = random(3, D, seed=2), random(3, 2 * WIDTH, seed=3)
     serving.begin_step([Run(0, 0, 3)])
     h = run(serving, ffn, linear, x, base)
-    weights = reference.route(x, own.router, own.policy, 2).weights
+    weights = reference.route(x, routed.router, routed.policy, 2).weights
     expected = base.clone()
     columns = slice(WIDTH, WIDTH + width)
     expected[:, columns] = (base[:, columns] - bias) * (weights @ scale) + bias
-    assert_close(h, activated(added(x, expected, [(WIDTH, own)]), SILU))
+    assert_close(h, activated(added(x, expected, [(WIDTH, routed)]), SILU))
 
 
 def test_long_steps_and_rows_that_nobody_announced_are_activated() -> None:
     tokens = 300
     serving, ffn, (linear, _) = setup(torch.float32, capacity=replace(CAPACITY, tokens=tokens))
-    own = mixture(TopK(1), (2, 3), D, WIDTH, 1)
-    serving.store(1, SlotWeights({linear: [piece(own)]}, {}))
+    routed = mixture(TopK(1), (2, 3), D, WIDTH, 1)
+    serving.store(1, SlotWeights({linear: [piece(routed)]}, {}))
     x, base = random(tokens, D, seed=2), random(tokens, 2 * WIDTH, seed=3)
     serving.begin_step([Run(1, 3, 70), Run(1, 260, 262)])
     h = run(serving, ffn, linear, x, base)
     expected = base.clone()
     for rows in (slice(3, 70), slice(260, 262)):
-        expected[rows] = added(x[rows], base[rows], [(0, own)])
+        expected[rows] = added(x[rows], base[rows], [(0, routed)])
     assert_close(h, activated(expected, SILU))
 
 
@@ -172,14 +172,14 @@ def test_ffn_mixtures_are_in_the_same_launch_and_start_from_what_the_linears_bec
     """Slot 0: an FFN mixture alone; slot 1: a linear mixture; slot 2: both."""
     weights = ffn_weights(D, WIDTH, dtype)
     names = ("gate_proj", "up_proj", "down_proj")
-    own = FfnMixture(ffn_experts(names, D, WIDTH, 3), TopK(2), random(3, D, seed=24))
+    routed = FfnMixture(ffn_experts(names, D, WIDTH, 3), TopK(2), random(3, D, seed=24))
     up, down = mixture(TopK(1), (2, 3), D, WIDTH, 30), mixture(Soft(), (1, 2), WIDTH, D, 40)
     static = mixture(Constant((1.0,)), (3,), D, WIDTH, 50)
     serving, ffn, linears = setup(dtype)
-    serving.store(0, SlotWeights({}, {ffn: ffn_piece(own)}))
+    serving.store(0, SlotWeights({}, {ffn: ffn_piece(routed)}))
     pieces = {linears[0]: [piece(up, WIDTH, "up")], linears[1]: [piece(down, 0, "down")]}
     serving.store(1, SlotWeights(pieces, {}))
-    alone = SlotWeights({linears[0]: [piece(static, WIDTH, "up")]}, {ffn: ffn_piece(own)})
+    alone = SlotWeights({linears[0]: [piece(static, WIDTH, "up")]}, {ffn: ffn_piece(routed)})
     serving.store(2, alone)
     x = random(8, D, seed=25).to(dtype)
     serving.begin_step([Run(0, 0, 2), Run(1, 2, 4), Run(2, 4, 7)])
@@ -188,14 +188,14 @@ def test_ffn_mixtures_are_in_the_same_launch_and_start_from_what_the_linears_bec
     y = h @ weights["down_proj"].T
     serving.linear(y, h, linears[1])
     biases = dict.fromkeys(weights)
-    assert_close(y[:2], reference.ffn_mixture(x[:2], weights, biases, "silu", own)[0].to(dtype))
+    assert_close(y[:2], reference.ffn_mixture(x[:2], weights, biases, "silu", routed)[0].to(dtype))
     hidden = torch.nn.functional.silu(x @ weights["gate_proj"].T)
     hidden *= reference.linear_mixture(x, weights["up_proj"], None, up)[0].to(dtype)
     expected = reference.linear_mixture(hidden, weights["down_proj"], None, down)[0].to(dtype)
     assert_close(y[2:4], expected[2:4])
     pair = static.experts
     changed = weights | {"up_proj": (weights["up_proj"].float() + pair.b @ pair.a).to(dtype)}
-    whole = reference.ffn_mixture(x, changed, biases, "silu", own)[0].to(dtype)
+    whole = reference.ffn_mixture(x, changed, biases, "silu", routed)[0].to(dtype)
     assert_close(y[4:7], whole[4:7])
     assert_close(h[7:], activated(x[7:] @ stacked.T, SILU))
 
