@@ -35,6 +35,7 @@ from molehill.kernels.triton.packing import ACTIVATION_CODES
 from molehill.kernels.triton.shrink import shrink
 from molehill.kernels.triton.slot_records import SlotRecords
 from molehill.kernels.triton.tiling import StepLayout, table
+from molehill.kernels.triton.vector_folding import fold_vectors
 from molehill.kernels.triton.vectors import Vectors
 
 
@@ -95,6 +96,8 @@ class TritonBackend(CheckedBackend):
 
     def _pack(self, weights: SlotWeights) -> Packed:
         """On the host; copies to the device are left to `store`."""
+        if not self.capacity.vectors:
+            weights = fold_vectors(weights, self._linears, self._ffns)
         return Packed((self.table.pack(weights), weights.scales, weights.ffn_scales))
 
     def _put(self, slot: int, packed: Packed) -> None:
