@@ -57,13 +57,29 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class BaseActivation:
+    """How the base computes h = act(gate) * up of a gated FFN.
+
+    name: of act, a key of ACTIVATIONS. is_rounded: whether act(gate) is rounded to the activations'
+    dtype before it is multiplied.
+    """
+
+    name: str
+    is_rounded: bool
+
+
+@dataclass(frozen=True)
 class FfnShape:
-    """A gated FFN: `gate_up`, `down` are its linears' handles, `intermediate` this rank's width."""
+    """A gated FFN: `gate_up`, `down` are its linears' handles, `intermediate` this rank's width.
+
+    activation: the base's, if the backend is to compute it (ActivatingBackend), else None.
+    """
 
     name: str
     gate_up: int
     down: int
     intermediate: int
+    activation: BaseActivation | None = None
 
 
 @dataclass(frozen=True)
@@ -345,3 +361,16 @@ class SplitBackend(Backend, Protocol):
 
     def finish_linear(self, out: Tensor, x: Tensor, handle: int) -> None:
         """The rest: changes `out [T, out]`, the base's output. `x` is what `begin_linear` got."""
+
+
+@runtime_checkable
+class ActivatingBackend(SplitBackend, Protocol):
+    """A backend that computes the base's activation of an FFN together with what adapters change
+    before and in it, if the FFN is registered with one. `finish_linear` of its gate_up linear then
+    changes nothing, and neither does anybody call `ffn`.
+    """
+
+    def activate(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
+        """Fills `h [T, I]` for all rows, the base's too, from the base's pre-activations
+        `gate_up [T, 2 I]`, once `begin_linear` of the gate_up linear is done. Does what
+        `finish_linear` and `ffn` do beside the activation, and may change `gate_up`."""

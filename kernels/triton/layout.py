@@ -128,9 +128,13 @@ ENTROPY_UNIT = tl.constexpr(1 << 24)
 # The steps buffer, int32: a head, the small tiles, the large tiles and the order of the tokens,
 # each at a place that the capacity fixes. Tiles are (slot, first place in the order, tokens, first
 # token); those that a step does not need have the slot NO_TILE. ROUTE_FIRST says that the tiles of
-# one row have their rank rows computed after routing, for chosen experts alone.
+# one row have their rank rows computed after routing, for chosen experts alone. ADAPTED is how many
+# tokens are in tiles; after them the order has the base's among the first ANNOUNCED tokens, so that
+# it is a permutation of those, and every later token is at its own place.
 STEP_HEAD = tl.constexpr(4)
 ROUTE_FIRST = tl.constexpr(0)
+ADAPTED = tl.constexpr(1)
+ANNOUNCED = tl.constexpr(2)
 TILE = tl.constexpr(4)
 NO_TILE = tl.constexpr(-1)
 

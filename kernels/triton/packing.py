@@ -170,7 +170,8 @@ def pack_piece(
     fields[at.START.value], fields[at.WIDTH.value] = piece.start, b.shape[0]
     fields[at.ROW.value], fields[at.RANK.value] = stack.add_rows(a), b.shape[1]
     _without_scale(fields)
-    record.places[at.B.value] = packing.add(b.T, dtype)
+    if b.shape[1]:
+        record.places[at.B.value] = packing.add(b.T, dtype)
     if scale is not None:
         record.places[at.SCALE.value] = packing.add(scale, torch.float32)
         if piece.bias is not None:

@@ -13,17 +13,27 @@ from vllm.logger import init_logger
 from molehill.engine.adapter import expert_pairs
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import Adapter, natural_key
-from molehill.engine.vllm.model import discovery, moe_blocks, sharding, warmup
+from molehill.engine.vllm.model import (
+    base_activations,
+    discovery,
+    moe_blocks,
+    sharding,
+    warmup,
+)
+from molehill.engine.vllm.model.base_activations import BaseActivations
 from molehill.engine.vllm.model.base_linears import BaseLinears, SideStream
 from molehill.engine.vllm.model.hooks import (
     hook_experts,
     hook_ffn,
     hook_linear,
     quantises_inputs,
+    replace_activation,
     replace_linear,
 )
 from molehill.kernels.interface import (
+    ActivatingBackend,
     Backend,
+    BaseActivation,
     FfnPiece,
     FfnShape,
     LinearPiece,
@@ -55,7 +65,7 @@ class PatchedModel:
         backend: Backend,
         moes: MoeBlocks,
     ) -> None:
-        self._backend, self._moes = backend, moes
+        self._backend, self._moes, self._device = backend, moes, device
         self._tp = get_tp_group()
         self._dtype = config.model_config.dtype
         self._linears = discovery.find_linears(model, self._dtype)
@@ -77,8 +87,12 @@ class PatchedModel:
         self._ffn_shapes: dict[int, FfnShape] = {}
         self._dtype = config.model_config.dtype
         self._base_linears: BaseLinears | None = None
-        if isinstance(backend, SplitBackend) and not config.model_config.enforce_eager:
-            self._base_linears = BaseLinears(backend, SideStream(device))
+        self._base_activations: BaseActivations | None = None
+        if not config.model_config.enforce_eager:
+            if isinstance(backend, SplitBackend):
+                self._base_linears = BaseLinears(backend, SideStream(device))
+            if isinstance(backend, ActivatingBackend):
+                self._base_activations = BaseActivations(backend)
         self._install(self._dtype, device)
         self._install_experts(config, model, device)
         self.base = self._describe_base(config)
@@ -99,14 +113,37 @@ class PatchedModel:
                 base_linears.add(handle, linear.module)
                 replace_linear(linear.module, handle, base_linears.op, linear.out_features)
         for ffn in self._ffns:
-            width = self._by_name[ffn.down].in_features
-            inner = FfnShape(ffn.site, handles[ffn.gate_up], handles[ffn.down], width)
-            self._ffn_handles[ffn.site] = handle = self._backend.register_ffn(inner)
-            self._ffn_shapes[handle] = inner
-            hook_ffn(ffn, handle, self._backend.ffn_op)
+            self._install_ffn(ffn)
         self._backend.seal()
         hooked = len(self._linears), len(self._ffns)
         logger.info("molehill: %d linears and %d FFNs hooked", *hooked)
+
+    def _install_ffn(self, ffn: discovery.Ffn) -> None:
+        width = self._by_name[ffn.down].in_features
+        activation = self._activation_to_replace(ffn)
+        gate_up, down = self._handles[ffn.gate_up], self._handles[ffn.down]
+        shape = FfnShape(ffn.site, gate_up, down, width, activation)
+        self._ffn_handles[ffn.site] = handle = self._backend.register_ffn(shape)
+        self._ffn_shapes[handle] = shape
+        if self._base_activations is None or activation is None:
+            hook_ffn(ffn, handle, self._backend.ffn_op)
+        else:
+            module = getattr(ffn.module, ffn.activation_child)
+            self._base_activations.add(handle, activation, module)
+            replace_activation(ffn, handle, self._base_activations.op)
+
+    def _activation_to_replace(self, ffn: discovery.Ffn) -> BaseActivation | None:
+        """The base's, if the backend computes it in a launch of its own anyway. Where inputs are
+        quantised, vLLM's compiler does that in the activation's launch."""
+        modules = [self._by_name[name].module for name in (ffn.gate_up, ffn.down)]
+        if (
+            self._base_activations is None
+            or any(quantises_inputs(module) for module in modules)
+            or not discovery.activates_gate_up(ffn)
+        ):
+            return None
+        module = getattr(ffn.module, ffn.activation_child)
+        return base_activations.describe(ffn.activation, module)
 
     def _install_experts(self, config: VllmConfig, model: nn.Module, device: torch.device) -> None:
         graphs = device.type != "cpu" and not config.model_config.enforce_eager
@@ -164,6 +201,14 @@ class PatchedModel:
 
     def warm_up(self, most: int) -> None:
         """Launches the backend's kernels for steps of up to `most` tokens."""
+        if self._base_activations is not None:
+            self._base_activations.warm_up(
+                [
+                    (shape, self._linear_shapes[shape.gate_up].dtype, self._device)
+                    for shape in self._ffn_shapes.values()
+                    if shape.activation is not None
+                ]
+            )
         warmup.run(self._backend, self._linear_shapes, self._ffn_shapes, most)
 
     def begin_step(self, runs: Sequence[Run]) -> None:
@@ -172,6 +217,8 @@ class PatchedModel:
         self._moes.begin_step(runs)
         if self._base_linears is not None:
             self._base_linears.begin_step(runs)
+        if self._base_activations is not None:
+            self._base_activations.begin_step(runs)
 
     def has_counted(self, site: str) -> bool:
         """Whether a site is on this pipeline stage, and its tokens are counted."""
