@@ -92,7 +92,6 @@ def _command(arguments: list[str], environment: dict[str, str], address: str) ->
     os.setpgid(0, 0)
     os.environ[GROUP] = str(os.getpgrp())
     process._parent_process = None  # type: ignore[attr-defined]
-    process._current_process = process._MainProcess()  # type: ignore[attr-defined]
     server: Any = forkserver._forkserver
     server._forkserver_address, server.ensure_running = address, lambda: None
     multiprocessing.get_context = _instead_of_spawning(_Warm())  # type: ignore[assignment]
