@@ -77,12 +77,28 @@ def molehill(arguments: Sequence[str], log: Path, environment: Mapping[str, str]
     log: appended to by it and by what is forked for it."""
     _ensure_running()
     server: Any = forkserver._forkserver
-    forked = context.ForkServerProcess(
-        target=_command,
-        args=(list(arguments), {**environment, LOG: str(log)}, server._forkserver_address),
+    return _forked(
+        _command, list(arguments), {**environment, LOG: str(log)}, server._forkserver_address
     )
+
+
+def run(function: Callable[[], object], log: Path) -> Forked:
+    """Runs a function of a module in a process that has imported vLLM and no plugin of it.
+
+    log: appended to by it."""
+    _ensure_running()
+    return _forked(_call, function, {**os.environ, LOG: str(log)})
+
+
+def _forked(target: Callable[..., object], *arguments: object) -> Forked:
+    forked = context.ForkServerProcess(target=target, args=arguments)
     forked.start()
     return Forked(forked)
+
+
+def _call(function: Callable[[], object], environment: dict[str, str]) -> None:
+    _take(environment)
+    function()
 
 
 def _command(arguments: list[str], environment: dict[str, str], address: str) -> None:
