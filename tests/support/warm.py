@@ -13,8 +13,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import context, forkserver, process
+from multiprocessing import connection, context, forkserver, process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest.mock import patch
 
@@ -107,6 +108,8 @@ def _command(arguments: list[str], environment: dict[str, str], address: str) ->
     _take(environment)
     os.setpgid(0, 0)
     os.environ[GROUP] = str(os.getpgrp())
+    tests: Any = process.parent_process()
+    Thread(target=_end_with, args=(tests.sentinel,), daemon=True).start()
     process._parent_process = None  # type: ignore[attr-defined]
     server: Any = forkserver._forkserver
     server._forkserver_address, server.ensure_running = address, lambda: None
@@ -141,6 +144,12 @@ class _Warm(context.ForkServerContext):
     ) -> context.ForkServerProcess:
         arguments = {"environment": dict(os.environ), "target": target, "kwargs": kwargs}
         return context.ForkServerProcess(target=_run, kwargs=arguments, **options)
+
+
+def _end_with(sentinel: int) -> None:
+    """Tests that are killed leave no servers behind."""
+    connection.wait([sentinel])
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _run(environment: dict[str, str], target: Callable[..., Any], kwargs: dict[str, Any]) -> None:
