@@ -62,7 +62,9 @@ def delta(x: torch.Tensor, own: LinearPiece, dtype=torch.float32) -> torch.Tenso
     return linear_mixture(x, torch.zeros(pair.b.shape[0], x.shape[1]), None, mixture)[0]
 
 
-@pytest.fixture(params=["cpu", "torch", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=["cpu", "torch", pytest.param("triton", marks=[pytest.mark.gpu, pytest.mark.slow])]
+)
 def make(request):
     """A backend's constructor."""
     if request.param == "triton":

@@ -27,6 +27,7 @@ def python(code: str, *path: Path) -> str:
     return found.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @absent
 def test_qwens_file_imports_and_torchvision_is_known_to_be_absent() -> None:
     code = """
@@ -77,6 +78,7 @@ def fake(directory: Path, body: str) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_works_is_left_alone(tmp_path: Path) -> None:
     code = """
 import sys
