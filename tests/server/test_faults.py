@@ -11,8 +11,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -31,8 +29,7 @@ from support.api_client import (
     oracle,
 )
 from support.limits import limited
-from support.readiness import Readiness, watching
-from support.server import TINY, Server, free_port, serve
+from support.server import TINY, Server, serve
 
 CASES = ("lora", "mola", "mixlora", "dynmole-soft", "loramoe", "dynmole-default")
 PROMPTS = {case: oracle(case)["prompts"][0] for case in CASES} | {
@@ -56,16 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-@dataclass
-class Start:
-    """A server, and what it said of itself while it started."""
-
-    server: Server
-    readiness: Readiness
-
-
 @pytest.fixture(scope="module")
-def start(model: Path, folder: Path) -> Iterator[Start]:
+def server(model: Path, folder: Path) -> Iterator[Server]:
     """Few seats in a batch and fewer slots, so that a handful of clients fills them."""
     arguments = [
         *(*TINY, "--max-model-len", str(LONGEST), "--served-model-name", BASE, "--api-key", KEY),
@@ -73,18 +62,9 @@ def start(model: Path, folder: Path) -> Iterator[Start]:
         *("--max-num-seqs", str(SEATS), "--max-loras", str(SLOTS)),
         *("--adapter-memory", str(MEMORY)),
         *("--max-adapter-bytes", str(LARGEST)),
-        *("--adapter", f"started={folder / 'root' / 'mola'}"),
     ]
-    port = free_port()
-    with ExitStack() as stack:
-        with watching(port) as readiness:
-            found = stack.enter_context(serve(model, folder / "log", arguments, port=port))
-        yield Start(found, readiness)
-
-
-@pytest.fixture(scope="module")
-def server(start: Start) -> Server:
-    return start.server
+    with serve(model, folder / "log", arguments) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -116,19 +96,6 @@ def worker_of(server: Server) -> psutil.Process:
     named = [child for child in family if "Worker" in " ".join([child.name(), *child.cmdline()])]
     assert len(named) == 1, [(child.pid, child.name(), child.cmdline()) for child in family]
     return named[0]
-
-
-def test_a_start_is_answered_from_the_first_to_the_last_stage(
-    start: Start, api: Api, model: Path, folder: Path
-) -> None:
-    """Until it serves, a server says 503 and what it does, and it never refuses once it listens."""
-    readiness = start.readiness
-    assert readiness.is_ready
-    assert readiness.refused == 0
-    assert readiness.stages[0] == "starting the engine"
-    assert "loading the base model" in readiness.stages
-    assert not any(str(own) in stage for stage in readiness.stages for own in (model, folder))
-    assert "started" in api.models()
 
 
 # Disk and memory

@@ -68,7 +68,6 @@ def serve(
     arguments: Sequence[str] = TINY,
     environment: Mapping[str, str] | None = None,
     warm: bool = False,
-    port: int | None = None,
 ) -> Iterator[Server]:
     """A server that answers `/health`, stopped by SIGTERM at the end.
 
@@ -76,7 +75,7 @@ def serve(
     engine and worker, which are not its children; otherwise all starts as it does for users.
     Raises RuntimeError with the end of its log if it does not come up.
     """
-    port = port or free_port()
+    port = free_port()
     arguments = [*arguments, "--host", "127.0.0.1", "--port", str(port)]
     settings = {**share.environment(), **ENVIRONMENT, **(environment or {})}
     log.write_bytes(b"")
