@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from support.api_client import BASE, KEY, Api, oracle
+from support.examples import examples
 
 schemathesis = pytest.importorskip("schemathesis", reason="the dev extra is not installed")
 GenerationMode = schemathesis.GenerationMode
-EXAMPLES = 100
+EXAMPLES = 50
 FUZZ = settings(
     derandomize=True,
     deadline=None,
@@ -69,7 +70,7 @@ def test_every_answer_is_as_the_document_says(api: Api, document: Any, mode: Any
     for found in document.include(path_regex=OURS).get_all_operations():
         operation = found.ok()
 
-        @settings(FUZZ, max_examples=EXAMPLES)
+        @settings(FUZZ, max_examples=examples(EXAMPLES))
         @given(
             case=operation.as_strategy(mode),
             name=st.sampled_from(NAMES),
@@ -102,7 +103,7 @@ FIELDS = ("name", "source", "pinned", "expected_generation", "allow_noop", "lora
 POSTS = ("adapters", "adapters/a/pin", "load_lora_adapter", "unload_lora_adapter")
 
 
-@settings(FUZZ, max_examples=4 * EXAMPLES)
+@settings(FUZZ, max_examples=examples(4 * EXAMPLES))
 @given(
     path=st.sampled_from(POSTS),
     body=JSON | st.dictionaries(st.sampled_from(FIELDS), JSON | TEXTS, max_size=4),
