@@ -47,7 +47,7 @@ class AdapterCollector(Collector):
         self._time = time.time()
         self._loaded = len(registry)
         self._states = {
-            AdapterState.SERVING: len(registry),
+            AdapterState.SERVING: len(registry) + len(registry.mixes),
             AdapterState.LOADING: len(registry.loading()),
             AdapterState.DRAINING: sum(
                 generation.status.draining for generation in registry.alive()

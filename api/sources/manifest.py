@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from molehill.api.adapters.invocation import CHOICES, WhenNotInvoked
+from molehill.api.adapters.mix import Mix
 from molehill.engine.adapter.layout import LAYOUTS, Layout
 
 logger = logging.getLogger("vllm.molehill")
@@ -24,7 +25,8 @@ class ManifestError(ValueError):
 class Entry:
     """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout,
     base_is_residual: see Source; the layout empty for none. when_not_invoked: see GenerationStatus;
-    empty for None. probed: that it has an effect was seen, or is not asked for.
+    empty for None. probed: that it has an effect was seen, or is not asked for. mix: of a mix of
+    others, what it is of, as Mix writes it; empty for no mix.
     """
 
     name: str
@@ -36,10 +38,15 @@ class Entry:
     lora_b_layout: str = ""
     base_is_residual: bool = False
     when_not_invoked: str = ""
+    mix: str = ""
 
     @property
     def layout(self) -> Layout | None:
         return next((layout for layout in LAYOUTS if layout == self.lora_b_layout), None)
+
+    @property
+    def mixed(self) -> Mix | None:
+        return Mix.from_text(self.mix) if self.mix else None
 
     @property
     def not_invoked(self) -> WhenNotInvoked | None:
@@ -106,4 +113,6 @@ def entry(fields: dict[str, Any]) -> Entry:
         raise ValueError(
             f"when_not_invoked: found {made.when_not_invoked!r}, expected one of {CHOICES}"
         )
+    if made.mix:
+        Mix.from_text(made.mix)
     return made
