@@ -149,7 +149,7 @@ def test_many_mixes_at_once_stay_within_the_bound(tmp_path: Path) -> None:
             return True
 
         served = await asyncio.gather(*(ask(n) for n in range(20)))
-        assert 3 <= sum(served) <= 20
+        assert sum(served) >= 3
         # Who is told to retry gets it.
         for n in range(20):
             while not await ask(n):
@@ -291,7 +291,7 @@ def test_a_part_whose_copy_is_lost_is_named(play: Play) -> None:
     async def scenario(w: World) -> None:
         await three(w)
         shutil.rmtree(w.store.path(adapter(2).digest))
-        with pytest.raises(StoreError, match="^b: its copy in the store is damaged"):
+        with pytest.raises(StoreError, match=r"^b: its copy in the store is damaged"):
             await w.registry.mixes.lease({"a": 1.0, "b": 0.5}, object())
         (await w.registry.mixes.lease({"a": 1.0, "c": 0.5}, object())).leave()
 
