@@ -94,14 +94,14 @@ class MolehillRoutes:
             source = operator_source(path, layouts.get(name), name in options.residuals)
             await services.registry.load(name, str(path), local(source))
         # Held by the state, or it would be collected while it runs.
-        state.molehill_task = start(go_on(services, watch=options.watch))
+        state.molehill_task = start(run_background(services, watch=options.watch))
         await starting.hand_over()
 
 
-def start(going_on: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+def start(background: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Ends the process if it fails: a server that will never be ready, or serves nothing new, is
     better started again by whoever watches it."""
-    task = asyncio.create_task(going_on)
+    task = asyncio.create_task(background)
     task.add_done_callback(end_with)
     return task
 
@@ -114,7 +114,7 @@ def end_with(task: asyncio.Task[None]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-async def go_on(services: Services, *, watch: bool) -> None:
+async def run_background(services: Services, *, watch: bool) -> None:
     """What goes on while the server serves."""
     await services.restart.run()
     if watch:

@@ -41,7 +41,7 @@ KINDS = ("plain", "activated")
 
 
 @dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """first, last: seconds until the first token and the last one. cached: prompt tokens."""
 
     first: float
@@ -51,7 +51,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Firsts:
+class FirstTokens:
     """Seconds to the first token after a prompt, by kind, and its tokens that were cached."""
 
     prompt: int
@@ -67,24 +67,24 @@ class Chains:
     firsts: dict[str, float]
 
 
-def ask(http: httpx.Client, model: str, prompt: list[int], tokens: int) -> Answer:
+def ask(http: httpx.Client, model: str, prompt: list[int], tokens: int) -> TimedAnswer:
     body = {
         **{"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0},
         **{"ignore_eos": True, "return_token_ids": True, "stream": True},
         "stream_options": {"include_usage": True},
     }
-    start, first, found, cached = time.perf_counter(), 0.0, list[int](), 0
+    start, first, ids, cached = time.perf_counter(), 0.0, list[int](), 0
     with http.stream("POST", "/v1/completions", json=body) as answer:
         answer.raise_for_status()
         for chunk in chunks(answer):
             if chunk["choices"]:
                 first = first or time.perf_counter() - start
-                found += chunk["choices"][0]["token_ids"]
+                ids += chunk["choices"][0]["token_ids"]
             elif chunk["usage"]:
                 cached = (chunk["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0
-    if len(found) != tokens:
-        raise RuntimeError(f"{model}: found {len(found)} tokens, expected {tokens}")
-    return Answer(first, time.perf_counter() - start, found, cached)
+    if len(ids) != tokens:
+        raise RuntimeError(f"{model}: found {len(ids)} tokens, expected {tokens}")
+    return TimedAnswer(first, time.perf_counter() - start, ids, cached)
 
 
 def chunks(answer: httpx.Response) -> Iterator[dict[str, Any]]:
@@ -101,15 +101,15 @@ class Conversation:
 
     def document(self, length: int, seed: int) -> list[int]:
         """A new one, which the base has read."""
-        dice = random.Random(seed)
-        document = [dice.choice(self._words) for _ in range(length)]
+        generator = random.Random(seed)
+        document = [generator.choice(self._words) for _ in range(length)]
         ask(self._http, "base", document, 1)
         return document
 
-    def firsts(self, length: int, seed: int) -> Firsts:
+    def firsts(self, length: int, seed: int) -> FirstTokens:
         prompt = [*self.document(length, seed), *self._invocations[0]]
         answers = {kind: ask(self._http, f"{kind}-0", prompt, 1) for kind in order(seed)}
-        return Firsts(
+        return FirstTokens(
             len(prompt),
             {kind: answer.first for kind, answer in answers.items()},
             {kind: answer.cached for kind, answer in answers.items()},
@@ -123,7 +123,7 @@ class Conversation:
             {kind: sum(answer.first for answer in chain) for kind, chain in chains.items()},
         )
 
-    def chain(self, kind: str, document: list[int]) -> list[Answer]:
+    def chain(self, kind: str, document: list[int]) -> list[TimedAnswer]:
         conversation, answers = list(document), []
         for number, invocation in enumerate(self._invocations):
             conversation += invocation
@@ -150,7 +150,7 @@ def save_adapters(model: Path, folder: Path, invocations: Sequence[list[int]]) -
         native.write(activated, folder / f"activated-{number}")
 
 
-def report(firsts: Sequence[Firsts], chains: Sequence[Chains]) -> list[str]:
+def report(firsts: Sequence[FirstTokens], chains: Sequence[Chains]) -> list[str]:
     lines = []
     if firsts:
         lines.append(f"time to first token: {compared([turn.seconds for turn in firsts])}")

@@ -10,7 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from molehill.benchmarks.workload import DTYPE, HIDDEN, INTERMEDIATE, LINEARS, OPS, Layer, Point
+from molehill.benchmarks.workload import (
+    DTYPE,
+    HIDDEN,
+    INTERMEDIATE,
+    LINEARS,
+    OPS,
+    AdapterLayer,
+    Point,
+)
 from molehill.kernels.interface import Backend, FfnShape, LinearShape, SlotWeights
 from molehill.kernels.mixture import Experts
 
@@ -36,7 +44,7 @@ def _zeros(point: Point) -> dict[str, Tensor]:
 class MixtureArm:
     """A backend with the same adapter in each of `adapters` slots."""
 
-    def __init__(self, backend: Backend, layers: Sequence[Layer], adapters: int) -> None:
+    def __init__(self, backend: Backend, layers: Sequence[AdapterLayer], adapters: int) -> None:
         self.backend = backend
         self.outputs: dict[str, Tensor] = {}
         self._linears = [self._register(i) for i in range(len(layers))]
@@ -110,7 +118,7 @@ class VllmArm:
     without vLLM.
     """
 
-    def __init__(self, layers: Sequence[Layer], adapters: int) -> None:
+    def __init__(self, layers: Sequence[AdapterLayer], adapters: int) -> None:
         from vllm.lora.layers.utils import LoRAMapping
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -148,7 +156,7 @@ class VllmArm:
         return wrapper
 
 
-def _pairs(layer: Layer) -> dict[str, list[Experts]]:
+def _pairs(layer: AdapterLayer) -> dict[str, list[Experts]]:
     """The low-rank pairs of each fused linear's projections."""
     if layer.ffn is None:
         return {name: [p.experts for p in pieces] for name, pieces in layer.linears.items()}

@@ -28,7 +28,7 @@ from molehill.benchmarks.contestants import (
 )
 from molehill.benchmarks.engines import progress
 from molehill.benchmarks.host import host
-from molehill.benchmarks.turns import Turns
+from molehill.benchmarks.turns import Measurements
 from molehill.benchmarks.workloads import PROMPT, Workload
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.hf.shapes import base_model
@@ -157,11 +157,14 @@ class Bench:
     def run(self) -> int:
         args = self.args
         contestants = line_up(args.adapter, self._mixtures, args.many, args.vs_vllm, self._folder)
-        turns = Turns(args.repetitions, args.budget)
+        turns = Measurements(args.repetitions, args.budget)
         groups = [contestants]
         if args.one_at_a_time:
-            names = dict.fromkeys(own.engine for own in contestants)
-            groups = [[own for own in contestants if own.engine == name] for name in names]
+            names = dict.fromkeys(contestant.engine for contestant in contestants)
+            groups = [
+                [contestant for contestant in contestants if contestant.engine == name]
+                for name in names
+            ]
         dtype, routed = "", dict[str, Any]()
         for group in groups:
             with engines.running(self._model, group, self._options, *self._sizes()) as running:
@@ -197,11 +200,11 @@ class Bench:
         batch, length = self.args.prefill
         return [*decode, Workload(batch, length, 1)]
 
-    def _rate(self, turns: Turns) -> float:
+    def _rate(self, turns: Measurements) -> float:
         """Requests per second: as asked for, or by what the plain base was seen to do."""
         if self.args.rate is not None:
             return float(self.args.rate)
-        largest = max(self._workloads()[:-1], key=lambda own: own.batch).name
+        largest = max(self._workloads()[:-1], key=lambda workload: workload.batch).name
         speeds = [
             sample.value
             for sample in turns.samples
@@ -212,15 +215,15 @@ class Bench:
     def _report(
         self,
         contestants: Sequence[Contestant],
-        turns: Turns,
+        turns: Measurements,
         dtype: str,
         routed: dict[str, Any],
     ) -> int:
         allowed = self._limits(contestants, dtype, routed)
-        found = results_table.cells(turns.samples, PLAIN_BASE, allowed)
+        cells = results_table.cells(turns.samples, PLAIN_BASE, allowed)
         notes = [
-            f"{name}: {own['experts']:.1f} experts a token and router, {own['soft']:.0%} soft"
-            for name, own in routed.items()
+            f"{name}: {means['experts']:.1f} experts a token and router, {means['soft']:.0%} soft"
+            for name, means in routed.items()
         ]
         if self.args.one_at_a_time:
             notes.append("one engine at a time: ratios are of different minutes")
@@ -232,12 +235,12 @@ class Bench:
             "routing": routed,
             "stopped": list(turns.stopped.values()),
         }
-        results_table.print_tables(found, [*notes, *turns.stopped.values()], Console())
+        results_table.print_tables(cells, [*notes, *turns.stopped.values()], Console())
         self.args.output.mkdir(parents=True, exist_ok=True)
-        results_table.write_json(self.args.output / "bench.json", turns.samples, found, facts)
+        results_table.write_json(self.args.output / "bench.json", turns.samples, cells, facts)
         device = facts["host"].get("gpu", facts["host"]["cpu"])
         title = f"{facts['model']}, {dtype}; {device}"
-        if not results_table.plot(self.args.output / "bench.png", found, title):
+        if not results_table.plot(self.args.output / "bench.png", cells, title):
             progress("no plot: matplotlib is not installed")
         progress(f"written to {self.args.output}")
         return 0
@@ -248,16 +251,16 @@ class Bench:
         """By contestant and workload: tokens/s at most, and the share of the base's own."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         machine, itemsize = limits.Machine.seen(device, dtype_of(dtype)), dtype_of(dtype).itemsize
-        found = {}
-        for own, workload in product(contestants, self._workloads()):
+        result = {}
+        for contestant, workload in product(contestants, self._workloads()):
             base = limits.base_step(self._base, self._config, itemsize, workload)
             adapters = []
-            if own.work is not None:
-                chosen = routed.get(own.name, {}).get("experts", own.work.experts)
-                adapters = [(own.work, chosen)] * len(own.paths)
-            key = own.name, workload.name
-            found[key] = limits.speed_limits(machine, workload, base, adapters, itemsize)
-        return found
+            if contestant.work is not None:
+                chosen = routed.get(contestant.name, {}).get("experts", contestant.work.experts)
+                adapters = [(contestant.work, chosen)] * len(contestant.paths)
+            key = contestant.name, workload.name
+            result[key] = limits.speed_limits(machine, workload, base, adapters, itemsize)
+        return result
 
 
 if __name__ == "__main__":

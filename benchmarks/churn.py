@@ -48,7 +48,7 @@ LIMITS = {"itl_ratio": 1.25, "first_token_seconds": 1.0, "throughput_ratio": 0.9
 
 @dataclass(frozen=True)
 class Sizes:
-    """repetitions: of each pair of spells. seconds: of one spell. registered: adapters in all."""
+    """repetitions: of each pair of periods. seconds: of one period. registered: adapters in all."""
 
     repetitions: int = 10
     seconds: float = 15.0
@@ -67,7 +67,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 @dataclass(frozen=True)
-class Spell:
+class Period:
     """p50, p99, longest: seconds between two tokens of a stream. loads: that it saw end."""
 
     p50: float
@@ -77,7 +77,7 @@ class Spell:
     loads: int
 
 
-class Streams:
+class SteadyStreams:
     """Streams without end on the steady adapter. gaps: (when the second token came, seconds)."""
 
     def __init__(self, client: Client) -> None:
@@ -113,7 +113,9 @@ async def churn(
         await client.unload("churned")
 
 
-async def spell(client: Client, streams: Streams, seconds: float, sources: Sequence[Path]) -> Spell:
+async def period(
+    client: Client, streams: SteadyStreams, seconds: float, sources: Sequence[Path]
+) -> Period:
     """One stretch of time with churn of `sources`, or without any."""
     loads: list[float] = []
     stop = asyncio.Event()
@@ -123,19 +125,19 @@ async def spell(client: Client, streams: Streams, seconds: float, sources: Seque
     gaps = streams.between(start, time.perf_counter())
     stop.set()
     await task
-    return Spell(percentile(gaps, 50), percentile(gaps, 99), max(gaps), len(gaps), len(loads))
+    return Period(percentile(gaps, 50), percentile(gaps, 99), max(gaps), len(gaps), len(loads))
 
 
 async def latencies(client: Client, sizes: Sizes, sources: Sequence[Path]) -> list[dict[str, Any]]:
-    """A quiet spell and one of churn by repetition, by turns also in which comes first."""
-    streams = Streams(client)
+    """A quiet period and one of churn by repetition, by turns also in which comes first."""
+    streams = SteadyStreams(client)
     results = []
     task = asyncio.create_task(streams.run())
     await asyncio.sleep(min(3.0, sizes.seconds))
     for repetition in range(sizes.repetitions):
         order = ("quiet", "churn") if repetition % 2 else ("churn", "quiet")
         spells = {
-            arm: await spell(client, streams, sizes.seconds, sources if arm == "churn" else ())
+            arm: await period(client, streams, sizes.seconds, sources if arm == "churn" else ())
             for arm in order
         }
         if task.done():

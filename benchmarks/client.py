@@ -16,7 +16,7 @@ MARGIN = 0.5
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownAnswer:
     """A prompt, and its greedy tokens up to the first that another batch may change."""
 
     prompt: list[int]
@@ -46,7 +46,7 @@ class Client:
     steady: str = "steady"
     seeds: Iterator[int] = field(default_factory=itertools.count)
 
-    def body(self, model: str, tokens: int, known: Known | None = None) -> dict[str, Any]:
+    def body(self, model: str, tokens: int, known: KnownAnswer | None = None) -> dict[str, Any]:
         """Prompts that are not `known` differ, so that batches are as those of many users."""
         prompt = self.prompt() if known is None else known.prompt
         greedy = {"temperature": 0, "ignore_eos": True, "max_tokens": tokens}
@@ -63,17 +63,19 @@ class Client:
     async def unload(self, name: str) -> None:
         (await self.http.delete(f"/v1/adapters/{name}")).raise_for_status()
 
-    async def learn(self, model: str, tokens: int) -> Known:
+    async def learn(self, model: str, tokens: int) -> KnownAnswer:
         """Asks for a new prompt and the lead of each of its tokens."""
-        known = Known(self.prompt(), [])
+        known = KnownAnswer(self.prompt(), [])
         body = {**self.body(model, tokens, known), "logprobs": 2}
         answer = await self.http.post(
             "/v1/completions", json={**body, "return_tokens_as_token_ids": True}
         )
         choice = answer.raise_for_status().json()["choices"][0]
-        return Known(known.prompt, decided(choice["token_ids"], choice["logprobs"]["top_logprobs"]))
+        return KnownAnswer(
+            known.prompt, decided(choice["token_ids"], choice["logprobs"]["top_logprobs"])
+        )
 
-    async def complete(self, model: str, tokens: int, known: Known | None = None) -> str:
+    async def complete(self, model: str, tokens: int, known: KnownAnswer | None = None) -> str:
         """Why it failed, or nothing."""
         try:
             answer = await self.http.post("/v1/completions", json=self.body(model, tokens, known))

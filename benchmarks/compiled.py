@@ -89,9 +89,12 @@ class Specialisation:
                 "BLOCK_OUT": columns,
                 "PART": min(columns, PART),
             }
-        own = {"MAX_EXPERTS": config.max_experts, "PAIR_TILE": 16 if precise else config.pair_tile}
-        own |= {"BLOCK_RANK": 16 if precise else config.ffn_rank}
-        return shared | own | {"BLOCK": config.ffn_columns // (2 if precise else 1)}
+        specific = {
+            "MAX_EXPERTS": config.max_experts,
+            "PAIR_TILE": 16 if precise else config.pair_tile,
+        }
+        specific |= {"BLOCK_RANK": 16 if precise else config.ffn_rank}
+        return shared | specific | {"BLOCK": config.ffn_columns // (2 if precise else 1)}
 
     @property
     def options(self) -> dict[str, int]:

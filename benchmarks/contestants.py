@@ -73,35 +73,35 @@ def line_up(
     one batch, copies of the first one; 1 for no such contestant. vs_vllm: also static LoRA of the
     first one's rank, on both engines. Raises AdapterError for an adapter that cannot be read.
     """
-    found = [Contestant(PLAIN_BASE, PLAIN), Contestant("molehill, base", MOLEHILL)]
+    contestants = [Contestant(PLAIN_BASE, PLAIN), Contestant("molehill, base", MOLEHILL)]
     named = [(path.name, path) for path in adapters]
     if not named:
-        own = mixtures()
-        size = f"{own.experts} x r {own.rank}"
-        named = [(f"DynMoLE {size}", own.save(synthetic.dynmole, folder / "dynmole"))]
-        if own.base.ffns:
-            path = own.save(synthetic.mixlora, folder / "mixlora")
+        synthesised = mixtures()
+        size = f"{synthesised.experts} x r {synthesised.rank}"
+        named = [(f"DynMoLE {size}", synthesised.save(synthetic.dynmole, folder / "dynmole"))]
+        if synthesised.base.ffns:
+            path = synthesised.save(synthetic.mixlora, folder / "mixlora")
             named.append((f"MixLoRA top-2 of {size}", path))
     first = None
     for name, path in named:
         adapter = formats.read(path)
         work = AdapterWork.of(adapter)
         first = first or (name, path, work, rank_of(adapter))
-        found.append(Contestant(name, MOLEHILL, (path,), work))
+        contestants.append(Contestant(name, MOLEHILL, (path,), work))
     assert first is not None
     name, path, work, rank = first
     if many > 1:
-        found.append(Contestant(f"{many} x {name}", MOLEHILL, (path,) * many, work))
+        contestants.append(Contestant(f"{many} x {name}", MOLEHILL, (path,) * many, work))
     if vs_vllm:
         lora = synthetic.save_lora(mixtures().base, rank, folder / "lora")
         static = AdapterWork.of(formats.read(lora))
         for engine in (MOLEHILL, VLLM_LORA):
             label = "molehill, LoRA" if engine == MOLEHILL else engine
-            found.append(Contestant(f"{label} r {rank}", engine, (lora,), static))
+            contestants.append(Contestant(f"{label} r {rank}", engine, (lora,), static))
             if many > 1:
                 name = f"{label} r {rank}, {many} of them"
-                found.append(Contestant(name, engine, (lora,) * many, static))
-    return found
+                contestants.append(Contestant(name, engine, (lora,) * many, static))
+    return contestants
 
 
 def rank_of(adapter: Any) -> int:
@@ -125,10 +125,10 @@ def _experts(mixture: Any) -> list[Any]:
 def memory(contestants: Sequence[Contestant], engine: str, itemsize: int) -> int:
     """Bytes that an engine needs for all its adapters at once, with a quarter to spare."""
     total = 0.0
-    for own in contestants:
-        if own.engine == engine and own.work is not None:
-            numbers = own.work.routed + own.work.static
-            total += len(own.paths) * (4 * own.work.routers + itemsize * numbers)
+    for contestant in contestants:
+        if contestant.engine == engine and contestant.work is not None:
+            numbers = contestant.work.routed + contestant.work.static
+            total += len(contestant.paths) * (4 * contestant.work.routers + itemsize * numbers)
     return int(1.25 * total) + (256 << 20)
 
 

@@ -38,12 +38,12 @@ def running(
     from molehill.engine.vllm import compilation
     from molehill.engine.vllm.settings import Settings
 
-    names = list(dict.fromkeys(own.engine for own in contestants))
+    names = list(dict.fromkeys(contestant.engine for contestant in contestants))
     room = {name: memory(contestants, name, itemsize) for name in names}
     needed = {name: weights + room[name] + KV_CACHE for name in names}
     if not torch.cuda.is_available():
         compilation.lift_gate()
-    own: dict[str, dict[str, Any]] = {
+    options_of: dict[str, dict[str, Any]] = {
         PLAIN: {},
         MOLEHILL: {
             "worker_cls": compilation.WORKER,
@@ -59,7 +59,7 @@ def running(
             progress(f"starting {name}")
             share = SHARE * needed[name] / sum(needed.values())
             shared = {"gpu_memory_utilization": share} if torch.cuda.is_available() else {}
-            engines[name] = LLM(model, **options, **shared, **own[name])
+            engines[name] = LLM(model, **options, **shared, **options_of[name])
         yield engines
     finally:
         for llm in engines.values():
@@ -68,11 +68,15 @@ def running(
 
 def _most(contestants: Sequence[Contestant], engine: str) -> int:
     """Adapters in one batch."""
-    return max([1, *(len(own.paths) for own in contestants if own.engine == engine)])
+    return max(
+        [1, *(len(contestant.paths) for contestant in contestants if contestant.engine == engine)]
+    )
 
 
 def _vllm_lora(contestants: Sequence[Contestant]) -> dict[str, Any]:
-    path = next((own.paths[0] for own in contestants if own.engine == VLLM_LORA), None)
+    path = next(
+        (contestant.paths[0] for contestant in contestants if contestant.engine == VLLM_LORA), None
+    )
     if path is None:
         return {}
     # vLLM's LoRA allocates for this many and this rank.
@@ -85,16 +89,16 @@ def load(engines: Mapping[str, Any], contestants: Sequence[Contestant]) -> dict[
     path are adapters of their own, with weights of their own."""
     from vllm.lora.request import LoRARequest
 
-    found: dict[str, list[Any]] = {}
+    requests: dict[str, list[Any]] = {}
     number = 0
-    for own in contestants:
-        found[own.name] = [] if own.paths else [None]
-        for path in own.paths:
+    for contestant in contestants:
+        requests[contestant.name] = [] if contestant.paths else [None]
+        for path in contestant.paths:
             number += 1
             request = LoRARequest(f"adapter-{number}", number, str(path))
-            engines[own.engine].llm_engine.add_lora(request)
-            found[own.name].append(request)
-    return found
+            engines[contestant.engine].llm_engine.add_lora(request)
+            requests[contestant.name].append(request)
+    return requests
 
 
 def chosen(engines: Mapping[str, Any], requests: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -107,12 +111,12 @@ def chosen(engines: Mapping[str, Any], requests: Mapping[str, Sequence[Any]]) ->
     asked = protocol.to_wire(protocol.StatsRequest())
     answers = engines[MOLEHILL].collective_rpc(protocol.STATS.method, args=(asked,))
     reply = protocol.STATS.replies(answers)[0]
-    found = {}
-    for name, own in requests.items():
-        ids = [request.lora_int_id for request in own if request is not None]
+    result = {}
+    for name, loaded in requests.items():
+        ids = [request.lora_int_id for request in loaded if request is not None]
         stats = [reply.adapters[number].stats for number in ids if number in reply.adapters]
         decisions = sum(one.decisions for one in stats)
         if decisions:
             experts = sum(sum(one.expert_tokens) for one in stats) / decisions
-            found[name] = {"experts": experts, "soft": sum(one.soft for one in stats) / decisions}
-    return found
+            result[name] = {"experts": experts, "soft": sum(one.soft for one in stats) / decisions}
+    return result

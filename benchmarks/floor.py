@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from molehill.benchmarks.race import race
-from molehill.benchmarks.workload import DTYPE, HIDDEN, LINEARS, OPS, Layer, Point
+from molehill.benchmarks.workload import DTYPE, HIDDEN, LINEARS, OPS, AdapterLayer, Point
 from molehill.kernels import reference
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy
@@ -24,7 +24,7 @@ SECONDS = 0.05
 WIDTH, SMALLEST = 1024, 1 << 22
 
 
-class Machine:
+class ObservedMachine:
     """The best that the machine was seen to do. Observed all through a run: noise only slows.
 
     rate: multiply-adds per second of a square matrix multiplication, in bfloat16 or in float32,
@@ -67,7 +67,7 @@ def _best(run: Callable[[], object]) -> float:
 
 
 @dataclass(frozen=True)
-class Work:
+class LayerWork:
     """What one layer needs, on average over the layers.
 
     moved: bytes. done: multiply-adds. chosen: experts per token and router. resident: bytes of all
@@ -79,7 +79,7 @@ class Work:
     chosen: float
     resident: int
 
-    def floor(self, machine: Machine) -> tuple[float, str]:
+    def floor(self, machine: ObservedMachine) -> tuple[float, str]:
         """Seconds, and what binds: `bytes` or `operations`."""
         reading = self.moved / machine.bandwidth(self.resident)
         multiplying = self.done / machine.rate
@@ -87,7 +87,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Site:
+class RouterShape:
     """One router, the input width that it reads, and the numbers in one of its experts."""
 
     router: Tensor | None
@@ -97,7 +97,7 @@ class Site:
     expert_size: int
 
 
-def work(layers: Sequence[Layer], point: Point, inputs: Mapping[int, Tensor]) -> Work:
+def work(layers: Sequence[AdapterLayer], point: Point, inputs: Mapping[int, Tensor]) -> LayerWork:
     """By the definition of the policies, not by what a backend says it did."""
     moved = done = chosen = resident = 0
     sites = [site for layer in layers for site in _sites(layer, point)]
@@ -113,16 +113,18 @@ def work(layers: Sequence[Layer], point: Point, inputs: Mapping[int, Tensor]) ->
         chosen += pairs
         resident += point.adapters * (4 * routing + 2 * site.experts * site.expert_size)
     deep, decisions = len(layers), point.tokens * len(sites)
-    return Work(moved / deep, done / deep, chosen / decisions, resident)
+    return LayerWork(moved / deep, done / deep, chosen / decisions, resident)
 
 
-def _sites(layer: Layer, point: Point) -> list[Site]:
+def _sites(layer: AdapterLayer, point: Point) -> list[RouterShape]:
     if layer.ffn is not None:
         ffn = layer.ffn
         size = sum(_size(pair) for pair in (ffn.gate, ffn.up, ffn.down))
-        return [Site(ffn.router, ffn.policy, point.experts, HIDDEN, size)]
+        return [RouterShape(ffn.router, ffn.policy, point.experts, HIDDEN, size)]
     return [
-        Site(piece.router, piece.policy, point.experts, LINEARS[name][0], _size(piece.experts))
+        RouterShape(
+            piece.router, piece.policy, point.experts, LINEARS[name][0], _size(piece.experts)
+        )
         for name in OPS[point.op]
         for piece in layer.linears[name]
     ]

@@ -22,10 +22,17 @@ import torch
 
 from molehill.benchmarks import report
 from molehill.benchmarks.arms import Arm, MixtureArm, VllmArm
-from molehill.benchmarks.floor import Machine, work
+from molehill.benchmarks.floor import ObservedMachine, work
 from molehill.benchmarks.race import race
 from molehill.benchmarks.report import Result, Row
-from molehill.benchmarks.workload import LAYERS, LINEARS, Layer, Point, make_inputs, make_layers
+from molehill.benchmarks.workload import (
+    LAYERS,
+    LINEARS,
+    AdapterLayer,
+    Point,
+    make_inputs,
+    make_layers,
+)
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.policy import Constant, DynMoLE, Policy, Soft, TopK, TopP
 from molehill.kernels.pytorch.backend import TorchBackend
@@ -55,14 +62,14 @@ def quick(points: Sequence[Point]) -> list[Point]:
     return [small[0], small[-1]]
 
 
-class Bench:
+class KernelBench:
     """Measures points; keeps the arms while points differ in op and tokens only."""
 
     def __init__(self, depth: int, seconds: float) -> None:
         self.depth, self.seconds = depth, seconds
-        self.machine = Machine()
+        self.machine = ObservedMachine()
         self._loaded: Point | None = None
-        self._layers: list[Layer] = []
+        self._layers: list[AdapterLayer] = []
         self._arms: dict[str, Arm] = {}
 
     def measure(self, sweep: str, point: Point) -> Result:
@@ -92,7 +99,7 @@ class Bench:
 
 def measure(sweeps: Sequence[str], is_quick: bool, seconds: float) -> list[Row]:
     """The rows of the sweeps; tells of each point on the standard error."""
-    bench = Bench(QUICK_LAYERS if is_quick else LAYERS, seconds)
+    bench = KernelBench(QUICK_LAYERS if is_quick else LAYERS, seconds)
     results = []
     for sweep in sweeps:
         for point in quick(SWEEPS[sweep]) if is_quick else SWEEPS[sweep]:

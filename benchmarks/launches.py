@@ -26,7 +26,7 @@ HALF, FLOAT = 2, 4
 
 
 @dataclass(frozen=True)
-class Layer:
+class DecoderLayer:
     """A decoder layer: attention projections' widths, hidden and intermediate size."""
 
     name: str
@@ -46,13 +46,13 @@ class Layer:
 
 
 LAYERS = (
-    Layer("Llama-3.1-8B", 4096, (4096, 1024, 1024), 14336),
-    Layer("SmolLM2-135M", 576, (576, 192, 192), 1536),
+    DecoderLayer("Llama-3.1-8B", 4096, (4096, 1024, 1024), 14336),
+    DecoderLayer("SmolLM2-135M", 576, (576, 192, 192), 1536),
 )
 
 
 @dataclass(frozen=True)
-class Load:
+class AdapterLoad:
     """One adapter on every projection, one router each: E experts of rank r, k chosen."""
 
     tokens: int
@@ -82,7 +82,9 @@ class Traffic:
     scratch: float
 
 
-def traffic(features: int, outs: tuple[int, ...], load: Load, config: LaunchConfig) -> Traffic:
+def traffic(
+    features: int, outs: tuple[int, ...], load: AdapterLoad, config: LaunchConfig
+) -> Traffic:
     """The launches of one linear; its output is read and written once more beside that."""
     rows, out = load.experts * load.rank, sum(outs)
     routers = len(outs) * load.experts * features * FLOAT
@@ -115,7 +117,7 @@ class Counter:
         return launch
 
 
-def launches(layer: Layer, tokens: int, capacity: Capacity) -> list[tuple[str, int]]:
+def launches(layer: DecoderLayer, tokens: int, capacity: Capacity) -> list[tuple[str, int]]:
     """(kernel, programs) of every launch of one layer whose FFN may hold an FFN mixture."""
     notes: list[tuple[str, int]] = []
     kernels = ((shrink, "shrink"), (gate, "gate"), (expand, "expand"), (ffn, "ffn"))
@@ -152,7 +154,7 @@ def launches(layer: Layer, tokens: int, capacity: Capacity) -> list[tuple[str, i
 def layer_tables() -> Iterator[str]:
     """Markdown: launches and traffic of each layer for a few sizes of step."""
     capacity = Capacity(adapters=8, tokens=4096, memory=1 << 20)
-    load = Load(1)
+    load = AdapterLoad(1)
     yield f"E={load.experts}, r={load.rank}, k={load.chosen}, one adapter, all projections, bf16\n"
     yield "| layer | tokens | launches | programs | base MB | floor | read | scratch |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -161,7 +163,7 @@ def layer_tables() -> Iterator[str]:
             notes = launches(layer, tokens, capacity)
             config = launch_config_for(tokens, capacity)
             parts = [
-                traffic(features, outs, Load(tokens), config)
+                traffic(features, outs, AdapterLoad(tokens), config)
                 for features, outs in layer.linears.values()
             ]
             base = sum(part.base for part in parts)

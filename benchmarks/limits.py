@@ -41,7 +41,7 @@ class Machine:
         reading = _best(lambda: data.sum(), device)
         return cls(data.nbytes / reading, width**3 / multiplying)
 
-    def seconds(self, work: "Work") -> float:
+    def seconds(self, work: "StepWork") -> float:
         return max(work.moved / self.bandwidth, work.done / self.rate)
 
 
@@ -62,14 +62,14 @@ def _wait(device: str) -> None:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """moved: bytes. done: multiply-adds."""
 
     moved: float
     done: float
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.moved + other.moved, self.done + other.done)
+    def __add__(self, other: "StepWork") -> "StepWork":
+        return StepWork(self.moved + other.moved, self.done + other.done)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class AdapterWork:
             experts.append(mixture.num_experts)
         return cls(routers, routed, static, sum(experts) / len(experts) if experts else 1.0)
 
-    def step(self, tokens: int, chosen: float, itemsize: int) -> Work:
+    def step(self, tokens: int, chosen: float, itemsize: int) -> StepWork:
         """What one adapter with `tokens` tokens of a step needs.
 
         chosen: experts of a token; choices are taken as even and independent. itemsize: bytes of a
@@ -105,7 +105,7 @@ class AdapterWork:
         share = min(1.0, chosen / self.experts)
         touched = 1 - (1 - share) ** tokens
         moved = 4 * self.routers + itemsize * (self.static + touched * self.routed)
-        return Work(moved, tokens * (self.routers + self.static + share * self.routed))
+        return StepWork(moved, tokens * (self.routers + self.static + share * self.routed))
 
 
 def _pairs(mixture: Mixture) -> list[torch.Tensor]:
@@ -120,7 +120,7 @@ def _pairs(mixture: Mixture) -> list[torch.Tensor]:
     return [half for pair in stacks for half in (pair.a, pair.b)]
 
 
-def base_step(base: BaseModel, config: Any, itemsize: int, workload: Workload) -> Work:
+def base_step(base: BaseModel, config: Any, itemsize: int, workload: Workload) -> StepWork:
     """One step of the base, its head for the last tokens only.
 
     config: Transformers', of its text part. itemsize: bytes of a weight; quantised ones have fewer,
@@ -135,13 +135,13 @@ def base_step(base: BaseModel, config: Any, itemsize: int, workload: Workload) -
         numbers = 3 * block.experts * block.hidden * block.intermediate
         moved += numbers * (1 - (1 - share) ** rows)
         done += rows * share * numbers
-    return Work(itemsize * moved, done)
+    return StepWork(itemsize * moved, done)
 
 
 def speed_limits(
     machine: Machine,
     workload: Workload,
-    base: Work,
+    base: StepWork,
     adapters: list[tuple[AdapterWork, float]],
     itemsize: int,
 ) -> tuple[float, float]:

@@ -31,7 +31,7 @@ WINDOW, QUIET = 2.0, 0.5
 
 installs: list[float] = []
 
-Load = Callable[[Any, Any], Awaitable[None]]
+LoadAdapter = Callable[[Any, Any], Awaitable[None]]
 
 
 async def nothing(engine: Any, request: Any) -> None:
@@ -71,7 +71,7 @@ async def as_the_server(engine: Any, request: Any) -> None:
         await two_phases(engine, request)
 
 
-ARMS: dict[str, Load] = {
+ARMS: dict[str, LoadAdapter] = {
     "no load": nothing,
     "read between steps": between_steps,
     "prepared in a thread": two_phases,
@@ -89,7 +89,9 @@ async def stream(engine: Any, times: list[float]) -> None:
             times.append(time.perf_counter())
 
 
-async def measure(engine: Any, load: Load, request: Any, times: list[float]) -> tuple[float, float]:
+async def measure(
+    engine: Any, load: LoadAdapter, request: Any, times: list[float]
+) -> tuple[float, float]:
     """(longest gap, seconds that the load took)."""
     await asyncio.sleep(QUIET)
     start = time.perf_counter()

@@ -38,7 +38,7 @@ SCRAPERS = {"metrics": (("/metrics",), 1.0), "dashboard": (("/v1/routing", "{rou
 
 
 @dataclass(frozen=True)
-class Load:
+class RequestLoad:
     """batch: requests at once, over `adapters` adapters. tokens: that each generates."""
 
     batch: int
@@ -47,7 +47,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ScrapeTurn:
     """speed: generated tokens per second. scrapes: seconds that each took."""
 
     speed: float
@@ -80,11 +80,11 @@ def save_small(model: str, folder: Path, number: int) -> list[Path]:
     return synthetic.save_tiny(base_model(model), folder, number)
 
 
-def generate(server: Server, adapter: str, load: Load, seed: int) -> None:
-    dice = random.Random(seed)
+def generate(server: Server, adapter: str, load: RequestLoad, seed: int) -> None:
+    generator = random.Random(seed)
     body = {
         "model": adapter,
-        "prompt": [dice.randrange(100, 40000) for _ in range(PROMPT)],
+        "prompt": [generator.randrange(100, 40000) for _ in range(PROMPT)],
         "max_tokens": load.tokens,
         "temperature": 0,
         "ignore_eos": True,
@@ -125,7 +125,7 @@ def scraping(server: Server, paths: Sequence[str], pause: float) -> Iterator[lis
         thread.join()
 
 
-def turn(server: Server, load: Load, seed: int, scraper: str) -> Turn:
+def turn(server: Server, load: RequestLoad, seed: int, scraper: str) -> ScrapeTurn:
     """One wave of requests. scraper: of SCRAPERS, or empty."""
     paths, pause = SCRAPERS.get(scraper, ((), 0.0))
     paths = tuple(path.format(routing="/v1/adapters/a0/routing") for path in paths)
@@ -142,10 +142,12 @@ def turn(server: Server, load: Load, seed: int, scraper: str) -> Turn:
         for job in jobs:
             job.result()
         seconds = time.perf_counter() - start
-    return Turn(load.batch * load.tokens / seconds, tuple(taken))
+    return ScrapeTurn(load.batch * load.tokens / seconds, tuple(taken))
 
 
-def measure(server: Server, load: Load, scraper: str, repetitions: int) -> list[tuple[Turn, Turn]]:
+def measure(
+    server: Server, load: RequestLoad, scraper: str, repetitions: int
+) -> list[tuple[ScrapeTurn, ScrapeTurn]]:
     """(with a scraper, without) by repetition, after one of each that warms up."""
     seeds = itertools.count()
     results = []
@@ -166,7 +168,7 @@ def register(server: Server, small: Sequence[Path]) -> int:
     return len(json.loads(server.get("/v1/adapters"))["data"])
 
 
-def report(scraper: str, load: Load, pairs: Sequence[tuple[Turn, Turn]]) -> str:
+def report(scraper: str, load: RequestLoad, pairs: Sequence[tuple[ScrapeTurn, ScrapeTurn]]) -> str:
     ratios = [watched.speed / alone.speed for watched, alone in pairs]
     answers = [seconds for watched, _ in pairs for seconds in watched.scrapes]
     median = statistics.median(ratios)
@@ -189,7 +191,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--registered", type=int, default=1000)
     args = parser.parse_args()
-    load = Load(args.batch, args.adapters, args.tokens)
+    load = RequestLoad(args.batch, args.adapters, args.tokens)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         named = enumerate(save_adapters(args.model, folder, load.adapters))

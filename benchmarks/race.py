@@ -20,7 +20,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class LayerRunner:
     """Goes on through its layers, `calls` of them a turn."""
 
     run: Callable[[int], object]
@@ -61,10 +61,10 @@ def race(
     }
 
 
-def _warm(run: Callable[[int], object], depth: int, limit: float) -> Contestant | None:
+def _warm(run: Callable[[int], object], depth: int, limit: float) -> LayerRunner | None:
     layers = itertools.cycle(range(depth))
-    seconds = Contestant(run, layers, 1).turn()
+    seconds = LayerRunner(run, layers, 1).turn()
     if seconds > limit:
         return None
-    seconds = min(seconds, Contestant(run, layers, 1).turn())
-    return Contestant(run, layers, max(1, min(depth, int(TURN / seconds))))
+    seconds = min(seconds, LayerRunner(run, layers, 1).turn())
+    return LayerRunner(run, layers, max(1, min(depth, int(TURN / seconds))))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from molehill.benchmarks.floor import Machine, Work
+from molehill.benchmarks.floor import LayerWork, ObservedMachine
 from molehill.benchmarks.host import host
 from molehill.benchmarks.race import Timing
 from molehill.benchmarks.workload import Point
@@ -59,10 +59,10 @@ class Result:
     sweep: str
     point: Point
     timings: Mapping[str, Timing | None]
-    needed: Work
+    needed: LayerWork
 
 
-def row(result: Result, machine: Machine) -> Row:
+def row(result: Result, machine: ObservedMachine) -> Row:
     """Sets a result against the machine's limits; rounds."""
     point, timings, needed = result.point, result.timings, result.needed
     floor, bound = needed.floor(machine)

@@ -54,16 +54,18 @@ def cells(
     for sample in samples:
         key = sample.contestant, sample.workload, sample.figure
         values.setdefault(key, {})[sample.repetition] = sample.value
-    found = []
-    for (contestant, workload, figure), own in values.items():
+    result = []
+    for (contestant, workload, figure), by_repetition in values.items():
         is_speed = figure == SPEED
-        best = max(own.values()) if is_speed else min(own.values())
+        best = max(by_repetition.values()) if is_speed else min(by_repetition.values())
         against = values.get((base, workload, figure), {})
         ratios = [
-            own[i] / against[i] if is_speed else against[i] / own[i] for i in own if i in against
+            by_repetition[i] / against[i] if is_speed else against[i] / by_repetition[i]
+            for i in by_repetition
+            if i in against
         ]
         most, ratio = limits.get((contestant, workload), (None, None)) if is_speed else (None, None)
-        found.append(
+        result.append(
             Cell(
                 contestant,
                 workload,
@@ -76,25 +78,25 @@ def cells(
                 best / most if most else None,
             )
         )
-    return found
+    return result
 
 
-def print_tables(found: Sequence[Cell], notes: Sequence[str], console: Console) -> None:
+def print_tables(cells: Sequence[Cell], notes: Sequence[str], console: Console) -> None:
     """A row for each contestant: speeds with their ratios and limits, then latencies."""
-    speeds = [cell for cell in found if cell.figure == SPEED]
-    others = [cell for cell in found if cell.figure != SPEED]
+    speeds = [cell for cell in cells if cell.figure == SPEED]
+    others = [cell for cell in cells if cell.figure != SPEED]
     if speeds:
         title = "tokens/s; speed over the plain base's (and what bytes and multiply-adds allow)"
         console.print(_table(speeds, [(cell.workload, "") for cell in speeds], title))
     for workload in dict.fromkeys(cell.workload for cell in others):
-        own = [cell for cell in others if cell.workload == workload]
+        row = [cell for cell in others if cell.workload == workload]
         title = f"{workload}: milliseconds; how much faster than the plain base"
-        console.print(_table(own, [("", cell.figure) for cell in own], title))
+        console.print(_table(row, [("", cell.figure) for cell in row], title))
     for note in notes:
         console.print(escape(note))
 
 
-def _table(found: Sequence[Cell], columns: Sequence[tuple[str, str]], title: str) -> Table:
+def _table(cells: Sequence[Cell], columns: Sequence[tuple[str, str]], title: str) -> Table:
     columns = list(dict.fromkeys(columns))
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -102,9 +104,9 @@ def _table(found: Sequence[Cell], columns: Sequence[tuple[str, str]], title: str
         table.add_column("\n".join(filter(None, (workload, _label(figure)))), justify="right")
     by_place = {
         (c.contestant, *((c.workload, "") if c.figure == SPEED else ("", c.figure))): c
-        for c in found
+        for c in cells
     }
-    for contestant in dict.fromkeys(cell.contestant for cell in found):
+    for contestant in dict.fromkeys(cell.contestant for cell in cells):
         row = [by_place.get((contestant, *column)) for column in columns]
         table.add_row(escape(contestant), *(_text(cell) if cell else "-" for cell in row))
     return table
@@ -124,15 +126,15 @@ def _text(cell: Cell) -> str:
 
 
 def write_json(
-    path: Path, samples: Sequence[Sample], found: Sequence[Cell], facts: dict[str, Any]
+    path: Path, samples: Sequence[Sample], cells: Sequence[Cell], facts: dict[str, Any]
 ) -> None:
-    table = [asdict(cell) for cell in found]
+    table = [asdict(cell) for cell in cells]
     path.write_text(
         json.dumps({**facts, "table": table, "samples": [asdict(s) for s in samples]}, indent=1)
     )
 
 
-def plot(path: Path, found: Sequence[Cell], title: str) -> bool:
+def plot(path: Path, cells: Sequence[Cell], title: str) -> bool:
     """A group of bars for each workload: speed over the base's, its range over the repetitions, and
     the limit as a line. False where matplotlib is not installed."""
     try:
@@ -142,19 +144,21 @@ def plot(path: Path, found: Sequence[Cell], title: str) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    bars = [cell for cell in found if cell.figure == SPEED and cell.ratio is not None]
+    bars = [cell for cell in cells if cell.figure == SPEED and cell.ratio is not None]
     workloads = list(dict.fromkeys(cell.workload for cell in bars))
     names = list(dict.fromkeys(cell.contestant for cell in bars))
     width = 0.8 / max(1, len(names))
     figure, axes = pyplot.subplots(figsize=(3 + 1.6 * len(workloads), 5))
     for i, name in enumerate(names):
-        own = [cell for cell in bars if cell.contestant == name]
-        x = [workloads.index(cell.workload) + (i - len(names) / 2 + 0.5) * width for cell in own]
-        ratios = [cell.ratio or 0.0 for cell in own]
-        below = [cell.ratio - cell.least for cell in own if cell.ratio and cell.least is not None]
-        above = [cell.most - cell.ratio for cell in own if cell.ratio and cell.most is not None]
+        series = [cell for cell in bars if cell.contestant == name]
+        x = [workloads.index(cell.workload) + (i - len(names) / 2 + 0.5) * width for cell in series]
+        ratios = [cell.ratio or 0.0 for cell in series]
+        below = [
+            cell.ratio - cell.least for cell in series if cell.ratio and cell.least is not None
+        ]
+        above = [cell.most - cell.ratio for cell in series if cell.ratio and cell.most is not None]
         axes.bar(x, ratios, width, yerr=(below, above), capsize=2, label=name)
-        for place, cell in zip(x, own, strict=True):
+        for place, cell in zip(x, series, strict=True):
             if cell.limit is not None:
                 axes.hlines(cell.limit, place - width / 2, place + width / 2, "black")
     axes.axhline(1, color="grey", linewidth=0.8)

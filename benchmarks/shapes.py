@@ -61,13 +61,13 @@ def dummy_input_sizes(linears: dict[str, tuple[int, int]]) -> dict[str, float]:
     two branches with each other and with silu's half; attention is left out. What the routers then
     choose is counted and printed beside the speeds.
     """
-    found = {}
+    sizes = {}
     for site, (features, _) in linears.items():
         leaf = site.rpartition(".")[2]
         hidden = features if leaf != "down_proj" else linears[_beside(site, "gate_proj")][0]
         branch = _NORMED * _DUMMY * hidden**0.5
-        found[site] = {"o_proj": branch, "down_proj": branch**2 / 2}.get(leaf, _NORMED)
-    return found
+        sizes[site] = {"o_proj": branch, "down_proj": branch**2 / 2}.get(leaf, _NORMED)
+    return sizes
 
 
 def _beside(site: str, leaf: str) -> str:

@@ -16,7 +16,7 @@ from molehill.benchmarks.workloads import PROMPT, OverBudgetError, Workload, mea
 FEW = 12
 
 
-class Turns:
+class Measurements:
     """samples: what was measured. stopped: by contestant and workload, what took longer than
     `budget` seconds: it is left out from then on."""
 
@@ -35,16 +35,23 @@ class Turns:
     ) -> None:
         """running: engines by name. requests: LoRARequests by contestant."""
         for repetition in range(-1, self._repetitions):  # The first one warms up.
-            for workload, own in product(workloads, contestants):
-                asked = self._asked(own, workload)
-                if asked is not None and (own.name, workload.name) not in self.stopped:
-                    llm = running[own.engine]
-                    self._turn(llm, requests[own.name], own.name, workload.name, asked, repetition)
+            for workload, contestant in product(workloads, contestants):
+                asked = self._asked(contestant, workload)
+                if asked is not None and (contestant.name, workload.name) not in self.stopped:
+                    llm = running[contestant.engine]
+                    self._turn(
+                        llm,
+                        requests[contestant.name],
+                        contestant.name,
+                        workload.name,
+                        asked,
+                        repetition,
+                    )
 
-    def _asked(self, own: Contestant, workload: Workload) -> Workload | None:
-        if len(own.paths) > 1 and workload.batch == 1:
+    def _asked(self, contestant: Contestant, workload: Workload) -> Workload | None:
+        if len(contestant.paths) > 1 and workload.batch == 1:
             return None
-        if not (self._is_cpu and own.engine == VLLM_LORA):
+        if not (self._is_cpu and contestant.engine == VLLM_LORA):
             return workload
         if workload.prompt > PROMPT:
             return None
@@ -62,7 +69,7 @@ class Turns:
         turn = str(repetition) if repetition >= 0 else "warm-up"
         where = f"{turn:7} {name:18} {contestant:34}"
         try:
-            figures = measure(llm, workload, requests, repetition, self._budget)
+            measurements = measure(llm, workload, requests, repetition, self._budget)
         except OverBudgetError:
             self.stopped[contestant, name] = (
                 f"{contestant}, {name}: stopped in repetition {repetition}, "
@@ -70,8 +77,11 @@ class Turns:
             )
             progress(f"{where} stopped after {self._budget:.0f} s and left out")
             return
-        progress(f"{where} {'  '.join(f'{key} {value:.1f}' for key, value in figures.items())}")
+        progress(
+            f"{where} {'  '.join(f'{key} {value:.1f}' for key, value in measurements.items())}"
+        )
         if repetition >= 0:
             self.samples += [
-                Sample(contestant, name, key, repetition, value) for key, value in figures.items()
+                Sample(contestant, name, key, repetition, value)
+                for key, value in measurements.items()
             ]

@@ -33,7 +33,7 @@ PAUSE = 1.5
 
 
 @dataclass(frozen=True)
-class Turn:
+class EngineTurn:
     """speed: tokens/s of the batch. gap: the most seconds without a token. cores: by process."""
 
     speed: float
@@ -45,7 +45,7 @@ class Turn:
         return f"{self.speed:7.1f} tokens/s, longest gap {self.gap:.3f} s; cores: {cores}"
 
 
-class Arm:
+class EngineArm:
     """An engine and the processes that it started."""
 
     def __init__(self, model: str, plugins: str, options: dict[str, Any]) -> None:
@@ -64,14 +64,14 @@ class Arm:
         times = {role: process.cpu_times() for role, process in self._processes.items()}
         return {role: cpu_times.user + cpu_times.system for role, cpu_times in times.items()}
 
-    def turn(self, batch: int, tokens: int, seed: int) -> Turn:
+    def turn(self, batch: int, tokens: int, seed: int) -> EngineTurn:
         """Generates `tokens` for each of `batch` prompts."""
         from vllm import SamplingParams
 
-        dice = random.Random(seed)
+        generator = random.Random(seed)
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         for number in range(batch):
-            ids = [dice.randrange(3, 400) for _ in range(PROMPT)]
+            ids = [generator.randrange(3, 400) for _ in range(PROMPT)]
             name = f"{batch}-{seed}-{number}"
             self.engine.add_request(name, {"prompt_token_ids": ids}, sampling)
         arrived = []
@@ -81,9 +81,9 @@ class Arm:
                 arrived.append(time.perf_counter())
                 cpu = cpu or self._seconds()
         seconds = arrived[-1] - arrived[0]
-        gap = max(later - sooner for sooner, later in itertools.pairwise(arrived))
+        gap = max(later - earlier for earlier, later in itertools.pairwise(arrived))
         cores = {role: (after - cpu[role]) / seconds for role, after in self._seconds().items()}
-        return Turn(batch * (tokens - 1) / seconds, gap, cores)
+        return EngineTurn(batch * (tokens - 1) / seconds, gap, cores)
 
     def idle(self) -> dict[str, float]:
         """Shares of a core that are taken without any request."""
@@ -110,7 +110,7 @@ def main() -> None:
         "hf_overrides": {"max_position_embeddings": LONGEST},
     }
     print(host(), flush=True)
-    arms = {name: Arm(args.model, plugins, options) for name, plugins in ARMS.items()}
+    arms = {name: EngineArm(args.model, plugins, options) for name, plugins in ARMS.items()}
     try:
         for batch in map(int, args.batches.split(",")):
             ratios = []

@@ -57,18 +57,20 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Layer:
+class AdapterLayer:
     """What an adapter does to one layer: pieces by fused linear, or one FFN mixture."""
 
     linears: Mapping[str, Sequence[LinearPiece]]
     ffn: FfnPiece | None = None
 
 
-def make_layers(point: Point, depth: int) -> list[Layer]:
+def make_layers(point: Point, depth: int) -> list[AdapterLayer]:
     """Random weights for the mixtures of `point`, in float32; no two layers are alike."""
     if point.is_ffn:
-        return [Layer({}, _ffn_piece(point)) for _ in range(depth)]
-    return [Layer({name: _linear_pieces(name, point) for name in LINEARS}) for _ in range(depth)]
+        return [AdapterLayer({}, _ffn_piece(point)) for _ in range(depth)]
+    return [
+        AdapterLayer({name: _linear_pieces(name, point) for name in LINEARS}) for _ in range(depth)
+    ]
 
 
 def make_inputs(tokens: int) -> dict[int, Tensor]:

@@ -57,7 +57,9 @@ class Timeline:
 
     @property
     def gaps(self) -> list[float]:
-        return [later - sooner for sooner, later in zip(self.tokens, self.tokens[1:], strict=False)]
+        return [
+            later - earlier for earlier, later in zip(self.tokens, self.tokens[1:], strict=False)
+        ]
 
 
 def measure(
@@ -73,10 +75,12 @@ def measure(
     return {"tokens_per_s": _speed(llm, workload, requests, seed, budget)}
 
 
-def prompts_of(llm: Any, workload: Workload, dice: random.Random) -> list[dict[str, list[int]]]:
+def prompts_of(
+    llm: Any, workload: Workload, generator: random.Random
+) -> list[dict[str, list[int]]]:
     last = min(IDS.stop, llm.llm_engine.model_config.get_vocab_size())
     return [
-        {"prompt_token_ids": [dice.randrange(IDS.start, last) for _ in range(workload.prompt)]}
+        {"prompt_token_ids": [generator.randrange(IDS.start, last) for _ in range(workload.prompt)]}
         for _ in range(workload.batch)
     ]
 
@@ -117,12 +121,12 @@ def _arriving(
 ) -> list[Timeline]:
     """Requests come at exponential intervals, as those of many users do. They are handed to the
     engine between two of its answers; what that costs them is in their TTFT."""
-    dice, engine = random.Random(seed), llm.llm_engine
-    prompts = prompts_of(llm, workload, dice)
+    generator, engine = random.Random(seed), llm.llm_engine
+    prompts = prompts_of(llm, workload, generator)
     sampling, at, start = _sampling(workload), 0.0, time.perf_counter()
     waiting: list[tuple[float, str, int]] = []
     for i in range(workload.batch):
-        at += dice.expovariate(workload.rate)
+        at += generator.expovariate(workload.rate)
         waiting.append((start + at, f"{workload.name}-{seed}-{i}", i))
     times: dict[str, Timeline] = {}
     while waiting or engine.has_unfinished_requests():
@@ -147,14 +151,14 @@ def _arriving(
 def latencies(timelines: Sequence[Timeline]) -> dict[str, float]:
     """Milliseconds to the first token (TTFT) and between tokens (ITL), median and 99th percentile
     over all requests."""
-    found = {}
+    result = {}
     for name, seconds in (
-        ("ttft", [own.first for own in timelines]),
-        ("itl", [gap for own in timelines for gap in own.gaps]),
+        ("ttft", [timeline.first for timeline in timelines]),
+        ("itl", [gap for timeline in timelines for gap in timeline.gaps]),
     ):
         for percent in (50, 99):
-            found[f"{name}_p{percent}_ms"] = 1e3 * percentile(seconds, percent)
-    return found
+            result[f"{name}_p{percent}_ms"] = 1e3 * percentile(seconds, percent)
+    return result
 
 
 def percentile(values: Sequence[float], percent: int) -> float:

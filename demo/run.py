@@ -115,32 +115,32 @@ def show_answers(answers: list[Answer], seconds: float) -> None:
     console.print(f"{len(answers)} requests in one batch, {speed}\n")
 
 
-def routing_figures(url: str) -> dict[tuple[str, str], float]:
+def routing_counters(url: str) -> dict[tuple[str, str], float]:
     """Routing counters from /metrics, by (metric, adapter); experts are summed."""
-    figures: dict[tuple[str, str], float] = {}
+    counters: dict[tuple[str, str], float] = {}
     for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
         for sample in family.samples:
             if sample.name.startswith("molehill_") and "adapter" in sample.labels:
                 key = (sample.name, sample.labels["adapter"])
-                figures[key] = figures.get(key, 0) + sample.value
-    return figures
+                counters[key] = counters.get(key, 0) + sample.value
+    return counters
 
 
 def show_routing(url: str) -> None:
-    figures = routing_figures(url)
+    counters = routing_counters(url)
     table = Table(
         "adapter", "tokens", "router decisions", "experts per decision", "soft", "mean entropy",
-        title="Routing figures from /metrics",
+        title="Routing counters from /metrics",
     )  # fmt: skip
     for adapter in ADAPTERS:
-        decisions = figures["molehill_router_decisions_total", adapter]
+        decisions = counters["molehill_router_decisions_total", adapter]
         table.add_row(
             adapter,
-            f"{figures['molehill_adapter_tokens_total', adapter]:.0f}",
+            f"{counters['molehill_adapter_tokens_total', adapter]:.0f}",
             f"{decisions:.0f}",
-            f"{figures['molehill_experts_activated_total', adapter] / decisions:.2f}",
-            f"{figures['molehill_soft_routed_total', adapter] / decisions:.1%}",
-            f"{figures['molehill_router_entropy_sum', adapter] / decisions:.3f}",
+            f"{counters['molehill_experts_activated_total', adapter] / decisions:.2f}",
+            f"{counters['molehill_soft_routed_total', adapter] / decisions:.1%}",
+            f"{counters['molehill_router_entropy_sum', adapter] / decisions:.3f}",
         )
     console.print(table)
 

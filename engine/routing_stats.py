@@ -209,12 +209,12 @@ def total_stats(counters: SlotCounters, costs: Costs) -> RoutingStats:
     rows = torch.tensor([costs.rows[name] for name in counters.names])
     prices = costs.experts[rows, : counters.chosen.shape[1]]
     decisions = counters.decisions.double()
-    spared = decisions[:, None] - counters.chosen
+    not_chosen = decisions[:, None] - counters.chosen
     stats.decisions = int(counters.decisions.sum())
     stats.soft = int(counters.soft.sum())
     stats.entropy = float(counters.entropy.sum())
     stats.flops_done += int((counters.chosen * prices).sum() + decisions @ costs.routers[rows])
-    stats.flops_avoided = int((spared * prices).sum())
+    stats.flops_avoided = int((not_chosen * prices).sum())
     experts, chosen = torch.tensor(counters.experts), counters.chosen.sum(1)
     # A site that has decided nothing tells of no expert.
     known = int((experts * (counters.decisions > 0)).max())

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from molehill.kernels.interface import Backend
 
-Experts = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-Linears = Callable[[Tensor, Tensor | None, int], Tensor]
+RunExperts = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+RunLinears = Callable[[Tensor, Tensor | None, int], Tensor]
 
 _active: list[Backend] = []
-_experts: list[Experts] = []
-_linears: list[Linears] = []
+_experts: list[RunExperts] = []
+_linears: list[RunLinears] = []
 _library = torch.library.Library("molehill", "DEF")
 _library.define("linear(Tensor(a!) out, Tensor x, Tensor handle) -> ()")
 _library.define("ffn(Tensor(a!) h, Tensor gate_up, Tensor handle) -> ()")
@@ -30,12 +30,12 @@ def install(backend: Backend) -> None:
     _active[:] = [backend]
 
 
-def install_experts(run: Experts) -> None:
+def install_experts(run: RunExperts) -> None:
     """Makes `run(x, weights, chosen, handle)` what stands behind the op `experts`."""
     _experts[:] = [run]
 
 
-def install_linears(run: Linears) -> None:
+def install_linears(run: RunLinears) -> None:
     """Makes `run(x, bias, handle)` what stands behind the op `base_linear`: a linear of the base
     with its mixtures, `y [..., out]` in the dtype of x `[..., in]`."""
     _linears[:] = [run]

@@ -16,7 +16,7 @@ from molehill.kernels.checks import check_moe
 from molehill.kernels.interface import UNSERVED, MoePiece, MoeShape, Run
 from molehill.kernels.mixture import Experts
 
-Pair = tuple[Tensor, Tensor]
+LowRankPair = tuple[Tensor, Tensor]
 
 
 class MoeTable:
@@ -33,7 +33,9 @@ class MoeTable:
         return sum(a.nbytes + b.nbytes for pairs in stacks for a, b in pairs.values())
 
 
-def _pairs(experts: Experts | None, dtype: torch.dtype, device: torch.device) -> Mapping[int, Pair]:
+def _pairs(
+    experts: Experts | None, dtype: torch.dtype, device: torch.device
+) -> Mapping[int, LowRankPair]:
     if experts is None:
         return {}
     return {
@@ -146,7 +148,7 @@ def _groups(weights: Tensor, chosen: Tensor) -> Iterator[tuple[int, Tensor, Tens
         yield expert, indices // chosen.shape[1], flat[indices, None]
 
 
-def _add(y: Tensor, x: Tensor, pair: Pair | None) -> Tensor:
+def _add(y: Tensor, x: Tensor, pair: LowRankPair | None) -> Tensor:
     """y + B A x, the sum in float32."""
     if pair is None:
         return y

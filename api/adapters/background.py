@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from molehill.engine.system.cpu_affinity import affinity, compute_with, keep_off
+from molehill.engine.system.cpu_affinity import affinity, avoid, compute_with
 from molehill.engine.system.threads import started
 
 P = ParamSpec("P")
@@ -27,7 +27,7 @@ class Background:
         self, taken: Collection[int] = (), name: str = "molehill-background", threads: int = 1
     ) -> None:
         def leave_to_workers() -> None:
-            keep_off(taken, affinity())
+            avoid(taken, affinity())
             if cores := affinity():
                 compute_with(min(torch.get_num_threads(), len(cores)))
 

@@ -57,7 +57,7 @@ class Generations:
 
     def lease(self, generation: Generation, request: object | None = None) -> Lease:
         """Holds it until the lease is over, whatever happens to the name. request: see Hold."""
-        return Lease(self._residency, generation, self._free_later, request)
+        return Lease(self._residency, generation, self._free_if_unused, request)
 
     async def retire(self, generation: Generation) -> None:
         """No new request gets it. What runs on it finishes, then its memory goes."""
@@ -66,7 +66,7 @@ class Generations:
         if not generation.status.holds:
             await self._free(generation)
 
-    def _free_later(self, generation: Generation) -> None:
+    def _free_if_unused(self, generation: Generation) -> None:
         if generation.status.draining and not generation.status.holds:
             self._tasks.start(self._free(generation))
 

@@ -28,7 +28,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Reader = Callable[[Path, Layout | None, bool], Adapter]
+ReadAdapter = Callable[[Path, Layout | None, bool], Adapter]
 Combine = Callable[[Sequence[Part]], Adapter]
 
 # A source on its way here: entered in a thread, it is there; left, whatever was fetched is gone.
@@ -45,7 +45,7 @@ class Intake:
 
     def __init__(
         self,
-        read: Reader,
+        read: ReadAdapter,
         combine: Combine,
         store: AdapterStore,
         background: Background,

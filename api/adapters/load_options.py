@@ -7,12 +7,12 @@ from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.invocation import WhenNotInvoked
 
 
-class Anything:
+class AnyGeneration:
     """The expectation of a request that names no generation."""
 
 
 # A generation's digest, None for a name that serves nothing.
-Expected = str | type[Anything] | None
+Expected = str | type[AnyGeneration] | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Terms:
     """
 
     replace: bool = True
-    expected: Expected = Anything
+    expected: Expected = AnyGeneration
     pinned: bool | None = None
     allow_noop: bool = False
     content: str | None = None
@@ -38,7 +38,7 @@ class Terms:
 def check_expected(name: str, current: Generation | None, expected: Expected) -> None:
     """Raises GenerationMismatchError unless `current` is the expected one."""
     served = None if current is None else current.digest
-    if expected is not Anything and expected != served:
+    if expected is not AnyGeneration and expected != served:
         raise GenerationMismatchError(
             f"{name!a}: found generation {served or 'none'}, expected {expected or 'none'}"
         )

@@ -15,10 +15,10 @@ from molehill.api.adapters.background import Background
 from molehill.api.adapters.errors import RequestError, UnknownModelError
 from molehill.api.adapters.generation import Failure, Generation, Loaded, Loading
 from molehill.api.adapters.generations import Generations, MakeRequest
-from molehill.api.adapters.ingest import Combine, Fetch, Intake, Reader
+from molehill.api.adapters.ingest import Combine, Fetch, Intake, ReadAdapter
 from molehill.api.adapters.installer import Installer, Probe
 from molehill.api.adapters.lease import Lease
-from molehill.api.adapters.load_options import Anything, Expected, Terms, check_expected
+from molehill.api.adapters.load_options import AnyGeneration, Expected, Terms, check_expected
 from molehill.api.adapters.loader import Loader
 from molehill.api.adapters.loads import Loads
 from molehill.api.adapters.merged_base import MergedBaseAdapter
@@ -51,7 +51,7 @@ class AdapterRegistry:
     def __init__(
         self,
         residency: Residency,
-        read: Reader,
+        read: ReadAdapter,
         store: AdapterStore,
         make_request: MakeRequest,
         served: dict[str, Any],
@@ -123,7 +123,7 @@ class AdapterRegistry:
         with self.events.refusals():
             names.check(name, self.base_models)
             loading = self.loads.begin(name, label)
-        return await self._tasks.see_through(self._load(loading, fetch, terms or Terms()))
+        return await self._tasks.shield(self._load(loading, fetch, terms or Terms()))
 
     async def load_mix(
         self, name: str, weights: Mapping[str, float], terms: Terms | None = None
@@ -134,26 +134,26 @@ class AdapterRegistry:
         """
         with self.events.refusals():
             wanted = self.mixes.of(weights)
-        return await self._tasks.see_through(self._load_mix(name, wanted, terms))
+        return await self._tasks.shield(self._load_mix(name, wanted, terms))
 
-    async def unload(self, name: str, expected: Expected = Anything) -> Generation:
+    async def unload(self, name: str, expected: Expected = AnyGeneration) -> Generation:
         """Takes the name away at once; memory goes when the last running request ends.
 
         A name that should serve and does not, or not yet, is forgotten. Raises NotLoadedError (for
         such a name too), GenerationMismatchError, MergedIntoBaseError.
         """
-        return await self._tasks.see_through(self._unload(name, expected))
+        return await self._tasks.shield(self._unload(name, expected))
 
     async def dismiss(self, name: str) -> Absent | None:
         """Forgets a name that should serve and does not, or not yet; None if it is no such name."""
-        return await self._tasks.see_through(self._dismiss(name))
+        return await self._tasks.shield(self._dismiss(name))
 
     async def pin(self, name: str, pinned: bool) -> Generation:
         """Keeps the name's adapter in the workers, or lets it be taken out when idle.
 
         Raises NotLoadedError, CannotPinError, EngineRefusedError.
         """
-        return await self._tasks.see_through(self._pin(name, pinned))
+        return await self._tasks.shield(self._pin(name, pinned))
 
     def admit(self, lora_request: Any, request: object) -> Lease:
         """On the generation that `lora_request` asks for, the current one of its name if that has

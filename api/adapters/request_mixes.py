@@ -87,7 +87,7 @@ class RequestMixes:
         if there is not None:
             return self._generations.lease(there, request)
         made = self._made(mix, self._hold(mix), request)
-        return await self._tasks.see_through(made, Lease.leave)
+        return await self._tasks.shield(made, Lease.leave)
 
     def hold(self, mix: Mix) -> AbstractContextManager[None]:
         """Keeps the parts' copies."""

@@ -96,7 +96,7 @@ class Scheduler:
         for room."""
         try:
             if waiting.generation.status.resident:
-                await self._turns.give(waiting, "worker")
+                await self._turns.admit(waiting, "worker")
                 return True
             if self._needs_room(waiting):
                 return await self._make_room()
@@ -128,4 +128,4 @@ class Scheduler:
             waiting.prepared = False
             if waiting.overtakes is not None:
                 waiting.overtakes.overtaken.add(waiting.generation.lora_int_id)
-            await self._turns.give(waiting, tier)
+            await self._turns.admit(waiting, tier)

@@ -75,6 +75,6 @@ class AdapterStore:
         """Deletes what an earlier server left, but for what is held, and the digests in `keep`."""
         with self._lock:
             for path in self.root.iterdir():
-                wanted = path.name in keep or path.name in self._holders
-                if LEFT.fullmatch(path.name) and not wanted:
+                is_needed = path.name in keep or path.name in self._holders
+                if LEFT.fullmatch(path.name) and not is_needed:
                     shutil.rmtree(path, ignore_errors=True)

@@ -28,10 +28,10 @@ class Tasks:
     ) -> asyncio.Task[T]:
         """failed: called if `work` raises, once that is logged."""
         task = self._keep(work)
-        task.add_done_callback(lambda task: self._look(task, failed))
+        task.add_done_callback(lambda task: self._log(task, failed))
         return task
 
-    async def see_through(
+    async def shield(
         self, work: Coroutine[Any, Any, T], unclaimed: Callable[[T], None] = lambda _: None
     ) -> T:
         """Awaits `work`, which goes on to its end if the caller is cancelled (client gone).
@@ -43,7 +43,7 @@ class Tasks:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             # Who would have been told is gone.
-            task.add_done_callback(self._look)
+            task.add_done_callback(self._log)
             task.add_done_callback(lambda task: hand_over(task, unclaimed))
             raise
 
@@ -53,7 +53,7 @@ class Tasks:
         task.add_done_callback(self._running.discard)
         return task
 
-    def _look(self, task: asyncio.Task[Any], failed: Callable[[], None] = lambda: None) -> None:
+    def _log(self, task: asyncio.Task[Any], failed: Callable[[], None] = lambda: None) -> None:
         error = failure(task)
         if isinstance(error, RequestError | AdapterError):
             logger.warning("A task of the %s was refused: %s", self._kind, error)

@@ -28,10 +28,10 @@ class Turns:
         self._changed = changed
         self._numbers = itertools.count(1)
 
-    async def give(self, waiting: Waiting, tier: Tier) -> None:
+    async def admit(self, waiting: Waiting, tier: Tier) -> None:
         """tier: where the adapter was before. What must be made sure of first goes on in a task."""
         if waiting.generation.status.check is None:
-            await self._admit(waiting, tier)
+            await self._admit_all(waiting, tier)
             return
         waiting.checking = True
         self._tasks.start(self._check(waiting, tier))
@@ -46,11 +46,11 @@ class Turns:
             self._queue.refuse(waiting, error)
             await self._transfers.take_out(waiting.generation, keep=not status.draining)
         else:
-            await self._admit(waiting, tier)
+            await self._admit_all(waiting, tier)
         finally:
             self._changed.set()
 
-    async def _admit(self, waiting: Waiting, tier: Tier) -> None:
+    async def _admit_all(self, waiting: Waiting, tier: Tier) -> None:
         generation = waiting.generation
         self._queue.leave(waiting)
         overtakes = waiting.overtakes is not None and self._queue.holds(waiting.overtakes)

@@ -104,16 +104,16 @@ def converted(args: argparse.Namespace) -> Adapter:
             expected = "--base MODEL: what GOAT began with is computed from the base weights"
             raise UnsupportedError("--initial", args.initial, expected)
         weights = linear_weights(directory_of(args.base), adapter.sites)
-        found = goat_base.with_base(adapter, config, weights)
+        result = goat_base.with_base(adapter, config, weights)
     elif args.initial is None:
         weights = linear_weights(directory_of(args.base), adapter.sites)
-        found = original_base.from_base(adapter, config, weights)
+        result = original_base.from_base(adapter, config, weights)
     else:
         initial = files.read_config(args.initial)
         beside = changed_base.changes_base(initial)
-        found = original_base.from_initial(adapter, read(args.initial, base_is_residual=beside))
-    check(found, formats.DEFAULT_LIMITS)
-    return found
+        result = original_base.from_initial(adapter, read(args.initial, base_is_residual=beside))
+    check(result, formats.DEFAULT_LIMITS)
+    return result
 
 
 def read(

@@ -195,13 +195,13 @@ def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         parser.print_help()
         return 0
-    ours, vllm_arguments = parser.parse_known_args(arguments)
+    options, vllm_arguments = parser.parse_known_args(arguments)
 
     # A heavy import, and vLLM reads the environment that the launcher prepares.
     from molehill.api.vllm import launcher
 
     try:
-        launcher.launch(from_namespace(ours), vllm_arguments)
+        launcher.launch(from_namespace(options), vllm_arguments)
     except (launcher.LaunchError, AdapterError, RequestError, ManifestError, LockedError) as error:
         print(f"molehill serve: {error}", file=sys.stderr)
         return USER_ERROR

@@ -28,7 +28,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Totals:
+class CostTotals:
     """Sums over sites; shares are of the base's own linears at those sites, None if not known."""
 
     flops: int
@@ -37,14 +37,14 @@ class Totals:
     bytes_share: float | None
 
 
-def totals(sites: Iterable[SitePlan]) -> Totals:
+def totals(sites: Iterable[SitePlan]) -> CostTotals:
     costs = [site.cost for site in sites]
     flops, read = sum(cost.flops for cost in costs), sum(cost.bytes for cost in costs)
     bases = [(cost.base_flops, cost.base_bytes) for cost in costs]
     if any(flop is None for flop, _ in bases):
-        return Totals(flops, read, None, None)
+        return CostTotals(flops, read, None, None)
     base_flops, base_read = (sum(base[i] or 0 for base in bases) for i in (0, 1))
-    return Totals(flops, read, share(flops, base_flops), share(read, base_read))
+    return CostTotals(flops, read, share(flops, base_flops), share(read, base_read))
 
 
 def summary(adapter: Adapter, sites: Sequence[SitePlan]) -> Table:

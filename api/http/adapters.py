@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from molehill.api.adapters.errors import BadMixError, BadPathError, NotLoadedError
 from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.invocation import WhenNotInvoked
-from molehill.api.adapters.load_options import Anything, Expected, Terms
+from molehill.api.adapters.load_options import AnyGeneration, Expected, Terms
 from molehill.api.adapters.mix import check_weights
 from molehill.api.http import schemas
 from molehill.api.http.dependencies import (
@@ -52,7 +52,7 @@ class LoadBody(StrictBody):
 
     def terms(self) -> Terms:
         given = "expected_generation" in self.model_fields_set
-        expected: Expected = self.expected_generation if given else Anything
+        expected: Expected = self.expected_generation if given else AnyGeneration
         return Terms(
             expected=expected,
             pinned=self.pinned,
@@ -65,9 +65,9 @@ class PinBody(StrictBody):
     pinned: bool = True
 
 
-def shown(info: AdapterInfo, **more: Any) -> Response:
+def shown(info: AdapterInfo, **fields: Any) -> Response:
     headers = {} if info.generation is None else {HEADER: info.generation}
-    return JSONResponse({**info.model_dump(), **more}, headers=headers)
+    return JSONResponse({**info.model_dump(), **fields}, headers=headers)
 
 
 @router.get("", response_model=AdapterList, responses=refusals())
@@ -129,5 +129,5 @@ async def delete_adapter(
     absent = await services.registry.dismiss(name)
     if absent is not None:
         return shown(schemas.of_absent(absent))
-    expected: Expected = Anything if expected_generation is None else expected_generation
+    expected: Expected = AnyGeneration if expected_generation is None else expected_generation
     return shown(schemas.of_generation(await services.registry.unload(name, expected)))

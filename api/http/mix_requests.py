@@ -14,7 +14,7 @@ from molehill.api.adapters.mix import check_weights, parse, shown
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.http import errors
 from molehill.api.http.auth import Kind, kind_of
-from molehill.api.vllm.request_tracking import Answering, answering
+from molehill.api.vllm.request_tracking import RequestScope, request_scope
 from molehill.engine.adapter.errors import AdapterError
 
 # As OpenAI's clients can send them: `extra_headers`, `extra_body`.
@@ -32,7 +32,7 @@ class MixRequests:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = answering.get()
+        request = request_scope.get()
         if request is None or not may_ask(scope):
             await self._app(scope, receive, send)
             return
@@ -102,7 +102,7 @@ def chosen(in_headers: list[str], in_body: Any) -> dict[str, float] | None:
 
 
 async def run_on_mix(
-    registry: AdapterRegistry, request: Answering, weights: Mapping[str, float]
+    registry: AdapterRegistry, request: RequestScope, weights: Mapping[str, float]
 ) -> None:
     lease = await registry.mixes.lease(weights, request.request)
     # vLLM takes a request without a model for one of the base.

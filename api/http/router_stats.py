@@ -21,7 +21,7 @@ from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
 router = APIRouter(tags=["adapters"], route_class=StrictRoute)
 
 
-class Routing(BaseModel):
+class RoutingInfo(BaseModel):
     """Since the load. Ratios are null before the first decision."""
 
     decisions: int = Field(description="Routing decisions: one token at one router.")
@@ -36,7 +36,7 @@ class Routing(BaseModel):
     flops_avoided: int = Field(description="Of the experts that were not chosen.")
 
 
-class SiteRouting(Routing):
+class SiteRouting(RoutingInfo):
     """One router, or one projection whose experts always all work."""
 
     site: str
@@ -54,7 +54,7 @@ class AdapterRouting(BaseModel):
     generation: str
     kind: str
     tokens: int
-    total: Routing
+    total: RoutingInfo
     sites: list[SiteRouting]
 
 
@@ -69,10 +69,10 @@ class AdapterSummary(BaseModel):
     resident_bytes: int = Field(description="In the slots of all workers.")
     tokens: int
     op_seconds: float = Field(description="Its part of the adapter ops' worker-seconds, by FLOPs.")
-    total: Routing
+    total: RoutingInfo
 
 
-class StepSeconds(BaseModel):
+class StepSecondsInfo(BaseModel):
     """Worker-seconds since the start."""
 
     steps: float = Field(description="Forward passes and sampling.")
@@ -83,7 +83,7 @@ class Overview(BaseModel):
     """seconds: null where the workers cannot measure them, as on a GPU."""
 
     age_seconds: float = Field(description="Since the workers told these figures.")
-    seconds: StepSeconds | None
+    seconds: StepSecondsInfo | None
     adapters: list[AdapterSummary]
 
 
@@ -94,7 +94,7 @@ async def show_overview(services: Injected) -> Overview:
     spent = snapshot.seconds
     return Overview(
         age_seconds=snapshot.age,
-        seconds=StepSeconds(steps=spent.steps, adapter_ops=spent.ops) if spent else None,
+        seconds=StepSecondsInfo(steps=spent.steps, adapter_ops=spent.ops) if spent else None,
         adapters=summaries(services.registry, snapshot),
     )
 
@@ -137,16 +137,16 @@ def summaries(registry: AdapterRegistry, snapshot: Snapshot) -> list[AdapterSumm
     ]
 
 
-def routing_of(stats: RoutingStats) -> Routing:
+def routing_of(stats: RoutingStats) -> RoutingInfo:
     imbalance = stats.imbalance / stats.imbalanced if stats.imbalanced else None
     return _routing(stats, sum(stats.expert_tokens), imbalance)
 
 
 def _routing(
     stats: RoutingStats | SiteRoutingStats, activated: int, imbalance: float | None
-) -> Routing:
+) -> RoutingInfo:
     decisions = stats.decisions
-    return Routing(
+    return RoutingInfo(
         decisions=decisions,
         experts_activated=activated,
         experts_per_decision=activated / decisions if decisions else None,

@@ -60,7 +60,7 @@ class AdapterCollector(Collector):
         for generation in registry.alive():
             self._in_flight[generation.name] += generation.status.in_flight
             self._stored[generation.name] += generation.content.num_bytes
-        self._at_work = {
+        self._lora_labels = {
             "max_lora": str(registry.residency.slots),
             "waiting_lora_adapters": joined(registry.residency.waiting()),
             "running_lora_adapters": joined(g for g in registry.alive() if g.status.running),
@@ -104,9 +104,9 @@ class AdapterCollector(Collector):
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters that requests run on and wait for, at the time that is the value.",
-            labels=list(self._at_work),
+            labels=list(self._lora_labels),
         )
-        info.add_metric(list(self._at_work.values()), self._time)
+        info.add_metric(list(self._lora_labels.values()), self._time)
         return info
 
     def _requests(self) -> Metric:

@@ -98,7 +98,7 @@ def host_bytes(replies: Iterable[StatsReply], generations: Iterable[Generation])
     return dict(result)
 
 
-class Totals:
+class StatsByName:
     """Stats by name, which go on where a generation takes the place of another."""
 
     def __init__(self) -> None:
@@ -117,16 +117,16 @@ class Totals:
         end.
         """
         self._ended = {name: stats for name, stats in self._ended.items() if name in names}
-        living = []
+        active = []
         for lora_id, generation in generations.items():
             if lora_id in known or generation.resident_bytes is not None:
-                living.append(generation)
+                active.append(generation)
             elif generation.name in names:
                 self._ended.setdefault(generation.name, RoutingStats()).add(generation.stats)
         sums = {name: RoutingStats() for name in names}
         for name, stats in self._ended.items():
             sums[name].add(stats)
-        for generation in living:
+        for generation in active:
             if generation.name in sums:
                 sums[generation.name].add(generation.stats)
         return sums
@@ -138,7 +138,7 @@ class WorkerStats:
     def __init__(self, engine: Engine, registry: AdapterRegistry) -> None:
         self._engine = engine
         self._registry = registry
-        self._totals = Totals()
+        self._totals = StatsByName()
         self._last = Snapshot()
         # When the workers were asked for it, on the monotonic clock.
         self._asked = time.monotonic()

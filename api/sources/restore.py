@@ -18,7 +18,7 @@ from molehill.api.adapters.errors import (
     StoreError,
 )
 from molehill.api.adapters.generation import Generation, Loaded, Loading
-from molehill.api.adapters.ingest import Fetch, Reader
+from molehill.api.adapters.ingest import Fetch, ReadAdapter
 from molehill.api.adapters.load_options import Terms
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.source import Source
@@ -47,7 +47,7 @@ class Restart:
         registry: AdapterRegistry,
         store: AdapterStore,
         sources: Sources,
-        read: Reader,
+        read: ReadAdapter,
         manifest: Manifest | None,
     ) -> None:
         """Raises ManifestError."""
@@ -79,13 +79,13 @@ class Restart:
                     if generation is not None:
                         restored.append((entry, generation))
         except Exception as error:
-            self._break_off(error)
+            self._abort(error)
         await self._remember()
         self.ready = True
         for entry, generation in restored:
             await self._check_source(entry, generation)
 
-    def _break_off(self, error: Exception) -> None:
+    def _abort(self, error: Exception) -> None:
         """A fault of the restart's own: what it did not come to is reported, not awaited for
         ever."""
         logger.error("The restart broke off", exc_info=error)
@@ -96,7 +96,7 @@ class Restart:
     async def _restore(self, entry: Entry) -> Generation | None:
         name = entry.name
         try:
-            return (await self._bring_back(entry)).generation
+            return (await self._load_entry(entry)).generation
         except NotLoadedError:
             logger.info("Adapter %s: a client was quicker than the restart", name)
         except Exception as error:
@@ -105,7 +105,7 @@ class Restart:
             self._registry.names.fail(name, entry.source, error)
         return None
 
-    async def _bring_back(self, entry: Entry) -> Loaded:
+    async def _load_entry(self, entry: Entry) -> Loaded:
         """From the copy, else from the source."""
         copy = Source(
             self._store.path(entry.generation),
@@ -137,8 +137,8 @@ class Restart:
         while self._registry.loads.busy:
             # With clients' loads; clients that were refused wait longer before they try again.
             await asyncio.sleep(PAUSE_SECONDS)
-        wanted = self._while_awaited(entry.name, fetch)
-        return await self._registry.load(entry.name, entry.source, wanted, terms)
+        checked = self._while_awaited(entry.name, fetch)
+        return await self._registry.load(entry.name, entry.source, checked, terms)
 
     @contextmanager
     def _while_awaited(self, name: str, fetch: Fetch) -> Iterator[Source]:

@@ -70,20 +70,20 @@ class AdapterRoots:
         """The directories right below the roots by name, of the first root that has each; and what
         cannot be looked at, with the reason."""
         directories: dict[str, Path] = {}
-        odd: dict[Path, str] = {}
+        errors: dict[Path, str] = {}
         for root in self._roots:
             try:
                 entries = list(os.scandir(root))
             except OSError as error:
-                odd[root] = str(error)
+                errors[root] = str(error)
                 continue
             for entry in entries:
                 try:
                     if entry.is_dir():
                         directories.setdefault(entry.name, Path(entry.path))
                 except OSError as error:
-                    odd[Path(entry.path)] = str(error)
-        return directories, odd
+                    errors[Path(entry.path)] = str(error)
+        return directories, errors
 
     def _root_of(self, path: Path) -> Path | None:
         return next((root for root in self._roots if path.is_relative_to(root)), None)

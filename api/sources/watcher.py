@@ -41,7 +41,7 @@ QUIET_SECONDS = 2.0
 FIRST_PAUSE_SECONDS = 2.0
 LAST_PAUSE_SECONDS = 60.0
 
-# Somebody else was quicker, or is still writing: the next look decides anew.
+# Somebody else was quicker, or is still writing: the next poll decides anew.
 NOT_NOW = (GenerationMismatchError, SourceChangedError)
 
 # What only other files, or another name, can put right.
@@ -49,7 +49,7 @@ FINAL = (AdapterError, BadNameError, ForbiddenPathError, MergedIntoBaseError, No
 
 
 @dataclass
-class Seen:
+class WatchedDirectory:
     """A directory as it was last. mark: its fingerprint, and `since` when it has been that. later:
     when it is tried again (both: seconds of the monotonic clock), and pause: seconds until the time
     after that; unless it is done: it serves, or never will.
@@ -69,21 +69,21 @@ class Watcher:
         self._roots = roots
         self._sources = sources
         self._registry = registry
-        self._seen: dict[str, Seen] = {}
-        self._odd: dict[Path, str] = {}
+        self._seen: dict[str, WatchedDirectory] = {}
+        self._errors: dict[Path, str] = {}
 
     async def run(self) -> None:
         while True:
             try:
-                await self.look()
+                await self.poll()
             except Exception:
                 # Whatever it is, what appears next is served all the same.
                 logger.exception("The adapter roots could not be looked at")
                 self._registry.events.task_failed("watch")
             await asyncio.sleep(PERIOD_SECONDS)
 
-    async def look(self) -> None:
-        """Loads every directory that has become finished since the last look."""
+    async def poll(self) -> None:
+        """Loads every directory that has become finished since the last poll."""
         marks = await asyncio.to_thread(self._marks)
         now = time.monotonic()
         for name in self._seen.keys() - marks.keys():
@@ -91,14 +91,14 @@ class Watcher:
         for name, mark in marks.items():
             seen = self._seen.get(name)
             if seen is None or seen.mark != mark:
-                seen = self._seen[name] = Seen(mark, now, FIRST_PAUSE_SECONDS)
+                seen = self._seen[name] = WatchedDirectory(mark, now, FIRST_PAUSE_SECONDS)
             is_quiet = now - seen.since >= QUIET_SECONDS and now >= seen.later
             if is_quiet and not seen.done and self._is_free(name) and not self._registry.loads.busy:
                 await self._load(name, seen)
 
     def _marks(self) -> dict[str, str]:
         """Fingerprints of the adapters right below the roots."""
-        entries, odd = self._roots.entries()
+        entries, errors = self._roots.entries()
         marks = {}
         for name, directory in entries.items():
             try:
@@ -107,11 +107,11 @@ class Watcher:
                     names.check(name, base_models=())
                     marks[name] = fingerprint(directory)
             except (OSError, BadNameError) as error:
-                odd[directory] = str(error)
-        for path, why in odd.items():
-            if self._odd.get(path) != why:
+                errors[directory] = str(error)
+        for path, why in errors.items():
+            if self._errors.get(path) != why:
                 logger.warning("Adapter root: %a is not watched: %a", str(path), why)
-        self._odd = odd
+        self._errors = errors
         return marks
 
     async def _forget(self, name: str) -> None:
@@ -126,7 +126,7 @@ class Watcher:
         served = self._registry.get(name)
         return served is None or served.status.source.label == name
 
-    async def _load(self, name: str, seen: Seen) -> None:
+    async def _load(self, name: str, seen: WatchedDirectory) -> None:
         served = self._registry.get(name)
         if served is not None and served.status.source.fingerprint == seen.mark:
             seen.done = True
@@ -145,7 +145,7 @@ class Watcher:
         except Exception as error:
             self._refused(name, seen, error)
 
-    def _refused(self, name: str, seen: Seen, error: Exception) -> None:
+    def _refused(self, name: str, seen: WatchedDirectory, error: Exception) -> None:
         if isinstance(error, RequestError | AdapterError):
             logger.warning("Adapter root: %s is not served: %s", name, error)
             seen.done = isinstance(error, FINAL)

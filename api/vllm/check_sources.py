@@ -16,7 +16,7 @@ from rich.table import Table
 
 from molehill.api.vllm import compat
 from molehill.engine.vllm import compat as engine
-from molehill.engine.vllm.seam_sources import Sources
+from molehill.engine.vllm.seam_sources import SourceTree
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def report(folder: Path) -> int:
     for column in ("seam", "module", "for", ""):
         table.add_column(column, overflow="fold")
     changed = 0
-    for seam, text in Sources(folder).faults((*engine.SEAMS, *compat.SEAMS)):
+    for seam, text in SourceTree(folder).faults((*engine.SEAMS, *compat.SEAMS)):
         changed += text is not None
         table.add_row(seam.name, seam.module, seam.user, text or "ok")
     console = Console()

@@ -52,5 +52,5 @@ def token_ids(prompt: Any) -> Sequence[int] | None:
     """Of a prompt as vLLM's routes render it; None of embeddings, and of a stream of inputs."""
     if not isinstance(prompt, Mapping):
         return None
-    found: Sequence[int] | None = prompt.get("decoder_prompt", prompt).get("prompt_token_ids")
-    return found
+    result: Sequence[int] | None = prompt.get("decoder_prompt", prompt).get("prompt_token_ids")
+    return result

@@ -21,7 +21,7 @@ SHORT_TOKENS = 3
 PROMPT_TOKENS = 16
 
 # Of the prompt's token and the most likely one at each position: token to log-probability.
-Answer = list[Mapping[int, float]]
+PromptLogprobs = list[Mapping[int, float]]
 
 
 class Prober:
@@ -63,7 +63,7 @@ class Prober:
             ) from error
         return adapted != base
 
-    async def _answer(self, request: Any, prompt: list[int]) -> Answer:
+    async def _answer(self, request: Any, prompt: list[int]) -> PromptLogprobs:
         self._asked += 1
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
         last: Any = None

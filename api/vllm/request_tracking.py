@@ -52,7 +52,7 @@ class Mixed:
 
 
 @dataclass
-class Answering:
+class RequestScope:
     """The HTTP request that is being answered, or a call of the engine outside of one.
 
     leases: by adapter, each held until the answer has ended. asked: adapters that the engine was
@@ -64,7 +64,7 @@ class Answering:
     asked: set[str] = field(default_factory=set)
     tiers: dict[str, Tier] = field(default_factory=dict)
     mixed: Mixed | None = None
-    unread: "weakref.WeakSet[Counted]" = field(default_factory=weakref.WeakSet)
+    unread: "weakref.WeakSet[LeasedOutputs]" = field(default_factory=weakref.WeakSet)
     ended: bool = False
     # What its leases have in common; not itself, which holds them.
     request: object = field(default_factory=object)
@@ -107,7 +107,7 @@ class Answering:
             lease.leave()
 
 
-answering: ContextVar[Answering | None] = ContextVar("answering", default=None)
+request_scope: ContextVar[RequestScope | None] = ContextVar("request_scope", default=None)
 
 
 class Refused(Exception):
@@ -127,7 +127,7 @@ class GenerationHeader:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = Answering()
+        request = RequestScope()
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start" and request.leases:
@@ -141,13 +141,13 @@ class GenerationHeader:
                 MutableHeaders(scope=message)[HEADER] = generation.digest
             await send(message)
 
-        token = answering.set(request)
+        token = request_scope.set(request)
         try:
             await self._app(scope, receive, named)
         except Refused:
             pass
         finally:
-            answering.reset(token)
+            request_scope.reset(token)
             request.end()
 
 
@@ -164,7 +164,7 @@ def refusal(error: GracefulHTTPError) -> Response:
 def mix_for(model: object) -> Any:
     """What the request that is being answered runs on in the place of its model; None for that
     itself."""
-    request = answering.get()
+    request = request_scope.get()
     if request is None or request.mixed is None or model not in request.mixed.models:
         return None
     return request.mixed.lora_request
@@ -173,7 +173,7 @@ def mix_for(model: object) -> Any:
 def check_model(model: str) -> None:
     """Raises VLLMValidationError, as vLLM's routes understand it, where a request names another
     adapter than those of its mix."""
-    request = answering.get()
+    request = request_scope.get()
     if request is not None and request.mixed is not None and model not in request.mixed.models:
         raise VLLMValidationError(
             f"model: found {model!a} beside a mix, expected the base model or an adapter of the "
@@ -184,7 +184,7 @@ def check_model(model: str) -> None:
 
 def admit(registry: AdapterRegistry, lora_request: Any) -> None:
     """A route has looked its request's model up."""
-    request = answering.get()
+    request = request_scope.get()
     if request is not None:
         request.lease(registry, lora_request).leave()
 
@@ -205,7 +205,7 @@ def counted(
     def start(*args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
         if lora_request is None:
             return call(*args, **kwargs)
-        request = answering.get() or Answering(ended=True)
+        request = request_scope.get() or RequestScope(ended=True)
         # A refusal must come before a streaming response has begun.
         lease = request.lease(registry, lora_request)
         name = lease.generation.name
@@ -221,7 +221,7 @@ def counted(
             registry.events.hit(name, request.tiers.pop(name, tier))
 
         outputs = run(lease, hit, call, args, kwargs) if invoked else run_base(call, args, kwargs)
-        counted = Counted(lease, outputs, gives_deltas(*args, **kwargs))
+        counted = LeasedOutputs(lease, outputs, gives_deltas(*args, **kwargs))
         request.unread.add(counted)
         return counted
 
@@ -299,7 +299,7 @@ async def run_base(
             yield output
 
 
-class Counted:
+class LeasedOutputs:
     """Outputs of one call, which holds a lease until they end, are closed or dropped.
 
     A route may drop them unread, when its next prompt turns out to be bad. A client may stop
@@ -328,9 +328,9 @@ class Counted:
         except BaseException:
             self._finish()
             raise
-        self._look_later()
+        self._check_later()
 
-    def __aiter__(self) -> "Counted":
+    def __aiter__(self) -> "LeasedOutputs":
         return self
 
     async def __anext__(self) -> Any:
@@ -360,23 +360,23 @@ class Counted:
             if self._ahead is not None:
                 self._ahead.cancel()
 
-    def _look_later(self) -> None:
-        self._loop.call_later(PATIENCE_SECONDS, look, weakref.ref(self), self._reads)
+    def _check_later(self) -> None:
+        self._loop.call_later(PATIENCE_SECONDS, check, weakref.ref(self), self._reads)
 
-    def look(self, reads: int) -> None:
+    def check(self, reads: int) -> None:
         """Reads ahead if nobody has come for an output since there were `reads`."""
         if not self._dropped.alive:
             return
         if self._reading or self._reads != reads:
-            self._look_later()
+            self._check_later()
             return
         self._ahead = ReadAhead(self._outputs, self._deltas, self._lease.share().leave)
         stop = weakref.finalize(self, self._loop.call_soon_threadsafe, self._ahead.cancel)
         stop.atexit = False
 
 
-def look(call: weakref.ref[Counted], reads: int) -> None:
+def check(call: weakref.ref[LeasedOutputs], reads: int) -> None:
     """A timer must not keep what nobody else has any more."""
     counted = call()
     if counted is not None:
-        counted.look(reads)
+        counted.check(reads)

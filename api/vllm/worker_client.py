@@ -32,7 +32,7 @@ class WorkerClient:
 
     async def begin(self, request: Any) -> bool:
         """See Workers."""
-        replies = await self._ask(protocol.PREPARE, wanted(request))
+        replies = await self._ask(protocol.PREPARE, adapter_request(request))
         return any(reply.reads for reply in replies)
 
     async def prepare(self, request: Any) -> Tier:
@@ -47,7 +47,7 @@ class WorkerClient:
 
     async def discard(self, request: Any) -> None:
         """See Workers."""
-        await self._ask(protocol.DISCARD, wanted(request))
+        await self._ask(protocol.DISCARD, adapter_request(request))
 
     async def install(self, request: Any) -> None:
         """See Workers."""
@@ -56,9 +56,9 @@ class WorkerClient:
         refusals = [reply for reply in replies if reply.refusal]
         if not refusals:
             return
-        hopeless = [reply.refusal for reply in refusals if not reply.full]
-        if hopeless:
-            raise EngineRefusedError(hopeless[0])
+        final = [reply.refusal for reply in refusals if not reply.full]
+        if final:
+            raise EngineRefusedError(final[0])
         raise NoRoomError(refusals[0].refusal)
 
     async def remove(self, request: Any, keep: bool) -> set[int]:
@@ -68,7 +68,7 @@ class WorkerClient:
         return {lora_int_id for reply in replies for lora_int_id in reply.evicted}
 
     async def _is_prepared(self, request: Any) -> bool:
-        replies = await self._ask(protocol.PREPARED, wanted(request))
+        replies = await self._ask(protocol.PREPARED, adapter_request(request))
         return all(reply.done for reply in replies)
 
     async def _ask(self, rpc: Rpc[RequestT, ReplyT], request: RequestT) -> list[ReplyT]:
@@ -78,6 +78,6 @@ class WorkerClient:
             raise EngineRefusedError(str(error)) from error
 
 
-def wanted(request: Any) -> protocol.AdapterRequest:
+def adapter_request(request: Any) -> protocol.AdapterRequest:
     """request: vLLM's LoRARequest."""
     return protocol.AdapterRequest(request.lora_int_id, request.lora_path)

@@ -13,8 +13,8 @@ def activation_offset(prompt: Sequence[int], invocation: Sequence[int]) -> int |
     prompt, invocation: token ids; of the latter at least one.
     """
     first, length = invocation[0], len(invocation)
-    wanted = list(invocation)
+    tokens = list(invocation)
     for start in range(len(prompt) - length, -1, -1):
-        if prompt[start] == first and list(prompt[start : start + length]) == wanted:
+        if prompt[start] == first and list(prompt[start : start + length]) == tokens:
             return start
     return None

@@ -130,9 +130,9 @@ def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
     if mixture.magnitude is not None:
         yield from _expect(f"{site}.magnitude", mixture.magnitude, [b.shape[0]])
     if mixture.shared is not None:
-        own_a, own_b = mixture.shared.a, mixture.shared.b
-        yield from _expect(f"{site}.shared.a", own_a, [own_a.shape[0], a.shape[-1]])
-        yield from _expect(f"{site}.shared.b", own_b, [b.shape[0], own_b.shape[1]])
+        shared_a, shared_b = mixture.shared.a, mixture.shared.b
+        yield from _expect(f"{site}.shared.a", shared_a, [shared_a.shape[0], a.shape[-1]])
+        yield from _expect(f"{site}.shared.b", shared_b, [b.shape[0], shared_b.shape[1]])
 
 
 def _inconsistent_parameters(site: str, mixture: Mixture) -> Iterator[AdapterError]:
@@ -350,14 +350,14 @@ def _mismatch(adapter: Adapter, base: BaseModel, misfits: list[AdapterError]) ->
         for site in adapter.sites
         if any(isinstance(p, ShapeError) and p.where.startswith(f"{site}.") for p in misfits)
     ]
-    strange = len(beyond) + len(wide)
-    if strange < 2 or 2 * strange <= len(adapter.sites):
+    other_size = len(beyond) + len(wide)
+    if other_size < 2 or 2 * other_size <= len(adapter.sites):
         return []
     first = next(p for p in misfits if isinstance(p, ShapeError | UnknownTargetError))
     return [
         BaseMismatchError(
             f"adapter for {adapter.base_model or 'an unnamed base model'}",
-            f"{strange} of {len(adapter.sites)} sites of other widths or layers ({first})",
+            f"{other_size} of {len(adapter.sites)} sites of other widths or layers ({first})",
             f"the shapes of {base.name} ({base.architecture}, {layers} layers)",
         )
     ]

@@ -77,7 +77,7 @@ def _read(
         config = Fields(config.where, {**config.values, "peft_type": kind})
     no_layout = [reader.no_layout for reader in readers]
     if None in no_layout:
-        config = peft_parameters.settle_layout(path, config, lora_b_layout)
+        config = peft_parameters.with_layout(path, config, lora_b_layout)
     else:
         expert_layout.refuse(lora_b_layout, f"as {no_layout[0]}".format(peft_type=kind))
     if base_is_residual:
@@ -88,11 +88,11 @@ def _read(
     read_member = partial(_read, limits=limits, base=base)
     adapter = AdapterFiles(path, readers[0].files, config, limits, read_member, base, task)
     # A reader by itself refuses some configs before any weights are read.
-    own = readers[0]
+    reader = readers[0]
     if len(readers) > 1:
-        own = next(reader for reader in readers if reader.recognises(config, adapter.weights))
-    result = own.read(adapter)
-    if own.files == PEFT_FILES:
+        reader = next(reader for reader in readers if reader.recognises(config, adapter.weights))
+    result = reader.read(adapter)
+    if reader.files == PEFT_FILES:
         result = with_notes(result, adapter.weights)
     return invocation.activated(result, config)
 

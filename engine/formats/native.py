@@ -223,11 +223,11 @@ def _scale(weights: Weights, site: str, fields: Fields, policy: Policy) -> Scale
 
 def _reflection(weights: Weights, site: str, fields: Fields, policy: Policy) -> Reflection:
     fields.only("shape", "routing")
-    found = Reflection(weights.tensor(f"{site}.a", 2), weights.tensor(f"{site}.u", 2))
-    if policy != found.policy:
+    reflection = Reflection(weights.tensor(f"{site}.a", 2), weights.tensor(f"{site}.u", 2))
+    if policy != reflection.policy:
         expected = "Constant with the weight 1, as every token is reflected"
         raise UnsupportedError(f"{fields.where}: routing", type(policy).__name__, expected)
-    return found
+    return reflection
 
 
 def _check_routed(fields: Fields, policy: Policy) -> None:

@@ -47,15 +47,15 @@ def linear_weights(base: Path, sites: Collection[str]) -> dict[str, Tensor]:
     Raises UnknownTargetError for one that no shard has, and as `shards` does.
     """
     files = shards(base)
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for shard in files:
         with safe_open(base / shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 site = canonical_name(name.removesuffix(".weight"))
                 if site in sites and name.endswith(".weight"):
-                    found[site] = file.get_tensor(name)
+                    weights[site] = file.get_tensor(name)
     for site in sites:
-        if site not in found:
+        if site not in weights:
             text = f"no weight of it in {', '.join(files)}"
             raise UnknownTargetError(site, text, "one in the base's checkpoint")
-    return found
+    return weights

@@ -26,7 +26,7 @@ def affinity(process: int = 0) -> set[int]:
     return set(os.sched_getaffinity(process))
 
 
-def keep_off(cores: Collection[int], allowed: Collection[int]) -> None:
+def avoid(cores: Collection[int], allowed: Collection[int]) -> None:
     """Moves the calling thread to the allowed cores but for these, if any are left."""
     others = set(allowed) - set(cores)
     if others:

@@ -65,13 +65,13 @@ def long_step(stage: str, line: str) -> Iterator[Callable[[], float]]:
     def seconds() -> float:
         return monotonic() - start
 
-    def tell() -> None:
+    def log_progress() -> None:
         while not over.wait(PROGRESS_SECONDS):
             now = f"{stage}: {seconds():.0f} s so far"
             logger.info("molehill: %s", now, extra={"stage": now})
 
     logger.info("molehill: %s", line, extra={"stage": stage})
-    thread = Thread(target=tell, name="molehill-startup", daemon=True)
+    thread = Thread(target=log_progress, name="molehill-startup", daemon=True)
     thread.start()
     try:
         yield seconds

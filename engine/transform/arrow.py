@@ -41,9 +41,9 @@ def arrow(tasks: Sequence[Lora], policy: Arrow, general: Sequence[Lora] = ()) ->
     UnsupportedError for what is no LoRA, UnknownTargetError and ShapeError where adapters differ.
     """
     everyone = [*tasks, *general]
-    wanted = set(tasks[0].adapter.sites)
+    first_sites = set(tasks[0].adapter.sites)
     for lora in everyone:
-        for site in sorted(wanted ^ set(lora.adapter.sites)):
+        for site in sorted(first_sites ^ set(lora.adapter.sites)):
             found = "adapted by some of the adapters only"
             raise UnknownTargetError(f"{lora.name}: {site}", found, "the same linears in all")
     sites = {site: _mixture(site, tasks, general, policy) for site in tasks[0].adapter.sites}

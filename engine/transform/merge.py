@@ -228,15 +228,15 @@ def subtract(adapter: Adapter, merged_pairs: Mapping[str, Experts]) -> Adapter:
                 if f"{site}.{name}" in merged_pairs:
                     _refuse(f"{site}.{name}", "magnitudes of experts")
     for site, merged in merged_pairs.items():
-        undo = Experts(merged.a, -merged.b, merged.ranks)
+        negated = Experts(merged.a, -merged.b, merged.ranks)
         present = sites.get(site)
         if present is None:
-            sites[site] = LinearMixture(undo, PLAIN)
+            sites[site] = LinearMixture(negated, PLAIN)
         elif isinstance(present, LinearMixture):
             if is_plain(present) and _equal(present.experts, merged):
                 del sites[site]
             else:
-                sites[site] = _beside(present, undo)
+                sites[site] = _beside(present, negated)
     return replace(adapter, sites=sites)
 
 
@@ -254,16 +254,16 @@ def _joined(one: Experts, other: Experts) -> Experts:
     return _pair(torch.cat([one.a, other.a]), torch.cat([one.b, other.b], dim=1))
 
 
-def _beside(mixture: LinearMixture, undo: Experts) -> LinearMixture:
+def _beside(mixture: LinearMixture, pair: Experts) -> LinearMixture:
     """`mixture` and a pair that every token gets. Beside a magnitude it joins the one expert, for
     the magnitude scales the original W."""
     if mixture.router is not None:
-        shared = undo if mixture.shared is None else _joined(mixture.shared, undo)
+        shared = pair if mixture.shared is None else _joined(mixture.shared, pair)
         return replace(mixture, shared=shared)
-    joined = _joined(mixture.experts, undo)
+    joined = _joined(mixture.experts, pair)
     if mixture.magnitude is not None:
         return replace(mixture, experts=joined)
     weights = gate(mixture).weights
     assert weights is not None
-    experts = replace(joined, ranks=(*mixture.experts.ranks, *undo.ranks))
+    experts = replace(joined, ranks=(*mixture.experts.ranks, *pair.ranks))
     return LinearMixture(experts, Constant((*weights.tolist(), 1.0)))

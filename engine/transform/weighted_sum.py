@@ -75,13 +75,13 @@ def low_rank(name: str, site: str, mixture: Mixture) -> Experts:
 
 def check_alike(name: str, site: str, pair: Experts, first: Experts) -> None:
     """Two parts' pairs must be of the same linear. Raises ShapeError."""
-    for half, found, expected in (
+    for half, width, expected in (
         ("a", pair.a.shape[1], first.a.shape[1]),
         ("b", pair.b.shape[0], first.b.shape[0]),
     ):
-        if found != expected:
+        if width != expected:
             where = f"{name}: {site}.{half}"
-            raise ShapeError(where, f"width {found}", f"the other adapters' {expected}")
+            raise ShapeError(where, f"width {width}", f"the other adapters' {expected}")
 
 
 def stack_up(stack: Iterable[Experts]) -> Experts:

@@ -37,7 +37,7 @@ class _Request:
     lora_id: int
     prompt: Sequence[int] | None
     offset: int | None = None
-    looked: bool = False
+    searched: bool = False
 
 
 class ActivatedRows:
@@ -96,7 +96,7 @@ class ActivatedRows:
             start += size
 
     def _is_activated(self, request_id: str, request: _Request) -> bool:
-        if request.looked:
+        if request.searched:
             return True
         invocation = self._invocation_of(request.lora_id)
         if not invocation:
@@ -104,7 +104,7 @@ class ActivatedRows:
                 # It acts on every token: nothing to follow.
                 del self._requests[request_id]
             return False
-        request.looked = True
+        request.searched = True
         request.offset = activation_offset(request.prompt or (), invocation)
         request.prompt = None
         if request.offset is None:

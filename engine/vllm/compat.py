@@ -15,7 +15,7 @@ from pathlib import Path
 from molehill.engine.vllm import activation_seams as activation
 from molehill.engine.vllm import model_seams as model
 from molehill.engine.vllm import seams
-from molehill.engine.vllm.seam_sources import Sources
+from molehill.engine.vllm.seam_sources import SourceTree
 from molehill.engine.vllm.seams import Seam
 
 logger = logging.getLogger("vllm.molehill")
@@ -416,7 +416,7 @@ def check_version(table: Sequence[Seam] = SEAMS) -> None:
 def _check_untested(version: str, folder: Path, table: tuple[Seam, ...]) -> None:
     """Once in a process."""
     tested = f"molehill was tested with {', '.join(TESTED)}"
-    faults = [text for _, text in Sources(folder).faults(table) if text is not None]
+    faults = [text for _, text in SourceTree(folder).faults(table) if text is not None]
     if faults:
         raise RuntimeError(f"vLLM {version} is installed, {tested}, and {'; '.join(faults)}")
     text = "molehill: vLLM %s is installed, %s; all that it uses of vLLM is there, so it starts"

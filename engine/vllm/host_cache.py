@@ -70,8 +70,8 @@ class HostCache(Generic[Key]):
 
     def evicted(self) -> list[Key]:
         """Keys of what made room for others since the last call."""
-        gone, self._evicted = self._evicted, []
-        return gone
+        result, self._evicted = self._evicted, []
+        return result
 
     def take(self, key: Key) -> PreparedAdapter | None:
         """The adapter, which is not kept here any more."""

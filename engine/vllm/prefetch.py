@@ -8,7 +8,7 @@ from functools import partial
 from time import monotonic, sleep
 from typing import Any, Generic, TypeVar
 
-from molehill.engine.system.cpu_affinity import affinity, compute_with, keep_off
+from molehill.engine.system.cpu_affinity import affinity, avoid, compute_with
 from molehill.engine.system.threads import started
 
 logger = logging.getLogger("vllm.molehill")
@@ -31,7 +31,7 @@ def leave_to_steps() -> None:
     It computes alone: others of its OpenMP threads would be bound, and it with them, to the cores
     that vLLM gave the worker's.
     """
-    keep_off(affinity(), affinity(os.getppid()))
+    avoid(affinity(), affinity(os.getppid()))
     compute_with(1)
 
 
@@ -90,14 +90,14 @@ class Prefetcher(Generic[Key, T]):
         """Lets go of it. What still runs goes on to its end, for nobody."""
         result = self._results.pop(key, None)
         if result is not None:
-            result.add_done_callback(partial(tell, key))
+            result.add_done_callback(partial(log_failure, key))
 
 
 def failed(result: Future[T]) -> bool:
     return result.done() and result.exception() is not None
 
 
-def tell(key: Any, result: Future[Any]) -> None:
+def log_failure(key: Any, result: Future[Any]) -> None:
     """Of what nobody takes any more: a fault of it would be seen nowhere else."""
     error = result.exception()
     if error is not None:

@@ -62,8 +62,8 @@ def install() -> None:
     replacement = with_activation(original)
     # vLLM's modules import it by name. Those that come later get it from there.
     for name, module in list(sys.modules.items()):
-        found = getattr(module, "__dict__", {}).get(PREFIX_KEYS.name)
-        if name.startswith("vllm.") and found is original:
+        imported = getattr(module, "__dict__", {}).get(PREFIX_KEYS.name)
+        if name.startswith("vllm.") and imported is original:
             setattr(module, PREFIX_KEYS.name, replacement)
 
 
@@ -92,9 +92,9 @@ def with_activation(original: Callable[..., ExtraKeys]) -> Callable[..., ExtraKe
         activation = activation_of(request) if request.lora_request else None
         if activation is None or keys is None:
             return keys, mm_idx
-        own = () if end_token_idx <= activation.offset else (activation.mark,)
+        mark = () if end_token_idx <= activation.offset else (activation.mark,)
         changed = (
-            (*key, *own) if key[0] == "lora" else key for key in keys if own or key[0] != "lora"
+            (*key, *mark) if key[0] == "lora" else key for key in keys if mark or key[0] != "lora"
         )
         return tuple(changed) or None, mm_idx
 
@@ -105,10 +105,10 @@ def with_activation(original: Callable[..., ExtraKeys]) -> Callable[..., ExtraKe
 def activation_of(request: Any) -> Activation | None:
     """Of vLLM's Request, which keeps it; None if its adapter acts on every token. Never raises."""
     try:
-        found: Activation | None = request.molehill_activation
+        activation: Activation | None = request.molehill_activation
     except AttributeError:
-        found = request.molehill_activation = _activation_of(request)
-    return found
+        activation = request.molehill_activation = _activation_of(request)
+    return activation
 
 
 def _activation_of(request: Any) -> Activation | None:

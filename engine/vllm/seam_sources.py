@@ -16,7 +16,7 @@ DATACLASS = ("dataclass", "config")
 Place = tuple[str, ast.AST]
 
 
-class Sources:
+class SourceTree:
     """The files below `root`, the folder that holds the package `vllm`."""
 
     def __init__(self, root: Path) -> None:

@@ -105,7 +105,7 @@ class CpuBackend(CheckedBackend):
         """Frees a slot; rows that the announced step gives to it are unserved from here on."""
         self._slots.discard(slot)
         number = self._ops.unstore(self._id, slot)
-        return None if number < 0 else Packed(Ticket(self._ops, self._id, number))
+        return None if number < 0 else Packed(PackedSlot(self._ops, self._id, number))
 
     def resident_bytes(self, slot: int) -> int:
         """Bytes of the packed weights and tables; 0 for an empty slot."""
@@ -146,20 +146,20 @@ class CpuBackend(CheckedBackend):
             raise ValueError(f"MOLEHILL_CPU_ISA: found {isa!r}, expected one of {usable}")
         return isa or usable[0]
 
-    def _packed(self, weights: SlotWeights) -> "Ticket":
+    def _packed(self, weights: SlotWeights) -> "PackedSlot":
         dtype = next((shape.dtype for shape in self._layers.linears.values()), torch.float32)
         number = self._ops.stage(self._id, weights.num_bytes(dtype))
-        ticket = Ticket(self._ops, self._id, number)
+        packed = PackedSlot(self._ops, self._id, number)
         for handle, pieces in weights.linears.items():
             for piece in pieces:
-                self._pack_linear(ticket, handle, piece)
+                self._pack_linear(packed, handle, piece)
                 if piece.shared is not None:
                     shared = LinearPiece(piece.site, piece.start, piece.shared, Constant((1.0,)))
-                    self._pack_linear(ticket, handle, shared)
+                    self._pack_linear(packed, handle, shared)
         for handle, ffn in weights.ffns.items():
             dtype = self._layers.linears[self._layers.ffns[handle].gate_up].dtype
             self._ops.pack_ffn(
-                ticket.number,
+                packed.number,
                 handle,
                 self._site(ffn.site),
                 ffn.num_experts,
@@ -176,15 +176,15 @@ class CpuBackend(CheckedBackend):
         for handle, scales in weights.scales.items():
             for scale in scales:
                 site = self._site(scale.site)
-                self._ops.pack_scale(ticket.number, handle, site, scale.start, *_vectors(scale))
+                self._ops.pack_scale(packed.number, handle, site, scale.start, *_vectors(scale))
         for handle, scale in weights.ffn_scales.items():
             site = self._site(scale.site)
-            self._ops.pack_ffn_scale(ticket.number, handle, site, *_vectors(scale))
-        return ticket
+            self._ops.pack_ffn_scale(packed.number, handle, site, *_vectors(scale))
+        return packed
 
-    def _pack_linear(self, ticket: "Ticket", handle: int, piece: LinearPiece) -> None:
+    def _pack_linear(self, packed: "PackedSlot", handle: int, piece: LinearPiece) -> None:
         self._ops.pack_linear(
-            ticket.number,
+            packed.number,
             handle,
             self._site(piece.site),
             piece.start,
@@ -199,8 +199,8 @@ class CpuBackend(CheckedBackend):
         return self._sites.setdefault(name, len(self._sites))
 
 
-class Ticket:
-    """A slot that is being packed or waits for `store`; what is left of it goes with the ticket."""
+class PackedSlot:
+    """A slot that is being packed or waits for `store`; if it is not stored, it goes with this."""
 
     def __init__(self, ops: Any, backend: int, number: int) -> None:
         self.number = number

@@ -30,7 +30,7 @@ from molehill.kernels.pytorch.tables import FfnState, FfnTable, LinearTable, Rou
 Rows = slice | Tensor
 
 
-class Layer:
+class RegisteredLinear:
     """A registered linear and what the slots do to it. An FFN's linears know their part in it."""
 
     def __init__(self, shape: LinearShape) -> None:
@@ -58,7 +58,7 @@ class TorchBackend(CheckedBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self._linears: list[Layer] = []
+        self._linears: list[RegisteredLinear] = []
         self._ffns: list[RegisteredFfn] = []
         self._tokens: dict[int, int] = {}
         self._segments: list[tuple[int, Rows]] = []
@@ -72,7 +72,7 @@ class TorchBackend(CheckedBackend):
         if shape.device.type != "cpu":
             # A device works on after the call has returned.
             self._seconds = None
-        self._linears.append(Layer(shape))
+        self._linears.append(RegisteredLinear(shape))
         return len(self._linears) - 1
 
     def _add_ffn(self, shape: FfnShape) -> int:
@@ -182,7 +182,7 @@ class TorchBackend(CheckedBackend):
                     out[rows] = y
         self._linear_in_ffn(out, x, layer)
 
-    def _linear_in_ffn(self, out: Tensor, x: Tensor, layer: Layer) -> None:
+    def _linear_in_ffn(self, out: Tensor, x: Tensor, layer: RegisteredLinear) -> None:
         for slot, rows in self._segments:
             if slot == UNSERVED:
                 out[rows] = 0

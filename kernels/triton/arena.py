@@ -66,17 +66,17 @@ class FreeList:
         """The free runs by their start."""
         return [Extent(start, self._size_at[start]) for start in sorted(self._size_at)]
 
-    def take(self, size: int) -> int | None:
+    def allocate(self, size: int) -> int | None:
         """Start of a run of `size`, cut from the smallest that is large enough; None if none is."""
         i = bisect_left(self._by_size, (size, 0))
         if i == len(self._by_size):
             return None
-        found, start = self._by_size[i]
+        free, start = self._by_size[i]
         self._remove(start)
-        self._insert(start + size, found - size)
+        self._insert(start + size, free - size)
         return start
 
-    def give(self, start: int, size: int) -> None:
+    def free_run(self, start: int, size: int) -> None:
         """Puts a run back. It must have been taken, as a whole, and not been given back."""
         before = self._start_before.get(start)
         if before is not None:
@@ -168,7 +168,7 @@ class Arena:
         taken: dict[int, Extent] = {}
         # Large ones first: they have the fewest runs to choose from.
         for i in sorted(range(len(rounded)), key=lambda i: -rounded[i]):
-            start = self._free.take(rounded[i]) if rounded[i] else 0
+            start = self._free.allocate(rounded[i]) if rounded[i] else 0
             if start is None:
                 self.release(tuple(taken.values()))
                 raise ArenaFullError(needed, free, largest, self.budget)
@@ -180,7 +180,7 @@ class Arena:
         be ordered behind it on the same stream."""
         for start, size in extents:
             if size:
-                self._free.give(start, size)
+                self._free.free_run(start, size)
 
     def view(self, dtype: torch.dtype) -> Tensor:
         """The whole buffer as a flat tensor; extent starts in elements are `start // itemsize`."""

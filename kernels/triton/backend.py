@@ -30,7 +30,7 @@ from molehill.kernels.triton.launch_config import (
     launch_config_for,
 )
 from molehill.kernels.triton.shrink import shrink
-from molehill.kernels.triton.slot_table import SlotTable
+from molehill.kernels.triton.slot_records import SlotRecords
 from molehill.kernels.triton.tiling import StepLayout, table
 from molehill.kernels.triton.vectors import Vectors
 
@@ -48,7 +48,7 @@ class TritonBackend(CheckedBackend):
         self._ffns: list[FfnShape] = []
         self._ffn_of_gate_up: dict[int, int] = {}
         self._ffn_of_down: dict[int, int] = {}
-        self._table: SlotTable | None = None
+        self._table: SlotRecords | None = None
         self._vectors = Vectors(device)
         self._tokens: dict[int, int] = {}
         # What is in device memory is on the host too, so that it may come back without its files.
@@ -78,10 +78,10 @@ class TritonBackend(CheckedBackend):
         _ = self.table
 
     @property
-    def table(self) -> SlotTable:
+    def table(self) -> SlotRecords:
         """The slot table. The first use allocates all device memory; before any graph capture."""
         if self._table is None:
-            self._table = SlotTable(self._linears, self._ffns, self.capacity, self._device)
+            self._table = SlotRecords(self._linears, self._ffns, self.capacity, self._device)
             # The scratch of a gate_up linear is read again by its FFN, after others have run.
             self._scratch = ScratchMemory(self.capacity, self._device)
             self._gate_up = self._scratch
@@ -197,9 +197,9 @@ class TritonBackend(CheckedBackend):
 
     def counters(self, slot: int) -> SlotCounters:
         """Waits for the device: call it between steps."""
-        own = self._kernel_counters(slot)
+        counters = self._kernel_counters(slot)
         vectors = self._vectors.counters(slot)
-        return SlotCounters.of(own.tokens, own.sites | vectors) if vectors else own
+        return SlotCounters.of(counters.tokens, counters.sites | vectors) if vectors else counters
 
     def _kernel_counters(self, slot: int) -> SlotCounters:
         sites = self.table.sites[slot]
@@ -207,13 +207,15 @@ class TritonBackend(CheckedBackend):
             return SlotCounters(self._tokens[slot])
         pieces = self.table.counters.shape[2]
         rows = [site.handle * pieces + site.piece for site in sites]
-        found = self.table.counters[slot].flatten(0, 1).cpu()[rows]
+        rows_of_sites = self.table.counters[slot].flatten(0, 1).cpu()[rows]
         experts = tuple(site.experts for site in sites)
         config = launch_config_for(self.capacity.tokens, self.capacity)
-        figures = found[:, config.max_experts :]
-        counts = torch.cat([figures[:, : at.TOTAL_ENTROPY.value], found[:, : max(experts)]], 1)
+        totals = rows_of_sites[:, config.max_experts :]
+        counts = torch.cat(
+            [totals[:, : at.TOTAL_ENTROPY.value], rows_of_sites[:, : max(experts)]], 1
+        )
         names = tuple(site.name for site in sites)
-        entropy = figures[:, at.TOTAL_ENTROPY.value].double() / at.ENTROPY_UNIT.value
+        entropy = totals[:, at.TOTAL_ENTROPY.value].double() / at.ENTROPY_UNIT.value
         return SlotCounters(self._tokens[slot], names, experts, counts, entropy)
 
     def seconds(self) -> None:

@@ -25,7 +25,7 @@ def low_rank(
     record: tl.tensor,
     weights: tl.tensor,
     token: tl.tensor,
-    own: tl.tensor,
+    valid: tl.tensor,
     column: tl.tensor,
     MAX_FINISHED: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -43,7 +43,7 @@ def low_rank(
     total = tl.zeros((token.shape[0], column.shape[0]), dtype=tl.float32)
     for start in range(0, rank, BLOCK_RANK):
         row = start + tl.arange(0, BLOCK_RANK)
-        z = tl.load(z_row + row[None, :], mask=own[:, None] & (row < stop)[None, :], other=0.0)
+        z = tl.load(z_row + row[None, :], mask=valid[:, None] & (row < stop)[None, :], other=0.0)
         used = tl.max((z != 0).to(tl.int32), axis=0) > 0
         if tl.max(used.to(tl.int32), axis=0) > 0:
             where = used[:, None] & (column < pitch)[None, :]
@@ -84,7 +84,7 @@ def scaled(
     record: tl.tensor,
     gates: tl.tensor,
     token: tl.tensor,
-    own: tl.tensor,
+    valid: tl.tensor,
     floats: tl.tensor,
     column: tl.tensor,
     MAX_GATES: tl.constexpr,
@@ -97,7 +97,7 @@ def scaled(
     weight = gates + token * MAX_GATES + tl.load(record + at.GATE)
     factor = tl.zeros_like(y)
     for e in range(tl.maximum(experts, 1)):
-        w_e = tl.where(experts > 0, tl.load(weight + e, mask=own, other=0.0), 1.0)
+        w_e = tl.where(experts > 0, tl.load(weight + e, mask=valid, other=0.0), 1.0)
         scale_e = tl.load(floats + scale + e * pitch + column, mask=column < width, other=0.0)
         factor += w_e[:, None] * scale_e[None, :]
     bias_first = tl.load(record + at.BIAS)
@@ -115,7 +115,7 @@ def product(
     record: tl.tensor,
     weights: tl.tensor,
     token: tl.tensor,
-    own: tl.tensor,
+    valid: tl.tensor,
     column: tl.tensor,
     MAX_FINISHED: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -126,7 +126,7 @@ def product(
         return low_rank_of_one(finished, record, weights, token, column, MAX_FINISHED, BLOCK_RANK)
     else:
         return low_rank(
-            finished, record, weights, token, own, column, MAX_FINISHED, BLOCK_RANK, PRECISION
+            finished, record, weights, token, valid, column, MAX_FINISHED, BLOCK_RANK, PRECISION
         )
 
 
@@ -141,7 +141,7 @@ def add_to_piece(
     weights: tl.tensor,
     floats: tl.tensor,
     token: tl.tensor,
-    own: tl.tensor,
+    valid: tl.tensor,
     MAX_FINISHED: tl.constexpr,
     MAX_GATES: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -161,24 +161,24 @@ def add_to_piece(
     if plain & (start % at.PITCH == 0) & (width % at.PITCH == 0):
         column = first + tl.arange(0, BLOCK_OUT)
         total = product(
-            finished, record, weights, token, own, column, MAX_FINISHED, BLOCK_RANK, PRECISION
+            finished, record, weights, token, valid, column, MAX_FINISHED, BLOCK_RANK, PRECISION
         )
         # The compiler takes the multiples from the products.
         target = out_row + start // at.PITCH * at.PITCH + column[None, :]
-        inside = own[:, None] & (column < width // at.PITCH * at.PITCH)[None, :]
+        inside = valid[:, None] & (column < width // at.PITCH * at.PITCH)[None, :]
         y = tl.load(target, mask=inside, other=0.0).to(tl.float32)
         tl.store(target, (y + total).to(target.dtype.element_ty), mask=inside)
     else:
         for part in range(0, BLOCK_OUT, PART):
             column = first + part + tl.arange(0, PART)
             total = product(
-                finished, record, weights, token, own, column, MAX_FINISHED, BLOCK_RANK, PRECISION
+                finished, record, weights, token, valid, column, MAX_FINISHED, BLOCK_RANK, PRECISION
             )
             target = out_row + start + column[None, :]
-            inside = own[:, None] & (column < width)[None, :]
+            inside = valid[:, None] & (column < width)[None, :]
             y = tl.load(target, mask=inside, other=0.0).to(tl.float32)
             if not plain:
-                y = scaled(y, record, gates, token, own, floats, column, MAX_GATES)
+                y = scaled(y, record, gates, token, valid, floats, column, MAX_GATES)
             tl.store(target, (y + total).to(target.dtype.element_ty), mask=inside)
 
 
@@ -212,11 +212,11 @@ def expand_kernel(
         return
     block = tl.program_id(1)
     if slot == at.UNSERVED:
-        token, own = load_tokens(steps, place, size, tokens, ORDER, TILE)
+        token, valid = load_tokens(steps, place, size, tokens, ORDER, TILE)
         column = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         target = (out + token.to(tl.int64) * out_stride)[:, None] + column[None, :]
         nothing = tl.zeros((TILE, BLOCK_OUT), dtype=out.dtype.element_ty)
-        tl.store(target, nothing, own[:, None] & (column < features)[None, :])
+        tl.store(target, nothing, valid[:, None] & (column < features)[None, :])
         return
     pieces += slot.to(tl.int64) * piece_stride
     widths = tl.load(pieces + tl.arange(0, MAX_PIECES) * at.PIECE + at.WIDTH).to(tl.int32)
@@ -229,7 +229,7 @@ def expand_kernel(
     if SINGLE:  # noqa: SIM102
         if size == 1:
             token = first_token + tl.arange(0, 1)
-            own = token < tokens
+            valid = token < tokens
             add_to_piece(
                 out,
                 out_stride,
@@ -240,7 +240,7 @@ def expand_kernel(
                 weights,
                 floats,
                 token,
-                own,
+                valid,
                 MAX_FINISHED,
                 MAX_GATES,
                 BLOCK_RANK,
@@ -249,7 +249,7 @@ def expand_kernel(
                 PRECISION,
             )
             return
-    token, own = load_tokens(steps, place, size, tokens, ORDER, TILE)
+    token, valid = load_tokens(steps, place, size, tokens, ORDER, TILE)
     add_to_piece(
         out,
         out_stride,
@@ -260,7 +260,7 @@ def expand_kernel(
         weights,
         floats,
         token,
-        own,
+        valid,
         MAX_FINISHED,
         MAX_GATES,
         BLOCK_RANK,

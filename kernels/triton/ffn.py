@@ -89,8 +89,8 @@ def rescaled(
         place = (expert * pitch)[:, None] + column[None, :]
         factor = tl.load(floats + scale + place, mask=inside, other=0.0)
         if bias >= 0:
-            own = tl.load(floats + bias + column[None, :], mask=inside, other=0.0)
-            y = (y - own) * factor + own
+            base_bias = tl.load(floats + bias + column[None, :], mask=inside, other=0.0)
+            y = (y - base_bias) * factor + base_bias
         else:
             y = y * factor
     return y
@@ -127,11 +127,11 @@ def down_rows(
 
 @triton.jit
 def add_to_strip(
-    strip: tl.tensor, sums: tl.tensor, own: tl.tensor, start: tl.tensor, stop: tl.tensor
+    strip: tl.tensor, sums: tl.tensor, valid: tl.tensor, start: tl.tensor, stop: tl.tensor
 ) -> None:
     """Adds `sums` to rank rows from `start` on of a program's own strip `[T, MAX_RANK]`."""
     row = (start + tl.arange(0, sums.shape[1]))[None, :]
-    where = own[:, None] & (row < stop)
+    where = valid[:, None] & (row < stop)
     # Other threads may have written what is read.
     tl.debug_barrier()
     tl.store(strip + row, sums + tl.load(strip + row, mask=where, other=0.0), mask=where)
@@ -142,7 +142,7 @@ def clear_strip(
     strip: tl.tensor,
     record: tl.tensor,
     w: tl.tensor,
-    own: tl.tensor,
+    valid: tl.tensor,
     first: tl.tensor,
     BLOCK_RANK: tl.constexpr,
 ) -> None:
@@ -153,7 +153,7 @@ def clear_strip(
     for start in range(0, total, BLOCK_RANK):
         row = (start + tl.arange(0, BLOCK_RANK))[None, :]
         value = tl.where(row == rank, surplus, 0.0)
-        tl.store(strip + row, value, mask=own[:, None] & (row < total))
+        tl.store(strip + row, value, mask=valid[:, None] & (row < total))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -194,14 +194,14 @@ def ffn_kernel(
     experts = tl.load(record + at.EXPERTS).to(tl.int32)
     if experts == 0:
         return
-    token, own = load_tokens(steps, place, size, tokens, ORDER, TILE)
+    token, valid = load_tokens(steps, place, size, tokens, ORDER, TILE)
     number = tl.program_id(1)
     every = tl.arange(0, MAX_EXPERTS)[None, :]
     gate = tl.load(record + at.GATE)
     weight = gates + (token * MAX_GATES + gate)[:, None] + every
-    w = tl.load(weight, mask=own[:, None] & (every < experts), other=0.0)
+    w = tl.load(weight, mask=valid[:, None] & (every < experts), other=0.0)
     strip = (strips + (number * tokens + token) * MAX_RANK)[:, None]
-    clear_strip(strip, record, w, own, number == 0, BLOCK_RANK)
+    clear_strip(strip, record, w, valid, number == 0, BLOCK_RANK)
     starts = ints + tl.load(record + at.STARTS)
     up_starts = starts + experts + 1
     down_starts = up_starts + experts + 1
@@ -266,8 +266,8 @@ def ffn_kernel(
                 PRECISION,
             )
             u *= g
-            mine = (tl.arange(0, TILE)[:, None] == local[None, :]) & there[None, :]
-            chosen = tl.where(mine, 1.0, 0.0)
+            is_pair_of_token = (tl.arange(0, TILE)[:, None] == local[None, :]) & there[None, :]
+            chosen = tl.where(is_pair_of_token, 1.0, 0.0)
             total = tl.dot(chosen, u * w_pair[:, None], total, input_precision=PRECISION)
             row_begin = tl.load(down_starts + expert, mask=there, other=0)
             row_end = tl.load(down_starts + expert + 1, mask=there, other=0)
@@ -285,7 +285,7 @@ def ffn_kernel(
                 PRECISION,
             )
             for start in range(BLOCK_RANK, down_rank, BLOCK_RANK):
-                more = down_rows(
+                further = down_rows(
                     u,
                     w_pair,
                     chosen,
@@ -298,11 +298,11 @@ def ffn_kernel(
                     BLOCK_RANK,
                     PRECISION,
                 )
-                add_to_strip(strip, more, own, start, down_rank)
+                add_to_strip(strip, further, valid, start, down_rank)
         target = h + (token.to(tl.int64) * h_stride)[:, None] + column[None, :]
-        inside = own[:, None] & (column < width)[None, :]
+        inside = valid[:, None] & (column < width)[None, :]
         tl.store(target, total.to(h.dtype.element_ty), mask=inside)
-    add_to_strip(strip, down, own, 0, down_rank)
+    add_to_strip(strip, down, valid, 0, down_rank)
 
 
 def ffn(

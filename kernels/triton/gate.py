@@ -36,7 +36,7 @@ def mlp_output(
     record: tl.tensor,
     floats: tl.tensor,
     token: tl.tensor,
-    own: tl.tensor,
+    valid: tl.tensor,
     tokens: tl.tensor,
     MAX_GATES: tl.constexpr,
     LOGIT_SPLITS: tl.constexpr,
@@ -49,7 +49,7 @@ def mlp_output(
     total = tl.zeros((token.shape[0],), dtype=tl.float32)
     for start in range(0, hidden, 32):
         unit = start + tl.arange(0, 32)
-        where = own[:, None] & (unit < hidden)[None, :]
+        where = valid[:, None] & (unit < hidden)[None, :]
         h = tl.zeros((token.shape[0], 32), dtype=tl.float32)
         for i in range(LOGIT_SPLITS):
             source = (i * tokens + token)[:, None] * MAX_GATES + first + unit[None, :]
@@ -70,7 +70,7 @@ def gate_weights(
     gates: tl.tensor,
     trace: tl.tensor,
     token: tl.tensor,
-    own: tl.tensor,
+    valid: tl.tensor,
     tokens: tl.tensor,
     first: tl.tensor,
     MAX_GATES: tl.constexpr,
@@ -86,7 +86,7 @@ def gate_weights(
     expert = tl.arange(0, MAX_EXPERTS)
     experts = tl.load(record + at.EXPERTS).to(tl.int32)
     gate = tl.load(record + at.GATE).to(tl.int32) + expert
-    where = own[:, None] & (expert < experts)[None, :]
+    where = valid[:, None] & (expert < experts)[None, :]
     sums = tl.zeros((token.shape[0], MAX_EXPERTS), dtype=tl.float32)
     for split in tl.static_range(LOGIT_SPLITS):
         source = (split * tokens + token)[:, None] * MAX_GATES + gate[None, :]
@@ -94,14 +94,14 @@ def gate_weights(
     extra = tl.zeros((token.shape[0],), dtype=tl.float32)
     scores = tl.load(record + at.SCORES)
     if scores == at.SPARSE:
-        extra = mlp_output(logits, record, floats, token, own, tokens, MAX_GATES, LOGIT_SPLITS)
+        extra = mlp_output(logits, record, floats, token, valid, tokens, MAX_GATES, LOGIT_SPLITS)
     elif scores == at.LEARNED:
         last = logits + tl.load(record + at.GATE) + experts
         for i in range(LOGIT_SPLITS):
-            extra += tl.load(last + (i * tokens + token) * MAX_GATES, mask=own, other=0.0)
+            extra += tl.load(last + (i * tokens + token) * MAX_GATES, mask=valid, other=0.0)
     p, w, entropy, soft = route(sums, extra, experts, record, parameters)
     if first:
-        count(counters, w, entropy, soft, own)
+        count(counters, w, entropy, soft, valid)
         tl.store(gates + (token * MAX_GATES)[:, None] + gate[None, :], w, mask=where)
         if TRACE:
             target = trace + (token * (2 * MAX_GATES))[:, None] + gate[None, :]
@@ -115,7 +115,7 @@ def list_pairs(
     pairs: tl.tensor,
     record: tl.tensor,
     w: tl.tensor,
-    own: tl.tensor,
+    valid: tl.tensor,
     place: tl.tensor,
     first: tl.tensor,
 ) -> None:
@@ -126,7 +126,7 @@ def list_pairs(
     """
     if first & (tl.load(record + at.UNGATED) != 0):
         size: tl.constexpr = w.shape[0] * w.shape[1]
-        there = tl.reshape((w != 0) & own[:, None], (size,)).to(tl.int32)
+        there = tl.reshape((w != 0) & valid[:, None], (size,)).to(tl.int32)
         target = pairs + place * (w.shape[1] + 1)
         tl.store(target + tl.cumsum(there, axis=0), tl.arange(0, size), mask=there != 0)
         tl.store(target, tl.sum(there, axis=0))
@@ -177,7 +177,7 @@ def store_finished(
     gate: tl.tensor,
     row: tl.tensor,
     token: tl.tensor,
-    own: tl.tensor,
+    valid: tl.tensor,
     MAX_FINISHED: tl.constexpr,
 ) -> None:
     """Rank rows `row` of a piece times their gates, and zeros up to the next multiple of PITCH."""
@@ -186,7 +186,7 @@ def store_finished(
     place = tl.multiple_of(tl.load(record + at.FINISHED).to(tl.int32), at.PITCH)
     stop = tl.cdiv(tl.load(record + at.RANK).to(tl.int32), at.PITCH) * at.PITCH
     target = finished + (token * MAX_FINISHED)[:, None] + place + row[None, :]
-    tl.store(target, z.to(finished.dtype.element_ty), mask=own[:, None] & (row < stop)[None, :])
+    tl.store(target, z.to(finished.dtype.element_ty), mask=valid[:, None] & (row < stop)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
@@ -251,7 +251,7 @@ def gate_kernel(
     if SINGLE:  # noqa: SIM102
         if routes_first(steps, size):
             token = first_token + tl.arange(0, 1)
-            own = token < tokens
+            valid = token < tokens
             x_one = x + first_token.to(tl.int64) * x_stride
             a = weights + tl.multiple_of(tl.load(head + at.HEAD_A), at.PITCH)
             pitch = tl.multiple_of(tl.cdiv(features, at.PITCH) * at.PITCH, at.PITCH)
@@ -272,7 +272,7 @@ def gate_kernel(
                         gates,
                         trace,
                         token,
-                        own,
+                        valid,
                         tokens,
                         local == 0,
                         MAX_GATES,
@@ -282,20 +282,20 @@ def gate_kernel(
                     )
                     gate = row_gates(w, owners, record, row, rank)
                     if PAIRS:
-                        list_pairs(pairs, record, w, own, place, local == 0)
+                        list_pairs(pairs, record, w, valid, place, local == 0)
                 stacked = tl.load(record + at.ROW).to(tl.int32) + row
-                wanted = (tl.max(tl.abs(gate), axis=0) > 0) & (stacked < shrunk)
-                # Nothing is read where no row of the block is wanted.
-                end = tl.where(tl.max(wanted.to(tl.int32), axis=0) > 0, features, 0)
-                sums = project_one(x_one, a + stacked * pitch, wanted, 0, end, SINGLE_IN)[None, :]
+                used = (tl.max(tl.abs(gate), axis=0) > 0) & (stacked < shrunk)
+                # Nothing is read where no row of the block is used.
+                end = tl.where(tl.max(used.to(tl.int32), axis=0) > 0, features, 0)
+                sums = project_one(x_one, a + stacked * pitch, used, 0, end, SINGLE_IN)[None, :]
                 if MIXED:
-                    where = own[:, None] & (row < rank)[None, :]
+                    where = valid[:, None] & (row < rank)[None, :]
                     sums += mixed_rows(
                         strips, stacked, where, token, tokens, shrunk, parts, MAX_RANK
                     )
-                store_finished(finished, record, sums, gate, row, token, own, MAX_FINISHED)
+                store_finished(finished, record, sums, gate, row, token, valid, MAX_FINISHED)
             return
-    token, own = load_tokens(steps, place, size, tokens, ORDER, TILE)
+    token, valid = load_tokens(steps, place, size, tokens, ORDER, TILE)
     blocks = tl.sum(tl.cdiv(sizes, BLOCK_RANK), axis=0)
     for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
         piece, local = find_block(sizes, block, BLOCK_RANK)
@@ -303,7 +303,7 @@ def gate_kernel(
         row = local * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
         rank = tl.load(record + at.RANK).to(tl.int32)
         stacked = tl.load(record + at.ROW).to(tl.int32) + row
-        where = own[:, None] & (row < rank)[None, :]
+        where = valid[:, None] & (row < rank)[None, :]
         sums = tl.zeros((TILE, BLOCK_RANK), dtype=tl.float32)
         for split in tl.static_range(SPLITS):
             source = (split * tokens + token)[:, None] * MAX_RANK + stacked[None, :]
@@ -321,7 +321,7 @@ def gate_kernel(
                 gates,
                 trace,
                 token,
-                own,
+                valid,
                 tokens,
                 local == 0,
                 MAX_GATES,
@@ -331,8 +331,8 @@ def gate_kernel(
             )
             gate = row_gates(w, owners, record, row, rank)
             if PAIRS:
-                list_pairs(pairs, record, w, own, place, local == 0)
-        store_finished(finished, record, sums, gate, row, token, own, MAX_FINISHED)
+                list_pairs(pairs, record, w, valid, place, local == 0)
+        store_finished(finished, record, sums, gate, row, token, valid, MAX_FINISHED)
 
 
 def gate(

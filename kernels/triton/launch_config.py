@@ -194,7 +194,7 @@ def launch_config_for(tokens: int, capacity: Capacity) -> LaunchConfig:
         max_experts=max_experts,
         max_pieces=max_pieces,
         # Records start at multiples of 16 bytes, so that every kernel is compiled once.
-        counters=_round_up(max_experts + at.FIGURES.value, 2),
+        counters=_round_up(max_experts + at.TOTALS.value, 2),
     )
 
 

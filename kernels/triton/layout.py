@@ -117,7 +117,7 @@ RELU = tl.constexpr(3)
 DECISIONS = tl.constexpr(0)
 SOFT = tl.constexpr(1)
 TOTAL_ENTROPY = tl.constexpr(2)
-FIGURES = tl.constexpr(3)
+TOTALS = tl.constexpr(3)
 ENTROPY_UNIT = tl.constexpr(1 << 24)
 
 # The steps buffer, int32: a head, the small tiles, the large tiles and the order of the tokens,

@@ -37,7 +37,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Site:
+class RouterSite:
     """Where a router's decisions are found: columns of the logits, and row of the counters.
 
     handle, piece: of the linear, which for an FFN mixture is the gate_up linear.
@@ -62,7 +62,7 @@ class Packing:
     heads: dict[int, Record] = field(default_factory=dict)
     pieces: dict[int, list[Record]] = field(default_factory=dict)
     ffns: dict[int, Record] = field(default_factory=dict)
-    sites: list[Site] = field(default_factory=list)
+    sites: list[RouterSite] = field(default_factory=list)
 
     @property
     def sizes(self) -> list[int]:
@@ -123,13 +123,13 @@ class RowStack:
 
     def check(self, capacity: Capacity) -> None:
         """Raises CapacityError."""
-        for what, found, most in (
+        for what, count, most in (
             ("rank rows", self.rank + self.mixed, capacity.rank),
             ("router rows", self.gates, capacity.gates),
             ("projections", len(self.pieces), capacity.pieces),
         ):
-            if found > most:
-                raise CapacityError(self.name, f"{found} {what}", f"at most {most}")
+            if count > most:
+                raise CapacityError(self.name, f"{count} {what}", f"at most {most}")
 
     def head(self, packing: Packing, dtype: torch.dtype) -> Record:
         record = Record([0] * at.HEAD.value)
@@ -263,13 +263,13 @@ def _pack_down(
         first, over = plain.fields[at.ROW.value], plain.places[at.B.value]
         b.insert(0, packing.matrices[over][:, : plain.fields[at.WIDTH.value]])
     stacked = torch.cat([part.float() for part in b])
-    own = Record([0] * at.PIECE.value)
-    own.fields[at.WIDTH.value] = stacked.shape[1]
-    own.fields[at.RANK.value] = stacked.shape[0]
-    own.fields[at.ROW.value] = first
-    own.fields[at.SCALE.value] = own.fields[at.BIAS.value] = -1
-    own.places[at.B.value] = packing.add(stacked, dtype, over)
-    down.add_piece(own)
+    mixed = Record([0] * at.PIECE.value)
+    mixed.fields[at.WIDTH.value] = stacked.shape[1]
+    mixed.fields[at.RANK.value] = stacked.shape[0]
+    mixed.fields[at.ROW.value] = first
+    mixed.fields[at.SCALE.value] = mixed.fields[at.BIAS.value] = -1
+    mixed.places[at.B.value] = packing.add(stacked, dtype, over)
+    down.add_piece(mixed)
 
 
 def _is_plain(record: Record) -> bool:
@@ -311,7 +311,7 @@ def _route(
         record.fields[at.HIDDEN.value] = policy.hidden
         record.places[at.MLP.value] = packing.add(mlp, torch.float32)
     position = len(stack.pieces)
-    packing.sites.append(Site(piece.site, policy, stack.handle, position, gate, experts))
+    packing.sites.append(RouterSite(piece.site, policy, stack.handle, position, gate, experts))
 
 
 def _constant_weights(piece: LinearPiece) -> Tensor | None:

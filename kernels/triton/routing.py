@@ -17,16 +17,16 @@ from molehill.kernels.triton import layout as at
 
 
 @triton.jit
-def entropy_of(p: tl.tensor, own: tl.tensor, kind: tl.tensor, parameters: tl.tensor) -> tl.tensor:
+def entropy_of(p: tl.tensor, valid: tl.tensor, kind: tl.tensor, parameters: tl.tensor) -> tl.tensor:
     """Shannon, Tsallis or Renyi entropy of p + eps over `most`. p `[T, E]`: `[T]`."""
     index = tl.load(parameters + at.INDEX)
     p += tl.load(parameters + at.EPS)
-    own = own & (p > 0)
-    log_p = tl.log(tl.where(own, p, 1.0))
+    valid = valid & (p > 0)
+    log_p = tl.log(tl.where(valid, p, 1.0))
     if kind == at.SHANNON:
-        value = -tl.sum(tl.where(own, p * log_p, 0.0), axis=1)
+        value = -tl.sum(tl.where(valid, p * log_p, 0.0), axis=1)
     else:
-        power = tl.sum(tl.where(own, tl.exp(index * log_p), 0.0), axis=1)
+        power = tl.sum(tl.where(valid, tl.exp(index * log_p), 0.0), axis=1)
         if kind == at.TSALLIS:
             value = (1.0 - power) / (index - 1.0)
         else:
@@ -62,21 +62,21 @@ def softplus(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def sparsemax(v: tl.tensor, own: tl.tensor, experts: tl.tensor) -> tl.tensor:
+def sparsemax(v: tl.tensor, valid: tl.tensor, experts: tl.tensor) -> tl.tensor:
     """The distribution nearest to v `[T, E]` (arXiv 1602.02068), by each v's place and by what the
     larger ones sum to, in place of sorting them."""
     expert = tl.arange(0, v.shape[1])[None, :]
     place = tl.full(v.shape, 1.0, dtype=tl.float32)
-    upto = tl.where(own, v, 0.0)
+    upto = tl.where(valid, v, 0.0)
     for other in range(experts):
-        u = tl.sum(tl.where(expert == other, tl.where(own, v, 0.0), 0.0), axis=1)[:, None]
+        u = tl.sum(tl.where(expert == other, tl.where(valid, v, 0.0), 0.0), axis=1)[:, None]
         precedes = (u > v) | ((u == v) & (other < expert))
         place += tl.where(precedes, 1.0, 0.0)
         upto += tl.where(precedes, u, 0.0)
-    support = own & (1.0 + place * v > upto)
+    support = valid & (1.0 + place * v > upto)
     total = tl.sum(tl.where(support, v, 0.0), axis=1)
     size = tl.sum(tl.where(support, 1.0, 0.0), axis=1)
-    return tl.where(own, tl.maximum(v - ((total - 1.0) / size)[:, None], 0.0), 0.0)
+    return tl.where(valid, tl.maximum(v - ((total - 1.0) / size)[:, None], 0.0), 0.0)
 
 
 @triton.jit
@@ -87,8 +87,8 @@ def above_floor(
     floor = tl.load(parameters + at.FLOOR)
     w = tl.where(q >= floor, q, 0.0)
     if scores == at.LEARNED:
-        own_floor = floor * tl.sigmoid(extra + tl.load(parameters + at.OFFSET))
-        w = tl.maximum(q - own_floor[:, None], 0.0)
+        token_floor = floor * tl.sigmoid(extra + tl.load(parameters + at.OFFSET))
+        w = tl.maximum(q - token_floor[:, None], 0.0)
     return w
 
 
@@ -105,7 +105,7 @@ def route(
     extra: float32 `[T]`, the logits of the router's extra row where scores are LEARNED, what the
     hidden layer comes to where they are SPARSE.
     """
-    own = (tl.arange(0, logits.shape[1]) < experts)[None, :]
+    valid = (tl.arange(0, logits.shape[1]) < experts)[None, :]
     scores = tl.load(record + at.SCORES)
     if scores == at.ABSOLUTE:
         logits = tl.abs(logits) / tl.load(parameters + at.TEMPERATURE)
@@ -114,25 +114,25 @@ def route(
         expert = tl.arange(0, logits.shape[1])
         biases = tl.load(parameters + at.BIASES + expert, mask=expert < experts, other=0.0)
         logits += biases[None, :]
-    logits = tl.where(own, logits, float("-inf"))
+    logits = tl.where(valid, logits, float("-inf"))
     # Neither softmax nor sparsemax changes if all logits move.
     moved = logits - tl.max(logits, axis=1)[:, None]
     if scores == at.SPARSE:
         sparsity = softplus(-(extra + tl.load(parameters + at.OFFSET)))
-        p = sparsemax(moved / (sparsity + tl.load(parameters + at.LEAST))[:, None], own, experts)
+        p = sparsemax(moved / (sparsity + tl.load(parameters + at.LEAST))[:, None], valid, experts)
     else:
         p = tl.exp(moved)
         p = p / tl.sum(p, axis=1)[:, None]
-    entropy = entropy_of(p, own, tl.load(record + at.ENTROPY), parameters)
+    entropy = entropy_of(p, valid, tl.load(record + at.ENTROPY), parameters)
     soft = entropy > tl.load(parameters + at.THRESHOLD)
     q = p / tl.load(parameters + at.DIVISOR)
     if biased:
-        p = tl.where(own, logits, 0.0)
+        p = tl.where(valid, logits, 0.0)
         q = p
-    kept = own & (q == q)
+    kept = valid & (q == q)
     if tl.load(record + at.KEEP) < experts:
         kept = kept & sparse_mask(q, experts, record, tl.load(parameters + at.TOP_P))
-        kept = kept | (own & soft[:, None])
+        kept = kept | (valid & soft[:, None])
     w = tl.where(kept, tl.where(biased, 1.0, q), 0.0)
     if scores >= at.FLOORED:
         w = above_floor(w, extra, scores, parameters)
@@ -144,15 +144,15 @@ def route(
 
 @triton.jit
 def count(
-    counters: tl.tensor, w: tl.tensor, entropy: tl.tensor, soft: tl.tensor, own: tl.tensor
+    counters: tl.tensor, w: tl.tensor, entropy: tl.tensor, soft: tl.tensor, valid: tl.tensor
 ) -> None:
-    """Adds a tile's decisions to a site's counters `[E + FIGURES]`. own: bool `[T]`."""
+    """Adds a tile's decisions to a site's counters `[E + TOTALS]`. valid: bool `[T]`."""
     expert = tl.arange(0, w.shape[1])
-    chosen = tl.sum(tl.where((w > 0) & own[:, None], 1, 0), axis=0).to(tl.int64)
+    chosen = tl.sum(tl.where((w > 0) & valid[:, None], 1, 0), axis=0).to(tl.int64)
     tl.atomic_add(counters + expert, chosen, mask=chosen > 0, sem="relaxed")
-    figures = counters + w.shape[1]
-    tl.atomic_add(figures + at.DECISIONS, tl.sum(own.to(tl.int64)), sem="relaxed")
-    softs = tl.sum((soft & own).to(tl.int64))
-    tl.atomic_add(figures + at.SOFT, softs, sem="relaxed")
-    units = tl.where(own, entropy * at.ENTROPY_UNIT, 0.0).to(tl.int64)
-    tl.atomic_add(figures + at.TOTAL_ENTROPY, tl.sum(units), sem="relaxed")
+    totals = counters + w.shape[1]
+    tl.atomic_add(totals + at.DECISIONS, tl.sum(valid.to(tl.int64)), sem="relaxed")
+    softs = tl.sum((soft & valid).to(tl.int64))
+    tl.atomic_add(totals + at.SOFT, softs, sem="relaxed")
+    units = tl.where(valid, entropy * at.ENTROPY_UNIT, 0.0).to(tl.int64)
+    tl.atomic_add(totals + at.TOTAL_ENTROPY, tl.sum(units), sem="relaxed")

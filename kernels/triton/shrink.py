@@ -63,7 +63,7 @@ def tf32_halves(g: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 @triton.jit
 def project(
     x: tl.tensor,
-    own: tl.tensor,
+    valid: tl.tensor,
     weights: tl.tensor,
     columns: tl.tensor,
     begin: tl.tensor,
@@ -80,7 +80,7 @@ def project(
     k = tl.arange(0, BLOCK_IN)
     for start in range(begin, end, BLOCK_IN):
         inside = start + k < end
-        a = tl.load(x + start + k[None, :], mask=own[:, None] & inside[None, :], other=0.0)
+        a = tl.load(x + start + k[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
         b = tl.load(
             weights + start + k[:, None], mask=inside[:, None] & columns[None, :], other=0.0
         )
@@ -97,19 +97,19 @@ def project(
 def project_one(
     x: tl.tensor,
     weights: tl.tensor,
-    wanted: tl.tensor,
+    used: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
     BLOCK_IN: tl.constexpr,
 ) -> tl.tensor:
     """Of one token: float32 `[rows]`, without tensor cores. weights: pointers to rows `[rows]`, of
-    which the `wanted` are read. x: pointer to the token's inputs."""
+    which the `used` are read. x: pointer to the token's inputs."""
     k = tl.arange(0, BLOCK_IN)
-    sums = tl.zeros((wanted.shape[0], BLOCK_IN), dtype=tl.float32)
+    sums = tl.zeros((used.shape[0], BLOCK_IN), dtype=tl.float32)
     for start in range(begin, end, BLOCK_IN):
         inside = start + k < end
         a = tl.load(x + start + k, mask=inside, other=0.0).to(tl.float32)
-        where = wanted[:, None] & inside[None, :]
+        where = used[:, None] & inside[None, :]
         b = tl.load(weights[:, None] + (start + k)[None, :], mask=where, other=0.0)
         sums += a[None, :] * b.to(tl.float32)
     return tl.sum(sums, axis=1)
@@ -167,7 +167,7 @@ def shrink_kernel(
                     sums = project_one(x_one, g, gate < gates, begin, end, BLOCK_IN)
                     tl.store(target + gate, sums, mask=gate < gates)
             return
-    token, own = load_tokens(steps, place, size, tokens, ORDER, TILE)
+    token, valid = load_tokens(steps, place, size, tokens, ORDER, TILE)
     out_row = (split * tokens + token)[:, None]
     x_row = (x + token.to(tl.int64) * x_stride)[:, None]
     if program < GATE_PROGRAMS:
@@ -176,8 +176,8 @@ def shrink_kernel(
         for start in range(program * BLOCK_GATES, gates, GATE_PROGRAMS * BLOCK_GATES):
             gate = start + tl.arange(0, BLOCK_GATES)
             g = routers + first + (gate * pitch)[None, :]
-            sums = project(x_row, own, g, gate < gates, begin, end, PRECISION, HALVES, BLOCK_IN)
-            where = own[:, None] & (gate < gates)[None, :]
+            sums = project(x_row, valid, g, gate < gates, begin, end, PRECISION, HALVES, BLOCK_IN)
+            where = valid[:, None] & (gate < gates)[None, :]
             tl.store(logits + out_row * MAX_GATES + gate[None, :], sums, mask=where)
     else:
         program -= GATE_PROGRAMS
@@ -186,8 +186,8 @@ def shrink_kernel(
         for start in range(program * BLOCK_RANK, rank, RANK_PROGRAMS * BLOCK_RANK):
             row = start + tl.arange(0, BLOCK_RANK)
             a = weights + first + (row * pitch)[None, :]
-            sums = project(x_row, own, a, row < rank, begin, end, PRECISION, False, BLOCK_IN)
-            where = own[:, None] & (row < rank)[None, :]
+            sums = project(x_row, valid, a, row < rank, begin, end, PRECISION, False, BLOCK_IN)
+            where = valid[:, None] & (row < rank)[None, :]
             tl.store(rows + out_row * MAX_RANK + row[None, :], sums, mask=where)
 
 

@@ -25,7 +25,10 @@ class SlotVectors:
 
     @property
     def tables(self) -> list[ScaleTable]:
-        return [*(table for own in self.linears.values() for table in own), *self.ffns.values()]
+        return [
+            *(table for tables in self.linears.values() for table in tables),
+            *self.ffns.values(),
+        ]
 
 
 class Vectors:
@@ -44,7 +47,10 @@ class Vectors:
         """As SlotWeights has them."""
         if scales or ffn_scales:
             self._slots[slot] = SlotVectors(
-                {handle: [self._table(p, True) for p in own] for handle, own in scales.items()},
+                {
+                    handle: [self._table(p, True) for p in pieces]
+                    for handle, pieces in scales.items()
+                },
                 {handle: self._table(piece, False) for handle, piece in ffn_scales.items()},
             )
 
@@ -57,20 +63,22 @@ class Vectors:
         self._slots.pop(slot, None)
 
     def num_bytes(self, slot: int) -> int:
-        own = self._slots.get(slot, SlotVectors())
-        return sum(table.num_bytes for table in own.tables)
+        vectors = self._slots.get(slot, SlotVectors())
+        return sum(table.num_bytes for table in vectors.tables)
 
     def counters(self, slot: int) -> dict[str, SiteCounters]:
-        own = self._slots.get(slot, SlotVectors())
-        return {site: found for table in own.tables for site, found in table.router.counters()}
+        vectors = self._slots.get(slot, SlotVectors())
+        return {
+            site: counters for table in vectors.tables for site, counters in table.router.counters()
+        }
 
     def scale_linear(
         self, out: Tensor, handle: int, runs: Sequence[Run], traces: list[Trace] | None
     ) -> None:
         """Multiplies columns of `out [T, out]` in place."""
         for run in runs:
-            own = self._slots.get(run.slot, SlotVectors())
-            for table in own.linears.get(handle, ()):
+            vectors = self._slots.get(run.slot, SlotVectors())
+            for table in vectors.linears.get(handle, ()):
                 u = out[run.start : run.stop, table.columns]
                 table.scale(u, table.logits(u), traces)
 

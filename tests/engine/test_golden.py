@@ -18,7 +18,7 @@ from support.asking import (
 from support.golden import ROUNDED, SERVED, Case, greatest_difference
 
 from molehill.benchmarks.contestants import MOLEHILL, Contestant
-from molehill.benchmarks.turns import Turns
+from molehill.benchmarks.turns import Measurements
 from molehill.benchmarks.workloads import Workload
 from molehill.engine import formats
 from molehill.engine.formats import native
@@ -261,7 +261,7 @@ def test_the_benchmark_leaves_out_what_takes_too_long_and_tells_how_far_it_is(
     llm: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long, short = Workload(2, 16, 48), Workload(1, 16, 1)
-    turns = Turns(repetitions=2, budget=0.0)
+    turns = Measurements(repetitions=2, budget=0.0)
     turns.take({MOLEHILL: llm}, {"base": [None]}, [Contestant("base", MOLEHILL)], [long, short])
     # Nothing stops what is done with its first step.
     assert [(s.workload, s.repetition) for s in turns.samples] == [(short.name, 0), (short.name, 1)]
@@ -274,7 +274,7 @@ def test_the_benchmark_leaves_out_what_takes_too_long_and_tells_how_far_it_is(
 
 def test_requests_that_arrive_one_by_one_have_all_their_tokens_in_time(llm: Any) -> None:
     """A mixture's and the base's, by turns."""
-    turns = Turns(repetitions=1, budget=60.0)
+    turns = Measurements(repetitions=1, budget=60.0)
     arriving = Workload(6, 16, 4, rate=50.0)
     loras = {"both": [request("mixlora"), None]}
     turns.take({MOLEHILL: llm}, loras, [Contestant("both", MOLEHILL)], [arriving])

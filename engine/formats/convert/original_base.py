@@ -66,9 +66,9 @@ def from_initial(adapter: Adapter, initial: Adapter) -> Adapter:
         if site not in initial.sites:
             expected = "one, as the trained adapter has"
             raise MissingTensorError(f"the initial adapter's {site}", "no tensors", expected)
-        own, begun = _experts(adapter, site), _experts(initial, site)
-        check_alike("the initial adapter", site, begun, own)
-        pairs[site] = begun
+        trained, initial_pair = _experts(adapter, site), _experts(initial, site)
+        check_alike("the initial adapter", site, initial_pair, trained)
+        pairs[site] = initial_pair
     return _without(adapter, pairs, set())
 
 
@@ -96,8 +96,10 @@ def _experts(adapter: Adapter, site: str) -> Experts:
 
 def _without(adapter: Adapter, pairs: Mapping[str, Experts], rounded: set[str]) -> Adapter:
     sites = dict(adapter.sites)
-    for site, begun in pairs.items():
-        both = stack_up([_experts(adapter, site), Experts(begun.a, -begun.b, begun.ranks)])
+    for site, initial_pair in pairs.items():
+        both = stack_up(
+            [_experts(adapter, site), Experts(initial_pair.a, -initial_pair.b, initial_pair.ranks)]
+        )
         one = Experts(both.a.contiguous(), both.b.contiguous(), (sum(both.ranks),))
         mixture = sites[site]
         assert isinstance(mixture, LinearMixture)

@@ -129,16 +129,16 @@ def _read_shards(directory: Path, limits: Limits) -> Weights:
     for file in index.files:
         if not (directory / file).exists():
             raise MissingTensorError(file, "no such file", f"one, as {INDEX} names it")
-        found = read_tensors(directory / file, replace(limits, adapter_bytes=left)).tensors
-        left -= sum(tensor.nbytes for tensor in found.values())
-        listed = {name for name, own in index.weight_map.items() if own == file}
-        if found.keys() != listed:
-            name = min(found.keys() ^ listed)
+        shard = read_tensors(directory / file, replace(limits, adapter_bytes=left)).tensors
+        left -= sum(tensor.nbytes for tensor in shard.values())
+        listed = {name for name, listed_file in index.weight_map.items() if listed_file == file}
+        if shard.keys() != listed:
+            name = min(shard.keys() ^ listed)
             where, what = f"{file}: {name[:_NAME_CHARACTERS]}", "a tensor that the index"
-            if name in found:
+            if name in shard:
                 raise CorruptFileError(where, f"{what} does not have there", f"those of {INDEX}")
             raise MissingTensorError(where, f"no such tensor, {what} has there", "it")
-        tensors |= found
+        tensors |= shard
     return Weights(INDEX, tensors)
 
 
@@ -190,9 +190,9 @@ def _read_whole(path: Path) -> Tensor:
     return data
 
 
-def _check_length(path: Path, found: int, expected: int) -> None:
-    if found < expected:
-        raise CorruptFileError(path.name, f"{found} bytes", f"at least {expected}")
+def _check_length(path: Path, size: int, expected: int) -> None:
+    if size < expected:
+        raise CorruptFileError(path.name, f"{size} bytes", f"at least {expected}")
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -209,15 +209,15 @@ def _copy(path: Path, target: IO[bytes], limit: int) -> None:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise CorruptFileError(path.name, "something else", "a regular file")
-        found, copied = status.st_size, 0
-        while max(found, copied) <= limit:
+        size, copied = status.st_size, 0
+        while max(size, copied) <= limit:
             with _reading(path):
                 chunk = file.read(_CHUNK)
             if not chunk:
                 return
             copied += len(chunk)
             target.write(chunk)
-    raise LimitError(path.name, f"{max(found, copied)} bytes", f"at most {limit} bytes")
+    raise LimitError(path.name, f"{max(size, copied)} bytes", f"at most {limit} bytes")
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -12,12 +12,12 @@ _MODEL_CONFIG = "config.json"
 def hint(directory: Path, files: Collection[str]) -> str:
     """Which directories right below have one of the files, or that this is a whole model, as the
     end of a sentence; empty if there is nothing to say."""
-    found = [name for name in _directories(directory) if _has_one(directory / name, files)]
-    if len(found) == 1:
-        return f"; {found[0]} below it has one: name that directory"
-    if found:
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        listed = ", ".join(found[-_SHOWN:])
+    nearby = [name for name in _directories(directory) if _has_one(directory / name, files)]
+    if len(nearby) == 1:
+        return f"; {nearby[0]} below it has one: name that directory"
+    if nearby:
+        more = f" and {len(nearby) - _SHOWN} more" if len(nearby) > _SHOWN else ""
+        listed = ", ".join(nearby[-_SHOWN:])
         return f"; directories below it have one each: {listed}{more}. Name the one that is meant"
     if (directory / _MODEL_CONFIG).exists():
         return f"; there is a {_MODEL_CONFIG}, as of a whole model, which is served as a base"

@@ -35,18 +35,18 @@ def read(files: AdapterFiles) -> Adapter:
     config, weights = files.config, files.weights
     config.refuse({**peft.UNSERVED, **_UNREAD})
     factor = _factor(config)
-    found = tuner_linears.find(config, weights, "adalora", _PARTS)
-    _check_rank_pattern(config, weights, found)
+    tuned = tuner_linears.find(config, weights, "adalora", _PARTS)
+    _check_rank_pattern(config, weights, tuned)
     pairs, pruned = {}, 0
-    for site, stem in found.stems.items():
+    for site, stem in tuned.stems.items():
         pair = _pair(weights, stem, factor)
         pruned += pair is None
         if pair is not None:
             pairs[site] = pair
     sites = tuner_linears.plain(_rows(pairs), files.limits)
-    notes = found.warnings
+    notes = tuned.warnings
     if pruned:
-        notes += (f"{pruned} of {len(found.stems)} linears have no rank left: as the base there",)
+        notes += (f"{pruned} of {len(tuned.stems)} linears have no rank left: as the base there",)
     return Adapter("adalora", sites, config.text("base_model_name_or_path"), notes)
 
 
@@ -84,11 +84,11 @@ def _pair(weights: Weights, stem: str, factor: float) -> tuple[Tensor, Tensor] |
     return ((a * e)[kept], b[:, kept] * factor) if bool(kept.any()) else None
 
 
-def _check_rank_pattern(config: Fields, weights: Weights, found: TunedLinears) -> None:
+def _check_rank_pattern(config: Fields, weights: Weights, tuned: TunedLinears) -> None:
     """What was kept of each linear, `{module}.lora_E` to booleans: PEFT cannot load a file whose
     ranks are others. Raises ConfigError, ShapeError."""
     kept = config.object("rank_pattern")
-    stems = {found.name_in_model(site): stem for site, stem in found.stems.items()}
+    stems = {tuned.name_in_model(site): stem for site, stem in tuned.stems.items()}
     for name, flags in kept.values.items():
         if not isinstance(flags, list) or not all(isinstance(flag, bool) for flag in flags):
             raise kept.error(name, "a list of true and false")

@@ -19,7 +19,7 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
-from molehill.engine.formats.readers.linears import EXPERT, STEM, Layout
+from molehill.engine.formats.readers.linears import EXPERT, STEM, PartNames
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_router
 from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, Reader
 from molehill.kernels.mixture import LinearMixture
@@ -39,8 +39,8 @@ def read(files: AdapterFiles) -> Adapter:
     config.refuse(_UNSERVED)
     beside = peft.check_initialisation(config)
     kind = str(config.values["peft_type"]).lower()
-    more = _THRESHOLD if kind == "adamole" else ()
-    layout = Layout(kind, "lora_gating.weight", "lora_A.{e}.weight", "lora_B.{e}.weight", more)
+    extra = _THRESHOLD if kind == "adamole" else ()
+    layout = PartNames(kind, "lora_gating.weight", "lora_A.{e}.weight", "lora_B.{e}.weight", extra)
     policy = _policy(config, kind)
     scaling = Scaling(config.number("lora_alpha", above=0), config.integer("lora_rank"))
     weights = without_copies(files.weights)
@@ -79,7 +79,7 @@ def _policy(config: Fields, kind: str) -> Callable[[int], Policy]:
 
 def without_copies(weights: Weights) -> Weights:
     """The tensors less the second name of each. Raises CorruptFileError if two are not the same."""
-    own = dict(weights.tensors)
+    tensors = dict(weights.tensors)
     for name in weights.tensors:
         match = _COPY.fullmatch(name)
         if match is None:
@@ -87,15 +87,15 @@ def without_copies(weights: Weights) -> Weights:
         first = f"{match['stem']}.lora_{match['half']}.{match['e']}.weight"
         if first not in weights.tensors:
             raise MissingTensorError(weights.where(first), "no such tensor", f"that of {name}")
-        if not torch.equal(weights.tensors[first], own.pop(name)):
+        if not torch.equal(weights.tensors[first], tensors.pop(name)):
             raise CorruptFileError(weights.where(name), "other values", f"those of {first}")
-    return Weights(weights.file, own)
+    return Weights(weights.file, tensors)
 
 
 def _mixture(
     config: Fields,
     weights: Weights,
-    layout: Layout,
+    layout: PartNames,
     stem: str,
     scaling: Scaling,
     policy: Callable[[int], Policy],
@@ -105,9 +105,9 @@ def _mixture(
     experts = build_experts(weights, layout.pairs(stem, count), scaling)
     inputs = experts.a.shape[1]
     router = read_router(weights, name, inputs)
-    if not layout.more:
+    if not layout.extra:
         return LinearMixture(experts, policy(count), router)
-    row, bias = (f"{stem}.{part}" for part in layout.more)
+    row, bias = (f"{stem}.{part}" for part in layout.extra)
     threshold = _shaped(weights, row, [1, inputs])
     return LinearMixture(
         experts,

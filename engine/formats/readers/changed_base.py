@@ -56,10 +56,10 @@ def check(config: Fields) -> tuple[str, ...]:
         return ()
     if config.flag(FIELD):
         return (warning(_INITIALISATION, config.values.get(_INITIALISATION)),)
-    said = shortened(config.values.get(_INITIALISATION))
+    initialisation = shortened(config.values.get(_INITIALISATION))
     raise UnsupportedError(
         f"{config.where}: {_INITIALISATION}",
-        f"{said}, which changes the base weights",
+        f"{initialisation}, which changes the base weights",
         f"an initialisation that leaves them alone, or {_remedy(config)}; or, where the base that "
         f'is served is the changed one, "{FIELD}": true as it is loaded ({OPTION} of molehill\'s '
         "commands)",
@@ -68,8 +68,8 @@ def check(config: Fields) -> tuple[str, ...]:
 
 def _remedy(config: Fields) -> str:
     name = str(_name(config))
-    found = (text for start, text in _REMEDIES.items() if name.startswith(start))
-    return next(found, "one that molehill knows")
+    remedies = (text for start, text in _REMEDIES.items() if name.startswith(start))
+    return next(remedies, "one that molehill knows")
 
 
 def _name(config: Fields) -> object:

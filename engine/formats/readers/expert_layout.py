@@ -29,14 +29,14 @@ class Layouts:
     """What a config says: of all parameters, and of some by name."""
 
     general: Layout | None
-    own: Mapping[str, Layout]
+    by_parameter: Mapping[str, Layout]
 
     def of(self, parameter: str) -> Layout:
         """PEFT's where nothing else is said."""
-        return self.own.get(parameter, self.general or "rank_major")
+        return self.by_parameter.get(parameter, self.general or "rank_major")
 
     def knows(self, parameter: str) -> bool:
-        return self.general is not None or parameter in self.own
+        return self.general is not None or parameter in self.by_parameter
 
 
 def read(config: Fields) -> Layouts:
@@ -45,11 +45,11 @@ def read(config: Fields) -> Layouts:
     detail = config.object(_DETAIL)
     detail.choice("lora_A_layout", ("grouped_by_expert",), "grouped_by_expert")
     parameters = detail.object("parameters")
-    own = {name: _layout(parameters.object(name), FIELD) for name in parameters.values}
-    for name, layout in own.items():
+    by_parameter = {name: _layout(parameters.object(name), FIELD) for name in parameters.values}
+    for name, layout in by_parameter.items():
         if general is not None and layout != general:
             raise parameters.object(name).error(FIELD, f"{general}, the adapter's {FIELD}")
-    return Layouts(general, own)
+    return Layouts(general, by_parameter)
 
 
 def with_given(config: Fields, layout: Layout | None) -> Fields:
@@ -77,7 +77,7 @@ def in_doubt(config: Fields, parameters: Collection[str] = ()) -> bool:
     layouts = read(config)
     if not config.values.get("target_parameters") or layouts.general is not None:
         return False
-    return not layouts.own or not all(map(layouts.knows, parameters))
+    return not layouts.by_parameter or not all(map(layouts.knows, parameters))
 
 
 def needs_readme(directory: Path) -> bool:
@@ -102,8 +102,8 @@ def check_said(directory: Path, config: Fields, parameters: Collection[str]) -> 
 
 
 def _layout(config: Fields, name: str) -> Layout:
-    found = config.choice(name, LAYOUTS)
-    return next(layout for layout in LAYOUTS if layout == found)
+    word = config.choice(name, LAYOUTS)
+    return next(layout for layout in LAYOUTS if layout == word)
 
 
 def _sign_of_unsloth(directory: Path, config: Fields) -> str | None:

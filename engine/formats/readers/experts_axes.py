@@ -35,17 +35,17 @@ class Stack:
     swapped: bool = False
 
 
-def assign(stacks: list[Stack], wanted: Collection[str], config: Fields) -> dict[str, Stack]:
+def assign(stacks: list[Stack], parameters: Collection[str], config: Fields) -> dict[str, Stack]:
     """The stacks of one block by their parameters, which follow from the shapes of two.
 
-    wanted: the parameters, as many as stacks. Raises as `orient`.
+    parameters: adapted ones, as many as stacks. Raises as `orient`.
     """
     if len(stacks) == 1:
-        return orient({next(iter(wanted)): stacks[0]}, config)
+        return orient({next(iter(parameters)): stacks[0]}, config)
     for order in permutations(stacks):
-        found = dict(zip((_GATE_UP, _DOWN), order, strict=True))
-        if _is_plain(found) or _is_swapped(found):
-            return orient(found, config)
+        assigned = dict(zip((_GATE_UP, _DOWN), order, strict=True))
+        if _is_plain(assigned) or _is_swapped(assigned):
+            return orient(assigned, config)
     raise _no_pair(stacks)
 
 
@@ -55,27 +55,27 @@ def orient(stacks: Mapping[str, Stack], config: Fields) -> dict[str, Stack]:
     Raises ConfigError where it contradicts the shapes, or is missing where nothing else tells;
     ShapeError for shapes of no pair.
     """
-    said = _said(config)
+    declared = _declared(config)
     if len(stacks) == 1:
         (stack,) = stacks.values()
-        if said is None and stack.a.shape[1] == stack.b.shape[0]:
+        if declared is None and stack.a.shape[1] == stack.b.shape[0]:
             expected = f"the version of PEFT that wrote it, as {stack.where} is square"
             raise config.error(_FIELD, expected)
-        swapped = bool(said)
+        swapped = bool(declared)
     elif _is_swapped(stacks):
         swapped = True
     elif _is_plain(stacks):
         swapped = False
     else:
         raise _no_pair(list(stacks.values()))
-    if said is not None and said != swapped:
+    if declared is not None and declared != swapped:
         found = f"{config.values[_FIELD]!r} beside lora_A of {_layout(swapped)}"
-        expected = f"the version that wrote it, or lora_A of {_layout(said)}"
+        expected = f"the version that wrote it, or lora_A of {_layout(declared)}"
         raise ConfigError(f"{config.where}: {_FIELD}", found, expected)
     return {name: replace(stack, swapped=swapped) for name, stack in stacks.items()}
 
 
-def _said(config: Fields) -> bool | None:
+def _declared(config: Fields) -> bool | None:
     """Whether the version is one before the change; None if there is none."""
     version = config.text(_FIELD)
     match = re.match(r"(\d{1,4})\.(\d{1,4})", version or "")

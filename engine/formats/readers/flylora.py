@@ -13,7 +13,7 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
-from molehill.engine.formats.readers.linears import STEM, Layout
+from molehill.engine.formats.readers.linears import STEM, PartNames
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_scaling
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 from molehill.kernels.mixture import Experts, LinearMixture
@@ -21,7 +21,7 @@ from molehill.kernels.policy import FlyLoRA
 
 _BIASES = "lora_topk_bias"
 _KEY = re.compile(rf"{STEM}\.(?:lora_[AB]\.weight|{_BIASES})")
-_LAYOUT = Layout("flylora", _BIASES, "lora_A.weight", "lora_B.weight")
+_LAYOUT = PartNames("flylora", _BIASES, "lora_A.weight", "lora_B.weight")
 # A's own, which leaves the base weights as they are.
 _SPARSE = "sparse"
 _FIELDS = ("bias_u", "top_k")
@@ -38,8 +38,8 @@ _UNSERVED = {
 def recognises(config: Fields, weights: Weights) -> bool:
     """By the biases, or a config that promises them. Asked after the forks, which know MoLA's
     top_k by its router."""
-    promised = any(config.has(name) for name in _FIELDS)
-    return promised or any(_BIASES in name for name in weights.tensors)
+    declared = any(config.has(name) for name in _FIELDS)
+    return declared or any(_BIASES in name for name in weights.tensors)
 
 
 def read(config: Fields, weights: Weights) -> Adapter:

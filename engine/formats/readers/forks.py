@@ -17,7 +17,7 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
-from molehill.engine.formats.readers.linears import EXPERT, STEM, Layout
+from molehill.engine.formats.readers.linears import EXPERT, STEM, PartNames
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_router
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 from molehill.kernels.mixture import LinearMixture
@@ -38,10 +38,10 @@ _UNKNOWN = {
 }
 
 
-_MOLA = Layout("mola", "router.router.weight", "lora_A_{e}.weight", "lora_B_{e}.weight")
-_LORAMOE = Layout("loramoe", "lora_route.weight", "lora_A{e}.weight", "lora_B{e}.weight")
+_MOLA = PartNames("mola", "router.router.weight", "lora_A_{e}.weight", "lora_B_{e}.weight")
+_LORAMOE = PartNames("loramoe", "lora_route.weight", "lora_A{e}.weight", "lora_B{e}.weight")
 # The shared A is repeated for each expert: the canonical form knows pairs only.
-_HYDRALORA = Layout("hydralora", "lora_route.weight", "lora_A.weight", "lora_B{e}.weight")
+_HYDRALORA = PartNames("hydralora", "lora_route.weight", "lora_A.weight", "lora_B{e}.weight")
 
 
 def recognises(config: Fields, weights: Weights) -> bool:
@@ -76,7 +76,7 @@ READER = Reader(
 )
 
 
-def _fork(weights: Weights) -> Layout:
+def _fork(weights: Weights) -> PartNames:
     parts = {match["part"] for match in map(_KEY.fullmatch, weights.tensors) if match}
     if any(part == "router.router" or re.match(r"lora_[AB]_", part) for part in parts):
         return _MOLA
@@ -84,7 +84,7 @@ def _fork(weights: Weights) -> Layout:
 
 
 def _mixture(
-    config: Fields, weights: Weights, fork: Layout, module: str, stem: str
+    config: Fields, weights: Weights, fork: PartNames, module: str, stem: str
 ) -> LinearMixture:
     router = f"{stem}.{fork.router}"
     count = linears.count_experts(config, "lora_nums", weights, router)
@@ -97,7 +97,7 @@ def _scaling(config: Fields, module: str) -> Scaling:
     return Scaling(config.number("lora_alpha", above=0), _of_layer(config, "r", module))
 
 
-def _policy(config: Fields, fork: Layout, module: str) -> Policy:
+def _policy(config: Fields, fork: PartNames, module: str) -> Policy:
     if fork is not _MOLA:
         return Soft()
     return TopK(_of_layer(config, "top_k", module) if config.has("top_k") else _DEFAULT_TOP_K)
@@ -110,12 +110,12 @@ def _of_layer(config: Fields, name: str, module: str) -> int:
     return config.items(name).integer(module.split(".")[1])
 
 
-def _known(fork: Layout) -> Collection[str]:
+def _known(fork: PartNames) -> Collection[str]:
     official = f"{fork.method}-official"
     return known.FIELDS[official if official in known.FIELDS else fork.method]
 
 
-def _warnings(config: Fields, fork: Layout) -> tuple[str, ...]:
+def _warnings(config: Fields, fork: PartNames) -> tuple[str, ...]:
     if fork is not _MOLA or config.has("top_k"):
         return ()
     return (

@@ -27,7 +27,7 @@ from molehill.engine.formats.readers import (
     peft,
     saved_modules,
 )
-from molehill.engine.formats.readers.linears import EXPERT, STEM, Layout
+from molehill.engine.formats.readers.linears import EXPERT, STEM, PartNames
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_router
 from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, Reader
 from molehill.kernels.mixture import LinearMixture
@@ -37,7 +37,7 @@ from molehill.kernels.policy import TopK
 CHANGED_BY = "init_type"
 
 _KEY = re.compile(rf"{STEM}\.(?:lora_gating|lora_[AB]\.{EXPERT})\.weight")
-_LAYOUT = Layout("goat", "lora_gating.weight", "lora_A.{e}.weight", "lora_B.{e}.weight")
+_LAYOUT = PartNames("goat", "lora_gating.weight", "lora_A.{e}.weight", "lora_B.{e}.weight")
 
 # Which singular values, of n in falling order, are in the experts of a total rank r.
 _TAKEN: dict[str, Callable[[int, int, int], list[int]]] = {
@@ -87,7 +87,7 @@ def read(files: AdapterFiles) -> Adapter:
     linears.check_all_used(weights, _LAYOUT, experts)
     if kind in _TAKEN:
         notes += (changed_base.warning(CHANGED_BY, kind),)
-    notes += (*_doubts(config, kind), *known.warnings(config, known.FIELDS["goat"]))
+    notes += (*_scaling_warnings(config, kind), *known.warnings(config, known.FIELDS["goat"]))
     return Adapter("goat", sites, config.text("base_model_name_or_path"), warnings + notes)
 
 
@@ -140,9 +140,9 @@ def share(config: Fields) -> float:
 
 def _segments(r: int, experts: int, n: int, *, last: bool) -> list[int]:
     """The first, or last, r // E of each of E segments of n // E singular values."""
-    length, own = n // experts, r // experts
-    skipped = length - own if last else 0
-    return [e * length + skipped + i for e in range(experts) for i in range(own)]
+    length, rank = n // experts, r // experts
+    skipped = length - rank if last else 0
+    return [e * length + skipped + i for e in range(experts) for i in range(rank)]
 
 
 def _scaling(config: Fields, kind: str, rank: int, inputs: int) -> Scaling:
@@ -164,7 +164,7 @@ def _scaling(config: Fields, kind: str, rank: int, inputs: int) -> Scaling:
     return Scaling(alpha, rank, rslora="rs" in kind)
 
 
-def _doubts(config: Fields, kind: str) -> tuple[str, ...]:
+def _scaling_warnings(config: Fields, kind: str) -> tuple[str, ...]:
     """What decides the answer and is saved nowhere."""
     if config.has("molehill_scaling") or config.has("molehill_eta"):
         return ()

@@ -23,12 +23,12 @@ def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     config, weights = files.config, files.weights
     rank, orthogonal = config.integer("r"), config.flag("apply_GS")
-    found = tuner_linears.find(config, weights, "hra", _PARTS)
+    tuned = tuner_linears.find(config, weights, "hra", _PARTS)
     sites = {
         site: reflection(_directions(weights, f"{stem}.hra_u", rank), orthogonal)
-        for site, stem in found.stems.items()
+        for site, stem in tuned.stems.items()
     }
-    return Adapter("hra", sites, config.text("base_model_name_or_path"), found.warnings)
+    return Adapter("hra", sites, config.text("base_model_name_or_path"), tuned.warnings)
 
 
 READER = Reader(PEFT_FILES, read, peft_types=("HRA",))

@@ -21,12 +21,12 @@ _PARTS = ("ia3_l",)
 def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     config, weights = files.config, files.weights
-    found = tuner_linears.find(config, weights, "ia3", _PARTS)
+    tuned = tuner_linears.find(config, weights, "ia3", _PARTS)
     sites = {
-        site: _vector(config, weights, found.name_in_model(site), f"{stem}.ia3_l")
-        for site, stem in found.stems.items()
+        site: _vector(config, weights, tuned.name_in_model(site), f"{stem}.ia3_l")
+        for site, stem in tuned.stems.items()
     }
-    return Adapter("ia3", sites, config.text("base_model_name_or_path"), found.warnings)
+    return Adapter("ia3", sites, config.text("base_model_name_or_path"), tuned.warnings)
 
 
 READER = Reader(PEFT_FILES, read, peft_types=("IA3",))

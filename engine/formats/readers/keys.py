@@ -63,21 +63,21 @@ def canonical(weights: Weights) -> Weights:
     Raises CorruptFileError for two names that come to one, and for tensors of two adapters.
     """
     _check_one_adapter(weights)
-    found: dict[str, str] = {}
+    originals: dict[str, str] = {}
     notes: dict[str, str] = {}
     for name in weights.tensors:
         new, applied = _renamed(name)
-        if new in found:
-            where, other = weights.where(name), shortened(found[new])
+        if new in originals:
+            where, other = weights.where(name), shortened(originals[new])
             raise CorruptFileError(where, f"the same tensor as {other}", "each once")
-        found[new] = name
+        originals[new] = name
         for what in applied:
             note = f"{weights.file}: names with {what}: {shortened(name)} is read as {new[:200]}"
             notes.setdefault(what, note)
     return Weights(
         weights.file,
-        {new: weights.tensors[name] for new, name in found.items()},
-        {new: name for new, name in found.items() if new != name},
+        {new: weights.tensors[name] for new, name in originals.items()},
+        {new: name for new, name in originals.items() if new != name},
         (*weights.notes, *notes.values()),
     )
 

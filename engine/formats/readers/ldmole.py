@@ -23,7 +23,7 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
-from molehill.engine.formats.readers.linears import EXPERT, STEM, Layout
+from molehill.engine.formats.readers.linears import EXPERT, STEM, PartNames
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_router
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 from molehill.kernels.mixture import LinearMixture
@@ -34,7 +34,7 @@ _MLP = re.compile(
     r"(?:base_model\.sparsegen_fn|base_model\.model\..+\.sparsegen)\.mlp\.proj_layers\."
     r"(?P<width>[1-9]\d{0,6})\.(?P<part>[02]\.(?:weight|bias))"
 )
-_LAYOUT = Layout("ldmole", "lora_route.weight", "lora_A{e}.weight", "lora_B{e}.weight")
+_LAYOUT = PartNames("ldmole", "lora_route.weight", "lora_A{e}.weight", "lora_B{e}.weight")
 _SHARED = "base_model.sparsegen_fn.mlp.proj_layers"
 
 # The last two come from code that is not published.
@@ -60,8 +60,8 @@ class _Mlp:
 
 def recognises(config: Fields, weights: Weights) -> bool:
     """By the MLP's tensors, or the config that promises them."""
-    promised = config.object("sparsegen_cfg").flag("enabled")
-    return promised or any("sparsegen" in name for name in weights.tensors)
+    declared = config.object("sparsegen_cfg").flag("enabled")
+    return declared or any("sparsegen" in name for name in weights.tensors)
 
 
 def read(config: Fields, weights: Weights) -> Adapter:
@@ -74,8 +74,8 @@ def read(config: Fields, weights: Weights) -> Adapter:
     mlps = _mlps(weights)
     if config.has("sparsegen_cfg") and not config.object("sparsegen_cfg").flag("enabled"):
         raise config.error("sparsegen_cfg", "enabled true, as the file has tensors for it")
-    own = {name: t for name, t in weights.tensors.items() if "sparsegen" not in name}
-    weights = Weights(weights.file, own)
+    tensors = {name: t for name, t in weights.tensors.items() if "sparsegen" not in name}
+    weights = Weights(weights.file, tensors)
     notes = saved_modules.check(config, weights)
     expected = "lora_route, lora_A or lora_B of a layer's linear, or its sparsegen"
     stems = linears.find_stems(weights, _KEY, expected)
@@ -112,7 +112,9 @@ def _mlps(weights: Weights) -> dict[int, _Mlp]:
         other = first.setdefault(f"{_SHARED}.{match['width']}.{match['part']}", name)
         if not torch.equal(weights.tensors[other], tensor):
             raise CorruptFileError(weights.where(name), "other values", f"those of {other}")
-    shared = Weights(weights.file, {name: weights.tensors[own] for name, own in first.items()})
+    shared = Weights(
+        weights.file, {name: weights.tensors[original] for name, original in first.items()}
+    )
     return {width: _mlp(shared, width) for width in widths}
 
 

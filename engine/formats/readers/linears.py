@@ -12,7 +12,7 @@ from molehill.engine.adapter.module_names import AROUND_LAYERS, LAYER
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import targets
-from molehill.engine.formats.readers.lowrank import Pair
+from molehill.engine.formats.readers.lowrank import PairNames
 from molehill.engine.formats.readers.targeting import Targeting
 
 STEM = rf"(?P<stem>base_model\.model\.{AROUND_LAYERS}(?P<module>{LAYER}(?:\w+\.)*?\w+))"
@@ -22,25 +22,25 @@ _MODEL = "base_model.model."
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a method calls the parts of a linear; `{e}` is the expert. more: beside these."""
+class PartNames:
+    """What a method calls the parts of a linear; `{e}` is the expert. extra: beside these."""
 
     method: str
     router: str
     a: str
     b: str
-    more: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
 
-    def pairs(self, stem: str, experts: int) -> list[Pair]:
+    def pairs(self, stem: str, experts: int) -> list[PairNames]:
         """Names of each expert's A and B."""
         return [
-            Pair(f"{stem}.{self.a.format(e=e)}", f"{stem}.{self.b.format(e=e)}")
+            PairNames(f"{stem}.{self.a.format(e=e)}", f"{stem}.{self.b.format(e=e)}")
             for e in range(experts)
         ]
 
     def names(self, stem: str, experts: int) -> set[str]:
         """All names of a linear's parts."""
-        parts = {f"{stem}.{name}" for name in (self.router, *self.more)}
+        parts = {f"{stem}.{name}" for name in (self.router, *self.extra)}
         return parts.union(*((pair.a, pair.b) for pair in self.pairs(stem, experts)))
 
 
@@ -63,12 +63,12 @@ def find_stems(weights: Weights, key: re.Pattern[str], expected: str) -> dict[st
 def check_targets(config: Fields, weights: Weights, stems: Mapping[str, str]) -> tuple[str, ...]:
     """Every target is there in every layer, and nothing else. stems: as `find_stems` gives them.
     Warnings, or MissingTensorError, UnsupportedError."""
-    wanted, targeting = targets.read_targets(config), Targeting(config)
+    target_modules, targeting = targets.read_targets(config), Targeting(config)
     targeting.check(weights.file, [stem.removeprefix(_MODEL) for stem in stems.values()])
     chosen = any(config.values.get(field) for field in ("layers_to_transform", "exclude_modules"))
-    if not chosen and wanted and not any("." in target for target in wanted):
+    if not chosen and target_modules and not any("." in target for target in target_modules):
         targets.check_every_layer(weights.file, stems)
-    return targets.unused(wanted, stems) + targeting.warnings()
+    return targets.unused(target_modules, stems) + targeting.warnings()
 
 
 def count_experts(config: Fields, field: str, weights: Weights, router: str) -> int:
@@ -80,7 +80,7 @@ def count_experts(config: Fields, field: str, weights: Weights, router: str) -> 
     return rows
 
 
-def check_all_used(weights: Weights, layout: Layout, experts: Mapping[str, int]) -> None:
+def check_all_used(weights: Weights, layout: PartNames, experts: Mapping[str, int]) -> None:
     """experts: of each stem. Raises UnsupportedError for a tensor that is no part of any."""
     known = {name for stem, count in experts.items() for name in layout.names(stem, count)}
     for name in weights.tensors:

@@ -22,17 +22,17 @@ _PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
-    found = tuner_linears.find(files.config, files.weights, "loha", _PARTS)
-    sites = tuner_linears.plain(_pairs(files, found), files.limits)
-    return Adapter("loha", sites, files.config.text("base_model_name_or_path"), found.warnings)
+    tuned = tuner_linears.find(files.config, files.weights, "loha", _PARTS)
+    sites = tuner_linears.plain(_pairs(files, tuned), files.limits)
+    return Adapter("loha", sites, files.config.text("base_model_name_or_path"), tuned.warnings)
 
 
 READER = Reader(PEFT_FILES, read, peft_types=("LOHA",))
 
 
-def _pairs(files: AdapterFiles, found: TunedLinears) -> Iterator[tuple[str, Tensor, Tensor]]:
-    scalings = tuner_linears.scalings(files.config, found)
-    for site, stem in found.stems.items():
+def _pairs(files: AdapterFiles, tuned: TunedLinears) -> Iterator[tuple[str, Tensor, Tensor]]:
+    scalings = tuner_linears.scalings(files.config, tuned)
+    for site, stem in tuned.stems.items():
         rank, factor = scalings[site]
         outer, inner = _factors(files.weights, stem, rank)
         why = f"the product of LoHa's two ranks of {rank}"

@@ -23,17 +23,17 @@ _PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_
 
 def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
-    found = tuner_linears.find(files.config, files.weights, "lokr", _PARTS)
-    sites = tuner_linears.plain(_pairs(files, found), files.limits)
-    return Adapter("lokr", sites, files.config.text("base_model_name_or_path"), found.warnings)
+    tuned = tuner_linears.find(files.config, files.weights, "lokr", _PARTS)
+    sites = tuner_linears.plain(_pairs(files, tuned), files.limits)
+    return Adapter("lokr", sites, files.config.text("base_model_name_or_path"), tuned.warnings)
 
 
 READER = Reader(PEFT_FILES, read, peft_types=("LOKR",))
 
 
-def _pairs(files: AdapterFiles, found: TunedLinears) -> Iterator[tuple[str, Tensor, Tensor]]:
-    scalings = tuner_linears.scalings(files.config, found)
-    for site, stem in found.stems.items():
+def _pairs(files: AdapterFiles, tuned: TunedLinears) -> Iterator[tuple[str, Tensor, Tensor]]:
+    scalings = tuner_linears.scalings(files.config, tuned)
+    for site, stem in tuned.stems.items():
         rank, factor = scalings[site]
         (p1, q1), (p2, q2) = (
             _factor(files.weights, f"{stem}.lokr_{name}", rank) for name in ("w1", "w2")
@@ -60,8 +60,8 @@ def _factor(weights: Weights, name: str, rank: int) -> tuple[Tensor, Tensor]:
         expected = f"one, or {name}_a and {name}_b"
         raise MissingTensorError(weights.where(name), "no such tensor", expected)
     p, q = weights.tensor(f"{name}_a", 2), weights.tensor(f"{name}_b", 2)
-    for half, found in (("a", p.shape[1]), ("b", q.shape[0])):
-        if found != rank:
+    for half, size in (("a", p.shape[1]), ("b", q.shape[0])):
+        if size != rank:
             where = weights.where(f"{name}_{half}")
-            raise ShapeError(where, f"rank {found}", f"the config's rank {rank}")
+            raise ShapeError(where, f"rank {size}", f"the config's rank {rank}")
     return p, q

@@ -14,7 +14,7 @@ from molehill.kernels.mixture import Experts
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairNames:
     """The names of A `[r, in]` and B `[out, r]` in a file."""
 
     a: str
@@ -40,7 +40,7 @@ def read_scaling(config: Fields) -> Scaling:
     return Scaling(alpha, config.integer("r"), config.flag("use_rslora"))
 
 
-def build_experts(weights: Weights, pairs: Sequence[Pair], scaling: Scaling) -> Experts:
+def build_experts(weights: Weights, pairs: Sequence[PairNames], scaling: Scaling) -> Experts:
     """Stacks pairs that share a scaling, folding it into B in float32.
 
     The rank is the tensors'; one that differs from the config's leaves the scaling in doubt.
@@ -57,7 +57,7 @@ def build_experts(weights: Weights, pairs: Sequence[Pair], scaling: Scaling) -> 
     )
 
 
-def _read_pair(weights: Weights, pair: Pair, scaling: Scaling) -> tuple[Tensor, Tensor]:
+def _read_pair(weights: Weights, pair: PairNames, scaling: Scaling) -> tuple[Tensor, Tensor]:
     a, b = weights.tensor(pair.a, 2), weights.tensor(pair.b, 2)
     _check(weights.where(pair.b), b, [b.shape[0], a.shape[0]])
     if a.shape[0] != scaling.rank:

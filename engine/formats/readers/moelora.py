@@ -29,7 +29,7 @@ from molehill.engine.adapter.validation import is_finite
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
-from molehill.engine.formats.readers.linears import EXPERT, STEM, Layout
+from molehill.engine.formats.readers.linears import EXPERT, STEM, PartNames
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts
 from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, Reader
 from molehill.kernels.mixture import LinearMixture
@@ -39,7 +39,7 @@ _TASKS, _GATE = "lora_task_embedding.weight", "lora_gate.GateL.weight"
 _EXPERT = rf"lora_(?P<half>[AB])\.lora(?P=half)\.(?P<e>{EXPERT})"
 _COPY = re.compile(rf"(?P<first>.+\.{_EXPERT})\.weight")
 _KEY = re.compile(rf"{STEM}\.(?:{_EXPERT}\.mlp\.weight|{re.escape(_TASKS)}|{re.escape(_GATE)})")
-_LAYOUT = Layout(
+_LAYOUT = PartNames(
     "moelora",
     _GATE,
     "lora_A.loraA.{e}.mlp.weight",
@@ -119,7 +119,7 @@ def _gate_weights(weights: Weights, tasks: str, gate: str, task: int) -> tuple[f
         )
     if task >= len(embeddings):
         raise ConfigError("task", task, f"0 to {len(embeddings) - 1}, the rows of {tasks}")
-    found = torch.softmax(rows @ embeddings[task], dim=0)
-    if not is_finite(found):
+    gate_weights = torch.softmax(rows @ embeddings[task], dim=0)
+    if not is_finite(gate_weights):
         raise NonFiniteError(weights.where(gate), f"NaN or Inf for task {task}", "finite weights")
-    return tuple(found.tolist())
+    return tuple(gate_weights.tolist())

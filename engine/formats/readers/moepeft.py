@@ -21,7 +21,7 @@ from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, saved_modules, targets
 from molehill.engine.formats.readers.lowrank import (
-    Pair,
+    PairNames,
     Scaling,
     build_experts,
     read_router,
@@ -83,23 +83,27 @@ def read(files: AdapterFiles) -> Adapter:
     policy = STRATEGIES[strategy](config)
     scaling = read_scaling(config)
     expert_scaling = _expert_scaling(config, scaling)
-    wanted = targets.read_targets(config)
+    target_modules = targets.read_targets(config)
     weights = files.weights
     modules = _group(weights, f"{method}.")
     num_experts = config.integer("num_experts") if config.has("num_experts") else None
     dora = config.flag("use_dora")
-    own = config.object("expert_lora").flag("use_dora") if config.has("expert_lora") else dora
-    source = _Source(weights, f"{method}.", scaling, expert_scaling, policy, num_experts, dora, own)
+    expert_dora = (
+        config.object("expert_lora").flag("use_dora") if config.has("expert_lora") else dora
+    )
+    source = _Source(
+        weights, f"{method}.", scaling, expert_scaling, policy, num_experts, dora, expert_dora
+    )
     adapted = [name for name, module in modules.items() if module.halves]
-    targets.check_targeted(weights.file, adapted, wanted)
+    targets.check_targeted(weights.file, adapted, target_modules)
     targets.check_every_layer(weights.file, adapted)
-    warnings = targets.unused(wanted, adapted) + _dora_warnings(source, modules)
+    warnings = targets.unused(target_modules, adapted) + _dora_warnings(source, modules)
     warnings += saved_modules.check(config, weights)
     warnings += known.warnings(config, known.FIELDS[strategy])
     warnings += known.warnings(config.object("expert_lora"), known.EXPERT_LORA)
     if method == "mixlora":
-        sites, more = _mixlora_sites(source, modules, config.text("act_fn"))
-        warnings += more
+        sites, ffn_warnings = _mixlora_sites(source, modules, config.text("act_fn"))
+        warnings += ffn_warnings
     else:
         sites = {name: _linear(source, name, module) for name, module in modules.items()}
     return Adapter(method, sites, config.text("base_model_name_or_path"), warnings)
@@ -181,7 +185,7 @@ def _linear(source: _Source, name: str, module: _Module) -> LinearMixture:
 
 def _plain(source: _Source, name: str, module: _Module) -> LinearMixture:
     stem = f"{source.prefix}{name}"
-    pair = Pair(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight")
+    pair = PairNames(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight")
     experts = build_experts(source.weights, [pair], source.plain)
     magnitude = None
     if module.magnitudes:
@@ -228,7 +232,7 @@ def _experts(source: _Source, name: str, module: _Module, gate: str) -> Experts:
         stem = f"{source.prefix}{name}.experts.{e}"
         if e not in module.experts:
             raise MissingTensorError(weights.where(stem), "no tensors", f"experts 0 to {rows - 1}")
-        pairs.append(Pair(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"))
+        pairs.append(PairNames(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"))
     return build_experts(weights, pairs, source.expert)
 
 
@@ -271,10 +275,10 @@ def _ffn(
         if module.plain:
             raise UnsupportedError(where, "a plain LoRA beside experts", "one of the two")
         stack = _experts(source, f"{name}.{projection}", module, gate)
-        for part, own in _halves(where, stack) if projection == _FUSED else [(projection, stack)]:
+        for part, pair in _halves(where, stack) if projection == _FUSED else [(projection, stack)]:
             if part in experts:
                 raise UnsupportedError(where, f"{_FUSED} beside {part}", "one of the two")
-            experts[part] = own
+            experts[part] = pair
         if module.magnitudes:
             if projection == _FUSED:
                 raise UnsupportedError(where, f"magnitudes of {_FUSED}", "separate projections")

@@ -34,14 +34,14 @@ def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     config = files.config
     config.refuse({"top_k": "top-k routing"})
-    wanted = targets.read_targets(config)
+    target_modules = targets.read_targets(config)
     weights = files.weights
     modules = _modules(weights)
-    targets.check_targeted(weights.file, modules, wanted)
+    targets.check_targeted(weights.file, modules, target_modules)
     targets.check_every_layer(weights.file, modules)
     sites = {module: _mixture(config, weights, names) for module, names in modules.items()}
     base_model = config.text("base_model_name_or_path")
-    warnings = targets.unused(wanted, modules) + saved_modules.check(config, weights)
+    warnings = targets.unused(target_modules, modules) + saved_modules.check(config, weights)
     warnings += known.warnings(config, known.FIELDS["mov"])
     return Adapter("mov", sites, base_model, warnings)
 

@@ -54,17 +54,17 @@ class Clock:
 class Pattern:
     """One regular expression of Python's `re`, of the field `where`."""
 
-    def __init__(self, where: str, pattern: str, clock: Clock, own: str | None = None) -> None:
-        """own: the part of `pattern` that the config holds, if not all of it.
+    def __init__(self, where: str, pattern: str, clock: Clock, shown: str | None = None) -> None:
+        """shown: the part of `pattern` that the config holds, if not all of it.
 
         Raises ConfigError, LimitError.
         """
-        own = pattern if own is None else own
-        if len(own) > _LONGEST:
+        shown = pattern if shown is None else shown
+        if len(shown) > _LONGEST:
             expected = f"at most {_LONGEST}"
-            raise LimitError(where, f"a pattern of {len(own)} characters", expected)
+            raise LimitError(where, f"a pattern of {len(shown)} characters", expected)
         if _POSIX_CLASS in pattern:
-            raise ConfigError(where, shortened(own), f"a pattern without `{_POSIX_CLASS}`")
+            raise ConfigError(where, shortened(shown), f"a pattern without `{_POSIX_CLASS}`")
         self._where, self._clock = where, clock
         try:
             with warnings.catch_warnings():
@@ -73,7 +73,7 @@ class Pattern:
             self._re2 = _compiled_by_re2(pattern)
             self._regex = regex.compile(pattern) if self._re2 is None else None
         except (re.error, regex.error, RecursionError, OverflowError) as error:
-            found = f"{shortened(own)} ({error})"
+            found = f"{shortened(shown)} ({error})"
             raise ConfigError(where, found, "a regular expression") from None
 
     def fullmatch(self, text: str) -> bool:
@@ -130,13 +130,13 @@ class Patterns(Generic[T]):
     def get(self, module: str, default: T) -> T:
         """The value of the first pattern that matches a module's name. Raises LimitError."""
         others = ((place, value) for place, p, value in self._others if p.match(module))
-        found = list(filter(None, [next(others, None)]))
+        matches = list(filter(None, [next(others, None)]))
         for (length, *dots), same in self._plain.items():
             head, tail = module[: len(module) - length], module[len(module) - length :]
             if len(module) == length or (len(module) > length and head.endswith(".")):
-                hit = same.get(_with_dots(tail, dots))
-                found += [hit] if hit else []
-        return min(found, key=lambda hit: hit[0])[1] if found else default
+                match = same.get(_with_dots(tail, dots))
+                matches += [match] if match else []
+        return min(matches, key=lambda match: match[0])[1] if matches else default
 
 
 def _parse_plain(pattern: str) -> tuple[str, list[int]]:

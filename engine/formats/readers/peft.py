@@ -30,7 +30,7 @@ from molehill.engine.formats.readers import (
     saved_modules,
     targets,
 )
-from molehill.engine.formats.readers.lowrank import Pair, Scaling, build_experts
+from molehill.engine.formats.readers.lowrank import PairNames, Scaling, build_experts
 from molehill.engine.formats.readers.patterns import Patterns
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 from molehill.engine.formats.readers.targeting import Targeting
@@ -110,7 +110,7 @@ def read(config: Fields, weights: Weights) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     beside = _refuse(config)
     scalings = _read_scalings(config)
-    wanted, targeting = targets.read_targets(config), Targeting(config)
+    target_modules, targeting = targets.read_targets(config), Targeting(config)
     notes = saved_modules.check(config, weights) + targeting.warnings()
     grouped = _group(weights)
     modules = {name: m for name, m in grouped.items() if not peft_parameters.is_stack(name)}
@@ -118,7 +118,7 @@ def read(config: Fields, weights: Weights) -> Adapter:
     parameters = peft_parameters.read_targets(config)
     by_weight = {name for name in modules if peft_parameters.is_weight(name, parameters)}
     targeting.check(weights.file, modules.keys() - by_weight)
-    if wanted and not any("." in target for target in wanted):
+    if target_modules and not any("." in target for target in target_modules):
         targets.check_siblings(weights.file, modules.keys() - by_weight, targeting)
     dora = config.flag("use_dora")
     if dora:
@@ -134,7 +134,7 @@ def read(config: Fields, weights: Weights) -> Adapter:
         sites=sites,
         base_model=config.text("base_model_name_or_path"),
         warnings=(
-            *_warnings(wanted, modules, lost_magnitudes=dora and not magnitudes),
+            *_warnings(target_modules, modules, lost_magnitudes=dora and not magnitudes),
             *notes,
             *beside,
             *peft_parameters.warnings(config),
@@ -199,9 +199,9 @@ def _check_stack(weights: Weights, module: _Module) -> None:
             raise UnsupportedError(weights.where(part), "one on fused experts", expected)
 
 
-def _names(name: str, module: _Module) -> Pair:
+def _names(name: str, module: _Module) -> PairNames:
     stem = f"base_model.model.{name}"
-    return Pair(module.a or f"{stem}.lora_A.weight", module.b or f"{stem}.lora_B.weight")
+    return PairNames(module.a or f"{stem}.lora_A.weight", module.b or f"{stem}.lora_B.weight")
 
 
 def _refuse(config: Fields) -> tuple[str, ...]:
@@ -246,11 +246,11 @@ def _group(weights: Weights) -> dict[str, _Module]:
 
 
 def _check_spellings(weights: Weights, modules: Iterable[str]) -> None:
-    found: set[str] = set()
+    spellings: set[str] = set()
     for name in modules:
-        if canonical(name) in found:
+        if canonical(name) in spellings:
             raise CorruptFileError(weights.where(name), "two spellings of one module", "one")
-        found.add(canonical(name))
+        spellings.add(canonical(name))
 
 
 def _check_magnitudes(weights: Weights, modules: dict[str, _Module]) -> None:
@@ -278,9 +278,9 @@ def _mixture(
 
 
 def _warnings(
-    wanted: list[str] | None, modules: Collection[str], *, lost_magnitudes: bool
+    target_modules: list[str] | None, modules: Collection[str], *, lost_magnitudes: bool
 ) -> tuple[str, ...]:
-    warnings = targets.unused(wanted, modules)
+    warnings = targets.unused(target_modules, modules)
     if lost_magnitudes:
         warnings += ("use_dora is set but no magnitudes are saved: served as plain LoRA",)
     return warnings

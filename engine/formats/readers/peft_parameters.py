@@ -25,7 +25,7 @@ from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import expert_layout, experts_axes
 from molehill.engine.formats.readers.experts_axes import Stack
-from molehill.engine.formats.readers.lowrank import Pair, Scaling
+from molehill.engine.formats.readers.lowrank import PairNames, Scaling
 from molehill.engine.formats.readers.targeting import suffixes
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant
@@ -61,25 +61,25 @@ def read_targets(config: Fields) -> list[str]:
 
 def adapted(config: Fields) -> set[str]:
     """The parameters of experts that `target_parameters` names. Raises as `read_targets`."""
-    found = set()
+    parameters = set()
     for name in read_targets(config):
         parent, _, parameter = name.rpartition(".")
         if parameter == "weight":
             parameter = _APART.get(parent.rpartition(".")[2], "")
-        found.add(parameter)
-    return found - {""}
+        parameters.add(parameter)
+    return parameters - {""}
 
 
-def settle_layout(directory: Path, config: Fields, given: Layout | None) -> Fields:
+def with_layout(directory: Path, config: Fields, given: Layout | None) -> Fields:
     """The config with the layout that somebody names as the adapter is loaded, if anybody does.
 
     Raises ConfigError where it contradicts the config's, or is missing from a file of Unsloth's;
     UnsupportedError without fused experts.
     """
-    settled = expert_layout.with_given(config, given)
-    if parameters := adapted(settled):
-        expert_layout.check_said(directory, settled, parameters)
-    return settled
+    config = expert_layout.with_given(config, given)
+    if parameters := adapted(config):
+        expert_layout.check_said(directory, config, parameters)
+    return config
 
 
 def warnings(config: Fields) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ def warnings(config: Fields) -> tuple[str, ...]:
 def read(
     config: Fields,
     weights: Weights,
-    modules: Mapping[str, Pair],
+    modules: Mapping[str, PairNames],
     scaling_of: Callable[[str], Scaling],
 ) -> dict[str, LinearMixture]:
     """Static mixtures by site, gate and up of a fused pair with the same A.
@@ -105,16 +105,16 @@ def read(
         expected = f"some for {sorted(adapted(config))}"
         raise MissingTensorError(weights.file, "no tensors of experts", expected)
     sites = {}
-    for block, own in _blocks(modules).items():
-        stacks = _read_stacks(weights, block, own, names, config)
+    for block, block_modules in _blocks(modules).items():
+        stacks = _read_stacks(weights, block, block_modules, names, config)
         for name, (parameter, stack) in stacks.items():
             sites.update(_split(block, parameter, stack, scaling_of(name), layouts.of(parameter)))
     return sites
 
 
-def _blocks(modules: Mapping[str, Pair]) -> dict[str, dict[str, Pair]]:
+def _blocks(modules: Mapping[str, PairNames]) -> dict[str, dict[str, PairNames]]:
     """Modules by their block: `...mlp.experts` has itself and its `base_layer`."""
-    blocks: dict[str, dict[str, Pair]] = {}
+    blocks: dict[str, dict[str, PairNames]] = {}
     for module in sorted(modules):
         parent, _, leaf = module.removesuffix(_INNER).rpartition(".")
         block = parent if leaf in _APART else f"{parent}.{leaf}"
@@ -125,7 +125,7 @@ def _blocks(modules: Mapping[str, Pair]) -> dict[str, dict[str, Pair]]:
 def _read_stacks(
     weights: Weights,
     block: str,
-    modules: Mapping[str, Pair],
+    modules: Mapping[str, PairNames],
     names: Collection[str],
     config: Fields,
 ) -> dict[str, tuple[str, Stack]]:
@@ -135,27 +135,29 @@ def _read_stacks(
         for module, pair in modules.items()
     }
     apart = {module: _APART.get(module.rpartition(".")[2]) for module in modules}
-    wanted = {
+    parameter_of = {
         f"{module}{_WEIGHT}": parameter
         for module, parameter in apart.items()
         if parameter is not None and is_weight(module, names)
     }
-    wanted |= {f"{block}.{parameter}": parameter for parameter in _wanted(block, names)}
-    if not wanted:
+    parameter_of |= {
+        f"{block}.{parameter}": parameter for parameter in _adapted_parameters(block, names)
+    }
+    if not parameter_of:
         found = "tensors of fused experts"
         raise UnsupportedError(weights.where(block), found, "target_parameters that name them")
-    if len(stacks) != len(wanted):
-        expected = f"one for each of {sorted(wanted.values())}"
+    if len(stacks) != len(parameter_of):
+        expected = f"one for each of {sorted(parameter_of.values())}"
         raise MissingTensorError(weights.where(block), f"{len(stacks)} pairs", expected)
     if None not in apart.values():
         known = {module: str(parameter) for module, parameter in apart.items()}
         oriented = experts_axes.orient({known[module]: stacks[module] for module in known}, config)
     else:
-        oriented = experts_axes.assign(list(stacks.values()), set(wanted.values()), config)
-    return {name: (parameter, oriented[parameter]) for name, parameter in wanted.items()}
+        oriented = experts_axes.assign(list(stacks.values()), set(parameter_of.values()), config)
+    return {name: (parameter, oriented[parameter]) for name, parameter in parameter_of.items()}
 
 
-def _wanted(block: str, names: Collection[str]) -> set[str]:
+def _adapted_parameters(block: str, names: Collection[str]) -> set[str]:
     """The parameters of one block that are adapted: those whose names end so, as PEFT matches."""
     return {
         parameter
@@ -183,8 +185,8 @@ def _split(
         if parameter == _GATE_UP:
             gate, up = b[e].chunk(2)
             parts = {"gate_proj": gate, "up_proj": up}
-        for name, own in parts.items():
-            pair = Experts(a[e].clone(), own.contiguous(), (rank,))
+        for name, b_e in parts.items():
+            pair = Experts(a[e].clone(), b_e.contiguous(), (rank,))
             site = canonical(f"{_experts(block)}.{e}.{name}")
             sites[site] = LinearMixture(pair, Constant((1.0,)))
     return sites

@@ -20,10 +20,14 @@ def check(config: Fields, weights: Weights) -> tuple[str, ...]:
             expected = "the field absent, or no tensors for it"
             raise UnsupportedError(f"{config.where}: {_FIELD}", f"whole modules ({name})", expected)
         absent.append(name)
-    found = []
+    warnings = []
     if absent:
-        found.append(f"{_FIELD} is {shortened(absent)}, but there are no tensors for it: no effect")
+        warnings.append(
+            f"{_FIELD} is {shortened(absent)}, but there are no tensors for it: no effect"
+        )
     bias = config.values.get("bias")
     if bias not in (None, False, "none"):
-        found.append(f"bias is {shortened(bias)}, but the file has none of the base's: no effect")
-    return tuple(found)
+        warnings.append(
+            f"bias is {shortened(bias)}, but the file has none of the base's: no effect"
+        )
+    return tuple(warnings)

@@ -109,8 +109,8 @@ class Targeting:
         return (f"{where}: layers_pattern without layers_to_transform has no effect",)
 
     def _layer(self, module: str) -> int | None:
-        found = (pattern.match(module) for pattern in self._layer_patterns)
-        match = next(filter(None, found), None)
+        matches = (pattern.match(module) for pattern in self._layer_patterns)
+        match = next(filter(None, matches), None)
         return None if match is None else int(match["idx"])
 
     def _read_layer_patterns(self) -> list[Pattern]:
@@ -135,9 +135,9 @@ class Targeting:
             raise self._config.error(field, "a list of module names, or a pattern")
         return Names(value)
 
-    def _pattern(self, field: str, pattern: str, own: str) -> Pattern:
-        """own: the part that the config holds."""
-        return Pattern(f"{self._config.where}: {field}", pattern, self._clock, own)
+    def _pattern(self, field: str, pattern: str, shown: str) -> Pattern:
+        """shown: the part that the config holds."""
+        return Pattern(f"{self._config.where}: {field}", pattern, self._clock, shown)
 
 
 def _named(module: str, names: Names | Pattern) -> bool:
@@ -151,9 +151,9 @@ def _target_modules(config: Fields) -> Any:
     value = config.values.get("target_modules")
     if not isinstance(value, Mapping):
         return value
-    if not all(isinstance(wanted, bool) for wanted in value.values()):
+    if not all(isinstance(is_target, bool) for is_target in value.values()):
         raise config.error("target_modules", "true or false for each module")
-    return [name for name, wanted in value.items() if wanted]
+    return [name for name, is_target in value.items() if is_target]
 
 
 def _layers(config: Fields) -> Collection[int] | None:

@@ -17,9 +17,9 @@ def read_targets(config: Fields) -> list[str] | None:
     if value is None or isinstance(value, str):
         return None
     if isinstance(value, Mapping):
-        if not all(isinstance(wanted, bool) for wanted in value.values()):
+        if not all(isinstance(is_target, bool) for is_target in value.values()):
             raise config.error("target_modules", "true or false for each module")
-        value = [name for name, wanted in value.items() if wanted]
+        value = [name for name, is_target in value.items() if is_target]
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise config.error("target_modules", "a list of module names")
     return value
@@ -53,8 +53,8 @@ def check_siblings(file: str, modules: Iterable[str], targeting: Targeting) -> N
             children.setdefault(block, set()).add(child)
             blocks.setdefault((layer, block), set()).add(child)
             prefixes[layer, block] = module.removesuffix(child)
-    for (layer, block), found in sorted(blocks.items()):
-        for child in sorted(children[block] - found):
+    for (layer, block), present in sorted(blocks.items()):
+        for child in sorted(children[block] - present):
             name = prefixes[layer, block] + child
             if targeting.against(name) is None:
                 _raise_missing(file, without_surroundings(name))
@@ -82,10 +82,10 @@ def _raise_missing(file: str, module: str) -> None:
 
 def unused(targets: list[str] | None, modules: Collection[str]) -> tuple[str, ...]:
     """A warning for each target that the file has no tensors for; trainers ignore unknown names."""
-    found = {suffix for module in modules for suffix in suffixes(module)}
+    present = {suffix for module in modules for suffix in suffixes(module)}
     sites = {canonical(module) for module in modules}
     return tuple(
         f"target_modules names {target}, but there are no tensors for it"
         for target in targets or ()
-        if target not in found and canonical(target) not in sites
+        if target not in present and canonical(target) not in sites
     )

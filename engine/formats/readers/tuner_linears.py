@@ -45,12 +45,12 @@ def find(config: Fields, weights: Weights, kind: str, parts: Iterable[str]) -> T
     key = re.compile(rf"{linears.STEM}\.(?:{'|'.join(map(re.escape, parts))})")
     notes = saved_modules.check(config, weights)
     stems = linears.find_stems(weights, key, f"{' or '.join(parts)} of a layer's linear")
-    wanted, targeting = targets.read_targets(config), Targeting(config)
+    target_modules, targeting = targets.read_targets(config), Targeting(config)
     modules = [stem.removeprefix(_MODEL) for stem in stems.values()]
     targeting.check(weights.file, modules)
-    if wanted and not any("." in target for target in wanted):
+    if target_modules and not any("." in target for target in target_modules):
         targets.check_siblings(weights.file, modules, targeting)
-    notes += targets.unused(wanted, modules) + targeting.warnings()
+    notes += targets.unused(target_modules, modules) + targeting.warnings()
     return TunedLinears(stems, notes + known.warnings(config, known.FIELDS[kind]))
 
 
@@ -60,7 +60,7 @@ def plain(pairs: Iterable[tuple[str, Tensor, Tensor]], limits: Limits) -> dict[s
     Few bytes of a file may stand for many of A and B: raises LimitError as soon as there are more
     than an adapter may have.
     """
-    found: dict[str, LinearMixture] = {}
+    mixtures: dict[str, LinearMixture] = {}
     total = 0
     for site, a, b in pairs:
         total += a.nbytes + b.nbytes
@@ -68,8 +68,8 @@ def plain(pairs: Iterable[tuple[str, Tensor, Tensor]], limits: Limits) -> dict[s
             expected = f"at most {limits.adapter_bytes} bytes"
             raise LimitError(site, f"{total} bytes of low-rank pairs up to here", expected)
         experts = Experts(a.contiguous(), b.contiguous(), (a.shape[0],))
-        found[site] = LinearMixture(experts, Constant((1.0,)))
-    return found
+        mixtures[site] = LinearMixture(experts, Constant((1.0,)))
+    return mixtures
 
 
 def check_rank(where: str, rank: int, why: str, limits: Limits) -> None:
@@ -82,12 +82,12 @@ def scalings(config: Fields, linears: TunedLinears) -> dict[str, tuple[int, floa
     """(r, alpha / r) by site, for tuners of LyCORIS, with their exceptions by module name."""
     rank_of, alpha_of = patterns.read_ranks(config), patterns.read_alphas(config)
     usual = config.integer("r", 8), config.number("alpha", 8)
-    found = {}
+    result = {}
     for site in linears.stems:
         module = linears.name_in_model(site)
         rank, alpha = rank_of.get(module, usual[0]), alpha_of.get(module, usual[1])
-        found[site] = (rank, alpha / rank)
-    return found
+        result[site] = (rank, alpha / rank)
+    return result
 
 
 def base_shape(files: AdapterFiles, site: str, missing: str) -> tuple[int, int]:

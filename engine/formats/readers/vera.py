@@ -39,12 +39,12 @@ class _Projections:
 def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
     config, weights = files.config, files.weights
-    own = {name: tensor for name, tensor in weights.tensors.items() if name not in (_A, _B)}
-    found = tuner_linears.find(config, Weights(weights.file, own), "vera", _PARTS)
-    shapes = {site: tuner_linears.base_shape(files, site, _MISSING) for site in found.stems}
+    pairs = {name: tensor for name, tensor in weights.tensors.items() if name not in (_A, _B)}
+    tuned = tuner_linears.find(config, Weights(weights.file, pairs), "vera", _PARTS)
+    shapes = {site: tuner_linears.base_shape(files, site, _MISSING) for site in tuned.stems}
     shared = _projections(files, list(shapes.values()))
-    sites = tuner_linears.plain(_pairs(weights, found, shapes, shared), files.limits)
-    notes = found.warnings
+    sites = tuner_linears.plain(_pairs(weights, tuned, shapes, shared), files.limits)
+    notes = tuned.warnings
     if shared.seeded:
         notes += ("the projections are not in the file: drawn anew, as PEFT does on loading",)
     return Adapter("vera", sites, config.text("base_model_name_or_path"), notes)
@@ -59,9 +59,9 @@ def _projections(files: AdapterFiles, shapes: list[tuple[int, int]]) -> _Project
     rank = config.integer("r")
     if _A in weights.tensors or _B in weights.tensors:
         a, b = weights.tensor(_A, 2), weights.tensor(_B, 2)
-        for name, found in ((_A, a.shape[0]), (_B, b.shape[1])):
-            if found != rank:
-                raise ShapeError(weights.where(name), f"rank {found}", f"the config's rank {rank}")
+        for name, size in ((_A, a.shape[0]), (_B, b.shape[1])):
+            if size != rank:
+                raise ShapeError(weights.where(name), f"rank {size}", f"the config's rank {rank}")
         return _Projections(a, b, seeded=False)
     if config.flag("save_projection", True):
         expected = "one, as save_projection is not false"
@@ -91,12 +91,12 @@ def _drawn(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 def _pairs(
     weights: Weights,
-    found: TunedLinears,
+    tuned: TunedLinears,
     shapes: dict[str, tuple[int, int]],
     shared: _Projections,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     rank = shared.a.shape[0]
-    for site, stem in found.stems.items():
+    for site, stem in tuned.stems.items():
         inputs, outputs = shapes[site]
         d_name, b_name = f"{stem}.vera_lambda_d", f"{stem}.vera_lambda_b"
         d, b = weights.tensor(d_name, 1), weights.tensor(b_name, 1)

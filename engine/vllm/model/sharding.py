@@ -94,8 +94,8 @@ def cut_reflection(
     W U."""
     columns = slice(projection.start, projection.start + sum(map(len, projection.outputs)))
     inputs = slice(projection.inputs.start, projection.inputs.stop)
-    own = Reflection(mixture.a[:, inputs].contiguous(), mixture.u[inputs])
-    pair = own.pair(_base_weight(linear)[columns])
+    part = Reflection(mixture.a[:, inputs].contiguous(), mixture.u[inputs])
+    pair = part.pair(_base_weight(linear)[columns])
     if linear.input_is_sharded:
         pair = dataclasses.replace(pair, b=total(pair.b))
     return LinearPiece(projection.site, projection.start, pair, mixture.policy, None)
@@ -179,9 +179,11 @@ def cut_scale(mixture: ScaleMixture, linear: Linear, projection: Projection) -> 
 
 def _cut_vector(mixture: ScaleMixture, projection: Projection) -> ScalePiece:
     whole = mixture.vectors.flatten()
-    own = torch.cat([whole[part.start : part.stop] for part in projection.outputs])
-    router = own.new_zeros(1, len(own))
-    return ScalePiece(projection.site, mixture.policy, router, own.view(1, 1, -1), projection.start)
+    vector = torch.cat([whole[part.start : part.stop] for part in projection.outputs])
+    router = vector.new_zeros(1, len(vector))
+    return ScalePiece(
+        projection.site, mixture.policy, router, vector.view(1, 1, -1), projection.start
+    )
 
 
 def cut_ffn_scale(mixture: ScaleMixture, projection: Projection) -> ScalePiece:

@@ -1,6 +1,6 @@
 """The sums of the benchmark of activated adapters; a run of it needs a server and is no test."""
 
-from molehill.benchmarks.activated import BLOCK, Chains, Firsts, lengths, report
+from molehill.benchmarks.activated import BLOCK, Chains, FirstTokens, lengths, report
 
 
 def seconds(plain: float, activated: float) -> dict[str, float]:
@@ -11,7 +11,7 @@ def test_ratios_are_of_one_repetition_and_their_median_is_told() -> None:
     cached = {"plain": 0, "activated": 1792}
     turns = [seconds(2.0, 0.1), seconds(3.0, 0.1), seconds(4.0, 0.4)]
     first, chain, summed, *prompts = report(
-        [Firsts(1804, turn, cached) for turn in turns],
+        [FirstTokens(1804, turn, cached) for turn in turns],
         [Chains(seconds(15.0, 0.5), seconds(14.0, 0.7))],
     )
     assert first == (

@@ -19,7 +19,7 @@ from molehill.benchmarks.contestants import (
     line_up,
     memory,
 )
-from molehill.benchmarks.limits import AdapterWork, Machine, Work
+from molehill.benchmarks.limits import AdapterWork, Machine, StepWork
 from molehill.benchmarks.results_table import SPEED, Sample, cells
 from molehill.benchmarks.workloads import Timeline, Workload, latencies
 from molehill.engine.adapter.model import Adapter
@@ -54,7 +54,7 @@ def test_a_step_reads_what_its_tokens_chose_and_multiplies_by_their_own(tokens, 
 
 def test_a_limit_is_the_longer_of_reading_and_multiplying() -> None:
     adapter = AdapterWork(routers=0, routed=0, static=100, experts=1)
-    base = Work(moved=1000, done=50)
+    base = StepWork(moved=1000, done=50)
     reading = Machine(bandwidth=100, rate=1e9)
     # 1,000 bytes of the base and twice 200 of two adapters.
     assert limits.speed_limits(reading, DECODE, base, [(adapter, 1)] * 2, 2) == (
@@ -74,7 +74,7 @@ def test_a_step_of_the_base_is_its_linears_and_its_head() -> None:
     base, config = base_model(TINY_LLAMA), SimpleNamespace(hidden_size=64, vocab_size=300)
     numbers = sum(inputs * outputs for inputs, outputs in base.linears.values())
     head = 64 * 300
-    assert limits.base_step(base, config, 2, DECODE) == Work(
+    assert limits.base_step(base, config, 2, DECODE) == StepWork(
         2 * (numbers + head), 4 * (numbers + head)
     )
     # The head is for each prompt's last token.

@@ -5,11 +5,11 @@ import pytest
 pytest.importorskip("httpx", reason="the dev extra is not installed")
 
 from molehill.benchmarks import churn
-from molehill.benchmarks.client import PROMPT, Client, Known, decided
+from molehill.benchmarks.client import PROMPT, Client, KnownAnswer, decided
 
 
 def test_gaps_that_reach_out_of_a_spell_do_not_count():
-    streams = churn.Streams(client=None)
+    streams = churn.SteadyStreams(client=None)
     # (end, seconds): before, across the start, within, across the end.
     streams.gaps = [(1.0, 0.5), (2.2, 0.5), (2.6, 0.4), (4.9, 0.9), (5.1, 0.2)]
     assert streams.between(2.0, 5.0) == [0.4, 0.9]
@@ -73,6 +73,6 @@ def test_a_quick_run_fails_by_its_failures_alone(found):
 def test_an_answer_is_known_up_to_the_first_near_tie():
     likely = [{"a": -0.1, "b": -0.1 - lead} for lead in (2.0, 0.6, 0.4, 3.0)]
     assert decided([5, 6, 7, 8], likely) == [5, 6]
-    known = Known([1], [5, 6])
+    known = KnownAnswer([1], [5, 6])
     assert known.agrees([5, 6, 9, 9])
     assert not known.agrees([5, 7, 7, 8])

@@ -13,7 +13,7 @@ from molehill.api.metrics.prometheus import AdapterCollector, exposition
 from molehill.api.metrics.worker_stats import (
     GenerationStats,
     Snapshot,
-    Totals,
+    StatsByName,
     WorkerStats,
     by_generation,
     compilations,
@@ -71,7 +71,7 @@ def test_compilations_add_up_over_the_workers_that_compile() -> None:
 
 
 def test_a_name_counts_on_through_a_replacement() -> None:
-    totals = Totals()
+    totals = StatsByName()
     old, new = GenerationStats("a", RoutingStats(5), 10), GenerationStats("a", RoutingStats(2), 10)
     assert totals.update({1: old}, {1}, {"a"})["a"].tokens == 5
     assert totals.update({1: old, 2: new}, {1, 2}, {"a"})["a"].tokens == 7
@@ -84,7 +84,7 @@ def test_a_name_counts_on_through_a_replacement() -> None:
 
 
 def test_a_name_that_ended_starts_anew() -> None:
-    totals = Totals()
+    totals = StatsByName()
     assert totals.update({1: GenerationStats("a", RoutingStats(5), None)}, set(), set()) == {}
     assert (
         totals.update({2: GenerationStats("a", RoutingStats(1), 10)}, {2}, {"a"})["a"].tokens == 1
@@ -92,14 +92,14 @@ def test_a_name_that_ended_starts_anew() -> None:
 
 
 def test_an_evicted_adapter_is_counted_once() -> None:
-    totals = Totals()
+    totals = StatsByName()
     evicted = GenerationStats("a", RoutingStats(5), None)
     for _ in range(3):
         assert totals.update({1: evicted}, {1}, {"a"})["a"].tokens == 5
 
 
 def test_a_generation_on_its_way_out_is_counted_once() -> None:
-    totals = Totals()
+    totals = StatsByName()
     leaving = {
         1: GenerationStats("a", RoutingStats(5), 10),
         2: GenerationStats("a", RoutingStats(1), 10),

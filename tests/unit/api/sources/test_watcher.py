@@ -52,7 +52,7 @@ def test_one_odd_entry_does_not_stop_the_others(
         w.put("a", 1)
         w.put("b", 3)
         for _ in range(2):
-            await w.watcher.look()
+            await w.watcher.poll()
         assert w.serves() == {"a": adapter(1).digest, "b": adapter(3).digest}
         told = [record for record in caplog.records if "not watched" in record.message]
         # The superuser may look into every directory.
@@ -65,7 +65,7 @@ def test_names_of_files_need_not_be_text(tmp_path: Path) -> None:
     async def scenario(w: Watched) -> None:
         folder = w.put("a", 1)
         Path(os.fsdecode(bytes(folder) + b"/\xff")).touch()
-        await w.watcher.look()
+        await w.watcher.poll()
         assert w.serves() == {"a": adapter(1).digest}
 
     play(Watched(tmp_path), scenario)
@@ -75,10 +75,10 @@ def test_a_root_that_comes_back_is_watched_again(tmp_path: Path) -> None:
     async def scenario(w: Watched) -> None:
         w.put("a", 1)
         w.root.rename(w.folder / "away")
-        await w.watcher.look()
+        await w.watcher.poll()
         assert w.serves() == {}
         (w.folder / "away").rename(w.root)
-        await w.watcher.look()
+        await w.watcher.poll()
         assert w.serves() == {"a": adapter(1).digest}
 
     play(Watched(tmp_path), scenario)
@@ -88,17 +88,17 @@ def test_a_bad_directory_is_read_once_and_forgotten_when_it_goes(tmp_path: Path)
     async def scenario(w: Watched) -> None:
         (w.put("a", 1) / native.WEIGHTS).write_bytes(b"half")
         for _ in range(3):
-            await w.watcher.look()
+            await w.watcher.poll()
         assert (w.failures(), w.read_count) == ({"a": "corrupt_file"}, 1)
         w.put("a", 1)
-        await w.watcher.look()
+        await w.watcher.poll()
         assert (w.failures(), w.serves()) == ({}, {"a": adapter(1).digest})
         (w.put("b", 2) / native.WEIGHTS).write_bytes(b"half")
-        await w.watcher.look()
+        await w.watcher.poll()
         assert w.failures() == {"b": "corrupt_file"}
         shutil.rmtree(w.root / "b")
         shutil.rmtree(w.root / "a")
-        await w.watcher.look()
+        await w.watcher.poll()
         # What serves goes on.
         assert (w.failures(), w.serves()) == ({}, {"a": adapter(1).digest})
 
@@ -109,10 +109,10 @@ def test_what_there_is_no_room_for_is_tried_again(tmp_path: Path) -> None:
     async def scenario(w: Watched) -> None:
         w.put("a", 1)
         w.engine.refusal = "no room"
-        await w.watcher.look()
+        await w.watcher.poll()
         assert (w.failures(), w.serves()) == ({"a": "engine_refused"}, {})
         w.engine.refusal = ""
-        await w.watcher.look()
+        await w.watcher.poll()
         assert (w.failures(), w.serves()) == ({}, {"a": adapter(1).digest})
 
     play(Watched(tmp_path), scenario)
@@ -122,10 +122,10 @@ def test_names_over_the_limit_are_served_when_one_is_free(tmp_path: Path) -> Non
     async def scenario(w: Watched) -> None:
         await w.load("client", 9)
         w.put("a", 1)
-        await w.watcher.look()
+        await w.watcher.poll()
         assert w.failures() == {"a": "too_many_adapters"}
         await w.registry.unload("client")
-        await w.watcher.look()
+        await w.watcher.poll()
         assert (w.failures(), list(w.serves())) == ({}, ["a"])
 
     play(Watched(tmp_path, admission=Admission(adapters=1, loads=4)), scenario)
@@ -137,11 +137,11 @@ def test_a_busy_moment_is_no_failure(tmp_path: Path) -> None:
         w.engine.proceed.clear()
         loads = [asyncio.create_task(w.load(f"c{n}", n)) for n in range(4)]
         await settle()
-        await w.watcher.look()
+        await w.watcher.poll()
         assert (w.failures(), w.serves()) == ({}, {})
         w.engine.proceed.set()
         await asyncio.gather(*loads)
-        await w.watcher.look()
+        await w.watcher.poll()
         assert "a" in w.serves()
 
     play(Watched(tmp_path), scenario)
@@ -154,7 +154,7 @@ def test_a_pause_lies_between_two_tries(tmp_path: Path, monkeypatch: pytest.Monk
         w.put("a", 1)
         w.engine.refusal = "no room"
         for _ in range(3):
-            await w.watcher.look()
+            await w.watcher.poll()
         assert w.read_count == 1
 
     play(Watched(tmp_path), scenario)
@@ -166,15 +166,15 @@ def test_a_name_that_a_client_is_loading_is_not_taken_from_it(tmp_path: Path) ->
         w.engine.proceed.clear()
         loading = asyncio.create_task(w.load("a", 2))
         await settle()
-        looking = asyncio.create_task(w.watcher.look())
+        looking = asyncio.create_task(w.watcher.poll())
         await settle()
         w.engine.proceed.set()
         await asyncio.gather(loading, looking)
-        await w.watcher.look()
+        await w.watcher.poll()
         assert (w.serves(), w.failures()) == ({"a": adapter(2).digest}, {})
         # Deleted, the name is the directory's.
         await w.registry.unload("a")
-        await w.watcher.look()
+        await w.watcher.poll()
         assert w.serves() == {"a": adapter(1).digest}
 
     play(Watched(tmp_path), scenario)
@@ -183,12 +183,12 @@ def test_a_name_that_a_client_is_loading_is_not_taken_from_it(tmp_path: Path) ->
 def test_a_watched_name_that_a_client_deletes_stays_deleted(tmp_path: Path) -> None:
     async def scenario(w: Watched) -> None:
         w.put("a", 1)
-        await w.watcher.look()
+        await w.watcher.poll()
         await w.registry.unload("a")
-        await w.watcher.look()
+        await w.watcher.poll()
         assert w.serves() == {}
         w.put("a", 2)
-        await w.watcher.look()
+        await w.watcher.poll()
         assert w.serves() == {"a": adapter(2).digest}
 
     play(Watched(tmp_path), scenario)
@@ -200,14 +200,14 @@ def test_new_directories_take_no_slot_before_they_are_asked_for(tmp_path: Path) 
         for n in range(2):
             await w.load(f"hot{n}", n)
         w.put("a", 3)
-        await w.watcher.look()
+        await w.watcher.poll()
         assert sorted(w.engine.loaded.values()) == ["hot0", "hot1"]
         assert [output async for output in w.generate("a")] == ["first", "last"]
         assert "a" in w.engine.loaded.values()
         # Other weights for it are tried out before they take its place.
         w.engine.refusal = "no room"
         w.put("a", 4)
-        await w.watcher.look()
+        await w.watcher.poll()
         assert w.serves()["a"] == adapter(3).digest
 
     play(Watched(tmp_path, slots=2), scenario)
@@ -226,7 +226,7 @@ def test_what_is_brought_in_later_is_probed_then(tmp_path: Path) -> None:
         await w.load("hot", 1)
         w.put("a", 2)
         w.put("faint", 3)
-        await w.watcher.look()
+        await w.watcher.poll()
         assert (set(w.serves()), probed) == ({"hot", "a", "faint"}, ["hot"])
         for _ in range(2):
             assert [output async for output in w.generate("a")] == ["first", "last"]
@@ -240,7 +240,7 @@ def test_what_is_brought_in_later_is_probed_then(tmp_path: Path) -> None:
         assert w.failures() == {"faint": "no_effect"}
         assert "faint" not in w.engine.loaded.values()
         assert w.in_store() == sorted([adapter(1).digest, adapter(2).digest])
-        await w.watcher.look()
+        await w.watcher.poll()
         assert set(w.serves()) == {"hot", "a"}
 
     play(Watched(tmp_path, slots=1, probe=probe), scenario)
@@ -260,7 +260,7 @@ def test_a_failure_keeps_no_adapter_in_memory(
     async def scenario(w: Watched) -> None:
         w.put("a", 1)
         monkeypatch.setattr(native, "write", full)
-        await w.watcher.look()
+        await w.watcher.poll()
         assert w.failures() == {"a": "store_failed"}
         # Past the event that woke this task with the error.
         await settle()

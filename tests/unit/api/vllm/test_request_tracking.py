@@ -14,7 +14,7 @@ from support.world import Play, World, adapter, settle
 from vllm.exceptions import VLLMNotFoundError
 
 from molehill.api.vllm import request_tracking
-from molehill.api.vllm.request_tracking import HEADER, Answering, GenerationHeader, answering
+from molehill.api.vllm.request_tracking import HEADER, GenerationHeader, RequestScope, request_scope
 
 
 def test_an_unloaded_generation_is_freed_after_its_last_request(play: Play) -> None:
@@ -94,11 +94,11 @@ def test_samples_of_one_request_hold_their_generation_until_the_last_one_ends(pl
 def test_all_prompts_of_one_http_request_run_on_one_generation(play: Play) -> None:
     async def scenario(w: World) -> None:
         await w.load("a", 1)
-        token = answering.set(Answering())
+        token = request_scope.set(RequestScope())
         first = w.generate("a")
         await w.load("a", 2, replace=True)
         second = w.generate("a")
-        answering.reset(token)
+        request_scope.reset(token)
         await asyncio.gather(anext(first), anext(second), anext(third := w.generate("a")))
         assert w.engine.served == [1, 1, 2]
         for stream in (first, second, third):

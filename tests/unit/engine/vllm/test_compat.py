@@ -13,7 +13,7 @@ import pytest
 from molehill.api.vllm import check_sources
 from molehill.api.vllm import compat as api
 from molehill.engine.vllm import compat, seams
-from molehill.engine.vllm.seam_sources import Sources
+from molehill.engine.vllm.seam_sources import SourceTree
 from molehill.engine.vllm.seams import Seam
 
 ALL = (*compat.SEAMS, *api.SEAMS)
@@ -48,7 +48,7 @@ def edit(folder: Path, module: str, old: str, new: str) -> None:
 
 
 def faults(folder: Path, table: Iterable[Seam] = ALL) -> list[str]:
-    return [text for _, text in Sources(folder).faults(table) if text is not None]
+    return [text for _, text in SourceTree(folder).faults(table) if text is not None]
 
 
 @pytest.mark.parametrize("found", ["0.31.2", "0.33.0", "1.0.0+cpu"])

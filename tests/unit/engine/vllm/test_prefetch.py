@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from molehill.engine.adapter.errors import CorruptFileError
-from molehill.engine.system.cpu_affinity import affinity, keep_off
+from molehill.engine.system.cpu_affinity import affinity, avoid
 from molehill.engine.vllm import prefetch
 from molehill.engine.vllm.prefetch import IDLE_SECONDS, PAUSE_SECONDS, Prefetcher, StepPacer
 
@@ -123,7 +123,7 @@ def test_a_thread_leaves_cores_and_its_process_stays() -> None:
     found: list[set[int]] = []
 
     def leave(cores: set[int]) -> None:
-        keep_off(cores, before)
+        avoid(cores, before)
         found.append(affinity())
 
     for cores in (taken, before):

@@ -14,10 +14,17 @@ from molehill.kernels.interface import CapacityError, FfnShape, LinearShape, Slo
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.arena import Arena, Extent
 from molehill.kernels.triton.launch_config import Capacity, launch_config_for
-from molehill.kernels.triton.packing import Packing, Record, RowStack, Site, pack_ffn, pack_piece
+from molehill.kernels.triton.packing import (
+    Packing,
+    Record,
+    RouterSite,
+    RowStack,
+    pack_ffn,
+    pack_piece,
+)
 
 
-class SlotTable:
+class SlotRecords:
     """Records of every (slot, linear), (slot, linear, piece) and (slot, FFN), and the arena."""
 
     def __init__(
@@ -30,7 +37,7 @@ class SlotTable:
         self._linears, self._ffns, self._capacity = linears, ffns, capacity
         self.arena = Arena(capacity.memory, device)
         self.extents: dict[int, tuple[Extent, ...]] = {}
-        self.sites: dict[int, list[Site]] = {}
+        self.sites: dict[int, list[RouterSite]] = {}
         each = capacity.slots, len(linears)
         each_ffn = capacity.slots, len(ffns)
         config = launch_config_for(capacity.tokens, capacity)
@@ -89,10 +96,10 @@ class SlotTable:
             packing.ffns[handle] = pack_ffn(
                 ffn, stack(shape.gate_up), stack(shape.down), packing, dtype, self._capacity
             )
-        for handle, own in stacks.items():
-            own.check(self._capacity)
-            packing.heads[handle] = own.head(packing, self._linears[handle].dtype)
-            packing.pieces[handle] = own.pieces
+        for handle, rows in stacks.items():
+            rows.check(self._capacity)
+            packing.heads[handle] = rows.head(packing, self._linears[handle].dtype)
+            packing.pieces[handle] = rows.pieces
         return packing
 
     def _write(self, slot: int, packing: Packing, extents: tuple[Extent, ...]) -> None:
@@ -103,10 +110,10 @@ class SlotTable:
             return torch.tensor(record.fields)
 
         def fill(target: Tensor, rows: Mapping[tuple[int, ...], Tensor]) -> None:
-            own = torch.zeros(target.shape[1:], dtype=target.dtype)
+            host = torch.zeros(target.shape[1:], dtype=target.dtype)
             for index, row in rows.items():
-                own[index] = row
-            _copy(target[slot], own)
+                host[index] = row
+            _copy(target[slot], host)
 
         pieces = {
             (handle, i): record
