@@ -60,8 +60,8 @@ class RequestMixes:
         BadMixError, UnsupportedError for an activated adapter."""
         unknown = [name for name in weights if self._names.get(name) is None]
         if unknown:
-            found = ", ".join(map(shown, unknown))
-            raise NotLoadedError(f"mix: found {found}, expected names of served adapters")
+            listed = ", ".join(map(shown, unknown))
+            raise NotLoadedError(f"mix: found {listed}, expected names of served adapters")
         served = {name: self._names.current(name) for name in weights}
         parts = [MixPart(name, weights[name], served[name].digest) for name in weights]
         mix = Mix(tuple(parts))

@@ -62,10 +62,10 @@ def routed(
 
 def check_router(site: str, router: Router, shape: list[int]) -> None:
     """Raises ShapeError."""
-    found = list(router.weight.shape)
-    if found != shape:
+    actual = list(router.weight.shape)
+    if actual != shape:
         expected = f"{shape}, of the adapters and of what {site} reads"
-        raise ShapeError(router.where, found, expected)
+        raise ShapeError(router.where, actual, expected)
 
 
 def _expert(stack: Mapping[int, Experts], e: int) -> Experts:

@@ -55,9 +55,9 @@ def tokens(api: Api, prompt: Prompt, weights: dict[str, float], model: str = BAS
             "molehill": {"mix": weights},
         },
     )
-    found: Any = answer.choices[0]
+    choice: Any = answer.choices[0]
     assert answer.model == "(mix)"
-    return list(found.token_ids)
+    return list(choice.token_ids)
 
 
 def listed(api: Api) -> list[dict[str, Any]]:
@@ -100,8 +100,8 @@ def test_mixes_and_their_parts_share_a_batch(mixing: Api, authored: Any) -> None
             return tuple(tokens(mixing, prompt, SCALES)) == prompt.greedy
         if n % 3 == 1:
             return mixing.greedy(name, list(prompt.ids)) == alone[name]
-        found = mixing.greedy("started", golden["prompt_token_ids"])
-        return bool(found == golden["greedy_token_ids"])
+        answered = mixing.greedy("started", golden["prompt_token_ids"])
+        return bool(answered == golden["greedy_token_ids"])
 
     with ThreadPoolExecutor(12) as pool:
         assert all(pool.map(ask, range(24)))
@@ -136,13 +136,13 @@ def test_every_route_takes_the_header(mixing: Api) -> None:
         assert answers[BASE,][1] is None
         assert answers["named",][0] not in (answers["formal",][0], answers[BASE,][0])
     generate = {"token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 8, "temperature": 0}}
-    found = [
+    generated = [
         mixing.http.post("/inference/v1/generate", json={"model": model, **generate}, headers=more)
         for model, more in (("named", {}), (BASE, header))
     ]
-    assert [answer.status_code for answer in found] == [200, 200], found[0].text
-    assert found[0].json()["choices"] == found[1].json()["choices"]
-    assert found[1].headers["molehill-generation"] == named["generation"]
+    assert [answer.status_code for answer in generated] == [200, 200], generated[0].text
+    assert generated[0].json()["choices"] == generated[1].json()["choices"]
+    assert generated[1].headers["molehill-generation"] == named["generation"]
     # The name serves them all.
     assert listed(mixing) == []
 
@@ -176,8 +176,8 @@ def test_equal_mixes_share_the_prefix_cache(mixing: Api) -> None:
 
     def cached(weights: dict[str, float]) -> int:
         answer = mixing.complete(BASE, prompt, 1, extra_headers={HEADER: written(weights)})
-        found: int = answer.usage.prompt_tokens_details.cached_tokens
-        return found
+        tokens_read: int = answer.usage.prompt_tokens_details.cached_tokens
+        return tokens_read
 
     assert [cached({"formal": 0.5, "german": 0.25}), cached({"german": 0.25, "formal": 0.5})] == [
         0,
@@ -222,13 +222,13 @@ def test_a_mix_that_is_none_is_refused_by_request_and_by_name(
 ) -> None:
     body = {"model": BASE, "prompt": "x", "max_tokens": 1, "molehill": {"mix": mix}}
     answer = mixing.http.post("/v1/completions", json=body)
-    found = mixing.error(answer)
-    assert found[:2] == (status, kind)
-    assert message in found[2]
-    assert str(mixing.store) not in found[2]
+    refusal = mixing.error(answer)
+    assert refusal[:2] == (status, kind)
+    assert message in refusal[2]
+    assert str(mixing.store) not in refusal[2]
     loaded = mixing.http.post("/v1/adapters", json={"name": "x", "mix": mix})
     if isinstance(mix, dict) and kind != "invalid_mix":
-        assert mixing.error(loaded) == found
+        assert mixing.error(loaded) == refusal
     assert loaded.status_code in (status, 422)
     assert mixing.http.get("/v1/adapters/x").status_code == 404
     assert listed(mixing) == []

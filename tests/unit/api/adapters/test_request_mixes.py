@@ -39,7 +39,7 @@ async def three(w: World) -> None:
         await w.load(name, seed)
 
 
-def held(w: World, *mixes: Any) -> list[str]:
+def held(w: World) -> list[str]:
     """Digests that the store has beside a's, b's and c's."""
     parts = {adapter(seed).digest for seed in (1, 2, 3)}
     return sorted(set(w.in_store()) - parts)
@@ -49,10 +49,10 @@ def test_a_mix_is_the_weighted_sum_of_what_is_served(play: Play) -> None:
     async def scenario(w: World) -> None:
         await three(w)
         lease = await w.registry.mixes.lease({"b": 2.0, "a": -0.5}, object())
-        found = native.read(lease.generation.content.path, w.limits)
+        mixed = native.read(lease.generation.content.path, w.limits)
         parts = sorted([(adapter(1), -0.5), (adapter(2), 2.0)], key=lambda part: part[0].digest)
         expected = mix([Part("", part, weight) for part, weight in parts])
-        assert found.digest == lease.generation.digest == expected.digest
+        assert mixed.digest == lease.generation.digest == expected.digest
         assert (lease.generation.name, lease.generation.content.kind) == (BY_REQUEST, "mix")
         assert [generation.name for generation in w.registry] == ["a", "b", "c"]
 
@@ -63,7 +63,9 @@ def test_equal_mixes_are_one_generation_that_is_made_once(play: Play) -> None:
     async def scenario(w: World) -> None:
         await three(w)
         wanted = [{"a": 0.5, "b": 0.25}, {"b": 0.25, "a": 0.5}, {"b": 0.25, "c": 0, "a": 0.5}] * 3
-        leases = await asyncio.gather(*(w.registry.mixes.lease(own, object()) for own in wanted))
+        leases = await asyncio.gather(
+            *(w.registry.mixes.lease(weights, object()) for weights in wanted)
+        )
         (generation,) = {lease.generation for lease in leases}
         assert held(w) == [generation.digest]
         assert generation.lora_int_id == 4

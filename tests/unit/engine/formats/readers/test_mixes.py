@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.authored import GATED, SCALES, TASKS, save_lora, tiny_llama
+from support.authored import SCALES, TASKS, save_lora, tiny_llama
+from support.gated import GATED
 from support.golden import greatest_difference
 
 from molehill.api.cli import main
