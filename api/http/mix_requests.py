@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from http import HTTPStatus
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -111,5 +110,5 @@ async def run_on_mix(
 
 def refusal(error: RequestError | AdapterError) -> JSONResponse:
     status = errors.status_of(error)
-    body = errors.body(str(error), error.kind, HTTPStatus(status), param=FIELD)
+    body = errors.body(str(error), error.kind, status, param=FIELD)
     return JSONResponse(body, status.value, errors.headers_of(error))

@@ -279,20 +279,21 @@ def test_a_running_mix_ends_as_it_began_when_a_part_goes(mixing: Api, authored: 
 
 
 def test_mixes_by_request_have_one_set_of_series(mixing: Api) -> None:
-    before = len(mixing.metrics())
+    scrapes = []
     for n in range(4):
-        mixing.complete(
-            BASE, [5, 6, 7], 2, extra_headers={HEADER: written({"formal": 1 + n, "german": 1.0})}
-        )
-        samples = mixing.metrics()
-        assert not [name for name in samples if "formal=" in name]
-        if n == 0:
-            first = samples
+        weights = {"formal": 1.0 + n, "german": 1.0}
+        mixing.complete(BASE, [5, 6, 7], 2, extra_headers={HEADER: written(weights)})
+        scrapes.append(mixing.metrics())
+    assert len(listed(mixing)) == 4
     # Four mixes, and the series of one adapter.
-    assert samples.keys() == first.keys()
-    assert len(samples) > before
-    hits = [value for name, value in samples.items() if 'hits_total{adapter="(mix)"' in name]
-    assert sum(hits) == 4
-    assert samples['molehill_adapter_tokens_total{adapter="(mix)"}'] >= 4 * 3
+    first, *_, last = scrapes
+    assert first.keys() == last.keys()
+    hits = [
+        sum(value for series, value in scrape.items() if 'hits_total{adapter="(mix)"' in series)
+        for scrape in (first, last)
+    ]
+    assert hits[1] - hits[0] == 3
+    tokens_run = 'molehill_adapter_tokens_total{adapter="(mix)"}'
+    assert last[tokens_run] - first[tokens_run] == 3 * 4
     assert "(mix)" not in mixing.models()
     assert mixing.http.delete("/v1/adapters/(mix)").status_code == 404
