@@ -60,7 +60,7 @@ class Intake:
     async def take_in(
         self, loading: Loading, fetch: Fetch, expected: str | None
     ) -> tuple[Content, Source]:
-        """What `fetch` brings, held in the store until `let_go`.
+        """What `fetch` brings, held in the store until `release`.
 
         expected: digest that it must have, None for any. Raises SourceChangedError, AdapterError,
         StoreError, OutOfMemoryError and what `fetch` raises.
@@ -88,7 +88,7 @@ class Intake:
         """Where the store has what is held there by that digest."""
         return self._store.path(digest)
 
-    async def let_go(self, digest: str) -> None:
+    async def release(self, digest: str) -> None:
         """In a thread: the store may be writing, and files take time to delete."""
         await asyncio.to_thread(self._store.release, digest)
 

@@ -1,9 +1,8 @@
 """A weighted sum of served adapters: how clients write it, and what it is of."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
@@ -37,6 +36,10 @@ class Mix:
 
     parts: tuple[MixPart, ...]
 
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("mix: found no parts, expected at least one")
+
     @property
     def label(self) -> str:
         """As a header has it."""
@@ -57,22 +60,6 @@ class Mix:
 
     def name_of(self, digest: str) -> str:
         return next(part.name for part in self.parts if part.generation == digest)
-
-    def to_text(self) -> str:
-        return json.dumps([asdict(part) for part in self.parts])
-
-    @classmethod
-    def from_text(cls, text: str) -> "Mix":
-        """Raises ValueError, TypeError."""
-        mix = cls(tuple(MixPart(**fields) for fields in json.loads(text)))
-        for part in mix.parts:
-            if not isinstance(part.name, str) or not isinstance(part.generation, str):
-                raise TypeError(f"mix: found {part!r}, expected a name and a generation")
-        try:
-            check_weights({part.name: part.weight for part in mix.parts})
-        except BadMixError as error:
-            raise ValueError(str(error)) from error
-        return mix
 
 
 def check_weights(given: Any) -> dict[str, float]:

@@ -25,7 +25,7 @@ from molehill.kernels.policy import Soft, TopK
 
 
 @dataclass(frozen=True)
-class Router:
+class SiteRouter:
     """weight: G `[E, in]` float32. where: the file and the tensor, for errors."""
 
     weight: Tensor
@@ -33,7 +33,10 @@ class Router:
 
 
 def routed(
-    parts: Sequence[Part], routers: Mapping[str, Router], policy: Soft | TopK, temperature: float
+    parts: Sequence[Part],
+    routers: Mapping[str, SiteRouter],
+    policy: Soft | TopK,
+    temperature: float,
 ) -> Adapter:
     """y = W x + sum_e w_e B_e A_e x, w = policy(softmax(G x / temperature)), at every linear that
     any part adapts; a part that does not adapt it adds nothing there.
@@ -60,7 +63,7 @@ def routed(
     return Adapter("molora", sites, common_base(adapters), warnings(parts))
 
 
-def check_router(site: str, router: Router, shape: list[int]) -> None:
+def check_router(site: str, router: SiteRouter, shape: list[int]) -> None:
     """Raises ShapeError."""
     actual = list(router.weight.shape)
     if actual != shape:

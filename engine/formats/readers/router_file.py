@@ -9,7 +9,7 @@ from molehill.engine.adapter.errors import ConfigError, MissingTensorError, Unsu
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
-from molehill.engine.transform.learned_gate import Router
+from molehill.engine.transform.learned_gate import SiteRouter
 
 FIELD = "router"
 # The tensor that routes every linear that has none of its own.
@@ -35,7 +35,7 @@ def read(directory: Path, config: Fields, limits: Limits) -> Weights:
     return files.read_tensors(path, limits)
 
 
-def by_site(weights: Weights, sites: Collection[str]) -> dict[str, Router]:
+def by_site(weights: Weights, sites: Collection[str]) -> dict[str, SiteRouter]:
     """`<site>.router` for each site, else `router`. Raises MissingTensorError, ShapeError where one
     is no matrix, UnsupportedError for a tensor that routes nothing."""
     names = {site: _name(weights, site) for site in sites}
@@ -44,7 +44,8 @@ def by_site(weights: Weights, sites: Collection[str]) -> dict[str, Router]:
         expected = f"`<linear>.router` of a linear that is adapted, or `{SHARED}`"
         raise UnsupportedError(weights.where(min(unused)), "a tensor that routes nothing", expected)
     return {
-        site: Router(weights.tensor(name, 2), weights.where(name)) for site, name in names.items()
+        site: SiteRouter(weights.tensor(name, 2), weights.where(name))
+        for site, name in names.items()
     }
 
 

@@ -86,6 +86,6 @@ def test_an_adapter_with_weight_1_is_itself() -> None:
     assert {mix(a=0.5).lone, mix(a=1.0, b=1.0).lone, mix(a=-1.0).lone} == {None}
 
 
-def test_a_mix_is_remembered_as_text() -> None:
-    assert Mix.from_text(mix(a=0.7, b=-3.0).to_text()) == mix(a=0.7, b=-3.0)
-    assert mix(a=0.7, b=-3.0).label == "a=0.7, b=-3"
+def test_a_label_is_as_a_header_has_it() -> None:
+    label = mix(a=0.7, b=-3.0).label
+    assert (label, parse(label)) == ("a=0.7, b=-3", {"a": 0.7, "b": -3.0})
