@@ -55,7 +55,8 @@ def document(api: Api) -> Iterator[Any]:
 def ask(case: Any, name: str, source: str, known: bool) -> Any:
     """Sends a case. Half of them mean something that is there; none takes `started` away."""
     if known and isinstance(case.body, dict):
-        fields = {"name": name, "lora_name": name, "source": source, "lora_path": source}
+        fields: dict[str, Any] = dict.fromkeys(("name", "lora_name"), name)
+        fields |= {**dict.fromkeys(("source", "lora_path"), source), "mix": {name: 0.5}}
         case.body.update({field: own for field, own in fields.items() if field in case.body})
     if known and "name" in case.path_parameters:
         case.path_parameters["name"] = name
@@ -99,7 +100,16 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = ("name", "source", "pinned", "expected_generation", "allow_noop", "lora_name", "lora_path")
+FIELDS = (
+    "name",
+    "source",
+    "pinned",
+    "expected_generation",
+    "allow_noop",
+    "lora_name",
+    "lora_path",
+    "mix",
+)
 POSTS = ("adapters", "adapters/a/pin", "load_lora_adapter", "unload_lora_adapter")
 
 
