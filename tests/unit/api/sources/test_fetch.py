@@ -241,7 +241,7 @@ def test_a_repository_as_vllm_names_it_takes_nothing_from_the_roots(tmp_path: Pa
         with these.fetch_for_vllm("org/adapter") as source:
             assert source.directory == root / "org" / "adapter"
         for text in ("org/outside", "../root2/x", "../secret"):
-            with pytest.raises(ForbiddenPathError), sources.fetch_for_vllm(text):
+            with pytest.raises(ForbiddenPathError), these.fetch_for_vllm(text):
                 pass
     with pytest.raises(AdapterNotFoundError), closed.fetch_for_vllm("org/nobody"):
         pass
