@@ -55,12 +55,14 @@ class MolehillRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Replaces vLLM's routes of the same path and method, and guards all of them."""
+        core = list(app.router.routes)
         # First: an adapter's name may have slashes, so that its own route would match too.
         app.include_router(router_stats.router)
         app.include_router(dashboard.router)
         app.include_router(vllm_routes.router)
         app.include_router(vllm_routes.loading)
         app.include_router(adapters.router)
+        compat.replace_routes(app, core)
         args = app.state.args
         app.add_exception_handler(HTTPException, answer_http_error)
         app.add_exception_handler(NOT_FOUND, answer_not_found)

@@ -94,6 +94,8 @@ class LinearPiece:
     sum_e w_e output_scale[e] (DoRA; experts.b carries the same factor already).
     shared: one pair that every row gets with weight 1 beside the routed ones; only with a router.
     bias: float32 `[out_local]`, the base bias that this rank adds; only read with an output_scale.
+    added_bias: float32 `[out_local]`, added to every row's output beside all else. A piece may be
+    nothing more: experts of rank 0.
     """
 
     site: str
@@ -105,6 +107,7 @@ class LinearPiece:
     bias: Tensor | None = None
     parameters: Tensor | None = None
     shared: Experts | None = None
+    added_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,7 @@ class SlotWeights:
         tables: list[Tensor | None] = []
         for piece in (piece for pieces in self.linears.values() for piece in pieces):
             pairs += [piece.experts] if piece.shared is None else [piece.experts, piece.shared]
-            tables += [piece.router, piece.output_scale, piece.parameters]
+            tables += [piece.router, piece.output_scale, piece.parameters, piece.added_bias]
         for ffn in self.ffns.values():
             pairs += [pair for pair in (ffn.gate, ffn.up, ffn.down) if pair is not None]
             scales = [scale for scale in (ffn.gate_scale, ffn.up_scale) if scale is not None]

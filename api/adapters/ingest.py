@@ -50,7 +50,7 @@ class Intake:
     async def take_in(
         self, loading: Loading, fetch: Fetch, expected: str | None
     ) -> tuple[Content, Source]:
-        """What `fetch` brings, held in the store until `let_go`.
+        """What `fetch` brings, held in the store until `release`.
 
         expected: digest that it must have, None for any. Raises SourceChangedError, AdapterError,
         StoreError, OutOfMemoryError and what `fetch` raises.
@@ -74,7 +74,7 @@ class Intake:
         async with self.reading:
             return await self._background.run(work, *args, **kwargs)
 
-    async def let_go(self, digest: str) -> None:
+    async def release(self, digest: str) -> None:
         """In a thread: the store may be writing, and files take time to delete."""
         await asyncio.to_thread(self._store.release, digest)
 

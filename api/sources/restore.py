@@ -149,7 +149,7 @@ class Restart:
             return
         # Somebody may have loaded the same content again, from elsewhere.
         if note is not None and generation.status.source is source:
-            generation.status.remark(note)
+            generation.status.set_source(generation.status.source, note)
             logger.warning("Adapter %s: %s", entry.name, note)
 
     def _compare(self, entry: Entry) -> str | None:
@@ -198,7 +198,7 @@ class Restart:
                 generation.digest,
                 generation.status.source.label,
                 generation.status.source.fingerprint,
-                generation.status.pinned,
+                generation.status.slot.pinned,
                 probed=generation.status.check is None,
                 lora_b_layout=generation.status.source.lora_b_layout or "",
                 base_is_residual=generation.status.source.base_is_residual,

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molehill.kernels.mixture import Experts, LinearMixture, Mixture, Reflection, ScaleMixture
+from molehill.kernels.mixture import (
+    Bias,
+    Experts,
+    LinearMixture,
+    Mixture,
+    Reflection,
+    ScaleMixture,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,8 @@ class Adapter:
     invocation_tokens: ids that a prompt must hold, if the adapter is an activated one; it acts from
         their last occurrence on, see `activation`. Empty: it acts on every token.
     warnings: oddities that do not stop it from being served.
+    biases: what is added to linears of the base, with a mixture on them or without, whatever they
+        read; by name, as sites are.
     """
 
     kind: str
@@ -36,12 +45,16 @@ class Adapter:
     base_model: str | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
     invocation_tokens: tuple[int, ...] = ()
+    biases: Mapping[str, Bias] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor by a canonical name, sites in natural order."""
+        """Every tensor by a canonical name, sites in natural order, then biases."""
         for site in sorted(self.sites, key=natural_key):
             for name, tensor in site_tensors(self.sites[site]):
                 yield f"{site}.{name}", tensor
+        for site in sorted(self.biases, key=natural_key):
+            for name, tensor in self.biases[site].tensors().items():
+                yield bias_tensor(site, name), tensor
 
     @property
     def num_bytes(self) -> int:
@@ -57,6 +70,11 @@ class Adapter:
             sha.update(f"\0{name}{list(tensor.shape)}".encode())
             sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return sha.hexdigest()
+
+
+def bias_tensor(site: str, part: str) -> str:
+    """The canonical name of a part, `trained` or `added`, of a linear's Bias."""
+    return f"{site}.bias.{part}"
 
 
 def natural_key(name: str) -> list[str | int]:
@@ -118,12 +136,16 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     described: dict[str, Any] = {"kind": adapter.kind, "sites": sites}
     if adapter.invocation_tokens:
         described["alora_invocation_tokens"] = list(adapter.invocation_tokens)
+    if adapter.biases:
+        described["biases"] = {site: list(b.tensors()) for site, b in adapter.biases.items()}
     return described
 
 
 __all__ = [
     "Adapter",
+    "Bias",
     "Experts",
+    "bias_tensor",
     "describe",
     "describe_mixture",
     "natural_key",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import CorruptFileError, ShapeError, UnsupportedError
-from molehill.engine.adapter.model import Adapter, describe
+from molehill.engine.adapter.model import Adapter, bias_tensor, describe
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
@@ -26,6 +26,7 @@ from molehill.engine.formats.readers.reader import FileNames, Reader
 from molehill.engine.system.atomic_directory import appearing
 from molehill.engine.system.out_of_memory import raise_if_out_of_memory
 from molehill.kernels.mixture import (
+    Bias,
     Experts,
     FfnMixture,
     LinearMixture,
@@ -46,6 +47,7 @@ _FIELDS = (
     "warnings",
     "kind",
     "sites",
+    "biases",
     invocation.FIELD,
 )
 _FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -104,6 +106,7 @@ def _read(config: Fields, directory: Path, limits: Limits) -> Adapter:
         base_model=config.text("base_model"),
         warnings=tuple(warnings),
         invocation_tokens=invocation.read(config),
+        biases=_biases(config, weights),
     )
     _check_all_used(adapter, weights)
     if adapter.digest != digest:
@@ -136,6 +139,7 @@ def read_own(directory: Path, pause: Callable[[], None] = lambda: None) -> Adapt
             sites={site: _mixture(weights, site, sites.object(site)) for site in sites.values},
             base_model=config.text("base_model"),
             invocation_tokens=invocation.read(config),
+            biases=_biases(config, weights),
         )
     except CorruptFileError:
         raise
@@ -160,6 +164,20 @@ def _check_all_used(adapter: Adapter, weights: Weights) -> None:
     if unknown:
         expected = f"only the tensors of {CONFIG}"
         raise UnsupportedError(weights.where(min(unknown)), "an unknown tensor", expected)
+
+
+def _biases(config: Fields, weights: Weights) -> dict[str, Bias]:
+    """Raises ConfigError, MissingTensorError."""
+    if not config.has("biases"):
+        return {}
+    parts = config.object("biases")
+    biases = {}
+    for site in parts.values:
+        names = parts.texts(site)
+        if not names or not set(names) <= {"trained", "added"}:
+            raise parts.error(site, "a list of trained or added")
+        biases[site] = Bias(**{name: weights.tensor(bias_tensor(site, name), 1) for name in names})
+    return biases
 
 
 def _mixture(weights: Weights, site: str, fields: Fields) -> Mixture:

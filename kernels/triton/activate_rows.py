@@ -5,7 +5,7 @@ from triton import language as tl
 
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.activations import gated
-from molehill.kernels.triton.expand import product, scaled
+from molehill.kernels.triton.expand import product, scaled, with_added_bias
 
 
 @triton.jit
@@ -69,9 +69,12 @@ def adapted(
         total = product(
             finished, record, weights, token, valid, local, MAX_FINISHED, BLOCK_RANK, PRECISION
         )
+        scale = tl.load(record + at.SCALE)
         changed = y
-        if tl.load(record + at.SCALE) >= 0:
-            changed = scaled(y, record, gates, token, valid, floats, local, MAX_GATES)
+        if scale != at.PLAIN_PIECE:
+            if scale >= 0:
+                changed = scaled(y, record, gates, token, valid, floats, local, MAX_GATES)
+            changed = with_added_bias(changed, record, floats, local)
         changed = (changed + total).to(source.dtype.element_ty).to(tl.float32)
         y = tl.where((local < tl.load(record + at.WIDTH).to(tl.int32))[None, :], changed, y)
     return y

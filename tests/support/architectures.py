@@ -3,6 +3,7 @@
 The oracle is Transformers with tests/support/mixtures.py inside it, and PEFT for plain LoRA.
 """
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,27 +24,34 @@ FFN = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Architecture:
-    """linears: what DynMoLE and PEFT adapt. attention: what MixLoRA adapts beside the FFN, which
-    it can have only where each layer has one gated FFN. act_fn: as the file names it, if it does.
-    parameters: what PEFT adapts beside the linears. prompts: a seed whose greedy tokens are sure.
+    """linears: what PEFT adapts, and DynMoLE where its trainer knows the architecture. attention:
+    what MixLoRA adapts beside the FFN, which it can have only where each layer has one gated FFN.
+    act_fn: as the file names it, if it does. parameters: what PEFT adapts beside the linears. bias:
+    which biases of the base PEFT trains in one more adapter; none without it. prompts: a seed whose
+    greedy tokens are sure.
     """
 
     linears: Sequence[str] = (*QKVO, *FFN)
     attention: str | None = "q_proj"
     act_fn: str | None = None
     parameters: Sequence[str] = ()
+    bias: str | None = None
+    dynmole: bool = True
     prompts: int = 3
 
 
 ARCHITECTURES = {
     "mistral": Architecture(),
-    "qwen2": Architecture(),
+    "qwen2": Architecture(bias="all"),
     "qwen3": Architecture(),
     "gemma2": Architecture(act_fn="gelu_pytorch_tanh"),
     "phi3": Architecture(
         ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "qkv_proj", prompts=4
     ),
-    "phi": Architecture(("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"), None),
+    "phi": Architecture(
+        ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"), None, bias="lora_only"
+    ),
+    "gpt2": Architecture(("c_attn", "c_proj", "c_fc"), None, bias="lora_only", dynmole=False),
     "mixtral": Architecture(
         QKVO, None, parameters=("experts.gate_up_proj", "experts.down_proj"), prompts=4
     ),
@@ -60,7 +68,9 @@ def make(model_type: str, directory: Path) -> tuple[Path, dict[str, Path], list[
     architecture = ARCHITECTURES[model_type]
     path = tiny_models.build(model_type, directory)
     model = tiny_models.load(path)
-    recipes: dict[str, Any] = {"dynmole": mixtures.dynmole(model, architecture.linears, seed=5)}
+    recipes: dict[str, Any] = {}
+    if architecture.dynmole:
+        recipes["dynmole"] = mixtures.dynmole(model, architecture.linears, seed=5)
     if architecture.attention:
         recipes["mixlora"] = mixtures.mixlora(
             model, architecture.attention, seed=6, act_fn=architecture.act_fn
@@ -79,6 +89,12 @@ def make(model_type: str, directory: Path) -> tuple[Path, dict[str, Path], list[
     ask_oracle("base", nullcontext(model))
     for name, recipe in recipes.items():
         ask_oracle(name, recipe.attached(model))
+    if architecture.bias:
+        adapters["biases"] = directory / "biases"
+        linears = architecture.linears[:1] + architecture.linears[3:]
+        source = copy.deepcopy(model)
+        biased = peft_lora(source, linears, (), adapters["biases"], architecture.bias)
+        ask_oracle("biases", nullcontext(biased))
     adapters["lora"] = directory / "lora"
     wrapped = peft_lora(model, architecture.linears, architecture.parameters, adapters["lora"])
     ask_oracle("lora", nullcontext(wrapped))

@@ -46,7 +46,8 @@ def read_isolated(
         copy = Path(scratch) / "adapter"
         shapes = None if base is None else dataclasses.asdict(base)
         how = json.dumps(
-            [dataclasses.asdict(limits), lora_b_layout, base_is_residual, task, shapes]
+            [dataclasses.asdict(limits), lora_b_layout, base_is_residual, task, shapes],
+            default=list,
         )
         child = subprocess.run(
             [sys.executable, "-m", _MODULE, str(path.absolute()), str(copy)],
@@ -95,7 +96,8 @@ def main(arguments: Sequence[str]) -> int:
 def _base(shapes: dict[str, Any]) -> BaseModel:
     linears = {name: (shape[0], shape[1]) for name, shape in shapes["linears"].items()}
     moes = {name: Moe(**sizes) for name, sizes in shapes["moes"].items()}
-    return BaseModel(**{**shapes, "linears": linears, "moes": moes})
+    biased = frozenset(shapes["biased"])
+    return BaseModel(**{**shapes, "linears": linears, "moes": moes, "biased": biased})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What PEFT may save beside an adapter's own tensors: whole modules, and biases of the base's."""
+"""What PEFT may save beside an adapter's own tensors: whole modules."""
 
 from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.formats.io.fields import Fields, shortened
@@ -24,10 +24,5 @@ def check(config: Fields, weights: Weights) -> tuple[str, ...]:
     if absent:
         warnings.append(
             f"{_FIELD} is {shortened(absent)}, but there are no tensors for it: no effect"
-        )
-    bias = config.values.get("bias")
-    if bias not in (None, False, "none"):
-        warnings.append(
-            f"bias is {shortened(bias)}, but the file has none of the base's: no effect"
         )
     return tuple(warnings)

@@ -1,6 +1,7 @@
 """Where adapters act in a loaded vLLM model: finds and hooks the places, cuts adapters to fit."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -182,6 +183,7 @@ class PatchedModel:
             {ffn.site: ffn.activation for ffn in self._ffns},
             {site: block.sizes for site, block in self._blocks.items()},
             self._refusals,
+            frozenset(site for site, (own, _) in self._projections.items() if _has_bias(own)),
         )
         world = get_world_group()
         everyone: list[Any] = [stage] * world.world_size
@@ -194,6 +196,7 @@ class PatchedModel:
             ffns={site: name for stage in everyone for site, name in stage[1].items()},
             moes={site: sizes for stage in everyone for site, sizes in stage[2].items()},
             refused={site: why for stage in everyone for site, why in stage[3].items()},
+            biased=frozenset().union(*(stage[4] for stage in everyone)),
         )
 
     def warm_up(self, most: int) -> None:
@@ -246,7 +249,23 @@ class PatchedModel:
             else:
                 handle, piece = self._cut_linear(site, mixture)
                 linears.setdefault(handle, []).append(piece)
+        self._cut_biases(adapter, linears)
         return SlotWeights(linears, ffns, scales, ffn_scales, self._cut_moes(adapter))
+
+    def _cut_biases(self, adapter: Adapter, linears: dict[int, list[LinearPiece]]) -> None:
+        """Biases go into the pieces of their sites, or are pieces by themselves."""
+        for site in sorted(adapter.biases.keys() & self._projections.keys(), key=natural_key):
+            linear, projection = self._projections[site]
+            added = sharding.cut_bias(adapter.biases[site], linear, projection)
+            if added is None:
+                continue
+            pieces = linears.setdefault(self._handles[linear.name], [])
+            for i, piece in enumerate(pieces):
+                if piece.site == site:
+                    pieces[i] = replace(piece, added_bias=added)
+                    break
+            else:
+                pieces.append(sharding.only_bias(added, linear, projection))
 
     def _cut_moes(self, adapter: Adapter) -> dict[int, MoePiece]:
         return {
@@ -271,3 +290,7 @@ class PatchedModel:
         bias = getattr(down.module, "bias", None) if self._tp.rank_in_group == 0 else None
         inner = down.projections[0].inputs
         return sharding.cut_ffn(mixture, ffn, self._by_name[ffn.gate_up], inner, bias)
+
+
+def _has_bias(linear: discovery.Linear) -> bool:
+    return getattr(linear.module, "bias", None) is not None

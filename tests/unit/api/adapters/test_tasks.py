@@ -91,7 +91,7 @@ def test_a_copy_that_cannot_be_freed_is_counted_and_undoes_no_replacement(
         async def stuck(_: str) -> None:
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(w.registry.intake, "let_go", stuck)
+        monkeypatch.setattr(w.registry.intake, "release", stuck)
         assert (await w.load("a", 2, replace=True)).status == "replaced"
         samples = [s for m in w.registry.events.collect() for s in m.samples]
         failed = {s.name: s.value for s in samples}["molehill_adapter_free_failures_total"]

@@ -37,7 +37,10 @@ def test_a_restarted_server_is_not_ready_until_all_is_loaded(tmp_path: Path) -> 
         await restoring
         assert second.restart.ready
         assert second.serves() == served
-        assert [generation.status.pinned for generation in second.world.registry] == [True, False]
+        assert [generation.status.slot.pinned for generation in second.world.registry] == [
+            True,
+            False,
+        ]
         assert [generation.status.note for generation in second.world.registry] == [None, None]
 
     play(scenario())

@@ -25,6 +25,7 @@ from molehill.engine.adapter.errors import (
 @pytest.mark.parametrize(
     ("case", "name"),
     [
+        ("lora", "base_model.model.model.layers.0.mlp.up_proj.lora_A.bias"),
         ("lora", "base_model.model.model.layers.0.mlp.up_proj.lora_B.bias"),
         ("lora", "base_model.model.model.layers.0.mlp.up_proj.base_layer.bias"),
         ("lora", "base_model.model.model.embed_tokens.lora_embedding_A"),
