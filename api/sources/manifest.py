@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from molehill.api.adapters.invocation import WhenNotInvoked
+from molehill.api.adapters.mix import Mix
 from molehill.engine.adapter.layout import Layout
 
 logger = logging.getLogger("vllm.molehill")
@@ -24,7 +25,7 @@ class ManifestError(ValueError):
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout,
     base_is_residual: see Source; the layout empty for none. when_not_invoked: see GenerationStatus;
-    empty for None. probed: that it has an effect was seen, or is not asked for.
+    empty for None. probed: that it has an effect was seen, or is not asked for. mix: see Source.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lora_b_layout: Layout | Literal[""] = ""
     base_is_residual: bool = False
     when_not_invoked: WhenNotInvoked | Literal[""] = ""
+    mix: Mix | None = None
 
     @property
     def layout(self) -> Layout | None:

@@ -26,13 +26,12 @@ from molehill.kernels.interface import (
     BaseActivation,
     CapacityError,
     FfnShape,
-    LinearPiece,
     LinearShape,
     Run,
     ScalePiece,
     SlotWeights,
 )
-from molehill.kernels.mixture import Experts, FfnMixture
+from molehill.kernels.mixture import FfnMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, Threshold, TopK, TopP
 from molehill.kernels.triton import activate, gate, shrink
 
@@ -127,23 +126,38 @@ def test_one_piece_may_be_both_halves(policy) -> None:
     assert_close(h, activated(expected, SILU))
 
 
-def test_output_scales_and_biases_change_the_base_before_it_is_activated() -> None:
-    """DoRA on up_proj, whose piece is less than its half; a bias alone on gate_proj."""
+def test_added_biases_are_added_before_it_is_activated() -> None:
+    """With a pair on gate_proj and without one on up_proj."""
+    serving, ffn, (linear, _) = setup(torch.float32)
+    routed = mixture(TopK(1), (2, 3), D, WIDTH, 1)
+    biases = random(2 * WIDTH, seed=4)
+    nothing = mixture(Constant((1.0,)), (0,), D, WIDTH, 5)
+    pieces = [
+        replace(piece(routed, 0, "gate"), added_bias=biases[:WIDTH]),
+        replace(piece(nothing, WIDTH, "up"), added_bias=biases[WIDTH:]),
+    ]
+    serving.store(0, SlotWeights({linear: pieces}, {}))
+    x, base = random(3, D, seed=2), random(3, 2 * WIDTH, seed=3)
+    serving.begin_step([Run(0, 0, 2)])
+    h = run(serving, ffn, linear, x, base)
+    expected = base.clone()
+    expected[:2] = added(x[:2], base[:2], [(0, routed)]) + biases
+    assert_close(h, activated(expected, SILU))
+
+
+def test_output_scales_change_the_base_before_it_is_activated() -> None:
+    """DoRA on up_proj, whose piece is less than its half."""
     width = WIDTH - 8
     serving, ffn, (linear, _) = setup(torch.float32)
     routed = mixture(TopK(1), (2, 3), D, width, 1)
     scale, bias = 1 + 0.3 * random(2, width, seed=4), random(width, seed=6)
     dora = replace(piece(routed, WIDTH, "up"), output_scale=scale, bias=bias)
-    added_bias = random(WIDTH, seed=8)
-    nothing = Experts(torch.zeros(0, D), torch.zeros(WIDTH, 0), (0,))
-    biased = LinearPiece("gate", 0, nothing, Constant((1.0,)), added_bias=added_bias)
-    serving.store(0, SlotWeights({linear: [biased, dora]}, {}))
+    serving.store(0, SlotWeights({linear: [dora]}, {}))
     x, base = random(3, D, seed=2), random(3, 2 * WIDTH, seed=3)
     serving.begin_step([Run(0, 0, 3)])
     h = run(serving, ffn, linear, x, base)
     weights = reference.route(x, routed.router, routed.policy, 2).weights
     expected = base.clone()
-    expected[:, :WIDTH] += added_bias
     columns = slice(WIDTH, WIDTH + width)
     expected[:, columns] = (base[:, columns] - bias) * (weights @ scale) + bias
     assert_close(h, activated(added(x, expected, [(WIDTH, routed)]), SILU))
