@@ -183,7 +183,7 @@ class PatchedModel:
             {ffn.site: ffn.activation for ffn in self._ffns},
             {site: block.sizes for site, block in self._blocks.items()},
             self._refusals,
-            frozenset(site for site, (own, _) in self._projections.items() if _has_bias(own)),
+            frozenset(site for site, (linear, _) in self._projections.items() if _has_bias(linear)),
         )
         world = get_world_group()
         everyone: list[Any] = [stage] * world.world_size
