@@ -69,11 +69,11 @@ def adapted(
         total = product(
             finished, record, weights, token, valid, local, MAX_FINISHED, BLOCK_RANK, PRECISION
         )
-        changed = y
         scale = tl.load(record + at.SCALE)
-        if scale >= 0:
-            changed = scaled(y, record, gates, token, valid, floats, local, MAX_GATES)
+        changed = y
         if scale != at.PLAIN_PIECE:
+            if scale >= 0:
+                changed = scaled(y, record, gates, token, valid, floats, local, MAX_GATES)
             changed = with_added_bias(changed, record, floats, local)
         changed = (changed + total).to(source.dtype.element_ty).to(tl.float32)
         y = tl.where((local < tl.load(record + at.WIDTH).to(tl.int32))[None, :], changed, y)
