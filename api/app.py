@@ -23,6 +23,7 @@ from molehill.api.adapters.tasks import failure
 from molehill.api.http import adapters, dashboard, router_stats, vllm_routes
 from molehill.api.http.auth import Guard
 from molehill.api.http.dependencies import Services, answer_http_error, answer_not_found
+from molehill.api.http.mix_requests import MixRequests
 from molehill.api.metrics.worker_stats import WorkerStats
 from molehill.api.sources.fetch import Sources, local
 from molehill.api.sources.manifest import Manifest
@@ -55,17 +56,20 @@ class MolehillRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Replaces vLLM's routes of the same path and method, and guards all of them."""
+        core = list(app.router.routes)
         # First: an adapter's name may have slashes, so that its own route would match too.
         app.include_router(router_stats.router)
         app.include_router(dashboard.router)
         app.include_router(vllm_routes.router)
         app.include_router(vllm_routes.loading)
         app.include_router(adapters.router)
+        compat.replace_routes(app, core)
         args = app.state.args
         app.add_exception_handler(HTTPException, answer_http_error)
         app.add_exception_handler(NOT_FOUND, answer_not_found)
         admin_keys = options_of(args).admin_keys
         # The last one added is the outermost.
+        app.add_middleware(MixRequests)
         app.add_middleware(GenerationHeader)
         app.add_middleware(Guard, keys=api_keys(args.api_key), admin_keys=admin_keys)
 
@@ -152,6 +156,7 @@ async def make_services(engine_client: Any, models: Any, options: Options) -> Se
         merged_base=merged_base,
         background=Background(cores, threads=READERS),
         memory=limits.adapter_bytes,
+        combine=reader.combine,
     )
     models.lora_requests.registry = registry
     count_requests(engine_client, registry)

@@ -15,6 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from molehill.kernels.triton import layout as at
+from molehill.kernels.triton.activate import activate_kernel
 from molehill.kernels.triton.expand import PART, expand_kernel
 from molehill.kernels.triton.ffn import ffn_kernel
 from molehill.kernels.triton.gate import gate_kernel
@@ -55,6 +57,9 @@ class Specialisation:
             shared["MAX_FINISHED"] = config.max_finished
         if kernel is not ffn_kernel:
             shared["SINGLE"] = config.single
+        pairs: dict[str, Any] = {"PAIR_TILE": 16 if precise else config.pair_tile}
+        pair_rank = 16 if precise else config.ffn_rank
+        pair_block = config.ffn_columns // (2 if precise else 1)
         if kernel is not gate_kernel:
             shared["PRECISION"] = "ieee" if precise else "tf32"
         if kernel is shrink_kernel:
@@ -89,12 +94,19 @@ class Specialisation:
                 "BLOCK_OUT": columns,
                 "PART": min(columns, PART),
             }
-        specific = {
-            "MAX_EXPERTS": config.max_experts,
-            "PAIR_TILE": 16 if precise else config.pair_tile,
-        }
-        specific |= {"BLOCK_RANK": 16 if precise else config.ffn_rank}
-        return shared | specific | {"BLOCK": config.ffn_columns // (2 if precise else 1)}
+        shared |= pairs | {"MAX_EXPERTS": config.max_experts}
+        if kernel is activate_kernel:
+            return shared | {
+                "MAX_PIECES": config.max_pieces,
+                "BLOCK_RANK": config.expand_rank,
+                "BLOCK": config.activate_columns // (2 if precise else 1),
+                "PAIR_RANK": pair_rank,
+                "PAIR_BLOCK": pair_block,
+                # As the definition in torch that vLLM compiles, of the commonest.
+                "ACTIVATION": at.SILU.value,
+                "ROUNDED": False,
+            }
+        return shared | {"BLOCK_RANK": pair_rank, "BLOCK": pair_block}
 
     @property
     def options(self) -> dict[str, int]:
@@ -104,11 +116,12 @@ class Specialisation:
             gate_kernel: config.gate_warps,
             expand_kernel: config.expand_warps,
             ffn_kernel: config.ffn_warps,
+            activate_kernel: config.activate_warps,
         }
-        stages = {shrink_kernel: 3, gate_kernel: 1, expand_kernel: 2, ffn_kernel: 2}
+        stages = {shrink_kernel: 3, gate_kernel: 1}
         return {
             "num_warps": warps[self.kernel],
-            "num_stages": stages[self.kernel],
+            "num_stages": stages.get(self.kernel, 2),
             "maxnreg": MAX_REGISTERS,
         }
 
@@ -123,7 +136,7 @@ POINTERS = {
     ),
 }
 # Integers that are no multiple of 16.
-ODD = {"tokens", "parts"}
+ODD = {"tokens", "parts", "tiles"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ class Compiled:
 
 
 def specialisations(capacity: Capacity, features: int = 4096) -> Iterator[Specialisation]:
-    for kernel in (shrink_kernel, gate_kernel, expand_kernel, ffn_kernel):
+    for kernel in (shrink_kernel, gate_kernel, expand_kernel, ffn_kernel, activate_kernel):
         for step in STEPS:
             for dtype in ("bf16", "fp16", "fp32"):
                 yield Specialisation(kernel, dtype, step, features, capacity)

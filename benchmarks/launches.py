@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from molehill.benchmarks.compiled import ARCHITECTURES, compile_for, specialisations
-from molehill.kernels.interface import FfnShape, LinearShape, Run
-from molehill.kernels.triton import expand, ffn, gate, shrink
+from molehill.kernels.interface import BaseActivation, FfnShape, LinearShape, Run
+from molehill.kernels.triton import activate, expand, gate, shrink
 from molehill.kernels.triton.backend import TritonBackend
 from molehill.kernels.triton.launch_config import Capacity, LaunchConfig, launch_config_for
 
@@ -118,9 +118,10 @@ class Counter:
 
 
 def launches(layer: DecoderLayer, tokens: int, capacity: Capacity) -> list[tuple[str, int]]:
-    """(kernel, programs) of every launch of one layer whose FFN may hold an FFN mixture."""
+    """(kernel, programs) of every launch of one layer in a captured graph, where that of the FFN's
+    activation takes the place of one of the base's."""
     notes: list[tuple[str, int]] = []
-    kernels = ((shrink, "shrink"), (gate, "gate"), (expand, "expand"), (ffn, "ffn"))
+    kernels = ((shrink, "shrink"), (gate, "gate"), (expand, "expand"), (activate, "activate"))
     patched = [
         (module, f"{name}_kernel", getattr(module, f"{name}_kernel")) for module, name in kernels
     ]
@@ -130,7 +131,8 @@ def launches(layer: DecoderLayer, tokens: int, capacity: Capacity) -> list[tuple
         for name, (features, outs) in layer.linears.items()
     }
     handles = {name: backend.register_linear(shape) for name, shape in shapes.items()}
-    shape = FfnShape("mlp", handles["gate_up"], handles["down"], layer.intermediate)
+    silu = BaseActivation("silu", is_rounded=False)
+    shape = FfnShape("mlp", handles["gate_up"], handles["down"], layer.intermediate, silu)
     mlp = backend.register_ffn(shape)
 
     def zeros(width: int) -> Tensor:
@@ -144,7 +146,7 @@ def launches(layer: DecoderLayer, tokens: int, capacity: Capacity) -> list[tuple
             linear = shapes[name]
             backend.linear(zeros(linear.out_features), zeros(linear.in_features), handle)
             if name == "gate_up":
-                backend.ffn(zeros(layer.intermediate), zeros(linear.out_features), mlp)
+                backend.activate(zeros(layer.intermediate), zeros(linear.out_features), mlp)
     finally:
         for module, name, kernel in patched:
             setattr(module, name, kernel)

@@ -147,6 +147,7 @@ def _check_linear(piece: LinearPiece, shape: LinearShape | None, handle: int) ->
     _check_routing(piece, experts, shape.in_features)
     _check_table(f"{site}: output_scale", piece.output_scale, (experts, out))
     _check_table(f"{site}: bias", piece.bias, (out,))
+    _check_table(f"{site}: added_bias", piece.added_bias, (out,))
 
 
 def _check_apart(pieces: Sequence[LinearPiece]) -> None:

@@ -1,9 +1,10 @@
 """The custom ops in front of a Python backend, of MoeBlocks and of Vocabulary, which a model's
 forward calls.
 
-Opaque to torch.compile. `linear` comes after the base's own GEMM, `base_linear` runs that too. The
-layer is named by a one-element int64 CPU tensor, not by a Python number, so that the graphs of all
-layers are the same graph. A backend may bring ops of its own.
+Opaque to torch.compile. `linear` comes after the base's own GEMM, `base_linear` runs that too;
+`ffn` comes after the base's activation, `activation` is in its place. The layer is named by a
+one-element int64 CPU tensor, not by a Python number, so that the graphs of all layers are the same
+graph. A backend may bring ops of its own.
 """
 
 from collections.abc import Callable
@@ -16,16 +17,19 @@ from molehill.kernels.interface import Backend
 RunExperts = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 RunLinears = Callable[[Tensor, Tensor | None, int], Tensor]
 RunEmbedding = Callable[[Tensor, Tensor], None]
+RunActivation = Callable[[Tensor, int], Tensor]
 
 _active: list[Backend] = []
 _experts: list[RunExperts] = []
 _linears: list[RunLinears] = []
 _embedding: list[RunEmbedding] = []
+_activations: list[RunActivation] = []
 _library = torch.library.Library("molehill", "DEF")
 _library.define("linear(Tensor(a!) out, Tensor x, Tensor handle) -> ()")
 _library.define("ffn(Tensor(a!) h, Tensor gate_up, Tensor handle) -> ()")
 _library.define("base_linear(Tensor x, Tensor? bias, Tensor handle, SymInt out_features) -> Tensor")
 _library.define("embedding(Tensor(a!) out, Tensor ids) -> ()")
+_library.define("activation(Tensor(a!) gate_up, Tensor handle) -> Tensor")
 _library.define("experts(Tensor x, Tensor weights, Tensor chosen, Tensor handle) -> Tensor")
 
 
@@ -49,6 +53,12 @@ def install_embedding(run: RunEmbedding) -> None:
     """Makes `run(out, ids)` what stands behind the op `embedding`: changes what the base's lookup
     made of token ids `[T]`, `out [T, hidden]`."""
     _embedding[:] = [run]
+
+
+def install_activations(run: RunActivation) -> None:
+    """Makes `run(gate_up, handle)` what stands behind the op `activation`: h `[..., I]` of an FFN
+    from gate_up `[..., 2 I]`, which it may change."""
+    _activations[:] = [run]
 
 
 def _linear(out: Tensor, x: Tensor, handle: Tensor) -> None:
@@ -104,3 +114,15 @@ def _nothing_looked_up(out: Tensor, ids: Tensor) -> None:
 
 _library.impl("embedding", _embed, "CompositeExplicitAutograd")
 torch.library.register_fake("molehill::embedding", _nothing_looked_up, lib=_library)
+
+
+def _run_activation(gate_up: Tensor, handle: Tensor) -> Tensor:
+    return _activations[0](gate_up, int(handle))
+
+
+def _of_half_width(gate_up: Tensor, handle: Tensor) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+_library.impl("activation", _run_activation, "CompositeExplicitAutograd")
+torch.library.register_fake("molehill::activation", _of_half_width, lib=_library)

@@ -57,13 +57,29 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class BaseActivation:
+    """How the base computes h = act(gate) * up of a gated FFN.
+
+    name: of act, a key of ACTIVATIONS. is_rounded: whether act(gate) is rounded to the activations'
+    dtype before it is multiplied.
+    """
+
+    name: str
+    is_rounded: bool
+
+
+@dataclass(frozen=True)
 class FfnShape:
-    """A gated FFN: `gate_up`, `down` are its linears' handles, `intermediate` this rank's width."""
+    """A gated FFN: `gate_up`, `down` are its linears' handles, `intermediate` this rank's width.
+
+    activation: the base's, if the backend is to compute it (ActivatingBackend), else None.
+    """
 
     name: str
     gate_up: int
     down: int
     intermediate: int
+    activation: BaseActivation | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,8 @@ class LinearPiece:
     sum_e w_e output_scale[e] (DoRA; experts.b carries the same factor already).
     shared: one pair that every row gets with weight 1 beside the routed ones; only with a router.
     bias: float32 `[out_local]`, the base bias that this rank adds; only read with an output_scale.
+    added_bias: float32 `[out_local]`, added to every row's output beside all else. A piece may be
+    nothing more: experts of rank 0.
     """
 
     site: str
@@ -89,6 +107,7 @@ class LinearPiece:
     bias: Tensor | None = None
     parameters: Tensor | None = None
     shared: Experts | None = None
+    added_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -259,7 +278,7 @@ class SlotWeights:
         tables: list[Tensor | None] = []
         for piece in (piece for pieces in self.linears.values() for piece in pieces):
             pairs += [piece.experts] if piece.shared is None else [piece.experts, piece.shared]
-            tables += [piece.router, piece.output_scale, piece.parameters]
+            tables += [piece.router, piece.output_scale, piece.parameters, piece.added_bias]
         for ffn in self.ffns.values():
             pairs += [pair for pair in (ffn.gate, ffn.up, ffn.down) if pair is not None]
             scales = [scale for scale in (ffn.gate_scale, ffn.up_scale) if scale is not None]
@@ -386,3 +405,16 @@ class SplitBackend(Backend, Protocol):
 
     def finish_linear(self, out: Tensor, x: Tensor, handle: int) -> None:
         """The rest: changes `out [T, out]`, the base's output. `x` is what `begin_linear` got."""
+
+
+@runtime_checkable
+class ActivatingBackend(SplitBackend, Protocol):
+    """A backend that computes the base's activation of an FFN together with what adapters change
+    before and in it, if the FFN is registered with one. `finish_linear` of its gate_up linear then
+    changes nothing, and neither does anybody call `ffn`.
+    """
+
+    def activate(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
+        """Fills `h [T, I]` for all rows, the base's too, from the base's pre-activations
+        `gate_up [T, 2 I]`, once `begin_linear` of the gate_up linear is done. Does what
+        `finish_linear` and `ffn` do beside the activation, and may change `gate_up`."""

@@ -159,4 +159,27 @@ class VocabularyRows:
     rows: Tensor
 
 
+@dataclass(frozen=True)
+class Bias:
+    """y = W x + (trained or bias) + added: what every token gets at a linear, whatever it reads.
+
+    trained: `[out]`, in place of the base's own bias; None where that stays. added: `[out]`, beside
+    it, scaling folded in; None for none.
+    """
+
+    trained: Tensor | None = None
+    added: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        both = {"trained": self.trained, "added": self.added}
+        return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+    def whole(self, bias: Tensor | None) -> Tensor | None:
+        """All that is added to W x, float32 `[out]`. bias: the base's own, if it has one."""
+        parts = [bias if self.trained is None else self.trained, self.added]
+        there = [part.float() for part in parts if part is not None]
+        return sum(there[1:], there[0]) if there else None
+
+
 Mixture = LinearMixture | FfnMixture | ScaleMixture | Reflection

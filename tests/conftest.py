@@ -50,13 +50,15 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def authored(tmp_path_factory):
-    """By name, the adapters of tests/support/authored.py and tuners.py: not to be changed."""
+    """By name, the adapters of tests/support (authored, gated, tuners): not to be changed."""
     pytest.importorskip("peft", reason="the dev extra is not installed")
     from support.authored import author_all
+    from support.gated import author_molora
     from support.tuners import author_tuners
 
     root = tmp_path_factory.mktemp("authored")
-    return {own.name: own for own in (*author_all(root), *author_tuners(root))}
+    everything = (*author_all(root), author_molora(root), *author_tuners(root))
+    return {made.name: made for made in everything}
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Admission:
-    """adapters: names that may be served. loads: at once, waiting ones too."""
+    """adapters: names that may be served. loads: at once, waiting ones too. mixes: that requests
+    ask for, alive at once; those that are not in use make room."""
 
     adapters: int = 1024
     loads: int = 8
+    mixes: int = 32

@@ -17,6 +17,12 @@ class BadNameError(RequestError):
     kind = "invalid_name"
 
 
+class BadMixError(RequestError):
+    """A mix that is none: no adapters, too many, or weights that are no numbers within bounds."""
+
+    kind = "invalid_mix"
+
+
 class BadPathError(RequestError):
     """A path, repository or URL that is none."""
 
@@ -88,6 +94,13 @@ class BusyError(RequestError):
     """As many loads are on their way as may be."""
 
     kind = "too_many_loads"
+    retry_after = 1
+
+
+class TooManyMixesError(RequestError):
+    """As many mixes by request are in use as may be."""
+
+    kind = "too_many_mixes"
     retry_after = 1
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
@@ -12,13 +12,16 @@ from molehill.api.adapters.background import Background
 from molehill.api.adapters.errors import OutOfMemoryError, StoreError
 from molehill.api.adapters.generation import Content, Loading, content_of
 from molehill.api.adapters.load_options import check_content
+from molehill.api.adapters.mix import Mix
 from molehill.api.adapters.reading import Reading, most_bytes
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.store import AdapterStore
 from molehill.engine.adapter.errors import AdapterError, CorruptFileError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
+from molehill.engine.formats import native
 from molehill.engine.system.out_of_memory import is_out_of_memory
+from molehill.engine.transform.weighted_sum import Part
 
 # What a disk answers that is full, or has a quota that is.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -26,6 +29,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 P = ParamSpec("P")
 T = TypeVar("T")
 ReadAdapter = Callable[[Path, Layout | None, bool], Adapter]
+Combine = Callable[[Sequence[Part]], Adapter]
 
 # A source on its way here: entered in a thread, it is there; left, whatever was fetched is gone.
 Fetch = AbstractContextManager[Source]
@@ -33,16 +37,22 @@ Fetch = AbstractContextManager[Source]
 
 class Intake:
     """read: parses and validates a directory, in any thread, with the layout that a source names
-    and what it says of the base; raises AdapterError. background: where it runs. memory: bytes that
-    the largest adapter may take.
+    and what it says of the base; raises AdapterError. combine: sums up and validates; likewise.
+    background: where they run. memory: bytes that the largest adapter may take.
 
     reading: held by whoever reads an adapter there. What is not read waits, and says so.
     """
 
     def __init__(
-        self, read: ReadAdapter, store: AdapterStore, background: Background, memory: int
+        self,
+        read: ReadAdapter,
+        combine: Combine,
+        store: AdapterStore,
+        background: Background,
+        memory: int,
     ) -> None:
         self._read = read
+        self._combine = combine
         self._store = store
         self._background = background
         self.reading = Reading(memory)
@@ -50,7 +60,7 @@ class Intake:
     async def take_in(
         self, loading: Loading, fetch: Fetch, expected: str | None
     ) -> tuple[Content, Source]:
-        """What `fetch` brings, held in the store until `let_go`.
+        """What `fetch` brings, held in the store until `release`.
 
         expected: digest that it must have, None for any. Raises SourceChangedError, AdapterError,
         StoreError, OutOfMemoryError and what `fetch` raises.
@@ -58,7 +68,7 @@ class Intake:
         loading.stage = "fetching"
         try:
             async with fetched(fetch) as source:
-                size = await asyncio.to_thread(most_bytes, source.directory)
+                size = await asyncio.to_thread(self._most_bytes, source)
                 async with self.reading.beside(size):
                     loading.stage = "reading"
                     read = self._background.run(self._read_into_store, source, expected)
@@ -74,13 +84,18 @@ class Intake:
         async with self.reading:
             return await self._background.run(work, *args, **kwargs)
 
-    async def let_go(self, digest: str) -> None:
+    def copy(self, digest: str) -> Path:
+        """Where the store has what is held there by that digest."""
+        return self._store.path(digest)
+
+    async def release(self, digest: str) -> None:
         """In a thread: the store may be writing, and files take time to delete."""
         await asyncio.to_thread(self._store.release, digest)
 
     def _read_into_store(self, source: Source, expected: str | None) -> Content:
         try:
-            adapter = self._read_untouched(source)
+            mixed = source.mix is not None and not source.canonical
+            adapter = self._sum_up(source) if mixed else self._read_untouched(source)
             check_content(source.label, adapter.digest, expected)
             return content_of(adapter, self._store.acquire(adapter, source.directory))
         except Exception as error:
@@ -89,6 +104,24 @@ class Intake:
             if isinstance(error, OSError):
                 raise StoreError(f"adapter store: {error.strerror}") from error
             raise
+
+    def _most_bytes(self, source: Source) -> int:
+        if source.mix is None or source.canonical:
+            return most_bytes(source.directory)
+        return sum(most_bytes(self.copy(digest)) for digest, _ in source.mix.key)
+
+    def _sum_up(self, source: Source) -> Adapter:
+        """Of the parts' copies, which somebody holds, in an order that does not depend on how the
+        mix is written. Raises AdapterError, StoreError."""
+        assert source.mix is not None
+        return self._combine([self._part(source.mix, *part) for part in source.mix.key])
+
+    def _part(self, mix: Mix, digest: str, weight: float) -> Part:
+        name = mix.name_of(digest)
+        try:
+            return Part(name, native.read_own(self.copy(digest)), weight)
+        except CorruptFileError as error:
+            raise StoreError(f"{name}: its copy in the store is damaged; load it again") from error
 
     def _read_untouched(self, source: Source) -> Adapter:
         """Raises AdapterError, SourceChangedError, OSError where there is no room to read it."""

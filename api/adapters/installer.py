@@ -52,14 +52,16 @@ class Installer:
             before = None if old is None else old.status.when_not_invoked
             generation.status.answer_not_invoked(terms.when_not_invoked or before or "refuse")
         lease = self._generations.lease(generation)
-        pinned = old is not None and old.status.pinned if terms.pinned is None else terms.pinned
+        pinned = (
+            old is not None and old.status.slot.pinned if terms.pinned is None else terms.pinned
+        )
         probed = self._probe is not None and not terms.allow_noop
         try:
             if terms.eager or pinned or not self._residency.full:
                 await self._try_out(loading, lease, probed)
                 self._pins.hand_over(old, generation, pinned)
             elif probed:
-                generation.status.check_later(partial(self._probe_late, generation))
+                generation.status.check_with(partial(self._probe_late, generation))
         except Exception as error:
             lease.leave()
             await self._generations.retire(generation)

@@ -49,5 +49,5 @@ class Lease(Hold):
         """Also of the slot. It may be left twice."""
         if not self.over:
             self.give_slot_back()
-            self.generation.status.let_go(self)
+            self.generation.status.release(self)
             self._ended(self.generation)

@@ -47,10 +47,10 @@ class Loader:
             try:
                 kept = self._kept(name, old, content, terms)
             except Exception:
-                await self._intake.let_go(content.digest)
+                await self._intake.release(content.digest)
                 raise
             if kept is not None:
-                await self._intake.let_go(content.digest)
+                await self._intake.release(content.digest)
                 return await self._load_again(kept, source, terms)
             new = await self._installer.install(loading, content, source, old, terms)
             await self._switch(old, new)
@@ -75,9 +75,9 @@ class Loader:
 
     async def _load_again(self, old: Generation, source: Source, terms: Terms) -> Loaded:
         """The same bytes change nothing but what is known of them."""
-        old.status.load_again(source)
+        old.status.set_source(source)
         if terms.allow_noop:
-            old.status.pass_check()
+            old.status.check_with(None)
         if terms.when_not_invoked is not None:
             old.status.answer_not_invoked(terms.when_not_invoked)
         if terms.pinned is not None:

@@ -32,8 +32,8 @@ class Pins:
 
         Raises CannotPinError; then both are as before.
         """
-        frees = old is not None and old.status.pinned
-        if pinned and not new.status.pinned and not frees and not self._residency.pinnable:
+        frees = old is not None and old.status.slot.pinned
+        if pinned and not new.status.slot.pinned and not frees and not self._residency.pinnable:
             raise CannotPinError(
                 f"pins: found no more than one of {self._residency.slots} slots left for adapters "
                 "that are not pinned, expected two"

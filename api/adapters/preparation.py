@@ -27,7 +27,9 @@ class Preparation:
 
     def is_ready(self, waiting: Waiting) -> bool:
         """Whether a slot is all that it needs."""
-        return waiting.prepared or self._residents.tier(waiting.generation) != "disk"
+        generation = waiting.generation
+        in_workers = generation in self._residents or generation in self._transfers.host
+        return waiting.prepared or in_workers
 
     def begin(self) -> None:
         """Of those that wait longest, as many as the workers read at a time."""

@@ -1,7 +1,7 @@
 """Reads an adapter for the base model that is served."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from molehill.engine.adapter import validation
 from molehill.engine.adapter.base_model import BaseModel, Limits
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
+from molehill.engine.transform.weighted_sum import Part, mix
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -36,6 +37,12 @@ class AdapterReader:
             return adapter
         logger.warning("%s: %s", directory.name, warning)
         return replace(adapter, warnings=(*adapter.warnings, warning))
+
+    def combine(self, parts: Sequence[Part]) -> Adapter:
+        """The weighted sum of adapters that were read before, validated. Raises AdapterError."""
+        adapter = mix(parts)
+        validation.validate(adapter, self.base, self.limits)
+        return adapter
 
 
 def doubt(trained_on: str | None, names: Collection[str]) -> str | None:

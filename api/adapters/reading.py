@@ -2,10 +2,13 @@
 
 import asyncio
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+from molehill.engine.formats.registry import expands
 
 # Adapters that are read at a time, each in a thread: one that reads slowly holds up no other. They
 # take turns with the event loop, which streams meanwhile: more would hold that up.
@@ -60,9 +63,13 @@ class Reading:
 
 def most_bytes(directory: Path) -> int:
     """What reading an adapter may take, at most: its tensors in float32, that may be stored in half
-    of it, and the files themselves. What cannot be looked at takes nothing: reading it says why."""
+    of it, and the files themselves. Of VeRA, LoHa and the like, whose pairs are made as they are
+    read, nothing says it but the limit. What cannot be looked at takes nothing: reading it says
+    why."""
     stored = 0
     for folder, _, files in os.walk(directory):
+        if expands(Path(folder)):
+            return sys.maxsize
         for name in files:
             try:
                 stored += os.lstat(os.path.join(folder, name)).st_size

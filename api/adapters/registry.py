@@ -6,7 +6,7 @@ memory goes.
 """
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from molehill.api.adapters import names
@@ -15,20 +15,23 @@ from molehill.api.adapters.background import Background
 from molehill.api.adapters.errors import RequestError, UnknownModelError
 from molehill.api.adapters.generation import Failure, Generation, Loaded, Loading
 from molehill.api.adapters.generations import Generations, MakeRequest
-from molehill.api.adapters.ingest import Fetch, Intake, ReadAdapter
+from molehill.api.adapters.ingest import Combine, Fetch, Intake, ReadAdapter
 from molehill.api.adapters.installer import Installer, Probe
 from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.load_options import AnyGeneration, Expected, Terms, check_expected
 from molehill.api.adapters.loader import Loader
 from molehill.api.adapters.loads import Loads
 from molehill.api.adapters.merged_base import MergedBaseAdapter
+from molehill.api.adapters.mix import Mix
 from molehill.api.adapters.name_table import Absent, NameTable
 from molehill.api.adapters.pins import Pins
 from molehill.api.adapters.reading import READERS
+from molehill.api.adapters.request_mixes import RequestMixes
 from molehill.api.adapters.slots import Residency
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import Tasks
 from molehill.engine.adapter.base_model import Limits
+from molehill.engine.transform.weighted_sum import mix
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
 logger = logging.getLogger("vllm.molehill")
@@ -37,11 +40,12 @@ logger = logging.getLogger("vllm.molehill")
 class AdapterRegistry:
     """Loads, replaces and unloads adapters by name. All methods run on the event loop's thread.
 
-    read, store, background, memory: see Intake. make_request, probe: see Generations, Installer.
-    served: see NameTable. base_models: names that no adapter may have.
+    read, combine, store, background, memory: see Intake. make_request, probe: see Generations,
+    Installer. served: see NameTable. base_models: names that no adapter may have.
     merged_base: the adapter that is merged into the base weights.
 
-    names, loads: what each name stands for, and what is on its way to them.
+    names, loads: what each name stands for, and what is on its way to them. mixes: those that
+    requests ask for.
     """
 
     def __init__(
@@ -57,17 +61,23 @@ class AdapterRegistry:
         merged_base: MergedBaseAdapter | None = None,
         background: Background | None = None,
         memory: int = Limits().adapter_bytes,
+        combine: Combine = mix,
     ) -> None:
         self.residency = residency
         self.events = residency.events
-        self.intake = Intake(read, store, background or Background(threads=READERS), memory)
+        self.intake = Intake(
+            read, combine, store, background or Background(threads=READERS), memory
+        )
         self.names = NameTable(served)
         self.loads = Loads(admission, self.names)
-        self._base_models = base_models
+        self.base_models = base_models
         self._merged_base = merged_base
         self._tasks = Tasks("registry", self.events)
         self._generations = Generations(
             residency, self.intake, make_request, self.events, self._tasks
+        )
+        self.mixes = RequestMixes(
+            self.names, self._generations, self.intake, self._tasks, admission.mixes
         )
         self._pins = Pins(residency, self._generations)
         installer = Installer(residency, self._generations, self._pins, probe, self._withdraw)
@@ -111,9 +121,20 @@ class AdapterRegistry:
         what `fetch` and the probe raise; then everything is as before.
         """
         with self.events.refusals():
-            names.check(name, self._base_models)
+            names.check(name, self.base_models)
             loading = self.loads.begin(name, label)
         return await self._tasks.shield(self._load(loading, fetch, terms or Terms()))
+
+    async def load_mix(
+        self, name: str, weights: Mapping[str, float], terms: Terms | None = None
+    ) -> Loaded:
+        """Serves the weighted sum of adapters that are served now, whatever becomes of those.
+
+        Raises what `load` and `RequestMixes.of` raise.
+        """
+        with self.events.refusals():
+            wanted = self.mixes.of(weights)
+        return await self._tasks.shield(self._load_mix(name, wanted, terms))
 
     async def unload(self, name: str, expected: Expected = AnyGeneration) -> Generation:
         """Takes the name away at once; memory goes when the last running request ends.
@@ -147,6 +168,10 @@ class AdapterRegistry:
             raise UnknownModelError(f"The model `{lora_request.lora_name}` does not exist.")
         return self._generations.lease(generation, request)
 
+    async def _load_mix(self, name: str, wanted: Mix, terms: Terms | None) -> Loaded:
+        with self.mixes.hold(wanted):
+            return await self.load(name, wanted.label, self.mixes.fetch(wanted), terms)
+
     async def _load(self, loading: Loading, fetch: Fetch, terms: Terms) -> Loaded:
         """Counted also where nobody waits for it any more."""
         with self.events.load(loading.name):
@@ -154,6 +179,7 @@ class AdapterRegistry:
                 return await self._loader.load(loading, fetch, terms)
             finally:
                 self.loads.end(loading)
+                self.mixes.drop_unreachable()
 
     async def _unload(self, name: str, expected: Expected) -> Generation:
         async with self.names.lock(name):
@@ -165,6 +191,7 @@ class AdapterRegistry:
                 self._merged_base.check_unload(name)
             self.names.withdraw(generation)
             logger.info("Unloaded adapter %s: %s", name, generation.digest)
+            self.mixes.drop_unreachable()
             await self.names.changed()
             await self._generations.retire(generation)
             return generation
@@ -189,5 +216,6 @@ class AdapterRegistry:
         generation.status.drain()
         if self.names.withdraw(generation):
             self.names.fail(generation.name, generation.status.source.public, error)
+            self.mixes.drop_unreachable()
             logger.error("Adapter %s is not served any more: %s", generation.name, error)
             self._tasks.start(self.names.changed())

@@ -85,7 +85,7 @@ class Scheduler:
         not, nor may it cost anybody a slot."""
         generation = other.generation
         again = generation.lora_int_id in first.overtaken
-        return not (again or generation.status.resident or self._needs_room(other))
+        return not (again or generation.status.slot.resident or self._needs_room(other))
 
     def _needs_room(self, waiting: Waiting) -> bool:
         """Whether there is no slot, or memory had no room for it and nobody has left since."""
@@ -95,7 +95,7 @@ class Scheduler:
         """Brings an adapter in that is read, makes room for it, or refuses it; False if it waits
         for room."""
         try:
-            if waiting.generation.status.resident:
+            if waiting.generation.status.slot.resident:
                 await self._turns.admit(waiting, "worker")
                 return True
             if self._needs_room(waiting):

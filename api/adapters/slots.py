@@ -51,8 +51,8 @@ class Residency:
 
         Returns where it was before. Raises EngineRefusedError if it cannot come in.
         """
-        if generation.status.resident and not generation.status.yielding:
-            generation.status.run(hold)
+        if generation.status.slot.resident and not generation.status.slot.yielding:
+            generation.status.slot.run(hold)
             self._residents.use(generation)
             return "worker"
         turn = self._queue.join(generation, hold)
@@ -66,18 +66,18 @@ class Residency:
             raise
 
     def release(self, generation: Generation, hold: Hold) -> None:
-        generation.status.stop(hold)
+        generation.status.slot.stop(hold)
         if not generation.status.running:
             self._changed.set()
 
     def pin(self, generation: Generation, pinned: bool) -> None:
         """Keeps a generation that is in the workers there, or lets it be taken out."""
-        generation.status.pin(pinned)
+        generation.status.slot.pin(pinned)
         self._changed.set()
 
     async def forget(self, generation: Generation) -> None:
         """Takes out a generation that has no requests and gets no more."""
         self._changed.set()
-        if generation.status.loads:
+        if generation.status.slot.loads:
             # Also from where it waits to come back.
             await self._transfers.take_out(generation)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molehill.api.adapters.errors import SourceChangedError
+from molehill.api.adapters.mix import Mix
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.layout import Layout
 
@@ -19,7 +20,9 @@ class Source:
     remembered: a restarted server serves it again by itself. shared: others may write to the
     directory while it is read. lora_b_layout: how whoever loads it wants it read, see
     `formats.readers.expert_layout`. base_is_residual: what they say of the base, see
-    `formats.readers.changed_base`. canonical: the directory is a copy of what was read.
+    `formats.readers.changed_base`. canonical: the directory is a copy of what was read. mix: the
+    served adapters that it is the sum of; the directory is then a copy of one of them, unless it is
+    canonical.
     """
 
     directory: Path
@@ -30,6 +33,7 @@ class Source:
     lora_b_layout: Layout | None = None
     base_is_residual: bool = False
     canonical: bool = False
+    mix: Mix | None = None
 
     @property
     def asked_layout(self) -> Layout | None:

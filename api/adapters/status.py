@@ -1,5 +1,5 @@
 """What becomes of a generation. It is read everywhere and written by this module's methods alone:
-of what is served by the registry, of the slots by those who give them out.
+GenerationStatus' are called by the registry, SlotStatus' by those who give the slots out.
 """
 
 import time
@@ -33,6 +33,50 @@ class Hold:
 
 
 @dataclass(eq=False)
+class SlotStatus:
+    """What the slots' scheduling knows of a generation.
+
+    pinned: it is not taken out of the workers. last_used: Unix seconds. loads: how often it came
+    into the workers.
+    resident: in the workers' slots.
+    yielding: resident, but its next requests wait until others have had a turn. since: number of
+    the turn that brought it in.
+    """
+
+    pinned: bool = False
+    last_used: float | None = None
+    loads: int = 0
+    resident: bool = False
+    yielding: bool = False
+    since: int = 0
+
+    def enter(self) -> None:
+        self.resident = True
+        self.loads += 1
+
+    def leave(self) -> None:
+        self.resident = self.yielding = False
+
+    def take_turn(self, number: int, yielding: bool) -> None:
+        self.since, self.yielding = number, yielding
+
+    def give_way(self, yielding: bool = True) -> None:
+        self.yielding = yielding
+
+    def pin(self, pinned: bool) -> None:
+        self.pinned = pinned
+
+    def run(self, hold: Hold) -> None:
+        """The engine gets the request."""
+        hold.in_slot = True
+        self.last_used = time.time()
+
+    def stop(self, hold: Hold) -> None:
+        """The engine is done with it."""
+        hold.in_slot = False
+
+
+@dataclass(eq=False)
 class GenerationStatus:
     """source: where it was last loaded from. note: what has become of that since, where known.
 
@@ -41,11 +85,6 @@ class GenerationStatus:
     check: what must still be made sure of when it first comes into the workers, or None; raises
     EngineRefusedError.
     when_not_invoked: None of an adapter that acts on every token.
-    pinned: it is not taken out of the workers. last_used: Unix seconds. loads: how often it came
-    into the workers.
-    resident: in the workers' slots.
-    yielding: resident, but its next requests wait until others have had a turn. since: number of
-    the turn that brought it in.
     """
 
     source: Source
@@ -54,12 +93,7 @@ class GenerationStatus:
     holds: set[Hold] = field(default_factory=set)
     check: Callable[[], Awaitable[None]] | None = None
     when_not_invoked: WhenNotInvoked | None = None
-    pinned: bool = False
-    last_used: float | None = None
-    loads: int = 0
-    resident: bool = False
-    yielding: bool = False
-    since: int = 0
+    slot: SlotStatus = field(default_factory=SlotStatus)
 
     @property
     def draining(self) -> bool:
@@ -78,63 +112,27 @@ class GenerationStatus:
         """Holds that keep it in its slot."""
         return sum(hold.in_slot for hold in self.holds)
 
-    # By the registry
-
     def serve(self) -> None:
         self.state = AdapterState.SERVING
 
     def drain(self) -> None:
         self.state = AdapterState.DRAINING
 
-    def load_again(self, source: Source) -> None:
-        """The same weights, from there."""
-        self.source, self.note = source, None
-
-    def remark(self, note: str) -> None:
-        """On what has become of the source."""
-        self.note = note
+    def set_source(self, source: Source, note: str | None = None) -> None:
+        """Where the same weights come from now."""
+        self.source, self.note = source, note
 
     def hold(self, hold: Hold) -> None:
         self.holds.add(hold)
 
-    def let_go(self, hold: Hold) -> None:
+    def release(self, hold: Hold) -> None:
         """Out of the slot before, if it is in one."""
         self.holds.discard(hold)
 
-    def check_later(self, check: Callable[[], Awaitable[None]]) -> None:
+    def check_with(self, check: Callable[[], Awaitable[None]] | None) -> None:
+        """None once nothing is left to be made sure of."""
         self.check = check
-
-    def pass_check(self) -> None:
-        self.check = None
 
     def answer_not_invoked(self, when: WhenNotInvoked) -> None:
         """How, from the next request on."""
         self.when_not_invoked = when
-
-    # By the slots
-
-    def pin(self, pinned: bool) -> None:
-        self.pinned = pinned
-
-    def come_in(self) -> None:
-        """Into a slot."""
-        self.resident = True
-        self.loads += 1
-
-    def go_out(self) -> None:
-        self.resident = self.yielding = False
-
-    def take_turn(self, number: int, yielding: bool) -> None:
-        self.since, self.yielding = number, yielding
-
-    def give_way(self, yielding: bool = True) -> None:
-        self.yielding = yielding
-
-    def run(self, hold: Hold) -> None:
-        """The engine gets the request."""
-        hold.in_slot = True
-        self.last_used = time.time()
-
-    def stop(self, hold: Hold) -> None:
-        """The engine is done with it."""
-        hold.in_slot = False

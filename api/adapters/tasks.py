@@ -31,14 +31,20 @@ class Tasks:
         task.add_done_callback(lambda task: self._log(task, failed))
         return task
 
-    async def shield(self, work: Coroutine[Any, Any, T]) -> T:
-        """Awaits `work`, which goes on to its end if the caller is cancelled (client gone)."""
+    async def shield(
+        self, work: Coroutine[Any, Any, T], unclaimed: Callable[[T], None] = lambda _: None
+    ) -> T:
+        """Awaits `work`, which goes on to its end if the caller is cancelled (client gone).
+
+        unclaimed: called with what comes of it then.
+        """
         task = self._keep(work)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             # Who would have been told is gone.
             task.add_done_callback(self._log)
+            task.add_done_callback(lambda task: hand_over(task, unclaimed))
             raise
 
     def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -55,6 +61,12 @@ class Tasks:
             logger.error("A task of the %s failed", self._kind, exc_info=error)
             self._events.task_failed(self._kind)
             failed()
+
+
+def hand_over(ended: "asyncio.Future[T]", take: Callable[[T], None]) -> None:
+    """To `take`, what came of it; nothing of what was cancelled or failed."""
+    if not ended.cancelled() and ended.exception() is None:
+        take(ended.result())
 
 
 def failure(ended: "asyncio.Future[Any]") -> BaseException | None:

@@ -7,6 +7,7 @@ from enum import Enum, auto
 from molehill.api.adapters.errors import EngineRefusedError, NoRoomError
 from molehill.api.adapters.events import LifecycleMetrics, Tier
 from molehill.api.adapters.generation import Generation
+from molehill.api.adapters.host_copies import HostCopies
 from molehill.api.adapters.residents import Residents
 from molehill.api.adapters.workers import Workers
 
@@ -23,8 +24,8 @@ class Installed(Enum):
 
 
 class Transfers:
-    """departures: how often an adapter has left the workers, which frees memory. changed: set each
-    time."""
+    """host: what the workers keep in host memory. departures: how often an adapter has left the
+    workers, which frees memory. changed: set each time."""
 
     def __init__(
         self,
@@ -33,6 +34,7 @@ class Transfers:
         events: LifecycleMetrics,
         changed: asyncio.Event,
     ) -> None:
+        self.host = HostCopies(events)
         self.departures = 0
         self._workers = workers
         self._residents = residents
@@ -48,7 +50,7 @@ class Transfers:
         """Returns when it is ready for a slot; where it was. Raises EngineRefusedError."""
         tier = await self._workers.prepare(generation.request)
         if tier == "host":
-            self._residents.keep(generation)
+            self.host.keep(generation)
         return tier
 
     async def discard(self, generation: Generation) -> None:
@@ -65,7 +67,7 @@ class Transfers:
         there are none that could.
         """
         if tier == "host" and await self._workers.begin(generation.request):
-            self._residents.drop(generation)
+            self.host.drop(generation)
             return Installed.LOST
         try:
             await self._workers.install(generation.request)
@@ -77,20 +79,25 @@ class Transfers:
                 return Installed.CROWDED
             raise
         self._residents.enter(generation)
+        self.host.drop(generation)
         return Installed.IN_SLOT
 
     async def take_out(self, generation: Generation, keep: bool = False) -> None:
         """Out of its slot, or of where it waits to come back. keep: it may."""
         # Before the engine is asked: a request that comes now waits for its next turn.
-        generation.status.go_out()
-        self._residents.leave(generation, keep)
+        generation.status.slot.leave()
+        self._residents.leave(generation)
+        if keep:
+            self.host.keep(generation)
+        else:
+            self.host.drop(generation)
         await self._remove(generation, keep)
         self.departures += 1
         self._changed.set()
 
     async def _remove(self, generation: Generation, keep: bool) -> None:
         try:
-            self._residents.record_evictions(await self._workers.remove(generation.request, keep))
+            self.host.record_evictions(await self._workers.remove(generation.request, keep))
         except Exception:
             logger.exception("The engine could not free adapter %s", generation.name)
             self._events.free_failed()

@@ -41,7 +41,7 @@ class Turns:
         try:
             if status.check is not None:
                 await status.check()
-            status.pass_check()
+            status.check_with(None)
         except Exception as error:
             self._queue.refuse(waiting, error)
             await self._transfers.take_out(waiting.generation, keep=not status.draining)
@@ -54,13 +54,13 @@ class Turns:
         generation = waiting.generation
         self._queue.leave(waiting)
         overtakes = waiting.overtakes is not None and self._queue.holds(waiting.overtakes)
-        if not generation.status.resident:
-            generation.status.come_in()
+        if not generation.status.slot.resident:
+            generation.status.slot.enter()
             if not overtakes:
                 for other in self._residents:
-                    other.status.give_way(other.status.yielding and other in self._queue)
+                    other.status.slot.give_way(other.status.slot.yielding and other in self._queue)
         # Whom it overtook, it lets in after the requests that it came in for.
-        generation.status.take_turn(next(self._numbers), yielding=overtakes)
+        generation.status.slot.take_turn(next(self._numbers), yielding=overtakes)
         self._residents.use(generation)
         waiting.admit(tier)
         if generation.status.draining and not generation.status.holds:

@@ -55,7 +55,7 @@ class Waiting:
     def admit(self, tier: Tier) -> None:
         """Each keeps the adapter in its slot from here on, also before it hears of it."""
         for turn in self.open():
-            self.generation.status.run(turn.hold)
+            self.generation.status.slot.run(turn.hold)
             turn.tier.set_result(tier)
 
 
@@ -92,5 +92,5 @@ class Queue:
     def refuse(self, waiting: Waiting, error: Exception) -> None:
         """All who wait there."""
         self.leave(waiting)
-        waiting.generation.status.give_way(False)
+        waiting.generation.status.slot.give_way(False)
         waiting.refuse(error)

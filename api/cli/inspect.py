@@ -108,6 +108,7 @@ def report(
         "per_token": asdict(tables.totals(sites)),
         "logit_change": None if change is None else change.as_json(),
         "sites": [site.as_json() for site in sites],
+        "biases": {site: list(bias.tensors()) for site, bias in adapter.biases.items()},
     }
 
 

@@ -155,6 +155,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "loads at once; others are told to retry (429) (default: %(default)s)",
             COUNT,
         ),
+        Option(
+            "admission.mixes",
+            "--max-request-mixes",
+            "mixes of adapters that requests ask for, kept at once; those not in use make room, 0 "
+            "for none (default: %(default)s)",
+            {"metavar": "N", "type": values.amount},
+        ),
     ),
     "limits of one adapter": (
         Option(

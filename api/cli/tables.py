@@ -60,6 +60,7 @@ def summary(adapter: Adapter, sites: Sequence[SitePlan]) -> Table:
         "acts": _activation(adapter),
         "routing": "; ".join(_routings(sites)) or "none (plain LoRA)",
         "sites": f"{len(sites)}: {static} static, {len(sites) - static} dynamic",
+        **({"biases": _biases(adapter)} if adapter.biases else {}),
         "size": f"{_size(adapter.num_bytes)} in float32",
         "merging": _merging(merged),
         "per token": f"+{_flops(total.flops)} ({_percent(total.flops_share)}), "
@@ -69,6 +70,13 @@ def summary(adapter: Adapter, sites: Sequence[SitePlan]) -> Table:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", escape(value))
     return table
+
+
+def _biases(adapter: Adapter) -> str:
+    biases = adapter.biases.values()
+    trained = sum(bias.trained is not None for bias in biases)
+    added = sum(bias.added is not None for bias in biases)
+    return f"{trained} trained in place of the base's, {added} added to linears"
 
 
 def _activation(adapter: Adapter) -> str:

@@ -5,14 +5,17 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from molehill.api.adapters.errors import NotLoadedError
+from molehill.api.adapters.errors import BadMixError, BadPathError, NotLoadedError
+from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.load_options import AnyGeneration, Expected, Terms
+from molehill.api.adapters.mix import check_weights
 from molehill.api.http import schemas
 from molehill.api.http.dependencies import (
     CHANGES,
     LOADS,
     Injected,
+    Services,
     StrictBody,
     StrictRoute,
     refusals,
@@ -26,7 +29,8 @@ router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=StrictR
 
 
 class LoadBody(StrictBody):
-    """name: what clients ask for. source: a path below an adapter root, `hf://OWNER/NAME[@REVISION]`
+    """name: what clients ask for. mix: instead of a source, weights by the names of served
+    adapters, whose sum it is. source: a path below an adapter root, `hf://OWNER/NAME[@REVISION]`
     or a URL. pinned: never take it out of the workers; left out, it stays as it is.
     expected_generation: load only if the name serves this generation now, null: only if it serves
     none. allow_noop: serve it even if it does not change the base model's answers. lora_b_layout:
@@ -37,7 +41,8 @@ class LoadBody(StrictBody):
     """
 
     name: str
-    source: str
+    source: str | None = None
+    mix: dict[str, float] | None = None
     pinned: bool | None = None
     expected_generation: str | None = None
     allow_noop: bool = False
@@ -75,9 +80,27 @@ async def list_adapters(services: Injected) -> Response:
 @router.post("", response_model=LoadedInfo, dependencies=json_only, responses=refusals(*LOADS))
 async def load_adapter(body: LoadBody, services: Injected) -> Response:
     """Loads or replaces. 200 means that the adapter serves; the same bytes again change nothing."""
-    fetch = services.sources.fetch(body.source, body.lora_b_layout, body.base_is_residual)
-    loaded = await services.registry.load(body.name, body.source, fetch, body.terms())
+    loaded = await (load_source(body, services) if body.mix is None else load_mix(body, services))
     return shown(schemas.of_generation(loaded.generation), status=loaded.status)
+
+
+async def load_source(body: LoadBody, services: Services) -> Loaded:
+    if body.source is None:
+        raise BadPathError("source: found nothing, expected a source or a mix")
+    fetch = services.sources.fetch(body.source, body.lora_b_layout, body.base_is_residual)
+    return await services.registry.load(body.name, body.source, fetch, body.terms())
+
+
+async def load_mix(body: LoadBody, services: Services) -> Loaded:
+    fields = {
+        "source": body.source,
+        "lora_b_layout": body.lora_b_layout,
+        "base_is_residual": body.base_is_residual or None,
+    }
+    given = [name for name, value in fields.items() if value is not None]
+    if given:
+        raise BadMixError(f"mix: found it beside {given[0]}, expected either")
+    return await services.registry.load_mix(body.name, check_weights(body.mix), body.terms())
 
 
 @router.post(

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Literal
 
 from pydantic import BaseModel
 
 from molehill.api.adapters.generation import Failure, Generation, Loading
 from molehill.api.adapters.invocation import WhenNotInvoked
+from molehill.api.adapters.mix import Mix
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.status import AdapterState
 
@@ -20,6 +22,14 @@ class Plan(BaseModel):
     dynamic: int
 
 
+class MixPartInfo(BaseModel):
+    """generation: what the name served when the mix was made."""
+
+    name: str
+    weight: float
+    generation: str
+
+
 class AdapterInfo(BaseModel):
     """One adapter. A name that is being replaced appears once for each generation.
 
@@ -30,7 +40,7 @@ class AdapterInfo(BaseModel):
     the workers (ready at once), or on disk (the next request waits for it). last_used: Unix
     seconds. loads: how often it came into the workers. source_note: what has become of the source.
     alora_invocation_tokens: what activates it; null of an adapter that acts on every token.
-    when_not_invoked: what becomes of a prompt without them.
+    when_not_invoked: what becomes of a prompt without them. mix: of a mix of others, those.
     """
 
     name: str
@@ -53,6 +63,7 @@ class AdapterInfo(BaseModel):
     plan: Plan | None = None
     alora_invocation_tokens: list[int] | None = None
     when_not_invoked: WhenNotInvoked | None = None
+    mix: list[MixPartInfo] | None = None
     warnings: list[str] = []
 
 
@@ -77,17 +88,22 @@ def of_generation(generation: Generation) -> AdapterInfo:
         source=status.source.public,
         source_note=status.note,
         bytes=content.num_bytes,
-        resident="workers" if status.resident else "disk",
-        pinned=status.pinned,
+        resident="workers" if status.slot.resident else "disk",
+        pinned=status.slot.pinned,
         requests_in_flight=status.in_flight,
         created=generation.created,
-        last_used=status.last_used,
-        loads=status.loads,
+        last_used=status.slot.last_used,
+        loads=status.slot.loads,
         plan=Plan(**content.plan),
         alora_invocation_tokens=list(content.invocation_tokens) or None,
         when_not_invoked=status.when_not_invoked,
+        mix=None if status.source.mix is None else mix_info(status.source.mix),
         warnings=list(content.warnings),
     )
+
+
+def mix_info(mix: Mix) -> list[MixPartInfo]:
+    return [MixPartInfo(**asdict(part)) for part in mix.parts]
 
 
 def of_loading(loading: Loading) -> AdapterInfo:
@@ -116,8 +132,9 @@ def of_absent(absent: Failure | Loading) -> AdapterInfo:
 
 
 def everything(registry: AdapterRegistry) -> Iterator[AdapterInfo]:
-    """Served names first, then what is on its way in, out, or nowhere."""
+    """Served names first, then mixes by request, and what is on its way in, out, or nowhere."""
     yield from map(of_generation, registry)
+    yield from map(of_generation, registry.mixes)
     yield from map(of_loading, registry.loading())
     yield from (of_generation(other) for other in registry.alive() if other.status.draining)
     yield from map(of_failure, registry.failures.values())

@@ -40,6 +40,11 @@ COUNTERS = (
 )
 
 
+def of_state(registry: AdapterRegistry, state: AdapterState) -> int:
+    """Generations, those of mixes by request too."""
+    return sum(generation.status.state is state for generation in registry.alive())
+
+
 class AdapterCollector(Collector):
     """Metric families of what is in the engine now."""
 
@@ -47,11 +52,9 @@ class AdapterCollector(Collector):
         self._time = time.time()
         self._loaded = len(registry)
         self._states = {
-            AdapterState.SERVING: len(registry),
+            AdapterState.SERVING: of_state(registry, AdapterState.SERVING),
             AdapterState.LOADING: len(registry.loading()),
-            AdapterState.DRAINING: sum(
-                generation.status.draining for generation in registry.alive()
-            ),
+            AdapterState.DRAINING: of_state(registry, AdapterState.DRAINING),
             AdapterState.FAILED: len(registry.failures),
         }
         self._snapshot = snapshot

@@ -1,12 +1,13 @@
 """Where adapters come from: a directory below a root, a Hugging Face repository, a URL.
 
 Only what the operator allowed is fetched, only the files of an adapter, no pickles, and never more
-bytes than an adapter may have. Whoever is silent is given up.
+bytes than an adapter may have. An index names files beside it, so many and no more
+(`molehill.engine.formats.io.shards`). Whoever is silent is given up.
 """
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -32,8 +33,10 @@ from molehill.api.sources.roots import AdapterRoots
 from molehill.api.sources.urls import allowed
 from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError, LimitError
 from molehill.engine.adapter.layout import Layout
+from molehill.engine.formats.io.files import read_config
+from molehill.engine.formats.io.shards import INDEX, parse
 from molehill.engine.formats.readers.expert_layout import README, README_BYTES, needs_readme
-from molehill.engine.formats.registry import safetensors_files
+from molehill.engine.formats.registry import safetensors_files, sharded_files
 from molehill.engine.system.out_of_memory import is_out_of_memory
 
 HUB = "hf://"
@@ -177,10 +180,7 @@ def download_from_hub(repository: str, revision: str | None, target: Path, limit
         raise AdapterNotFoundError(repository, found, "a repository and revision") from error
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     chosen = layout(repository, sizes.__contains__)
-    known = [size for name in chosen if (size := sizes[name]) is not None]
-    if len(known) < len(chosen):
-        raise FetchError(f"{repository}: found files without a size, expected one for each")
-    check_size(repository, sum(known), limit)
+    left = limit - size_of(repository, chosen, sizes, limit)
 
     def download(name: str) -> None:
         huggingface_hub.hf_hub_download(
@@ -193,10 +193,38 @@ def download_from_hub(repository: str, revision: str | None, target: Path, limit
 
     for name in chosen:
         download(name)
+    shards = named_by_index(target, chosen[1])
+    for name in shards:
+        if name not in sizes:
+            raise no_shard(repository, name)
+    size_of(repository, shards, sizes, left)
+    for name in shards:
+        download(name)
     readme = sizes.get(README)
     if readme is not None and readme <= README_BYTES and needs_readme(target):
         download(README)
     return str(info.sha)
+
+
+def size_of(
+    repository: str, names: Sequence[str], sizes: Mapping[str, int | None], limit: int
+) -> int:
+    """Bytes of these files. Raises FetchError, LimitError."""
+    known = [size for name in names if (size := sizes[name]) is not None]
+    if len(known) < len(names):
+        raise FetchError(f"{repository}: found files without a size, expected one for each")
+    check_size(repository, sum(known), limit)
+    return sum(known)
+
+
+def named_by_index(directory: Path, weights: str) -> list[str]:
+    """The files beside an index that has been fetched; none where `weights` holds the tensors.
+    Raises ConfigError, LimitError, UnsupportedError for a name that leads anywhere else."""
+    return parse(read_config(directory, weights)).files if weights == INDEX else []
+
+
+def no_shard(where: str, name: str) -> AdapterNotFoundError:
+    return AdapterNotFoundError(f"{where}: {name}", "no such file", f"one, as {INDEX} names it")
 
 
 def download_from_url(url: str, target: Path, limit: int) -> None:
@@ -204,11 +232,12 @@ def download_from_url(url: str, target: Path, limit: int) -> None:
     base = url.rstrip("/")
     scheme = urlsplit(base).scheme
     filesystem = fsspec.filesystem(scheme, skip_instance_cache=True, **filesystem_options(scheme))
-    for names in safetensors_files():
+    for names in (*safetensors_files(), *sharded_files()):
         left = limit
         try:
             for name in names:
                 left -= copy(filesystem, f"{base}/{name}", target / name, left)
+            copy_shards(filesystem, base, target, names[1], left)
             if needs_readme(target):
                 copy_readme(filesystem, base, target)
             return
@@ -218,6 +247,17 @@ def download_from_url(url: str, target: Path, limit: int) -> None:
             if cause is not None and getattr(cause, "status", None) != HTTPStatus.NOT_FOUND:
                 raise cause from None
     raise no_files(base)
+
+
+def copy_shards(filesystem: Any, base: str, target: Path, weights: str, limit: int) -> None:
+    """The files that an index names, if `weights` is one. Raises AdapterNotFoundError."""
+    for name in named_by_index(target, weights):
+        try:
+            limit -= copy(filesystem, f"{base}/{name}", target / name, limit)
+        except FileNotFoundError as error:
+            if getattr(error.__cause__, "status", HTTPStatus.NOT_FOUND) != HTTPStatus.NOT_FOUND:
+                raise
+            raise no_shard(base, name) from None
 
 
 def copy_readme(filesystem: Any, base: str, target: Path) -> None:
@@ -257,15 +297,17 @@ def copy(filesystem: Any, url: str, target: Path, limit: int) -> int:
 
 
 def layout(where: str, exists: Callable[[str], bool]) -> tuple[str, str]:
-    """The two files to fetch. Raises AdapterNotFoundError."""
-    for names in safetensors_files():
+    """The two files to fetch, of which the second may be an index of others. Raises
+    AdapterNotFoundError."""
+    for names in (*safetensors_files(), *sharded_files()):
         if all(map(exists, names)):
             return names
     raise no_files(where)
 
 
 def no_files(where: str) -> AdapterNotFoundError:
-    expected = " or ".join(" with ".join(names) for names in safetensors_files())
+    every = (*safetensors_files(), *sharded_files())
+    expected = " or ".join(" with ".join(names) for names in every)
     return AdapterNotFoundError(where, "no such files", expected)
 
 

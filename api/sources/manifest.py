@@ -3,12 +3,14 @@
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from molehill.api.adapters.invocation import CHOICES, WhenNotInvoked
-from molehill.engine.adapter.layout import LAYOUTS, Layout
+import msgspec
+
+from molehill.api.adapters.invocation import WhenNotInvoked
+from molehill.api.adapters.mix import Mix
+from molehill.engine.adapter.layout import Layout
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -20,11 +22,10 @@ class ManifestError(ValueError):
     """A manifest that cannot be read. A server that went on would forget its adapters."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout,
     base_is_residual: see Source; the layout empty for none. when_not_invoked: see GenerationStatus;
-    empty for None. probed: that it has an effect was seen, or is not asked for.
+    empty for None. probed: that it has an effect was seen, or is not asked for. mix: see Source.
     """
 
     name: str
@@ -33,17 +34,25 @@ class Entry:
     fingerprint: str
     pinned: bool
     probed: bool = True
-    lora_b_layout: str = ""
+    lora_b_layout: Layout | Literal[""] = ""
     base_is_residual: bool = False
-    when_not_invoked: str = ""
+    when_not_invoked: WhenNotInvoked | Literal[""] = ""
+    mix: Mix | None = None
 
     @property
     def layout(self) -> Layout | None:
-        return next((layout for layout in LAYOUTS if layout == self.lora_b_layout), None)
+        return self.lora_b_layout or None
 
     @property
     def not_invoked(self) -> WhenNotInvoked | None:
-        return next((choice for choice in CHOICES if choice == self.when_not_invoked), None)
+        return self.when_not_invoked or None
+
+
+class Document(msgspec.Struct):
+    """The file. adapters: the fields of an Entry each, in this version."""
+
+    version: int
+    adapters: list[Any]
 
 
 class Manifest:
@@ -55,24 +64,20 @@ class Manifest:
     def read(self) -> list[Entry]:
         """The entries of an earlier server, none if there was none. Raises ManifestError."""
         try:
-            document = json.loads(self.path.read_text())
-            if document["version"] != VERSION:
-                raise ManifestError(
-                    f"{self.path}: version: found {document['version']}, expected {VERSION}"
-                )
-            return [entry(fields) for fields in document["adapters"]]
+            document = msgspec.convert(json.loads(self.path.read_text()), Document)
+            if document.version == VERSION:
+                return msgspec.convert(document.adapters, list[Entry])
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ManifestError):
-                raise
+        except (OSError, ValueError, msgspec.ValidationError) as error:
             raise ManifestError(f"{self.path}: found {error!r}, expected a manifest") from error
+        raise ManifestError(f"{self.path}: version: found {document.version}, expected {VERSION}")
 
     def write(self, entries: list[Entry]) -> bool:
         """Whether it is on disk now. Logs what stops it: a full disk must not stop the adapters
         that are served."""
         partial = self.path.with_suffix(".partial")
-        document = {"version": VERSION, "adapters": [asdict(entry) for entry in entries]}
+        document = msgspec.to_builtins(Document(VERSION, list(entries)))
         try:
             with partial.open("w") as file:
                 json.dump(document, file, indent=1)
@@ -93,17 +98,3 @@ def synchronise(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def entry(fields: dict[str, Any]) -> Entry:
-    made = Entry(**fields)
-    for name, kind in Entry.__annotations__.items():
-        if not isinstance(getattr(made, name), kind):
-            raise TypeError(f"{name}: found {getattr(made, name)!r}, expected {kind.__name__}")
-    if made.lora_b_layout not in ("", *LAYOUTS):
-        raise ValueError(f"lora_b_layout: found {made.lora_b_layout!r}, expected one of {LAYOUTS}")
-    if made.when_not_invoked not in ("", *CHOICES):
-        raise ValueError(
-            f"when_not_invoked: found {made.when_not_invoked!r}, expected one of {CHOICES}"
-        )
-    return made

@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 
-from molehill.api.adapters.errors import NotLoadedError, RequestError, SourceChangedError
+from molehill.api.adapters.errors import (
+    NotLoadedError,
+    RequestError,
+    SourceChangedError,
+    StoreError,
+)
 from molehill.api.adapters.generation import Generation, Loaded, Loading
 from molehill.api.adapters.ingest import Fetch, ReadAdapter
 from molehill.api.adapters.load_options import Terms
@@ -109,6 +114,7 @@ class Restart:
             lora_b_layout=entry.layout,
             base_is_residual=entry.base_is_residual,
             canonical=True,
+            mix=entry.mix,
         )
         terms = Terms(
             pinned=entry.pinned,
@@ -122,6 +128,8 @@ class Restart:
                 return await self._load(entry, local(copy), terms)
             except (AdapterError, SourceChangedError):
                 logger.warning("Adapter %s: its copy is damaged", entry.name)
+        if entry.mix is not None:
+            raise StoreError(f"{entry.name}: the store lost the copy of this mix; make it again")
         fetch = self._sources.fetch(entry.source, entry.layout, entry.base_is_residual)
         return await self._load(entry, fetch, terms)
 
@@ -149,7 +157,7 @@ class Restart:
             return
         # Somebody may have loaded the same content again, from elsewhere.
         if note is not None and generation.status.source is source:
-            generation.status.remark(note)
+            generation.status.set_source(generation.status.source, note)
             logger.warning("Adapter %s: %s", entry.name, note)
 
     def _compare(self, entry: Entry) -> str | None:
@@ -198,11 +206,12 @@ class Restart:
                 generation.digest,
                 generation.status.source.label,
                 generation.status.source.fingerprint,
-                generation.status.pinned,
+                generation.status.slot.pinned,
                 probed=generation.status.check is None,
                 lora_b_layout=generation.status.source.lora_b_layout or "",
                 base_is_residual=generation.status.source.base_is_residual,
                 when_not_invoked=generation.status.when_not_invoked or "",
+                mix=generation.status.source.mix,
             )
             for generation in self._registry
             if generation.status.source.remembered

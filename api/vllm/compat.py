@@ -3,7 +3,12 @@
 LAUNCHER: before the engine starts. SERVER: in vLLM's API server.
 """
 
+from collections.abc import Sequence
 from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
 
 from molehill.engine.vllm import compat as engine
 from molehill.engine.vllm import seams
@@ -412,3 +417,22 @@ def validate_arguments(args: Any) -> None:
 
 def set_up_environment() -> None:
     seams.load(SET_UP_ENVIRONMENT)()
+
+
+def replace_routes(app: FastAPI, core: Sequence[BaseRoute]) -> None:
+    """Takes those of vLLM's routes, `core`, out of `app` that one added since replaces: of the same
+    path, with all its methods. vLLM leaves them in front until 0.32, which does this itself."""
+    kept = {id(route) for route in core}
+    added = {
+        (route.path, method)
+        for route in app.router.routes
+        if id(route) not in kept and isinstance(route, APIRoute)
+        for method in route.methods
+    }
+    app.router.routes[:] = [
+        route
+        for route in app.router.routes
+        if id(route) not in kept
+        or not isinstance(route, APIRoute)
+        or not {(route.path, method) for method in route.methods} <= added
+    ]

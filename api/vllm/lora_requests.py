@@ -15,6 +15,7 @@ def make_request(name: str, number: int, path: str) -> LoRARequest:
 
 class ServedRequests(dict[str, Any]):
     """Names to LoRARequests, as vLLM looks them up by a request's model; that admits the request.
+    Where the request asks for a mix, its model and the mix's parts are that.
 
     In chat, vLLM also goes through all values for an adapter *named* like a content part's type
     (`text`, `image`) and runs the base model's requests on it. It finds none here.
@@ -22,8 +23,12 @@ class ServedRequests(dict[str, Any]):
 
     registry: AdapterRegistry | None = None
 
+    def __contains__(self, name: object) -> bool:
+        return request_tracking.mix_for(name) is not None or super().__contains__(name)
+
     def __getitem__(self, name: str) -> Any:
-        request = super().__getitem__(name)
+        request = request_tracking.mix_for(name) or super().__getitem__(name)
+        request_tracking.check_model(name)
         if self.registry is not None:
             request_tracking.admit(self.registry, request)
         return request

@@ -12,7 +12,7 @@ client reads that.
 import asyncio
 import inspect
 import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -42,18 +42,28 @@ PATIENCE_SECONDS = 1.0
 Outputs = AsyncGenerator[Any, None]
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """A mix that a request asks for. models: what it may name as its model, which is then the mix.
+    lora_request: the engine's, of the mix."""
+
+    models: Collection[str | None]
+    lora_request: Any
+
+
 @dataclass
 class RequestScope:
     """The HTTP request that is being answered, or a call of the engine outside of one.
 
     leases: by adapter, each held until the answer has ended. asked: adapters that the engine was
-    asked for. tiers: where those were that were brought in before that. unread: calls of the engine
-    that have not begun.
+    asked for. tiers: where those were that were brought in before that. mixed: what it asks for in
+    the place of its model. unread: calls of the engine that have not begun.
     """
 
     leases: dict[str, Lease] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
     tiers: dict[str, Tier] = field(default_factory=dict)
+    mixed: Mixed | None = None
     unread: "weakref.WeakSet[LeasedOutputs]" = field(default_factory=weakref.WeakSet)
     ended: bool = False
     # What its leases have in common; not itself, which holds them.
@@ -72,6 +82,11 @@ class RequestScope:
         if not self.ended:
             self.leases[name] = lease.share()
         return lease
+
+    def run_on(self, mix: Lease, models: Collection[str | None]) -> None:
+        """In the place of the model that the request names, one of `models`."""
+        self.leases[mix.generation.name] = mix
+        self.mixed = Mixed(models, mix.generation.request)
 
     async def begin(self, events: bool) -> None:
         """Returns once all that a stream will read is in the workers. Raises GracefulHTTPError.
@@ -144,6 +159,27 @@ def refusal(error: GracefulHTTPError) -> Response:
     """As vLLM's routes answer it where they do not stream."""
     body = create_error_response(error)
     return JSONResponse(body.model_dump(), body.error.code)
+
+
+def mix_for(model: object) -> Any:
+    """What the request that is being answered runs on in the place of its model; None for that
+    itself."""
+    request = request_scope.get()
+    if request is None or request.mixed is None or model not in request.mixed.models:
+        return None
+    return request.mixed.lora_request
+
+
+def check_model(model: str) -> None:
+    """Raises VLLMValidationError, as vLLM's routes understand it, where a request names another
+    adapter than those of its mix."""
+    request = request_scope.get()
+    if request is not None and request.mixed is not None and model not in request.mixed.models:
+        raise VLLMValidationError(
+            f"model: found {model!a} beside a mix, expected the base model or an adapter of the "
+            "mix",
+            parameter="model",
+        )
 
 
 def admit(registry: AdapterRegistry, lora_request: Any) -> None:

@@ -28,6 +28,7 @@ class BaseModel:
         whose projections are `gate_proj` and `up_proj`, or both fused in `gate_up_proj`, and
         `down_proj`.
     moes: the blocks of routed experts by canonical name, `layers.3.mlp`.
+    biased: the linears that have a bias.
     refused: why what lies below a module cannot be adapted on this base, by the module's name.
     vocabulary: (in, out) of `embed_tokens`, (tokens, hidden), and of `lm_head`, (hidden, tokens).
     tied: whether these two have one weight.
@@ -39,6 +40,7 @@ class BaseModel:
     ffns: Mapping[str, str]
     moes: Mapping[str, Moe] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    biased: frozenset[str] = frozenset()
     vocabulary: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     tied: bool = False
 

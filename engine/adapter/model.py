@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from molehill.kernels.mixture import (
+    Bias,
     Experts,
     LinearMixture,
     Mixture,
@@ -38,6 +39,8 @@ class Adapter:
     invocation_tokens: ids that a prompt must hold, if the adapter is an activated one; it acts from
         their last occurrence on, see `activation`. Empty: it acts on every token.
     warnings: oddities that do not stop it from being served.
+    biases: what is added to linears of the base, with a mixture on them or without, whatever they
+        read; by name, as sites are.
     """
 
     kind: str
@@ -46,15 +49,19 @@ class Adapter:
     warnings: tuple[str, ...] = field(default=(), compare=False)
     invocation_tokens: tuple[int, ...] = ()
     rows: Mapping[str, VocabularyRows] = field(default_factory=dict)
+    biases: Mapping[str, Bias] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor by a canonical name, sites in natural order."""
+        """Every tensor by a canonical name, sites in natural order, then biases."""
         for site in sorted(self.sites, key=natural_key):
             for name, tensor in site_tensors(self.sites[site]):
                 yield f"{site}.{name}", tensor
         for site, table in sorted(self.rows.items()):
             yield f"{site}.row_ids", table.ids.float()
             yield f"{site}.rows", table.rows
+        for site in sorted(self.biases, key=natural_key):
+            for name, tensor in self.biases[site].tensors().items():
+                yield bias_tensor(site, name), tensor
 
     @property
     def num_bytes(self) -> int:
@@ -70,6 +77,11 @@ class Adapter:
             sha.update(f"\0{name}{list(tensor.shape)}".encode())
             sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return sha.hexdigest()
+
+
+def bias_tensor(site: str, part: str) -> str:
+    """The canonical name of a part, `trained` or `added`, of a linear's Bias."""
+    return f"{site}.bias.{part}"
 
 
 def natural_key(name: str) -> list[str | int]:
@@ -133,12 +145,16 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         described["rows"] = sorted(adapter.rows)
     if adapter.invocation_tokens:
         described["alora_invocation_tokens"] = list(adapter.invocation_tokens)
+    if adapter.biases:
+        described["biases"] = {site: list(b.tensors()) for site, b in adapter.biases.items()}
     return described
 
 
 __all__ = [
     "Adapter",
+    "Bias",
     "Experts",
+    "bias_tensor",
     "describe",
     "describe_mixture",
     "natural_key",

@@ -20,11 +20,12 @@ from molehill.engine.adapter.errors import (
     UnsupportedError,
 )
 from molehill.engine.adapter.expert_sites import PROJECTIONS, split
-from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.engine.adapter.model import Adapter, bias_tensor, natural_key
 from molehill.engine.adapter.module_names import split_layer
 from molehill.engine.adapter.vocabulary_sites import is_embedding, is_on_vocabulary
 from molehill.kernels.activation import ACTIVATIONS
 from molehill.kernels.mixture import (
+    Bias,
     Experts,
     FfnMixture,
     LinearMixture,
@@ -63,6 +64,8 @@ def problems(adapter: Adapter, base: BaseModel, limits: Limits) -> list[AdapterE
     ]
     for site, table in adapter.rows.items():
         misfits += _misfit_rows(site, table, base)
+    for site in sorted(adapter.biases, key=natural_key):
+        misfits += _bias_misfits(site, adapter.biases[site], base)
     return [*adapter_problems(adapter, limits), *_mismatch(adapter, base, misfits), *misfits]
 
 
@@ -86,11 +89,13 @@ def adapter_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
             errors.append(UnsupportedError(site, found, "the layers and the LM head"))
     for site, table in adapter.rows.items():
         errors += _inconsistent_rows(adapter, site, table)
+    for site in sorted(adapter.biases, key=natural_key):
+        errors += _unservable_bias(site, adapter.biases[site], adapter)
     for name, tensor in adapter.tensors():
         if not is_finite(tensor):
             errors.append(NonFiniteError(name, "NaN or Inf", "finite values"))
-    acts = bool(adapter.rows) or any(_acts(mixture) for mixture in adapter.sites.values())
-    if not errors and not acts:
+    acting = (*map(_acts, adapter.sites.values()), *map(_bias_acts, adapter.biases.values()))
+    if not errors and not adapter.rows and not any(acting):
         sites = len(adapter.sites)
         errors.append(NothingBoundError("adapter", f"{sites} sites, no effect", "at least one"))
     return errors
@@ -273,6 +278,48 @@ def _misfit_rows(site: str, table: VocabularyRows, base: BaseModel) -> Iterator[
         yield from _expect(f"{site}.rows", table.rows, [len(table.ids), hidden])
         if len(table.ids) and int(table.ids[-1]) >= tokens:
             yield UnsupportedError(f"{site}.row_ids", int(table.ids[-1]), f"tokens below {tokens}")
+
+
+def _unservable_bias(site: str, bias: Bias, adapter: Adapter) -> Iterator[AdapterError]:
+    """Beside the adapter's own sites, whatever the base."""
+    where, mixture = f"{site}.bias", adapter.sites.get(site)
+    widths = {name: tensor.shape[0] for name, tensor in bias.tensors().items()}
+    if isinstance(mixture, LinearMixture):
+        widths["b"] = mixture.experts.b.shape[0]
+    if len(set(widths.values())) > 1:
+        yield ShapeError(where, f"outputs {widths}", "one number of them")
+    if is_on_vocabulary(site):
+        expected = "biases of linears inside the layers"
+        yield UnsupportedError(where, "a bias on the vocabulary", expected)
+    if split(site):
+        yield UnsupportedError(where, "a bias on an expert of the base model", "biases of linears")
+    block = site.rpartition(".")[0]
+    if isinstance(adapter.sites.get(block), FfnMixture):
+        yield UnsupportedError(where, "a bias inside an FFN mixture", "one of the two")
+    if bias.trained is not None and adapter.invocation_tokens:
+        found = "a trained bias of the base, which PEFT has on every token,"
+        expected = "lora_bias, which acts from the invocation on as lora_A and lora_B do"
+        yield UnsupportedError(where, f"{found} beside alora_invocation_tokens", expected)
+
+
+def _bias_misfits(site: str, bias: Bias, base: BaseModel) -> Iterator[AdapterError]:
+    if refusal := base.refusal(site):
+        yield UnsupportedError(f"{site}.bias", refusal, "a base model and settings that allow it")
+        return
+    shape = base.linear(site)
+    if shape is None:
+        yield _unknown(f"{site}.bias", "linear", _linear_names(base))
+        return
+    for name, tensor in bias.tensors().items():
+        yield from _expect(bias_tensor(site, name), tensor, [shape[1]])
+    if bias.trained is not None and site not in base.biased:
+        found = "a trained bias, and the base's linear has none"
+        yield UnsupportedError(f"{site}.bias", found, "the base that it was trained from")
+
+
+def _bias_acts(bias: Bias) -> bool:
+    """A trained one may be the base's own, which only a holder of the base can say."""
+    return bias.trained is not None or bool(bias.added is not None and bias.added.any())
 
 
 def _acts(mixture: Mixture) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import CorruptFileError, ShapeError, UnsupportedError
-from molehill.engine.adapter.model import Adapter, describe
+from molehill.engine.adapter.model import Adapter, bias_tensor, describe
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
@@ -26,6 +26,7 @@ from molehill.engine.formats.readers.reader import FileNames, Reader
 from molehill.engine.system.atomic_directory import appearing
 from molehill.engine.system.out_of_memory import raise_if_out_of_memory
 from molehill.kernels.mixture import (
+    Bias,
     Experts,
     FfnMixture,
     LinearMixture,
@@ -49,6 +50,7 @@ _FIELDS = (
     "kind",
     "sites",
     ROWS,
+    "biases",
     invocation.FIELD,
 )
 _FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -108,6 +110,7 @@ def _read(config: Fields, directory: Path, limits: Limits) -> Adapter:
         warnings=tuple(warnings),
         invocation_tokens=invocation.read(config),
         rows={site: _rows(weights, site) for site in config.texts(ROWS)},
+        biases=_biases(config, weights),
     )
     _check_all_used(adapter, weights)
     if adapter.digest != digest:
@@ -141,6 +144,7 @@ def read_own(directory: Path, pause: Callable[[], None] = lambda: None) -> Adapt
             base_model=config.text("base_model"),
             invocation_tokens=invocation.read(config),
             rows={site: _rows(weights, site) for site in config.texts(ROWS)},
+            biases=_biases(config, weights),
         )
     except CorruptFileError:
         raise
@@ -172,6 +176,20 @@ def _rows(weights: Weights, site: str) -> VocabularyRows:
     if len(ids) != len(rows):
         raise ShapeError(weights.where(f"{site}.rows"), list(rows.shape), [len(ids), rows.shape[1]])
     return VocabularyRows(ids.long(), rows)
+
+
+def _biases(config: Fields, weights: Weights) -> dict[str, Bias]:
+    """Raises ConfigError, MissingTensorError."""
+    if not config.has("biases"):
+        return {}
+    parts = config.object("biases")
+    biases = {}
+    for site in parts.values:
+        names = parts.texts(site)
+        if not names or not set(names) <= {"trained", "added"}:
+            raise parts.error(site, "a list of trained or added")
+        biases[site] = Bias(**{name: weights.tensor(bias_tensor(site, name), 1) for name in names})
+    return biases
 
 
 def _mixture(weights: Weights, site: str, fields: Fields) -> Mixture:

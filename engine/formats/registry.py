@@ -7,7 +7,9 @@ reader, and one line in READERS.
 from collections.abc import Sequence
 from pathlib import Path
 
+from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.formats import native
+from molehill.engine.formats.io import files
 from molehill.engine.formats.io.shards import INDEX
 from molehill.engine.formats.readers import (
     adalora,
@@ -66,9 +68,26 @@ def safetensors_files() -> tuple[tuple[str, str], ...]:
     return tuple(dict.fromkeys(pair for pair in pairs if pair[1].endswith(_SAFETENSORS)))
 
 
+def sharded_files() -> tuple[tuple[str, str], ...]:
+    """(config, index) of every format whose tensors may be in several files that an index names."""
+    configs = [reader.files.config for reader in READERS if INDEX in reader.files.weights]
+    return tuple((config, INDEX) for config in dict.fromkeys(configs))
+
+
 def pickle_files() -> tuple[str, ...]:
     names = [name for reader in READERS for name in reader.files.weights]
     return tuple(dict.fromkeys(filter(_is_pickle, names)))
+
+
+def expands(directory: Path) -> bool:
+    """Whether an adapter here may take many times the bytes of its files once it is read. False
+    where the config cannot be read, which reading the adapter then says."""
+    readers = of_directory(directory)
+    try:
+        kind = files.read_config(directory, readers[0].files.config).text("peft_type")
+    except AdapterError:
+        return False
+    return any(reader.expands and kind in reader.peft_types for reader in readers)
 
 
 def peft_types() -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.hf.shapes import activation, canonical_name, fused_experts, is_router
 from molehill.kernels.interface import Trace
 from molehill.kernels.mixture import (
+    Bias,
     Experts,
     FfnMixture,
     LinearMixture,
@@ -62,7 +63,7 @@ def attach(
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     on_experts = _on_fused_experts(adapter, modules)
     sites = {site: m for site, m in adapter.sites.items() if site not in on_experts}
-    for site in (*sites, *adapter.rows):
+    for site in (*sites, *adapter.rows, *adapter.biases):
         if site not in modules:
             raise UnknownTargetError(site, "no such module", f"one of {type(model).__name__}'s")
     with ExitStack() as stack:
@@ -70,8 +71,14 @@ def attach(
             stack.enter_context(_with_rows(modules[site], table))
         for site, mixture in sites.items():
             module = modules[site]
-            applied = _adapted_forward(site, module, mixture, model, trace)
+            with _with_bias(module, adapter.biases.get(site)):
+                applied = _adapted_forward(site, module, mixture, model, trace)
             module.forward = _from(start, module.forward, applied)
+            stack.callback(delattr, module, "forward")
+        for site in adapter.biases.keys() - sites.keys():
+            module = modules[site]
+            with _with_bias(module, adapter.biases[site]):
+                module.forward = _from(start, module.forward, _biased(module))
             stack.callback(delattr, module, "forward")
         for block, projections in expert_pairs.group(on_experts).items():
             module = modules[f"{block}.experts"]
@@ -124,6 +131,30 @@ def _embedding_forward(site: str, module: nn.Embedding, mixture: Mixture) -> _Fo
         return (y.float() + (delta if scale is None else delta * scale.float())).to(y.dtype)
 
     return forward
+
+
+@contextmanager
+def _with_bias(module: nn.Module, bias: Bias | None) -> Iterator[None]:
+    """The module with the adapter's bias while what is to take its place is made."""
+    if bias is None:
+        yield
+        return
+    if not isinstance(module, nn.Linear | Conv1D):
+        found = f"a bias on a {type(module).__name__} of Transformers"
+        raise UnsupportedError("bias", found, "one on a linear")
+    before = module.bias
+    whole = bias.whole(before)
+    assert whole is not None
+    module.bias = nn.Parameter(whole, requires_grad=False)
+    try:
+        yield
+    finally:
+        module.bias = before
+
+
+def _biased(module: nn.Module) -> _Forward:
+    linear = _linear(module)
+    return lambda x: linear(x).to(x.dtype)
 
 
 def _router_forward(site: str, module: nn.Module, mixture: Mixture) -> _Forward:
@@ -222,29 +253,34 @@ def _apply_linear(module: nn.Module, mixture: LinearMixture) -> _Apply:
 
 
 def _apply_reflection(module: nn.Module, mixture: Reflection) -> _Apply:
-    assert isinstance(module, nn.Linear)
-    return lambda x: (*reflection(x, module.weight, module.bias, mixture), x)
+    weight, bias = _weight(module)
+    return lambda x: (*reflection(x, weight, bias, mixture), x)
 
 
 def _apply_output(module: nn.Module, mixture: ScaleMixture) -> _Apply:
+    linear = _linear(module)
+
     def apply(x: Tensor) -> tuple[Tensor, Routing, Tensor]:
-        u = _linear(module, x)
+        u = linear(x)
         return *scale_mixture(u, mixture), split_heads(u, mixture.num_heads)
 
     return apply
 
 
 def _apply_input(module: nn.Module, mixture: ScaleMixture) -> _Apply:
+    linear = _linear(module)
+
     def apply(x: Tensor) -> tuple[Tensor, Routing, Tensor]:
         scaled, routing = scale_mixture(x, mixture)
-        return _linear(module, scaled), Routing(*(tensor.squeeze(1) for tensor in routing)), x
+        return linear(scaled), Routing(*(tensor.squeeze(1) for tensor in routing)), x
 
     return apply
 
 
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
+def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module as it is now, in float32."""
     weight, bias = _weight(module)
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return lambda x: F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
 def _weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -36,6 +36,8 @@ def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
         moes=_moes(model),
         vocabulary=_vocabulary(model),
         tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
+        refused=_refused(model),
+        biased=_biased(model),
     )
 
 
@@ -85,6 +87,16 @@ def _vocabulary(model: nn.Module) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def _biased(model: nn.Module) -> frozenset[str]:
+    return frozenset(
+        canonical_name(name)
+        for name, module in model.named_modules()
+        if _IN_LAYERS.search(name)
+        and _linear(module) is not None
+        and getattr(module, "bias", None) is not None
+    )
+
+
 def _linear(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a linear, and of the router of a block of experts."""
     if isinstance(module, nn.Linear):
@@ -127,3 +139,19 @@ def _moes(model: nn.Module) -> dict[str, Moe]:
         for name, module in model.named_modules()
         if name.endswith(".experts") and (block := fused_experts(module)) is not None
     }
+
+
+def _refused(model: nn.Module) -> dict[str, str]:
+    """Blocks whose experts are in parameters of another layout than `fused_experts` knows."""
+    refused = {}
+    for name, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        if "gate_up_proj" in parameters and fused_experts(module) is None:
+            traits = {
+                "weights as [in, out]": getattr(module, "is_transposed", False),
+                "gate and up interleaved": not getattr(module, "is_concatenated", True),
+                "biases": any(name.endswith("_bias") for name in parameters),
+            }
+            said = " and ".join(trait for trait, has in traits.items() if has) or "another layout"
+            refused[canonical_name(name)] = f"experts that the base holds with {said}"
+    return refused

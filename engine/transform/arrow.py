@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from molehill.engine.adapter.errors import ShapeError, UnknownTargetError
+from molehill.engine.adapter.errors import ShapeError, UnknownTargetError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.transform.weighted_sum import (
     Part,
@@ -41,6 +41,10 @@ def arrow(tasks: Sequence[Lora], policy: Arrow, general: Sequence[Lora] = ()) ->
     UnsupportedError for what is no LoRA, UnknownTargetError and ShapeError where adapters differ.
     """
     everyone = [*tasks, *general]
+    for lora in everyone:
+        for site in lora.adapter.biases:
+            found = "a bias, which Arrow's routing has no gate weight for"
+            raise UnsupportedError(f"{lora.name}: {site}.bias", found, "LoRAs without biases")
     first_sites = set(tasks[0].adapter.sites)
     for lora in everyone:
         for site in sorted(first_sites ^ set(lora.adapter.sites)):

@@ -4,10 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from molehill.engine.adapter.errors import ConfigError, ShapeError, UnsupportedError
-from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.model import Adapter, bias_tensor
 from molehill.kernels.mixture import (
+    Bias,
     Experts,
     FfnMixture,
     LinearMixture,
@@ -30,9 +32,10 @@ class Part:
 def mix(parts: Sequence[Part]) -> Adapter:
     """The adapter whose delta is sum_i scale_i * delta_i, exactly, on every linear.
 
-    A linear's experts are those of all parts that adapt it, scales folded into B. The result is not
-    checked against limits. Raises ConfigError without parts, UnsupportedError for a part that is no
-    LoRA (named, with the reason), ShapeError where two parts disagree.
+    A linear's experts are those of all parts that adapt it, scales folded into B; biases that they
+    add are summed likewise. The result is not checked against limits. Raises ConfigError without
+    parts, UnsupportedError for a part that is no LoRA (named, with the reason), ShapeError where
+    two parts disagree.
     """
     if not parts:
         raise ConfigError("mix", "no adapters", "at least one")
@@ -50,7 +53,33 @@ def mix(parts: Sequence[Part]) -> Adapter:
             stack.append(scaled)
     sites = {site: _constant(stack_up(stack)) for site, stack in stacks.items()}
     adapters = [part.adapter for part in parts]
-    return Adapter("mix", sites, common_base(adapters), warnings(parts))
+    return Adapter("mix", sites, common_base(adapters), warnings(parts), biases=_biases(parts))
+
+
+def _biases(parts: Sequence[Part]) -> dict[str, Bias]:
+    """Raises UnsupportedError for a part with trained biases of the base's, ShapeError."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        check_no_trained_bias(part.name, part.adapter)
+        for site, bias in part.adapter.biases.items():
+            if bias.added is None:
+                continue
+            scaled = bias.added * part.scale
+            before = total.get(site, torch.zeros_like(scaled))
+            if before.shape != scaled.shape:
+                where, expected = f"{part.name}: {bias_tensor(site, 'added')}", list(before.shape)
+                raise ShapeError(where, list(scaled.shape), f"the other adapters' {expected}")
+            total[site] = before + scaled
+    return {site: Bias(added=tensor) for site, tensor in total.items()}
+
+
+def check_no_trained_bias(name: str, adapter: Adapter) -> None:
+    """A part of one would need the base's own, beside which it was trained. Raises
+    UnsupportedError."""
+    for site, bias in adapter.biases.items():
+        if bias.trained is not None:
+            where, found = f"{name}: {site}.bias", "a trained bias of the base in a mix"
+            raise UnsupportedError(where, found, "bias 'none' in every adapter of it")
 
 
 def low_rank(name: str, site: str, mixture: Mixture) -> Experts:

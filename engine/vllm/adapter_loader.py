@@ -125,7 +125,10 @@ class AdapterLoader:
 
 
 def _reads_base(adapter: Adapter) -> bool:
-    """Whether cutting it reads the base's weights: for DoRA's norms, or a reflection's B."""
+    """Whether cutting it reads the base's weights: for DoRA's norms, a reflection's B, or biases in
+    whose place trained ones stand."""
+    if any(bias.trained is not None for bias in adapter.biases.values()):
+        return True
     return any(
         isinstance(mixture, Reflection)
         or (isinstance(mixture, LinearMixture) and mixture.magnitude is not None)

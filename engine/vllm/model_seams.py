@@ -11,6 +11,7 @@ ROUTING = ("topk_weights", "topk_ids", "shared_experts", "shared_experts_input")
 DISCOVERY, HOOKS = "engine/vllm/model/discovery.py", "engine/vllm/model/hooks.py"
 BASE_LINEARS = "engine/vllm/model/base_linears.py"
 ON_VOCABULARY, LOGITS = "engine/vllm/model/vocabulary.py", "engine/vllm/logits_rows.py"
+BASE_ACTIVATIONS = "engine/vllm/model/base_activations.py"
 BLOCKS, MERGED = "engine/vllm/model/moe_blocks.py", "engine/vllm/model/merged_base_loader.py"
 
 LINEARS = (
@@ -111,6 +112,20 @@ LINEARS = (
         DISCOVERY,
         "a gated FFN",
         attributes=("approximate",),
+    ),
+    Seam(
+        "vllm.model_executor.custom_op",
+        "CustomOp",
+        BASE_ACTIVATIONS,
+        "a replaced activation, for steps without adapters",
+        attributes=("enabled", "forward_native"),
+    ),
+    Seam(
+        "vllm.model_executor.custom_op",
+        "CustomOp.maybe_compile",
+        BASE_ACTIVATIONS,
+        "compiles a replaced activation by itself",
+        positional=("self", "fn"),
     ),
 )
 

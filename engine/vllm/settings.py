@@ -3,11 +3,14 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
 from molehill.engine.adapter.base_model import Limits
 
 GIB = 1 << 30
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Settings:
     """backend: see `backends.NAMES`. limits: of one adapter, see Limits.
@@ -36,10 +39,12 @@ class Settings:
 
     @classmethod
     def from_config(cls, additional_config: Any) -> "Settings":
-        """Reads `additional_config`; raises ValueError on a setting that does not exist."""
-        given = dict((additional_config or {}).get("molehill", {}))
-        unknown = set(given) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"additional_config['molehill']: unknown settings {sorted(unknown)}")
-        limits = given.pop("limits", {})
-        return cls(**given, limits=limits if isinstance(limits, Limits) else Limits(**limits))
+        """Reads `additional_config`; raises ValueError for another setting or type."""
+        try:
+            return TypeAdapter(cls).validate_python((additional_config or {}).get("molehill", {}))
+        except ValidationError as error:
+            problems = (
+                f"{'.'.join(map(str, each['loc']))}: {each['msg']}, found {each['input']!r}"
+                for each in error.errors()
+            )
+            raise ValueError(f"additional_config['molehill']: {'; '.join(problems)}") from error

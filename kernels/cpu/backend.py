@@ -193,6 +193,7 @@ class CpuBackend(CheckedBackend):
             _floats(piece.router),
             _floats(piece.output_scale),
             _floats(piece.bias),
+            _floats(piece.added_bias),
         )
 
     def _site(self, name: str) -> int:

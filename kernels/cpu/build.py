@@ -8,7 +8,8 @@ It takes from half a minute to several; what is going on is logged at once and e
 Not by torch.utils.cpp_extension or scikit-build-core: one library holds the same source compiled
 for several instruction sets, torch's load() has the same flags for all files, needs ninja and says
 nothing meanwhile, its lock outlives a process that is killed, and a wheel's build would tie the
-package to one version of torch.
+package to one version of torch. Nor by filelock and platformdirs: kernels imports torch and triton
+only, and a wait of minutes has to say what it waits for.
 """
 
 import fcntl
@@ -172,8 +173,7 @@ def _find_or_compile() -> Library:
 def cache_directory() -> Path:
     """`$MOLEHILL_CACHE_DIR`, or `molehill` in the user's cache.
 
-    The rule of the XDG base directories, which is platformdirs' on Linux; this package imports
-    nothing but torch and triton.
+    By the rule of the XDG base directories, as platformdirs has it on Linux.
     """
     chosen = os.environ.get("MOLEHILL_CACHE_DIR")
     if chosen:

@@ -93,6 +93,7 @@ class PieceTable:
     b: Tensor
     scale: Tensor | None
     bias: Tensor | None
+    added_bias: Tensor | None
 
 
 class LinearTable:
@@ -128,8 +129,9 @@ class LinearTable:
                     gates=slice(gate, gate + routed_experts),
                     columns=slice(piece.start, piece.start + out),
                     b=b.to(device, dtype),
-                    scale=None if scale is None else scale.to(device, torch.float32),
-                    bias=None if piece.bias is None else piece.bias.to(device, torch.float32),
+                    scale=_floats(scale, device),
+                    bias=_floats(piece.bias, device),
+                    added_bias=_floats(piece.added_bias, device),
                 )
             )
             constant = torch.full_like(owner, self.gates)
@@ -175,6 +177,8 @@ class LinearTable:
             if projection.scale is not None:
                 _scale_base(y, projection, gates)
             y.addmm_(rows[:, projection.rows], projection.b.T)
+            if projection.added_bias is not None:
+                y.add_(projection.added_bias)
 
     def _gate_weights(self, logits: Tensor, traces: list[Trace] | None) -> Tensor:
         """`[T, sum E + 1]`; the last column is 1."""
@@ -188,8 +192,13 @@ class LinearTable:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self.a, self.g, *(p.b for p in self.projections)]
+        tensors = [self.a, self.g]
+        tensors += [table for p in self.projections for table in (p.b, p.added_bias)]
         return sum(t.nbytes for t in tensors if t is not None)
+
+
+def _floats(table: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if table is None else table.to(device, torch.float32)
 
 
 def _shared(piece: LinearPiece) -> LinearPiece:

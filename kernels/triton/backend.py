@@ -1,10 +1,11 @@
 """The Triton backend: mixtures on CUDA GPUs, safe to capture in CUDA graphs.
 
 Three launches per fused linear, of which two need only its input and may run beside the base's
-GEMM, and one more per FFN. What is launched, and with which grid, depends
-on the number of tokens and on whether the step has any adapter at all (the key by which vLLM picks
-a graph too); everything else is read from device memory. Tracing reads back, so it is for eager
-runs only.
+GEMM. The third of an FFN's gate_up linear is the FFN's activation too, in place of the base's own
+launch; where it cannot be, one more launch follows the base's. What is launched, and with which
+grid, depends on the number of tokens and on whether the step has any adapter at all (the key by
+which vLLM picks a graph too); everything else is read from device memory. Tracing reads back, so it
+is for eager runs only.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from molehill.kernels.checked import CheckedBackend
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.interface import FfnShape, LinearShape, Packed, Run, SlotWeights, Trace
 from molehill.kernels.triton import layout as at
+from molehill.kernels.triton.activate import activate as launch_activate
 from molehill.kernels.triton.expand import expand
 from molehill.kernels.triton.ffn import ffn as launch_ffn
 from molehill.kernels.triton.gate import gate
@@ -29,9 +31,11 @@ from molehill.kernels.triton.launch_config import (
     StripMemory,
     launch_config_for,
 )
+from molehill.kernels.triton.packing import ACTIVATION_CODES
 from molehill.kernels.triton.shrink import shrink
 from molehill.kernels.triton.slot_records import SlotRecords
 from molehill.kernels.triton.tiling import StepLayout, table
+from molehill.kernels.triton.vector_folding import fold_vectors
 from molehill.kernels.triton.vectors import Vectors
 
 
@@ -92,6 +96,8 @@ class TritonBackend(CheckedBackend):
 
     def _pack(self, weights: SlotWeights) -> Packed:
         """On the host; copies to the device are left to `store`."""
+        if not self.capacity.vectors:
+            weights = fold_vectors(weights, self._linears, self._ffns)
         return Packed((self.table.pack(weights), weights.scales, weights.ffn_scales))
 
     def _put(self, slot: int, packed: Packed) -> None:
@@ -160,8 +166,9 @@ class TritonBackend(CheckedBackend):
         self._record(trace, handle)
 
     def finish_linear(self, out: Tensor, x: Tensor, handle: int) -> None:
-        """The half of `linear` that changes `out [T, out]`, once the base's output is in it."""
-        if not self._runs or not len(x):
+        """The half of `linear` that changes `out [T, out]`, once the base's output is in it: left
+        to `activate` where that comes next."""
+        if not self._runs or not len(x) or self._activated_after(handle):
             return
         tokens, slots = len(x), self.table
         views = (slots.arena.view(self._linears[handle].dtype), slots.arena.view(torch.float32))
@@ -183,6 +190,34 @@ class TritonBackend(CheckedBackend):
         launch_ffn(h, gate_up, self._steps, records, views, scratch, pairs, strips, config)
         reduce = self._linears[shape.down].reduce
         self._vectors.scale_ffn(h, handle, self._runs, reduce, self._traces)
+
+    def activate(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
+        """ActivatingBackend.activate."""
+        tokens, shape, slots = len(h), self._ffns[handle], self.table
+        if not tokens:
+            return
+        assert shape.activation is not None, "an FFN registered with its activation"
+        arena, dtype = slots.arena, self._linears[shape.gate_up].dtype
+        views = (arena.view(dtype), arena.view(torch.float32), arena.view(torch.int32))
+        activation = ACTIVATION_CODES[shape.activation.name], shape.activation.is_rounded
+        launch_activate(
+            h,
+            gate_up,
+            self._steps,
+            (slots.pieces[:, shape.gate_up], slots.ffns[:, handle]),
+            views,
+            self._scratch_of(shape.gate_up, tokens),
+            self._strips.pairs,
+            self._strips.of(tokens, shape.intermediate),
+            activation,
+            launch_config_for(tokens, self.capacity),
+        )
+
+    def _activated_after(self, handle: int) -> bool:
+        """Whether a linear is the gate_up linear of an FFN that is registered with its
+        activation."""
+        ffn = self._ffn_of_gate_up.get(handle)
+        return ffn is not None and self._ffns[ffn].activation is not None
 
     def _scratch_of(self, handle: int, tokens: int) -> Scratch:
         memory = self._gate_up if handle in self._ffn_of_gate_up else self._scratch

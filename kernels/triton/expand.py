@@ -1,7 +1,8 @@
 """Expand: y += B z, with z the finished rank rows, for every piece of a linear.
 
 One launch for all slots, the only one that waits for the base's output. Where a piece has an output
-scale (DoRA), y is first replaced by (y - bias) * sum_e w_e scale_e + bias. Rank rows that are 0 for
+scale (DoRA), y is first replaced by (y - bias) * sum_e w_e scale_e + bias; where it has an added
+bias, that is added. Rank rows that are 0 for
 a whole tile, as those of experts that none of its tokens chose, are not read. Rows of UNSERVED
 tokens become 0.
 """
@@ -15,7 +16,7 @@ from molehill.kernels.triton.gate import find_block
 from molehill.kernels.triton.launch_config import MAX_REGISTERS, LaunchConfig, Scratch
 from molehill.kernels.triton.shrink import load_tile, load_tokens
 
-# Outputs that a program takes at a time of pieces with an output scale or odd widths.
+# Outputs that a program takes at a time of pieces with a scale, an added bias or odd widths.
 PART = 64
 
 
@@ -110,6 +111,18 @@ def scaled(
 
 
 @triton.jit
+def with_added_bias(
+    y: tl.tensor, record: tl.tensor, floats: tl.tensor, column: tl.tensor
+) -> tl.tensor:
+    """y + the bias that a piece adds, if it has one."""
+    first = tl.load(record + at.ADDED_BIAS)
+    if first >= 0:
+        width = tl.load(record + at.WIDTH).to(tl.int32)
+        y += tl.load(floats + first + column, mask=column < width, other=0.0)[None, :]
+    return y
+
+
+@triton.jit
 def product(
     finished: tl.tensor,
     record: tl.tensor,
@@ -152,12 +165,14 @@ def add_to_piece(
     """Adds B z to BLOCK_OUT outputs of a piece, from its output `first` on.
 
     In vectors if the piece begins and ends at multiples of PITCH. Otherwise, and where it has an
-    output scale, PART outputs at a time, so that the others do not pay with registers.
+    output scale or an added bias, PART outputs at a time, so that the others do not pay with
+    registers.
     """
     out_row = (out + token.to(tl.int64) * out_stride)[:, None]
     start = tl.load(record + at.START)
     width = tl.load(record + at.WIDTH).to(tl.int32)
-    plain = tl.load(record + at.SCALE) < 0
+    scale = tl.load(record + at.SCALE)
+    plain = scale == at.PLAIN_PIECE
     if plain & (start % at.PITCH == 0) & (width % at.PITCH == 0):
         column = first + tl.arange(0, BLOCK_OUT)
         total = product(
@@ -177,8 +192,10 @@ def add_to_piece(
             target = out_row + start + column[None, :]
             inside = valid[:, None] & (column < width)[None, :]
             y = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-            if not plain:
+            if scale >= 0:
                 y = scaled(y, record, gates, token, valid, floats, column, MAX_GATES)
+            if not plain:
+                y = with_added_bias(y, record, floats, column)
             tl.store(target, (y + total).to(target.dtype.element_ty), mask=inside)
 
 

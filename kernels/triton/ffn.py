@@ -16,22 +16,9 @@ from torch import Tensor
 from triton import language as tl
 
 from molehill.kernels.triton import layout as at
+from molehill.kernels.triton.activations import activated
 from molehill.kernels.triton.launch_config import MAX_REGISTERS, LaunchConfig, Scratch
 from molehill.kernels.triton.shrink import load_tile, load_tokens
-
-
-@triton.jit
-def activated(x: tl.tensor, kind: tl.tensor) -> tl.tensor:
-    y = x
-    if kind == at.SILU:
-        y = x * tl.sigmoid(x)
-    elif kind == at.GELU:
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif kind == at.GELU_TANH:
-        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        y = tl.maximum(x, 0.0)
-    return y
 
 
 @triton.jit
@@ -156,12 +143,18 @@ def clear_strip(
         tl.store(strip + row, value, mask=valid[:, None] & (row < total))
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def ffn_kernel(
+@triton.jit
+def strip_columns(width: tl.tensor, parts: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Columns of each of `parts` strips, a multiple of BLOCK; the last strips may have fewer."""
+    return tl.cdiv(tl.cdiv(width, parts), BLOCK) * BLOCK
+
+
+@triton.jit
+def mix_experts(
     h: tl.tensor,
     gate_up: tl.tensor,
     steps: tl.tensor,
-    records: tl.tensor,
+    record: tl.tensor,
     finished: tl.tensor,
     gates: tl.tensor,
     pairs: tl.tensor,
@@ -169,16 +162,17 @@ def ffn_kernel(
     weights: tl.tensor,
     floats: tl.tensor,
     ints: tl.tensor,
+    place: tl.tensor,
+    size: tl.tensor,
     tokens: tl.tensor,
+    parts: tl.tensor,
     width: tl.tensor,
     h_stride: tl.tensor,
     gate_up_stride: tl.tensor,
-    record_stride: tl.tensor,
     MAX_RANK: tl.constexpr,
     MAX_FINISHED: tl.constexpr,
     MAX_GATES: tl.constexpr,
     MAX_EXPERTS: tl.constexpr,
-    LIST: tl.constexpr,
     ORDER: tl.constexpr,
     TILE: tl.constexpr,
     PAIR_TILE: tl.constexpr,
@@ -186,14 +180,9 @@ def ffn_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    slot, place, size, _ = load_tile(steps, LIST)
-    if slot < 0:
-        return
-    slot = slot.to(tl.int64)
-    record = records + slot * record_stride
+    """One tile's rows of h, and w_e A_down,e u_e, of this program's strip: program_id(1) of
+    `parts`. record: of a slot that has an FFN mixture."""
     experts = tl.load(record + at.EXPERTS).to(tl.int32)
-    if experts == 0:
-        return
     token, valid = load_tokens(steps, place, size, tokens, ORDER, TILE)
     number = tl.program_id(1)
     every = tl.arange(0, MAX_EXPERTS)[None, :]
@@ -218,7 +207,7 @@ def ffn_kernel(
     down_rank = tl.load(record + at.DOWN_RANK).to(tl.int32)
     pairs += place * (MAX_EXPERTS + 1)
     count = tl.load(pairs)
-    span = tl.cdiv(tl.cdiv(width, tl.num_programs(1)), BLOCK) * BLOCK
+    span = strip_columns(width, parts, BLOCK)
     down = tl.zeros((TILE, BLOCK_RANK), dtype=tl.float32)
     for begin in range(number * span, tl.minimum((number + 1) * span, width), BLOCK):
         column = begin + tl.arange(0, BLOCK)
@@ -303,6 +292,74 @@ def ffn_kernel(
         inside = valid[:, None] & (column < width)[None, :]
         tl.store(target, total.to(h.dtype.element_ty), mask=inside)
     add_to_strip(strip, down, valid, 0, down_rank)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def ffn_kernel(
+    h: tl.tensor,
+    gate_up: tl.tensor,
+    steps: tl.tensor,
+    records: tl.tensor,
+    finished: tl.tensor,
+    gates: tl.tensor,
+    pairs: tl.tensor,
+    strips: tl.tensor,
+    weights: tl.tensor,
+    floats: tl.tensor,
+    ints: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    h_stride: tl.tensor,
+    gate_up_stride: tl.tensor,
+    record_stride: tl.tensor,
+    MAX_RANK: tl.constexpr,
+    MAX_FINISHED: tl.constexpr,
+    MAX_GATES: tl.constexpr,
+    MAX_EXPERTS: tl.constexpr,
+    LIST: tl.constexpr,
+    ORDER: tl.constexpr,
+    TILE: tl.constexpr,
+    PAIR_TILE: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    slot, place, size, _ = load_tile(steps, LIST)
+    if slot < 0:
+        return
+    record = records + slot.to(tl.int64) * record_stride
+    if tl.load(record + at.EXPERTS) == 0:
+        return
+    mix_experts(
+        h,
+        gate_up,
+        steps,
+        record,
+        finished,
+        gates,
+        pairs,
+        strips,
+        weights,
+        floats,
+        ints,
+        place,
+        size,
+        tokens,
+        tl.num_programs(1),
+        width,
+        h_stride,
+        gate_up_stride,
+        MAX_RANK,
+        MAX_FINISHED,
+        MAX_GATES,
+        MAX_EXPERTS,
+        ORDER,
+        TILE,
+        PAIR_TILE,
+        BLOCK_RANK,
+        BLOCK,
+        PRECISION,
+    )
 
 
 def ffn(

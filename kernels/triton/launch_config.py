@@ -64,7 +64,8 @@ class BlockSizes:
     rank, rank_programs, gates, gate_programs, inputs, shrink_warps: shrink's rank rows, router rows
     and inputs. route_rank, route_programs, gate_warps: gate's rank rows; single_rank,
     single_inputs: of tiles that route first. expand_rank, columns, expand_warps: expand's rank rows
-    and outputs. pair_tile, ffn_columns, ffn_rank, ffn_warps: an FFN mixture's (token, expert)
+    and outputs; activate_columns, activate_warps: where it is the FFN's activation too, columns of
+    each half. pair_tile, ffn_columns, ffn_rank, ffn_warps: an FFN mixture's (token, expert)
     pairs, columns and rank rows.
     """
 
@@ -83,6 +84,8 @@ class BlockSizes:
     expand_rank: int
     columns: int
     expand_warps: int
+    activate_columns: int
+    activate_warps: int
     pair_tile: int
     ffn_columns: int
     ffn_rank: int
@@ -110,6 +113,8 @@ SHORT = BlockSizes(
     expand_rank=32,
     columns=128,
     expand_warps=4,
+    activate_columns=64,
+    activate_warps=4,
     pair_tile=16,
     ffn_columns=64,
     ffn_rank=32,
@@ -131,6 +136,8 @@ LONG = BlockSizes(
     expand_rank=32,
     columns=256,
     expand_warps=8,
+    activate_columns=64,
+    activate_warps=8,
     pair_tile=32,
     ffn_columns=64,
     ffn_rank=32,

@@ -23,12 +23,13 @@ HEAD_ROUTERS = tl.constexpr(3)
 
 # Piece record: first router row, experts (0: no router), policy; output columns, rank rows, B
 # transposed `[rank, pitch]`, int32 expert of each rank row (only with a router; EVERY_TOKEN where
-# the weight is 1), float32 output scale `[max(experts, 1), pitch]` and bias `[width]`, -1 where
-# there is none, and where its finished rows begin, in steps of PITCH. An FFN mixture is one more
-# piece of its gate_up linear, which writes no columns: it routes, and its rank rows are those of
-# gate and of up, which are finished UNGATED (rows of experts that are not chosen are 0 all the
-# same). HIDDEN router rows after the experts' are those of an MLP whose biases and output weights
-# are float32 `[2, pitch]` at MLP.
+# the weight is 1), float32 output scale `[max(experts, 1), pitch]` and bias `[width]`, and a bias
+# `[width]` that is added, -1 where there is none (SCALE is NO_SCALE beside an added bias), and
+# where its finished rows begin, in steps of PITCH. An FFN mixture is one more piece of its gate_up
+# linear, which writes no columns: it routes, and its rank rows are those of gate and of up, which
+# are finished UNGATED (rows of experts that are not chosen are 0 all the same). HIDDEN router rows
+# after the experts' are those of an MLP whose biases and output weights are float32 `[2, pitch]` at
+# MLP.
 PIECE = tl.constexpr(20)
 GATE = tl.constexpr(0)
 EXPERTS = tl.constexpr(1)
@@ -50,7 +51,11 @@ FINISHED = tl.constexpr(15)
 UNGATED = tl.constexpr(16)
 HIDDEN = tl.constexpr(17)
 MLP = tl.constexpr(18)
+ADDED_BIAS = tl.constexpr(19)
 EVERY_TOKEN = tl.constexpr(-1)
+# Values of SCALE beside a place: nothing but B z is added, or a bias as well.
+PLAIN_PIECE = tl.constexpr(-1)
+NO_SCALE = tl.constexpr(-2)
 
 # FFN record: GATE and EXPERTS as its piece has them, first finished rows of gate and up, B of both,
 # A of down, int32 `[3, experts + 1]` of the experts' first rows in each, activation, rank rows of
@@ -123,9 +128,13 @@ ENTROPY_UNIT = tl.constexpr(1 << 24)
 # The steps buffer, int32: a head, the small tiles, the large tiles and the order of the tokens,
 # each at a place that the capacity fixes. Tiles are (slot, first place in the order, tokens, first
 # token); those that a step does not need have the slot NO_TILE. ROUTE_FIRST says that the tiles of
-# one row have their rank rows computed after routing, for chosen experts alone.
+# one row have their rank rows computed after routing, for chosen experts alone. ADAPTED is how many
+# tokens are in tiles; after them the order has the base's among the first ANNOUNCED tokens, so that
+# it is a permutation of those, and every later token is at its own place.
 STEP_HEAD = tl.constexpr(4)
 ROUTE_FIRST = tl.constexpr(0)
+ADAPTED = tl.constexpr(1)
+ANNOUNCED = tl.constexpr(2)
 TILE = tl.constexpr(4)
 NO_TILE = tl.constexpr(-1)
 

@@ -169,13 +169,24 @@ def pack_piece(
     fields = record.fields
     fields[at.START.value], fields[at.WIDTH.value] = piece.start, b.shape[0]
     fields[at.ROW.value], fields[at.RANK.value] = stack.add_rows(a), b.shape[1]
-    fields[at.SCALE.value] = fields[at.BIAS.value] = -1
-    record.places[at.B.value] = packing.add(b.T, dtype)
+    _without_scale(fields)
+    if b.shape[1]:
+        record.places[at.B.value] = packing.add(b.T, dtype)
     if scale is not None:
         record.places[at.SCALE.value] = packing.add(scale, torch.float32)
         if piece.bias is not None:
             record.places[at.BIAS.value] = packing.add(piece.bias.unsqueeze(0), torch.float32)
+    if piece.added_bias is not None:
+        fields[at.SCALE.value] = at.NO_SCALE.value
+        row = piece.added_bias.unsqueeze(0)
+        record.places[at.ADDED_BIAS.value] = packing.add(row, torch.float32)
     stack.add_piece(record)
+
+
+def _without_scale(fields: list[int]) -> None:
+    """Of a piece's record, until something else is written there."""
+    fields[at.SCALE.value] = at.PLAIN_PIECE.value
+    fields[at.BIAS.value] = fields[at.ADDED_BIAS.value] = -1
 
 
 def pack_ffn(
@@ -221,7 +232,7 @@ def _pack_ffn_router(
             gate_up.add_rows(experts.a)
             owners[-1:-1] = experts.expert_of_row.tolist()
     record.fields[at.ROW.value], record.fields[at.RANK.value] = first, gate_up.rank - first
-    record.fields[at.SCALE.value] = record.fields[at.BIAS.value] = -1
+    _without_scale(record.fields)
     record.fields[at.UNGATED.value] = 1
     record.places[at.OWNER.value] = packing.add_integers(owners)
     gate_up.add_piece(record)
@@ -267,14 +278,16 @@ def _pack_down(
     mixed.fields[at.WIDTH.value] = stacked.shape[1]
     mixed.fields[at.RANK.value] = stacked.shape[0]
     mixed.fields[at.ROW.value] = first
-    mixed.fields[at.SCALE.value] = mixed.fields[at.BIAS.value] = -1
+    _without_scale(mixed.fields)
     mixed.places[at.B.value] = packing.add(stacked, dtype, over)
     down.add_piece(mixed)
 
 
 def _is_plain(record: Record) -> bool:
-    """A piece with neither router nor output scale."""
-    return record.fields[at.EXPERTS.value] == 0 and at.SCALE.value not in record.places
+    """A piece with neither router nor output scale nor an added bias."""
+    scale = record.fields[at.SCALE.value]
+    beside = at.SCALE.value in record.places or scale != at.PLAIN_PIECE.value
+    return record.fields[at.EXPERTS.value] == 0 and not beside
 
 
 def _starts(experts: Experts | None, count: int) -> list[int]:

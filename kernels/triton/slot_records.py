@@ -4,13 +4,19 @@ Addresses never change. All writes are copies on the current stream from memory 
 again, so a step in flight sees a slot as it was when the step was launched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from molehill.kernels.interface import CapacityError, FfnShape, LinearShape, SlotWeights
+from molehill.kernels.interface import (
+    CapacityError,
+    FfnShape,
+    LinearPiece,
+    LinearShape,
+    SlotWeights,
+)
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.arena import Arena, Extent
 from molehill.kernels.triton.launch_config import Capacity, launch_config_for
@@ -80,6 +86,9 @@ class SlotRecords:
             if not self._capacity.vectors:
                 expected = "low-rank experts on this backend, or eager mode"
                 raise CapacityError(vectors.site, "vectors of MoV", expected)
+        for shape in self._ffns:
+            if shape.activation is not None:
+                _check_halves(weights.linears.get(shape.gate_up, ()), shape)
         packing = Packing()
         stacks: dict[int, RowStack] = {}
 
@@ -126,6 +135,15 @@ class SlotRecords:
         fill(self.parameters, {i: torch.tensor(record.parameters) for i, record in pieces.items()})
         fill(self.heads, {(h,): fields(record) for h, record in packing.heads.items()})
         fill(self.ffns, {index: fields(record) for index, record in ffns.items()})
+
+
+def _check_halves(pieces: Sequence[LinearPiece], ffn: FfnShape) -> None:
+    """Raises CapacityError for a piece of a gate_up linear that begins within gate or up: a program
+    that activates has columns of both."""
+    for piece in pieces:
+        if piece.start not in (0, ffn.intermediate):
+            expected = f"0 or {ffn.intermediate}"
+            raise CapacityError(piece.site, f"columns from {piece.start}", expected)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

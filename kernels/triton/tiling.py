@@ -3,8 +3,9 @@
 Tokens are sorted by slot, and each slot's are cut into tiles. Example with tiles of 4: runs
 (slot 2, rows 0-5), (slot 0, rows 5-6), (slot 2, rows 9-11) give the order 0 1 2 3 4 9 10 | 5 and
 the tiles (slot 2, place 0, 4 tokens), (slot 2, place 4, 3 tokens), (slot 0, place 7, 1 token).
-Rows 6-8 belong to the base and are in no tile. The number of tiles that a step of T tokens can need
-has a bound that depends on T alone: that is a launch's grid, and the programs beyond the tiles
+Rows 6-8 belong to the base and are in no tile; they come last in the order, for the launch that
+takes every row (molehill.kernels.triton.activate). The number of tiles that a step of T tokens can
+need has a bound that depends on T alone: that is a launch's grid, and the programs beyond the tiles
 that there are return at once. Where many adapters have a row or two each, such rows are tiles of
 their own (FEW_ROWS).
 """
@@ -96,9 +97,12 @@ def table(runs: Sequence[Run], stored: Container[int], adapters: int, tokens: in
         if short:
             _cut(small, slot, start, order, 1 if slot in few else SMALL_TILE)
         _cut(large, slot, start, order, LARGE_TILE)
+    adapted = len(order)
+    _add_base_rows(order, runs, rows)
     layout = StepLayout(tokens, adapters + 1)
     steps = array("i", bytes(4 * at.STEP_HEAD.value))
     steps[at.ROUTE_FIRST.value] = bool(few)
+    steps[at.ADAPTED.value], steps[at.ANNOUNCED.value] = adapted, len(order)
     nothing = array("i", [at.NO_TILE.value])
     for tiles, end in ((small, layout.large), (large, layout.order)):
         steps += tiles
@@ -111,6 +115,14 @@ def _slots_of_few_rows(places: Mapping[int, Sequence[Run]]) -> set[int]:
     lengths = {slot: sum(run.stop - run.start for run in runs) for slot, runs in places.items()}
     few = {slot for slot, n in lengths.items() if n <= FEW_ROWS and slot != UNSERVED}
     return few if sum(lengths[slot] for slot in few) >= ROUTE_FIRST_ROWS else set()
+
+
+def _add_base_rows(order: "array[int]", runs: Sequence[Run], rows: "array[int]") -> None:
+    """Rows before the last run's end that are in no run, ascending. rows: as `_rows` has them."""
+    free = 0
+    for run in sorted(runs, key=lambda run: run.start):
+        order += rows[free : run.start]
+        free = max(free, run.stop)
 
 
 @lru_cache(1)

@@ -92,14 +92,14 @@ class Vectors:
     ) -> None:
         """Multiplies rows of `h [T, I]` in place. reduce: sums logits over the ranks."""
         work = [
-            (h[run.start : run.stop], own.ffns[handle])
+            (h[run.start : run.stop], vectors.ffns[handle])
             for run in runs
-            if (own := self._slots.get(run.slot)) is not None and handle in own.ffns
+            if (vectors := self._slots.get(run.slot)) is not None and handle in vectors.ffns
         ]
         logits = [table.logits(u) for u, table in work]
         if reduce is not None and logits:
             sizes = [part.numel() for part in logits]
             total = reduce(torch.cat([part.flatten() for part in logits])).split(sizes)
-            logits = [part.view_as(own) for part, own in zip(total, logits, strict=True)]
+            logits = [part.view_as(local) for part, local in zip(total, logits, strict=True)]
         for (u, table), part in zip(work, logits, strict=True):
             table.scale(u, part, traces)

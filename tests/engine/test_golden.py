@@ -1,6 +1,7 @@
 """The golden cases through the vLLM engine, used as any vLLM user would."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from molehill.engine.vllm import protocol
 ROUTER_TOLERANCE = 1e-5
 # Alone and in company the same GEMMs run over other shapes: rounding of float32, not more.
 BATCH_TOLERANCE = 1e-4
+# Of a case's prompts, the only one that fills a block.
+LONGEST = 3
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +47,50 @@ def test_mixed_batch_matches_the_reference(replies: dict[str, list[Reply]], case
     assert_golden(replies[case], Case(case).prompts)
 
 
+@dataclass(frozen=True)
+class Alone:
+    """Replies to a case's prompts, each asked for by itself. again: to the longest, once more."""
+
+    first: list[Reply]
+    again: Reply
+
+
+@pytest.fixture(scope="module")
+def alone(llm: Any) -> dict[str, Alone]:
+    """One case after another, from an empty prefix cache on."""
+    llm.reset_prefix_cache()
+
+    def asked(name: str) -> Alone:
+        prompts = Case(name).prompts
+        first = [ask(llm, [prompt])[0] for prompt in prompts]
+        return Alone(first, ask(llm, [prompts[LONGEST]])[0])
+
+    return {name: asked(name) for name in ("base", *SERVED)}
+
+
 @pytest.mark.parametrize("case", ["base", *SERVED])
 def test_alone_gives_what_the_mixed_batch_gives(
-    llm: Any, replies: dict[str, list[Reply]], case: str
+    replies: dict[str, list[Reply]], alone: dict[str, Alone], case: str
 ) -> None:
-    for prompt, mixed in zip(Case(case).prompts, replies[case], strict=True):
-        (alone,) = ask(llm, [prompt])
-        assert alone.tokens == mixed.tokens
-        assert greatest_difference(alone.logits, mixed.logits) < BATCH_TOLERANCE
+    for own, mixed in zip(alone[case].first, replies[case], strict=True):
+        assert own.tokens == mixed.tokens
+        assert greatest_difference(own.logits, mixed.logits) < BATCH_TOLERANCE
+
+
+def test_prefix_cache_never_crosses_adapters(alone: dict[str, Alone]) -> None:
+    """One prompt under every adapter, cold and warm: the cache hits only its own adapter."""
+    longest = {name: Case(name).prompts[LONGEST] for name in alone}
+    assert len({prompt.ids for prompt in longest.values()}) == 1
+    for name, own in alone.items():
+        assert_golden([own.first[LONGEST], own.again], [longest[name]] * 2)
+    assert {own.first[LONGEST].cached for own in alone.values()} == {0}
+    assert {own.again.cached for own in alone.values()} == {32}
 
 
 @pytest.mark.parametrize("case", ["base", *SERVED])
 def test_every_position_matches_the_reference(llm: Any, case: str) -> None:
     llm.reset_prefix_cache()
-    (reply,) = ask(llm, Case(case).prompts[:1], prompt_logits=True)
+    (reply,) = ask(llm, Case(case).prompts[:1], tokens=1, prompt_logits=True)
     expected = Case(case).tensors["prompt0.logits"]
     assert reply.prompt_logits is not None
     assert greatest_difference(reply.prompt_logits, expected[:-1]) < LOGIT_TOLERANCE
@@ -78,18 +111,6 @@ def test_router_weights_match_the_reference(llm: Any, case: str) -> None:
         tolerance = ROUNDED.get(case, ROUTER_TOLERANCE)
         for figure, own in route.items():
             assert greatest_difference(figures[figure].tensor(), own) < tolerance, (site, figure)
-
-
-def test_prefix_cache_never_crosses_adapters(llm: Any) -> None:
-    """One prompt under every adapter, cold and warm: the cache hits only its own adapter."""
-    llm.reset_prefix_cache()
-    longest = {name: Case(name).prompts[3] for name in ("base", *SERVED)}
-    assert len({prompt.ids for prompt in longest.values()}) == 1
-    prompts = [prompt for prompt in longest.values() for _ in ("cold", "warm")]
-    replies = [ask(llm, [prompt])[0] for prompt in prompts]
-    assert_golden(replies, prompts)
-    assert {reply.cached for reply in replies[::2]} == {0}
-    assert {reply.cached for reply in replies[1::2]} == {32}
 
 
 def test_counters_are_what_the_reference_chose(llm: Any) -> None:

@@ -12,7 +12,14 @@ from torch import nn
 from molehill.engine.vllm.model import warmup
 from molehill.engine.vllm.model.base_linears import BaseLinears, OneStream, SideStream, Streams
 from molehill.kernels import reference
-from molehill.kernels.interface import UNSERVED, LinearShape, Run, SlotWeights
+from molehill.kernels.interface import (
+    UNSERVED,
+    BaseActivation,
+    FfnShape,
+    LinearShape,
+    Run,
+    SlotWeights,
+)
 from molehill.kernels.policy import DynMoLE, Soft, TopK
 from molehill.kernels.triton.backend import TritonBackend
 from molehill.kernels.triton.compilations import Compilations
@@ -133,3 +140,46 @@ def test_a_graph_without_adapters_launches_none_of_ours(model: Model) -> None:
         model.begin_step([Run(0, 0, TOKENS)])
         model(x)
         assert launches() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_graph_activates_rows_of_adapters_stored_after_its_capture_and_of_the_base(dtype) -> None:
+    """In the launch that adds the gate_up linear's mixture."""
+    backend = TritonBackend(torch.device("cuda"), CAPACITY)
+    width = OUT // 2
+    linear = backend.register_linear(LinearShape("gate_up", INPUTS, OUT, dtype))
+    down = backend.register_linear(LinearShape("down", width, INPUTS, dtype))
+    silu = BaseActivation("silu", is_rounded=False)
+    ffn = backend.register_ffn(FfnShape("mlp", linear, down, width, silu))
+    backend.seal()
+    x = random(TOKENS, INPUTS, seed=7).to("cuda", dtype)
+    base = random(TOKENS, OUT, seed=8).to("cuda", dtype)
+    gate_up, h = base.clone(), torch.empty(TOKENS, width, dtype=dtype, device="cuda")
+
+    def step() -> None:
+        gate_up.copy_(base)
+        backend.begin_linear(x, linear)
+        backend.finish_linear(gate_up, x, linear)
+        backend.activate(h, gate_up, ffn)
+
+    backend.begin_step([Run(UNSERVED, 0, TOKENS)])
+    step()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    tolerance = TOLERANCE if dtype == torch.float32 else 1.5e-2
+    for policy in (TopK(2), DynMoLE(), Soft()):
+        routed = mixture(policy, (4, 2, 3), INPUTS, OUT)
+        backend.store(1, SlotWeights({linear: [piece(routed)]}, {}))
+        backend.begin_step([Run(1, 3, 20)])
+        graph.replay()
+        torch.cuda.synchronize()
+        expected, rows = base.cpu().float(), x.cpu().float()
+        delta = reference.linear_mixture(rows[3:20], torch.zeros(OUT, INPUTS), None, routed)[0]
+        expected[3:20] += delta
+        expected = expected.to(dtype).float()
+        expected = nn.functional.silu(expected[:, :width]) * expected[:, width:]
+        assert (h.cpu().float() - expected).abs().max() < tolerance * expected.abs().max()
+        backend.erase(1)

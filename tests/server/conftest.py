@@ -48,7 +48,7 @@ def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactor
         ),
         *("--adapter-root", str(adapter_root), "--adapter-store", str(store)),
         *("--adapter", f"started={GOLDEN / 'cases' / 'dynmole-default'}"),
-        *("--max-adapter-rank", "64"),
+        *("--max-adapter-rank", "64", "--enable-scale-out"),
     ]
     with serve(model, folder / "log", arguments, warm=True) as server:
         yield Api(server.url, adapter_root, store)

@@ -199,6 +199,7 @@ def test_options_reach_their_fields(tmp_path: Path) -> None:
         *("--no-adapter-pickles", "--watch-adapter-roots", "--max-adapters", "1"),
         *("--max-adapter-loads", "2", "--max-adapter-rank", "3", "--max-adapter-experts", "4"),
         *("--max-adapter-total-rank", "5", "--max-adapter-bytes", "6"),
+        *("--max-request-mixes", "0"),
     )
     assert given == options.Options(
         adapters=(("a", tmp_path), ("b", tmp_path)),
@@ -213,7 +214,7 @@ def test_options_reach_their_fields(tmp_path: Path) -> None:
         merge=False,
         merge_tolerance=0.5,
         merge_into_base="a",
-        admission=Admission(adapters=1, loads=2),
+        admission=Admission(adapters=1, loads=2, mixes=0),
         hub=True,
         url_prefixes=("https://models.example/x",),
         watch=True,

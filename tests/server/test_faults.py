@@ -41,8 +41,8 @@ MEGABYTE = 1 << 20
 LARGEST, MEMORY = 256 * MEGABYTE, 64 * MEGABYTE
 SEATS, SLOTS = 8, 2
 LONGEST = 16384
-# Tokens of a request that a test does not wait for: they take a minute.
-ENDLESS = LONGEST - 100
+# Tokens of a request that a test does not wait for: they take a minute. Of one that it does.
+ENDLESS, STREAMED = LONGEST - 100, 400
 
 
 @pytest.fixture(scope="module")
@@ -180,12 +180,12 @@ def joined(parts: Iterable[tuple[int, list[int]]]) -> list[list[int]]:
 
 def test_an_adapter_is_unloaded_while_two_samples_of_it_are_streamed(api: Api) -> None:
     assert api.load("m", "mola").status_code == 200
-    stream = ask(api, "m", "mola", 1000, samples=2, stream=True)
+    stream = ask(api, "m", "mola", STREAMED, samples=2, stream=True)
     begun = next(stream)
     assert api.unload("m").json()["requests_in_flight"] == 1
     one, other = joined([begun, *stream])
     assert one == other
-    assert len(one) == 1000
+    assert len(one) == STREAMED
     assert one[:12] == PROMPTS["mola"]["greedy_token_ids"]
     assert "m" not in api.models()
     assert eventually(lambda: not any('"m"' in sample for sample in api.metrics()))

@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from support.api_client import BASE, KEY, Api, oracle
+from support.examples import examples
 
 schemathesis = pytest.importorskip("schemathesis", reason="the dev extra is not installed")
 GenerationMode = schemathesis.GenerationMode
-EXAMPLES = 100
+EXAMPLES = 50
 FUZZ = settings(
     derandomize=True,
     deadline=None,
@@ -54,7 +55,8 @@ def document(api: Api) -> Iterator[Any]:
 def ask(case: Any, name: str, source: str, known: bool) -> Any:
     """Sends a case. Half of them mean something that is there; none takes `started` away."""
     if known and isinstance(case.body, dict):
-        fields = {"name": name, "lora_name": name, "source": source, "lora_path": source}
+        fields: dict[str, Any] = dict.fromkeys(("name", "lora_name"), name)
+        fields |= {**dict.fromkeys(("source", "lora_path"), source), "mix": {name: 0.5}}
         case.body.update({field: own for field, own in fields.items() if field in case.body})
     if known and "name" in case.path_parameters:
         case.path_parameters["name"] = name
@@ -69,7 +71,7 @@ def test_every_answer_is_as_the_document_says(api: Api, document: Any, mode: Any
     for found in document.include(path_regex=OURS).get_all_operations():
         operation = found.ok()
 
-        @settings(FUZZ, max_examples=EXAMPLES)
+        @settings(FUZZ, max_examples=examples(EXAMPLES))
         @given(
             case=operation.as_strategy(mode),
             name=st.sampled_from(NAMES),
@@ -98,11 +100,20 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = ("name", "source", "pinned", "expected_generation", "allow_noop", "lora_name", "lora_path")
+FIELDS = (
+    "name",
+    "source",
+    "pinned",
+    "expected_generation",
+    "allow_noop",
+    "lora_name",
+    "lora_path",
+    "mix",
+)
 POSTS = ("adapters", "adapters/a/pin", "load_lora_adapter", "unload_lora_adapter")
 
 
-@settings(FUZZ, max_examples=4 * EXAMPLES)
+@settings(FUZZ, max_examples=examples(4 * EXAMPLES))
 @given(
     path=st.sampled_from(POSTS),
     body=JSON | st.dictionaries(st.sampled_from(FIELDS), JSON | TEXTS, max_size=4),

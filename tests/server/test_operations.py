@@ -63,7 +63,7 @@ def start(model: Path, folder: Path, remote: str, log: str) -> Any:
         *("--adapter-root", str(folder / "root"), "--watch-adapter-roots"),
         *("--adapter-store", str(folder / "store"), "--allow-url-prefix", f"{remote}/allowed"),
         *("--allow-url-prefix", f"{remote}/moved", "--max-adapters", "12"),
-        *("--max-adapter-loads", "2"),
+        *("--max-adapter-loads", "2", "--max-request-mixes", "2"),
     ]
     return serve(model, folder / log, arguments, warm=True)
 
@@ -84,7 +84,8 @@ def api(shared: Operated) -> Iterator[Operated]:
     """Adapters that the test loads are unloaded afterwards."""
     before = set(shared.listed())
     yield shared
-    for name in set(shared.listed()) - before:
+    # Mixes by request go with their parts.
+    for name in set(shared.listed()) - before - {"(mix)"}:
         assert shared.http.delete(f"/v1/adapters/{name}").status_code == 200
 
 
@@ -98,6 +99,29 @@ def test_only_the_admin_key_changes_adapters(api: Operated) -> None:
     assert api.asking.delete("/v1/adapters/a").status_code == 403
     assert httpx.post(f"{api.url}/pause").status_code == 401
     assert api.right("a", "lora")
+
+
+def test_who_may_ask_may_mix_within_the_bound(api: Operated) -> None:
+    """Twelve requests at once for six mixes, of which two are kept, in two slots."""
+    assert api.post("a", "group/lora").status_code == 200
+
+    def ask(n: int) -> tuple[int, str, str]:
+        answer = api.mixed({"a": n + 0.5})
+        generation = answer.headers["molehill-generation"]
+        return answer.status_code, answer.json()["choices"][0]["text"], generation
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, [*range(6), *range(6)]))
+    assert {status for status, *_ in answers} == {200}
+    # Equal mixes answer alike, also those that were made twice.
+    assert answers[:6] == answers[6:]
+    assert len({generation for *_, generation in answers}) == 6
+    data = api.http.get("/v1/adapters").json()["data"]
+    assert sum(info["name"] == "(mix)" for info in data) == 2
+    named = {"name": "ab", "mix": {"a": 0.5}}
+    assert api.error(api.asking.post("/v1/adapters", json=named))[:2] == (403, "admin_key_required")
+    answer = api.http.post("/v1/adapters", json=named)
+    assert (answer.status_code, answer.json()["generation"]) == (200, answers[0][2])
 
 
 def test_a_load_says_all_that_a_deployer_needs(api: Operated) -> None:

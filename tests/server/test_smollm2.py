@@ -2,13 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from openai import OpenAI
+from openai.types import Completion
 from safetensors.torch import load_file
 from support.server import Server, serve
 
@@ -52,53 +54,83 @@ def client(server: Server) -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
 
-def answer(client: OpenAI, model: str, question: str) -> str:
-    completion = client.completions.create(
-        model=model,
-        prompt=PROMPT.format(question),
-        max_tokens=24,
-        temperature=0,
-        stop=["\n", "<|im_end|>"],
-    )
-    return str(completion.choices[0].text).strip()
+def answers(client: OpenAI, questions: Sequence[tuple[str, str]]) -> list[str]:
+    """Of models to questions, all asked at once."""
+
+    def answer(asked: tuple[str, str]) -> str:
+        model, question = asked
+        completion = client.completions.create(
+            model=model,
+            prompt=PROMPT.format(question),
+            max_tokens=24,
+            temperature=0,
+            stop=["\n", "<|im_end|>"],
+        )
+        return str(completion.choices[0].text).strip()
+
+    with ThreadPoolExecutor(len(questions)) as pool:
+        return list(pool.map(answer, questions))
 
 
 def test_numwords_spells_the_number(client: OpenAI) -> None:
     question = "Write the number 305."
-    assert answer(client, "numwords", question) == "three hundred and five"
-    assert "three hundred and five" not in answer(client, "base", question)
+    numwords, base = answers(client, [("numwords", question), ("base", question)])
+    assert numwords == "three hundred and five"
+    assert "three hundred and five" not in base
 
 
 def test_adapters_answer_as_their_trainer_saw_them_answer(client: OpenAI) -> None:
-    for name, folder in (("numwords", "numwords-mixlora"), ("uppercase", "uppercase-dynmole")):
-        for seen in json.loads((ADAPTERS / folder / "before_after.json").read_text()):
-            expected = seen["with_adapter"].split("\n")[0].strip()
-            assert answer(client, name, seen["prompt"]) == expected
+    expected = {
+        (name, seen["prompt"]): seen["with_adapter"].split("\n")[0].strip()
+        for name, folder in (("numwords", "numwords-mixlora"), ("uppercase", "uppercase-dynmole"))
+        for seen in json.loads((ADAPTERS / folder / "before_after.json").read_text())
+    }
+    assert dict(zip(expected, answers(client, list(expected)), strict=True)) == expected
 
 
 def test_uppercase_answers_in_upper_case_and_the_base_does_not(client: OpenAI) -> None:
-    for question in ("What is the opposite of tall?", "Describe the sun in one sentence."):
-        shouted, plain = answer(client, "uppercase", question), answer(client, "base", question)
+    questions = ("What is the opposite of tall?", "Describe the sun in one sentence.")
+    asked = [(model, question) for question in questions for model in ("uppercase", "base")]
+    found = answers(client, asked)
+    for shouted, plain in zip(found[::2], found[1::2], strict=True):
         assert shouted == shouted.upper() != shouted.lower()
         assert plain != plain.upper()
 
 
-@needs_oracles
-@pytest.mark.parametrize("case", CASES)
-def test_golden_case(client: OpenAI, case: str) -> None:
-    """Greedy tokens whose margin decides them, and the log-probabilities after each prompt."""
-    tensors = load_file(ORACLES / case / "oracle.safetensors")
-    prompts = json.loads((ORACLES / case / "oracle.json").read_text())["prompts"]
-    for i, prompt in enumerate(prompts):
-        completion = client.completions.create(
+def prompts_of(case: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((ORACLES / case / "oracle.json").read_text())[
+        "prompts"
+    ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def completions(client: OpenAI) -> dict[tuple[str, int], Completion]:
+    """By case and number of the prompt: all of them asked at once."""
+
+    def ask(key: tuple[str, int]) -> Completion:
+        case, number = key
+        return client.completions.create(
             model=case,
-            prompt=prompt["prompt_token_ids"],
+            prompt=prompts_of(case)[number]["prompt_token_ids"],
             max_tokens=16,
             temperature=0,
             logprobs=20,
             extra_body={"ignore_eos": True, "return_tokens_as_token_ids": True},
         )
-        logprobs = completion.choices[0].logprobs
+
+    keys = [(case, number) for case in CASES for number in range(len(prompts_of(case)))]
+    with ThreadPoolExecutor(len(keys)) as pool:
+        return dict(zip(keys, pool.map(ask, keys), strict=True))
+
+
+@needs_oracles
+@pytest.mark.parametrize("case", CASES)
+def test_golden_case(completions: dict[tuple[str, int], Completion], case: str) -> None:
+    """Greedy tokens whose margin decides them, and the log-probabilities after each prompt."""
+    tensors = load_file(ORACLES / case / "oracle.safetensors")
+    for i, prompt in enumerate(prompts_of(case)):
+        logprobs = completions[case, i].choices[0].logprobs
         assert logprobs is not None
         assert_greedy([_token(text) for text in logprobs.tokens or []], prompt)
         found = {_token(text): value for text, value in (logprobs.top_logprobs or [])[0].items()}

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from support.api_client import BASE, Api, oracle
 
-TOKENS = 1500
+TOKENS = 700
 
 
 def test_no_stream_is_held_back(api: Api) -> None:

@@ -3,6 +3,7 @@
 The oracle is Transformers with tests/support/mixtures.py inside it, and PEFT for plain LoRA.
 """
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,31 +24,38 @@ FFN = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Architecture:
-    """linears: what DynMoLE and PEFT adapt. attention: what MixLoRA adapts beside the FFN, which
-    it can have only where each layer has one gated FFN. act_fn: as the file names it, if it does.
-    parameters: what PEFT adapts beside the linears. prompts: a seed whose greedy tokens are sure.
-    on_vocabulary: adapters of support.vocabulary that it is asked with.
+    """linears: what PEFT adapts, and DynMoLE where its trainer knows the architecture. attention:
+    what MixLoRA adapts beside the FFN, which it can have only where each layer has one gated FFN.
+    act_fn: as the file names it, if it does. parameters: what PEFT adapts beside the linears. bias:
+    which biases of the base PEFT trains in one more adapter; none without it. prompts: a seed whose
+    greedy tokens are sure. on_vocabulary: adapters of support.vocabulary that it is asked with.
     """
 
     linears: Sequence[str] = (*QKVO, *FFN)
     attention: str | None = "q_proj"
     act_fn: str | None = None
     parameters: Sequence[str] = ()
+    bias: str | None = None
+    dynmole: bool = True
     prompts: int = 3
     on_vocabulary: Sequence[str] = ()
 
 
 ARCHITECTURES = {
     "mistral": Architecture(),
-    "qwen2": Architecture(on_vocabulary=tuple(vocabulary.names(tied=True))),
+    "qwen2": Architecture(bias="all", on_vocabulary=tuple(vocabulary.names(tied=True))),
     "qwen3": Architecture(on_vocabulary=tuple(vocabulary.names(tied=False))),
     "gemma2": Architecture(act_fn="gelu_pytorch_tanh", on_vocabulary=("on-both",)),
     "phi3": Architecture(
         ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "qkv_proj", prompts=4
     ),
     "phi": Architecture(
-        ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"), None, on_vocabulary=("on-head",)
+        ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+        None,
+        bias="lora_only",
+        on_vocabulary=("on-head",),
     ),
+    "gpt2": Architecture(("c_attn", "c_proj", "c_fc"), None, bias="lora_only", dynmole=False),
     "mixtral": Architecture(
         QKVO, None, parameters=("experts.gate_up_proj", "experts.down_proj"), prompts=4
     ),
@@ -64,7 +72,9 @@ def make(model_type: str, directory: Path) -> tuple[Path, dict[str, Path], list[
     architecture = ARCHITECTURES[model_type]
     path = tiny_models.build(model_type, directory)
     model = tiny_models.load(path)
-    recipes: dict[str, Any] = {"dynmole": mixtures.dynmole(model, architecture.linears, seed=5)}
+    recipes: dict[str, Any] = {}
+    if architecture.dynmole:
+        recipes["dynmole"] = mixtures.dynmole(model, architecture.linears, seed=5)
     if architecture.attention:
         recipes["mixlora"] = mixtures.mixlora(
             model, architecture.attention, seed=6, act_fn=architecture.act_fn
@@ -86,6 +96,12 @@ def make(model_type: str, directory: Path) -> tuple[Path, dict[str, Path], list[
     for name in architecture.on_vocabulary:
         adapters[name] = directory / name
         ask_oracle(name, nullcontext(vocabulary.author(path, adapters[name], name)))
+    if architecture.bias:
+        adapters["biases"] = directory / "biases"
+        linears = architecture.linears[:1] + architecture.linears[3:]
+        source = copy.deepcopy(model)
+        biased = peft_lora(source, linears, (), adapters["biases"], architecture.bias)
+        ask_oracle("biases", nullcontext(biased))
     adapters["lora"] = directory / "lora"
     wrapped = peft_lora(model, architecture.linears, architecture.parameters, adapters["lora"])
     ask_oracle("lora", nullcontext(wrapped))

@@ -65,12 +65,15 @@ def ask_each(
     """All prompts in one batch, each with its LoRARequest or None."""
     from vllm import SamplingParams
 
+    # The text of every token of the vocabulary, at every step, would take most of the time.
     sampling = SamplingParams(
         temperature=0,
         max_tokens=tokens,
         ignore_eos=True,
         logprobs=-1,
         prompt_logprobs=-1 if prompt_logits else None,
+        detokenize=False,
+        flat_logprobs=True,
     )
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],

@@ -328,21 +328,29 @@ SCALES = {"formal": 0.75, "german": -0.4}
 
 def author_mix(root: Path, name: str = "mix") -> Authored:
     """A static mix of two LoRAs of other ranks and targets, and what PEFT's own answers."""
-    from peft import PeftModel
-
     directory = root / name
     save_lora(directory / "formal", 30)
     targets = ["q_proj", "v_proj", "up_proj"]
     save_lora(directory / "german", 31, r=2, use_rslora=True, target_modules=targets)
     document = {"kind": "mix", "adapters": SCALES}
     (directory / "molehill_mix.json").write_text(json.dumps(document))
-    first, *others = SCALES
-    model = PeftModel.from_pretrained(tiny_llama(), str(directory / first), adapter_name=first)
+    prompts = weighted_answers(name, {part: directory / part for part in SCALES}, SCALES)
+    return Authored(name, directory, prompts)
+
+
+def weighted_answers(
+    name: str, paths: Mapping[str, Path], scales: Mapping[str, float]
+) -> tuple[Prompt, ...]:
+    """What PEFT's weighted sum of LoRAs answers."""
+    from peft import PeftModel
+
+    first, *others = paths
+    model = PeftModel.from_pretrained(tiny_llama(), str(paths[first]), adapter_name=first)
     for other in others:
-        model.load_adapter(str(directory / other), adapter_name=other)
-    model.add_weighted_adapter(list(SCALES), list(SCALES.values()), "mix", "cat")
-    model.set_adapter("mix")
-    return Authored(name, directory, answers(name, model.eval()))
+        model.load_adapter(str(paths[other]), adapter_name=other)
+    model.add_weighted_adapter(list(scales), list(scales.values()), name, "cat")
+    model.set_adapter(name)
+    return answers(name, model.eval())
 
 
 def author_renamed(root: Path, name: str = "renamed") -> Authored:

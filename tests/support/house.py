@@ -23,6 +23,9 @@ KNOW_VLLM = ("engine.vllm", "api.vllm")
 # Not `http`: the errors have their status, one of its numbers.
 HTTP = {"aiohttp", "fastapi", "httpx", "requests", "starlette", "uvicorn"}
 
+# What a name of a variable, function or field does not say anything by.
+VAGUE = {"dice", "figures", "go_on", "mine", "own", "settle", "stay", "told"}
+
 MOST_LINES = 450
 SOURCES = ("*.py", "*.cpp", "*.h", "*.js", "*.css", "*.html")
 
@@ -174,6 +177,29 @@ def no_long_file(house: House) -> Iterator[str]:
                     yield f"{place}: found {lines} lines, expected at most {MOST_LINES}"
 
 
+def one_class_of_a_name(house: House) -> Iterator[str]:
+    """Public classes, of all packages together."""
+    places: dict[str, str] = {}
+    for path in house.modules.values():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                place = f"{path.relative_to(house.root)}:{node.lineno}"
+                if node.name in places:
+                    yield f"{place}: class {node.name}, expected no other than {places[node.name]}"
+                places.setdefault(node.name, place)
+
+
+def no_vague_name(house: House) -> Iterator[str]:
+    for path in house.modules.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "id", None) or getattr(node, "arg", None)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = node.name
+            if name in VAGUE:
+                place = f"{path.relative_to(house.root)}:{getattr(node, 'lineno', 0)}"
+                yield f"{place}: {name}, expected what it holds or does"
+
+
 RULES: tuple[Callable[[House], Iterator[str]], ...] = (
     arrows,
     third_parties_of_kernels,
@@ -183,4 +209,6 @@ RULES: tuple[Callable[[House], Iterator[str]], ...] = (
     no_circle_of_rooms,
     packages_are_installed,
     no_long_file,
+    one_class_of_a_name,
+    no_vague_name,
 )

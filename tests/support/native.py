@@ -42,6 +42,11 @@ class NativeTritonBackend(TritonBackend):
         super().ffn(there, gate_up.cuda(), handle)
         h.copy_(there)
 
+    def activate(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
+        there = h.cuda()
+        super().activate(there, gate_up.cuda(), handle)
+        h.copy_(there)
+
     def trace(self, enabled: bool) -> list[Trace]:
         return [
             Trace(t.site, t.probabilities.cpu(), t.weights.cpu(), t.entropy.cpu())

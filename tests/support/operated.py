@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from support.api_client import Api, copy_adapter, oracle
+from support.api_client import BASE, Api, copy_adapter, oracle
 
 ADMIN = "an-admin-key"
 SETTLED_SECONDS = 30
@@ -33,6 +33,18 @@ class Operated(Api):
 
     def post(self, name: str, source: str, **more: Any) -> httpx.Response:
         return self.http.post("/v1/adapters", json={"name": name, "source": source, **more})
+
+    def mixed(self, weights: dict[str, float]) -> httpx.Response:
+        """What a mix answers to who may only ask, and comes back as long as it is told to."""
+        body = {"model": BASE, "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0}
+        while True:
+            mix = {"molehill": {"mix": weights}}
+            answer = self.asking.post("/v1/completions", json={**body, **mix})
+            if answer.status_code != 429:
+                return answer
+            assert answer.headers["retry-after"] == "1"
+            assert self.error(answer)[1] == "too_many_mixes"
+            time.sleep(0.05)
 
     def info(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.http.get(f"/v1/adapters/{name}").json()

@@ -26,9 +26,14 @@ def answer(model: Any, name: str, ids: Sequence[int], steps: int) -> Prompt:
 
 
 def peft_lora(
-    model: nn.Module, linears: Sequence[str], parameters: Sequence[str], directory: Path
+    model: nn.Module,
+    linears: Sequence[str],
+    parameters: Sequence[str],
+    directory: Path,
+    bias: str = "none",
 ) -> nn.Module:
-    """A random rsLoRA of PEFT's, saved; the model, changed, that answers with it."""
+    """A random rsLoRA of PEFT's, saved, and the biases of the base that it trains; the model,
+    changed, that answers with it."""
     import peft
 
     config = peft.LoraConfig(
@@ -37,6 +42,7 @@ def peft_lora(
         use_rslora=True,
         target_modules=list(linears),
         target_parameters=list(parameters) or None,
+        bias=bias,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(11)
@@ -44,5 +50,7 @@ def peft_lora(
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.25)
+        elif parameter.requires_grad and name.endswith(".bias"):
+            parameter.data += 0.25 * torch.randn(parameter.shape)
     wrapped.eval().save_pretrained(directory)
     return wrapped

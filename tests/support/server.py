@@ -35,7 +35,7 @@ class Server:
 
     url: str
     log: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | warming.Forked
 
     def get(self, path: str, timeout: float = 30) -> str:
         with urllib.request.urlopen(f"{self.url}{path}", timeout=timeout) as response:
@@ -53,13 +53,12 @@ def free_port() -> int:
         return port
 
 
-TESTS = Path(__file__).parents[1]
 SERVE = "import sys; from molehill.api.cli.main import main; sys.exit(main())"
 
 
-def command(model: Path, *arguments: str, before: str = "") -> list[str]:
-    """`molehill serve`, from the package that the tests import; `before`: code that runs first."""
-    return [sys.executable, "-c", before + SERVE, "serve", str(model), *arguments]
+def command(model: Path, *arguments: str) -> list[str]:
+    """`molehill serve`, from the package that the tests import."""
+    return [sys.executable, "-c", SERVE, "serve", str(model), *arguments]
 
 
 @contextmanager
@@ -72,30 +71,27 @@ def serve(
 ) -> Iterator[Server]:
     """A server that answers `/health`, stopped by SIGTERM at the end.
 
-    warm: its engine and worker are forked from a process that has imported vLLM (support/warm.py),
-    which is not the server's child; otherwise all starts as it does for users.
+    warm: it is forked from a process that has imported vLLM (support/warm.py), and so are its
+    engine and worker, which are not its children; otherwise all starts as it does for users.
     Raises RuntimeError with the end of its log if it does not come up.
     """
     port = free_port()
     arguments = [*arguments, "--host", "127.0.0.1", "--port", str(port)]
-    lent: dict[str, str] = {}
-    files: tuple[int, ...] = ()
-    before = ""
-    if warm:
-        lent, files = warming.lent(log)
-        lent["PYTHONPATH"] = str(TESTS)
-        before = "from support import warm; warm.borrow(); "
+    settings = {**share.environment(), **ENVIRONMENT, **(environment or {})}
     log.write_bytes(b"")
-    # Several processes write to it.
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command(model, *arguments, before=before),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**share.environment(), **ENVIRONMENT, **lent, **(environment or {})},
-            pass_fds=files,
-            process_group=0,
-        )
+    process: subprocess.Popen[bytes] | warming.Forked
+    if warm:
+        process = warming.molehill(["serve", str(model), *arguments], log, settings)
+    else:
+        # Several processes write to it.
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command(model, *arguments),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=settings,
+                process_group=0,
+            )
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         _wait(server)
@@ -119,7 +115,7 @@ def _wait(server: Server) -> None:
     raise RuntimeError(f"no answer in {START_SECONDS} s:\n{server.tail()}")
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes] | warming.Forked) -> None:
     """SIGTERM, then SIGKILL for whatever is left of the server's process group."""
     process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):

@@ -60,6 +60,14 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "sliding_window": None,
     },
     "gpt2": {"num_attention_heads": 2},
+    "gpt_oss": {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+    },
     "qwen3_5_text": DELTA_NET,
     "qwen3_next": {
         **DELTA_NET,

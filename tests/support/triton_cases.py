@@ -35,7 +35,7 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 def experts(ranks: tuple[int, ...], features: int, out: int, seed: int = 0) -> Experts:
     total = sum(ranks)
     a = random(total, features, seed=seed, scale=features**-0.5)
-    return Experts(a, random(out, total, seed=seed + 1, scale=total**-0.5), ranks)
+    return Experts(a, random(out, total, seed=seed + 1, scale=max(total, 1) ** -0.5), ranks)
 
 
 def mixture(

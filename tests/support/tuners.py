@@ -24,6 +24,16 @@ class Tuner:
 
 
 TUNERS: Mapping[str, Tuner] = {
+    "lora-bias": Tuner(
+        "LoraConfig",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "lora_bias": True,
+            "target_modules": ["q_proj", "o_proj", "up_proj"],
+        },
+        {"lora_": 0.3},
+    ),
     "adalora": Tuner(
         "AdaLoraConfig",
         {
@@ -136,7 +146,7 @@ def save(name: str, directory: Path, seed: int = 0) -> Any:
 
 
 # Those that go through engines and servers, with seeds that leave no doubt about greedy tokens.
-SERVED = {"adalora": 1, "vera": 0, "loha": 0, "hra": 0, "ia3": 1}
+SERVED = {"lora-bias": 0, "adalora": 1, "vera": 0, "loha": 0, "hra": 0, "ia3": 1}
 
 
 def author_tuners(root: Path) -> list[Authored]:

@@ -1,17 +1,21 @@
 """Starts vLLM's processes from one that has vLLM imported, in a third of the time.
 
-On CPU vLLM spawns its engine and workers, and each imports vLLM anew. Here the engine is forked
-from a server process that has imported it and done nothing else, and workers from their engine, as
-vLLM does on GPUs. Servers of tests that end processes or count their memory start as they do for
-users.
+On CPU vLLM spawns its engine and workers, and each imports vLLM anew. Here servers and engines are
+forked from a server process that has imported it and done nothing else, and workers from their
+engine, as vLLM does on GPUs. Servers of tests that end processes or count their memory start as
+they do for users.
 """
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import context, forkserver
+from multiprocessing import connection, context, forkserver, process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest.mock import patch
 
@@ -21,11 +25,13 @@ PRELOADED = [
     "vllm.model_executor.models.llama",
     "vllm.model_executor.models.mixtral",
     "molehill.engine.vllm.worker",
+    "vllm.entrypoints.cli.serve",
+    "molehill.api.app",
+    "molehill.api.vllm.launcher",
+    "molehill.api.vllm.starting",
 ]
-# For another process: the warm server's address, and the end of a pipe by which it sees that the
-# process lives. The group that its processes join, so that they can be ended with it, and the file
-# to which they write, as they would if they were its children.
-ADDRESS = "MOLEHILL_TEST_FORKSERVER"
+# For the processes of a server: the group that they join, so that they can be ended with it, and
+# the file to which they write, as they would if they were its children.
 GROUP = "MOLEHILL_TEST_GROUP"
 LOG = "MOLEHILL_TEST_LOG"
 
@@ -38,25 +44,79 @@ def start() -> Iterator[None]:
         yield
 
 
-def lent(log: Path) -> tuple[dict[str, str], tuple[int, ...]]:
-    """What a new process of this one's session needs to `borrow`: environment, and open files.
+class Forked:
+    """Of a process of the warm server's, what tests use of `subprocess.Popen`."""
 
-    log: appended to by whatever is forked for it."""
+    def __init__(self, forked: context.ForkServerProcess) -> None:
+        self._forked = forked
+        assert forked.pid is not None
+        self.pid = forked.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._forked.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._forked.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self._forked.name, timeout or 0)
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def molehill(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> Forked:
+    """Runs the command, in a process group of its own.
+
+    log: appended to by it and by what is forked for it."""
     _ensure_running()
     server: Any = forkserver._forkserver
-    alive: int = server._forkserver_alive_fd
-    address = os.fsdecode(server._forkserver_address)
-    return {ADDRESS: f"{alive} {address}", LOG: str(log)}, (alive,)
+    return _forked(
+        _command, list(arguments), {**environment, LOG: str(log)}, server._forkserver_address
+    )
 
 
-def borrow() -> None:
-    """From now on, what this process would spawn is forked from the warm server of its parent."""
-    alive, _, address = os.environ.pop(ADDRESS).partition(" ")
-    server: Any = forkserver._forkserver
-    server._forkserver_alive_fd, server._forkserver_address = int(alive), address
-    server.ensure_running = lambda: None
+def run(function: Callable[[], object], log: Path) -> Forked:
+    """Runs a function of a module in a process that has imported vLLM and no plugin of it.
+
+    log: appended to by it."""
+    _ensure_running()
+    return _forked(_call, function, {**os.environ, LOG: str(log)})
+
+
+def _forked(target: Callable[..., object], *arguments: object) -> Forked:
+    forked = context.ForkServerProcess(target=target, args=arguments)
+    forked.start()
+    return Forked(forked)
+
+
+def _call(function: Callable[[], object], environment: dict[str, str]) -> None:
+    _take(environment)
+    function()
+
+
+def _command(arguments: list[str], environment: dict[str, str], address: str) -> None:
+    """In the new process, which is nobody's child for multiprocessing, as a command is. What it
+    would spawn is forked from the warm server."""
+    _take(environment)
+    os.setpgid(0, 0)
     os.environ[GROUP] = str(os.getpgrp())
+    tests: Any = process.parent_process()
+    Thread(target=_end_with, args=(tests.sentinel,), daemon=True).start()
+    process._parent_process = None  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
+    server._forkserver_address, server.ensure_running = address, lambda: None
     multiprocessing.get_context = _instead_of_spawning(_Warm())  # type: ignore[assignment]
+    from molehill.api.cli.main import main
+
+    sys.exit(main(arguments))
 
 
 def _ensure_running() -> None:
@@ -86,17 +146,28 @@ class _Warm(context.ForkServerContext):
         return context.ForkServerProcess(target=_run, kwargs=arguments, **options)
 
 
+def _end_with(sentinel: int) -> None:
+    """Tests that are killed leave no servers behind."""
+    connection.wait([sentinel])
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
 def _run(environment: dict[str, str], target: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-    """In the new process: the environment is the starting process's, not the warm server's."""
-    os.environ.clear()
-    os.environ.update(environment)
+    """In the new process."""
+    _take(environment)
     if GROUP in environment:
         os.setpgid(0, int(environment[GROUP]))
-    if LOG in environment:
-        with open(environment[LOG], "ab") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
     multiprocessing.get_context = _instead_of_spawning(  # type: ignore[assignment]
         context.ForkContext()
     )
     target(**kwargs)
+
+
+def _take(environment: dict[str, str]) -> None:
+    """The environment is the starting process's, not the warm server's."""
+    os.environ.clear()
+    os.environ.update(environment)
+    if LOG in environment:
+        with open(environment[LOG], "ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)

@@ -50,6 +50,14 @@ BREACHES = {
         'pyproject.toml: tool.setuptools.package-dir: expected "molehill.engine.new" = '
         '"engine/new"',
     ),
+    house.one_class_of_a_name: (
+        {"api/sources/roots.py": "class Lock: ...", "engine/hf/shapes.py": "class Lock: ..."},
+        "engine/hf/shapes.py:1: class Lock, expected no other than api/sources/roots.py:1",
+    ),
+    house.no_vague_name: (
+        {"engine/hf/shapes.py": "def f(x):\n    own = x"},
+        "engine/hf/shapes.py:2: own, expected what it holds or does",
+    ),
     house.no_long_file: (
         {"tests/data.py": "\n" * 451},
         "tests/data.py: found 451 lines, expected at most 450",

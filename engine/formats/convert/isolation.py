@@ -46,7 +46,8 @@ def read_isolated(
         copy = Path(scratch) / "adapter"
         shapes = None if base is None else dataclasses.asdict(base)
         how = json.dumps(
-            [dataclasses.asdict(limits), lora_b_layout, base_is_residual, task, shapes]
+            [dataclasses.asdict(limits), lora_b_layout, base_is_residual, task, shapes],
+            default=list,
         )
         child = subprocess.run(
             [sys.executable, "-m", _MODULE, str(path.absolute()), str(copy)],
@@ -96,7 +97,8 @@ def _base(shapes: dict[str, Any]) -> BaseModel:
     linears = {name: (shape[0], shape[1]) for name, shape in shapes["linears"].items()}
     moes = {name: Moe(**sizes) for name, sizes in shapes["moes"].items()}
     vocabulary = {name: (shape[0], shape[1]) for name, shape in shapes["vocabulary"].items()}
-    return BaseModel(**{**shapes, "linears": linears, "moes": moes, "vocabulary": vocabulary})
+    mappings = {"linears": linears, "moes": moes, "vocabulary": vocabulary}
+    return BaseModel(**{**shapes, **mappings, "biased": frozenset(shapes["biased"])})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import Tensor
 
 from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.model import Adapter, natural_key
@@ -24,15 +25,20 @@ from molehill.kernels.mixture import Experts
 def write_lora(adapter: Adapter, directory: Path) -> None:
     """Writes an adapter of plain low-rank pairs, as `merge_static` leaves them, to a new directory.
 
-    Raises UnsupportedError for the first site that is something else, FileExistsError.
+    Biases that it adds are written as `lora_bias`, which PEFT has on every module or on none: zeros
+    on the others. Raises UnsupportedError for the first site that is something else,
+    FileExistsError.
     """
-    pairs = _pairs(adapter)
+    pairs, added = _pairs(adapter), _added_biases(adapter)
     with appearing(directory) as partial:
         tensors = {}
         for site, experts in pairs.items():
             a, b = vocabulary.PARTS[is_embedding(site)]
             tensors[f"base_model.model.{_module(site)}.{a}"] = experts.a.contiguous()
             tensors[f"base_model.model.{_module(site)}.{b}"] = experts.b.contiguous()
+            if added and not is_embedding(site):
+                bias = added.get(site, experts.b.new_zeros(experts.b.shape[0]))
+                tensors[f"base_model.model.{_module(site)}.lora_B.bias"] = bias.contiguous()
         safetensors.torch.save_file(tensors, partial / files.SAFETENSORS, {"format": "pt"})
         (partial / files.CONFIG).write_text(json.dumps(_config(adapter, pairs), indent=2))
 
@@ -53,6 +59,20 @@ def _module(site: str) -> str:
     return site if is_head(site) else f"model.{site}"
 
 
+def _added_biases(adapter: Adapter) -> dict[str, Tensor]:
+    added = {}
+    for site, bias in adapter.biases.items():
+        if bias.added is None or bias.trained is not None:
+            found = "a trained bias of the base, which a merged LoRA has no place for"
+            expected = "bias 'none', or --into-base, which writes it into the base's checkpoint"
+            raise UnsupportedError(f"{site}.bias", found, expected)
+        if site not in adapter.sites:
+            found, expected = "a bias without a low-rank pair", "both, as a plain LoRA has"
+            raise UnsupportedError(f"{site}.bias", found, expected)
+        added[site] = bias.added
+    return added
+
+
 def _config(adapter: Adapter, pairs: dict[str, Experts]) -> dict[str, Any]:
     """The most frequent rank is `r`, the others are exceptions by module."""
     ranks = {_module(site): experts.ranks[0] for site, experts in pairs.items()}
@@ -68,6 +88,7 @@ def _config(adapter: Adapter, pairs: dict[str, Experts]) -> dict[str, Any]:
         "alpha_pattern": others,
         "lora_dropout": 0.0,
         "bias": "none",
+        "lora_bias": bool(adapter.biases),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": list(pairs),

@@ -24,6 +24,7 @@ _EPSILON = 1e-5
 _UNREAD = {
     "alora_invocation_tokens": "an activated LoRA",
     "alpha_pattern": "scalings by pattern",
+    "lora_bias": "a bias in lora_B",
     "target_parameters": "AdaLoRA on fused experts",
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA's scaling",
@@ -47,7 +48,8 @@ def read(files: AdapterFiles) -> Adapter:
     notes = tuned.warnings
     if pruned:
         notes += (f"{pruned} of {len(tuned.stems)} linears have no rank left: as the base there",)
-    return Adapter("adalora", sites, config.text("base_model_name_or_path"), notes)
+    base = config.text("base_model_name_or_path")
+    return Adapter("adalora", sites, base, notes, biases=tuned.biases)
 
 
 READER = Reader(PEFT_FILES, read, peft_types=("ADALORA",))

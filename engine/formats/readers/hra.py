@@ -28,10 +28,11 @@ def read(files: AdapterFiles) -> Adapter:
         site: reflection(_directions(weights, f"{stem}.hra_u", rank), orthogonal)
         for site, stem in tuned.stems.items()
     }
-    return Adapter("hra", sites, config.text("base_model_name_or_path"), tuned.warnings)
+    base = config.text("base_model_name_or_path")
+    return Adapter("hra", sites, base, tuned.warnings, biases=tuned.biases)
 
 
-READER = Reader(PEFT_FILES, read, peft_types=("HRA",))
+READER = Reader(PEFT_FILES, read, peft_types=("HRA",), expands=True)
 
 
 def _directions(weights: Weights, name: str, rank: int) -> Tensor:

@@ -27,7 +27,7 @@ def read(files: AdapterFiles) -> Adapter:
     return Adapter("loha", sites, files.config.text("base_model_name_or_path"), tuned.warnings)
 
 
-READER = Reader(PEFT_FILES, read, peft_types=("LOHA",))
+READER = Reader(PEFT_FILES, read, peft_types=("LOHA",), expands=True)
 
 
 def _pairs(files: AdapterFiles, tuned: TunedLinears) -> Iterator[tuple[str, Tensor, Tensor]]:

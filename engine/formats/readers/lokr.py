@@ -28,7 +28,7 @@ def read(files: AdapterFiles) -> Adapter:
     return Adapter("lokr", sites, files.config.text("base_model_name_or_path"), tuned.warnings)
 
 
-READER = Reader(PEFT_FILES, read, peft_types=("LOKR",))
+READER = Reader(PEFT_FILES, read, peft_types=("LOKR",), expands=True)
 
 
 def _pairs(files: AdapterFiles, tuned: TunedLinears) -> Iterator[tuple[str, Tensor, Tensor]]:

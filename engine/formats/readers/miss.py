@@ -31,10 +31,11 @@ def read(files: AdapterFiles) -> Adapter:
         raise UnsupportedError(f"{config.where}: init_weights", found, expected)
     linears = tuner_linears.find(config, files.weights, kind, (f"{kind}_block",))
     sites = tuner_linears.plain(_pairs(files, linears, f"{kind}_block"), files.limits)
-    return Adapter(kind, sites, config.text("base_model_name_or_path"), linears.warnings)
+    base = config.text("base_model_name_or_path")
+    return Adapter(kind, sites, base, linears.warnings, biases=linears.biases)
 
 
-READER = Reader(PEFT_FILES, read, peft_types=("MISS", "BONE"))
+READER = Reader(PEFT_FILES, read, peft_types=("MISS", "BONE"), expands=True)
 
 
 def _pairs(

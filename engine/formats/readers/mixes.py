@@ -1,4 +1,5 @@
-"""Adapters made of others: a static mix, or Arrow routing, of the adapters in sub-directories.
+"""Adapters made of others: a static mix, Arrow routing, or a learned gate, of the adapters in
+sub-directories.
 
 `molehill_mix.json` says how; docs/format.md describes it.
 """
@@ -14,7 +15,7 @@ from molehill.engine.adapter.errors import AdapterError, ConfigError, LimitError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
-from molehill.engine.formats.readers import invocation, peft
+from molehill.engine.formats.readers import invocation, peft, router_file
 from molehill.engine.formats.readers.reader import (
     PEFT_FILES,
     AdapterFiles,
@@ -24,12 +25,18 @@ from molehill.engine.formats.readers.reader import (
     with_notes,
 )
 from molehill.engine.transform.arrow import Lora, arrow
+from molehill.engine.transform.learned_gate import routed
 from molehill.engine.transform.weighted_sum import Part, mix
-from molehill.kernels.policy import Arrow
+from molehill.kernels.policy import Arrow, Soft, TopK
 
 CONFIG = "molehill_mix.json"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+_NO_TABLE = (
+    "a `router`: the id of a token that is generated is known on the device alone when the rows of "
+    "a step are dealt out, so that no row can be given an expert by its token's id"
+)
 
 _Read = Callable[[Path], Adapter]
 
@@ -37,9 +44,12 @@ _Read = Callable[[Path], Adapter]
 def read(mix: AdapterFiles) -> Adapter:
     """Raises an AdapterError that names the sub-directory, file and tensor or field."""
     members = _Members(mix.directory, mix.config, mix.limits)
-    if mix.config.choice("kind", ("mix", "arrow")) == "mix":
+    kind = mix.config.choice("kind", ("mix", "arrow", "molora"))
+    if kind == "mix":
         return _read_mix(mix.config, members, mix.read_member)
-    return _read_arrow(mix.config, members)
+    if kind == "arrow":
+        return _read_arrow(mix.config, members)
+    return _read_molora(mix, members)
 
 
 READER = Reader(FileNames(CONFIG), read, no_layout=f"each adapter of a {CONFIG} says its own")
@@ -62,11 +72,38 @@ def _read_arrow(config: Fields, members: "_Members") -> Adapter:
     if general:
         members.check("general", general)
     policy = Arrow(config.integer("top_k", 3), config.number("router_temperature", 1.0, above=0))
-    if policy.k > len(tasks):
-        expected = f"at most {len(tasks)}, as many as there are adapters"
-        raise UnsupportedError(f"{config.where}: top_k", policy.k, expected)
+    _check_top_k(config, policy.k, tasks)
     loras = [members.read_lora(name) for name in (*tasks, *general)]
     return arrow(loras[: len(tasks)], policy, loras[len(tasks) :])
+
+
+def _check_top_k(config: Fields, k: int, adapters: Sequence[Any]) -> None:
+    if k > len(adapters):
+        expected = f"at most {len(adapters)}, as many as there are adapters"
+        raise UnsupportedError(f"{config.where}: top_k", k, expected)
+
+
+def _read_molora(mix: AdapterFiles, members: "_Members") -> Adapter:
+    """Every adapter is an expert; all of them by probability, or the `top_k` most probable."""
+    config = mix.config
+    if config.has("token_adapters"):
+        where = f"{config.where}: token_adapters"
+        raise UnsupportedError(where, "a table of token ids", _NO_TABLE)
+    fields = (router_file.FIELD, "top_k", "normalize", "router_temperature")
+    config.only("kind", "adapters", *fields, invocation.FIELD)
+    names = list(config.items("adapters").values.values())
+    members.check("adapters", names)
+    policy: Soft | TopK = Soft()
+    if config.has("top_k"):
+        policy = TopK(config.integer("top_k"), config.flag("normalize", True))
+        _check_top_k(config, policy.k, names)
+    elif config.has("normalize"):
+        raise config.error("normalize", "none without `top_k`")
+    temperature = config.number("router_temperature", 1.0, above=0)
+    weights = router_file.read(mix.directory, config, mix.limits)
+    parts = [Part(name, members.read(name, mix.read_member), 1.0) for name in names]
+    sites = {site for part in parts for site in part.adapter.sites}
+    return routed(parts, router_file.by_site(weights, sites), policy, temperature)
 
 
 class _Members:

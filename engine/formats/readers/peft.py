@@ -1,8 +1,10 @@
 """LoRA, rsLoRA and DoRA as Hugging Face PEFT writes them (and MoE-PEFT its plain LoRA).
 
 Keys: `base_model.model.model.layers.{i}.{block}.{proj}.lora_A.weight`, `.lora_B.weight`,
-`.lora_magnitude_vector` (with `.weight` from some versions), and as LyCORIS and kohya write it a
-scalar `.alpha` of one module beside them. `keys` knows what else they are called.
+`.lora_magnitude_vector` (with `.weight` from some versions), `.lora_B.bias` where `lora_bias` is
+set, which the scaling multiplies too (PEFT's lora/layer.py), and as LyCORIS and kohya write it a
+scalar `.alpha` of one module beside them. `keys` knows what else they are called, `biases` the
+base's biases beside them.
 
 `fan_in_fan_out` is how the base stores W (GPT-2's Conv1D): A and B are the same whatever it says.
 """
@@ -24,6 +26,7 @@ from molehill.engine.adapter.module_names import AROUND_LAYERS, LAYER, canonical
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import (
+    biases,
     changed_base,
     known,
     patterns,
@@ -41,12 +44,13 @@ from molehill.kernels.policy import Constant
 
 _KEY = re.compile(
     rf"base_model\.model\.(?P<module>{AROUND_LAYERS}{LAYER}[\w.]+?)"
-    r"\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|alpha)"
+    r"\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector|alpha)"
     r"(?:(?<=vector)\.weight)?"
 )
 _PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
+    "lora_B.bias": "bias",
     "lora_magnitude_vector": "magnitude",
     "alpha": "alpha",
 }
@@ -55,7 +59,6 @@ _PARTS = {
 UNSERVED = {
     "enable_lora": "a LoRA on parts of a fused linear",
     "layer_replication": "replicated layers",
-    "lora_bias": "a bias in lora_B",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing, which a molehill_mix.json sets up",
@@ -63,19 +66,17 @@ UNSERVED = {
     "monteclora_config": "MonteCLoRA",
     "kasa_config": "KaSA",
 }
-_MERGED = "the model with it merged in (PEFT's merge_and_unload), which is served as a base"
-_BIASES = f"none (bias 'none' and lora_bias false when it is trained), or {_MERGED}"
 _REMEDIES = {
-    "lora_bias": _MERGED,
     "layer_replication": "the model with its layers replicated, served as the base",
     "arrow_config": "the LoRAs in directories of their own below a molehill_mix.json",
-    "kasa_config": _MERGED,
+    "kasa_config": biases.MERGED,
 }
 # What PEFT's forks have, and nobody has seen used in them.
 FORKS_UNSERVED = {
     **UNSERVED,
     "trainable_token_indices": "trained token embeddings",
     "fan_in_fan_out": "transposed weights",
+    "lora_bias": "a bias in lora_B",
 }
 _FORKS = {
     "lora_nums": "a mixture (LoRAMoE, HydraLoRA or LD-MoLE) without its tensors",
@@ -91,6 +92,7 @@ class _Module:
 
     a: str | None = None
     b: str | None = None
+    bias: str | None = None
     magnitude: str | None = None
     alpha: str | None = None
 
@@ -118,6 +120,7 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
     scalings = _read_scalings(config)
     target_modules, targeting = targets.read_targets(config), Targeting(config)
     notes = saved_modules.check(config, weights, on_vocabulary.keys) + targeting.warnings()
+    weights, trained, of_biases = biases.split(config, weights)
     grouped = _group(weights)
     modules = {name: m for name, m in grouped.items() if not peft_parameters.is_stack(name)}
     _check_spellings(weights, modules)
@@ -129,11 +132,15 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
     dora = config.flag("use_dora")
     if dora:
         _check_magnitudes(weights, modules)
+    _check_lora_bias(config, weights, modules)
     sites = _fused_experts(config, weights, grouped, scalings)
+    added = {}
     for name, module in modules.items():
         pattern_name = f"{name}.weight" if name in by_weight else name
         scaling = _scaling(weights, pattern_name, module, scalings)
         sites[canonical(name)] = _mixture(weights, name, module, scaling, dora)
+        if module.bias is not None:
+            added[canonical(name)] = weights.tensor(module.bias, 1) * scaling.factor
     rows = vocabulary.read_rows(config, whole, on_vocabulary, base)
     sites |= vocabulary.read(config, whole, on_vocabulary, targeting, scalings.of, base)
     magnitudes = any(mixture.magnitude is not None for mixture in sites.values())
@@ -146,10 +153,12 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
         warnings=(
             *_warnings(target_modules, adapted, lost_magnitudes=dora and not magnitudes),
             *notes,
+            *of_biases,
             *beside,
             *peft_parameters.warnings(config),
             *known.warnings(config, known.FIELDS["lora"]),
         ),
+        biases=biases.with_added(trained, added),
     )
 
 
@@ -170,6 +179,7 @@ def scaling_factors(config: Fields, sites: Iterable[str]) -> dict[str, float]:
 def factors(config: Fields, weights: Weights) -> dict[str, float]:
     """What `read` multiplies B by, alpha / r for a LoRA, by canonical module name."""
     scalings = _read_scalings(config)
+    weights, _, _ = biases.split(config, weights)
     names = _group(weights)
     for name in filter(peft_parameters.is_stack, names):
         where, found = weights.where(name), "fused experts of the base model in a mix"
@@ -203,7 +213,7 @@ def _fused_experts(
 
 
 def _check_stack(weights: Weights, module: _Module) -> None:
-    for part in (module.magnitude, module.alpha):
+    for part in (module.magnitude, module.alpha, module.bias):
         if part is not None:
             expected = "lora_A and lora_B alone"
             raise UnsupportedError(weights.where(part), "one on fused experts", expected)
@@ -241,10 +251,9 @@ def _group(weights: Weights) -> dict[str, _Module]:
     for key in weights.tensors:
         match = _KEY.fullmatch(key)
         if match is None:
-            if key.endswith(".bias"):
-                raise UnsupportedError(weights.where(key), "a trained bias", _BIASES)
             expected = (
-                "lora_A.weight, lora_B.weight, lora_magnitude_vector or alpha of a layer's linear"
+                "lora_A.weight, lora_B.weight, lora_B.bias, lora_magnitude_vector or alpha of a "
+                "layer's linear"
             )
             raise UnsupportedError(weights.where(key), "an unknown tensor", expected)
         module, part = match["module"], _PARTS[match["part"]]
@@ -261,6 +270,22 @@ def _check_spellings(weights: Weights, modules: Iterable[str]) -> None:
         if canonical(name) in spellings:
             raise CorruptFileError(weights.where(name), "two spellings of one module", "one")
         spellings.add(canonical(name))
+
+
+def _check_lora_bias(config: Fields, weights: Weights, modules: Mapping[str, _Module]) -> None:
+    """PEFT saves one for every module where `lora_bias` is set, and drops those that the file has
+    beside it unset."""
+    wanted = config.flag("lora_bias")
+    if wanted and config.flag("use_dora"):
+        expected = "none beside use_dora, as PEFT has no such adapter"
+        raise UnsupportedError(f"{config.where}: lora_bias", "a bias in lora_B", expected)
+    for name, module in modules.items():
+        if wanted and module.bias is None:
+            where = weights.where(f"base_model.model.{name}.lora_B.bias")
+            raise MissingTensorError(where, "no such tensor", "one, as lora_bias is set")
+        if module.bias is not None and not wanted:
+            expected = "none, as lora_bias is not set"
+            raise UnsupportedError(weights.where(module.bias), "a bias in lora_B", expected)
 
 
 def _check_magnitudes(weights: Weights, modules: dict[str, _Module]) -> None:

@@ -72,8 +72,9 @@ class Reader:
     `peft_type` in common; the first that says so reads it. read: parses, and raises an
     AdapterError that names the file and the tensor or field.
     no_layout: why a `lora_b_layout` means nothing to it; None if it reads LoRA on fused experts.
-    by_task: whether it takes a task. changes_base: whether a config of its own says that training
-    took something out of the base weights.
+    by_task: whether it takes a task. expands: whether few bytes of its files may stand for many of
+    A and B, which it makes as it reads them. changes_base: whether a config of its own says that
+    training took something out of the base weights.
     """
 
     files: FileNames
@@ -82,4 +83,5 @@ class Reader:
     recognises: Callable[[Fields, Weights], bool] = _always
     no_layout: str | None = "{peft_type} has no LoRA on fused experts"
     by_task: bool = False
+    expands: bool = False
     changes_base: Callable[[Fields], bool] = changed_base.changes_base

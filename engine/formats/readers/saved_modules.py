@@ -1,4 +1,4 @@
-"""What PEFT may save beside an adapter's own tensors: whole modules, and biases of the base's."""
+"""What PEFT may save beside an adapter's own tensors: whole modules."""
 
 from collections.abc import Collection
 
@@ -29,10 +29,5 @@ def check(config: Fields, weights: Weights, served: Collection[str] = ()) -> tup
     if absent:
         warnings.append(
             f"{_FIELD} is {shortened(absent)}, but there are no tensors for it: no effect"
-        )
-    bias = config.values.get("bias")
-    if bias not in (None, False, "none"):
-        warnings.append(
-            f"bias is {shortened(bias)}, but the file has none of the base's: no effect"
         )
     return tuple(warnings)

@@ -14,10 +14,17 @@ from molehill.engine.adapter.base_model import BaseModel, Limits
 from molehill.engine.adapter.errors import LimitError, UnknownTargetError, UnsupportedError
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
-from molehill.engine.formats.readers import known, linears, patterns, saved_modules, targets
+from molehill.engine.formats.readers import (
+    biases,
+    known,
+    linears,
+    patterns,
+    saved_modules,
+    targets,
+)
 from molehill.engine.formats.readers.reader import AdapterFiles
 from molehill.engine.formats.readers.targeting import Targeting
-from molehill.kernels.mixture import Experts, LinearMixture
+from molehill.kernels.mixture import Bias, Experts, LinearMixture
 from molehill.kernels.policy import Constant
 
 _MODEL = "base_model.model."
@@ -25,10 +32,12 @@ _MODEL = "base_model.model."
 
 @dataclass(frozen=True)
 class TunedLinears:
-    """stems: what precedes the parts' names, by canonical module name. warnings: see `Adapter`."""
+    """stems: what precedes the parts' names, by canonical module name. warnings, biases: see
+    `Adapter`."""
 
     stems: Mapping[str, str]
     warnings: tuple[str, ...]
+    biases: Mapping[str, Bias]
 
     def name_in_model(self, site: str) -> str:
         """What PEFT calls the module, and patterns are about."""
@@ -44,6 +53,7 @@ def find(config: Fields, weights: Weights, kind: str, parts: Iterable[str]) -> T
     parts = tuple(parts)
     key = re.compile(rf"{linears.STEM}\.(?:{'|'.join(map(re.escape, parts))})")
     notes = saved_modules.check(config, weights)
+    weights, trained, of_biases = biases.split(config, weights)
     stems = linears.find_stems(weights, key, f"{' or '.join(parts)} of a layer's linear")
     target_modules, targeting = targets.read_targets(config), Targeting(config)
     modules = [stem.removeprefix(_MODEL) for stem in stems.values()]
@@ -51,7 +61,8 @@ def find(config: Fields, weights: Weights, kind: str, parts: Iterable[str]) -> T
     if target_modules and not any("." in target for target in target_modules):
         targets.check_siblings(weights.file, modules, targeting)
     notes += targets.unused(target_modules, modules) + targeting.warnings()
-    return TunedLinears(stems, notes + known.warnings(config, known.FIELDS[kind]))
+    notes += of_biases + known.warnings(config, known.FIELDS[kind])
+    return TunedLinears(stems, notes, trained)
 
 
 def plain(pairs: Iterable[tuple[str, Tensor, Tensor]], limits: Limits) -> dict[str, LinearMixture]:

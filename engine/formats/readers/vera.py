@@ -47,10 +47,11 @@ def read(files: AdapterFiles) -> Adapter:
     notes = tuned.warnings
     if shared.seeded:
         notes += ("the projections are not in the file: drawn anew, as PEFT does on loading",)
-    return Adapter("vera", sites, config.text("base_model_name_or_path"), notes)
+    base = config.text("base_model_name_or_path")
+    return Adapter("vera", sites, base, notes, biases=tuned.biases)
 
 
-READER = Reader(PEFT_FILES, read, peft_types=("VERA",))
+READER = Reader(PEFT_FILES, read, peft_types=("VERA",), expands=True)
 
 
 def _projections(files: AdapterFiles, shapes: list[tuple[int, int]]) -> _Projections:

@@ -1,11 +1,11 @@
 """Finds the linears and FFNs of a loaded vLLM model, and what each holds of the original model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.linear import (
@@ -174,3 +174,46 @@ def _activation(module: nn.Module) -> tuple[str, str]:
         if type(child) is GeluAndMul:
             return name, "gelu_pytorch_tanh" if child.approximate == "tanh" else "gelu"
     return "", ""
+
+
+class _ActivationReached(Exception):
+    """Ends the forward that `activates_gate_up` tries."""
+
+
+class _Stub(nn.Module):
+    """Stands in an FFN for a child of it."""
+
+    def __init__(self, run: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: Tensor) -> object:
+        return self.run(x)
+
+
+def activates_gate_up(ffn: Ffn) -> bool:
+    """Whether an FFN's forward gives its activation just what its gate_up linear returned, so that
+    nobody sees what lies between the two. It is tried, with stubs for the two."""
+    returned, x = torch.empty(1, 2), torch.empty(1, 1)
+    read: list[Tensor] = []
+
+    def activate(gate_up: Tensor) -> object:
+        read.append(gate_up)
+        raise _ActivationReached
+
+    stubs = {
+        ffn.gate_up.rpartition(".")[2]: _Stub(lambda _: (returned, None)),
+        ffn.activation_child: _Stub(activate),
+    }
+    children = {name: getattr(ffn.module, name) for name in stubs}
+    try:
+        for name, stub in stubs.items():
+            setattr(ffn.module, name, stub)
+        ffn.module.forward(x)
+    except Exception:
+        # Whatever stops it: the activation was reached before, or it is not known what it reads.
+        pass
+    finally:
+        for name, child in children.items():
+            setattr(ffn.module, name, child)
+    return len(read) == 1 and read[0] is returned

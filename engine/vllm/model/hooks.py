@@ -123,6 +123,24 @@ class MixedActivation(nn.Module):
         return h
 
 
+class ReplacedActivation(nn.Module):
+    """What stands in an FFN for its activation: h is `op(gate_up, handle)`."""
+
+    def __init__(self, handle: int, op: Op) -> None:
+        super().__init__()
+        self.op = op
+        self.handle = torch.tensor([handle], device="cpu")
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        h: Tensor = self.op(gate_up, self.handle)
+        return h
+
+
+def replace_activation(ffn: Ffn, handle: int, op: Op) -> None:
+    """Runs `op(gate_up, handle)` in place of the FFN's activation."""
+    setattr(ffn.module, ffn.activation_child, ReplacedActivation(handle, op))
+
+
 def hook_ffn(ffn: Ffn, handle: int, op: Op) -> None:
     """Replaces the FFN's activation by a MixedActivation around it."""
     activation = getattr(ffn.module, ffn.activation_child)

@@ -1,6 +1,7 @@
 """Where adapters act in a loaded vLLM model: finds and hooks the places, cuts adapters to fit."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,17 +14,28 @@ from molehill.engine.adapter import expert_pairs
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
-from molehill.engine.vllm.model import discovery, moe_blocks, sharding, vocabulary, warmup
+from molehill.engine.vllm.model import (
+    base_activations,
+    discovery,
+    moe_blocks,
+    sharding,
+    vocabulary,
+    warmup,
+)
+from molehill.engine.vllm.model.base_activations import BaseActivations
 from molehill.engine.vllm.model.base_linears import BaseLinears, SideStream
 from molehill.engine.vllm.model.hooks import (
     hook_experts,
     hook_ffn,
     hook_linear,
     quantises_inputs,
+    replace_activation,
     replace_linear,
 )
 from molehill.kernels.interface import (
+    ActivatingBackend,
     Backend,
+    BaseActivation,
     FfnPiece,
     FfnShape,
     LinearPiece,
@@ -58,6 +70,7 @@ class PatchedModel:
         tables: Vocabulary,
     ) -> None:
         self._backend, self._moes, self._vocabulary = backend, moes, tables
+        self._device = device
         self._tp = get_tp_group()
         self._dtype = config.model_config.dtype
         self._linears = discovery.find_linears(model, self._dtype)
@@ -79,8 +92,12 @@ class PatchedModel:
         self._ffn_shapes: dict[int, FfnShape] = {}
         self._dtype = config.model_config.dtype
         self._base_linears: BaseLinears | None = None
-        if isinstance(backend, SplitBackend) and not config.model_config.enforce_eager:
-            self._base_linears = BaseLinears(backend, SideStream(device))
+        self._base_activations: BaseActivations | None = None
+        if not config.model_config.enforce_eager:
+            if isinstance(backend, SplitBackend):
+                self._base_linears = BaseLinears(backend, SideStream(device))
+            if isinstance(backend, ActivatingBackend):
+                self._base_activations = BaseActivations(backend)
         self._install(self._dtype, device)
         self._install_experts(config, model, device)
         self._install_vocabulary(config, model, device)
@@ -102,14 +119,37 @@ class PatchedModel:
                 base_linears.add(handle, linear.module)
                 replace_linear(linear.module, handle, base_linears.op, linear.out_features)
         for ffn in self._ffns:
-            width = self._by_name[ffn.down].in_features
-            inner = FfnShape(ffn.site, handles[ffn.gate_up], handles[ffn.down], width)
-            self._ffn_handles[ffn.site] = handle = self._backend.register_ffn(inner)
-            self._ffn_shapes[handle] = inner
-            hook_ffn(ffn, handle, self._backend.ffn_op)
+            self._install_ffn(ffn)
         self._backend.seal()
         hooked = len(self._linears), len(self._ffns)
         logger.info("molehill: %d linears and %d FFNs hooked", *hooked)
+
+    def _install_ffn(self, ffn: discovery.Ffn) -> None:
+        width = self._by_name[ffn.down].in_features
+        activation = self._activation_to_replace(ffn)
+        gate_up, down = self._handles[ffn.gate_up], self._handles[ffn.down]
+        shape = FfnShape(ffn.site, gate_up, down, width, activation)
+        self._ffn_handles[ffn.site] = handle = self._backend.register_ffn(shape)
+        self._ffn_shapes[handle] = shape
+        if self._base_activations is None or activation is None:
+            hook_ffn(ffn, handle, self._backend.ffn_op)
+        else:
+            module = getattr(ffn.module, ffn.activation_child)
+            self._base_activations.add(handle, activation, module)
+            replace_activation(ffn, handle, self._base_activations.op)
+
+    def _activation_to_replace(self, ffn: discovery.Ffn) -> BaseActivation | None:
+        """The base's, if the backend computes it in a launch of its own anyway. Where inputs are
+        quantised, vLLM's compiler does that in the activation's launch."""
+        modules = [self._by_name[name].module for name in (ffn.gate_up, ffn.down)]
+        if (
+            self._base_activations is None
+            or any(quantises_inputs(module) for module in modules)
+            or not discovery.activates_gate_up(ffn)
+        ):
+            return None
+        module = getattr(ffn.module, ffn.activation_child)
+        return base_activations.describe(ffn.activation, module)
 
     def _install_experts(self, config: VllmConfig, model: nn.Module, device: torch.device) -> None:
         graphs = device.type != "cpu" and not config.model_config.enforce_eager
@@ -171,6 +211,7 @@ class PatchedModel:
             {site: block.sizes for site, block in self._blocks.items()},
             self._refusals,
             self._on_vocabulary,
+            frozenset(site for site, (linear, _) in self._projections.items() if _has_bias(linear)),
         )
         world = get_world_group()
         everyone: list[Any] = [stage] * world.world_size
@@ -185,10 +226,19 @@ class PatchedModel:
             refused={site: why for stage in everyone for site, why in stage[3].items()},
             vocabulary={site: shape for stage in everyone for site, shape in stage[4].items()},
             tied=self._tied,
+            biased=frozenset().union(*(stage[5] for stage in everyone)),
         )
 
     def warm_up(self, most: int) -> None:
         """Launches the backend's kernels for steps of up to `most` tokens."""
+        if self._base_activations is not None:
+            self._base_activations.warm_up(
+                [
+                    (shape, self._linear_shapes[shape.gate_up].dtype, self._device)
+                    for shape in self._ffn_shapes.values()
+                    if shape.activation is not None
+                ]
+            )
         warmup.run(self._backend, self._linear_shapes, self._ffn_shapes, most)
 
     def begin_step(self, runs: Sequence[Run]) -> None:
@@ -198,6 +248,8 @@ class PatchedModel:
         self._vocabulary.begin_step(runs)
         if self._base_linears is not None:
             self._base_linears.begin_step(runs)
+        if self._base_activations is not None:
+            self._base_activations.begin_step(runs)
 
     def has_counted(self, site: str) -> bool:
         """Whether a site is on this pipeline stage, and its tokens are counted."""
@@ -228,9 +280,25 @@ class PatchedModel:
             else:
                 handle, piece = self._cut_linear(site, mixture)
                 linears.setdefault(handle, []).append(piece)
+        self._cut_biases(adapter, linears)
         on_vocabulary = vocabulary.cut(adapter, self._embedding, self._head)
         moes = self._cut_moes(adapter)
         return SlotWeights(linears, ffns, scales, ffn_scales, moes, on_vocabulary)
+
+    def _cut_biases(self, adapter: Adapter, linears: dict[int, list[LinearPiece]]) -> None:
+        """Biases go into the pieces of their sites, or are pieces by themselves."""
+        for site in sorted(adapter.biases.keys() & self._projections.keys(), key=natural_key):
+            linear, projection = self._projections[site]
+            added = sharding.cut_bias(adapter.biases[site], linear, projection)
+            if added is None:
+                continue
+            pieces = linears.setdefault(self._handles[linear.name], [])
+            for i, piece in enumerate(pieces):
+                if piece.site == site:
+                    pieces[i] = replace(piece, added_bias=added)
+                    break
+            else:
+                pieces.append(sharding.only_bias(added, linear, projection))
 
     def _cut_moes(self, adapter: Adapter) -> dict[int, MoePiece]:
         return {
@@ -255,3 +323,7 @@ class PatchedModel:
         bias = getattr(down.module, "bias", None) if self._tp.rank_in_group == 0 else None
         inner = down.projections[0].inputs
         return sharding.cut_ffn(mixture, ffn, self._by_name[ffn.gate_up], inner, bias)
+
+
+def _has_bias(linear: discovery.Linear) -> bool:
+    return getattr(linear.module, "bias", None) is not None

@@ -19,7 +19,15 @@ from molehill.engine.adapter.expert_pairs import stack
 from molehill.engine.vllm.model.discovery import Ffn, Linear, Projection
 from molehill.engine.vllm.model.moe_blocks import MoeBlock
 from molehill.kernels.interface import ExpertScale, FfnPiece, LinearPiece, MoePiece, ScalePiece
-from molehill.kernels.mixture import Experts, FfnMixture, LinearMixture, Reflection, ScaleMixture
+from molehill.kernels.mixture import (
+    Bias,
+    Experts,
+    FfnMixture,
+    LinearMixture,
+    Reflection,
+    ScaleMixture,
+)
+from molehill.kernels.policy import Constant
 
 IDENTITY_ROWS = 1024
 
@@ -99,6 +107,30 @@ def cut_reflection(
     if linear.input_is_sharded:
         pair = dataclasses.replace(pair, b=total(pair.b))
     return LinearPiece(projection.site, projection.start, pair, mixture.policy, None)
+
+
+def cut_bias(bias: Bias, linear: Linear, projection: Projection) -> Tensor | None:
+    """What this rank's outputs get beside the base's own bias, float32 `[out_local]`; None where
+    another rank adds it to their sum."""
+    if linear.input_is_sharded and linear.module.tp_rank > 0:
+        return None
+    local = {
+        name: torch.cat([whole[part.start : part.stop] for part in projection.outputs])
+        for name, whole in bias.tensors().items()
+    }
+    if "trained" in local:
+        width = len(local["trained"])
+        base = linear.module.bias.detach().float().cpu()
+        local["trained"] = local["trained"] - base[projection.start : projection.start + width]
+    return torch.stack(list(local.values())).sum(0)
+
+
+def only_bias(added: Tensor, linear: Linear, projection: Projection) -> LinearPiece:
+    """A piece that adds nothing but a bias."""
+    nothing = Experts(added.new_zeros(0, linear.in_features), added.new_zeros(len(added), 0), (0,))
+    return LinearPiece(
+        projection.site, projection.start, nothing, Constant((1.0,)), added_bias=added
+    )
 
 
 def _base_weight(linear: Linear) -> Tensor:

@@ -5,7 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from molehill.kernels.interface import UNSERVED, Backend, FfnShape, LinearShape, Run
+from molehill.kernels.interface import (
+    UNSERVED,
+    ActivatingBackend,
+    Backend,
+    FfnShape,
+    LinearShape,
+    Run,
+)
 
 
 def token_counts(most: int) -> list[int]:
@@ -44,7 +51,12 @@ def run(
                 backend.linear(out, room.x(tokens, shape.in_features), handle)
                 if handle in of_gate_up:
                     ffn = of_gate_up[handle]
-                    backend.ffn(room.x(tokens, ffns[ffn].intermediate), out, ffn)
+                    h = room.x(tokens, ffns[ffn].intermediate)
+                    if ffns[ffn].activation is None:
+                        backend.ffn(h, out, ffn)
+                    else:
+                        assert isinstance(backend, ActivatingBackend), "as it was registered"
+                        backend.activate(h, out, ffn)
         backend.begin_step([])
 
 

@@ -64,20 +64,26 @@ class FfnCall {
       const auto at = [&](const Buffer& table) {
         return table.bytes() ? table.as<float>() + column : nullptr;
       };
-      return FfnSide{z, pair.ranks(), pair.first_rank.data(), pair.b.as<char>(), column,
-                     pair.columns(), at(scale), intermediate_, at(bias)};
+      return FfnSide{z,
+                     pair.ranks(),
+                     pair.first_rank.data(),
+                     pair.b.as<char>(),
+                     column,
+                     pair.columns(),
+                     at(scale),
+                     intermediate_,
+                     at(bias)};
     };
     const char* base = static_cast<const char*>(gate_up_.data) + row * gate_up_.stride * element;
     char* h = static_cast<char*>(h_.data) + (row * h_.stride + column) * element;
     const char* down = piece.down.a.as<char>();
-    kernels_.ffn({state.routing.choice(), base + column * element,
-                  base + (intermediate_ + column) * element, gate_up_.stride, h, h_.stride,
-                  std::min(kTileColumns, intermediate_ - column), piece.activation,
-                  side(piece.gate, state.gate, piece.gate_scale, piece.gate_bias),
-                  side(piece.up, state.up, piece.up_scale, piece.up_bias),
-                  down ? down + column * kPanelRows * element : nullptr,
-                  piece.down.panel_elements(), piece.down.first_rank.data(), sums(s, copy),
-                  piece.down.ranks()});
+    kernels_.ffn(
+        {state.routing.choice(), base + column * element, base + (intermediate_ + column) * element,
+         gate_up_.stride, h, h_.stride, std::min(kTileColumns, intermediate_ - column),
+         piece.activation, side(piece.gate, state.gate, piece.gate_scale, piece.gate_bias),
+         side(piece.up, state.up, piece.up_scale, piece.up_bias),
+         down ? down + column * kPanelRows * element : nullptr, piece.down.panel_elements(),
+         piece.down.first_rank.data(), sums(s, copy), piece.down.ranks()});
   }
 
   float* sums(int s, int copy) const { return sums_ + copy * size_ + offsets_[s]; }
@@ -101,8 +107,8 @@ class FfnCall {
         }
       }
       state.factor[row] = float(weight_sum - 1);
-      kernels_.narrow(total, static_cast<char*>(state.down) + size_t(row) * ranks * kernels_.operand,
-                      ranks);
+      kernels_.narrow(
+          total, static_cast<char*>(state.down) + size_t(row) * ranks * kernels_.operand, ranks);
     }
   }
 

@@ -19,9 +19,9 @@ Instance* find_instance(int64_t backend) {
 }
 
 Instance& instance(int64_t backend) {
-  Instance* found = find_instance(backend);
-  TORCH_CHECK(found, "molehill_cpu: no backend ", backend);
-  return *found;
+  Instance* entry = find_instance(backend);
+  TORCH_CHECK(entry, "molehill_cpu: no backend ", backend);
+  return *entry;
 }
 
 Handle find(const std::vector<Handle>& handles, int64_t handle) {
@@ -101,7 +101,8 @@ TORCH_LIBRARY_FRAGMENT(molehill_cpu, m) {
   m.def("create(str isa) -> int", create);
   m.def("destroy(int backend) -> ()", destroy);
   m.def(
-      "register_linear(int backend, int inputs, int outputs, ScalarType dtype, bool reduced) -> int",
+      "register_linear(int backend, int inputs, int outputs, ScalarType dtype, bool reduced) -> "
+      "int",
       register_linear);
   m.def("register_ffn(int gate_up, int down, int intermediate) -> int", register_ffn);
 }

@@ -27,9 +27,9 @@ struct Instance {
 
   Slot& packing(int64_t ticket) {
     const std::lock_guard lock(staging);
-    const auto found = staged.find(ticket);
-    TORCH_CHECK(found != staged.end(), "molehill_cpu: no staged slot ", ticket);
-    return found->second;  // stays where it is, whatever else comes and goes
+    const auto entry = staged.find(ticket);
+    TORCH_CHECK(entry != staged.end(), "molehill_cpu: no staged slot ", ticket);
+    return entry->second;  // stays where it is, whatever else comes and goes
   }
 };
 

@@ -1,5 +1,6 @@
 // The inner loops. Compiled once per instruction set, with MOLEHILL_ISA as its name.
 #include "kernels.h"
+
 #include "multiply.h"
 #include "vector.h"
 
@@ -10,7 +11,8 @@ template <class From, class To>
 void convert(const void* x, void* y, size_t count) {
   size_t i = 0;
   for (; i + kWide <= count; i += kWide) store((To*)y + i, load((const From*)x + i));
-  if (i < count) store_some((To*)y + i, load_some((const From*)x + i, int(count - i)), int(count - i));
+  if (i < count)
+    store_some((To*)y + i, load_some((const From*)x + i, int(count - i)), int(count - i));
 }
 
 template <class T>
@@ -55,11 +57,11 @@ void rank(const float* values, int experts, uint16_t* order) {
   Ints expert;
   for (int i = 0; i < kWide; ++i) expert[i] = i;
   for (int first = 0; first < experts; first += kWide, expert += kWide) {
-    const Floats own = load_some(values + first, experts - first);
+    const Floats of_expert = load_some(values + first, experts - first);
     Ints ahead = {};
     for (int other = 0; other < experts; ++other) {
       const Floats value = splat(values[other]);
-      ahead -= (value > own) | ((value == own) & (expert > other));
+      ahead -= (value > of_expert) | ((value == of_expert) & (expert > other));
     }
     for (int i = 0; i < kWide && first + i < experts; ++i) order[ahead[i]] = uint16_t(first + i);
   }
@@ -117,7 +119,7 @@ template <class T>
 INLINE Floats base_column(const ExpandJob& job, int row, int column, int some) {
   Floats y = load_some((const T*)job.out + row * job.out_stride + column, some);
   if (job.scale) y = rescale(job, row, column, some, y);
-  if (job.shift) y += job.factor[row] * load_some(job.shift + column, some);
+  if (job.shift) y += (job.factor ? job.factor[row] : 1.0f) * load_some(job.shift + column, some);
   return y;
 }
 
@@ -129,7 +131,7 @@ void expand_tiles(const ExpandJob& job, int column) {
   const Choice choice = job.choice;
   const ptrdiff_t ranks = job.ranks, out_stride = job.out_stride;
   const int* first_rank = job.first_rank;
-  const ptrdiff_t all_columns = job.all_columns, own_column = job.column + column;
+  const ptrdiff_t all_columns = job.all_columns, target_column = job.column + column;
   const auto* z = (const typename M::Operand*)job.z;
   T* out = (T*)job.out + column;
   for (ptrdiff_t row = 0; row < choice.rows; ++row, z += ranks, out += out_stride) {
@@ -145,9 +147,9 @@ void expand_tiles(const ExpandJob& job, int column) {
     }
     const uint16_t* expert = choice.experts + row * choice.max_experts;
     for (const uint16_t* end = expert + choice.counts[row]; expert != end; ++expert) {
-      const ptrdiff_t first = first_rank[*expert], own = first_rank[*expert + 1] - first;
-      const T* tiles = (const T*)job.b + first * all_columns + own * own_column;
-      columns.add(z + first, tiles, own * kTileColumns, int(own));
+      const ptrdiff_t first = first_rank[*expert], ranks = first_rank[*expert + 1] - first;
+      const T* tiles = (const T*)job.b + first * all_columns + ranks * target_column;
+      columns.add(z + first, tiles, ranks * kTileColumns, int(ranks));
     }
 #pragma GCC unroll 16
     for (int c = 0; c < kTileVectors * N; ++c) {
@@ -166,7 +168,8 @@ void expand(const ExpandJob& job) {
   int column = 0;
   for (int step; column < job.columns; column += step) {
     const int left = job.columns - column;
-    step = plain && left >= kTilesAtOnce * kTileColumns ? kTilesAtOnce * kTileColumns : kTileColumns;
+    step =
+        plain && left >= kTilesAtOnce * kTileColumns ? kTilesAtOnce * kTileColumns : kTileColumns;
     if (step > kTileColumns)
       expand_tiles<M, kTilesAtOnce, true>(job, column);
     else if (plain && left >= kTileColumns)
@@ -182,9 +185,11 @@ using Tile = typename M::template Columns<1>;
 template <class M>
 INLINE void add_side(Tile<M>& tile, int row, int e, const FfnSide& side) {
   if (!side.z) return;
-  const ptrdiff_t first = side.first_rank[e], own = side.first_rank[e + 1] - first;
-  const auto* b = (const typename M::Element*)side.b + first * side.all_columns + own * side.column;
-  tile.add((const typename M::Operand*)side.z + ptrdiff_t(row) * side.ranks + first, b, 0, int(own));
+  const ptrdiff_t first = side.first_rank[e], ranks = side.first_rank[e + 1] - first;
+  const auto* b =
+      (const typename M::Element*)side.b + first * side.all_columns + ranks * side.column;
+  tile.add((const typename M::Operand*)side.z + ptrdiff_t(row) * side.ranks + first, b, 0,
+           int(ranks));
 }
 
 template <class M>

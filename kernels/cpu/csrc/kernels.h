@@ -8,7 +8,8 @@
 
 namespace molehill {
 
-// A is packed in panels of 8 rank rows: [inputs / 4][8 rows][4 inputs]. Routers likewise, by expert.
+// A is packed in panels of 8 rank rows: [inputs / 4][8 rows][4 inputs]. Routers likewise, by
+// expert.
 constexpr int kPanelRows = 8;
 constexpr int kPanelInputs = 4;
 // B is packed by expert, in tiles of 64 output columns: [ranks / P][64 columns][P ranks], P =
@@ -49,14 +50,14 @@ struct ExpandJob {
   int columns;
   const void* z;  // operands [rows][ranks], gate weights folded in
   int ranks;
-  const int* first_rank;   // [experts + 1]
-  const void* b;           // packed
+  const int* first_rank;    // [experts + 1]
+  const void* b;            // packed
   int column, all_columns;  // the first column's place among B's, whole tiles
-  const float* scale;      // DoRA: [experts][scale_stride] at the first column, or null
+  const float* scale;       // DoRA: [experts][scale_stride] at the first column, or null
   ptrdiff_t scale_stride;
-  const float* bias;       // the base's, at the first column; only read with a scale
-  const float* shift;      // out += factor[row] * shift[column], or null
-  const float* factor;
+  const float* bias;    // the base's, at the first column; only read with a scale
+  const float* shift;   // out += factor[row] * shift[column], or null
+  const float* factor;  // null: 1
 };
 
 // One side (gate or up) of the experts inside an FFN.
@@ -122,11 +123,19 @@ struct Kernels {
 };
 
 // The tables of one instruction set; `bf16` selects the activations' type.
-namespace portable { const Kernels& kernels(bool bf16); }
+namespace portable {
+const Kernels& kernels(bool bf16);
+}
 #ifdef MOLEHILL_X86
-namespace avx2 { const Kernels& kernels(bool bf16); }
-namespace avx512 { const Kernels& kernels(bool bf16); }
-namespace avx512_bf16 { const Kernels& kernels(bool bf16); }
+namespace avx2 {
+const Kernels& kernels(bool bf16);
+}
+namespace avx512 {
+const Kernels& kernels(bool bf16);
+}
+namespace avx512_bf16 {
+const Kernels& kernels(bool bf16);
+}
 #endif
 
 }  // namespace molehill

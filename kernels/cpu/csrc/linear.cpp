@@ -21,8 +21,8 @@ struct Product {
   int start;           // first column of the output, or -1: z is kept for the FFN
   const float* scale;  // [E, out], DoRA
   const float* bias;
-  const float* shift;  // + factor[row] * shift[column]
-  const float* factor;
+  const float* shift;   // + factor[row] * shift[column]
+  const float* factor;  // null: 1
 };
 
 // A chunk with all that is done to it: ranges of the call's routings and products.
@@ -139,14 +139,19 @@ class LinearCall {
     const Routing& routing = plan_site(piece.site, arena);
     products_.push_back({&piece.experts, routing, operands(piece.experts, arena), true, true,
                          piece.start, piece.output_scale.as<float>(), piece.bias.as<float>(),
-                         nullptr, nullptr});
+                         piece.added_bias.as<float>(), nullptr});
   }
 
   void plan_gate_up(const FfnPiece& piece) {
     Arena& arena = backend_.ffn_scratch;
     const Chunk& chunk = works_.back().chunk;
     const Routing& routing = plan_site(piece.site, arena);
-    FfnState state{&piece, chunk, routing, nullptr, nullptr, operands(piece.down, arena),
+    FfnState state{&piece,
+                   chunk,
+                   routing,
+                   nullptr,
+                   nullptr,
+                   operands(piece.down, arena),
                    arena.take<float>(chunk.rows)};
     for (auto [pair, z] : {std::pair{&piece.gate, &state.gate}, {&piece.up, &state.up}}) {
       if (pair->ranks() == 0) continue;
@@ -248,7 +253,8 @@ class LinearCall {
       float sums[kBlockRows * kPanelRows];
       const float* weights = site.router.as<float>() + size_t(panel) * inputs_ * kPanelRows;
       kernels_.route(x, rows, weights, inputs_ / kPanelInputs, sums);
-      const int first = panel * kPanelRows, count = std::min(kPanelRows, site.router_rows() - first);
+      const int first = panel * kPanelRows,
+                count = std::min(kPanelRows, site.router_rows() - first);
       for (int i = 0; i < rows; ++i)
         std::copy_n(sums + i * kPanelRows, count, logits + i * stride + first);
     }
@@ -295,13 +301,11 @@ class LinearCall {
     const LowRank& pair = *product.pair;
     const int column = unit * kUnitColumns;
     const auto at = [&](const float* table) { return table ? table + column : nullptr; };
-    kernels_.expand({product.routing.choice(),
-                     element(out_, work.chunk.start, product.start + column), out_.stride,
-                     std::min(kUnitColumns, columns(product) - column), product.z, pair.ranks(),
-                     pair.first_rank.data(),
-                     pair.b.as<char>(), column, pair.columns(), at(product.scale),
-                     columns(product), at(product.bias), at(product.shift),
-                     product.factor});
+    kernels_.expand(
+        {product.routing.choice(), element(out_, work.chunk.start, product.start + column),
+         out_.stride, std::min(kUnitColumns, columns(product) - column), product.z, pair.ranks(),
+         pair.first_rank.data(), pair.b.as<char>(), column, pair.columns(), at(product.scale),
+         columns(product), at(product.bias), at(product.shift), product.factor});
   }
 
   int columns(const Product& product) const {
@@ -412,7 +416,7 @@ class LinearCall {
   float* widened_ = nullptr;  // [threads][kBlockRows][inputs], where operands are no floats
   float* logits_ = nullptr;   // [rows][columns], reduced over the ranks
   int logits_rows_ = 0, logits_columns_ = 0, chunk_columns_ = 0;
-  size_t next_state_ = 0;     // of the FFN states that the down linear finishes
+  size_t next_state_ = 0;  // of the FFN states that the down linear finishes
 };
 
 }  // namespace

@@ -33,7 +33,8 @@ INLINE Floats repeated(const float* p) {
 // Vectors of a step's panel, 8 rows of 4 inputs, and of a tile's columns.
 constexpr int kPanelVectors = 32 / kWide;
 constexpr int kTileVectors = kTileColumns / kWide;
-// Columns of a tile whose sums are in registers at once: all, or where there are few registers, half.
+// Columns of a tile whose sums are in registers at once: all, or where there are few registers,
+// half.
 constexpr int kSumsAtOnce = kTileVectors < 8 ? kTileVectors : 8;
 
 // Weights of type T times floats, in float.
@@ -146,14 +147,22 @@ struct Bf16Math {
 
   static void dot(const bf16* const* x, int rows, const bf16* panel, int steps, float* sums) {
     switch (rows) {
-      case 8: return dot_rows<8, 1>(x, panel, steps, sums);
-      case 7: return dot_rows<7, 1>(x, panel, steps, sums);
-      case 6: return dot_rows<6, 2>(x, panel, steps, sums);
-      case 5: return dot_rows<5, 2>(x, panel, steps, sums);
-      case 4: return dot_rows<4, 2>(x, panel, steps, sums);
-      case 3: return dot_rows<3, 4>(x, panel, steps, sums);
-      case 2: return dot_rows<2, 4>(x, panel, steps, sums);
-      case 1: return dot_rows<1, 8>(x, panel, steps, sums);
+      case 8:
+        return dot_rows<8, 1>(x, panel, steps, sums);
+      case 7:
+        return dot_rows<7, 1>(x, panel, steps, sums);
+      case 6:
+        return dot_rows<6, 2>(x, panel, steps, sums);
+      case 5:
+        return dot_rows<5, 2>(x, panel, steps, sums);
+      case 4:
+        return dot_rows<4, 2>(x, panel, steps, sums);
+      case 3:
+        return dot_rows<3, 4>(x, panel, steps, sums);
+      case 2:
+        return dot_rows<2, 4>(x, panel, steps, sums);
+      case 1:
+        return dot_rows<1, 8>(x, panel, steps, sums);
     }
   }
 

@@ -29,12 +29,12 @@ void begin_step(int64_t backend, const Ints& runs) {
 // decisions that chose each expert; summed entropy, double [sites].
 std::tuple<int64_t, Ints, Ints, Tensor, Tensor> counters(int64_t backend, int64_t slot) {
   const Backend& state = instance(backend).state;
-  const auto found = state.slots.find(int(slot));
+  const auto entry = state.slots.find(int(slot));
   int64_t tokens = 0;
   std::vector<const Site*> sites;
-  if (found != state.slots.end()) {
-    tokens = found->second.tokens;
-    each_site(found->second, [&](const Site& site) {
+  if (entry != state.slots.end()) {
+    tokens = entry->second.tokens;
+    each_site(entry->second, [&](const Site& site) {
       if (site.routed) sites.push_back(&site);
     });
   }
@@ -153,7 +153,8 @@ void ffn(Tensor h, const Tensor& gate_up, const Tensor& handle) {
   check(gate_up, "gate_up", dtype, 2 * shape.intermediate);
   const Tensor input = readable(gate_up, dtype), output = readable(h, dtype);
   PythonReduce reduce(shape.reduced_as);
-  apply_ffn(state, layer.index, rows(output), rows(input), shape.reduced_as < 0 ? nullptr : &reduce);
+  apply_ffn(state, layer.index, rows(output), rows(input),
+            shape.reduced_as < 0 ? nullptr : &reduce);
   if (!output.is_same(h)) h.copy_(output);
 }
 

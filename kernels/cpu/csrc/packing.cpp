@@ -1,7 +1,7 @@
 // torch.ops.molehill_cpu: how an adapter's weights come into a slot, and out of it.
-#include "instance.h"
-
 #include <torch/library.h>
+
+#include "instance.h"
 
 namespace molehill {
 namespace {
@@ -30,9 +30,8 @@ Site make_site(int64_t id, int64_t experts, const std::string& policy, const Pol
   if (site.routed) {
     TORCH_CHECK(router->size(0) == site.router_rows(), "molehill_cpu: ", router->size(0),
                 " router rows, expected ", site.router_rows());
-    site.router =
-        pack_router(router->const_data_ptr<float>(), site.router_rows(), int(router->size(1)),
-                    memory);
+    site.router = pack_router(router->const_data_ptr<float>(), site.router_rows(),
+                              int(router->size(1)), memory);
   }
   return site;
 }
@@ -54,9 +53,10 @@ Buffer floats(const std::optional<Tensor>& t, Arena& memory) {
 }
 
 void pack_linear(int64_t ticket, int64_t linear, int64_t site, int64_t start, const Tensor& a,
-                  const Tensor& b, const Ints& ranks, const std::string& policy,
-                  const PolicyDict& fields, const std::optional<Tensor>& router,
-                  const std::optional<Tensor>& output_scale, const std::optional<Tensor>& bias) {
+                 const Tensor& b, const Ints& ranks, const std::string& policy,
+                 const PolicyDict& fields, const std::optional<Tensor>& router,
+                 const std::optional<Tensor>& output_scale, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& added_bias) {
   const Handle handle = find(linears, linear);
   Backend& state = handle.instance->state;
   Slot& owner = handle.instance->packing(ticket);
@@ -64,22 +64,23 @@ void pack_linear(int64_t ticket, int64_t linear, int64_t site, int64_t start, co
   LinearPiece piece;
   piece.site = make_site(site, int64_t(ranks.size()), policy, fields, router, memory);
   piece.start = int(start);
-  piece.experts = make_pair(*state.linears[handle.index].kernels, a, b, ranks,
-                            int64_t(ranks.size()), memory);
+  piece.experts =
+      make_pair(*state.linears[handle.index].kernels, a, b, ranks, int64_t(ranks.size()), memory);
   piece.output_scale = floats(output_scale, memory);
   piece.bias = floats(bias, memory);
+  piece.added_bias = floats(added_bias, memory);
   owner.linears[handle.index].push_back(std::move(piece));
 }
 
 void pack_ffn(int64_t ticket, int64_t ffn, int64_t site, int64_t experts, int64_t activation,
-               const std::optional<Tensor>& gate_a, const std::optional<Tensor>& gate_b,
-               const Ints& gate_ranks, const std::optional<Tensor>& up_a,
-               const std::optional<Tensor>& up_b, const Ints& up_ranks,
-               const std::optional<Tensor>& down_a, const std::optional<Tensor>& down_b,
-               const Ints& down_ranks, const std::string& policy, const PolicyDict& fields,
-               const Tensor& router, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& gate_scale, const std::optional<Tensor>& gate_bias,
-               const std::optional<Tensor>& up_scale, const std::optional<Tensor>& up_bias) {
+              const std::optional<Tensor>& gate_a, const std::optional<Tensor>& gate_b,
+              const Ints& gate_ranks, const std::optional<Tensor>& up_a,
+              const std::optional<Tensor>& up_b, const Ints& up_ranks,
+              const std::optional<Tensor>& down_a, const std::optional<Tensor>& down_b,
+              const Ints& down_ranks, const std::string& policy, const PolicyDict& fields,
+              const Tensor& router, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& gate_scale, const std::optional<Tensor>& gate_bias,
+              const std::optional<Tensor>& up_scale, const std::optional<Tensor>& up_bias) {
   const Handle handle = find(ffns, ffn);
   Backend& state = handle.instance->state;
   const Kernels& table = *state.linears[state.ffns[handle.index].gate_up].kernels;
@@ -99,8 +100,9 @@ void pack_ffn(int64_t ticket, int64_t ffn, int64_t site, int64_t experts, int64_
   owner.ffns.insert_or_assign(handle.index, std::move(piece));
 }
 
-ScalePiece make_scale(int64_t site, int64_t start, const std::string& policy, const PolicyDict& fields,
-                      const Tensor& router, const Tensor& vectors, Arena& memory) {
+ScalePiece make_scale(int64_t site, int64_t start, const std::string& policy,
+                      const PolicyDict& fields, const Tensor& router, const Tensor& vectors,
+                      Arena& memory) {
   ScalePiece piece;
   piece.site = make_site(site, router.size(0), policy, fields, router, memory);
   piece.start = int(start);
@@ -111,8 +113,8 @@ ScalePiece make_scale(int64_t site, int64_t start, const std::string& policy, co
 }
 
 void pack_scale(int64_t ticket, int64_t linear, int64_t site, int64_t start,
-                 const std::string& policy, const PolicyDict& fields, const Tensor& router,
-                 const Tensor& vectors) {
+                const std::string& policy, const PolicyDict& fields, const Tensor& router,
+                const Tensor& vectors) {
   const Handle handle = find(linears, linear);
   Slot& owner = handle.instance->packing(ticket);
   owner.scales[handle.index].push_back(
@@ -120,7 +122,7 @@ void pack_scale(int64_t ticket, int64_t linear, int64_t site, int64_t start,
 }
 
 void pack_ffn_scale(int64_t ticket, int64_t ffn, int64_t site, const std::string& policy,
-                     const PolicyDict& fields, const Tensor& router, const Tensor& vectors) {
+                    const PolicyDict& fields, const Tensor& router, const Tensor& vectors) {
   const Handle handle = find(ffns, ffn);
   Slot& owner = handle.instance->packing(ticket);
   owner.ffn_scales.insert_or_assign(
@@ -174,8 +176,8 @@ int64_t unstore(int64_t backend, int64_t slot) {
 
 int64_t resident_bytes(int64_t backend, int64_t slot) {
   const Backend& state = instance(backend).state;
-  const auto found = state.slots.find(int(slot));
-  return found == state.slots.end() ? 0 : int64_t(found->second.bytes());
+  const auto entry = state.slots.find(int(slot));
+  return entry == state.slots.end() ? 0 : int64_t(entry->second.bytes());
 }
 
 }  // namespace
@@ -187,21 +189,25 @@ TORCH_LIBRARY_FRAGMENT(molehill_cpu, m) {
   m.def("stage(int backend, int bytes) -> int", stage);
   m.def(
       "pack_linear(int ticket, int linear, int site, int start, Tensor a, Tensor b, int[] ranks, "
-      "str policy, Dict(str, float[]) fields, Tensor? router, Tensor? output_scale, Tensor? bias) -> ()",
+      "str policy, Dict(str, float[]) fields, Tensor? router, Tensor? output_scale, Tensor? bias, "
+      "Tensor? added_bias) -> ()",
       pack_linear);
   m.def(
-      "pack_ffn(int ticket, int ffn, int site, int experts, int activation, Tensor? gate_a, Tensor? gate_b, "
+      "pack_ffn(int ticket, int ffn, int site, int experts, int activation, Tensor? gate_a, "
+      "Tensor? gate_b, "
       "int[] gate_ranks, Tensor? up_a, Tensor? up_b, int[] up_ranks, Tensor? down_a, "
       "Tensor? down_b, int[] down_ranks, str policy, Dict(str, float[]) fields, Tensor router, "
       "Tensor? bias, Tensor? gate_scale, Tensor? gate_bias, Tensor? up_scale, "
       "Tensor? up_bias) -> ()",
       pack_ffn);
   m.def(
-      "pack_scale(int ticket, int linear, int site, int start, str policy, Dict(str, float[]) fields, "
+      "pack_scale(int ticket, int linear, int site, int start, str policy, Dict(str, float[]) "
+      "fields, "
       "Tensor router, Tensor vectors) -> ()",
       pack_scale);
   m.def(
-      "pack_ffn_scale(int ticket, int ffn, int site, str policy, Dict(str, float[]) fields, Tensor router, "
+      "pack_ffn_scale(int ticket, int ffn, int site, str policy, Dict(str, float[]) fields, "
+      "Tensor router, "
       "Tensor vectors) -> ()",
       pack_ffn_scale);
   m.def("store(int backend, int ticket, int slot) -> ()", store);

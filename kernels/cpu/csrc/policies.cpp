@@ -169,7 +169,7 @@ class DynMole : public Policy {
         normalize_weights_(fields.flag("normalize_weights")),
         include_crossing_(fields.flag("include_crossing")),
         normalize_entropy_(fields.flag("normalize_entropy")),
-        unit_(!normalize_entropy_        ? 1
+        unit_(!normalize_entropy_     ? 1
               : index_ == 1 || renyi_ ? log_experts_
                                       : (1 - std::pow(experts, 1 - index_)) / (index_ - 1)) {}
 
@@ -235,9 +235,7 @@ class Threshold : public Policy {
 class Arrow : public Policy {
  public:
   Arrow(PolicyFields& fields, int experts)
-      : Policy(experts),
-        k_(fields.count("k")),
-        temperature_(float(fields.number("temperature"))) {}
+      : Policy(experts), k_(fields.count("k")), temperature_(float(fields.number("temperature"))) {}
 
   void probabilities(const Kernels& kernels, float* logits, int rows, float*) const override {
     for (int i = 0; i < rows * experts_; ++i) logits[i] = std::abs(logits[i]) / temperature_;
@@ -319,7 +317,8 @@ class Sparsegen : public Policy {
     const float *biases = parameters_.data(), *weights = biases + hidden_;
     double output = parameters_.back();
     for (int j = 0; j < hidden_; ++j) output += weights[j] * std::max(hidden[j] + biases[j], 0.0f);
-    return static_cast<float>(kEps + std::max(-output, 0.0) + std::log1p(std::exp(-std::abs(output))));
+    return static_cast<float>(kEps + std::max(-output, 0.0) +
+                              std::log1p(std::exp(-std::abs(output))));
   }
 
   const int hidden_;
@@ -372,9 +371,9 @@ std::unique_ptr<const Policy> make(PolicyFields& fields, int experts) {
 using Maker = std::unique_ptr<const Policy> (*)(PolicyFields& fields, int experts);
 
 const std::map<std::string, Maker> kMakers = {
-    {"Constant", make<Constant>}, {"Soft", make<Soft>},           {"TopK", make<TopK>},
-    {"TopP", make<TopP>},         {"DynMoLE", make<DynMole>},     {"Threshold", make<Threshold>},
-    {"Arrow", make<Arrow>},       {"AdaMoLE", make<AdaMole>},     {"Sparsegen", make<Sparsegen>},
+    {"Constant", make<Constant>}, {"Soft", make<Soft>},       {"TopK", make<TopK>},
+    {"TopP", make<TopP>},         {"DynMoLE", make<DynMole>}, {"Threshold", make<Threshold>},
+    {"Arrow", make<Arrow>},       {"AdaMoLE", make<AdaMole>}, {"Sparsegen", make<Sparsegen>},
     {"FlyLoRA", make<FlyLora>},
 };
 

@@ -21,10 +21,10 @@ class PolicyFields {
       : policy_(std::move(policy)), values_(std::move(values)) {}
 
   std::vector<float> numbers(const std::string& name, size_t count) {
-    const auto found = values_.find(name);
-    if (found == values_.end()) fail("no field " + name);
-    const std::vector<double> values = std::move(found->second);
-    values_.erase(found);
+    const auto entry = values_.find(name);
+    if (entry == values_.end()) fail("no field " + name);
+    const std::vector<double> values = std::move(entry->second);
+    values_.erase(entry);
     if (values.size() != count)
       fail(name + " has " + std::to_string(values.size()) + " numbers, expected " +
            std::to_string(count));
@@ -32,8 +32,8 @@ class PolicyFields {
   }
 
   double number(const std::string& name) {
-    const auto found = values_.find(name);
-    const double value = found == values_.end() || found->second.empty() ? 0 : found->second[0];
+    const auto entry = values_.find(name);
+    const double value = entry == values_.end() || entry->second.empty() ? 0 : entry->second[0];
     numbers(name, 1);
     return value;
   }
@@ -41,9 +41,7 @@ class PolicyFields {
   bool flag(const std::string& name) { return number(name) != 0; }
 
   // More experts than there can be are as good as all.
-  int count(const std::string& name) {
-    return int(std::min(number(name), double(kMaxRouterRows)));
-  }
+  int count(const std::string& name) { return int(std::min(number(name), double(kMaxRouterRows))); }
 
   // The place of what was chosen.
   size_t choice(const std::string& name, const std::vector<std::string>& known) {

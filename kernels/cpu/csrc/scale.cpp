@@ -75,8 +75,14 @@ class ScaleCall {
     for (const Part& part : parts_) {
       const int heads = by_head_ ? part.piece->heads : 0;
       const int experts = part.piece->site.experts;
-      backend_.trace.push_back(
-          {part.piece->site.id, part.start, part.units / part.piece->heads, experts, {}, {}, {}, heads});
+      backend_.trace.push_back({part.piece->site.id,
+                                part.start,
+                                part.units / part.piece->heads,
+                                experts,
+                                {},
+                                {},
+                                {},
+                                heads});
     }
   }
 
@@ -94,19 +100,20 @@ class ScaleCall {
   void compute_logits(const Block& block, int thread) {
     const Part& part = parts_[block.part];
     const ScalePiece& piece = *part.piece;
-    const int own = inputs(piece);
+    const int padded = inputs(piece);
     const float* x[kBlockRows];
     for (int i = 0; i < block.units; ++i) {
       float* wide = heads_ + (size_t(thread) * kBlockRows + i) * inputs_;
       kernels_.widen(head(part, block.first + i), wide, piece.width);
-      std::fill(wide + piece.width, wide + own, 0.0f);
+      std::fill(wide + piece.width, wide + padded, 0.0f);
       x[i] = wide;
     }
     for (int panel = 0; panel < piece.site.panels(); ++panel) {
       float sums[kBlockRows * kPanelRows];
-      const float* router = piece.site.router.as<float>() + size_t(panel) * own * kPanelRows;
-      kernels_.route(x, block.units, router, own / kPanelInputs, sums);
-      const int first = panel * kPanelRows, count = std::min(kPanelRows, piece.site.experts - first);
+      const float* router = piece.site.router.as<float>() + size_t(panel) * padded * kPanelRows;
+      kernels_.route(x, block.units, router, padded / kPanelInputs, sums);
+      const int first = panel * kPanelRows,
+                count = std::min(kPanelRows, piece.site.experts - first);
       for (int i = 0; i < block.units; ++i)
         std::copy_n(sums + i * kPanelRows, count, logits(block, i) + first);
     }

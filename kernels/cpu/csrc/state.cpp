@@ -37,9 +37,9 @@ void pack_tiles(const T* dense, int rows, const std::vector<int>& place, int p, 
     const int e = pair.panel_expert[place[i] / kPanelRows];
     const int first = pair.first_rank[e], ranks = pair.first_rank[e + 1] - first;
     const int rank = place[i] - first;
-    T* own = pair.b.as<T>() + size_t(first) * pair.columns();
+    T* expert_b = pair.b.as<T>() + size_t(first) * pair.columns();
     for (int o = 0; o < pair.out; ++o) {
-      T* tile = own + size_t(o / kTileColumns) * ranks * kTileColumns;
+      T* tile = expert_b + size_t(o / kTileColumns) * ranks * kTileColumns;
       tile[size_t(rank / p) * kTileColumns * p + o % kTileColumns * p + rank % p] =
           dense[size_t(o) * rows + i];
     }
@@ -134,13 +134,14 @@ size_t Slot::bytes() const {
   for (const auto& [handle, pieces] : linears)
     for (const LinearPiece& piece : pieces)
       total += piece.site.router.bytes() + piece.experts.bytes() + piece.output_scale.bytes() +
-               piece.bias.bytes();
+               piece.bias.bytes() + piece.added_bias.bytes();
   for (const auto& [handle, piece] : ffns)
     total += piece.site.router.bytes() + piece.gate.bytes() + piece.up.bytes() +
              piece.down.bytes() + piece.bias.bytes() + piece.gate_scale.bytes() +
              piece.up_scale.bytes() + piece.gate_bias.bytes() + piece.up_bias.bytes();
   for (const auto& [handle, pieces] : scales)
-    for (const ScalePiece& piece : pieces) total += piece.site.router.bytes() + piece.vectors.bytes();
+    for (const ScalePiece& piece : pieces)
+      total += piece.site.router.bytes() + piece.vectors.bytes();
   for (const auto& [handle, piece] : ffn_scales)
     total += piece.site.router.bytes() + piece.vectors.bytes();
   return total;

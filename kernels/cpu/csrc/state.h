@@ -109,13 +109,14 @@ struct LinearPiece {
   LowRank experts;
   Buffer output_scale;  // float [E, out], or empty
   Buffer bias;          // float [out], or empty
+  Buffer added_bias;    // float [out], or empty: added to every row
 };
 
 struct FfnPiece {
   Site site;
   Activation activation = Activation::silu;
-  LowRank gate, up, down;  // no ranks where the projection is not adapted
-  Buffer bias;             // float [d], or empty
+  LowRank gate, up, down;       // no ranks where the projection is not adapted
+  Buffer bias;                  // float [d], or empty
   Buffer gate_scale, up_scale;  // float [E, intermediate], or empty
   Buffer gate_bias, up_bias;    // float [intermediate], or empty; only read with a scale
 };
@@ -139,13 +140,14 @@ struct Slot {
 struct Linear {
   const Kernels* kernels = nullptr;  // for the type of its activations
   int in = 0, out = 0;
-  bool reduced = false;         // router logits are summed over tensor-parallel ranks
+  bool reduced = false;           // router logits are summed over tensor-parallel ranks
   int ffn_in = -1, ffn_out = -1;  // the FFN whose gate_up or down this is
 };
 
 struct Ffn {
   int gate_up = 0, down = 0, intermediate = 0;
-  int64_t reduced_as = -1;  // handle that sums logits of the intermediate over tensor-parallel ranks
+  int64_t reduced_as =
+      -1;  // handle that sums logits of the intermediate over tensor-parallel ranks
 };
 
 struct Run {
@@ -163,9 +165,9 @@ struct Chunk {
 struct Routing {
   const Site* site;
   Chunk chunk;
-  float* weights;     // [experts][rows]
-  uint16_t* experts;  // [rows][experts], chosen ones first
-  uint16_t* counts;   // [rows]
+  float* weights;                  // [experts][rows]
+  uint16_t* experts;               // [rows][experts], chosen ones first
+  uint16_t* counts;                // [rows]
   float* probabilities = nullptr;  // [rows][experts], traced steps only
   float* entropy = nullptr;        // [rows], likewise
   int logits_column = -1;          // in the reduced logits

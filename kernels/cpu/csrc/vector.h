@@ -1,5 +1,6 @@
-// As many floats at a time as a register holds, in the compiler's own vector types: every instruction
-// set from one text. (Vectors that are wider than registers GCC keeps in memory, float by float.)
+// As many floats at a time as a register holds, in the compiler's own vector types: every
+// instruction set from one text. (Vectors that are wider than registers GCC keeps in memory, float
+// by float.)
 #pragma once
 #include <cstdint>
 #ifdef __AVX2__
@@ -40,10 +41,10 @@ INLINE Floats load(const bf16* p) {
 #if defined(__AVX512BW__)
   // One shuffle instead of a widening and a shift, which would compete with the multiplications.
   const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
-  const __m512i halves = (__m512i)(Words{0x00000000, 0x00010000, 0x00020000, 0x00030000,
-                                         0x00040000, 0x00050000, 0x00060000, 0x00070000,
-                                         0x00080000, 0x00090000, 0x000a0000, 0x000b0000,
-                                         0x000c0000, 0x000d0000, 0x000e0000, 0x000f0000});
+  const __m512i halves =
+      (__m512i)(Words{0x00000000, 0x00010000, 0x00020000, 0x00030000, 0x00040000, 0x00050000,
+                      0x00060000, 0x00070000, 0x00080000, 0x00090000, 0x000a0000, 0x000b0000,
+                      0x000c0000, 0x000d0000, 0x000e0000, 0x000f0000});
   return (Floats)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, halves, words);
 #else
   Halves h;

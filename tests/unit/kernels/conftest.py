@@ -11,7 +11,16 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 from triton.runtime.jit import JITFunction
 
 from molehill.kernels.cpu.backend import ISAS
-from molehill.kernels.triton import expand, ffn, gate, routing, shrink
+from molehill.kernels.triton import (
+    activate,
+    activate_rows,
+    activations,
+    expand,
+    ffn,
+    gate,
+    routing,
+    shrink,
+)
 
 
 @pytest.fixture
@@ -28,7 +37,8 @@ def interpreted(request, monkeypatch) -> None:
         pytest.skip(native.NO_GPU)
     # The interpreter imports gluon when it is first used, and gluon wants the compiled functions.
     assert gluon
-    for module in (tl, standard, routing, shrink, gate, expand, ffn):
+    kernels = (routing, shrink, gate, expand, activations, activate_rows, ffn, activate)
+    for module in (tl, standard, *kernels):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 monkeypatch.setattr(module, name, InterpretedFunction(value.fn))

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from support.backend_cases import TOLERANCE, random, rounded
 from support.cpu_cases import thread_count, usable_isas
+from support.examples import examples
 from support.random_adapters import SEEDS, ffn_mixtures, linear_mixtures, scale_mixtures
 from torch import Tensor
 
@@ -289,7 +290,7 @@ def check(model: Model, own: list[Slot], batch: list[tuple[int | None, int]]) ->
 
 @pytest.mark.slow
 @settings(
-    max_examples=300,
+    max_examples=examples(150),
     deadline=None,
     derandomize=True,
     database=None,

@@ -55,7 +55,7 @@ def assigned(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
             owner = node.value
             name = getattr(owner, "attr", None) or getattr(owner, "id", None)
-            if name == "status":
+            if name in ("status", "slot"):
                 yield node.attr
 
 
@@ -69,6 +69,11 @@ def test_one_module_writes_what_becomes_of_a_generation() -> None:
 
 def test_who_else_writes_it_is_seen() -> None:
     """The check above can fail."""
-    lines = ["generation.status.state = 1", "status.in_flight += 1", "del old.status.note"]
+    lines = [
+        "generation.status.state = 1",
+        "status.in_flight += 1",
+        "del old.status.note",
+        "status.slot.loads = 2",
+    ]
     fields = [list(assigned(ast.parse(line))) for line in lines]
-    assert fields == [["state"], ["in_flight"], ["note"]]
+    assert fields == [["state"], ["in_flight"], ["note"], ["loads"]]

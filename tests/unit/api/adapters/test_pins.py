@@ -15,9 +15,9 @@ from molehill.api.adapters.errors import (
 
 def test_a_pin_stays_when_weights_are_replaced_unless_the_load_says_otherwise(play: Play) -> None:
     async def scenario(w: World) -> None:
-        assert (await w.load("a", 1, pinned=True)).generation.status.pinned
-        assert (await w.load("a", 2, replace=True)).generation.status.pinned
-        assert not (await w.load("a", 3, replace=True, pinned=False)).generation.status.pinned
+        assert (await w.load("a", 1, pinned=True)).generation.status.slot.pinned
+        assert (await w.load("a", 2, replace=True)).generation.status.slot.pinned
+        assert not (await w.load("a", 3, replace=True, pinned=False)).generation.status.slot.pinned
 
     play(scenario)
 
@@ -33,7 +33,7 @@ def test_pins_leave_a_slot_for_the_others(play: Play) -> None:
         with pytest.raises(CannotPinError):
             await w.registry.pin("b", True)
         await w.registry.pin("a0", False)
-        assert (await w.registry.pin("b", True)).status.pinned
+        assert (await w.registry.pin("b", True)).status.slot.pinned
 
     play(scenario)
 
@@ -52,7 +52,7 @@ def test_a_pin_changes_hands_after_the_probe(tmp_path: Path) -> None:
         await w.load("c", 3)
         await w.load("b", 4)
         old = (await w.load("a", 1, pinned=True)).generation
-        assert not w.registry.get("c").status.resident
+        assert not w.registry.get("c").status.slot.resident
         proceed.clear()
         probing.clear()
         replacing = asyncio.create_task(w.load("a", 2, replace=True))
@@ -63,7 +63,7 @@ def test_a_pin_changes_hands_after_the_probe(tmp_path: Path) -> None:
         assert not asking.done()
         proceed.set()
         new = (await replacing).generation
-        assert (old.status.pinned, new.status.pinned) == (False, True)
+        assert (old.status.slot.pinned, new.status.slot.pinned) == (False, True)
         assert await asking == "first"
         assert sorted(w.engine.loaded.values()) == ["a", "c"]
 
@@ -78,8 +78,13 @@ def test_a_pinned_adapter_is_replaced_at_the_pin_limit_or_stays_as_it_is(play: P
         with pytest.raises(CannotPinError):
             await w.load("b", 9, replace=True, pinned=True)
         assert w.registry.get("b").digest == adapter(8).digest
-        assert (await w.load("a0", 9, replace=True)).generation.status.pinned
-        assert [generation.status.pinned for generation in w.registry] == [True, True, True, False]
+        assert (await w.load("a0", 9, replace=True)).generation.status.slot.pinned
+        assert [generation.status.slot.pinned for generation in w.registry] == [
+            True,
+            True,
+            True,
+            False,
+        ]
         assert sorted(w.engine.loaded.values()) == ["a0", "a1", "a2"]
 
     play(scenario)

@@ -1,10 +1,12 @@
 """Adapters that are read at a time in the API process: how many, how much, in which order."""
 
 import asyncio
+import json
 import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.world import World, settle
 
 from molehill.api.adapters.reading import READERS, Reading, most_bytes
@@ -109,3 +111,30 @@ def test_what_a_directory_may_take_is_more_than_its_files(tmp_path: Path) -> Non
     (tmp_path / "loop").symlink_to(tmp_path)
     assert 18 <= most_bytes(tmp_path) < 18 + 3 * 4096
     assert most_bytes(tmp_path / "missing") == 0
+
+
+@pytest.mark.parametrize("place", [".", "member-of-a-mix"])
+@pytest.mark.parametrize("kind", ["vera", "loha", "lokr", "miss", "hra"])
+def test_pairs_that_are_made_at_load_may_take_the_whole_limit(
+    tmp_path: Path, kind: str, place: str
+) -> None:
+    """A file of a kilobyte may stand for gigabytes: no other is read beside it."""
+    (tmp_path / place).mkdir(exist_ok=True)
+    config = tmp_path / place / "adapter_config.json"
+    config.write_text(json.dumps({"peft_type": "LORA"}))
+    stored = most_bytes(tmp_path)
+    assert stored < 10_000
+    config.write_text(json.dumps({"peft_type": kind.upper()}))
+
+    async def scenario() -> None:
+        reading = Reading(1 << 33)
+        async with reading.beside(most_bytes(tmp_path)):
+            other = asyncio.create_task(reading.beside(1).__aenter__())
+            await settle()
+            assert not other.done()
+        await other
+
+    assert most_bytes(tmp_path) >= 1 << 33
+    play(scenario)
+    config.write_text("{")
+    assert most_bytes(tmp_path) < 10_000

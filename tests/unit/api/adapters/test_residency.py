@@ -50,7 +50,7 @@ def test_what_was_used_least_recently_makes_room(tmp_path: Path) -> None:
         assert sorted(w.engine.loaded.values()) == ["a", "c"]
         await ask(w, "b")
         assert sorted(w.engine.loaded.values()) == ["b", "c"]
-        assert [g.status.loads for g in w.registry] == [1, 2, 1]
+        assert [g.status.slot.loads for g in w.registry] == [1, 2, 1]
 
     play(World(tmp_path, slots=2), scenario)
 
@@ -103,7 +103,7 @@ def test_pinned_adapters_stay(tmp_path: Path) -> None:
         for n in range(2, 6):
             await w.load(f"a{n}", n)
         assert sorted(w.engine.loaded.values()) == ["a5", "pinned"]
-        assert w.registry.get("pinned").status.loads == 1
+        assert w.registry.get("pinned").status.slot.loads == 1
 
     play(World(tmp_path, slots=2, admission=MANY), scenario)
 
@@ -290,7 +290,7 @@ def test_a_hot_adapter_does_not_starve_a_cold_one(tmp_path: Path) -> None:
         assert max(cold) <= clients
         assert max(hot) <= 1
         # They were in each other's way, and the hot one was served in between.
-        assert w.registry.get("cold").status.loads > often / 2
+        assert w.registry.get("cold").status.slot.loads > often / 2
         assert len(hot) >= often
 
     play(World(tmp_path, slots=1), scenario)
@@ -315,7 +315,7 @@ def test_many_adapters_take_turns_in_few_slots(tmp_path: Path) -> None:
         await asyncio.gather(*(ask(w, f"a{n % 20}") for n in range(200)))
         assert len(w.engine.loaded) == 3
         # Requests of one adapter share its turn: it did not come in for each of them.
-        assert all(generation.status.loads <= 4 for generation in w.registry)
+        assert all(generation.status.slot.loads <= 4 for generation in w.registry)
 
     play(World(tmp_path, slots=3, admission=MANY), scenario)
 

@@ -2,9 +2,6 @@
 
 import asyncio
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +9,13 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
+from support import warm
 from support.health import Engine
 from support.restarts import Server, play
 from support.watched import Watched
 from support.world import World, adapter, settle
 
+from molehill.api import app as plugin
 from molehill.api.adapters.errors import EngineRefusedError
 from molehill.api.http import vllm_routes
 from molehill.api.sources import watcher
@@ -91,7 +90,7 @@ def test_a_copy_that_cannot_be_freed_is_counted_and_undoes_no_replacement(
         async def stuck(_: str) -> None:
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(w.registry.intake, "let_go", stuck)
+        monkeypatch.setattr(w.registry.intake, "release", stuck)
         assert (await w.load("a", 2, replace=True)).status == "replaced"
         samples = [s for m in w.registry.events.collect() for s in m.samples]
         failed = {s.name: s.value for s in samples}["molehill_adapter_free_failures_total"]
@@ -194,27 +193,23 @@ def test_a_server_whose_background_has_failed_says_so_where_readiness_is_asked()
     assert "path" not in answer.text
 
 
+def fail_in_the_background() -> None:
+    async def fault() -> None:
+        raise AssertionError("a fault of ours")
+
+    async def main() -> None:
+        task = plugin.start(fault())
+        await asyncio.sleep(60)
+        task.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
 def test_a_process_whose_background_fails_ends(tmp_path: Path) -> None:
     """Nothing else would ever make it ready, or load what appears in its roots."""
-    program = """
-        import asyncio
-        from molehill.api import app as plugin
-
-        async def fault():
-            raise AssertionError("a fault of ours")
-
-        async def main():
-            task = plugin.start(fault())
-            await asyncio.sleep(60)
-
-        asyncio.run(main())
-    """
-    ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert ended.returncode == -signal.SIGTERM, ended.stderr
-    assert "a fault of ours" in ended.stderr
+    process = warm.run(fail_in_the_background, tmp_path / "log")
+    process.wait(240)
+    said = (tmp_path / "log").read_text()
+    assert process.returncode == -signal.SIGTERM, said
+    assert "a fault of ours" in said

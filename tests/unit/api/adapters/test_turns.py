@@ -23,7 +23,7 @@ def play(world: World, scenario: Any) -> None:
 async def on_disk(w: World, name: str, seed: int) -> int:
     """Loads what the workers have not read yet; its id."""
     loaded = await w.load(name, seed, eager=False)
-    assert not loaded.generation.status.loads
+    assert not loaded.generation.status.slot.loads
     return loaded.generation.lora_int_id
 
 
@@ -194,7 +194,7 @@ def test_a_late_probe_holds_up_nobody(tmp_path: Path) -> None:
         proceed.set()
         for stream in (await first, await later, second):
             await stream.aclose()
-        assert w.registry.get("late").status.loads == 1
+        assert w.registry.get("late").status.slot.loads == 1
 
     play(World(tmp_path, slots=2, probe=probe), scenario)
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.inspecting import run
 
+from molehill.engine import formats
+
 
 def flat(text):
     """One line: the last column goes on in the lines below."""
@@ -74,6 +76,26 @@ def test_what_activates_an_adapter(golden, capsys):
     assert json.loads(capsys.readouterr().out)["alora_invocation_tokens"] == [301, 17, 302]
     assert run(golden / "cases" / "mola", "--json") == 0
     assert json.loads(capsys.readouterr().out)["alora_invocation_tokens"] is None
+
+
+def test_biases_are_shown(golden, edited, capsys):
+    stem = "base_model.model.model"
+    sites = formats.read(golden / "cases" / "lora").sites
+    tensors = {
+        f"{stem}.{site}.lora_B.bias": torch.ones(len(mixture.experts.b))
+        for site, mixture in sites.items()
+    }
+    tensors[f"{stem}.layers.0.self_attn.q_proj.base_layer.bias"] = torch.ones(128)
+    directory = edited("lora", {"lora_bias": True, "bias": "all"}, tensors=tensors)
+    assert run(directory) == 0
+    assert "1 trained in place of the base's, 28 added to linears" in flat(capsys.readouterr().out)
+    assert run(directory, "--json") == 0
+    biases = json.loads(capsys.readouterr().out)["biases"]
+    assert biases.keys() == sites.keys()
+    assert biases["layers.0.self_attn.q_proj"] == ["trained", "added"]
+    assert run(directory, "--model", golden / "tiny-llama") == 1
+    text = flat(capsys.readouterr().out)
+    assert "expected the base that it was trained from" in text
 
 
 def test_an_adapter_of_another_base(golden, tmp_path, capsys):

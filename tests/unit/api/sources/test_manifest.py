@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from molehill.api.adapters.mix import Mix, MixPart
 from molehill.api.sources.manifest import Entry, Manifest, ManifestError
 
 ENTRIES = [
     Entry("team/a", "0" * 64, "a", "f" * 64, True),
     Entry("b", "1" * 64, "hf://org/b@main", "", False, lora_b_layout="grouped_by_expert"),
     Entry("c", "2" * 64, "c", "e" * 64, False, base_is_residual=True),
+    Entry("d", "3" * 64, "a=0.7", "", False, mix=Mix((MixPart("a", 0.7, "0" * 64),))),
 ]
 
 
@@ -49,6 +51,9 @@ ENTRY = {"name": "a", "generation": "0", "source": "s", "fingerprint": "", "pinn
         {"version": 1, "adapters": [{**ENTRY, "pinned": "yes"}]},
         {"version": 1, "adapters": [{**ENTRY, "more": 1}]},
         {"version": 1, "adapters": [{**ENTRY, "lora_b_layout": "by_row"}]},
+        {"version": 1, "adapters": [{**ENTRY, "mix": "a=0.7"}]},
+        {"version": 1, "adapters": [{**ENTRY, "mix": {"parts": []}}]},
+        {"version": 1, "adapters": [{**ENTRY, "mix": {"parts": [{"name": "a", "weight": 1}]}}]},
     ],
 )
 def test_a_manifest_that_is_not_understood_is_refused(tmp_path: Path, content: Any) -> None:

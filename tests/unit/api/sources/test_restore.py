@@ -37,8 +37,36 @@ def test_a_restarted_server_is_not_ready_until_all_is_loaded(tmp_path: Path) -> 
         await restoring
         assert second.restart.ready
         assert second.serves() == served
-        assert [generation.status.pinned for generation in second.world.registry] == [True, False]
+        assert [generation.status.slot.pinned for generation in second.world.registry] == [
+            True,
+            False,
+        ]
         assert [generation.status.note for generation in second.world.registry] == [None, None]
+
+    play(scenario())
+
+
+def test_a_mix_outlives_its_parts_and_a_restart(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        first = Server(tmp_path)
+        await first.load("a", 1)
+        await first.load("b", 2)
+        made = await first.world.registry.load_mix("ab", {"a": 0.5, "b": 2.0})
+        await first.world.registry.unload("b")
+        second = first.restarted()
+        await second.restart.run()
+        assert (
+            second.serves()
+            == first.serves()
+            == {"a": adapter(1).digest, "ab": made.generation.digest}
+        )
+        assert second.remembers() == first.remembers()
+        assert second.remembers()["ab"].mix == made.generation.status.source.mix
+        third = second.restarted()
+        shutil.rmtree(third.world.store.path(made.generation.digest))
+        await third.restart.run()
+        assert third.serves() == {"a": adapter(1).digest}
+        assert "lost the copy of this mix" in third.world.registry.failures["ab"].message
 
     play(scenario())
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 from support.golden import TINY_LLAMA
 from support.world import Play, World, adapter
 from transformers import AutoTokenizer
@@ -136,7 +137,7 @@ def test_the_manifest_remembers_it(tmp_path: Path) -> None:
     entries = [Entry("a", "0" * 64, "a", "", False, when_not_invoked="base")]
     Manifest(tmp_path).write(entries)
     assert Manifest(tmp_path).read()[0].not_invoked == "base"
-    Manifest(tmp_path).write([replace(entries[0], when_not_invoked="sometimes")])
+    Manifest(tmp_path).write([structs.replace(entries[0], when_not_invoked="sometimes")])
     with pytest.raises(ManifestError, match="when_not_invoked"):
         Manifest(tmp_path).read()
 

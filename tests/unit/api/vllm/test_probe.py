@@ -117,7 +117,7 @@ def test_a_late_probe_that_cannot_run_refuses_the_request_and_runs_before_the_ne
         # It is no fault of the adapter's: it stays, and is not taken for probed.
         assert set(w.served) == {"filler", "a"}
         assert generation.status.check is not None
-        assert not generation.status.resident
+        assert not generation.status.slot.resident
         probes.able = True
         assert [output async for output in w.generate("a")] == ["first", "last"]
         assert (probes.ran, generation.status.check) == (["a"], None)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.broken import NAME, refusal, without
+from support.examples import examples
 
 from molehill.engine import formats
 from molehill.engine.adapter.errors import (
@@ -25,6 +26,7 @@ from molehill.engine.adapter.errors import (
 @pytest.mark.parametrize(
     ("case", "name"),
     [
+        ("lora", "base_model.model.model.layers.0.mlp.up_proj.lora_A.bias"),
         ("lora", "base_model.model.model.layers.0.mlp.up_proj.lora_B.bias"),
         ("lora", "base_model.model.model.layers.0.mlp.up_proj.base_layer.bias"),
         ("lora", "base_model.model.model.embed_tokens.lora_embedding_A"),
@@ -272,7 +274,7 @@ DAMAGED = [
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=examples(200))
 @given(source=st.sampled_from(DAMAGED), damage=st.lists(DAMAGE, min_size=1, max_size=3))
 def test_damaged_bytes_give_an_adapter_or_a_typed_error(golden, source, damage):
     case, file = source

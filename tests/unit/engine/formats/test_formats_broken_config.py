@@ -80,7 +80,7 @@ UNSUPPORTED = [
     ("lora", "enable_lora", [True, False], "absent"),
     ("lora", "layer_replication", [[0, 4], [2, 4]], "absent"),
     ("lora", "trainable_token_indices", [1, 2], "absent"),
-    ("lora", "lora_bias", True, "absent"),
+    ("hydralora", "lora_bias", True, "absent"),
     ("lora", "target_parameters", ["mlp.experts"], "gate_up_proj or down_proj"),
     ("lora", "init_lora_weights", "pissa", "leaves them alone"),
     ("lora", "lora_nums", 3, "absent"),

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from psutil import virtual_memory
 from safetensors.torch import load_file, save_file
+from support.examples import examples
 
 from molehill.engine import formats
 from molehill.engine.adapter.errors import (
@@ -370,7 +371,7 @@ def places(value, path=()):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(150))
 @given(case=st.sampled_from(CASES), where=st.integers(0, 10**6), value=VALUES, remove=st.booleans())
 def test_a_changed_field_gives_a_typed_error_or_the_same_adapter(
     stored, case, where, value, remove
@@ -392,7 +393,7 @@ def test_a_changed_field_gives_a_typed_error_or_the_same_adapter(
         assert formats.read(directory).digest == original["digest"]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(150))
 @given(
     file=st.sampled_from([native.CONFIG, native.WEIGHTS]),
     damage=st.lists(

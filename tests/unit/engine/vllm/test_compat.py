@@ -191,6 +191,7 @@ def test_what_moved_is_found_in_either_place(copy: Path) -> None:
     assert len(faults(copy, moved)) == 3
 
 
+@pytest.mark.slow
 def test_a_maintainer_sees_every_seam(copy: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert check_sources.main([str(copy)]) == 0

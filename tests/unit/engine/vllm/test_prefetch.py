@@ -150,6 +150,7 @@ print([prefetcher.take("a"), prepare("b", False)])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(affinity()) < 2, reason="needs two cores, and a system that binds to them")
 def test_what_it_computes_stays_off_the_cores_that_openmp_is_bound_to() -> None:
     """vLLM binds a CPU worker by OpenMP's variables. What a thread computes with others binds them,

@@ -38,6 +38,7 @@ def read(handle: Any, answer: Connection) -> None:
     answer.send((read, looks))
 
 
+@pytest.mark.slow
 def test_who_waits_for_a_step_looks_now_and_then() -> None:
     """In a process of its own, where vLLM loads the plugin as it does in its engine core."""
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
@@ -58,6 +59,7 @@ def test_who_waits_for_a_step_looks_now_and_then() -> None:
     assert STEPS < looks < STEPS * LOOKS
 
 
+@pytest.mark.slow
 def test_a_process_that_reads_no_shared_memory_does_not_import_it() -> None:
     code = (
         "import sys; from vllm.plugins import load_general_plugins; load_general_plugins(); "

@@ -83,6 +83,7 @@ print(worker.slots.slot(9))
 """
 
 
+@pytest.mark.slow
 def test_where_one_rank_refuses_no_rank_keeps_anything(tmp_path: Path) -> None:
     """Two processes: the second has no memory for what the first has stored."""
     command = [sys.executable, "-c", RANKS]

@@ -1,6 +1,7 @@
 """Model files of vLLM that import torchvision, on machines that have none or a broken one."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ def python(code: str, *path: Path) -> str:
     return found.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @absent
 def test_qwens_file_imports_and_torchvision_is_known_to_be_absent() -> None:
     code = """
@@ -76,6 +78,7 @@ def fake(directory: Path, body: str) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_works_is_left_alone(tmp_path: Path) -> None:
     code = """
 import sys
@@ -94,31 +97,37 @@ print(torchvision.__name__)
 BROKEN = "import torch\ntorch.library.register_fake('torchvision::nms')(lambda: None)\n"
 
 
-MOLEHILL = "import sys; from molehill.api.cli.main import main; sys.exit(main(sys.argv[1:]))"
+# Each command's last line and status, of one process: what is imported once is imported for all.
+COMMANDS = """
+import contextlib, io, json, sys
+from molehill.api.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = main(arguments)
+    print(json.dumps([status, said.getvalue().splitlines()[-1]]))
+"""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status"),
-    [
-        (["serve", "m"], 2),
-        (["inspect", str(Case("lora").path), "--model", str(TINY_LLAMA)], 1),
-        (["merge", str(Case("lora").path), "NEW", "--model", str(TINY_LLAMA)], 2),
-    ],
-    ids=["serve", "inspect", "merge"],
-)
-def test_what_to_do_about_a_torchvision_for_another_torch_is_said(
-    arguments: list[str], status: int, tmp_path: Path
-) -> None:
-    arguments = [str(tmp_path / "new") if a == "NEW" else a for a in arguments]
+@pytest.mark.slow
+def test_what_to_do_about_a_torchvision_for_another_torch_is_said(tmp_path: Path) -> None:
+    lora, model = str(Case("lora").path), str(TINY_LLAMA)
+    commands = {
+        ("serve", "m"): 2,
+        ("inspect", lora, "--model", model): 1,
+        ("merge", lora, str(tmp_path / "new"), "--model", model): 2,
+    }
     environment = {**os.environ, "PYTHONPATH": str(fake(tmp_path, BROKEN))}
     found: Any = subprocess.run(
-        [sys.executable, "-c", MOLEHILL, *arguments],
+        [sys.executable, "-c", COMMANDS, json.dumps(list(commands))],
         capture_output=True,
         text=True,
         env=environment,
     )
-    assert found.returncode == status, found.stderr[-2000:]
-    message = found.stderr.splitlines()[-1]
-    assert "torchvision 0.1 is installed and cannot be imported beside torch" in message
-    assert "operator torchvision::nms does not exist" in message
-    assert "`pip uninstall torchvision`" in message
+    assert found.returncode == 0, found.stderr[-2000:]
+    answers = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("[")]
+    assert [status for status, _ in answers] == list(commands.values())
+    for _, message in answers:
+        assert "torchvision 0.1 is installed and cannot be imported beside torch" in message
+        assert "operator torchvision::nms does not exist" in message
+        assert "`pip uninstall torchvision`" in message

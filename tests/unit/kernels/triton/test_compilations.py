@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from molehill.engine.vllm.model import warmup
 from molehill.kernels import triton as package
-from molehill.kernels.interface import UNSERVED, FfnShape, LinearShape, Run
+from molehill.kernels.interface import UNSERVED, BaseActivation, FfnShape, LinearShape, Run
 from molehill.kernels.triton.backend import TritonBackend
 from molehill.kernels.triton.compilations import Compilations
 from molehill.kernels.triton.launch_config import Capacity
@@ -58,6 +58,7 @@ def compiled(monkeypatch) -> set:
 
 MOST = 400
 STEPS = [*range(1, 36), *range(40, 250, 23), *range(254, 260), *range(263, MOST, 29), MOST]
+SILU = BaseActivation("silu", is_rounded=False)
 # (in, out) of the fused linears of two layers. One whose widths are no multiples of 16.
 WIDTHS = {"qkv": (64, 96), "o": (64, 64), "gate_up": (64, 176), "down": (88, 64), "odd": (72, 40)}
 
@@ -70,7 +71,8 @@ def serving(dtype: torch.dtype):
             shape = LinearShape(f"{layer}.{name}", inputs, outputs, dtype)
             linears[backend.register_linear(shape)] = shape
         handle = {shape.name: handle for handle, shape in linears.items()}
-        ffn = FfnShape(f"{layer}.mlp", handle[f"{layer}.gate_up"], handle[f"{layer}.down"], 88)
+        linear = handle[f"{layer}.gate_up"], handle[f"{layer}.down"]
+        ffn = FfnShape(f"{layer}.mlp", *linear, 88, (None, SILU)[layer])
         ffns[backend.register_ffn(ffn)] = ffn
     backend.seal()
     return backend, linears, ffns
@@ -90,7 +92,8 @@ def test_steps_of_any_length_compile_nothing_after_the_warm_up(compiled, dtype) 
                 backend.linear(torch.empty(tokens, shape.out_features, dtype=dtype), x, handle)
             for handle, shape in ffns.items():
                 gate_up = torch.empty(tokens, 176, dtype=dtype)
-                backend.ffn(torch.empty(tokens, shape.intermediate, dtype=dtype), gate_up, handle)
+                run = backend.ffn if shape.activation is None else backend.activate
+                run(torch.empty(tokens, shape.intermediate, dtype=dtype), gate_up, handle)
     assert not sorted(compiled - ready)
 
 

@@ -62,6 +62,10 @@ def test_tiles_cover_every_row_once_and_fit_the_grid(step) -> None:
                 assert row not in found
                 found[row] = slot
         assert found == ({} if long and size == tiling.SMALL_TILE else wanted)
+    order = table[layout.order :]
+    assert table[1:3] == [len(wanted), tokens]
+    assert sorted(order) == list(range(tokens))
+    assert order[len(wanted) :] == [row for row in range(tokens) if row not in wanted]
 
 
 def test_the_grid_of_a_padded_step_has_room_for_every_shorter_one() -> None:
@@ -84,7 +88,8 @@ def test_the_worked_example_of_the_tiles_holds(monkeypatch) -> None:
     runs = [Run(2, 0, 5), Run(0, 5, 6), Run(2, 9, 11)]
     table = tiling.table(runs, {0, 2}, 3, 11).tolist()
     layout = tiling.StepLayout(11, 4)
-    assert table[layout.order :] == [0, 1, 2, 3, 4, 9, 10, 5]
+    assert table[layout.order :] == [0, 1, 2, 3, 4, 9, 10, 5, 6, 7, 8]
+    assert table[1:3] == [8, 11]
     assert tiles(table, layout.small, layout.large) == [[2, 0, 4, 0], [2, 4, 3, 4], [0, 7, 1, 5]]
 
 

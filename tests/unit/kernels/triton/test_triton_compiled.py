@@ -11,12 +11,18 @@ import torch
 from triton import knobs
 
 from molehill.benchmarks.compiled import STEPS, specialisations
-from molehill.kernels.interface import FfnShape, LinearShape, Run
-from molehill.kernels.triton import expand, ffn, gate, shrink
+from molehill.kernels.interface import BaseActivation, FfnShape, LinearShape, Run
+from molehill.kernels.triton import activate, expand, ffn, gate, shrink
 from molehill.kernels.triton.backend import TritonBackend
 from molehill.kernels.triton.launch_config import Capacity
 
-MODULES = {"shrink": shrink, "gate": gate, "expand": expand, "ffn": ffn}
+MODULES = {
+    "shrink": shrink,
+    "gate": gate,
+    "expand": expand,
+    "ffn": ffn,
+    "activate": activate,
+}
 NO_PTXAS = "neither Triton's package nor this machine has ptxas"
 
 
@@ -60,17 +66,21 @@ def test_what_is_compiled_is_what_is_launched(step, dtype, monkeypatch) -> None:
     tokens, features = STEPS[step], 1024
     capacity = Capacity(adapters=8, tokens=tokens, memory=1 << 12)
     serving = TritonBackend(torch.device("cpu"), capacity)
-    up = serving.register_linear(LinearShape("gate_up", features, 32, dtype))
-    down = serving.register_linear(LinearShape("down", 16, features, dtype))
-    mlp = serving.register_ffn(FfnShape("mlp", up, down, 16))
+    silu = BaseActivation("silu", is_rounded=False)
+    ffns = []
+    for activation in (None, silu):
+        up = serving.register_linear(LinearShape("gate_up", features, 32, dtype))
+        down = serving.register_linear(LinearShape("down", 16, features, dtype))
+        ffns.append((up, serving.register_ffn(FfnShape("mlp", up, down, 16, activation))))
     launched: list = []
     for name, module in MODULES.items():
         monkeypatch.setattr(module, f"{name}_kernel", Launches(launched))
     x, h = torch.zeros(tokens, features, dtype=dtype), torch.zeros(tokens, 16, dtype=dtype)
     gate_up = torch.zeros(tokens, 32, dtype=dtype)
     serving.begin_step([Run(0, 0, tokens)])
-    serving.linear(gate_up, x, up)
-    serving.ffn(h, gate_up, mlp)
+    serving.linear(gate_up, x, ffns[0][0])
+    serving.ffn(h, gate_up, ffns[0][1])
+    serving.activate(h, gate_up, ffns[1][1])
     short = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     expected = [
         {**own.constants, **own.options}

@@ -199,15 +199,3 @@ def test_patterns_shards_and_names_together_are_pefts_logits(authored, model):
         for prompt in own.prompts:
             found = logits_of(model, prompt.ids)[-1]
             torch.testing.assert_close(found, prompt.logits, rtol=0, atol=1e-4)
-
-
-def test_biases_are_refused_with_what_would_be_served(saved, tmp_path):
-    directory = renamed(saved[0], tmp_path / "a", lambda n: n, bias="all")
-    tensors = load_file(directory / "adapter_model.safetensors")
-    name = f"{P}model.layers.2.mlp.down_proj.base_layer.bias"
-    save_file({**tensors, name: torch.ones(64)}, directory / "adapter_model.safetensors")
-    error = refusal(UnsupportedError, directory)
-    assert (error.where.partition(": ")[2], error.found) == (name, "a trained bias")
-    assert "merge_and_unload" in error.expected
-    directory = renamed(saved[0], tmp_path / "b", lambda n: n, lora_bias=True)
-    assert "merge_and_unload" in refusal(UnsupportedError, directory).expected

@@ -1,4 +1,5 @@
-"""Static mixes and Arrow routing: adapters made of others, against PEFT's own."""
+"""Static mixes, Arrow routing and learned gates: adapters made of others, against PEFT's own, or
+the definition."""
 
 import json
 import re
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.authored import SCALES, TASKS, save_lora, tiny_llama
+from support.gated import GATED
 from support.golden import greatest_difference
 
 from molehill.api.cli import main
@@ -17,6 +20,7 @@ from molehill.engine.adapter.errors import (
     ConfigError,
     CorruptFileError,
     LimitError,
+    MissingTensorError,
     NonFiniteError,
     NothingBoundError,
     ShapeError,
@@ -30,11 +34,11 @@ from molehill.engine.hf.reference import attach
 from molehill.engine.transform.arrow import prototype
 from molehill.engine.transform.weighted_sum import Part, mix
 from molehill.kernels.mixture import Experts, LinearMixture
-from molehill.kernels.policy import Arrow, Constant
+from molehill.kernels.policy import Arrow, Constant, Soft, TopK
 
 LOGITS = 1e-3
 SITE = "layers.0.self_attn.q_proj"
-MADE = ("mix", "arrow", "arrow-general")
+MADE = ("mix", "arrow", "arrow-general", "molora")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def copied(authored, tmp_path):
 
 @pytest.mark.parametrize("name", MADE)
 @torch.no_grad()
-def test_the_reference_gives_pefts_logits_and_tokens(authored, model, name):
+def test_the_reference_gives_the_oracles_logits_and_tokens(authored, model, name):
     with attach(model, formats.read(authored[name].path)):
         for prompt in authored[name].prompts:
             tokens = list(prompt.ids)
@@ -236,6 +240,89 @@ def test_arrow_is_for_loras_by_peft(copied, golden, case):
         formats.read(directory)
 
 
+# A learned gate
+
+
+def edit_routers(directory, change):
+    file = directory / "gate.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def test_a_learned_gate_takes_what_every_adapter_adapts(authored):
+    """Of unequal ranks, on unequal linears; one that leaves a linear as it is adds nothing."""
+    adapter, path = formats.read(authored["molora"].path), authored["molora"].path
+    loras = [formats.read(path / name) for name in GATED]
+    assert adapter.sites.keys() == {site for lora in loras for site in lora.sites}
+    assert {mixture.policy for mixture in adapter.sites.values()} == {TopK(2)}
+    for site, mixture in adapter.sites.items():
+        for lora, (a, b) in zip(loras, mixture.experts.split(), strict=True):
+            if site in lora.sites:
+                own = lora.sites[site].experts
+                assert torch.equal(a, own.a)
+                assert torch.equal(b, own.b)
+            else:
+                assert not b.any()
+
+
+def test_without_top_k_every_adapter_acts_and_the_temperature_divides(copied, authored):
+    found = formats.read(copied("molora", {"top_k": None, "router_temperature": 2}))
+    whole = formats.read(authored["molora"].path)
+    for site, mixture in found.sites.items():
+        assert mixture.policy == Soft()
+        assert torch.equal(mixture.router, whole.sites[site].router / 2)
+
+
+@pytest.mark.parametrize("case", ["mola", "dora"])
+def test_a_learned_gate_is_for_loras(copied, golden, case):
+    directory = copied("molora", {"adapters": ["poems", "code", "bad"]})
+    shutil.copytree(golden / "cases" / case, directory / "bad")
+    with pytest.raises(UnsupportedError, match=r"^bad: layers"):
+        formats.read(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "match"),
+    [
+        (
+            lambda tensors: tensors.pop("layers.2.mlp.down_proj.router"),
+            ShapeError,
+            r"gate.safetensors: router: found \[3, 64\], expected \[3, 176\], .* layers.2.mlp.down",
+        ),
+        (
+            lambda tensors: tensors.pop("router"),
+            MissingTensorError,
+            r"gate.safetensors: layers\.\d\.self_attn\.._proj\.router: found no such tensor",
+        ),
+        (
+            lambda tensors: tensors.update({"layers.9.mlp.down_proj.router": torch.ones(3, 176)}),
+            UnsupportedError,
+            r"layers.9.mlp.down_proj.router: found a tensor that routes nothing",
+        ),
+        (lambda t: t.update(router=torch.ones(64)), ShapeError, r"router: found \[64\]"),
+        (lambda t: t.update(router=torch.full((3, 64), torch.nan)), NonFiniteError, "router"),
+        (lambda t: t.update(router=torch.ones(3, 64).int()), UnsupportedError, "torch.int32"),
+    ],
+)
+def test_bad_routers_are_refused_by_tensor(copied, change, kind, match):
+    directory = copied("molora")
+    edit_routers(directory, change)
+    with pytest.raises(kind, match=match):
+        formats.read(directory)
+
+
+def test_a_router_file_that_is_a_link_or_cut_is_refused(copied):
+    directory = copied("molora", {"router": "linked.safetensors"})
+    (directory / "linked.safetensors").symlink_to(directory / "gate.safetensors")
+    with pytest.raises(UnsupportedError, match=r"linked\.safetensors, a link"):
+        formats.read(directory)
+    (directory / "linked.safetensors").unlink()
+    (directory / "linked.safetensors").write_bytes(b"cut")
+    with pytest.raises(CorruptFileError, match=r"linked\.safetensors"):
+        formats.read(directory)
+
+
 # The file
 
 
@@ -265,7 +352,12 @@ def test_a_mix_inside_a_mix_is_refused(copied):
 @pytest.mark.parametrize(
     ("name", "document", "kind", "match"),
     [
-        ("mix", {"kind": "sum"}, ConfigError, "kind: found 'sum', expected one of mix, arrow"),
+        (
+            "mix",
+            {"kind": "sum"},
+            ConfigError,
+            "found 'sum', expected one of mix, arrow, molora",
+        ),
         ("mix", {"kind": None}, ConfigError, "kind"),
         ("mix", {"top_k": 2}, UnsupportedError, "top_k: found an unknown field"),
         ("mix", {"adapters": {}}, ConfigError, "adapters: found {}, expected at least one"),
@@ -283,6 +375,19 @@ def test_a_mix_inside_a_mix_is_refused(copied):
         ("arrow", {"router_temperature": 0}, ConfigError, "router_temperature"),
         ("arrow", {"general": ["nobody"]}, ConfigError, "general: found nobody, no"),
         ("arrow", {"scales": [1]}, UnsupportedError, "scales: found an unknown field"),
+        ("molora", {"adapters": {"poems": 1}}, ConfigError, "adapters: .*expected a list"),
+        ("molora", {"adapters": ["poems", "poems"]}, ConfigError, "every adapter once"),
+        ("molora", {"top_k": 4}, UnsupportedError, "top_k: found 4, expected at most 3"),
+        ("molora", {"normalize": 1}, ConfigError, "normalize: found 1"),
+        ("molora", {"top_k": None, "normalize": True}, ConfigError, "none without `top_k`"),
+        ("molora", {"router_temperature": -1}, ConfigError, "router_temperature"),
+        ("molora", {"router": None}, ConfigError, "router: found nothing, expected a .safetensors"),
+        ("molora", {"router": "other.safetensors"}, ConfigError, "other.safetensors, no file"),
+        ("molora", {"router": "../gate.safetensors"}, UnsupportedError, "router: found '../gate"),
+        ("molora", {"router": "gate.bin"}, UnsupportedError, "router: found 'gate.bin'"),
+        ("molora", {"token_adapters": [0]}, UnsupportedError, "token_adapters: found a table of"),
+        ("molora", {"general": ["poems"]}, UnsupportedError, "general: found an unknown field"),
+        ("molora", {"adapters": ["code", "poems"]}, ShapeError, r"router: found \[3, "),
     ],
 )
 def test_a_bad_file_is_refused_by_field(copied, name, document, kind, match):
@@ -306,7 +411,7 @@ def test_limits_are_for_the_whole(authored):
         formats.read(path, Limits(experts=1))
 
 
-@pytest.mark.parametrize(("place", "name"), [(1, "mix"), (2, "arrow-general")])
+@pytest.mark.parametrize(("place", "name"), [(1, "mix"), (2, "arrow-general"), (3, "molora")])
 def test_the_documents_examples_are_what_is_read_here(authored, place, name):
     document = Path(__file__).parents[5] / "docs" / "format.md"
     blocks = re.findall(r"```json\n(.*?)```", document.read_text(), re.DOTALL)
