@@ -188,6 +188,7 @@ class AdapterRegistry:
         """Whoever has it in flight frees it."""
         generation.status.drain()
         if self.names.withdraw(generation):
-            self.names.fail(generation.name, generation.status.source.public, error)
+            source = generation.status.source
+            self.names.fail(generation.name, source.public, error, source.desired)
             logger.error("Adapter %s is not served any more: %s", generation.name, error)
             self._tasks.start(self.names.changed())

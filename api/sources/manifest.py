@@ -23,8 +23,8 @@ class ManifestError(ValueError):
 @dataclass(frozen=True)
 class Entry:
     """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout,
-    base_is_residual: see Source; the layout empty for none. when_not_invoked: see GenerationStatus;
-    empty for None. probed: that it has an effect was seen, or is not asked for.
+    base_is_residual, desired: see Source; the layout empty for none. when_not_invoked: see
+    GenerationStatus; empty for None. probed: that it has an effect was seen, or is not asked for.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Entry:
     lora_b_layout: str = ""
     base_is_residual: bool = False
     when_not_invoked: str = ""
+    desired: bool = False
 
     @property
     def layout(self) -> Layout | None:
