@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.api_client import BASE, GOLDEN
 from support.server import TINY, serve
 
@@ -336,3 +337,17 @@ def test_a_bad_start_adapter_ends_the_start_with_its_error(tmp_path: Path) -> No
     assert "adapter_config.json" in lines[0]
     assert "Traceback" not in log.read_text()
     assert BASE not in lines[0]
+
+
+def test_kubernetes_arguments_are_vllms_and_end_within_the_grace_period() -> None:
+    path = GOLDEN.parents[2] / "deploy" / "kubernetes" / "deployment.yaml"
+    pod = yaml.safe_load(path.read_text())["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    _, rest = make_parser().parse_known_args(
+        [arg for arg in container["args"][1:] if not arg.startswith("--adapter-root=")]
+    )
+    args = launcher.parse(rest)
+    assert (args.model, args.host, args.port) == ("/models/base", "0.0.0.0", 8000)
+    assert args.served_model_name == ["base"]
+    pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert 0 < args.shutdown_timeout < pod["terminationGracePeriodSeconds"] - pause
