@@ -126,7 +126,6 @@ async def show_ready(services: Injected, request: Request) -> Response:
         message = f"found {type(error).__name__} in the background; see the server's log"
         body = errors.body(message, "internal_error", HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse(body, status_code=503)
-    file = services.adapters_file
-    if services.restart.ready and (file is None or file.ready):
+    if services.restart.ready and (services.adapters_file is None or services.adapters_file.ready):
         return Response(status_code=200)
     return Response(status_code=503, headers={"Retry-After": "1"})

@@ -34,7 +34,7 @@ class Options:
     merged_base: what the launcher made of that adapter.
     admission: bounds on all adapters together. hub, url_prefixes: what else may be loaded from.
     watch: whether what appears in a root is served. adapters_file: path or URL of what is to be
-    served, see `molehill.api.sources.desired_state`. probe: whether an adapter without effect is
+    served (it may be signed), see `molehill.api.sources.desired_state`. probe: whether an adapter without effect is
     refused. admin_keys: for all that changes the server.
     """
 
@@ -55,7 +55,7 @@ class Options:
     hub: bool = False
     url_prefixes: tuple[str, ...] = ()
     watch: bool = False
-    adapters_file: str | None = None
+    adapters_file: str | None = field(default=None, repr=False)
     probe: bool = True
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
 

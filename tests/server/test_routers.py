@@ -136,7 +136,7 @@ def test_the_production_stack(clean: Api) -> None:
     with pytest.raises(RuntimeError, match=r"400: .*has already been loaded"):
         stack.load("a", f"{clean.root}/mola")
     stack.unload("a")
-    assert stack.registrations() == before
+    assert stack.registrations().keys() == before.keys()
     with pytest.raises(RuntimeError, match="404"):
         stack.unload("a")
 
