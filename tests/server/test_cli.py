@@ -192,7 +192,7 @@ def test_options_reach_their_fields(tmp_path: Path) -> None:
     given = parsed(
         *("--adapter", f"a={tmp_path}", "--adapter", f"b={tmp_path}"),
         *("--adapter-lora-b-layout", "a=rank_major", "--adapter-root", str(tmp_path)),
-        *("--adapter-base-is-residual", "b"),
+        *("--adapter-base-is-residual", "b", "--adapters-file", "wanted.yaml"),
         *("--adapter-store", "store", "--adapter-backend", "torch", "--adapter-memory", "7"),
         *("--adapter-host-memory", "0", "--no-adapter-probe", "--no-merge"),
         *("--merge-tolerance", "0.5", "--merge-into-base", "a", "--admin-api-key", "secret"),
@@ -218,9 +218,26 @@ def test_options_reach_their_fields(tmp_path: Path) -> None:
         hub=True,
         url_prefixes=("https://models.example/x",),
         watch=True,
+        adapters_file="wanted.yaml",
         probe=False,
         admin_keys=("secret",),
     )
+
+
+@pytest.mark.parametrize("place", ["", "ftp://host/file", "https:///file"])
+def test_the_adapters_file_is_a_path_or_a_known_url(
+    place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--adapters-file", place)
+    assert "argument --adapters-file: found" in capsys.readouterr().err
+
+
+def test_a_signed_url_of_the_adapters_file_is_not_shown() -> None:
+    signed = "https://bucket.example/adapters.yaml?signature=secret"
+    given = parsed("--adapters-file", signed)
+    assert given.adapters_file == signed
+    assert "secret" not in repr(given)
 
 
 def test_several_engines_are_refused() -> None:
