@@ -25,6 +25,9 @@ from molehill.api.http.auth import Guard
 from molehill.api.http.dependencies import Services, answer_http_error, answer_not_found
 from molehill.api.http.mix_requests import MixRequests
 from molehill.api.metrics.worker_stats import WorkerStats
+from molehill.api.sources.adapters_file import LABEL
+from molehill.api.sources.desired_state import AdaptersFile
+from molehill.api.sources.document import Document
 from molehill.api.sources.fetch import Sources, local
 from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.restore import Restart
@@ -119,8 +122,13 @@ def end_with(task: asyncio.Task[None]) -> None:
 async def run_background(services: Services, *, watch: bool) -> None:
     """What goes on while the server serves."""
     await services.restart.run()
+    followed: list[Coroutine[Any, Any, None]] = []
+    if services.adapters_file is not None:
+        followed.append(services.adapters_file.run())
     if watch:
-        await Watcher(services.sources.roots, services.sources, services.registry).run()
+        watcher = Watcher(services.sources.roots, services.sources, services.registry)
+        followed.append(watcher.run())
+    await asyncio.gather(*followed)
 
 
 def options_of(args: Namespace) -> Options:
@@ -166,7 +174,10 @@ async def make_services(engine_client: Any, models: Any, options: Options) -> Se
     manifest = None if options.store is None else Manifest(store.root)
     restart = Restart(registry, store, sources, reader, manifest)
     stats, scraping = WorkerStats(workers, registry), Background(cores, "molehill-metrics")
-    return Services(registry, sources, stats, restart, ServedModels(models, registry), scraping)
+    place = options.adapters_file
+    file = None if place is None else AdaptersFile(Document(place, LABEL), sources, registry)
+    served = ServedModels(models, registry)
+    return Services(registry, sources, stats, restart, served, scraping, file)
 
 
 async def prober(engine_client: Any) -> Prober | None:

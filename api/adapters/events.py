@@ -20,7 +20,7 @@ Tier = Literal["worker", "host", "disk"]
 EVICTING: tuple[Tier, ...] = ("worker", "host")
 
 # Who starts tasks that nobody awaits.
-TaskKind = Literal["metrics", "registry", "residency", "restart", "watch"]
+TaskKind = Literal["adapters_file", "metrics", "registry", "residency", "restart", "watch"]
 
 # What becomes of a request that does not activate its adapter.
 NotInvoked = Literal["base", "refused"]

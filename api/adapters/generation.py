@@ -88,6 +88,7 @@ class Loading:
 @dataclass(frozen=True)
 class Failure:
     """A name that should serve and does not, and why: the error's type and message, for clients.
+    desired: see Source.
 
     Not the error itself: its traceback would keep what was read in memory.
     """
@@ -97,13 +98,15 @@ class Failure:
     source: str
     kind: str
     message: str
+    desired: bool = False
 
 
-def failure_of(name: str, source: str, error: Exception) -> Failure:
+def failure_of(name: str, source: str, error: Exception, desired: bool = False) -> Failure:
     if isinstance(error, RequestError | AdapterError):
-        return Failure(name, source, error.kind, encodable(str(error)))
+        return Failure(name, source, error.kind, encodable(str(error)), desired)
     # Its message is for the operator alone: it may hold paths of the server.
-    return Failure(name, source, "internal_error", f"{type(error).__name__}; see the server's log")
+    message = f"{type(error).__name__}; see the server's log"
+    return Failure(name, source, "internal_error", message, desired)
 
 
 @dataclass(frozen=True)

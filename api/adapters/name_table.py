@@ -16,8 +16,8 @@ Absent = Failure | Loading
 
 
 class NameTable:
-    """Names to their current generation, to the failure of a name that a restart or a watched root
-    should serve, or to the load that a restart is still to begin.
+    """Names to their current generation, to the failure of a name that a restart, a watched root or
+    the adapters file should serve, or to the load that a restart is still to begin.
 
     served: names to the engine's requests, where the engine looks a request's model up; written
     here. changed: awaited by whoever has changed names, or their pins.
@@ -79,10 +79,11 @@ class NameTable:
         """Of a name that nothing is known of yet."""
         self._entries[loading.name] = loading
 
-    def fail(self, name: str, source: str, error: Exception) -> None:
-        """Notes why a name that should serve does not, unless it does by now."""
+    def fail(self, name: str, source: str, error: Exception, desired: bool = False) -> None:
+        """Notes why a name that should serve does not, unless it does by now. desired: see
+        Source."""
         if self.get(name) is None:
-            self._entries[name] = failure_of(name, source, error)
+            self._entries[name] = failure_of(name, source, error, desired)
 
     def forget(self, name: str) -> Absent | None:
         """That the name should serve and does not; None if it is no such name."""

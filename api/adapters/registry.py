@@ -215,7 +215,8 @@ class AdapterRegistry:
         """Whoever has it in flight frees it."""
         generation.status.drain()
         if self.names.withdraw(generation):
-            self.names.fail(generation.name, generation.status.source.public, error)
+            source = generation.status.source
+            self.names.fail(generation.name, source.public, error, source.desired)
             self.mixes.drop_unreachable()
             logger.error("Adapter %s is not served any more: %s", generation.name, error)
             self._tasks.start(self.names.changed())

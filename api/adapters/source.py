@@ -17,7 +17,8 @@ class Source:
 
     label: brings the same adapter again; a repository with its commit. fingerprint: tells whether
     files that stay where they are have been touched since; empty for what was fetched.
-    remembered: a restarted server serves it again by itself. shared: others may write to the
+    remembered: a restarted server serves it again by itself. desired: the operator's adapters file
+    wants it, and takes it away again when it does not. shared: others may write to the
     directory while it is read. lora_b_layout: how whoever loads it wants it read, see
     `formats.readers.expert_layout`. base_is_residual: what they say of the base, see
     `formats.readers.changed_base`. canonical: the directory is a copy of what was read. mix: the
@@ -29,6 +30,7 @@ class Source:
     label: str
     fingerprint: str = ""
     remembered: bool = True
+    desired: bool = False
     shared: bool = False
     lora_b_layout: Layout | None = None
     base_is_residual: bool = False

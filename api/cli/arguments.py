@@ -68,6 +68,20 @@ def url_prefix(text: str) -> str:
     return text
 
 
+def path_or_url(text: str) -> str:
+    """Of one file, which need not be there yet; raises argparse.ArgumentTypeError."""
+    if "://" not in text:
+        if not text:
+            raise argparse.ArgumentTypeError("found nothing, expected a path or a URL")
+        return str(Path(text).expanduser())
+    parts = urlsplit(text)
+    if parts.scheme not in URL_SCHEMES or not parts.netloc:
+        # A signed URL is a secret.
+        schemes = ", ".join(URL_SCHEMES)
+        raise argparse.ArgumentTypeError(f"found a URL of {parts.scheme!r}, expected {schemes}")
+    return text
+
+
 def secret(text: str) -> str:
     """A key; raises argparse.ArgumentTypeError for an empty one."""
     if not text.strip():

@@ -53,6 +53,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             {"metavar": "NAME", "action": "append"},
         ),
         Option(
+            "adapters_file",
+            "--adapters-file",
+            "serve what this JSON or YAML file says, a list of adapters or the LoRA syncer's "
+            "vLLMLoRAConfig, and follow its changes; their sources as in a client's load",
+            {"metavar": "PATH|URL", "type": values.path_or_url},
+        ),
+        Option(
             "roots",
             "--adapter-root",
             "let clients load adapters from below DIR; may be repeated (default: none)",

@@ -72,9 +72,12 @@ def shown(info: AdapterInfo, **fields: Any) -> Response:
 
 @router.get("", response_model=AdapterList, responses=refusals())
 async def list_adapters(services: Injected) -> Response:
-    """Every adapter: served, loading, draining and failed ones."""
+    """Every adapter: served, loading, draining and failed ones; and how far what serves is what the
+    adapters file wants."""
     data = list(schemas.everything(services.registry))
-    return JSONResponse(AdapterList(data=data).model_dump())
+    file = services.adapters_file
+    desired = None if file is None else schemas.of_adapters_file(file)
+    return JSONResponse(AdapterList(data=data, desired=desired).model_dump())
 
 
 @router.post("", response_model=LoadedInfo, dependencies=json_only, responses=refusals(*LOADS))

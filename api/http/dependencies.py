@@ -17,6 +17,7 @@ from molehill.api.adapters.errors import RequestError, UnknownModelError, Unknow
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.http import errors
 from molehill.api.metrics.worker_stats import WorkerStats
+from molehill.api.sources.desired_state import AdaptersFile
 from molehill.api.sources.fetch import Sources
 from molehill.api.sources.restore import Restart
 from molehill.api.vllm.served_models import ServedModels
@@ -31,8 +32,9 @@ LOGGED_FIELDS, LOGGED_LETTERS = 5, 40
 
 @dataclass(frozen=True)
 class Services:
-    """scraping: where metrics are put into text: of a thousand
-    adapters that takes as long as some steps do, and the event loop streams meanwhile."""
+    """scraping: where metrics are put into text: of a thousand adapters that takes as long as some
+    steps do, and the event loop streams meanwhile. adapters_file: None for a server that follows
+    none."""
 
     registry: AdapterRegistry
     sources: Sources
@@ -40,6 +42,7 @@ class Services:
     restart: Restart
     models: ServedModels
     scraping: Background
+    adapters_file: AdaptersFile | None = None
 
 
 def services(request: Request) -> Services:

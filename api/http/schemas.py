@@ -11,7 +11,9 @@ from molehill.api.adapters.generation import Failure, Generation, Loading
 from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.mix import Mix
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.source import Source
 from molehill.api.adapters.status import AdapterState
+from molehill.api.sources.desired_state import AdaptersFile, DesiredState
 
 
 class Plan(BaseModel):
@@ -36,6 +38,8 @@ class AdapterInfo(BaseModel):
     state: loading (stage says how far), serving, draining (replaced or unloaded, finishing its
     requests) or failed (error and error_type say why a remembered or watched adapter does not
     serve).
+    wanted_by: adapters_file, command_line (--adapter), or null of what somebody loaded by a request
+    or put into a watched root.
     generation: sha256 of the content. bytes: of its tensors in float32. resident: where it is: in
     the workers (ready at once), or on disk (the next request waits for it). last_used: Unix
     seconds. loads: how often it came into the workers. source_note: what has become of the source.
@@ -49,6 +53,7 @@ class AdapterInfo(BaseModel):
     error: str | None = None
     error_type: str | None = None
     kind: str | None = None
+    wanted_by: Literal["adapters_file", "command_line"] | None = None
     generation: str | None = None
     source: str
     source_note: str | None = None
@@ -67,9 +72,39 @@ class AdapterInfo(BaseModel):
     warnings: list[str] = []
 
 
+class DesiredInfo(BaseModel):
+    """One entry of the adapters file. state: converged (the name serves what it says), pending (it
+    is loaded, or will be) or failed (error and error_type say why; retry_seconds is the time until
+    the next try, null where the file has to change first). generation: what the name serves now.
+    """
+
+    name: str | None
+    state: DesiredState
+    source: str | None
+    generation: str | None
+    error_type: str | None
+    error: str | None
+    retry_seconds: float | None
+
+
+class DesiredList(BaseModel):
+    """The adapters file. converged: the last look at it was good, and every entry of it is served.
+    read: when it was last read and understood, Unix seconds. error, error_type: why the last look
+    was in vain; what is listed is the last good one's."""
+
+    converged: bool
+    read: float | None
+    error_type: str | None
+    error: str | None
+    data: list[DesiredInfo]
+
+
 class AdapterList(BaseModel):
+    """desired: what the adapters file wants, null for a server that follows none."""
+
     object: Literal["list"] = "list"
     data: list[AdapterInfo]
+    desired: DesiredList | None = None
 
 
 class LoadedInfo(AdapterInfo):
@@ -84,6 +119,7 @@ def of_generation(generation: Generation) -> AdapterInfo:
         name=generation.name,
         state=status.state,
         kind=content.kind,
+        wanted_by=wanted_by(status.source),
         generation=generation.digest,
         source=status.source.public,
         source_note=status.note,
@@ -106,6 +142,26 @@ def mix_info(mix: Mix) -> list[MixPartInfo]:
     return [MixPartInfo(**asdict(part)) for part in mix.parts]
 
 
+def wanted_by(source: Source) -> Literal["adapters_file", "command_line"] | None:
+    if not source.remembered:
+        return "command_line"
+    return "adapters_file" if source.desired else None
+
+
+def of_adapters_file(file: AdaptersFile) -> DesiredList:
+    data = [DesiredInfo(**asdict(status)) for status in file.statuses()]
+    error = file.error
+    return DesiredList(
+        converged=error is None
+        and file.read_at is not None
+        and all(info.state is DesiredState.CONVERGED for info in data),
+        read=file.read_at,
+        error_type=None if error is None else error.kind,
+        error=None if error is None else error.message,
+        data=data,
+    )
+
+
 def of_loading(loading: Loading) -> AdapterInfo:
     return AdapterInfo(
         name=loading.name,
@@ -120,6 +176,7 @@ def of_failure(failure: Failure) -> AdapterInfo:
     return AdapterInfo(
         name=failure.name,
         state=failure.state,
+        wanted_by="adapters_file" if failure.desired else None,
         source=failure.source,
         error=failure.message,
         error_type=failure.kind,

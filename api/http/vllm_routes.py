@@ -6,6 +6,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from molehill.api.adapters.errors import UnknownModelError
 from molehill.api.adapters.generation import Generation
@@ -23,6 +24,7 @@ from molehill.api.http.dependencies import (
     refusals,
 )
 from molehill.api.metrics import prometheus
+from molehill.api.metrics.desired import DesiredCollector
 from molehill.api.vllm import engine_metrics
 from molehill.api.vllm.lifeline import is_alive
 from molehill.api.vllm.routes import json_only
@@ -99,19 +101,22 @@ async def show_model(name: str, services: Injected) -> Response:
 async def show_metrics(services: Injected) -> Response:
     """vLLM's metrics and molehill's."""
     adapters = prometheus.AdapterCollector(services.registry, await services.stats.refresh())
-    events = services.registry.events
+    collectors: list[Collector] = [adapters, services.registry.events]
+    if services.adapters_file is not None:
+        collectors.append(DesiredCollector(services.adapters_file))
 
     def text() -> bytes:
-        return engine_metrics.exposition() + prometheus.exposition(adapters, events)
+        return engine_metrics.exposition() + prometheus.exposition(*collectors)
 
     return Response(await services.scraping.run(text), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/health/ready", response_class=Response, responses={503: {}})
 async def show_ready(services: Injected, request: Request) -> Response:
-    """200 once all that an earlier server remembered is loaded or reported, 503 until then, and
-    503 for good when the engine is dead, or when what goes on beside requests has failed, which the
-    answer then says."""
+    """200 once all that an earlier server remembered is loaded or reported, and all that the
+    adapters file wants serves or has been refused for what it is, 503 until then, and 503 for good
+    when the engine is dead, or when what goes on beside requests has failed, which the answer then
+    says."""
     if not await is_alive(request.app.state.engine_client):
         return Response(status_code=503)
     task = getattr(request.app.state, "molehill_task", None)
@@ -121,6 +126,6 @@ async def show_ready(services: Injected, request: Request) -> Response:
         message = f"found {type(error).__name__} in the background; see the server's log"
         body = errors.body(message, "internal_error", HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse(body, status_code=503)
-    if services.restart.ready:
+    if services.restart.ready and (services.adapters_file is None or services.adapters_file.ready):
         return Response(status_code=200)
     return Response(status_code=503, headers={"Retry-After": "1"})

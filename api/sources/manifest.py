@@ -24,8 +24,8 @@ class ManifestError(ValueError):
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout,
-    base_is_residual: see Source; the layout empty for none. when_not_invoked: see GenerationStatus;
-    empty for None. probed: that it has an effect was seen, or is not asked for. mix: see Source.
+    base_is_residual, desired, mix: see Source; the layout empty for none. when_not_invoked: see
+    GenerationStatus; empty for None. probed: that it has an effect was seen, or is not asked for.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base_is_residual: bool = False
     when_not_invoked: WhenNotInvoked | Literal[""] = ""
     mix: Mix | None = None
+    desired: bool = False
 
     @property
     def layout(self) -> Layout | None:

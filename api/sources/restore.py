@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from operator import attrgetter
 
 from molehill.api.adapters.errors import (
@@ -102,7 +103,7 @@ class Restart:
         except Exception as error:
             # Whatever it is, the others are served all the same.
             logger.error("Adapter %s is not served after the restart: %s", name, error)
-            self._registry.names.fail(name, entry.source, error)
+            self._registry.names.fail(name, entry.source, error, entry.desired)
         return None
 
     async def _load_entry(self, entry: Entry) -> Loaded:
@@ -137,16 +138,18 @@ class Restart:
         while self._registry.loads.busy:
             # With clients' loads; clients that were refused wait longer before they try again.
             await asyncio.sleep(PAUSE_SECONDS)
-        checked = self._while_awaited(entry.name, fetch)
+        checked = self._while_awaited(entry, fetch)
         return await self._registry.load(entry.name, entry.source, checked, terms)
 
     @contextmanager
-    def _while_awaited(self, name: str, fetch: Fetch) -> Iterator[Source]:
+    def _while_awaited(self, entry: Entry, fetch: Fetch) -> Iterator[Source]:
         """Entered under the name's lock, which whoever loads or deletes the name needs too."""
-        if name not in self._registry.names.awaited:
-            raise NotLoadedError(f"The lora adapter {name!a} was loaded or deleted meanwhile.")
+        if entry.name not in self._registry.names.awaited:
+            raise NotLoadedError(
+                f"The lora adapter {entry.name!a} was loaded or deleted meanwhile."
+            )
         with fetch as source:
-            yield source
+            yield replace(source, desired=entry.desired)
 
     async def _check_source(self, entry: Entry, generation: Generation) -> None:
         source = generation.status.source
@@ -212,6 +215,7 @@ class Restart:
                 base_is_residual=generation.status.source.base_is_residual,
                 when_not_invoked=generation.status.when_not_invoked or "",
                 mix=generation.status.source.mix,
+                desired=generation.status.source.desired,
             )
             for generation in self._registry
             if generation.status.source.remembered

@@ -33,8 +33,9 @@ class Options:
     merge_into_base: the start adapter whose static part goes into the base weights.
     merged_base: what the launcher made of that adapter.
     admission: bounds on all adapters together. hub, url_prefixes: what else may be loaded from.
-    watch: whether what appears in a root is served. probe: whether an adapter without effect is
-    refused. admin_keys: for all that changes the server.
+    watch: whether what appears in a root is served. adapters_file: path or URL (which may be
+    signed) of what is to be served, see `molehill.api.sources.desired_state`. probe: whether an
+    adapter without effect is refused. admin_keys: for all that changes the server.
     """
 
     adapters: tuple[tuple[str, Path], ...] = ()
@@ -54,6 +55,7 @@ class Options:
     hub: bool = False
     url_prefixes: tuple[str, ...] = ()
     watch: bool = False
+    adapters_file: str | None = field(default=None, repr=False)
     probe: bool = True
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
 

@@ -32,9 +32,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    """One server for all: tiny-llama with an API key, an adapter root and a start adapter."""
+    """One server for all: tiny-llama with an API key, an adapter root, a start adapter and an
+    adapters file that wants nothing."""
     folder = tmp_path_factory.mktemp("server")
-    store = folder / "store"
+    store, file = folder / "store", folder / "adapters.yaml"
+    file.write_text("[]")
     arguments = [
         *TINY,
         *(
@@ -47,11 +49,12 @@ def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactor
             "--enable-prompt-tokens-details",
         ),
         *("--adapter-root", str(adapter_root), "--adapter-store", str(store)),
+        *("--adapters-file", str(file)),
         *("--adapter", f"started={GOLDEN / 'cases' / 'dynmole-default'}"),
         *("--max-adapter-rank", "64", "--enable-scale-out"),
     ]
     with serve(model, folder / "log", arguments, warm=True) as server:
-        yield Api(server.url, adapter_root, store)
+        yield Api(server.url, adapter_root, store, file)
         assert server.process.poll() is None, server.tail()
 
 

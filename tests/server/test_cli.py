@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.api_client import BASE, GOLDEN
 from support.server import TINY, serve
 
@@ -191,7 +192,7 @@ def test_options_reach_their_fields(tmp_path: Path) -> None:
     given = parsed(
         *("--adapter", f"a={tmp_path}", "--adapter", f"b={tmp_path}"),
         *("--adapter-lora-b-layout", "a=rank_major", "--adapter-root", str(tmp_path)),
-        *("--adapter-base-is-residual", "b"),
+        *("--adapter-base-is-residual", "b", "--adapters-file", "wanted.yaml"),
         *("--adapter-store", "store", "--adapter-backend", "torch", "--adapter-memory", "7"),
         *("--adapter-host-memory", "0", "--no-adapter-probe", "--no-merge"),
         *("--merge-tolerance", "0.5", "--merge-into-base", "a", "--admin-api-key", "secret"),
@@ -218,9 +219,26 @@ def test_options_reach_their_fields(tmp_path: Path) -> None:
         hub=True,
         url_prefixes=("https://models.example/x",),
         watch=True,
+        adapters_file="wanted.yaml",
         probe=False,
         admin_keys=("secret",),
     )
+
+
+@pytest.mark.parametrize("place", ["", "ftp://host/file", "https:///file"])
+def test_the_adapters_file_is_a_path_or_a_known_url(
+    place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--adapters-file", place)
+    assert "argument --adapters-file: found" in capsys.readouterr().err
+
+
+def test_a_signed_url_of_the_adapters_file_is_not_shown() -> None:
+    signed = "https://bucket.example/adapters.yaml?signature=secret"
+    given = parsed("--adapters-file", signed)
+    assert given.adapters_file == signed
+    assert "secret" not in repr(given)
 
 
 def test_several_engines_are_refused() -> None:
@@ -337,3 +355,17 @@ def test_a_bad_start_adapter_ends_the_start_with_its_error(tmp_path: Path) -> No
     assert "adapter_config.json" in lines[0]
     assert "Traceback" not in log.read_text()
     assert BASE not in lines[0]
+
+
+def test_kubernetes_arguments_are_vllms_and_end_within_the_grace_period() -> None:
+    path = GOLDEN.parents[2] / "deploy" / "kubernetes" / "deployment.yaml"
+    pod = yaml.safe_load(path.read_text())["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    _, rest = make_parser().parse_known_args(
+        [arg for arg in container["args"][1:] if not arg.startswith("--adapter-root=")]
+    )
+    args = launcher.parse(rest)
+    assert (args.model, args.host, args.port) == ("/models/base", "0.0.0.0", 8000)
+    assert args.served_model_name == ["base"]
+    pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert 0 < args.shutdown_timeout < pod["terminationGracePeriodSeconds"] - pause
