@@ -12,6 +12,7 @@ from typing import Any
 from molehill.api.adapters import names
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.background import Background
+from molehill.api.adapters.chat import ReadChat
 from molehill.api.adapters.errors import RequestError, UnknownModelError
 from molehill.api.adapters.generation import Failure, Generation, Loaded, Loading
 from molehill.api.adapters.generations import Generations, MakeRequest
@@ -37,8 +38,8 @@ logger = logging.getLogger("vllm.molehill")
 class AdapterRegistry:
     """Loads, replaces and unloads adapters by name. All methods run on the event loop's thread.
 
-    read, store, background, memory: see Intake. make_request, probe: see Generations, Installer.
-    served: see NameTable. base_models: names that no adapter may have.
+    read, store, background, memory, read_chat: see Intake. make_request, probe: see Generations,
+    Installer. served: see NameTable. base_models: names that no adapter may have.
     merged_base: the adapter that is merged into the base weights.
 
     names, loads: what each name stands for, and what is on its way to them.
@@ -57,10 +58,13 @@ class AdapterRegistry:
         merged_base: MergedBaseAdapter | None = None,
         background: Background | None = None,
         memory: int = Limits().adapter_bytes,
+        read_chat: ReadChat | None = None,
     ) -> None:
         self.residency = residency
         self.events = residency.events
-        self.intake = Intake(read, store, background or Background(threads=READERS), memory)
+        self.intake = Intake(
+            read, store, background or Background(threads=READERS), memory, read_chat
+        )
         self.names = NameTable(served)
         self.loads = Loads(admission, self.names)
         self._base_models = base_models

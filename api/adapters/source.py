@@ -19,7 +19,8 @@ class Source:
     remembered: a restarted server serves it again by itself. shared: others may write to the
     directory while it is read. lora_b_layout: how whoever loads it wants it read, see
     `formats.readers.expert_layout`. base_is_residual: what they say of the base, see
-    `formats.readers.changed_base`. canonical: the directory is a copy of what was read.
+    `formats.readers.changed_base`. canonical: the directory is a copy of what was read. chat:
+    digest of what the store keeps beside a copy; empty for none.
     """
 
     directory: Path
@@ -30,6 +31,7 @@ class Source:
     lora_b_layout: Layout | None = None
     base_is_residual: bool = False
     canonical: bool = False
+    chat: str = ""
 
     @property
     def asked_layout(self) -> Layout | None:

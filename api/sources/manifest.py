@@ -24,7 +24,8 @@ class ManifestError(ValueError):
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout,
     base_is_residual: see Source; the layout empty for none. when_not_invoked: see GenerationStatus;
-    empty for None. probed: that it has an effect was seen, or is not asked for.
+    empty for None. probed: that it has an effect was seen, or is not asked for. chat: digest of
+    what the store keeps beside its copy; empty for none.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lora_b_layout: Layout | Literal[""] = ""
     base_is_residual: bool = False
     when_not_invoked: WhenNotInvoked | Literal[""] = ""
+    chat: str = ""
 
     @property
     def layout(self) -> Layout | None:

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 
+from molehill.api.adapters.chat import digest_of
 from molehill.api.adapters.errors import NotLoadedError, RequestError, SourceChangedError
 from molehill.api.adapters.generation import Generation, Loaded, Loading
 from molehill.api.adapters.ingest import Fetch, ReadAdapter
 from molehill.api.adapters.load_options import Terms
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.source import Source
-from molehill.api.adapters.store import AdapterStore
+from molehill.api.adapters.store import AdapterStore, chat_name
 from molehill.api.sources.fetch import Sources, local
 from molehill.api.sources.manifest import Entry, Manifest
 from molehill.engine.adapter.errors import AdapterError
@@ -60,7 +61,8 @@ class Restart:
         self._on_disk = entries
         self.ready = False
         if manifest is not None:
-            store.sweep({entry.generation for entry in entries})
+            chats = {chat_name(entry.chat) for entry in entries if entry.chat}
+            store.sweep({entry.generation for entry in entries} | chats)
             registry.names.changed = self._remember
 
     async def run(self) -> None:
@@ -109,6 +111,7 @@ class Restart:
             lora_b_layout=entry.layout,
             base_is_residual=entry.base_is_residual,
             canonical=True,
+            chat=entry.chat,
         )
         terms = Terms(
             pinned=entry.pinned,
@@ -116,6 +119,7 @@ class Restart:
             allow_noop=entry.probed,
             eager=entry.pinned,
             when_not_invoked=entry.not_invoked,
+            chat=entry.chat or None,
         )
         if copy.directory.is_dir():
             try:
@@ -162,7 +166,8 @@ class Restart:
                 if source.fingerprint == entry.fingerprint:
                     return None
                 digest = self._read(source.directory, entry.layout, entry.base_is_residual).digest
-                return None if digest == entry.generation else CHANGED
+                chat = digest_of(self._registry.intake.chat_of(source)) if entry.chat else ""
+                return None if (digest, chat) == (entry.generation, entry.chat) else CHANGED
         except (AdapterError, RequestError, OSError):
             return GONE
 
@@ -203,6 +208,7 @@ class Restart:
                 lora_b_layout=generation.status.source.lora_b_layout or "",
                 base_is_residual=generation.status.source.base_is_residual,
                 when_not_invoked=generation.status.when_not_invoked or "",
+                chat=digest_of(generation.content.chat),
             )
             for generation in self._registry
             if generation.status.source.remembered

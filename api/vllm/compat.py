@@ -17,6 +17,7 @@ from molehill.engine.vllm.seams import Seam
 LAUNCH, STARTING = "api/vllm/launcher.py", "api/vllm/starting.py"
 TRACKING, MODELS = "api/vllm/request_tracking.py", "api/vllm/served_models.py"
 METRICS, LIFELINE, APP = "api/vllm/engine_metrics.py", "api/vllm/lifeline.py", "api/app.py"
+CHATS = "api/vllm/adapter_chats.py"
 
 ARGUMENTS = "vllm.entrypoints.common.cli_args"
 # Where they were until 0.32.
@@ -201,7 +202,12 @@ SERVER = (
         "",
         APP,
         "what a server's state holds",
-        markers=("state.engine_client = ", "state.openai_serving_models = ", "state.args = "),
+        markers=(
+            "state.engine_client = ",
+            "state.openai_serving_models = ",
+            "state.args = ",
+            "state.online_renderer = ",
+        ),
     ),
     Seam(
         "vllm.entrypoints.launchers.app",
@@ -256,6 +262,52 @@ SERVER = (
             'request_id_batch = f"{request_id}-{random_uuid()}"',
             'request_id_item = f"{request_id_batch}-beam-{i}"',
         ),
+    ),
+    Seam(
+        "vllm.renderers.online_renderer",
+        "OnlineRenderer",
+        CHATS,
+        "renders the chats of all routes",
+        attributes=(
+            "chat_template",
+            "model_config",
+            "preprocess_chat",
+            "renderer",
+            "use_harmony",
+        ),
+        markers=("await self.preprocess_chat(", "request.build_chat_params("),
+    ),
+    Seam(
+        "vllm.renderers.online_renderer",
+        "OnlineRenderer.preprocess_chat",
+        CHATS,
+        "is replaced on the renderer, which gets the adapter's template",
+        positional=(
+            "self",
+            "request",
+            "messages",
+            "default_template",
+            "default_template_content_format",
+            "default_template_kwargs",
+        ),
+        keywords=("tool_dicts",),
+    ),
+    Seam(
+        "vllm.renderers.hf",
+        "resolve_chat_template",
+        CHATS,
+        "the base's template",
+        positional=("tokenizer", "chat_template", "tools"),
+        keywords=("model_config",),
+    ),
+    Seam("vllm.renderers.hf", "HfRenderer", CHATS, "whether chats are rendered by templates"),
+    Seam(
+        "vllm.sampling_params",
+        "SamplingParams.update_from_generation_config",
+        "api/vllm/stop_tokens.py",
+        "ends an answer at more tokens",
+        positional=("self", "generation_config"),
+        markers=("if not self.ignore_eos:", "self.stop_token_ids = "),
     ),
     Seam(
         "vllm.exceptions",

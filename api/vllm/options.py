@@ -34,7 +34,8 @@ class Options:
     merged_base: what the launcher made of that adapter.
     admission: bounds on all adapters together. hub, url_prefixes: what else may be loaded from.
     watch: whether what appears in a root is served. probe: whether an adapter without effect is
-    refused. admin_keys: for all that changes the server.
+    refused. adapter_chat_templates: whether an adapter's template and special tokens go before the
+    base's in its chats. admin_keys: for all that changes the server.
     """
 
     adapters: tuple[tuple[str, Path], ...] = ()
@@ -55,6 +56,7 @@ class Options:
     url_prefixes: tuple[str, ...] = ()
     watch: bool = False
     probe: bool = True
+    adapter_chat_templates: bool = True
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
 
 
