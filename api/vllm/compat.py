@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
+from molehill.api.vllm.render_seams import RENDERING
 from molehill.engine.vllm import compat as engine
 from molehill.engine.vllm import seams
 from molehill.engine.vllm.seams import Seam
@@ -17,7 +18,6 @@ from molehill.engine.vllm.seams import Seam
 LAUNCH, STARTING = "api/vllm/launcher.py", "api/vllm/starting.py"
 TRACKING, MODELS = "api/vllm/request_tracking.py", "api/vllm/served_models.py"
 METRICS, LIFELINE, APP = "api/vllm/engine_metrics.py", "api/vllm/lifeline.py", "api/app.py"
-CHATS = "api/vllm/adapter_chats.py"
 
 ARGUMENTS = "vllm.entrypoints.common.cli_args"
 # Where they were until 0.32.
@@ -264,52 +264,6 @@ SERVER = (
         ),
     ),
     Seam(
-        "vllm.renderers.online_renderer",
-        "OnlineRenderer",
-        CHATS,
-        "renders the chats of all routes",
-        attributes=(
-            "chat_template",
-            "model_config",
-            "preprocess_chat",
-            "renderer",
-            "use_harmony",
-        ),
-        markers=("await self.preprocess_chat(", "request.build_chat_params("),
-    ),
-    Seam(
-        "vllm.renderers.online_renderer",
-        "OnlineRenderer.preprocess_chat",
-        CHATS,
-        "is replaced on the renderer, which gets the adapter's template",
-        positional=(
-            "self",
-            "request",
-            "messages",
-            "default_template",
-            "default_template_content_format",
-            "default_template_kwargs",
-        ),
-        keywords=("tool_dicts",),
-    ),
-    Seam(
-        "vllm.renderers.hf",
-        "resolve_chat_template",
-        CHATS,
-        "the base's template",
-        positional=("tokenizer", "chat_template", "tools"),
-        keywords=("model_config",),
-    ),
-    Seam("vllm.renderers.hf", "HfRenderer", CHATS, "whether chats are rendered by templates"),
-    Seam(
-        "vllm.sampling_params",
-        "SamplingParams.update_from_generation_config",
-        "api/vllm/stop_tokens.py",
-        "ends an answer at more tokens",
-        positional=("self", "generation_config"),
-        markers=("if not self.ignore_eos:", "self.stop_token_ids = "),
-    ),
-    Seam(
         "vllm.exceptions",
         "GracefulHTTPError",
         TRACKING,
@@ -438,6 +392,7 @@ SERVER = (
         "a body's content type, as on vLLM's routes",
         positional=("raw_request",),
     ),
+    *RENDERING,
 )
 
 SEAMS: tuple[Seam, ...] = (*LAUNCHER, *SERVER)
