@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 from molehill.api.adapters.background import Background
+from molehill.api.adapters.chat import ChatReader
 from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.reader import AdapterReader
 from molehill.api.adapters.reading import READERS
@@ -34,6 +35,7 @@ from molehill.api.sources.restore import Restart
 from molehill.api.sources.roots import AdapterRoots, operator_source
 from molehill.api.sources.watcher import Watcher
 from molehill.api.vllm import compat, starting
+from molehill.api.vllm.adapter_chats import base_chat, render_as_adapters_do
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.lifeline import Lifeline
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
@@ -91,7 +93,7 @@ class MolehillRoutes:
         if models.lora_requests:
             raise RuntimeError("adapters were loaded past molehill; use molehill serve --adapter")
         models.lora_requests = ServedRequests()
-        services = await make_services(engine_client, models, options)
+        services = await make_services(engine_client, models, options, state.online_renderer)
         state.molehill = services
         layouts = dict(options.layouts)
         for name, path in options.adapters:
@@ -136,7 +138,9 @@ def options_of(args: Namespace) -> Options:
     return options
 
 
-async def make_services(engine_client: Any, models: Any, options: Options) -> Services:
+async def make_services(
+    engine_client: Any, models: Any, options: Options, online_renderer: Any
+) -> Services:
     """All that the routes need, on this engine. Raises RuntimeError, ManifestError, LockedError."""
     config = engine_client.vllm_config
     if config.parallel_config.data_parallel_size > 1:
@@ -165,9 +169,11 @@ async def make_services(engine_client: Any, models: Any, options: Options) -> Se
         background=Background(cores, threads=READERS),
         memory=limits.adapter_bytes,
         combine=reader.combine,
+        read_chat=chat_reader(online_renderer) if options.adapter_chat_templates else None,
     )
     models.lora_requests.registry = registry
     count_requests(engine_client, registry)
+    render_as_adapters_do(online_renderer, models, registry)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)
     sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
@@ -178,6 +184,12 @@ async def make_services(engine_client: Any, models: Any, options: Options) -> Se
     file = None if place is None else AdaptersFile(Document(place, LABEL), sources, registry)
     served = ServedModels(models, registry)
     return Services(registry, sources, stats, restart, served, scraping, file)
+
+
+def chat_reader(online_renderer: Any) -> ChatReader | None:
+    """None for a model whose chats are not rendered by templates."""
+    base = base_chat(online_renderer)
+    return None if base is None else ChatReader(base)
 
 
 async def prober(engine_client: Any) -> Prober | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from molehill.api.adapters.chat import AdapterChat
 from molehill.api.adapters.errors import RequestError, encodable
 from molehill.api.adapters.status import AdapterState, GenerationStatus
 from molehill.engine.adapter.errors import AdapterError
@@ -19,7 +20,7 @@ class Content:
 
     digest: sha256 of the bytes that were read, the generation's identity before clients.
     num_bytes: of the tensors in canonical float32. plan: sites by what they need when they run.
-    invocation_tokens: see Adapter.
+    invocation_tokens: see Adapter. chat: None where its tokenizer is the base's, or not asked for.
     """
 
     digest: str
@@ -29,9 +30,10 @@ class Content:
     plan: Mapping[str, int]
     path: Path
     invocation_tokens: tuple[int, ...] = ()
+    chat: AdapterChat | None = None
 
 
-def content_of(adapter: Adapter, path: Path) -> Content:
+def content_of(adapter: Adapter, path: Path, chat: AdapterChat | None = None) -> Content:
     """Counts static sites; merging them is up to the workers."""
     sites = adapter.sites.values()
     static = sum(gate(mixture).weights is not None for mixture in sites)
@@ -40,10 +42,11 @@ def content_of(adapter: Adapter, path: Path) -> Content:
         adapter.digest,
         adapter.kind,
         adapter.num_bytes,
-        adapter.warnings,
+        adapter.warnings if chat is None else (*adapter.warnings, *chat.warnings),
         summary,
         path,
         adapter.invocation_tokens,
+        chat,
     )
 
 

@@ -78,7 +78,7 @@ class Generations:
             self._events.end(generation.name)
         await self._residency.forget(generation)
         try:
-            await self._intake.release(generation.digest)
+            await self._intake.release(generation.content)
         except Exception:
             # Whoever unloads or replaces it has done so all the same.
             logger.exception("The copy of adapter %s could not be freed", generation.name)

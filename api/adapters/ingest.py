@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from molehill.api.adapters.background import Background
+from molehill.api.adapters.chat import AdapterChat, ReadChat, digest_of
 from molehill.api.adapters.errors import OutOfMemoryError, StoreError
 from molehill.api.adapters.generation import Content, Loading, content_of
-from molehill.api.adapters.load_options import check_content
+from molehill.api.adapters.load_options import Terms, check_content
 from molehill.api.adapters.mix import Mix
 from molehill.api.adapters.reading import Reading, most_bytes
 from molehill.api.adapters.source import Source
@@ -38,7 +39,8 @@ Fetch = AbstractContextManager[Source]
 class Intake:
     """read: parses and validates a directory, in any thread, with the layout that a source names
     and what it says of the base; raises AdapterError. combine: sums up and validates; likewise.
-    background: where they run. memory: bytes that the largest adapter may take.
+    background: where they run. memory: bytes that the largest adapter may take. read_chat: see
+    ReadChat; None where all chat as the base does.
 
     reading: held by whoever reads an adapter there. What is not read waits, and says so.
     """
@@ -50,20 +52,22 @@ class Intake:
         store: AdapterStore,
         background: Background,
         memory: int,
+        read_chat: ReadChat | None = None,
     ) -> None:
         self._read = read
         self._combine = combine
+        self._read_chat = read_chat
         self._store = store
         self._background = background
         self.reading = Reading(memory)
 
     async def take_in(
-        self, loading: Loading, fetch: Fetch, expected: str | None
+        self, loading: Loading, fetch: Fetch, terms: Terms | None = None
     ) -> tuple[Content, Source]:
         """What `fetch` brings, held in the store until `release`.
 
-        expected: digest that it must have, None for any. Raises SourceChangedError, AdapterError,
-        StoreError, OutOfMemoryError and what `fetch` raises.
+        terms: its `content` and `chat` must be the source's. Raises SourceChangedError,
+        AdapterError, StoreError, OutOfMemoryError and what `fetch` raises.
         """
         loading.stage = "fetching"
         try:
@@ -71,7 +75,7 @@ class Intake:
                 size = await asyncio.to_thread(self._most_bytes, source)
                 async with self.reading.beside(size):
                     loading.stage = "reading"
-                    read = self._background.run(self._read_into_store, source, expected)
+                    read = self._background.run(self._read_into_store, source, terms or Terms())
                     return await read, source
         except (RuntimeError, MemoryError, OSError) as error:
             # What fetches it, and a thread to do that in, takes memory too.
@@ -88,21 +92,47 @@ class Intake:
         """Where the store has what is held there by that digest."""
         return self._store.path(digest)
 
-    async def release(self, digest: str) -> None:
+    async def release(self, content: Content) -> None:
         """In a thread: the store may be writing, and files take time to delete."""
-        await asyncio.to_thread(self._store.release, digest)
+        await asyncio.to_thread(self._store.release, content.digest)
+        if content.chat is not None:
+            await asyncio.to_thread(self._store.release_chat, content.chat.digest)
 
-    def _read_into_store(self, source: Source, expected: str | None) -> Content:
+    def chat_of(self, source: Source) -> AdapterChat | None:
+        """How the source's adapter is talked to. Raises AdapterError, OSError."""
+        if self._read_chat is None:
+            return None
+        if source.canonical:
+            return self._store.read_chat(source.chat) if source.chat else None
+        return self._read_chat(source.directory)
+
+    def _read_into_store(self, source: Source, terms: Terms) -> Content:
         try:
-            mixed = source.mix is not None and not source.canonical
-            adapter = self._sum_up(source) if mixed else self._read_untouched(source)
-            check_content(source.label, adapter.digest, expected)
-            return content_of(adapter, self._store.acquire(adapter, source.directory))
+            if source.mix is not None and not source.canonical:
+                adapter, chat = self._sum_up(source), None
+            else:
+                adapter, chat = self._read_untouched(source)
+            check_content(source.label, adapter.digest, terms.content)
+            if self._read_chat is not None:
+                check_content(f"{source.label}: tokenizer", digest_of(chat), terms.chat)
+            if terms.chat_template == "base":
+                chat = None
+            content = content_of(adapter, self._store.acquire(adapter, source.directory), chat)
+            if chat is not None:
+                self._acquire_chat(chat, content)
+            return content
         except Exception as error:
             if is_out_of_memory(error):
                 raise no_memory(source.label) from None
             if isinstance(error, OSError):
                 raise StoreError(f"adapter store: {error.strerror}") from error
+            raise
+
+    def _acquire_chat(self, chat: AdapterChat, content: Content) -> None:
+        try:
+            self._store.acquire_chat(chat)
+        except Exception:
+            self._store.release(content.digest)
             raise
 
     def _most_bytes(self, source: Source) -> int:
@@ -123,10 +153,11 @@ class Intake:
         except CorruptFileError as error:
             raise StoreError(f"{name}: its copy in the store is damaged; load it again") from error
 
-    def _read_untouched(self, source: Source) -> Adapter:
+    def _read_untouched(self, source: Source) -> tuple[Adapter, AdapterChat | None]:
         """Raises AdapterError, SourceChangedError, OSError where there is no room to read it."""
         try:
             adapter = self._read(source.directory, source.asked_layout, source.asked_residual)
+            chat = self.chat_of(source)
         except AdapterError as error:
             # Half of one file and half of another are not the client's fault.
             source.check_untouched()
@@ -137,7 +168,7 @@ class Intake:
             source.check_untouched()
             raise CorruptFileError(source.label, error.strerror, "a readable directory") from error
         source.check_untouched()
-        return adapter
+        return adapter, chat
 
 
 def no_memory(label: str) -> OutOfMemoryError:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from molehill.api.adapters.chat import ChatTemplate
 from molehill.api.adapters.errors import GenerationMismatchError, SourceChangedError
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.invocation import WhenNotInvoked
@@ -24,6 +25,8 @@ class Terms:
     even if it changes nothing. content: digest that the source must have, None for any. eager:
     bring it into the workers even where another adapter must leave them for it. when_not_invoked:
     of an activated adapter; None leaves it as it is, which for a new name is "refuse".
+    chat_template: whose its chat requests get. chat: digest that the source's chat must have, None
+    for any.
     """
 
     replace: bool = True
@@ -33,6 +36,8 @@ class Terms:
     content: str | None = None
     eager: bool = True
     when_not_invoked: WhenNotInvoked | None = None
+    chat_template: ChatTemplate = "adapter"
+    chat: str | None = None
 
 
 def check_expected(name: str, current: Generation | None, expected: Expected) -> None:

@@ -43,14 +43,14 @@ class Loader:
         async with self._names.lock(name):
             old = self._names.get(name)
             check_expected(name, old, terms.expected)
-            content, source = await self._intake.take_in(loading, fetch, terms.content)
+            content, source = await self._intake.take_in(loading, fetch, terms)
             try:
                 kept = self._kept(name, old, content, terms)
             except Exception:
-                await self._intake.release(content.digest)
+                await self._intake.release(content)
                 raise
             if kept is not None:
-                await self._intake.release(content.digest)
+                await self._intake.release(content)
                 return await self._load_again(kept, source, terms)
             new = await self._installer.install(loading, content, source, old, terms)
             await self._switch(old, new)
@@ -59,17 +59,23 @@ class Loader:
     def _kept(
         self, name: str, old: Generation | None, content: Content, terms: Terms
     ) -> Generation | None:
-        """`old`, if it has these very bytes. Raises NotActivatedError for terms that do not fit
-        them, MergedIntoBaseError, AlreadyLoadedError where others may not take its place."""
+        """`old`, if it has these very bytes and is talked to in the same way.
+
+        Raises NotActivatedError for terms that do not fit them, MergedIntoBaseError,
+        AlreadyLoadedError where others may not take its place."""
         check_activated(name, content.invocation_tokens, terms.when_not_invoked)
         if self._merged_base is not None:
             self._merged_base.check_load(name, content.digest)
-        if old is None or old.digest == content.digest:
+        if old is None:
+            return None
+        same = old.digest == content.digest
+        if same and old.content.chat == content.chat:
             return old
         if not terms.replace:
+            other, them = ("another chat template", "it") if same else ("other weights", "them")
             raise AlreadyLoadedError(
-                f"The lora adapter '{name}' has already been loaded with other weights. If you "
-                "want to replace them, set 'load_inplace' to True."
+                f"The lora adapter '{name}' has already been loaded with {other}. If you "
+                f"want to replace {them}, set 'load_inplace' to True."
             )
         return None
 

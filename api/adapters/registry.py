@@ -12,6 +12,7 @@ from typing import Any
 from molehill.api.adapters import names
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.background import Background
+from molehill.api.adapters.chat import ReadChat
 from molehill.api.adapters.errors import RequestError, UnknownModelError
 from molehill.api.adapters.generation import Failure, Generation, Loaded, Loading
 from molehill.api.adapters.generations import Generations, MakeRequest
@@ -40,7 +41,8 @@ logger = logging.getLogger("vllm.molehill")
 class AdapterRegistry:
     """Loads, replaces and unloads adapters by name. All methods run on the event loop's thread.
 
-    read, combine, store, background, memory: see Intake. make_request, probe: see Generations,
+    read, combine, store, background, memory, read_chat: see Intake. make_request, probe: see
+    Generations,
     Installer. served: see NameTable. base_models: names that no adapter may have.
     merged_base: the adapter that is merged into the base weights.
 
@@ -62,11 +64,17 @@ class AdapterRegistry:
         background: Background | None = None,
         memory: int = Limits().adapter_bytes,
         combine: Combine = mix,
+        read_chat: ReadChat | None = None,
     ) -> None:
         self.residency = residency
         self.events = residency.events
         self.intake = Intake(
-            read, combine, store, background or Background(threads=READERS), memory
+            read,
+            combine,
+            store,
+            background or Background(threads=READERS),
+            memory,
+            read_chat,
         )
         self.names = NameTable(served)
         self.loads = Loads(admission, self.names)

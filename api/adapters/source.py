@@ -23,7 +23,7 @@ class Source:
     `formats.readers.expert_layout`. base_is_residual: what they say of the base, see
     `formats.readers.changed_base`. canonical: the directory is a copy of what was read. mix: the
     served adapters that it is the sum of; the directory is then a copy of one of them, unless it is
-    canonical.
+    canonical. chat: digest of what the store keeps beside a copy; empty for none.
     """
 
     directory: Path
@@ -36,6 +36,7 @@ class Source:
     base_is_residual: bool = False
     canonical: bool = False
     mix: Mix | None = None
+    chat: str = ""
 
     @property
     def asked_layout(self) -> Layout | None:

@@ -14,16 +14,25 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from molehill.api.adapters.chat import AdapterChat, encode, read_kept
 from molehill.api.adapters.store_lock import DirectoryLock
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
+from molehill.engine.formats.io.files import read_start
+from molehill.engine.system.atomic_directory import appearing
 
-# Copies, what was merged into the base weights, and either where it was not finished.
-LEFT = re.compile(r"(base-)?[0-9a-f]{64}|\.(base-)?[0-9a-f]{64}-.*")
+# Copies, chats, what was merged into the base weights, and any where it was not finished.
+LEFT = re.compile(r"(base-|chat-)?[0-9a-f]{64}|\.(base-|chat-)?[0-9a-f]{64}-.*")
+CHAT_FILE = "chat.json"
+
+
+def chat_name(digest: str) -> str:
+    return f"chat-{digest}"
 
 
 class AdapterStore:
-    """Directories `<root>/<digest>`, each as long as somebody holds it. Thread-safe.
+    """Directories `<root>/<digest>`, each as long as somebody holds it, and `<root>/chat-<digest>`
+    of what goes with some of them: weights are the same whatever is said to them. Thread-safe.
 
     Without a root of its own choice it uses a temporary directory that goes with the process.
     claim: keeps other servers out of the root.
@@ -58,13 +67,36 @@ class AdapterStore:
             self._holders[adapter.digest] += 1
         return directory
 
+    def acquire_chat(self, chat: AdapterChat) -> None:
+        """Kept for the next server, until it is released. Raises OSError."""
+        name, content = chat_name(chat.digest), encode(chat)
+        directory = self.root / name
+        with self._lock:
+            kept = read_start(directory / CHAT_FILE, len(content) + 1)
+            if not self._holders[name] and kept != content:
+                shutil.rmtree(directory, ignore_errors=True)
+                with appearing(directory) as partial:
+                    (partial / CHAT_FILE).write_bytes(content)
+            self._holders[name] += 1
+
+    def read_chat(self, digest: str) -> AdapterChat:
+        """Of this server or an earlier one. Raises CorruptFileError."""
+        return read_kept(self.root / chat_name(digest) / CHAT_FILE, digest)
+
     def release(self, digest: str) -> None:
         """Lets go of a directory; the last holder deletes it."""
+        self._release(digest)
+
+    def release_chat(self, digest: str) -> None:
+        """As `release`, of a chat."""
+        self._release(chat_name(digest))
+
+    def _release(self, name: str) -> None:
         with self._lock:
-            self._holders[digest] -= 1
-            if not self._holders[digest]:
-                del self._holders[digest]
-                shutil.rmtree(self.path(digest), ignore_errors=True)
+            self._holders[name] -= 1
+            if not self._holders[name]:
+                del self._holders[name]
+                shutil.rmtree(self.root / name, ignore_errors=True)
 
     def hold(self, directory: Path) -> None:
         """Keeps a directory that was written beside the copies."""
@@ -72,7 +104,8 @@ class AdapterStore:
             self._holders[directory.name] += 1
 
     def sweep(self, keep: Collection[str]) -> None:
-        """Deletes what an earlier server left, but for what is held, and the digests in `keep`."""
+        """Deletes what an earlier server left, but for what is held, and the names in `keep`:
+        digests, or what `chat_name` makes of them."""
         with self._lock:
             for path in self.root.iterdir():
                 is_needed = path.name in keep or path.name in self._holders

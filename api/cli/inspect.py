@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 
-from molehill.api.cli import probe_prompts, tables
+from molehill.api.adapters.chat import AdapterChat, differences
+from molehill.api.cli import base_chats, probe_prompts, tables
 from molehill.api.cli.arguments import JSON, LAYOUT, RESIDUAL, TOLERANCE
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import BaseModel
@@ -20,6 +21,7 @@ from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.validation import problems
 from molehill.engine.formats import DEFAULT_LIMITS
+from molehill.engine.formats.io import tokenizer_files
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.transform.merge import merge_static
 from molehill.engine.transform.plan import SitePlan, plan
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
             base=base,
             base_is_residual=args.base_is_residual,
         )
+        tokenizer = tokenizer_files.read(args.path)
     except AdapterError as error:
         return _unreadable(error, as_json=args.json)
     if base is not None:
@@ -67,11 +70,13 @@ def run(args: argparse.Namespace) -> int:
             change = None if errors else _logit_change(args, adapter, base)
         except (ImportError, OSError, ValueError) as error:
             return _unusable_model(args.model, error)
+    chat = differences(tokenizer, base_chats.of_model(args.model))
+    adapter = replace(adapter, warnings=(*adapter.warnings, *chat.warnings))
     sites = plan(adapter, base, args.merge_tolerance)
     if args.json:
-        print(json.dumps(report(adapter, sites, errors, change), indent=2))
+        print(json.dumps(report(adapter, sites, errors, change, chat), indent=2))
     else:
-        _print(adapter, sites, errors, args.model, change)
+        _print(adapter, sites, errors, args.model, change, chat)
     return 1 if errors else 0
 
 
@@ -95,6 +100,7 @@ def report(
     sites: Sequence[SitePlan],
     errors: Sequence[AdapterError],
     change: probe_prompts.LogitChange | None = None,
+    chat: AdapterChat | None = None,
 ) -> dict[str, Any]:
     """All that is known of an adapter, as plain JSON."""
     return {
@@ -102,6 +108,7 @@ def report(
         "digest": adapter.digest,
         "base_model": adapter.base_model,
         "alora_invocation_tokens": list(adapter.invocation_tokens) or None,
+        "chat": None if chat is None else chat.shown(),
         "bytes": adapter.num_bytes,
         "warnings": list(adapter.warnings),
         "problems": [_problem(error) for error in errors],
@@ -135,12 +142,13 @@ def _print(
     errors: Sequence[AdapterError],
     model: str | None,
     change: probe_prompts.LogitChange | None,
+    chat: AdapterChat,
 ) -> None:
     console = Console()
     table = tables.site_table(sites)
     wide = console.options.update(max_width=_WIDEST)
     console.width = max(console.width, Measurement.get(console, wide, table).maximum)
-    console.print(tables.summary(adapter, sites))
+    console.print(tables.summary(adapter, sites, chat))
     console.print(table)
     if change is not None:
         console.print(f"[yellow]merged[/] logits {change}", highlight=False, soft_wrap=True)

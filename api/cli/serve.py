@@ -97,6 +97,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "refuse an adapter that does not change the answer to a probe prompt (default: on)",
             ON_OR_OFF,
         ),
+        Option(
+            "adapter_chat_templates",
+            "--no-adapter-chat-templates",
+            "chat with every adapter by the base's template and special tokens (default: by the "
+            "adapter's, where files beside it have others)",
+            SWITCH_OFF,
+        ),
     ),
     "merging": (
         Option(

@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from molehill.api.adapters.chat import AdapterChat
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.transform.plan import SitePlan, share
 from molehill.kernels.policy import Policy
@@ -47,7 +48,7 @@ def totals(sites: Iterable[SitePlan]) -> CostTotals:
     return CostTotals(flops, read, share(flops, base_flops), share(read, base_read))
 
 
-def summary(adapter: Adapter, sites: Sequence[SitePlan]) -> Table:
+def summary(adapter: Adapter, sites: Sequence[SitePlan], chat: AdapterChat) -> Table:
     """Everything that is said once."""
     static = sum(site.static for site in sites)
     merged = [site for site in sites if site.merged is not None]
@@ -58,6 +59,7 @@ def summary(adapter: Adapter, sites: Sequence[SitePlan]) -> Table:
         "digest": adapter.digest,
         "base model": adapter.base_model or "not named",
         "acts": _activation(adapter),
+        "chat": _chat(chat),
         "routing": "; ".join(_routings(sites)) or "none (plain LoRA)",
         "sites": f"{len(sites)}: {static} static, {len(sites) - static} dynamic",
         **({"biases": _biases(adapter)} if adapter.biases else {}),
@@ -84,6 +86,16 @@ def _activation(adapter: Adapter) -> str:
     return (
         f"from tokens {tokens} on, where the prompt has them last" if tokens else "on every token"
     )
+
+
+def _chat(chat: AdapterChat) -> str:
+    """What it has of its own."""
+    templates = [
+        f"template {name}, {len(text)} characters" for name, text in chat.templates.items()
+    ]
+    special = [f"{name} {token!r}" for name, token in chat.special_tokens.items()]
+    stops = [f"ends at {', '.join(map(str, chat.stop_token_ids))}"] if chat.stop_token_ids else []
+    return "; ".join([*templates, *special, *stops]) or "as the base"
 
 
 def _merging(merged: Sequence[SitePlan]) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from molehill.api.adapters.chat import ChatTemplate
 from molehill.api.adapters.errors import BadMixError, BadPathError, NotLoadedError
 from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.invocation import WhenNotInvoked
@@ -37,7 +38,8 @@ class LoadBody(StrictBody):
     of LoRA on fused experts whose files do not say it. base_is_residual: the served base is the one
     that PiSSA, LoftQ and the like trained the adapter beside. when_not_invoked: what becomes of a
     prompt without an activated adapter's tokens; left out, it stays as it is, which is "refuse" at
-    first.
+    first. chat_template: whose template and special tokens its chats get; the adapter's only where
+    it has files with others.
     """
 
     name: str
@@ -49,6 +51,7 @@ class LoadBody(StrictBody):
     lora_b_layout: Layout | None = None
     base_is_residual: bool = False
     when_not_invoked: WhenNotInvoked | None = None
+    chat_template: ChatTemplate = "adapter"
 
     def terms(self) -> Terms:
         given = "expected_generation" in self.model_fields_set
@@ -58,6 +61,7 @@ class LoadBody(StrictBody):
             pinned=self.pinned,
             allow_noop=self.allow_noop,
             when_not_invoked=self.when_not_invoked,
+            chat_template=self.chat_template,
         )
 
 

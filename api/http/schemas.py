@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from molehill.api.adapters.generation import Failure, Generation, Loading
+from molehill.api.adapters.generation import Content, Failure, Generation, Loading
 from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.mix import Mix
 from molehill.api.adapters.registry import AdapterRegistry
@@ -32,6 +32,16 @@ class MixPartInfo(BaseModel):
     generation: str
 
 
+class ChatInfo(BaseModel):
+    """What an adapter's chats take of its files in place of the base's. templates: sha256 by name,
+    default or tool_use. special_tokens: as templates see them. stop_token_ids: beside the base's.
+    """
+
+    templates: dict[str, str]
+    special_tokens: dict[str, str]
+    stop_token_ids: list[int]
+
+
 class AdapterInfo(BaseModel):
     """One adapter. A name that is being replaced appears once for each generation.
 
@@ -45,6 +55,7 @@ class AdapterInfo(BaseModel):
     seconds. loads: how often it came into the workers. source_note: what has become of the source.
     alora_invocation_tokens: what activates it; null of an adapter that acts on every token.
     when_not_invoked: what becomes of a prompt without them. mix: of a mix of others, those.
+    chat: how its chats differ from the base's; null where they do not.
     """
 
     name: str
@@ -69,6 +80,7 @@ class AdapterInfo(BaseModel):
     alora_invocation_tokens: list[int] | None = None
     when_not_invoked: WhenNotInvoked | None = None
     mix: list[MixPartInfo] | None = None
+    chat: ChatInfo | None = None
     warnings: list[str] = []
 
 
@@ -134,6 +146,7 @@ def of_generation(generation: Generation) -> AdapterInfo:
         alora_invocation_tokens=list(content.invocation_tokens) or None,
         when_not_invoked=status.when_not_invoked,
         mix=None if status.source.mix is None else mix_info(status.source.mix),
+        chat=chat_info(content),
         warnings=list(content.warnings),
     )
 
@@ -160,6 +173,11 @@ def of_adapters_file(file: AdaptersFile) -> DesiredList:
         error=None if error is None else error.message,
         data=data,
     )
+
+
+def chat_info(content: Content) -> ChatInfo | None:
+    shown = None if content.chat is None else content.chat.shown()
+    return None if shown is None else ChatInfo(**shown)
 
 
 def of_loading(loading: Loading) -> AdapterInfo:

@@ -12,7 +12,7 @@ from molehill.api.adapters.errors import UnknownModelError
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.load_options import Terms
 from molehill.api.adapters.tasks import failure
-from molehill.api.http import errors
+from molehill.api.http import errors, schemas
 from molehill.api.http.dependencies import (
     CHANGES,
     LOADS,
@@ -72,11 +72,13 @@ async def unload_adapter(body: UnloadRequest, services: Injected) -> Response:
 
 
 def summary(generation: Generation) -> dict[str, Any]:
+    chat = schemas.chat_info(generation.content)
     return {
         "lora_name": generation.name,
         "kind": generation.content.kind,
         "digest": generation.digest,
         "bytes": generation.content.num_bytes,
+        "chat": None if chat is None else chat.model_dump(),
         "warnings": list(generation.content.warnings),
     }
 

@@ -35,6 +35,7 @@ from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError, L
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.formats.io.files import read_config
 from molehill.engine.formats.io.shards import INDEX, parse
+from molehill.engine.formats.io.tokenizer_files import SMALL_FILES
 from molehill.engine.formats.readers.expert_layout import README, README_BYTES, needs_readme
 from molehill.engine.formats.registry import safetensors_files, sharded_files
 from molehill.engine.system.out_of_memory import is_out_of_memory
@@ -200,6 +201,10 @@ def download_from_hub(repository: str, revision: str | None, target: Path, limit
     size_of(repository, shards, sizes, left)
     for name in shards:
         download(name)
+    for name, bound in SMALL_FILES.items():
+        if name in sizes:
+            check_size(f"{repository}: {name}", sizes[name] or 0, bound)
+            download(name)
     readme = sizes.get(README)
     if readme is not None and readme <= README_BYTES and needs_readme(target):
         download(README)
@@ -238,14 +243,13 @@ def download_from_url(url: str, target: Path, limit: int) -> None:
             for name in names:
                 left -= copy(filesystem, f"{base}/{name}", target / name, left)
             copy_shards(filesystem, base, target, names[1], left)
+            for name, bound in SMALL_FILES.items():
+                copy_if_there(filesystem, f"{base}/{name}", target / name, bound)
             if needs_readme(target):
                 copy_readme(filesystem, base, target)
             return
         except FileNotFoundError as error:
-            # Over HTTP fsspec says so of whatever is not the file, and of no answer at all.
-            cause = error.__cause__
-            if cause is not None and getattr(cause, "status", None) != HTTPStatus.NOT_FOUND:
-                raise cause from None
+            check_missing(error)
     raise no_files(base)
 
 
@@ -258,6 +262,24 @@ def copy_shards(filesystem: Any, base: str, target: Path, weights: str, limit: i
             if getattr(error.__cause__, "status", HTTPStatus.NOT_FOUND) != HTTPStatus.NOT_FOUND:
                 raise
             raise no_shard(base, name) from None
+
+
+def check_missing(error: FileNotFoundError) -> None:
+    """Raises its cause where that is another: over HTTP fsspec says so of whatever is not the file,
+    and of no answer at all."""
+    cause = error.__cause__
+    if cause is not None and getattr(cause, "status", None) != HTTPStatus.NOT_FOUND:
+        raise cause from None
+
+
+def copy_if_there(filesystem: Any, url: str, target: Path, limit: int) -> None:
+    """Stores that list nothing say that it is forbidden where it is missing. Raises LimitError."""
+    try:
+        copy(filesystem, url, target, limit)
+    except PermissionError:
+        return
+    except FileNotFoundError as error:
+        check_missing(error)
 
 
 def copy_readme(filesystem: Any, base: str, target: Path) -> None:
@@ -288,11 +310,13 @@ async def refuse_redirect(response: aiohttp.ClientResponse) -> None:
 def copy(filesystem: Any, url: str, target: Path, limit: int) -> int:
     """Bytes copied. What a server says of a file's size is not relied on."""
     copied = 0
-    with filesystem.open(url, "rb", block_size=0) as read, target.open("wb") as written:
-        while chunk := read.read(CHUNK):
-            copied += len(chunk)
-            check_size(url, copied, limit)
-            written.write(chunk)
+    with filesystem.open(url, "rb", block_size=0) as read:
+        target.parent.mkdir(exist_ok=True)
+        with target.open("wb") as written:
+            while chunk := read.read(CHUNK):
+                copied += len(chunk)
+                check_size(url, copied, limit)
+                written.write(chunk)
     return copied
 
 

@@ -26,6 +26,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout,
     base_is_residual, desired, mix: see Source; the layout empty for none. when_not_invoked: see
     GenerationStatus; empty for None. probed: that it has an effect was seen, or is not asked for.
+    chat: digest of what the store keeps beside its copy; empty for none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     when_not_invoked: WhenNotInvoked | Literal[""] = ""
     mix: Mix | None = None
     desired: bool = False
+    chat: str = ""
 
     @property
     def layout(self) -> Layout | None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
 
+from molehill.api.adapters.chat import digest_of
 from molehill.api.adapters.errors import (
     NotLoadedError,
     RequestError,
@@ -23,7 +24,7 @@ from molehill.api.adapters.ingest import Fetch, ReadAdapter
 from molehill.api.adapters.load_options import Terms
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.source import Source
-from molehill.api.adapters.store import AdapterStore
+from molehill.api.adapters.store import AdapterStore, chat_name
 from molehill.api.sources.fetch import Sources, local
 from molehill.api.sources.manifest import Entry, Manifest
 from molehill.engine.adapter.errors import AdapterError
@@ -66,7 +67,8 @@ class Restart:
         self._on_disk = entries
         self.ready = False
         if manifest is not None:
-            store.sweep({entry.generation for entry in entries})
+            chats = {chat_name(entry.chat) for entry in entries if entry.chat}
+            store.sweep({entry.generation for entry in entries} | chats)
             registry.names.changed = self._remember
 
     async def run(self) -> None:
@@ -116,6 +118,7 @@ class Restart:
             base_is_residual=entry.base_is_residual,
             canonical=True,
             mix=entry.mix,
+            chat=entry.chat,
         )
         terms = Terms(
             pinned=entry.pinned,
@@ -123,6 +126,7 @@ class Restart:
             allow_noop=entry.probed,
             eager=entry.pinned,
             when_not_invoked=entry.not_invoked,
+            chat=entry.chat or None,
         )
         if copy.directory.is_dir():
             try:
@@ -173,7 +177,8 @@ class Restart:
                 if source.fingerprint == entry.fingerprint:
                     return None
                 digest = self._read(source.directory, entry.layout, entry.base_is_residual).digest
-                return None if digest == entry.generation else CHANGED
+                chat = digest_of(self._registry.intake.chat_of(source)) if entry.chat else ""
+                return None if (digest, chat) == (entry.generation, entry.chat) else CHANGED
         except (AdapterError, RequestError, OSError):
             return GONE
 
@@ -216,6 +221,7 @@ class Restart:
                 when_not_invoked=generation.status.when_not_invoked or "",
                 mix=generation.status.source.mix,
                 desired=generation.status.source.desired,
+                chat=digest_of(generation.content.chat),
             )
             for generation in self._registry
             if generation.status.source.remembered

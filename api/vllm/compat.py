@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
+from molehill.api.vllm.render_seams import RENDERING
 from molehill.engine.vllm import compat as engine
 from molehill.engine.vllm import seams
 from molehill.engine.vllm.seams import Seam
@@ -201,7 +202,12 @@ SERVER = (
         "",
         APP,
         "what a server's state holds",
-        markers=("state.engine_client = ", "state.openai_serving_models = ", "state.args = "),
+        markers=(
+            "state.engine_client = ",
+            "state.openai_serving_models = ",
+            "state.args = ",
+            "state.online_renderer = ",
+        ),
     ),
     Seam(
         "vllm.entrypoints.launchers.app",
@@ -386,6 +392,7 @@ SERVER = (
         "a body's content type, as on vLLM's routes",
         positional=("raw_request",),
     ),
+    *RENDERING,
 )
 
 SEAMS: tuple[Seam, ...] = (*LAUNCHER, *SERVER)

@@ -35,7 +35,8 @@ class Options:
     admission: bounds on all adapters together. hub, url_prefixes: what else may be loaded from.
     watch: whether what appears in a root is served. adapters_file: path or URL (which may be
     signed) of what is to be served, see `molehill.api.sources.desired_state`. probe: whether an
-    adapter without effect is refused. admin_keys: for all that changes the server.
+    adapter without effect is refused. adapter_chat_templates: whether an adapter's template and
+    special tokens go before the base's in its chats. admin_keys: for all that changes the server.
     """
 
     adapters: tuple[tuple[str, Path], ...] = ()
@@ -57,6 +58,7 @@ class Options:
     watch: bool = False
     adapters_file: str | None = field(default=None, repr=False)
     probe: bool = True
+    adapter_chat_templates: bool = True
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
 
 

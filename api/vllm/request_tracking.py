@@ -33,6 +33,7 @@ from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.vllm.invocation import Decode, check_invoked, decoder
 from molehill.api.vllm.read_ahead import ReadAhead
+from molehill.api.vllm.stop_tokens import stop_as_adapter_does
 
 HEADER = "Molehill-Generation"
 
@@ -182,11 +183,15 @@ def check_model(model: str) -> None:
         )
 
 
-def admit(registry: AdapterRegistry, lora_request: Any) -> None:
-    """A route has looked its request's model up."""
+def admit(registry: AdapterRegistry, lora_request: Any) -> Generation | None:
+    """A route has looked its request's model up. The generation that the answer runs on; outside of
+    a request the name's, if there is one."""
     request = request_scope.get()
-    if request is not None:
-        request.lease(registry, lora_request).leave()
+    if request is None:
+        return registry.get(lora_request.lora_name)
+    lease = request.lease(registry, lora_request)
+    lease.leave()
+    return lease.generation
 
 
 def count_requests(engine_client: Any, registry: AdapterRegistry) -> None:
@@ -212,6 +217,8 @@ def counted(
         try:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             invoked = is_invoked(lease.generation, registry.events, given, decode)
+            if invoked:
+                stop_as_adapter_does(lease.generation.content.chat, given)
         except Exception:
             lease.leave()
             raise

@@ -12,6 +12,7 @@ import torch
 from vllm.lora.request import LoRARequest
 
 from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.chat import ReadChat
 from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.installer import Probe
@@ -142,6 +143,7 @@ class World:
         slots: int = 4,
         admission: Admission = ADMISSION,
         probe: Probe | None = None,
+        read_chat: ReadChat | None = None,
     ) -> None:
         self.folder = folder
         self.limits = Limits()
@@ -160,6 +162,7 @@ class World:
             base_models={"base"},
             admission=admission,
             probe=probe,
+            read_chat=read_chat,
         )
         count_requests(self.engine, self.registry)
 

@@ -103,6 +103,16 @@ def read_config(directory: Path, name: str = CONFIG) -> Fields:
     return Fields(name, values)
 
 
+def read_text(directory: Path, name: str, limit: int) -> str:
+    """A text file. limit: in bytes. Raises CorruptFileError, LimitError."""
+    try:
+        return _read(directory / name, limit).decode()
+    except FileNotFoundError:
+        raise CorruptFileError(name, "no such file", "a text file") from None
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(name, error, "a text file in UTF-8") from None
+
+
 def read_weights(
     directory: Path, limits: Limits, names: Sequence[str] = (SAFETENSORS, INDEX, PICKLE)
 ) -> Weights:
