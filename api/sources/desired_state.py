@@ -242,7 +242,7 @@ class AdaptersFile:
         served = self._registry.get(attempt.adapter.name)
         pinned = attempt.adapter.pinned
         return self._has_weights(attempt) and (
-            pinned is None or (served is not None and served.status.pinned == pinned)
+            pinned is None or (served is not None and served.status.slot.pinned == pinned)
         )
 
     def _has_weights(self, attempt: Attempt) -> bool:

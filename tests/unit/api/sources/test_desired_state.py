@@ -54,13 +54,13 @@ def test_what_is_wanted_is_served_replaced_and_taken_away(tmp_path: Path) -> Non
         await f.until(lambda: f.file.ready)
         assert f.states() == {"a": "converged", "b": "converged"}
         assert f.serves() == {n: adapter(s).digest for n, s in (("client", 9), ("a", 1), ("b", 2))}
-        assert f.registry.get("b").status.pinned
+        assert f.registry.get("b").status.slot.pinned
         # Other weights for one, another source of the same for the other.
         f.write(f.entry("a", 3), f.entry("b", 2, source=f.put_as(12)))
         await f.until(lambda: f.states() == {"a": "converged", "b": "converged"})
         assert f.serves()["a"] == adapter(3).digest
         assert f.serves()["b"] == adapter(12).digest
-        assert not f.registry.get("b").status.pinned
+        assert not f.registry.get("b").status.slot.pinned
         f.write(f.entry("b", 2, source="source-12"))
         await f.until(lambda: "a" not in f.serves())
         f.write()
@@ -84,7 +84,7 @@ def test_what_others_do_to_a_wanted_name_is_undone(tmp_path: Path) -> None:
         await f.registry.pin("a", True)
         assert f.states() == {"a": "pending"}
         await f.until(lambda: f.states() == {"a": "converged"})
-        assert (f.registry.get("a").status.pinned, f.read_count) == (False, reads)
+        assert (f.registry.get("a").status.slot.pinned, f.read_count) == (False, reads)
 
     play(lambda: Followed(tmp_path / "f"), scenario)
 
@@ -244,7 +244,7 @@ def test_the_syncers_file_takes_away_only_what_it_names(tmp_path: Path) -> None:
         await f.until(lambda: "client" not in f.serves())
         await f.registry.pin("a", True)
         await f.look()
-        assert (f.states(), f.registry.get("a").status.pinned) == ({"a": "converged"}, True)
+        assert (f.states(), f.registry.get("a").status.slot.pinned) == ({"a": "converged"}, True)
 
     play(lambda: Followed(tmp_path / "f"), scenario)
 
