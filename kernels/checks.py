@@ -22,11 +22,10 @@ from molehill.kernels.interface import (
     MoeShape,
     ScalePiece,
     SlotWeights,
-    VocabularyPiece,
-    VocabularyShape,
 )
 from molehill.kernels.mixture import Experts, VocabularyRows
 from molehill.kernels.policy import Policy
+from molehill.kernels.vocabulary_pieces import VocabularyPiece, VocabularyShape
 
 Shape = tuple[int, ...]
 

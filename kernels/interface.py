@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from molehill.kernels.counters import SlotCounters
-from molehill.kernels.mixture import Experts, VocabularyRows
+from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy
+from molehill.kernels.vocabulary_pieces import VocabularyPieces
 
 CPU = torch.device("cpu")
 
@@ -193,42 +194,6 @@ class MoePiece:
     gate: Experts | None
     up: Experts | None
     down: Experts | None
-
-
-@dataclass(frozen=True)
-class VocabularyShape:
-    """The embedding or the LM head of the base model, as this rank sees it. tokens: of this rank's
-    part of the vocabulary, without padding."""
-
-    tokens: int
-    hidden: int
-    dtype: torch.dtype = torch.float32
-    device: torch.device = CPU
-
-
-@dataclass(frozen=True)
-class VocabularyPiece:
-    """What is on the embedding or on the LM head, cut to this rank's tokens.
-
-    pair: on the embedding A `[r, tokens]` and B `[hidden, r]`, on the head A `[r, hidden]` and
-    B `[tokens, r]`. rows: in the place of the base's, their ids counted from this rank's first.
-    """
-
-    site: str
-    pair: Experts | None
-    rows: VocabularyRows | None = None
-
-
-@dataclass(frozen=True)
-class VocabularyPieces:
-    """What one adapter has on the vocabulary."""
-
-    embedding: VocabularyPiece | None = None
-    head: VocabularyPiece | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        return self.embedding is None and self.head is None
 
 
 @dataclass(frozen=True)

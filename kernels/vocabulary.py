@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from molehill.kernels import custom_ops
 from molehill.kernels.checks import check_vocabulary
-from molehill.kernels.interface import Run, VocabularyPiece, VocabularyPieces, VocabularyShape
+from molehill.kernels.interface import Run
 from molehill.kernels.mixture import VocabularyRows
+from molehill.kernels.vocabulary_pieces import VocabularyPiece, VocabularyPieces, VocabularyShape
 
 Rows = slice | Tensor
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from molehill.engine.adapter import vocabulary_validation
 from molehill.engine.adapter.base_model import BaseModel, Limits
 from molehill.engine.adapter.errors import (
     AdapterError,
@@ -22,7 +23,7 @@ from molehill.engine.adapter.errors import (
 from molehill.engine.adapter.expert_sites import PROJECTIONS, split
 from molehill.engine.adapter.model import Adapter, bias_tensor, natural_key
 from molehill.engine.adapter.module_names import split_layer
-from molehill.engine.adapter.vocabulary_sites import is_embedding, is_on_vocabulary
+from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
 from molehill.kernels.activation import ACTIVATIONS
 from molehill.kernels.mixture import (
     Bias,
@@ -32,7 +33,6 @@ from molehill.kernels.mixture import (
     Mixture,
     Reflection,
     ScaleMixture,
-    VocabularyRows,
 )
 
 _NO_REFLECTION = 1e-5
@@ -62,8 +62,7 @@ def problems(adapter: Adapter, base: BaseModel, limits: Limits) -> list[AdapterE
         for site in sorted(adapter.sites, key=natural_key)
         for problem in _misfits(site, adapter.sites[site], base)
     ]
-    for site, table in adapter.rows.items():
-        misfits += _misfit_rows(site, table, base)
+    misfits += vocabulary_validation.misfits(adapter, base)
     for site in sorted(adapter.biases, key=natural_key):
         misfits += _bias_misfits(site, adapter.biases[site], base)
     return [*adapter_problems(adapter, limits), *_mismatch(adapter, base, misfits), *misfits]
@@ -82,13 +81,7 @@ def adapter_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
         mixture = adapter.sites[site]
         errors += [*_inconsistent(site, mixture), *_over_limits(site, mixture, limits)]
         errors += _unservable(site, mixture, adapter.sites)
-        if is_on_vocabulary(site):
-            errors += _unservable_on_vocabulary(site, mixture)
-        if is_embedding(site) and adapter.invocation_tokens:
-            found = "the embedding in an activated adapter, which PEFT changes for every token"
-            errors.append(UnsupportedError(site, found, "the layers and the LM head"))
-    for site, table in adapter.rows.items():
-        errors += _inconsistent_rows(adapter, site, table)
+    errors += vocabulary_validation.adapter_problems(adapter)
     for site in sorted(adapter.biases, key=natural_key):
         errors += _unservable_bias(site, adapter.biases[site], adapter)
     for name, tensor in adapter.tensors():
@@ -237,47 +230,6 @@ def _unservable(
         if f"{site}.{projection}" in sites:
             where = f"{site}.{projection}"
             yield UnsupportedError(where, "a linear inside an FFN mixture", "one of the two")
-
-
-def _unservable_on_vocabulary(site: str, mixture: Mixture) -> Iterator[AdapterError]:
-    """The methods that route adapt the layers alone, and the head is run for few of a step's rows,
-    outside the backends."""
-    expected = "plain LoRA on the embedding and on the LM head"
-    if not isinstance(mixture, LinearMixture):
-        yield UnsupportedError(site, type(mixture).__name__, expected)
-    elif mixture.router is not None:
-        yield UnsupportedError(site, "a router", expected)
-    elif mixture.magnitude is not None:
-        yield UnsupportedError(site, "DoRA", expected)
-
-
-def _inconsistent_rows(
-    adapter: Adapter, site: str, table: VocabularyRows
-) -> Iterator[AdapterError]:
-    if not is_on_vocabulary(site):
-        yield UnsupportedError(f"{site}.rows", "rows of a linear", "those of embed_tokens, lm_head")
-    if adapter.invocation_tokens:
-        found = "rows in an activated adapter, which PEFT replaces for every token"
-        yield UnsupportedError(f"{site}.rows", found, "low-rank pairs alone")
-    if table.rows.ndim != 2 or table.ids.shape != table.rows.shape[:1]:
-        yield ShapeError(f"{site}.rows", list(table.rows.shape), [len(table.ids), "hidden"])
-    elif len(table.ids) and (table.ids[0] < 0 or not bool((table.ids.diff() > 0).all())):
-        yield UnsupportedError(f"{site}.row_ids", "others", "ascending ids, none below 0")
-
-
-def _misfit_rows(site: str, table: VocabularyRows, base: BaseModel) -> Iterator[AdapterError]:
-    if refusal := base.refusal(site):
-        yield UnsupportedError(site, refusal, "a base model and settings that allow it")
-    elif site not in base.vocabulary:
-        yield _unknown(site, "embedding or head", list(base.vocabulary))
-    else:
-        if is_embedding(site):
-            tokens, hidden = base.vocabulary[site]
-        else:
-            hidden, tokens = base.vocabulary[site]
-        yield from _expect(f"{site}.rows", table.rows, [len(table.ids), hidden])
-        if len(table.ids) and int(table.ids[-1]) >= tokens:
-            yield UnsupportedError(f"{site}.row_ids", int(table.ids[-1]), f"tokens below {tokens}")
 
 
 def _unservable_bias(site: str, bias: Bias, adapter: Adapter) -> Iterator[AdapterError]:

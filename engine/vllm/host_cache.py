@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from molehill.engine.routing_stats import Costs
-from molehill.kernels.interface import MoePiece, Packed, SlotWeights, VocabularyPieces
+from molehill.kernels.interface import MoePiece, Packed, SlotWeights
+from molehill.kernels.vocabulary_pieces import VocabularyPieces
 
 Key = TypeVar("Key", bound=Hashable)
 

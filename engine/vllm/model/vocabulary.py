@@ -24,9 +24,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
 from molehill.engine.vllm.model.discovery import canonical
-from molehill.kernels.interface import VocabularyPiece, VocabularyPieces, VocabularyShape
 from molehill.kernels.mixture import Experts, LinearMixture, Mixture, VocabularyRows
 from molehill.kernels.vocabulary import Vocabulary
+from molehill.kernels.vocabulary_pieces import VocabularyPiece, VocabularyPieces, VocabularyShape
 
 # Speculation whose drafts come from no model, which could share the base's embedding.
 _WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix")

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from molehill.kernels.checks import WeightsError
-from molehill.kernels.interface import Run, VocabularyPiece, VocabularyPieces, VocabularyShape
+from molehill.kernels.interface import Run
 from molehill.kernels.mixture import Experts, VocabularyRows
 from molehill.kernels.vocabulary import Vocabulary
+from molehill.kernels.vocabulary_pieces import VocabularyPiece, VocabularyPieces, VocabularyShape
 
 TOKENS, PADDING, HIDDEN, RANK = 11, 5, 8, 2
 RUNS = [Run(0, 1, 4), Run(2, 4, 5), Run(0, 6, 7)]
