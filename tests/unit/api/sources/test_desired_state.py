@@ -277,7 +277,7 @@ def test_a_name_that_has_to_wait_holds_up_no_other(tmp_path: Path) -> None:
 
         @contextmanager
         def slow_source() -> Iterator[Source]:
-            arrives.wait(10)
+            arrives.wait(30)  # Longer than the scenario may take.
             yield f.source(5)
 
         slow = asyncio.create_task(f.registry.load("a", "slow", slow_source(), Terms()))
