@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, TypeVarTuple
 
+from molehill.api.adapters import tasks
 from molehill.api.adapters.errors import (
     BadNameError,
     BusyError,
@@ -176,7 +177,14 @@ class AdaptersFile:
         """Unless something is done for the name already: the next look decides anew."""
         if name not in self._tasks:
             task = self._tasks[name] = asyncio.create_task(work(*args))
-            task.add_done_callback(lambda _: self._tasks.pop(name))
+            task.add_done_callback(lambda task: self._end(name, task))
+
+    def _end(self, name: str, task: asyncio.Task[object]) -> None:
+        del self._tasks[name]
+        error = tasks.failure(task)
+        if error is not None:
+            logger.error("Adapters file: %s could not be unloaded", name, exc_info=error)
+            self._registry.events.task_failed("adapters_file")
 
     # The file
 
