@@ -9,11 +9,13 @@ says nothing that could be served, changes nothing.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any, TypeVarTuple
 
+from molehill.api.adapters import tasks
 from molehill.api.adapters.errors import (
     BadNameError,
     BusyError,
@@ -47,6 +49,9 @@ LAST_PAUSE_SECONDS = 120.0
 PASSING = (FetchError, StoreError, OutOfMemoryError, EngineRefusedError)
 # Somebody else was quicker: the next look decides anew.
 NOT_NOW = (BusyError, GenerationMismatchError, NotLoadedError)
+
+
+Args = TypeVarTuple("Args")
 
 
 class DesiredState(StrEnum):
@@ -113,7 +118,7 @@ class AdaptersFile:
         self._content: bytes | None = None
         self._next_look = 0.0
         self._attempts: dict[str, Attempt] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, asyncio.Task[object]] = {}
         self._removal_errors: dict[str, Failure] = {}
         self.error: Failure | None = None
         self.read_at: float | None = None
@@ -138,12 +143,12 @@ class AdaptersFile:
             self._next_look = time.monotonic() + self._document.period
         if self._desired is None:
             return
-        await self._remove(self._desired)
+        self._remove(self._desired)
         for adapter in self._desired.adapters:
             if self._registry.loads.busy:
                 break
             if self._is_due(adapter):
-                self._begin(adapter)
+                self._begin(adapter.name, self._load, self._attempts[adapter.name])
                 # It takes its place among the loads before the next one looks for one.
                 await asyncio.sleep(0)
         self.ready = self.ready or not any(map(self._is_awaited, self._desired.adapters))
@@ -165,6 +170,21 @@ class AdaptersFile:
                 failure.kind,
                 failure.message,
             )
+
+    def _begin(
+        self, name: str, work: Callable[[*Args], Coroutine[Any, Any, object]], *args: *Args
+    ) -> None:
+        """Unless something is done for the name already: the next look decides anew."""
+        if name not in self._tasks:
+            task = self._tasks[name] = asyncio.create_task(work(*args))
+            task.add_done_callback(lambda task: self._end(name, task))
+
+    def _end(self, name: str, task: asyncio.Task[object]) -> None:
+        del self._tasks[name]
+        error = tasks.failure(task)
+        if error is not None:
+            logger.error("Adapters file: %s could not be unloaded", name, exc_info=error)
+            self._registry.events.task_failed("adapters_file")
 
     # The file
 
@@ -202,20 +222,25 @@ class AdaptersFile:
 
     # What it wants no more
 
-    async def _remove(self, desired: DesiredSet) -> None:
-        errors: dict[str, Failure] = {}
-        for generation in [*self._registry]:
-            if self._is_unwanted(generation, desired):
-                try:
-                    await self._registry.unload(generation.name, generation.digest)
-                except (NotLoadedError, GenerationMismatchError):
-                    continue
-                except RequestError as error:
-                    errors[generation.name] = failure_of(generation.name, LABEL, error)
-        self._removal_errors = errors
+    def _remove(self, desired: DesiredSet) -> None:
+        """Begins to unload it: a name may have to wait for a client's load of it."""
+        unwanted = [g for g in self._registry if self._is_unwanted(g, desired)]
+        names = {generation.name for generation in unwanted}
+        self._removal_errors = {n: e for n, e in self._removal_errors.items() if n in names}
+        for generation in unwanted:
+            self._begin(generation.name, self._unload, generation)
         for name, failure in self._registry.failures.items():
             if failure.desired and not may_name(name, desired):
-                await self._registry.dismiss(name)
+                self._begin(name, self._registry.dismiss, name)
+
+    async def _unload(self, generation: Generation) -> None:
+        name = generation.name
+        try:
+            await self._registry.unload(name, generation.digest)
+        except NOT_NOW:
+            return
+        except RequestError as error:
+            self._removal_errors[name] = failure_of(name, LABEL, error)
 
     def _is_unwanted(self, generation: Generation, desired: DesiredSet) -> bool:
         source = generation.status.source
@@ -252,11 +277,6 @@ class AdaptersFile:
         if served is None or not served.status.source.desired:
             return False
         return served.digest == (attempt.adapter.digest or attempt.digest)
-
-    def _begin(self, adapter: DesiredAdapter) -> None:
-        task = asyncio.create_task(self._load(self._attempts[adapter.name]))
-        self._tasks[adapter.name] = task
-        task.add_done_callback(lambda _: self._tasks.pop(adapter.name))
 
     async def _load(self, attempt: Attempt) -> None:
         try:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from support.world import adapter, settle
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import NoEffectError
 from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.source import Source
 from molehill.api.http.schemas import everything, of_adapters_file
 from molehill.api.metrics.desired import DesiredCollector
 from molehill.api.metrics.prometheus import exposition
 from molehill.api.sources import desired_state, document
+from molehill.api.sources.fetch import local
 from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.restore import Restart
 
@@ -251,10 +254,6 @@ def test_the_syncers_file_takes_away_only_what_it_names(tmp_path: Path) -> None:
 
 def test_what_comes_by_the_command_line_is_left_to_it(tmp_path: Path) -> None:
     async def scenario(f: Followed) -> None:
-        from dataclasses import replace
-
-        from molehill.api.sources.fetch import local
-
         start = replace(f.source(5), remembered=False)
         await f.registry.load("started", "started", local(start), Terms())
         text = SYNCER % ("", "{id: started, source: x}")
@@ -266,6 +265,32 @@ def test_what_comes_by_the_command_line_is_left_to_it(tmp_path: Path) -> None:
         assert "which --adapter serves" in (f.told()["started"] or "")
         assert f.serves() == {"started": adapter(5).digest}
         assert [info.wanted_by for info in everything(f.registry)] == ["command_line"]
+
+    play(lambda: Followed(tmp_path / "f"), scenario)
+
+
+def test_a_name_that_has_to_wait_holds_up_no_other(tmp_path: Path) -> None:
+    async def scenario(f: Followed) -> None:
+        f.write(f.entry("a", 1))
+        await f.until(lambda: f.file.ready)
+        arrives = threading.Event()
+
+        @contextmanager
+        def slow_source() -> Iterator[Source]:
+            arrives.wait(30)  # Longer than the scenario may take.
+            yield f.source(5)
+
+        slow = asyncio.create_task(f.registry.load("a", "slow", slow_source(), Terms()))
+        await settle()
+        f.write(f.entry("b", 2))
+        await f.until(lambda: "b" in f.serves())
+        # It is to be unloaded, behind the client's load.
+        assert "a" in f.serves()
+        arrives.set()
+        await slow
+        await f.look()
+        # It is the client's now.
+        assert f.serves()["a"] == adapter(5).digest
 
     play(lambda: Followed(tmp_path / "f"), scenario)
 
