@@ -90,8 +90,7 @@ def differences(adapter: TokenizerFiles, base: BaseChat | None) -> AdapterChat:
     where nothing is known of that. Ids are then those of the files."""
     served = AdapterChat(dict(adapter.templates))
     if base is None:
-        special_tokens, stops = dict(adapter.special_tokens), adapter.stop_token_ids
-        return AdapterChat(served.templates, special_tokens, stops)
+        return AdapterChat(served.templates, dict(adapter.special_tokens), adapter.stop_token_ids)
     same = all(
         served.template(name == TOOL_USE) in (None, base.templates.get(name))
         for name in (DEFAULT, TOOL_USE)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support.api_client import copy_adapter
 from support.inspecting import run
 
 from molehill.engine import formats
@@ -45,6 +46,28 @@ def test_names_are_whole_on_a_narrow_terminal(golden, capsys, monkeypatch):
     text = flat(capsys.readouterr().out)
     assert "layers.0-3.self_attn.v_proj" in text
     assert "dynamic: router reads the token" in text
+
+
+def test_what_an_adapter_is_talked_to_by(golden, tmp_path, capsys):
+    folder = copy_adapter("lora", tmp_path / "adapter")
+    run(folder, "--json", "--model", golden / "tiny-llama")
+    assert json.loads(capsys.readouterr().out)["chat"] is None
+    config = {"eos_token": "<s>", "pad_token": "<|pad|>", "chat_template": "{{ messages }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert run(folder, "--json", "--model", golden / "tiny-llama") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["chat"]["templates"]) == ["default"]
+    assert report["chat"]["special_tokens"] == {"eos_token": "<s>", "pad_token": "<|pad|>"}
+    assert report["chat"]["stop_token_ids"] == [1]
+    assert "the base's lacks: '<|pad|>'" in report["warnings"][-1]
+    # Without a base nothing is known to differ; all that the files say is shown.
+    assert run(folder) == 0
+    text = flat(capsys.readouterr().out)
+    assert "chat template default, 14 characters; eos_token '<s>'; pad_token '<|pad|>'" in text
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{% if %}"}')
+    assert run(folder, "--json") == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["where"] == "tokenizer_config.json: chat_template: line 1"
 
 
 def test_json(golden, capsys):

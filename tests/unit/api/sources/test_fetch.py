@@ -26,7 +26,7 @@ from molehill.api.sources.urls import allowed
 from molehill.engine import formats
 from molehill.engine.adapter.errors import AdapterNotFoundError, LimitError
 from molehill.engine.formats import native
-from molehill.engine.formats.io import files
+from molehill.engine.formats.io import files, tokenizer_files
 from molehill.engine.formats.readers.expert_layout import README
 
 PREFIX = "https://models.example/adapters"
@@ -87,6 +87,27 @@ def test_a_url_brings_the_adapter_and_nothing_else(
         kept = source.directory
     assert not kept.exists()
     assert not [path for path in asked if path.endswith(".bin")]
+
+
+def test_a_url_brings_the_templates_that_are_there(
+    remote: tuple[str, list[str]], folder: Path
+) -> None:
+    url, _ = remote
+    # The server knows files by their last name.
+    for name in ("chat_template.jinja", "tool_use.jinja", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+    with sources(url).fetch(f"{url}/files/adapter") as source:
+        assert tokenizer_files.read(source.directory).templates == {
+            "default": "{}",
+            "tool_use": "{}",
+        }
+        assert (source.directory / "tokenizer_config.json").exists()
+    (folder / "chat_template.jinja").write_text("x" * (tokenizer_files.TEMPLATE_BYTES + 1))
+    with (
+        pytest.raises(LimitError, match=r"chat_template.jinja: found .* at most 262144 bytes"),
+        sources(url).fetch(f"{url}/files/adapter"),
+    ):
+        pass
 
 
 @pytest.fixture
@@ -255,6 +276,7 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
     """In a process of its own: the hub's client reads its address once, and files are bounded for
     the whole process."""
     url, asked = remote
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     much, little = "10000000", "1000"
     wanted = [
         ("hf://org/adapter@main", much, much),
@@ -280,6 +302,6 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
     assert (found[7], found[8]) == (found[0], found[2])
     assert not [line for line in found if "molehill-fetch" in line]
     fetched = {path for path in asked if "/resolve/" in path}
-    assert fetched
+    assert any(path.endswith("/chat_template.jinja") for path in fetched)
     assert all(f"/resolve/{COMMIT}/" in path for path in fetched)
     assert not [path for path in fetched if path.endswith(".bin")]
