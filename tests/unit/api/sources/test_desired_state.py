@@ -21,7 +21,7 @@ from molehill.api.adapters.source import Source
 from molehill.api.http.schemas import everything, of_adapters_file
 from molehill.api.metrics.desired import DesiredCollector
 from molehill.api.metrics.prometheus import exposition
-from molehill.api.sources import desired_state, document
+from molehill.api.sources import desired_state, operator_file
 from molehill.api.sources.fetch import local
 from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.restore import Restart
@@ -36,8 +36,8 @@ vLLMLoRAConfig:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits before it is looked at or tried again."""
-    monkeypatch.setattr(document, "FILE_SECONDS", 0.0)
-    monkeypatch.setattr(document, "URL_SECONDS", 0.0)
+    monkeypatch.setattr(operator_file, "FILE_SECONDS", 0.0)
+    monkeypatch.setattr(operator_file, "URL_SECONDS", 0.0)
     monkeypatch.setattr(desired_state, "FIRST_PAUSE_SECONDS", 0.0)
 
 
@@ -179,7 +179,7 @@ def test_a_refused_replacement_leaves_what_serves(tmp_path: Path) -> None:
 def test_a_file_that_says_nothing_changes_nothing(
     tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document, "MOST_BYTES", 4096)
+    monkeypatch.setattr(operator_file, "MOST_BYTES", 4096)
 
     async def scenario(f: Followed) -> None:
         f.write(f.entry("a", 1))

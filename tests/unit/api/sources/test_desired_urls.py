@@ -12,7 +12,7 @@ import pytest
 from support.desired import Followed
 from support.world import adapter
 
-from molehill.api.sources import document
+from molehill.api.sources import operator_file
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def http_files(folder: Path) -> Iterator[str]:
 def test_two_servers_on_one_url_converge_to_the_same_digests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document, "URL_SECONDS", 0.0)
+    monkeypatch.setattr(operator_file, "URL_SECONDS", 0.0)
     shared = Followed(tmp_path / "shared")
     entry = shared.entry
     with http_files(shared.folder) as url:
