@@ -28,9 +28,9 @@ from molehill.api.http.mix_requests import MixRequests
 from molehill.api.metrics.worker_stats import WorkerStats
 from molehill.api.sources.adapters_file import LABEL
 from molehill.api.sources.desired_state import AdaptersFile
-from molehill.api.sources.document import Document
 from molehill.api.sources.fetch import Sources, local
 from molehill.api.sources.manifest import Manifest
+from molehill.api.sources.operator_file import OperatorFile
 from molehill.api.sources.restore import Restart
 from molehill.api.sources.roots import AdapterRoots, operator_source
 from molehill.api.sources.watcher import Watcher
@@ -181,7 +181,7 @@ async def make_services(
     restart = Restart(registry, store, sources, reader, manifest)
     stats, scraping = WorkerStats(workers, registry), Background(cores, "molehill-metrics")
     place = options.adapters_file
-    file = None if place is None else AdaptersFile(Document(place, LABEL), sources, registry)
+    file = None if place is None else AdaptersFile(OperatorFile(place, LABEL), sources, registry)
     served = ServedModels(models, registry)
     return Services(registry, sources, stats, restart, served, scraping, file)
 

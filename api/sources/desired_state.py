@@ -33,8 +33,8 @@ from molehill.api.adapters.load_options import Terms
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.source import Source
 from molehill.api.sources.adapters_file import LABEL, BadEntry, DesiredAdapter, DesiredSet, parse
-from molehill.api.sources.document import Document
 from molehill.api.sources.fetch import Sources
+from molehill.api.sources.operator_file import OperatorFile
 from molehill.engine.adapter.errors import AdapterError
 
 logger = logging.getLogger("vllm.molehill")
@@ -102,7 +102,7 @@ class DesiredStatus:
 
 
 class AdaptersFile:
-    """Has the registry converge to a document. error: why the last look at it was in vain.
+    """Has the registry converge to what a file says. error: why the last look at it was in vain.
     read_at: when it was last read and understood, Unix seconds; None before. read_failures: looks
     in vain since the start.
 
@@ -110,8 +110,8 @@ class AdaptersFile:
     is served goes on whatever becomes of the file.
     """
 
-    def __init__(self, document: Document, sources: Sources, registry: AdapterRegistry) -> None:
-        self._document = document
+    def __init__(self, file: OperatorFile, sources: Sources, registry: AdapterRegistry) -> None:
+        self._file = file
         self._sources = sources
         self._registry = registry
         self._desired: DesiredSet | None = None
@@ -140,7 +140,7 @@ class AdaptersFile:
         """Looks at the file, unloads what it wants no more and begins the loads that are due."""
         if time.monotonic() >= self._next_look:
             await self._look()
-            self._next_look = time.monotonic() + self._document.period
+            self._next_look = time.monotonic() + self._file.period
         if self._desired is None:
             return
         self._remove(self._desired)
@@ -190,7 +190,7 @@ class AdaptersFile:
 
     async def _look(self) -> None:
         try:
-            content = await asyncio.to_thread(self._document.read)
+            content = await asyncio.to_thread(self._file.read)
             if content == self._content:
                 # Known, be it to be bad.
                 if self.error is None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from molehill.api.sources.adapters_file import LABEL
 from molehill.api.sources.desired_state import AdaptersFile, DesiredState
-from molehill.api.sources.document import Document
 from molehill.api.sources.fetch import Sources
+from molehill.api.sources.operator_file import OperatorFile
 from molehill.api.sources.roots import AdapterRoots
 from molehill.engine.formats import native
 from support.watched import Watched
@@ -27,7 +27,7 @@ class Followed(Watched):
         self.path = folder / "adapters.yaml"
         self.sources = Sources(AdapterRoots([self.root]), prefixes=prefixes)
         self.file = AdaptersFile(
-            Document(place or str(self.path), LABEL), self.sources, self.registry
+            OperatorFile(place or str(self.path), LABEL), self.sources, self.registry
         )
 
     def write(self, *entries: Any) -> None:

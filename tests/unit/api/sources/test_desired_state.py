@@ -1,7 +1,6 @@
 """What a server makes of its adapters file, and of what becomes of that."""
 
 import asyncio
-import http.server
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -22,7 +21,7 @@ from molehill.api.adapters.source import Source
 from molehill.api.http.schemas import everything, of_adapters_file
 from molehill.api.metrics.desired import DesiredCollector
 from molehill.api.metrics.prometheus import exposition
-from molehill.api.sources import desired_state, document
+from molehill.api.sources import desired_state, operator_file
 from molehill.api.sources.fetch import local
 from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.restore import Restart
@@ -37,8 +36,8 @@ vLLMLoRAConfig:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits before it is looked at or tried again."""
-    monkeypatch.setattr(document, "FILE_SECONDS", 0.0)
-    monkeypatch.setattr(document, "URL_SECONDS", 0.0)
+    monkeypatch.setattr(operator_file, "FILE_SECONDS", 0.0)
+    monkeypatch.setattr(operator_file, "URL_SECONDS", 0.0)
     monkeypatch.setattr(desired_state, "FIRST_PAUSE_SECONDS", 0.0)
 
 
@@ -180,7 +179,7 @@ def test_a_refused_replacement_leaves_what_serves(tmp_path: Path) -> None:
 def test_a_file_that_says_nothing_changes_nothing(
     tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document, "MOST_BYTES", 4096)
+    monkeypatch.setattr(operator_file, "MOST_BYTES", 4096)
 
     async def scenario(f: Followed) -> None:
         f.write(f.entry("a", 1))
@@ -411,56 +410,3 @@ def test_metrics_tell_states_age_and_failures(tmp_path: Path) -> None:
         }
 
     play(lambda: Followed(tmp_path / "f"), scenario)
-
-
-@contextmanager
-def http_files(folder: Path) -> Iterator[str]:
-    """The URL of a server of a folder's files."""
-
-    class Files(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args: Any, **more: Any) -> None:
-            super().__init__(*args, directory=str(folder), **more)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def test_two_servers_on_one_url_converge_to_the_same_digests(tmp_path: Path) -> None:
-    shared = Followed(tmp_path / "shared")
-    entry = shared.entry
-    with http_files(shared.folder) as url:
-
-        def replica(name: str) -> Followed:
-            return Followed(tmp_path / name, f"{url}/adapters.yaml", prefixes=(url,))
-
-        async def scenario(first: Followed) -> None:
-            second = replica("second")
-            shared.write(
-                entry("a", 1, source=f"{url}/root/source-1"),
-                entry("b", 2, source=f"{url}/root/nowhere"),
-            )
-            for seeds in ([1], [1, 3]):
-                digests = {adapter(seed).digest for seed in seeds}
-                for follower in (first, second):
-                    await follower.until(
-                        lambda f=follower, wanted=digests: set(f.serves().values()) == wanted
-                    )
-                assert first.serves() == second.serves()
-                shared.entry("c", 3)
-                shared.write(
-                    entry("a", 1, source=f"{url}/root/source-1"),
-                    entry("c", 3, source=f"{url}/root/source-3", digest=adapter(3).digest),
-                )
-            shared.path.unlink()
-            await first.until(lambda: first.file.error is not None)
-            assert url not in str(first.file.error)
-            assert set(first.serves()) == {"a", "c"}
-
-        play(lambda: replica("first"), scenario)

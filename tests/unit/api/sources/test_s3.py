@@ -9,7 +9,7 @@ import pytest
 from support.desired import Followed
 from support.world import adapter
 
-from molehill.api.sources import document
+from molehill.api.sources import operator_file
 from molehill.engine.formats import native
 
 moto_server = pytest.importorskip(
@@ -39,7 +39,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_two_servers_on_one_bucket_converge_to_the_same_digests(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document, "URL_SECONDS", 0.2)
+    monkeypatch.setattr(operator_file, "URL_SECONDS", 0.2)
     filesystem = s3fs.S3FileSystem(skip_instance_cache=True)
 
     def upload(seed: int) -> None:

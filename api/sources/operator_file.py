@@ -1,4 +1,4 @@
-"""A small document of the operator's, in a file or behind a URL, that may change at any time."""
+"""A small file of the operator's, at a path or behind a URL, that may change at any time."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ FILE_SECONDS = 1.0
 URL_SECONDS = 10.0
 
 
-class Document:
+class OperatorFile:
     """place: a path, or a URL of https, http, s3 or gs. label: what to call it before clients, who
     get to know neither: a URL may be signed. period: seconds between two looks at it.
 
