@@ -22,12 +22,12 @@ SHOUTED = (
     "{% for m in messages %}How many {{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %} The{% endif %}"
 )
-MESSAGES = [
+MESSAGES: Any = [
     {"role": "user", "content": "hello there"},
     {"role": "assistant", "content": "the lamp"},
     {"role": "user", "content": "which fox"},
 ]
-TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}
+TOOL: Any = {"type": "function", "function": {"name": "count", "parameters": {"type": "object"}}}
 
 
 def adapter(api: Api, case: str, name: str, template: Any, **special_tokens: str) -> Path:
