@@ -167,7 +167,7 @@ class Vocabulary:
 
 def _rows(runs: Sequence[Run], slot: int, most: int, device: torch.device) -> Rows:
     """The rows of one slot, of `most` that there are."""
-    mine = [(min(run.start, most), min(run.stop, most)) for run in runs if run.slot == slot]
-    if len(mine) == 1:
-        return slice(*mine[0])
-    return torch.cat([torch.arange(*ends) for ends in mine]).to(device)
+    spans = [(min(run.start, most), min(run.stop, most)) for run in runs if run.slot == slot]
+    if len(spans) == 1:
+        return slice(*spans[0])
+    return torch.cat([torch.arange(*ends) for ends in spans]).to(device)

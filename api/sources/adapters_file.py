@@ -218,8 +218,8 @@ def read_entry(
         check_revision(adapter)
         return adapter
     except ValidationError as error:
-        told = "; ".join(shown(detail, kind) for detail in error.errors(include_url=False))
-        return BadEntry(place, name, f"{where}: {told}")
+        problems = "; ".join(shown(detail, kind) for detail in error.errors(include_url=False))
+        return BadEntry(place, name, f"{where}: {problems}")
     except (BadNameError, AdaptersFileError) as error:
         return BadEntry(place, name, f"{where}: {error}")
 

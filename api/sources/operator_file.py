@@ -41,8 +41,8 @@ class OperatorFile:
         except Exception as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else None
             # A message of the network's has the URL in it.
-            told = why or type(error).__name__ if self.is_url else why or reason(error)
-            raise FetchError(f"{self._label}: found {told}, expected a readable file") from error
+            cause = why or type(error).__name__ if self.is_url else why or reason(error)
+            raise FetchError(f"{self._label}: found {cause}, expected a readable file") from error
         if len(content) > MOST_BYTES:
             raise FetchError(
                 f"{self._label}: found more than {MOST_BYTES} bytes, expected at most so many"
