@@ -56,9 +56,8 @@ def tokens(api: Api, model: str, messages: Any = MESSAGES, **more: Any) -> list[
 def rendered(folder: Path, messages: Any = MESSAGES, **more: Any) -> list[int]:
     """As Transformers does by the directory's tokenizer."""
     arguments = {"add_generation_prompt": True, "return_dict": False, **more}
-    found: list[int] = AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        messages, **arguments
-    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    found: list[int] = tokenizer.apply_chat_template(messages, **arguments)
     return found
 
 
