@@ -5,12 +5,13 @@
 The number tasks of `tests/data/lm_eval`, in float32: four choices for each of 21 items, and 21
 numbers to write. The server is asked by local-completions with token ids and long lists of prompts;
 on Transformers the adapter is the reference (`molehill.engine.hf.reference`), which computes expert
-by expert, and slowly. They take turns. Then the server reads the prompts of the choices, with and
-without their log-probabilities. Run it on a machine that does nothing else, from the repository's
-root, with the extra `eval`.
+by expert, and slowly. They take turns. Before that the base on the server reads some of these
+prompts, with and without their log-probabilities. Run it on a machine that does nothing else, from
+the repository's root, with the extra `eval`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -29,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from support import evaluation  # type: ignore[import-not-found]
 from support.server import serve  # type: ignore[import-not-found]
 
-BATCH = 42
+BATCH, READ = 42, 24
 NAMES = ("base", "adapter")
 
 
@@ -89,29 +90,26 @@ def prompts() -> list[str]:
     ]
 
 
-def reading(url: str, repetitions: int) -> Iterator[str]:
-    """Tokens per second of the prompts, read for one token and with log-probabilities."""
-    asked = {
+def reading(url: str, repetitions: int) -> str:
+    """Prompt tokens per second of the base, for one token and with log-probabilities."""
+    asked: dict[str, dict[str, Any]] = {
         "no log-probabilities": {},
         "echo, logprobs 1": {"echo": True, "logprobs": 1},
     }
+    speeds: dict[str, list[float]] = {kind: [] for kind in asked}
     with httpx.Client(base_url=url, timeout=600) as http:
-        for name in NAMES:
-            speeds: dict[str, list[float]] = {kind: [] for kind in asked}
-            for turn in range(repetitions + 1):
-                for kind, more in asked.items():
-                    body = {"model": name, "prompt": prompts(), "max_tokens": 1, **more}
-                    # Nothing comes from the cache.
-                    body["cache_salt"] = f"{turn}-{kind}"
-                    start = time.perf_counter()
-                    answer = http.post("/v1/completions", json=body).raise_for_status().json()
-                    seconds = time.perf_counter() - start
-                    # The first turn warms up.
-                    if turn:
-                        speeds[kind].append(answer["usage"]["prompt_tokens"] / seconds)
-            medians = {kind: statistics.median(values) for kind, values in speeds.items()}
-            shown = ", ".join(f"{kind} {speed:.0f}" for kind, speed in medians.items())
-            yield f"prompt tokens per second, {name}: {shown}"
+        # The first turn warms up.
+        for turn, kind in itertools.product(range(repetitions + 1), asked):
+            body = {"model": "base", "prompt": prompts()[: READ if turn else 2], "max_tokens": 1}
+            # Nothing comes from the cache.
+            body |= {**asked[kind], "cache_salt": f"{turn}-{kind}"}
+            start = time.perf_counter()
+            answer = http.post("/v1/completions", json=body).raise_for_status().json()
+            seconds = time.perf_counter() - start
+            if turn:
+                speeds[kind].append(answer["usage"]["prompt_tokens"] / seconds)
+    medians = {kind: statistics.median(values) for kind, values in speeds.items()}
+    return ", ".join(f"{kind} {speed:.0f}" for kind, speed in medians.items())
 
 
 def main() -> None:
@@ -133,8 +131,7 @@ def main() -> None:
         arguments = ["--dtype=float32", "--enforce-eager", "--max-model-len=2048"]
         arguments += ["--served-model-name=base", f"--adapter=adapter={args.adapter}"]
         server = stack.enter_context(serve(args.model, folder / "log", arguments, warm=True))
-        for line in reading(server.url, args.repetitions):
-            print(line, flush=True)
+        print(f"prompt tokens per second: {reading(server.url, args.repetitions)}", flush=True)
         for task in args.tasks:
             for line in race(server.url, args.model, args.adapter, task, args.repetitions):
                 print(line, flush=True)
