@@ -14,6 +14,9 @@ from support.world import adapter
 
 from molehill.api.sources import operator_file
 
+# The folder of adapters, below what the URL serves.
+ROOT = "root"
+
 
 @contextmanager
 def http_files(folder: Path) -> Iterator[str]:
@@ -48,8 +51,8 @@ def test_two_servers_on_one_url_converge_to_the_same_digests(
         async def scenario(first: Followed) -> None:
             second = replica("second")
             shared.write(
-                entry("a", 1, source=f"{url}/root/source-1"),
-                entry("b", 2, source=f"{url}/root/nowhere"),
+                entry("a", 1, source=f"{url}/{ROOT}/source-1"),
+                entry("b", 2, source=f"{url}/{ROOT}/nowhere"),
             )
             for seeds in ([1], [1, 3]):
                 digests = {adapter(seed).digest for seed in seeds}
@@ -60,8 +63,8 @@ def test_two_servers_on_one_url_converge_to_the_same_digests(
                 assert first.serves() == second.serves()
                 shared.entry("c", 3)
                 shared.write(
-                    entry("a", 1, source=f"{url}/root/source-1"),
-                    entry("c", 3, source=f"{url}/root/source-3", digest=adapter(3).digest),
+                    entry("a", 1, source=f"{url}/{ROOT}/source-1"),
+                    entry("c", 3, source=f"{url}/{ROOT}/source-3", digest=adapter(3).digest),
                 )
             shared.path.unlink()
             await first.until(lambda: first.file.error is not None)
