@@ -428,18 +428,20 @@ def set_up_environment() -> None:
 
 def replace_routes(app: FastAPI, core: Sequence[BaseRoute]) -> None:
     """Takes those of vLLM's routes, `core`, out of `app` that one added since replaces: of the same
-    path, with all its methods. vLLM leaves them in front until 0.32, which does this itself."""
+    path, with all its methods. What was added goes in front: vLLM's mounts, as of /metrics, would
+    answer first. vLLM leaves its routes there until 0.32, which does this itself."""
     kept = {id(route) for route in core}
-    added = {
+    added = [route for route in app.router.routes if id(route) not in kept]
+    replaced = {
         (route.path, method)
-        for route in app.router.routes
-        if id(route) not in kept and isinstance(route, APIRoute)
+        for route in added
+        if isinstance(route, APIRoute)
         for method in route.methods
     }
-    app.router.routes[:] = [
+    remaining = [
         route
-        for route in app.router.routes
-        if id(route) not in kept
-        or not isinstance(route, APIRoute)
-        or not {(route.path, method) for method in route.methods} <= added
+        for route in core
+        if not isinstance(route, APIRoute)
+        or not {(route.path, method) for method in route.methods} <= replaced
     ]
+    app.router.routes[:] = [*added, *remaining]

@@ -15,6 +15,7 @@ def app_with(*replacing: tuple[str, str]) -> TestClient:
         ("GET", "/health"),
     ):
         app.add_api_route(path, lambda: "core", methods=[method])
+    app.mount("/metrics", FastAPI())
     core = list(app.router.routes)
     for method, path in replacing:
         app.add_api_route(path, lambda: "molehill", methods=[method])
@@ -26,6 +27,7 @@ def test_one_of_the_same_path_and_method_answers_alone() -> None:
     client = app_with(("GET", "/models/{name}"), ("GET", "/adapters"))
     assert client.get("/models/a").json() == "molehill"
     assert client.get("/adapters").json() == "molehill"
+    assert app_with(("GET", "/metrics")).get("/metrics").json() == "molehill"
     paths = client.get("/openapi.json").json()["paths"]
     assert set(paths["/models/{name}"]) == {"get", "delete"}
 
