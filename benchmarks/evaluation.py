@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,10 @@ def race(url: str, model: Path, adapter: Path, task: str, repetitions: int) -> I
     for name in NAMES:
         arguments = evaluation.of_server(url, name, model, "completions", timeout=600)
         with evaluation.on_transformers(model, adapter if name == "adapter" else None) as lm:
-            sides = {
-                "server": lambda a=arguments: evaluation.evaluate(
-                    "local-completions", task, a, batch_size=BATCH
-                ),
-                "transformers": lambda lm=lm: evaluation.evaluate(lm, task),
+            asked = partial(evaluation.evaluate, "local-completions", task, arguments)
+            sides: dict[str, Callable[[], Any]] = {
+                "server": partial(asked, batch_size=BATCH),
+                "transformers": partial(evaluation.evaluate, lm, task),
             }
             turns = [
                 {side: timed(evaluate) for side, evaluate in sides.items()}
