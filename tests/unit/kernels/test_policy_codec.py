@@ -105,7 +105,8 @@ def test_the_library_takes_every_field_and_no_other(name, fields, message):
     extra = 1 if name == "AdaMoLE" else 0
     gate = router(len(RANKS) + extra, INPUTS)
     with pytest.raises((RuntimeError, ValueError), match=message):
-        ops.pack_linear(ticket, linear, 0, 0, pair.a, pair.b, RANKS, name, fields, gate, None, None)
+        none = (None, None, None)
+        ops.pack_linear(ticket, linear, 0, 0, pair.a, pair.b, RANKS, name, fields, gate, *none)
     ops.drop(backend._id, ticket)
 
 
