@@ -104,8 +104,8 @@ def test_the_library_takes_every_field_and_no_other(name, fields, message):
     ticket = ops.stage(backend._id, 0)
     extra = 1 if name == "AdaMoLE" else 0
     gate = router(len(RANKS) + extra, INPUTS)
+    none = (None, None, None)
     with pytest.raises((RuntimeError, ValueError), match=message):
-        none = (None, None, None)
         ops.pack_linear(ticket, linear, 0, 0, pair.a, pair.b, RANKS, name, fields, gate, *none)
     ops.drop(backend._id, ticket)
 
