@@ -135,6 +135,7 @@ def test_over_tls_where_the_server_is(bound, tmp_path):
     assert (answer.status_code, answer.json()["status"]) == (503, "starting")
 
 
+@pytest.mark.slow
 def test_a_real_start_is_answered_from_the_first_to_the_last_stage(golden: Path, tmp_path: Path):
     """Until it serves, a server says 503 and what it does, and it never refuses once it listens."""
     port, log = free_port(), tmp_path / "server.log"
