@@ -43,12 +43,12 @@ def load(llm: Any, lora_id: int, path: Path) -> None:
     llm.llm_engine.add_lora(LoRARequest(f"{path.name}-{lora_id}", lora_id, str(path)))
 
 
-def worker() -> psutil.Process:
-    """The process of this module's engine that holds the model: the last one that was forked."""
-    children = psutil.Process().children(recursive=True)
-    forked = [child for child in children if "forkserver" in " ".join(child.cmdline())]
-    (found,) = [child for child in forked if not child.children()]
-    return found
+def worker(llm: Any) -> psutil.Process:
+    """The engine's only process that has none below it: it holds the model."""
+    (core,) = llm.llm_engine.engine_core.resources.engine_manager.processes
+    below = psutil.Process(core.pid).children(recursive=True)
+    (leaf,) = [process for process in below if not process.children()]
+    return leaf
 
 
 def assert_serves(llm: Any) -> None:
@@ -76,7 +76,7 @@ def test_a_copy_that_finds_no_memory_leaves_nothing_and_others_serve(
     llm: Any, saved: dict[int, Path]
 ) -> None:
     """It was read while the budget was taken, so that its copy is made between two steps."""
-    path, process = saved[LARGE], worker()
+    path, process = saved[LARGE], worker(llm)
 
     def refuse() -> None:
         load(llm, 52, saved[MEDIUM])
@@ -136,7 +136,7 @@ def test_many_loads_and_unloads_leave_no_memory_behind(llm: Any) -> None:
                 llm.llm_engine.remove_lora(lora_id)
 
     cycle(20)
-    before = worker().memory_info().rss
+    before = worker(llm).memory_info().rss
     cycle(50)
     # 50 leaked copies of these three adapters would be some 10 MiB.
-    assert worker().memory_info().rss - before < 4 * MEBIBYTE
+    assert worker(llm).memory_info().rss - before < 4 * MEBIBYTE
