@@ -65,10 +65,10 @@ def authored(tmp_path_factory):
 def oracles() -> Path:
     """Golden cases on larger models, where they are."""
     repository = Path(__file__).parents[1]
-    found = Path(os.environ.get("MOLEHILL_ORACLES", repository.parent / "shared" / "oracles"))
-    if not found.is_dir():
+    result = Path(os.environ.get("MOLEHILL_ORACLES", repository.parent / "shared" / "oracles"))
+    if not result.is_dir():
         pytest.skip("the golden cases on larger models do not ship with the project")
-    return found
+    return result
 
 
 @pytest.fixture

@@ -66,12 +66,12 @@ def adapters(llm: Any, tmp_path_factory: Any) -> dict[str, Any]:
         "mixlora": activate("mixlora", folder / "mixlora", OTHER),
         "head": activate_head(folder / "head", INVOCATION),
     }
-    found = {
+    result = {
         name: LoRARequest(name, i, str(path)) for i, (name, path) in enumerate(paths.items(), 1)
     }
-    for request in found.values():
+    for request in result.values():
         assert llm.llm_engine.add_lora(request)
-    return {"base": None, **found}
+    return {"base": None, **result}
 
 
 def invoked(offset: int, invocation: Sequence[int] = INVOCATION, length: int = 80) -> list[int]:
@@ -122,8 +122,8 @@ def peft_model() -> Any:
 
 @torch.no_grad()
 def pefts_logits(peft_model: Any, prompt: list[int]) -> Tensor:
-    found: Tensor = peft_model(torch.tensor([prompt]), use_cache=False).logits[0]
-    return found
+    result: Tensor = peft_model(torch.tensor([prompt]), use_cache=False).logits[0]
+    return result
 
 
 SHAPES = {
@@ -147,8 +147,8 @@ def test_every_shape_of_prompt_gives_pefts_logits(
     prompt = SHAPES[shape]
     (reply,) = ask_each(llm, [prompt], [adapters["alora"]], tokens=1, prompt_logits=True)
     assert reply.prompt_logits is not None
-    found = torch.cat([reply.prompt_logits, reply.logits.unsqueeze(0)])
-    assert greatest_difference(found, pefts_logits(peft_model, prompt)) <= LOGIT_TOLERANCE
+    result = torch.cat([reply.prompt_logits, reply.logits.unsqueeze(0)])
+    assert greatest_difference(result, pefts_logits(peft_model, prompt)) <= LOGIT_TOLERANCE
 
 
 @pytest.mark.parametrize("shape", ["first", "last", "cut by a chunk's border"])
@@ -247,8 +247,8 @@ def test_samples_of_one_prompt(llm: Any, adapters: dict[str, Any], model: Any) -
         ids = [*BOTH, *sample.token_ids]
         with attach(model, adapter, start=73):
             wanted = model(torch.tensor([ids]), use_cache=False).logits[0, len(BOTH) - 1 : -1]
-        found = [[row[token].logprob for token in range(len(row))] for row in sample.logprobs]
-        assert greatest_difference(torch.tensor(found), wanted) <= LOGIT_TOLERANCE
+        result = [[row[token].logprob for token in range(len(row))] for row in sample.logprobs]
+        assert greatest_difference(torch.tensor(result), wanted) <= LOGIT_TOLERANCE
 
 
 def counter(llm: Any, name: str) -> int:

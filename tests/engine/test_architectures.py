@@ -61,8 +61,8 @@ def test_logits_of_prompts_know_whose_rows_they_are(served: Served) -> None:
         adapter = Adapter("base", {})
         if name != "base":
             adapter = formats.read(served.adapters[name], base=base_model(served.base))
-        mine = [(p, r) for p, r in zip(prompts, replies, strict=True) if p.case == name]
-        for prompt, reply in mine:
+        answers = [(p, r) for p, r in zip(prompts, replies, strict=True) if p.case == name]
+        for prompt, reply in answers:
             with attach(model, adapter), torch.no_grad():
                 expected = model(torch.tensor([prompt.ids]), use_cache=False).logits[0, :-1]
             assert reply.prompt_logits is not None

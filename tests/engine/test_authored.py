@@ -33,19 +33,19 @@ ROUTED = (*MADE[:5], "molora")
 @pytest.fixture(scope="module")
 def paths(authored: Any) -> dict[str, Any]:
     assert set(authored) == set(MADE)
-    return {name: own.path for name, own in authored.items()}
+    return {name: made.path for name, made in authored.items()}
 
 
 @pytest.fixture(scope="module")
 def replies(llm: Any, authored: Any, paths: Any) -> dict[str, list[Reply]]:
     """Everything in ONE batch, interleaved so that neighbours in it differ."""
-    own = {name: list(made.prompts) for name, made in authored.items()}
-    cases = {name: Case(name).prompts[:2] for name in NEIGHBOURS} | own
+    routed_prompts = {name: list(made.prompts) for name, made in authored.items()}
+    cases = {name: Case(name).prompts[:2] for name in NEIGHBOURS} | routed_prompts
     prompts = [prompts[i] for i in range(2) for prompts in cases.values()]
-    found: dict[str, list[Reply]] = {}
+    result: dict[str, list[Reply]] = {}
     for prompt, reply in zip(prompts, ask(llm, prompts, others=paths), strict=True):
-        found.setdefault(prompt.case, []).append(reply)
-    return found
+        result.setdefault(prompt.case, []).append(reply)
+    return result
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -64,12 +64,12 @@ def test_gate_weights_match_the_authors(llm: Any, authored: Any, paths: Any, nam
     ask_worker(llm, protocol.TRACE, protocol.TraceRequest(True))
     ask(llm, authored[name].prompts[:1], tokens=1, others=paths)
     reply = ask_worker(llm, protocol.TRACE, protocol.TraceRequest(False))
-    found = {trace.site: trace.weights.tensor() for trace in reply.traces}
-    assert found.keys() == authored[name].routes.keys()
+    result = {trace.site: trace.weights.tensor() for trace in reply.traces}
+    assert result.keys() == authored[name].routes.keys()
     # LD-MoLE divides logits by as little as 0.01, and their rounding with them.
     tolerance = 1e-4 if name == "ldmole" else 1e-5
     for site, weights in authored[name].routes.items():
-        assert greatest_difference(found[site], weights) < tolerance, site
+        assert greatest_difference(result[site], weights) < tolerance, site
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -69,12 +69,12 @@ def test_configuration_matches_the_reference(
     prompts = every_prompt()[: 2 * (1 + len(SERVED))]
     prompts += activated.golden_prompts()
     # Some have the name of a golden case.
-    others = {f"authored-{name}": own.path for name, own in authored.items()}
+    others = {f"authored-{name}": made.path for name, made in authored.items()}
     others["alora"] = Case("alora").path
     prompts += [
         replace(prompt, case=f"authored-{name}")
-        for name, own in authored.items()
-        for prompt in own.prompts
+        for name, made in authored.items()
+        for prompt in made.prompts
     ]
     with engine(**configuration.options, max_loras=46) as llm:
         assert_golden(ask(llm, prompts, others=others), prompts)

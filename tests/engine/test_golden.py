@@ -36,10 +36,10 @@ LONGEST = 3
 def replies(llm: Any) -> dict[str, list[Reply]]:
     """Every case in ONE batch: base, LoRA and every mixture together."""
     prompts = every_prompt()
-    found: dict[str, list[Reply]] = {}
+    result: dict[str, list[Reply]] = {}
     for prompt, reply in zip(prompts, ask(llm, prompts), strict=True):
-        found.setdefault(prompt.case, []).append(reply)
-    return found
+        result.setdefault(prompt.case, []).append(reply)
+    return result
 
 
 @pytest.mark.parametrize("case", ["base", *SERVED])
@@ -72,19 +72,19 @@ def alone(llm: Any) -> dict[str, Alone]:
 def test_alone_gives_what_the_mixed_batch_gives(
     replies: dict[str, list[Reply]], alone: dict[str, Alone], case: str
 ) -> None:
-    for own, mixed in zip(alone[case].first, replies[case], strict=True):
-        assert own.tokens == mixed.tokens
-        assert greatest_difference(own.logits, mixed.logits) < BATCH_TOLERANCE
+    for unmixed, mixed in zip(alone[case].first, replies[case], strict=True):
+        assert unmixed.tokens == mixed.tokens
+        assert greatest_difference(unmixed.logits, mixed.logits) < BATCH_TOLERANCE
 
 
 def test_prefix_cache_never_crosses_adapters(alone: dict[str, Alone]) -> None:
     """One prompt under every adapter, cold and warm: the cache hits only its own adapter."""
     longest = {name: Case(name).prompts[LONGEST] for name in alone}
     assert len({prompt.ids for prompt in longest.values()}) == 1
-    for name, own in alone.items():
-        assert_golden([own.first[LONGEST], own.again], [longest[name]] * 2)
-    assert {own.first[LONGEST].cached for own in alone.values()} == {0}
-    assert {own.again.cached for own in alone.values()} == {32}
+    for name, alone_replies in alone.items():
+        assert_golden([alone_replies.first[LONGEST], alone_replies.again], [longest[name]] * 2)
+    assert {alone_replies.first[LONGEST].cached for alone_replies in alone.values()} == {0}
+    assert {alone_replies.again.cached for alone_replies in alone.values()} == {32}
 
 
 @pytest.mark.parametrize("case", ["base", *SERVED])
@@ -102,15 +102,15 @@ def test_router_weights_match_the_reference(llm: Any, case: str) -> None:
     ask_worker(llm, protocol.TRACE, protocol.TraceRequest(True))
     ask(llm, Case(case).prompts[:1], tokens=1)
     reply = ask_worker(llm, protocol.TRACE, protocol.TraceRequest(False))
-    found = {trace.site: trace for trace in reply.traces}
+    result = {trace.site: trace for trace in reply.traces}
     expected = Case(case).routes()
-    assert expected.keys() <= found.keys()
+    assert expected.keys() <= result.keys()
     for site, route in expected.items():
-        trace = found[site]
-        figures = {"p": trace.probabilities, "w": trace.weights, "entropy": trace.entropy}
+        trace = result[site]
+        stats = {"p": trace.probabilities, "w": trace.weights, "entropy": trace.entropy}
         tolerance = ROUNDED.get(case, ROUTER_TOLERANCE)
-        for figure, own in route.items():
-            assert greatest_difference(figures[figure].tensor(), own) < tolerance, (site, figure)
+        for figure, value in route.items():
+            assert greatest_difference(stats[figure].tensor(), value) < tolerance, (site, figure)
 
 
 def test_counters_are_what_the_reference_chose(llm: Any) -> None:
@@ -129,10 +129,10 @@ def test_counters_are_what_the_reference_chose(llm: Any) -> None:
         lora_request=fresh,
         use_tqdm=False,
     )
-    figures = ask_worker(llm, protocol.ROUTING, protocol.RoutingRequest(90))
-    assert figures.tokens == len(case.prompts[0].ids)
+    stats = ask_worker(llm, protocol.ROUTING, protocol.RoutingRequest(90))
+    assert stats.tokens == len(case.prompts[0].ids)
     for site, route in case.routes().items():
-        counted = figures.sites[site]
+        counted = stats.sites[site]
         assert counted.decisions == len(case.prompts[0].ids)
         assert list(counted.expert_tokens) == (route["w"] > 0).sum(0).tolist()
         assert counted.soft == int((route["entropy"] > 0.9).sum())
@@ -165,12 +165,12 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
 
     case, path = Case(name), str(tmp_path / "copy")
     native.write(formats.read(case.path), Path(path))
-    own = LoRARequest(f"kept-{name}", 93, path)
+    request = LoRARequest(f"kept-{name}", 93, path)
     prompts = case.prompts
-    ids, requests = [list(prompt.ids) for prompt in prompts], [own] * len(prompts)
+    ids, requests = [list(prompt.ids) for prompt in prompts], [request] * len(prompts)
 
     def install() -> None:
-        asked = protocol.InstallRequest(own.lora_name, 93, path)
+        asked = protocol.InstallRequest(request.lora_name, 93, path)
         assert ask_worker(llm, protocol.INSTALL, asked).refusal == ""
 
     def host() -> dict[int, int]:
@@ -197,8 +197,8 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
     assert_golden(ask_each(llm, ids, requests), prompts)
     after = ask_worker(llm, protocol.ROUTING, protocol.RoutingRequest(93))
     assert after.tokens == 2 * before.tokens
-    for site, figures in before.sites.items():
-        assert after.sites[site].decisions == 2 * figures.decisions, site
+    for site, stats in before.sites.items():
+        assert after.sites[site].decisions == 2 * stats.decisions, site
     ask_worker(llm, protocol.REMOVE, protocol.RemoveRequest(93, path, False))
     assert 93 not in host()
 
@@ -299,7 +299,7 @@ def test_requests_that_arrive_one_by_one_have_all_their_tokens_in_time(llm: Any)
     arriving = Workload(6, 16, 4, rate=50.0)
     loras = {"both": [request("mixlora"), None]}
     turns.take({MOLEHILL: llm}, loras, [Contestant("both", MOLEHILL)], [arriving])
-    figures = {sample.figure: sample.value for sample in turns.samples}
-    assert list(figures) == ["ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms"]
-    assert 0 < figures["ttft_p50_ms"] <= figures["ttft_p99_ms"]
-    assert 0 < figures["itl_p50_ms"] <= figures["itl_p99_ms"]
+    stats = {sample.figure: sample.value for sample in turns.samples}
+    assert list(stats) == ["ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms"]
+    assert 0 < stats["ttft_p50_ms"] <= stats["ttft_p99_ms"]
+    assert 0 < stats["itl_p50_ms"] <= stats["itl_p99_ms"]

@@ -46,14 +46,14 @@ def prompts(adapters: dict[str, Path]) -> list[Prompt]:
     ids = [prompt.ids for prompt in Case("drlora-base").prompts]
     model = tiny_models.load(TINY_MOE)
     golden = ("drlora", "experts-unsloth-grouped", "experts-peft-0.18", "moe-all-linear")
-    found = [prompt for name in golden for prompt in Case(name).prompts]
-    found += [Prompt("base", p.ids, p.greedy, p.logits) for p in Case("drlora-base").prompts]
+    result = [prompt for name in golden for prompt in Case(name).prompts]
+    result += [Prompt("base", p.ids, p.greedy, p.logits) for p in Case("drlora-base").prompts]
     attention = mixtures.dynmole(model, QKVO, seed=5)
     attention.save(adapters["attention"])
     with attention.attached(model):
-        found += [answer(model, "attention", own, steps=12) for own in ids]
+        result += [answer(model, "attention", token_ids, steps=12) for token_ids in ids]
     both = peft_lora(model, QKVO, FUSED, adapters["both"])
-    return found + [answer(both, "both", own, steps=12) for own in ids]
+    return result + [answer(both, "both", token_ids, steps=12) for token_ids in ids]
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def test_unloading_frees_the_experts_and_loading_again_serves(
     others = [prompt for prompt in prompts if prompt.case != "drlora"]
     assert_golden(ask(llm, others, others=adapters), others)
     llm.llm_engine.add_lora(drlora)
-    own = [prompt for prompt in prompts if prompt.case == "drlora"]
-    assert_golden(ask(llm, own, others=adapters), own)
+    routed_prompts = [prompt for prompt in prompts if prompt.case == "drlora"]
+    assert_golden(ask(llm, routed_prompts, others=adapters), routed_prompts)
 
 
 def edit(directory: Path, target: Path, change: Any) -> Path:
@@ -168,8 +168,8 @@ def test_broken_adapters_are_refused_and_the_others_serve(
     with pytest.raises(Exception, match=message):
         llm.llm_engine.add_lora(LoRARequest("broken", 40, str(broken)))
     assert 40 not in llm.llm_engine.list_loras()
-    own = [prompt for prompt in prompts if prompt.case == "drlora"][:1]
-    assert_golden(ask(llm, own, others=adapters), own)
+    routed_prompts = [prompt for prompt in prompts if prompt.case == "drlora"][:1]
+    assert_golden(ask(llm, routed_prompts, others=adapters), routed_prompts)
 
 
 def test_mixlora_on_experts_is_refused(llm: Any) -> None:
@@ -183,11 +183,11 @@ def test_an_adapter_met_in_a_step_that_cannot_be_loaded_is_void(
     llm: Any, prompts: list[Prompt], adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     """Also its experts' outputs: it must not answer as the base."""
-    own = [prompt for prompt in prompts if prompt.case in ("base", "drlora")][:1]
+    routed_prompts = [prompt for prompt in prompts if prompt.case in ("base", "drlora")][:1]
     base = next(prompt for prompt in prompts if prompt.case == "base")
     void = Prompt("void", base.ids, base.greedy, base.logits)
-    replies = ask(llm, [*own, void], others={**adapters, "void": tmp_path})
-    assert_golden(replies[:1], own)
+    replies = ask(llm, [*routed_prompts, void], others={**adapters, "void": tmp_path})
+    assert_golden(replies[:1], routed_prompts)
     assert replies[1].tokens != base.greedy
 
 

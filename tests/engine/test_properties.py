@@ -45,8 +45,8 @@ def store(tmp_path_factory: Any) -> Path:
 
 @torch.no_grad()
 def logits_of(model: Any, prompt: list[int]) -> Tensor:
-    found: Tensor = model(torch.tensor([prompt]), use_cache=False).logits[0]
-    return found
+    result: Tensor = model(torch.tensor([prompt]), use_cache=False).logits[0]
+    return result
 
 
 def expected(model: Any, adapter: Adapter | None, prompt: list[int]) -> tuple[Tensor, bool]:
@@ -105,20 +105,20 @@ def effective(adapter: Adapter) -> bool:
     suppress_health_check=list(HealthCheck),
 )
 @given(
-    own=st.lists(adapters(BASE, HEAD).filter(effective), min_size=1, max_size=3),
+    adapters=st.lists(adapters(BASE, HEAD).filter(effective), min_size=1, max_size=3),
     order=st.permutations(range(8)),
 )
 def test_random_adapters_in_one_batch_give_the_references_logits(
-    llm: Any, model: Any, store: Path, own: list[Adapter], order: list[int]
+    llm: Any, model: Any, store: Path, adapters: list[Adapter], order: list[int]
 ) -> None:
     from vllm.lora.request import LoRARequest
 
-    everyone: list[Adapter | None] = [None, *own]
+    everyone: list[Adapter | None] = [None, *adapters]
     cases = [(everyone[i % len(everyone)], PROMPTS[i % len(PROMPTS)]) for i in order]
     answers = [expected(model, adapter, prompt) for adapter, prompt in cases]
     assume(all(decided for _, decided in answers))
     requests: dict[int, Any] = {id(None): None}
-    for adapter in own:
+    for adapter in adapters:
         lora_id = next(_ids)
         native.write(adapter, store / str(lora_id))
         request = LoRARequest(f"random{lora_id}", lora_id, str(store / str(lora_id)))
@@ -136,8 +136,8 @@ def test_random_adapters_in_one_batch_give_the_references_logits(
         assert llm.llm_engine.remove_lora(request.lora_int_id)
     for reply, (logits, _) in zip(replies, answers, strict=True):
         assert reply.prompt_logits is not None
-        found = torch.cat([reply.prompt_logits, reply.logits.unsqueeze(0)])
-        error = (found - logits).abs().max().item()
+        result = torch.cat([reply.prompt_logits, reply.logits.unsqueeze(0)])
+        error = (result - logits).abs().max().item()
         assert error <= TOLERANCE * logits.abs().max().item()
 
 
@@ -148,6 +148,6 @@ def test_experts_that_are_dora_give_pefts_logits(llm: Any, loaded: Any, tmp_path
     replies = ask_each(llm, PROMPTS, [request, None, request], prompt_logits=True)
     for i in (0, 2):
         logits = logits_of(oracle.model, PROMPTS[i])
-        found = torch.cat([replies[i].prompt_logits, replies[i].logits.unsqueeze(0)])
-        assert (found - logits).abs().max() <= TOLERANCE * logits.abs().max()
+        result = torch.cat([replies[i].prompt_logits, replies[i].logits.unsqueeze(0)])
+        assert (result - logits).abs().max() <= TOLERANCE * logits.abs().max()
         assert replies[i].tokens[0] == logits[-1].argmax()

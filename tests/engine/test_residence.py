@@ -108,10 +108,10 @@ def drift_of_rounding(case: str) -> float:
     model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
     resident = merge_static(formats.read(Case(case).path))[0]
     exact, rounded = [], []
-    for found in (exact, rounded):
+    for result in (exact, rounded):
         for prompt in Case(case).prompts:
             with torch.no_grad(), attach(model, resident):
-                found.append(model(torch.tensor([prompt.ids])).logits[0, -1])
+                result.append(model(torch.tensor([prompt.ids])).logits[0, -1])
         if not rounded:
             for site in plain_sites(resident):
                 # The rounding error alone: the adapter on top stays exact.
@@ -130,10 +130,10 @@ def test_in_bfloat16_the_drift_is_that_of_one_rounding(tmp_path: Path) -> None:
     with engine(dtype="bfloat16") as plain:
         apart = errors(ask(plain, prompts, tokens=1), prompts)
     with merged_engine("lora", tmp_path, dtype="bfloat16") as llm:
-        found = errors(ask(llm, prompts, tokens=1), prompts)
+        result = errors(ask(llm, prompts, tokens=1), prompts)
     rounding = drift_of_rounding("lora")
     assert 0 < rounding < 1
-    for before, after in zip(apart, found, strict=True):
+    for before, after in zip(apart, result, strict=True):
         assert after <= before + 2 * rounding
 
 
@@ -166,12 +166,15 @@ def test_other_weights_and_biases_are_left_alone() -> None:
         ("model.layers.0.x.bias", torch.ones(3)),
         ("lm_head.weight", torch.ones(2, 4)),
     ]
-    found = list(
+    result = list(
         merged_base_loader.with_merged_base(iter(given), {"layers.0.x": PAIR}, torch.float32)
     )
-    assert torch.equal(found[0][1], torch.full((3, 4), 2.0))
-    assert found[0][1].dtype == torch.float32
-    assert [tensor is own for (_, tensor), (_, own) in zip(found[1:], given[1:], strict=True)] == [
+    assert torch.equal(result[0][1], torch.full((3, 4), 2.0))
+    assert result[0][1].dtype == torch.float32
+    assert [
+        tensor is given_tensor
+        for (_, tensor), (_, given_tensor) in zip(result[1:], given[1:], strict=True)
+    ] == [
         True,
         True,
     ]

@@ -69,10 +69,14 @@ def assert_as_the_reference(llm: Any, reference: Reference, prompts: list[Prompt
     differences: dict[str, list[float]] = {}
     for reply, prompt in zip(replies, prompts, strict=True):
         expected = reference.logits(prompt)[0]
-        found = greatest_difference(reply.logits, expected)
-        differences.setdefault(prompt.case, []).append(found)
+        result = greatest_difference(reply.logits, expected)
+        differences.setdefault(prompt.case, []).append(result)
     most = max(LEAST, LEEWAY * max(differences["base"]))
-    far = {case: own for case, own in differences.items() if sum(d > most for d in own) > TIES}
+    far = {
+        case: tokens_off
+        for case, tokens_off in differences.items()
+        if sum(d > most for d in tokens_off) > TIES
+    }
     assert not far, f"expected logits within {most:.2g}, found {far}"
 
 

@@ -92,15 +92,17 @@ def test_a_graph_serves_adapters_stored_after_its_capture(model: Model) -> None:
     model.begin_step([Run(UNSERVED, 0, TOKENS)])
     graph, ys = model.captured(x)
     for seed, policy in enumerate((TopK(2), DynMoLE(), Soft())):
-        own = [mixture(policy, (4, 2, 3), INPUTS, OUT, seed=i + seed) for i in range(LAYERS)]
-        weights = SlotWeights({i: [piece(one)] for i, one in enumerate(own)}, {})
+        linear_mixture = [
+            mixture(policy, (4, 2, 3), INPUTS, OUT, seed=i + seed) for i in range(LAYERS)
+        ]
+        weights = SlotWeights({i: [piece(one)] for i, one in enumerate(linear_mixture)}, {})
         model.backend.store(seed % 2, weights)
         model.begin_step([Run(seed % 2, 3, 20)])
         for value in (1, -1):
             x.copy_(value * random(TOKENS, INPUTS, seed=7))
             graph.replay()
             torch.cuda.synchronize()
-            for y, weight, one in zip(ys, model.weights, own, strict=True):
+            for y, weight, one in zip(ys, model.weights, linear_mixture, strict=True):
                 expected = x.cpu() @ weight.cpu().T
                 expected[3:20], _ = reference.linear_mixture(x.cpu()[3:20], weight.cpu(), None, one)
                 assert (y.cpu() - expected).abs().max() < TOLERANCE * expected.abs().max()
@@ -109,25 +111,25 @@ def test_a_graph_serves_adapters_stored_after_its_capture(model: Model) -> None:
 
 def test_nothing_is_compiled_after_the_warm_up() -> None:
     """Nor for a stored adapter, of any policy and any number of tokens."""
-    compilations, own = Compilations(), Model(OneStream())
+    compilations, eager_model = Compilations(), Model(OneStream())
     compilations.watch()
     shapes = {i: LinearShape("linear", INPUTS, OUT) for i in range(LAYERS)}
-    warmup.run(own.backend, shapes, {}, CAPACITY.tokens)
+    warmup.run(eager_model.backend, shapes, {}, CAPACITY.tokens)
     compilations.expect_none()
     for slot, policy in enumerate((TopK(2), DynMoLE(), Soft())):
         one = piece(mixture(policy, (4, 2, 3), INPUTS, OUT))
-        own.backend.store(slot, SlotWeights({i: [one] for i in range(LAYERS)}, {}))
+        eager_model.backend.store(slot, SlotWeights({i: [one] for i in range(LAYERS)}, {}))
     for tokens in range(1, CAPACITY.tokens + 1):
-        own.begin_step([Run(tokens % 3, 0, tokens)])
-        own(random(tokens, INPUTS, seed=7).cuda())
+        eager_model.begin_step([Run(tokens % 3, 0, tokens)])
+        eager_model(random(tokens, INPUTS, seed=7).cuda())
     torch.cuda.synchronize()
     assert compilations.late == 0
 
 
 def test_a_graph_without_adapters_launches_none_of_ours(model: Model) -> None:
     """Although one is stored."""
-    own = piece(mixture(TopK(1), (2, 2), INPUTS, OUT))
-    model.backend.store(0, SlotWeights({0: [own]}, {}))
+    linear_mixture = piece(mixture(TopK(1), (2, 2), INPUTS, OUT))
+    model.backend.store(0, SlotWeights({0: [linear_mixture]}, {}))
     x = random(TOKENS, INPUTS, seed=7).cuda()
     with counted() as launches:
         model.begin_step([])

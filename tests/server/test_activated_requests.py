@@ -26,8 +26,8 @@ def test_an_activated_lora_gives_pefts_tokens_beside_the_base(clean: Api) -> Non
 
 
 def cached(api: Api, model: str, prompt: list[int]) -> int:
-    found: int = api.complete(model, prompt, 1).usage.prompt_tokens_details.cached_tokens
-    return found
+    result: int = api.complete(model, prompt, 1).usage.prompt_tokens_details.cached_tokens
+    return result
 
 
 def test_the_answers_usage_tells_what_the_base_has_read(clean: Api) -> None:

@@ -49,16 +49,16 @@ def tokens(api: Api, model: str, messages: Any = MESSAGES, **more: Any) -> list[
     """As /tokenize renders them."""
     answer = api.http.post("/tokenize", json={"model": model, "messages": messages, **more})
     assert answer.status_code == 200, answer.text
-    found: list[int] = answer.json()["tokens"]
-    return found
+    result: list[int] = answer.json()["tokens"]
+    return result
 
 
 def rendered(folder: Path, messages: Any = MESSAGES, **more: Any) -> list[int]:
     """As Transformers does by the directory's tokenizer."""
     arguments = {"add_generation_prompt": True, "return_dict": False, **more}
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    found: list[int] = tokenizer.apply_chat_template(messages, **arguments)
-    return found
+    result: list[int] = tokenizer.apply_chat_template(messages, **arguments)
+    return result
 
 
 def chat(

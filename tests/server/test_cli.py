@@ -36,9 +36,11 @@ def test_help_shows_our_options_without_importing_vllm() -> None:
         "import sys; from molehill.api.cli.main import main; main(['serve', '--help']); "
         "assert 'vllm' not in sys.modules and 'torch' not in sys.modules"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     for option in ("--adapter NAME=PATH", "--adapter-root DIR", "--max-adapter-rank N"):
-        assert option in found.stdout
+        assert option in result.stdout
 
 
 @pytest.mark.parametrize("argument", ["--version", "--help"])

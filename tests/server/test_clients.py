@@ -21,11 +21,11 @@ def test_a_model_is_retrieved_as_the_list_has_it(clean: Api) -> None:
     listed = {model.id: model for model in clean.openai.models.list()}
     assert set(listed) == {BASE, "started", "team/model-x:v2"}
     for name, model in listed.items():
-        found = clean.openai.models.retrieve(name)
+        result = clean.openai.models.retrieve(name)
         # vLLM makes up the id of a permission, and the base model's age, anew for every answer.
         made_up = {"permission": ..., "created": ...}
-        assert {**found.model_dump(), **made_up} == {**model.model_dump(), **made_up}
-        assert found.object == "model"
+        assert {**result.model_dump(), **made_up} == {**model.model_dump(), **made_up}
+        assert result.object == "model"
     assert clean.openai.models.retrieve("started").created == listed["started"].created
 
 
@@ -114,7 +114,7 @@ def test_no_answer_names_the_directory_of_the_base_model(embedding: Api, model: 
     # Who knows the directory goes on using it.
     assert client.embeddings.create(model=str(model), input="x").model == model.name
     assert client.models.retrieve(str(model)).id == str(model)
-    assert [found.id for found in client.models.list()] == [model.name, "embeds"]
+    assert [result.id for result in client.models.list()] == [model.name, "embeds"]
 
 
 class Syncer:
@@ -177,12 +177,12 @@ def test_unknown_fields_on_vllms_routes_are_ignored_and_logged(clean: Api) -> No
     assert clean.load("m", "lora", **more).status_code == 200
     body = {"lora_name": "m", "lora_path": "lora"}
     assert clean.http.post("/v1/unload_lora_adapter", json=body).status_code == 200
-    told = [line for line in log(clean)[len(before) :] if "does not know" in line]
-    assert len(told) == 2
-    assert all("WARNING" in line for line in told)
-    assert "'base_model_name', 'x\\nforged', 'yyy" in told[0]
-    assert len(told[0]) < 400
-    assert "'lora_path'" in told[1]
+    warnings = [line for line in log(clean)[len(before) :] if "does not know" in line]
+    assert len(warnings) == 2
+    assert all("WARNING" in line for line in warnings)
+    assert "'base_model_name', 'x\\nforged', 'yyy" in warnings[0]
+    assert len(warnings[0]) < 400
+    assert "'lora_path'" in warnings[1]
     assert not any(line.startswith("forged") for line in log(clean))
 
 
@@ -202,9 +202,9 @@ def log(api: Api) -> list[str]:
 def lora_info(api: Api) -> list[tuple[dict[str, str], float]]:
     """Labels and value of every series, as Prometheus reads them."""
     families = text_string_to_metric_families(api.http.get("/metrics").text)
-    found = [family for family in families if family.name == LORA_INFO]
-    assert [family.type for family in found] == ["gauge"]
-    return [(sample.labels, sample.value) for sample in found[0].samples]
+    result = [family for family in families if family.name == LORA_INFO]
+    assert [family.type for family in result] == ["gauge"]
+    return [(sample.labels, sample.value) for sample in result[0].samples]
 
 
 def test_the_adapters_at_work_are_told_in_one_series(clean: Api) -> None:

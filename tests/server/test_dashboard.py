@@ -25,13 +25,13 @@ def narrow() -> Iterator[Any]:
 
 
 def text(chrome: Any, name: str) -> str:
-    found: str = chrome.find_element("id", name).text
-    return found
+    result: str = chrome.find_element("id", name).text
+    return result
 
 
 def shown(chrome: Any, name: str) -> bool:
-    found: bool = chrome.find_element("id", name).is_displayed()
-    return found
+    result: bool = chrome.find_element("id", name).is_displayed()
+    return result
 
 
 def opened(chrome: Any, url: str, waits_for: str) -> None:
@@ -62,8 +62,8 @@ def colours(chrome: Any) -> int:
         const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
         return new Set(new Uint32Array(data.buffer)).size;
     """
-    found: int = chrome.execute_script(script)
-    return found
+    result: int = chrome.execute_script(script)
+    return result
 
 
 def test_an_empty_server_says_how_to_load_an_adapter(chrome: Any) -> None:
@@ -89,17 +89,17 @@ def test_figures_and_the_map_of_the_busiest_adapter(chrome: Any) -> None:
 
 
 def label(chrome: Any, name: str) -> str:
-    found: str = chrome.find_element("id", name).get_attribute("aria-label") or ""
-    return found
+    result: str = chrome.find_element("id", name).get_attribute("aria-label") or ""
+    return result
 
 
 def rows(chrome: Any) -> list[list[str]]:
     """The table's cells, read at once: the page redraws it now and then."""
-    found: list[list[str]] = chrome.execute_script(
+    result: list[list[str]] = chrome.execute_script(
         "return [...document.querySelectorAll('#table tr')].map("
         "row => [...row.querySelectorAll('td')].map(cell => cell.innerText))"
     )
-    return found
+    return result
 
 
 def test_the_map_is_read_by_keyboard_and_as_a_table(chrome: Any) -> None:
@@ -234,8 +234,8 @@ def test_a_real_servers_routing_is_drawn(clean: Api, chrome: Any) -> None:
 def texts(chrome: Any, selector: str) -> list[str]:
     """All at once: the page draws itself anew every two seconds."""
     script = "return [...document.querySelectorAll(arguments[0])].map(one => one.innerText)"
-    found: list[str] = chrome.execute_script(script, selector)
-    return found
+    result: list[str] = chrome.execute_script(script, selector)
+    return result
 
 
 def percent(share: float) -> str:

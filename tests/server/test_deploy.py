@@ -23,8 +23,8 @@ def rules() -> list[dict[str, Any]]:
 
 
 def board() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(BOARD.read_text())
-    return found
+    result: dict[str, Any] = json.loads(BOARD.read_text())
+    return result
 
 
 def board_expressions() -> list[str]:
@@ -63,15 +63,15 @@ def labels(api: Api) -> dict[str, set[str]]:
     assert api.load("shown", "dynmole-soft").status_code == 200
     api.complete("shown", [5, 6, 7], 2)
     assert api.load("refused", "no-such-directory").status_code == 404
-    found: dict[str, set[str]] = {}
+    result: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(api.http.get("/metrics").text):
         for sample in family.samples:
-            found.setdefault(sample.name, set()).update(sample.labels)
+            result.setdefault(sample.name, set()).update(sample.labels)
     assert api.unload("shown").status_code == 200
     for rule in rules():
         if "record" in rule:
-            found[rule["record"]] = grouping(rule["expr"])
-    return found
+            result[rule["record"]] = grouping(rule["expr"])
+    return result
 
 
 def grouping(expression: str) -> set[str]:
@@ -84,9 +84,9 @@ def grouping(expression: str) -> set[str]:
 def test_an_expression_is_promql_on_real_series(
     labels: dict[str, set[str]], expression: str
 ) -> None:
-    found = list(selectors(parse(expression)))
-    assert found
-    for selector in found:
+    result = list(selectors(parse(expression)))
+    assert result
+    for selector in result:
         assert selector.name in labels
         matched = {matcher.name for matcher in selector.matchers.matchers}
         assert matched <= labels[selector.name] | TARGET_LABELS
@@ -131,11 +131,11 @@ def test_panels_do_not_overlap_and_all_have_a_meaning() -> None:
 
 def test_docs_explain_every_metric_and_alert(labels: dict[str, set[str]]) -> None:
     text = (TESTS.parent / "docs" / "metrics.md").read_text()
-    own = {name for name in labels if name.startswith("molehill_")}
-    families = {re.sub(r"_(sum|count|bucket)$", "", name) for name in own}
+    our_series = {name for name in labels if name.startswith("molehill_")}
+    families = {re.sub(r"_(sum|count|bucket)$", "", name) for name in our_series}
     missing = {name for name in families if name not in text}
     assert missing == set()
     assert all(rule["alert"] in text for rule in rules() if "alert" in rule)
     named = set(re.findall(r"`(molehill_[a-z_]+)`", text))
     # Nothing is compiled for a CPU while it serves.
-    assert named <= own | families | {"molehill_kernel_compilations_total"}
+    assert named <= our_series | families | {"molehill_kernel_compilations_total"}

@@ -24,8 +24,8 @@ def listed(api: Api) -> dict[str, Any]:
 
 
 def desired(api: Api) -> dict[str, Any]:
-    found: dict[str, Any] = listed(api)["desired"]
-    return found
+    result: dict[str, Any] = listed(api)["desired"]
+    return result
 
 
 def states(api: Api) -> dict[str, str]:
@@ -43,8 +43,8 @@ def test_the_server_converges_to_its_file(followed: Api) -> None:
     lora, dynmole = ({"name": "a", "source": case} for case in ("lora", "dynmole-soft"))
     wrong = {"name": "wrong", "source": "mola", "digest": "0" * 64}
     write(followed, [lora, wrong, {"name": "gone", "source": "no-such-directory"}])
-    settled = {"a": "converged", "wrong": "failed", "gone": "failed"}
-    assert eventually(lambda: states(followed) == settled)
+    final_states = {"a": "converged", "wrong": "failed", "gone": "failed"}
+    assert eventually(lambda: states(followed) == final_states)
     errors = {entry["name"]: entry for entry in desired(followed)["data"]}
     assert errors["wrong"]["error_type"] == "source_changed"
     assert f"expected {'0' * 64}" in errors["wrong"]["error"]
@@ -52,7 +52,7 @@ def test_the_server_converges_to_its_file(followed: Api) -> None:
     assert errors["gone"]["retry_seconds"] is not None
     wanted = {info["name"]: info["wanted_by"] for info in listed(followed)["data"]}
     assert wanted == {
-        **dict.fromkeys(settled, "adapters_file"),
+        **dict.fromkeys(final_states, "adapters_file"),
         **{"started": "command_line", "mine": None},
     }
     metrics = followed.metrics()

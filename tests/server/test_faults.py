@@ -47,10 +47,10 @@ ENDLESS, STREAMED = LONGEST - 100, 400
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found: Path = tmp_path_factory.mktemp("faults")
+    result: Path = tmp_path_factory.mktemp("faults")
     for case in CASES:
-        copy_adapter(case, found / "root" / case)
-    return found
+        copy_adapter(case, result / "root" / case)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def server(model: Path, folder: Path) -> Iterator[Server]:
         *("--adapter-memory", str(MEMORY)),
         *("--max-adapter-bytes", str(LARGEST)),
     ]
-    with serve(model, folder / "log", arguments) as found:
-        yield found
+    with serve(model, folder / "log", arguments) as result:
+        yield result
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +172,10 @@ def ask(
 
 def joined(parts: Iterable[tuple[int, list[int]]]) -> list[list[int]]:
     """The tokens of each sample."""
-    found: dict[int, list[int]] = {}
+    result: dict[int, list[int]] = {}
     for sample, tokens in parts:
-        found.setdefault(sample, []).extend(tokens)
-    return [found[sample] for sample in sorted(found)]
+        result.setdefault(sample, []).extend(tokens)
+    return [result[sample] for sample in sorted(result)]
 
 
 def test_an_adapter_is_unloaded_while_two_samples_of_it_are_streamed(api: Api) -> None:
@@ -332,7 +332,7 @@ def test_loads_and_unloads_leave_memory_flat(
     before = memory()
     for number in range(cycles):
         cycle(number)
-    grown = {name: own - before[name] for name, own in memory().items()}
+    grown = {name: value - before[name] for name, value in memory().items()}
     record_property("grown", grown)
     assert max(grown.values()) < LEFT[cycles], grown
 

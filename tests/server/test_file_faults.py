@@ -35,8 +35,8 @@ def with_header(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def first(header: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = next(own for own in header.values() if "shape" in own)
-    return found
+    result: dict[str, Any] = next(value for value in header.values() if "shape" in value)
+    return result
 
 
 def truncated(folder: Path) -> None:
@@ -59,7 +59,7 @@ def endless_shape(folder: Path) -> None:
 
 def overlapping(folder: Path) -> None:
     def change(header: dict[str, Any]) -> None:
-        offsets = [own["data_offsets"] for own in header.values() if "shape" in own]
+        offsets = [value["data_offsets"] for value in header.values() if "shape" in value]
         offsets[1][:] = offsets[0]
 
     with_header(folder, change)
@@ -116,7 +116,7 @@ def test_files_that_are_swapped_while_they_are_read_never_become_a_hybrid(clean:
     others = [copy_adapter("dora", clean.root.parent / f"other-{n}") for n in range(2)]
     edit_config(others[1], lora_alpha=64)
     tensors = load_file(others[1] / files.SAFETENSORS)
-    negated = {name: -own if "lora_B" in name else own for name, own in tensors.items()}
+    negated = {name: -value if "lora_B" in name else value for name, value in tensors.items()}
     save_file(negated, others[1] / files.SAFETENSORS)
     whole = {formats.read(other).digest for other in others}
     done = threading.Event()

@@ -57,7 +57,7 @@ def ask(case: Any, name: str, source: str, known: bool) -> Any:
     if known and isinstance(case.body, dict):
         fields: dict[str, Any] = dict.fromkeys(("name", "lora_name"), name)
         fields |= {**dict.fromkeys(("source", "lora_path"), source), "mix": {name: 0.5}}
-        case.body.update({field: own for field, own in fields.items() if field in case.body})
+        case.body.update({field: value for field, value in fields.items() if field in case.body})
     if known and "name" in case.path_parameters:
         case.path_parameters["name"] = name
     return case.call(headers={"Authorization": f"Bearer {KEY}"})
@@ -68,8 +68,8 @@ def test_every_answer_is_as_the_document_says(api: Api, document: Any, mode: Any
     """mode: requests that fit the document, and such that do not."""
     seen: Counter[str] = Counter()
     ended: set[int] = set()
-    for found in document.include(path_regex=OURS).get_all_operations():
-        operation = found.ok()
+    for result in document.include(path_regex=OURS).get_all_operations():
+        operation = result.ok()
 
         @settings(FUZZ, max_examples=examples(EXAMPLES))
         @given(
@@ -133,8 +133,8 @@ def test_text_that_cannot_be_shown_is_refused(api: Api, text: str) -> None:
         "unload_lora_adapter": [{"lora_name": text}],
     }
     expecting = {"name": "a", "source": "lora", "expected_generation": text}
-    for path, found in {**bodies, "adapters": [*bodies["adapters"], expecting]}.items():
-        for body in found:
+    for path, result in {**bodies, "adapters": [*bodies["adapters"], expecting]}.items():
+        for body in result:
             headers = {"Content-Type": "application/json"}
             response = api.http.post(f"/v1/{path}", content=json.dumps(body), headers=headers)
             assert api.error(response)[0] in (400, 404, 409), body

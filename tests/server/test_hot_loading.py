@@ -12,8 +12,8 @@ from support.api_client import Api, copy_adapter, edit_config
 @pytest.fixture(scope="module")
 def placed(api: Api, authored: Any) -> dict[str, str]:
     """Copies of tests/support/authored.py's adapters below the server's root, by name."""
-    for name, own in authored.items():
-        shutil.copytree(own.path, api.root / "authored" / name)
+    for name, made in authored.items():
+        shutil.copytree(made.path, api.root / "authored" / name)
     return {name: f"authored/{name}" for name in authored}
 
 
@@ -23,8 +23,8 @@ def test_they_are_loaded_by_name_and_answer_as_their_authors_do(
     for name, path in placed.items():
         answer = clean.load(name, path)
         assert (answer.status_code, answer.json()["status"]) == (200, "loaded"), answer.text
-    for name, own in authored.items():
-        prompt = own.prompts[0]
+    for name, made in authored.items():
+        prompt = made.prompts[0]
         assert tuple(clean.greedy(name, list(prompt.ids))) == prompt.greedy, name
 
 

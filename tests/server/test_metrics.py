@@ -55,8 +55,8 @@ def test_figures_are_the_oracles_routing(clean: Api) -> None:
     assert since("router_decisions_total") == len(prompt)
     assert since("experts_activated_total") == int(chosen.sum())
     assert since("soft_routed_total") == soft
-    found = since("router_entropy_sum")
-    assert found == pytest.approx(float(entropy.sum()), abs=1e-4)
+    result = since("router_entropy_sum")
+    assert result == pytest.approx(float(entropy.sum()), abs=1e-4)
     for expert, expected in enumerate(chosen.sum(dim=0).tolist()):
         labels = f'{{adapter="m",expert="{expert}"}}'
         assert since(f"expert_tokens_total{labels}") == expected

@@ -49,11 +49,11 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found: Path = tmp_path_factory.mktemp("operated")
-    (found / "root").mkdir()
+    result: Path = tmp_path_factory.mktemp("operated")
+    (result / "root").mkdir()
     for case in ("lora", "mola", "mixlora", "dynmole-soft", "loramoe"):
-        copy_adapter(case, found / "root" / "group" / case)
-    return found
+        copy_adapter(case, result / "root" / "group" / case)
+    return result
 
 
 def start(model: Path, folder: Path, remote: str, log: str) -> Any:
@@ -126,18 +126,18 @@ def test_who_may_ask_may_mix_within_the_bound(api: Operated) -> None:
 
 def test_a_load_says_all_that_a_deployer_needs(api: Operated) -> None:
     answer = api.post("team/a", "group/mixlora", pinned=True)
-    found = answer.json()
-    assert answer.headers[HEADER] == found["generation"]
-    assert found["status"] == "loaded"
-    assert {name: found[name] for name in ("state", "kind", "resident", "pinned", "loads")} == {
+    result = answer.json()
+    assert answer.headers[HEADER] == result["generation"]
+    assert result["status"] == "loaded"
+    assert {name: result[name] for name in ("state", "kind", "resident", "pinned", "loads")} == {
         "state": "serving",
         "kind": "mixlora",
         "resident": "workers",
         "pinned": True,
         "loads": 1,
     }
-    assert found["plan"] == {"sites": 4, "static": 0, "dynamic": 4}
-    assert found["source"] == "group/mixlora"
+    assert result["plan"] == {"sites": 4, "static": 0, "dynamic": 4}
+    assert result["source"] == "group/mixlora"
     assert api.right("team/a", "mixlora")
     shown = api.info("team/a")
     assert shown["last_used"] >= shown["created"]
@@ -197,8 +197,8 @@ def test_more_adapters_than_slots_all_give_their_own_answers(api: Operated) -> N
         for prompt in oracle(case)["prompts"]
     ]
     with ThreadPoolExecutor(15) as pool:
-        found = list(pool.map(lambda job: api.greedy(job[0], job[1]), jobs))
-    assert found == [expected for _, _, expected in jobs]
+        result = list(pool.map(lambda job: api.greedy(job[0], job[1]), jobs))
+    assert result == [expected for _, _, expected in jobs]
 
 
 def test_figures_survive_that_an_adapter_is_taken_out(api: Operated) -> None:

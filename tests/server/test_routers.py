@@ -98,13 +98,13 @@ class ProductionStack:
         """What it takes for adapters: models with a parent."""
         document = self._request("GET", "/v1/models", None)
         assert document["object"] == "list"
-        found = {}
+        result = {}
         for model in document["data"]:
             for field, kind in FIELDS.items():
                 assert isinstance(model[field], kind), field
             if model["parent"] is not None:
-                found[model["id"]] = model
-        return found
+                result[model["id"]] = model
+        return result
 
     def load(self, name: str, path: str) -> None:
         self._request("POST", LOAD, {"lora_name": name, "lora_path": path})

@@ -11,16 +11,16 @@ from support.api_client import GOLDEN, Api, oracle
 def routing(api: Api, name: str) -> dict[str, Any]:
     response = api.http.get(f"/v1/adapters/{name}/routing")
     assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    return found
+    result: dict[str, Any] = response.json()
+    return result
 
 
 def numbers(value: Any, before: Any) -> Any:
     """`value` with its counts less what they were: a load sends a probe through the adapter."""
     if isinstance(value, dict):
-        return {key: numbers(own, before[key]) for key, own in value.items()}
+        return {key: numbers(value, before[key]) for key, value in value.items()}
     if isinstance(value, list):
-        return [numbers(own, old) for own, old in zip(value, before, strict=True)]
+        return [numbers(value, old) for value, old in zip(value, before, strict=True)]
     return value - before if type(value) is int and type(before) is int else value
 
 
@@ -33,9 +33,9 @@ class Watched:
 
     def since(self) -> dict[str, Any]:
         """Counts since then; ratios are those since the load."""
-        found = routing(self._api, self._name)
-        layers = [site["layer"] for site in found["sites"]]
-        changed: dict[str, Any] = numbers(found, self._before)
+        result = routing(self._api, self._name)
+        layers = [site["layer"] for site in result["sites"]]
+        changed: dict[str, Any] = numbers(result, self._before)
         for site, layer in zip(changed["sites"], layers, strict=True):
             site["layer"] = layer
         return changed
@@ -43,8 +43,8 @@ class Watched:
 
 def summary(api: Api, name: str) -> dict[str, Any]:
     adapters = api.http.get("/v1/routing").json()["adapters"]
-    (found,) = (adapter for adapter in adapters if adapter["adapter"] == name)
-    summed: dict[str, Any] = found
+    (result,) = (adapter for adapter in adapters if adapter["adapter"] == name)
+    summed: dict[str, Any] = result
     return summed
 
 
@@ -54,9 +54,9 @@ def test_every_site_is_the_oracles(clean: Api, case: str) -> None:
     watched = Watched(clean, "team/m:v2")
     prompt = oracle(case)["prompts"][0]["prompt_token_ids"]
     clean.complete("team/m:v2", prompt, 1)
-    found = watched.since()
-    assert (found["adapter"], found["kind"]) == ("team/m:v2", case.partition("-")[0])
-    assert found["tokens"] == len(prompt)
+    result = watched.since()
+    assert (result["adapter"], result["kind"]) == ("team/m:v2", case.partition("-")[0])
+    assert result["tokens"] == len(prompt)
 
     tensors = load_file(GOLDEN / "cases" / case / "oracle.safetensors")
     routed = {
@@ -64,7 +64,7 @@ def test_every_site_is_the_oracles(clean: Api, case: str) -> None:
         for name, tensor in tensors.items()
         if name.startswith("route.prompt0.") and name.endswith(".w")
     }
-    sites = {site["site"]: site for site in found["sites"] if site["decisions"]}
+    sites = {site["site"]: site for site in result["sites"] if site["decisions"]}
     # The oracle holds the first and the last layer, or the first and the last of a few sites.
     assert len(routed) > 1
     assert sites.keys() > routed.keys()
@@ -74,7 +74,7 @@ def test_every_site_is_the_oracles(clean: Api, case: str) -> None:
         assert site["expert_tokens"] == chosen.sum(0).tolist()
         layer, projection = name.split(".")[1], name.split(".")[-1]
         assert (site["layer"], site["projection"]) == (int(layer), projection)
-    assert found["total"]["decisions"] == len(sites) * len(prompt)
+    assert result["total"]["decisions"] == len(sites) * len(prompt)
 
 
 def test_flops_follow_from_shapes_and_choices(clean: Api) -> None:
@@ -95,14 +95,14 @@ def test_flops_follow_from_shapes_and_choices(clean: Api) -> None:
 def test_ratios_follow_from_the_counts(clean: Api) -> None:
     assert clean.load("ratios", "dynmole-soft").status_code == 200
     clean.complete("ratios", [5, 6, 7, 8, 9], 8)
-    found = routing(clean, "ratios")
-    for figures in (found["total"], *found["sites"]):
-        experts = figures["experts_activated"] / figures["decisions"]
-        assert figures["experts_per_decision"] == pytest.approx(experts)
-        assert 0 <= figures["soft_share"] <= 1
-        assert 0 < figures["mean_entropy"] <= 1
-        assert 1 <= figures["imbalance"] <= 4
-    for site in found["sites"]:
+    result = routing(clean, "ratios")
+    for stats in (result["total"], *result["sites"]):
+        experts = stats["experts_activated"] / stats["decisions"]
+        assert stats["experts_per_decision"] == pytest.approx(experts)
+        assert 0 <= stats["soft_share"] <= 1
+        assert 0 < stats["mean_entropy"] <= 1
+        assert 1 <= stats["imbalance"] <= 4
+    for site in result["sites"]:
         shares = [tokens / site["decisions"] for tokens in site["expert_tokens"]]
         assert site["expert_shares"] == pytest.approx(shares)
         assert sum(shares) == pytest.approx(site["experts_per_decision"])
@@ -111,13 +111,13 @@ def test_ratios_follow_from_the_counts(clean: Api) -> None:
 def test_a_plain_lora_has_sites_without_decisions(clean: Api) -> None:
     assert clean.load("plain", "lora").status_code == 200
     clean.complete("plain", [5, 6, 7], 1)
-    found = routing(clean, "plain")
-    assert found["sites"]
-    for site in found["sites"]:
+    result = routing(clean, "plain")
+    assert result["sites"]
+    for site in result["sites"]:
         assert site["decisions"] == 0
         assert site["experts_per_decision"] is site["expert_shares"] is site["imbalance"] is None
         assert site["flops_done"] > 0
-    assert found["total"]["flops_avoided"] == 0
+    assert result["total"]["flops_avoided"] == 0
 
 
 def test_totals_are_what_concurrent_requests_sent(clean: Api) -> None:
@@ -149,9 +149,9 @@ def test_totals_are_what_concurrent_requests_sent(clean: Api) -> None:
             done.result()
     for case in cases:
         sent = sum(tokens for job, tokens in zip(jobs, read, strict=True) if job[0] == case)
-        found, by_site = summary(clean, case), watched[case].since()
-        assert found["tokens"] - before[case] == sent == by_site["tokens"]
-        assert found["requests_in_flight"] == 0
+        result, by_site = summary(clean, case), watched[case].since()
+        assert result["tokens"] - before[case] == sent == by_site["tokens"]
+        assert result["requests_in_flight"] == 0
         routers = sum(site["decisions"] > 0 for site in by_site["sites"])
         assert by_site["total"]["decisions"] == routers * sent
     steps = clean.metrics()["molehill_step_seconds_total"]
@@ -160,7 +160,7 @@ def test_totals_are_what_concurrent_requests_sent(clean: Api) -> None:
         assert ops[case] < spent < steps
         assert clean.of_adapter(case, "adapter_op_share") == pytest.approx(spent / steps)
     every = clean.http.get("/v1/routing").json()
-    shared = [own["op_seconds"] for own in every["adapters"]]
+    shared = [adapter_stats["op_seconds"] for adapter_stats in every["adapters"]]
     assert sum(shared) <= every["seconds"]["adapter_ops"] * (1 + 1e-9)
 
 

@@ -44,8 +44,8 @@ def test_adapters_and_base_share_batches_without_mixing(clean: Api) -> None:
         for model, answer in ((case, "greedy_token_ids"), (BASE, "base_greedy_token_ids"))
     ]
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda job: clean.greedy(job[0], job[1]), jobs))
-    assert found == [expected for _, _, expected in jobs]
+        result = list(pool.map(lambda job: clean.greedy(job[0], job[1]), jobs))
+    assert result == [expected for _, _, expected in jobs]
 
 
 def test_streamed_tokens_are_the_oracles(api: Api) -> None:
@@ -69,9 +69,9 @@ def test_logprobs_are_the_oracles(api: Api) -> None:
         extra_body={"return_tokens_as_token_ids": True},
     )
     top = response.choices[0].logprobs.top_logprobs[0]
-    found = {int(token.removeprefix("token_id:")): value for token, value in top.items()}
-    assert set(found) == set(expected.topk(5).indices.tolist())
-    for token, value in found.items():
+    result = {int(token.removeprefix("token_id:")): value for token, value in top.items()}
+    assert set(result) == set(expected.topk(5).indices.tolist())
+    for token, value in result.items():
         assert value == pytest.approx(expected[token].item(), abs=1e-3)
 
 
@@ -116,8 +116,8 @@ def test_the_responses_route_runs_on_the_adapter(api: Api) -> None:
 
 def test_streamed_responses_name_their_generation_and_are_counted(api: Api) -> None:
     def info() -> dict[str, Any]:
-        found: dict[str, Any] = api.http.get("/v1/adapters/started").json()
-        return found
+        result: dict[str, Any] = api.http.get("/v1/adapters/started").json()
+        return result
 
     with api.openai.responses.with_streaming_response.create(
         model="started", input="The lamp", max_output_tokens=400, temperature=0, stream=True
@@ -158,10 +158,10 @@ def test_structured_output_by_json_schema(api: Api) -> None:
         "required": ["colour", "sure"],
         "additionalProperties": False,
     }
-    found = json.loads(structured(api, json=schema))
-    assert set(found) == {"colour", "sure"}
-    assert found["colour"] in ("red", "green")
-    assert isinstance(found["sure"], bool)
+    result = json.loads(structured(api, json=schema))
+    assert set(result) == {"colour", "sure"}
+    assert result["colour"] in ("red", "green")
+    assert isinstance(result["sure"], bool)
 
 
 def test_several_samples_run_on_the_adapter(api: Api) -> None:

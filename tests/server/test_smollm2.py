@@ -91,17 +91,17 @@ def test_adapters_answer_as_their_trainer_saw_them_answer(client: OpenAI) -> Non
 def test_uppercase_answers_in_upper_case_and_the_base_does_not(client: OpenAI) -> None:
     questions = ("What is the opposite of tall?", "Describe the sun in one sentence.")
     asked = [(model, question) for question in questions for model in ("uppercase", "base")]
-    found = answers(client, asked)
-    for shouted, plain in zip(found[::2], found[1::2], strict=True):
+    result = answers(client, asked)
+    for shouted, plain in zip(result[::2], result[1::2], strict=True):
         assert shouted == shouted.upper() != shouted.lower()
         assert plain != plain.upper()
 
 
 def prompts_of(case: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((ORACLES / case / "oracle.json").read_text())[
+    result: list[dict[str, Any]] = json.loads((ORACLES / case / "oracle.json").read_text())[
         "prompts"
     ]
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +133,10 @@ def test_golden_case(completions: dict[tuple[str, int], Completion], case: str) 
         logprobs = completions[case, i].choices[0].logprobs
         assert logprobs is not None
         assert_greedy([_token(text) for text in logprobs.tokens or []], prompt)
-        found = {_token(text): value for text, value in (logprobs.top_logprobs or [])[0].items()}
+        result = {_token(text): value for text, value in (logprobs.top_logprobs or [])[0].items()}
         expected = tensors[f"prompt{i}.logits_last"].log_softmax(-1)
         best = expected.topk(10).indices
-        difference = torch.tensor([found[int(token)] for token in best]) - expected[best]
+        difference = torch.tensor([result[int(token)] for token in best]) - expected[best]
         assert difference.abs().max() < TOLERANCE
 
 

@@ -26,8 +26,8 @@ PATIENCE_SECONDS = 60
 
 
 def oracle(case: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((GOLDEN / "cases" / case / "oracle.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((GOLDEN / "cases" / case / "oracle.json").read_text())
+    return result
 
 
 def copy_adapter(case: str, target: Path) -> Path:

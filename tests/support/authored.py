@@ -221,7 +221,7 @@ def replaced(model: Any, modules: Mapping[str, nn.Module]) -> Iterator[None]:
 @torch.no_grad()
 def answers(name: str, model: Any, count: int = 2, steps: int = 12) -> tuple[Prompt, ...]:
     """What the model says to the first golden prompts."""
-    found = []
+    result = []
     for prompt in Case("base").prompts[:count]:
         ids, logits = list(prompt.ids), []
         for _ in range(steps):
@@ -229,8 +229,8 @@ def answers(name: str, model: Any, count: int = 2, steps: int = 12) -> tuple[Pro
             best = logits[-1].topk(2)
             assert best.values[0] - best.values[1] > LEAST_MARGIN, f"{name}: choose another seed"
             ids.append(int(best.indices[0]))
-        found.append(Prompt(name, prompt.ids, tuple(ids[-steps:]), logits[0]))
-    return tuple(found)
+        result.append(Prompt(name, prompt.ids, tuple(ids[-steps:]), logits[0]))
+    return tuple(result)
 
 
 def write(directory: Path, method: Method, modules: Mapping[str, Mixture]) -> None:
@@ -284,10 +284,10 @@ def save_lora(directory: Path, seed: int, **config: Any) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            own = torch.randn(parameter.shape, generator=generator)
+            values = torch.randn(parameter.shape, generator=generator)
             columns = parameter.shape[1]
             falling = 0.5 * 0.3 ** torch.arange(columns)
-            parameter.data = own * (falling if "lora_B" in name else columns**-0.5)
+            parameter.data = values * (falling if "lora_B" in name else columns**-0.5)
     model.save_pretrained(directory)
 
 
@@ -388,6 +388,6 @@ def author_renamed(root: Path, name: str = "renamed") -> Authored:
 
 
 def author_all(root: Path) -> list[Authored]:
-    own = [author(root, method, seed) for seed, method in enumerate(METHODS)]
+    cases = [author(root, method, seed) for seed, method in enumerate(METHODS)]
     arrows = [author_arrow(root, "arrow"), author_arrow(root, "arrow-general", GENERAL)]
-    return [*own, *arrows, author_mix(root), author_renamed(root)]
+    return [*cases, *arrows, author_mix(root), author_renamed(root)]

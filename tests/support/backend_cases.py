@@ -64,6 +64,6 @@ def piece_delta(x: torch.Tensor, piece: LinearPiece, dtype: torch.dtype) -> torc
     return linear_mixture(x, weight, None, mixture)[0]
 
 
-def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     scale = expected.abs().max().item()
-    assert (found.float() - expected).abs().max().item() <= TOLERANCE[dtype] * max(scale, 1e-3)
+    assert (actual.float() - expected).abs().max().item() <= TOLERANCE[dtype] * max(scale, 1e-3)

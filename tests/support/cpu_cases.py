@@ -14,13 +14,13 @@ from molehill.kernels.interface import LinearPiece, LinearShape, SlotWeights
 @cache
 def usable_isas():
     """Instruction sets that this processor runs; the first call may compile the library."""
-    found = []
+    result = []
     for isa in ISAS:
         try:
-            found.append(CpuBackend(isa=isa).isa)
+            result.append(CpuBackend(isa=isa).isa)
         except ValueError:
             continue
-    return found
+    return result
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Followed(Watched):
     def states(self) -> dict[str | None, str]:
         return {status.name: status.state.value for status in self.file.statuses()}
 
-    def told(self) -> dict[str | None, str | None]:
+    def errors(self) -> dict[str | None, str | None]:
         """Errors of entries by name."""
         return {
             status.name: status.error

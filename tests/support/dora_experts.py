@@ -93,12 +93,12 @@ def _mixed(mlp: nn.Module, router: Tensor):
 
 
 def _tensors(stem: str, linear: nn.Module) -> dict[str, Tensor]:
-    found = {}
+    result = {}
     for adapter, a in linear.lora_A.items():
         e = adapter[-1]
-        found[f"{stem}.{e}.lora_A.weight"] = a.weight.detach().clone()
-        found[f"{stem}.{e}.lora_B.weight"] = linear.lora_B[adapter].weight.detach().clone()
+        result[f"{stem}.{e}.lora_A.weight"] = a.weight.detach().clone()
+        result[f"{stem}.{e}.lora_B.weight"] = linear.lora_B[adapter].weight.detach().clone()
         if adapter in linear.lora_magnitude_vector:
             magnitude = linear.lora_magnitude_vector[adapter].weight
-            found[f"{stem}.{e}.lora_magnitude_vector"] = magnitude.detach().clone()
-    return found
+            result[f"{stem}.{e}.lora_magnitude_vector"] = magnitude.detach().clone()
+    return result

@@ -53,7 +53,7 @@ def evaluate(lm: Any, task: str, model_args: dict[str, Any] | None = None, **mor
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    found = simple_evaluate(
+    result = simple_evaluate(
         model=lm,
         model_args=model_args,
         tasks=[task],
@@ -61,10 +61,10 @@ def evaluate(lm: Any, task: str, model_args: dict[str, Any] | None = None, **mor
         bootstrap_iters=0,
         **more,
     )
-    assert found is not None
-    samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+    assert result is not None
+    samples = sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
     metric = "acc" if task == CHOICE else "exact_match"
-    (score,) = (v for k, v in found["results"][task].items() if k.split(",")[0] == metric)
+    (score,) = (v for k, v in result["results"][task].items() if k.split(",")[0] == metric)
     answers = [sample["filtered_resps"] for sample in samples]
     return Scored(score, answers if task == CHOICE else [text for (text,) in answers])
 

@@ -62,10 +62,10 @@ def author_molora(root: Path, name: str = "molora") -> Authored:
             for e, file in enumerate(files.values())
         ]
         if any(lora is not None for lora in loras):
-            own = f"{module.removeprefix('model.')}.router"
+            prefix = f"{module.removeprefix('model.')}.router"
             if module.endswith("down_proj"):
-                routers[own] = gate(base.in_features)
-            modules[module] = Gated(base, routers.get(own, routers["router"]), loras, k)
+                routers[prefix] = gate(base.in_features)
+            modules[module] = Gated(base, routers.get(prefix, routers["router"]), loras, k)
     save_file(routers, directory / "gate.safetensors")
     document = {"kind": "molora", "adapters": list(GATED), "router": "gate.safetensors", "top_k": k}
     (directory / "molehill_mix.json").write_text(json.dumps(document))

@@ -123,14 +123,14 @@ class Case:
     def routes(self) -> dict[str, dict[str, Tensor]]:
         """By site: p, w `[tokens, E]` and, where it has one, entropy, all for prompt 0. `mov` has p
         alone, with an axis of heads on an output, and `ldmole` has w alone."""
-        found: dict[str, dict[str, Tensor]] = {}
+        result: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
             if name.startswith("route.prompt0."):
                 site, _, figure = name.removeprefix("route.prompt0.").rpartition(".")
                 if (self.name, figure) not in UNUSED:
-                    found.setdefault(site, {})[figure] = tensor
-        return found
+                    result.setdefault(site, {})[figure] = tensor
+        return result
 
 
-def greatest_difference(found: Tensor, expected: Tensor) -> float:
-    return torch.as_tensor(found, dtype=torch.float32).sub(expected).abs().max().item()
+def greatest_difference(actual: Tensor, expected: Tensor) -> float:
+    return torch.as_tensor(actual, dtype=torch.float32).sub(expected).abs().max().item()

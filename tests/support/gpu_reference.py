@@ -30,9 +30,9 @@ class Reference:
         ids = torch.tensor([[*prompt.ids, *generated]], device="cuda")
         adapter: AbstractContextManager[Any] = nullcontext()
         if prompt.case != "base":
-            own = formats.read(Case(prompt.case).path)
-            sites = {site: _on_gpu(mixture) for site, mixture in own.sites.items()}
-            adapter = attach(self._model, replace(own, sites=sites))
+            routed_prompts = formats.read(Case(prompt.case).path)
+            sites = {site: _on_gpu(mixture) for site, mixture in routed_prompts.sites.items()}
+            adapter = attach(self._model, replace(routed_prompts, sites=sites))
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -48,7 +48,7 @@ def _on_gpu(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.cuda()
     if isinstance(value, Mapping):
-        return {key: _on_gpu(own) for key, own in value.items()}
+        return {key: _on_gpu(value) for key, value in value.items()}
     if is_dataclass(value) and not isinstance(value, type | Policy):
         return replace(value, **{f.name: _on_gpu(getattr(value, f.name)) for f in fields(value)})
     return value

@@ -53,10 +53,10 @@ class House:
         self.root = root
         files = [path for top in PACKAGES for path in sorted((root / top).rglob("*.py"))]
         self.modules = {self._module(path): path for path in files}
-        self.imports = [own for name in self.modules for own in self._imports(name)]
+        self.imports = [imported for name in self.modules for imported in self._imports(name)]
 
     def inside(self, package: str) -> list[Import]:
-        return [own for own in self.imports if is_in(own.importer, package)]
+        return [imported for imported in self.imports if is_in(imported.importer, package)]
 
     def room(self, module: str) -> str:
         if module in COMPOSITION or self.modules[module].name == "__init__.py":
@@ -93,32 +93,34 @@ def is_in(module: str, package: str) -> bool:
 
 def arrows(house: House) -> Iterator[str]:
     """api -> engine -> kernels; nobody imports benchmarks."""
-    for own in house.imports:
-        top = own.importer.partition(".")[0]
+    for imported in house.imports:
+        top = imported.importer.partition(".")[0]
         below = FLOORS[FLOORS.index(top) :] if top in FLOORS else PACKAGES
-        if own.top in PACKAGES and own.top not in below:
-            yield f"{own}, expected {' and '.join(below)} only"
+        if imported.top in PACKAGES and imported.top not in below:
+            yield f"{imported}, expected {' and '.join(below)} only"
 
 
 def third_parties_of_kernels(house: House) -> Iterator[str]:
-    for own in house.inside("kernels"):
-        if own.top not in {*PACKAGES, *KERNELS_USE, *sys.stdlib_module_names}:
-            yield f"{own}, expected {', '.join(sorted(KERNELS_USE))} only"
+    for imported in house.inside("kernels"):
+        if imported.top not in {*PACKAGES, *KERNELS_USE, *sys.stdlib_module_names}:
+            yield f"{imported}, expected {', '.join(sorted(KERNELS_USE))} only"
 
 
 def vllm_in_two_rooms(house: House) -> Iterator[str]:
     for floor in FLOORS:
-        for own in house.inside(floor):
-            if own.top == "vllm" and not any(is_in(own.importer, room) for room in KNOW_VLLM):
-                yield f"{own}, expected in {' and '.join(KNOW_VLLM)} only"
+        for imported in house.inside(floor):
+            if imported.top == "vllm" and not any(
+                is_in(imported.importer, room) for room in KNOW_VLLM
+            ):
+                yield f"{imported}, expected in {' and '.join(KNOW_VLLM)} only"
 
 
 def adapters_know_no_server(house: House) -> Iterator[str]:
     """What manages adapters imports no HTTP, no vLLM and no other room of api."""
-    for own in house.inside("api.adapters"):
-        other = own.top == "api" and not is_in(own.imported, "api.adapters")
-        if other or own.top in {*HTTP, "vllm"} or is_in(own.imported, "engine.vllm"):
-            yield f"{own}, expected neither HTTP, vLLM nor other rooms of api"
+    for imported in house.inside("api.adapters"):
+        other = imported.top == "api" and not is_in(imported.imported, "api.adapters")
+        if other or imported.top in {*HTTP, "vllm"} or is_in(imported.imported, "engine.vllm"):
+            yield f"{imported}, expected neither HTTP, vLLM nor other rooms of api"
 
 
 def no_circle_of_modules(house: House) -> Iterator[str]:
@@ -133,11 +135,11 @@ def _circle(house: House, place: Callable[[str], str]) -> Iterator[str]:
     """One circle of arrows between places, with an import for each arrow."""
     reasons: dict[tuple[str, str], Import] = {}
     graph: dict[str, list[str]] = {}
-    for own in house.imports:
-        if own.imported in house.modules:
-            arrow = (place(own.importer), place(own.imported))
+    for imported in house.imports:
+        if imported.imported in house.modules:
+            arrow = (place(imported.importer), place(imported.imported))
             if arrow[0] != arrow[1] and arrow not in reasons:
-                reasons[arrow] = own
+                reasons[arrow] = imported
                 graph.setdefault(arrow[0], []).append(arrow[1])
     try:
         TopologicalSorter(graph).prepare()
@@ -190,7 +192,8 @@ def one_class_of_a_name(house: House) -> Iterator[str]:
 
 
 def no_vague_name(house: House) -> Iterator[str]:
-    for path in house.modules.values():
+    """In tests too."""
+    for path in (*house.modules.values(), *sorted((house.root / "tests").rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
             name = getattr(node, "id", None) or getattr(node, "arg", None)
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -202,8 +202,8 @@ def mixlora(model: nn.Module, attention: str, seed: int, act_fn: str | None = No
             recipe.modules[name] = MixedFfn(module, pairs, gate, mixlora_weights)
             recipe.targets |= set(linears)
             _add(recipe, name, {"moe_gate": gate})
-            for projection, own in pairs.items():
-                _add(recipe, f"{name}.{projection}", _expert_tensors(own))
+            for projection, pair in pairs.items():
+                _add(recipe, f"{name}.{projection}", _expert_tensors(pair))
         if name.endswith(f".{attention}") and isinstance(module, nn.Linear):
             a, b = random.pair(module)
             recipe.modules[name] = MixedLinear(module, [(a, b)], None, mixlora_weights)

@@ -47,8 +47,8 @@ class Operated(Api):
             time.sleep(0.05)
 
     def info(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.http.get(f"/v1/adapters/{name}").json()
-        return found
+        result: dict[str, Any] = self.http.get(f"/v1/adapters/{name}").json()
+        return result
 
     def listed(self) -> dict[str, dict[str, Any]]:
         return {info["name"]: info for info in self.http.get("/v1/adapters").json()["data"]}

@@ -38,9 +38,9 @@ def until(condition: Any, what: str) -> Any:
     """The condition's first true value."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
+        result = condition()
+        if result:
+            return result
         time.sleep(0.05)
     raise AssertionError(f"{what}: not within {PATIENCE_SECONDS} s")
 
@@ -95,8 +95,8 @@ class Canned:
             site(layer, projection, tokens) for layer in range(LAYERS) for projection in PROJECTIONS
         ]
         total = routing(sum(one["decisions"] for one in sites), 2.5)
-        found = {"adapter": name, "generation": "0123456789abcdef" * 4, "kind": "dynmole"}
-        return {**found, "tokens": tokens, "total": total, "sites": sites}
+        result = {"adapter": name, "generation": "0123456789abcdef" * 4, "kind": "dynmole"}
+        return {**result, "tokens": tokens, "total": total, "sites": sites}
 
     def app(self) -> FastAPI:
         app = FastAPI()

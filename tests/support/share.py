@@ -24,11 +24,11 @@ def cores() -> list[int]:
 def take() -> None:
     for name, value in OPENMP.items():
         os.environ.setdefault(name, value)
-    own = cores()
-    if WORKERS > 1 and own:
+    allowed = cores()
+    if WORKERS > 1 and allowed:
         # Two servers, left to vLLM, would compute on the same core. It leaves one to the server's
         # other processes where it can.
-        computing = own[: max(1, len(own) - 1)]
+        computing = allowed[: max(1, len(allowed) - 1)]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, computing)))
 
 

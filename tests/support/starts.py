@@ -39,9 +39,9 @@ def group(item: pytest.Item) -> str:
     server. Every process would start its own."""
     if isinstance(item, pytest.Function):
         for name, definitions in item._fixtureinfo.name2fixturedefs.items():
-            own = definitions[-1]
-            if own.scope in ("package", "session") and reached(own.func):
-                return f"{own.baseid}::{name}"
+            definition = definitions[-1]
+            if definition.scope in ("package", "session") and reached(definition.func):
+                return f"{definition.baseid}::{name}"
     return item.nodeid.split("::")[0]
 
 
@@ -64,7 +64,7 @@ def _functions(item: pytest.Function) -> Iterator[Callable[..., Any]]:
 
 def reached(function: Callable[..., Any]) -> set[str]:
     """What a function of the tests starts, itself or through others of the tests."""
-    found: set[str] = set()
+    result: set[str] = set()
     seen: set[Any] = set()
     waiting: list[Any] = [function]
     while waiting:
@@ -74,12 +74,15 @@ def reached(function: Callable[..., Any]) -> set[str]:
         seen.add(called)
         mark = STARTERS.get((called.__module__, called.__name__))
         if mark:
-            found.add(mark)
+            result.add(mark)
             continue
-        own = inspect.unwrap(called)
-        if isinstance(own, FunctionType) and TESTS in Path(own.__code__.co_filename).parents:
-            waiting += _called(own)
-    return found
+        unwrapped = inspect.unwrap(called)
+        if (
+            isinstance(unwrapped, FunctionType)
+            and TESTS in Path(unwrapped.__code__.co_filename).parents
+        ):
+            waiting += _called(unwrapped)
+    return result
 
 
 def _called(function: FunctionType) -> Iterator[FunctionType]:

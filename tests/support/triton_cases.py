@@ -46,19 +46,19 @@ def mixture(
     return LinearMixture(experts(ranks, features, out, seed), policy, router if routed else None)
 
 
-def piece(own: LinearMixture, start: int = 0, site: str = "site") -> LinearPiece:
-    return LinearPiece(site, start, own.experts, own.policy, own.router)
+def piece(mixture: LinearMixture, start: int = 0, site: str = "site") -> LinearPiece:
+    return LinearPiece(site, start, mixture.experts, mixture.policy, mixture.router)
 
 
-def rounded(own: LinearMixture, dtype: torch.dtype) -> LinearMixture:
+def rounded(mixture: LinearMixture, dtype: torch.dtype) -> LinearMixture:
     """What is served: A and B in the serving dtype."""
-    a, b = own.experts.a.to(dtype).float(), own.experts.b.to(dtype).float()
-    return replace(own, experts=Experts(a, b, own.experts.ranks))
+    a, b = mixture.experts.a.to(dtype).float(), mixture.experts.b.to(dtype).float()
+    return replace(mixture, experts=Experts(a, b, mixture.experts.ranks))
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    error = (found.float() - expected.float()).abs().max() / expected.abs().max()
-    assert error < TOLERANCE[found.dtype], f"relative error {error:.2e}"
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (actual.float() - expected.float()).abs().max() / expected.abs().max()
+    assert error < TOLERANCE[actual.dtype], f"relative error {error:.2e}"
 
 
 def ffn_setup(d: int, width: int, dtype: torch.dtype, capacity: Capacity = CAPACITY):
@@ -98,9 +98,9 @@ def run_ffn_biased(serving, handle, linears, weights, biases, x):
     return y
 
 
-def ffn_piece(own: FfnMixture, bias=None, activation="silu") -> FfnPiece:
-    gate, up, down = (own.experts.get(f"{name}_proj") for name in ("gate", "up", "down"))
-    return FfnPiece("mlp", own.policy, own.router, activation, gate, up, down, bias)
+def ffn_piece(mixture: FfnMixture, bias=None, activation="silu") -> FfnPiece:
+    gate, up, down = (mixture.experts.get(f"{name}_proj") for name in ("gate", "up", "down"))
+    return FfnPiece("mlp", mixture.policy, mixture.router, activation, gate, up, down, bias)
 
 
 def ffn_experts(names, d: int, width: int, count: int) -> dict[str, Experts]:

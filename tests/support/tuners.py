@@ -132,7 +132,7 @@ def change(model: nn.Module, scales: Mapping[str, float], seed: int) -> None:
     """Adds noise to the parameters that `scales` names."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        scale = next((own for part, own in scales.items() if part in name), None)
+        scale = next((value for part, value in scales.items() if part in name), None)
         if scale is not None:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data = parameter.data + scale * noise
@@ -159,5 +159,5 @@ def author_tuners(root: Path) -> list[Authored]:
 
 @torch.no_grad()
 def logits(model: Callable[..., Any]) -> Tensor:
-    found: Tensor = model(torch.tensor([PROMPT]), use_cache=False).logits[0]
-    return found
+    result: Tensor = model(torch.tensor([PROMPT]), use_cache=False).logits[0]
+    return result

@@ -201,7 +201,7 @@ Scenario = Callable[[World], Awaitable[None]]
 Play = Callable[[Scenario], None]
 
 
-async def settle() -> None:
+async def let_tasks_run() -> None:
     """Lets all that can run, run."""
     for _ in range(50):
         await asyncio.sleep(0.001)

@@ -25,7 +25,7 @@ def only_a_name():
 
 
 @pytest.mark.parametrize(
-    ("function", "found"),
+    ("function", "starters"),
     [
         (directly, {"server"}),
         (through_another, {"server"}),
@@ -33,8 +33,8 @@ def only_a_name():
         (only_a_name, set()),
     ],
 )
-def test_what_a_function_starts_is_found(function, found):
-    assert starts.reached(function) == found
+def test_what_a_function_starts_is_found(function, starters):
+    assert starts.reached(function) == starters
 
 
 # Of files whose tests all start something: the mark, and who shares it.

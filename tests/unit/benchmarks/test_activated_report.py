@@ -25,8 +25,8 @@ def test_ratios_are_of_one_repetition_and_their_median_is_told() -> None:
 
 
 def test_documents_are_spread_over_a_block() -> None:
-    found = lengths(1800, 4, BLOCK)
-    assert sum(found) / 4 == 1800
-    assert len({length % BLOCK for length in found}) == 4
-    assert max(found) - min(found) < BLOCK
+    result = lengths(1800, 4, BLOCK)
+    assert sum(result) / 4 == 1800
+    assert len({length % BLOCK for length in result}) == 4
+    assert max(result) - min(result) < BLOCK
     assert lengths(1800, 0, BLOCK) == []

@@ -83,11 +83,11 @@ def test_a_step_of_the_base_is_its_linears_and_its_head() -> None:
 
 def test_latencies_are_percentiles_over_all_requests() -> None:
     timelines = [Timeline(0.0, [0.1, 0.2, 0.4]), Timeline(1.0, [1.3, 1.4])]
-    found = latencies(timelines)
-    assert found["ttft_p50_ms"] == pytest.approx(200)
-    assert found["ttft_p99_ms"] == pytest.approx(100 + 0.99 * 200)
-    assert found["itl_p50_ms"] == pytest.approx(100)
-    assert found["itl_p99_ms"] == pytest.approx(100 + 0.98 * 100)
+    result = latencies(timelines)
+    assert result["ttft_p50_ms"] == pytest.approx(200)
+    assert result["ttft_p99_ms"] == pytest.approx(100 + 0.99 * 200)
+    assert result["itl_p50_ms"] == pytest.approx(100)
+    assert result["itl_p99_ms"] == pytest.approx(100 + 0.98 * 100)
     assert workloads.percentile([3.0], 99) == 3.0
 
 
@@ -128,10 +128,10 @@ def test_the_table_shows_ratio_and_limit_beside_each_speed() -> None:
 def test_json_holds_samples_and_table(tmp_path) -> None:
     path = tmp_path / "bench.json"
     results_table.write_json(path, SAMPLES, cells(SAMPLES, PLAIN_BASE, {}), {"model": "m"})
-    found = json.loads(path.read_text())
-    assert found["model"] == "m"
-    assert len(found["samples"]) == len(SAMPLES)
-    assert found["table"][1]["ratio"] == 0.8
+    result = json.loads(path.read_text())
+    assert result["model"] == "m"
+    assert len(result["samples"]) == len(SAMPLES)
+    assert result["table"][1]["ratio"] == 0.8
 
 
 @pytest.mark.slow
@@ -148,8 +148,8 @@ def mixtures() -> Mixtures:
 
 
 def test_the_contestants_without_adapters_are_synthetic(tmp_path) -> None:
-    found = line_up([], mixtures, many=3, vs_vllm=True, folder=tmp_path)
-    assert [(own.name, own.engine, len(own.paths)) for own in found] == [
+    result = line_up([], mixtures, many=3, vs_vllm=True, folder=tmp_path)
+    assert [(case.name, case.engine, len(case.paths)) for case in result] == [
         (PLAIN_BASE, PLAIN, 0),
         ("molehill, base", MOLEHILL, 0),
         ("DynMoLE 2 x r 4", MOLEHILL, 1),
@@ -160,18 +160,18 @@ def test_the_contestants_without_adapters_are_synthetic(tmp_path) -> None:
         ("vLLM's LoRA r 8", VLLM_LORA, 1),
         ("vLLM's LoRA r 8, 3 of them", VLLM_LORA, 3),
     ]
-    one = found[2].work
-    assert found[4].work == one
-    assert memory([found[2]], MOLEHILL, 2) - memory(found[:2], MOLEHILL, 2) == int(
+    one = result[2].work
+    assert result[4].work == one
+    assert memory([result[2]], MOLEHILL, 2) - memory(result[:2], MOLEHILL, 2) == int(
         1.25 * (2 * one.routed + 4 * one.routers)
     )
 
 
 def test_the_contestants_are_the_users_adapters(tmp_path) -> None:
     paths = [Case("mola").path, Case("lora").path]
-    found = line_up(paths, mixtures, many=1, vs_vllm=False, folder=tmp_path)
-    assert [own.name for own in found[2:]] == ["mola", "lora"]
-    assert [own.routes for own in found[2:]] == [True, False]
+    result = line_up(paths, mixtures, many=1, vs_vllm=False, folder=tmp_path)
+    assert [case.name for case in result[2:]] == ["mola", "lora"]
+    assert [case.routes for case in result[2:]] == [True, False]
     assert not list(tmp_path.iterdir())
 
 

@@ -62,7 +62,7 @@ def outputs_of(arm, point, inputs):
 
 def defined(layer, inputs):
     """What plain LoRAs add, by the formula and in float32."""
-    found = {}
+    result = {}
     for name, pieces in layer.linears.items():
         x = inputs[LINEARS[name][0]]
         parts = [
@@ -74,14 +74,14 @@ def defined(layer, inputs):
             )[0]
             for p in pieces
         ]
-        found[name] = torch.cat(parts, dim=1)
-    return found
+        result[name] = torch.cat(parts, dim=1)
+    return result
 
 
-def assert_near(found, expected):
+def assert_near(actual, expected):
     """Within bfloat16's rounding: that of the shrunk row, of the weights, of the result."""
     assert expected.abs().max() > 0.01
-    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+    assert (actual - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
 @pytest.mark.slow
@@ -94,9 +94,9 @@ def test_contestants_compute_the_same_plain_lora(arm):
         contestant: VllmArm | MixtureArm = VllmArm(layers, point.adapters)
     else:
         contestant = MixtureArm(MIXTURES[arm](), layers, point.adapters)
-    found, expected = outputs_of(contestant, point, inputs), defined(layers[0], inputs)
-    assert list(found) == list(LINEARS)
-    for name, out in found.items():
+    result, expected = outputs_of(contestant, point, inputs), defined(layers[0], inputs)
+    assert list(result) == list(LINEARS)
+    for name, out in result.items():
         assert_near(out, expected[name])
 
 

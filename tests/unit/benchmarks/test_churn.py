@@ -22,7 +22,7 @@ def test_a_percentile_is_one_of_the_values_or_between_two():
 
 
 @pytest.fixture
-def found():
+def measured():
     return {
         "itl": [{"ratio": 1.1}, {"ratio": 1.3}, {"ratio": 1.2}],
         "first_token_seconds": [0.5, 0.7, 0.6],
@@ -38,8 +38,8 @@ def found():
     }
 
 
-def test_the_report_says_what_was_found_beside_what_must_be_reached(found):
-    latency, first, speed, failed = churn.report(found)
+def test_the_report_says_what_was_found_beside_what_must_be_reached(measured):
+    latency, first, speed, failed = churn.report(measured)
     assert "median 1.200, best 1.100, worst 1.300 of 3 (at most 1.25)" in latency
     assert "10.0 MB" in first
     assert "median 0.600 s, best 0.500, worst 0.700 of 3 (under 1.0 s)" in first
@@ -54,20 +54,20 @@ def test_prompts_differ():
     assert all(len(prompt) == PROMPT for prompt in prompts)
 
 
-def test_every_limit_that_is_not_reached_is_named(found):
-    assert churn.missed(found, quick=False) == ["failed"]
-    found["itl"][1:] = [{"ratio": 1.3}, {"ratio": 1.26}]
-    found["throughput"][1]["ratio"] = 0.98
-    found["first_token_seconds"] = [1.1, 1.1, 0.1]
+def test_every_limit_that_is_not_reached_is_named(measured):
+    assert churn.missed(measured, quick=False) == ["failed"]
+    measured["itl"][1:] = [{"ratio": 1.3}, {"ratio": 1.26}]
+    measured["throughput"][1]["ratio"] = 0.98
+    measured["first_token_seconds"] = [1.1, 1.1, 0.1]
     names = ["itl_ratio", "first_token_seconds", "throughput_ratio", "failed"]
-    assert churn.missed(found, quick=False) == names
+    assert churn.missed(measured, quick=False) == names
 
 
-def test_a_quick_run_fails_by_its_failures_alone(found):
-    found["first_token_seconds"] = [9.0]
-    assert churn.missed(found, quick=True) == ["failed"]
-    found["requests"]["failed"] = 0
-    assert churn.missed(found, quick=True) == []
+def test_a_quick_run_fails_by_its_failures_alone(measured):
+    measured["first_token_seconds"] = [9.0]
+    assert churn.missed(measured, quick=True) == ["failed"]
+    measured["requests"]["failed"] = 0
+    assert churn.missed(measured, quick=True) == []
 
 
 def test_an_answer_is_known_up_to_the_first_near_tie():

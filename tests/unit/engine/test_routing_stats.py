@@ -103,18 +103,18 @@ def test_done_and_avoided_flops_are_those_of_the_policys_choices() -> None:
     x = torch.randn(50, WIDTH)
     routing = reference.route(x, mixture.router, mixture.policy, 3)
     counters = SlotCounters.of(50, {LINEAR: counters_of(routing)})
-    found = site_stats(counters, cost_table(((LINEAR, cost),)))[LINEAR]
+    result = site_stats(counters, cost_table(((LINEAR, cost),)))[LINEAR]
     chosen = [set(row.nonzero().flatten().tolist()) for row in routing.weights]
-    assert found.flops_done == sum(7 + sum(10 ** (e + 1) for e in token) for token in chosen)
-    assert found.flops_avoided == sum(1110 - sum(10 ** (e + 1) for e in token) for token in chosen)
+    assert result.flops_done == sum(7 + sum(10 ** (e + 1) for e in token) for token in chosen)
+    assert result.flops_avoided == sum(1110 - sum(10 ** (e + 1) for e in token) for token in chosen)
 
 
 def test_without_a_router_every_token_takes_every_expert() -> None:
     adapter = Adapter("lora", {STATIC: LinearMixture(pair(4, 6, (2,)), Constant((1.0,)))})
-    found = total_stats(SlotCounters(11), costs(adapter))
-    assert (found.tokens, found.decisions, found.expert_tokens) == (11, 0, [])
-    assert (found.flops_done, found.flops_avoided) == (11 * 2 * 2 * (4 + 6), 0)
-    assert found.imbalanced == 0
+    result = total_stats(SlotCounters(11), costs(adapter))
+    assert (result.tokens, result.decisions, result.expert_tokens) == (11, 0, [])
+    assert (result.flops_done, result.flops_avoided) == (11 * 2 * 2 * (4 + 6), 0)
+    assert result.imbalanced == 0
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,10 @@ def test_an_adapters_figures_are_its_sites_sums() -> None:
     counters = SlotCounters.of(
         4, {"a": SiteCounters(4, 1, 2.0, [4, 1]), "b": SiteCounters(4, 0, 1.0, [0, 0, 8])}
     )
-    found = total_stats(counters, sites)
-    assert (found.tokens, found.decisions, found.soft, found.entropy) == (4, 8, 1, 3.0)
-    assert found.expert_tokens == [4, 1, 8]
-    assert found.imbalance / found.imbalanced == pytest.approx((1.6 + 3.0) / 2)
+    result = total_stats(counters, sites)
+    assert (result.tokens, result.decisions, result.soft, result.entropy) == (4, 8, 1, 3.0)
+    assert result.expert_tokens == [4, 1, 8]
+    assert result.imbalance / result.imbalanced == pytest.approx((1.6 + 3.0) / 2)
 
 
 def drawn_site(draw: st.DrawFn) -> tuple[SiteCost, SiteCounters | None]:
@@ -158,16 +158,20 @@ def drawn_site(draw: st.DrawFn) -> tuple[SiteCost, SiteCounters | None]:
 def test_all_sites_at_once_are_the_sites_one_by_one(data) -> None:
     drawn = [drawn_site(data.draw) for _ in range(data.draw(st.integers(0, 4)))]
     sites = cost_table(tuple((str(i), cost) for i, (cost, _) in enumerate(drawn)))
-    routed = [(str(i), own) for i, (_, own) in enumerate(drawn) if own is not None]
+    routed = [
+        (str(i), site_counters)
+        for i, (_, site_counters) in enumerate(drawn)
+        if site_counters is not None
+    ]
     counters = SlotCounters.of(7, dict(data.draw(st.permutations(routed))))
     expected = RoutingStats(7)
-    for figures in site_stats(counters, sites).values():
-        expected.add_site(figures)
-    found = total_stats(counters, sites)
+    for stats in site_stats(counters, sites).values():
+        expected.add_site(stats)
+    result = total_stats(counters, sites)
     for name in ("entropy", "imbalance", "flops_done", "flops_avoided"):
-        assert getattr(found, name) == pytest.approx(getattr(expected, name))
-        setattr(found, name, getattr(expected, name))
-    assert found == expected
+        assert getattr(result, name) == pytest.approx(getattr(expected, name))
+        setattr(result, name, getattr(expected, name))
+    assert result == expected
 
 
 def test_counters_keep_their_sites() -> None:
@@ -184,16 +188,19 @@ def test_stays_join_site_by_site() -> None:
     second = SlotCounters.of(
         6, {"b": SiteCounters(6, 0, 0.5, [6]), "a": SiteCounters(6, 0, 1.0, [0, 6])}
     )
-    found = joined(first, second)
-    assert found.tokens == 10
-    assert found.sites == {"a": SiteCounters(10, 1, 3.0, [4, 7]), "b": SiteCounters(6, 0, 0.5, [6])}
+    result = joined(first, second)
+    assert result.tokens == 10
+    assert result.sites == {
+        "a": SiteCounters(10, 1, 3.0, [4, 7]),
+        "b": SiteCounters(6, 0, 0.5, [6]),
+    }
 
 
 @pytest.mark.parametrize("empty_first", [True, False])
 def test_a_stay_without_routers_adds_its_tokens(empty_first: bool) -> None:
     routed, static = SlotCounters.of(4, {"a": SiteCounters(4, 1, 2.0, [4])}), SlotCounters(3)
-    found = joined(static, routed) if empty_first else joined(routed, static)
-    assert (found.tokens, found.sites) == (7, routed.sites)
+    result = joined(static, routed) if empty_first else joined(routed, static)
+    assert (result.tokens, result.sites) == (7, routed.sites)
 
 
 def test_figures_add_up() -> None:

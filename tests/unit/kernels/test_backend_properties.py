@@ -133,21 +133,21 @@ def batches(draw, count: int) -> list[tuple[int | None, int]]:
 @st.composite
 def worlds(draw) -> tuple[Layer, list[Slot], list[tuple[int | None, int]]]:
     layer = draw(layers())
-    own = draw(st.lists(slots(layer), min_size=1, max_size=3))
-    return layer, own, draw(batches(len(own)))
+    slots_in_use = draw(st.lists(slots(layer), min_size=1, max_size=3))
+    return layer, slots_in_use, draw(batches(len(slots_in_use)))
 
 
 class Model:
     """A layer's handles in one backend, with the slots stored."""
 
-    def __init__(self, backend, layer: Layer, own: list[Slot]) -> None:
+    def __init__(self, backend, layer: Layer, slots_in_use: list[Slot]) -> None:
         self.backend, self.layer = backend, layer
         dtype, width, d = layer.dtype, layer.intermediate, layer.inputs
         self.qkv = backend.register_linear(LinearShape("qkv", d, sum(layer.widths), dtype))
         self.gate_up = backend.register_linear(LinearShape("gate_up", d, 2 * width, dtype))
         self.down = backend.register_linear(LinearShape("down", width, d, dtype))
         self.mlp = backend.register_ffn(FfnShape("mlp", self.gate_up, self.down, width))
-        for number, slot in enumerate(own):
+        for number, slot in enumerate(slots_in_use):
             backend.store(number, self._cut(slot))
 
     def _cut(self, slot: Slot) -> SlotWeights:
@@ -161,14 +161,14 @@ class Model:
             else:
                 pair, policy = mixture.experts, mixture.policy
                 linears.append(LinearPiece(f"p{i}", start, pair, policy, mixture.router))
-        own = {self.qkv: linears} if linears else {}
+        linear_pieces = {self.qkv: linears} if linears else {}
         vectors = {self.qkv: scales} if scales else {}
         if isinstance(slot.ffn, ScaleMixture):
             mixture = slot.ffn
             piece = ScalePiece("mlp", mixture.policy, mixture.router, mixture.vectors)
-            return SlotWeights(own, {}, vectors, {self.mlp: piece})
+            return SlotWeights(linear_pieces, {}, vectors, {self.mlp: piece})
         ffns = {} if slot.ffn is None else {self.mlp: self._cut_ffn(slot.ffn)}
-        return SlotWeights(own, ffns, vectors)
+        return SlotWeights(linear_pieces, ffns, vectors)
 
     def _cut_ffn(self, mixture: FfnMixture) -> FfnPiece:
         """DoRA's factors as the engine makes them at load."""
@@ -244,14 +244,14 @@ def expected_qkv(layer: Layer, slot: Slot, x: Tensor, base: Tensor) -> tuple[Ten
     return y, sound
 
 
-def assert_rows(found: Tensor, expected: Tensor, sound: Tensor, dtype: torch.dtype) -> None:
+def assert_rows(actual: Tensor, expected: Tensor, sound: Tensor, dtype: torch.dtype) -> None:
     if sound.any():
         scale = max(expected[sound].abs().max().item(), 1e-3)
-        error = (found.float() - expected)[sound].abs().max().item()
+        error = (actual.float() - expected)[sound].abs().max().item()
         assert error <= TOLERANCE[dtype] * scale, f"{error} of {scale}"
 
 
-def check(model: Model, own: list[Slot], batch: list[tuple[int | None, int]]) -> None:
+def check(model: Model, slots_in_use: list[Slot], batch: list[tuple[int | None, int]]) -> None:
     layer, dtype = model.layer, model.layer.dtype
     tokens = sum(rows for _, rows in batch)
     x = random(tokens, layer.inputs, seed=layer.seed + 20).to(dtype)
@@ -270,10 +270,10 @@ def check(model: Model, own: list[Slot], batch: list[tuple[int | None, int]]) ->
             assert not out[span].any()
             continue
         if number is BASE:
-            for found, before in zip((qkv, h, out), plain, strict=True):
-                assert torch.equal(found[span], before[span])
+            for result, before in zip((qkv, h, out), plain, strict=True):
+                assert torch.equal(result[span], before[span])
             continue
-        weights = own[number]
+        weights = slots_in_use[number]
         wide = x[span].float()
         assert_rows(qkv[span], *expected_qkv(layer, weights, wide, base[span].float()), dtype)
         if weights.ffn is None:
@@ -299,9 +299,9 @@ def check(model: Model, own: list[Slot], batch: list[tuple[int | None, int]]) ->
 @given(world=worlds(), threads=st.sampled_from([1, 2]))
 def test_any_mixtures_in_any_batch_give_the_definition(world, threads):
     """All backends on each example: to draw it takes longer than to compute it."""
-    layer, own, batch = world
+    layer, slots_in_use, batch = world
     with thread_count(threads):
         for isa in [*usable_isas(), "torch"]:
             note(isa)
             backend = TorchBackend() if isa == "torch" else CpuBackend(isa=isa)
-            check(Model(backend, layer, own), own, batch)
+            check(Model(backend, layer, slots_in_use), slots_in_use, batch)

@@ -152,7 +152,7 @@ FFNS: dict[str, FfnPiece] = {
 
 def refused(served: Served, weights: SlotWeights, message: str) -> None:
     """By `pack` and by `store`; the slot stays empty, and takes what fits."""
-    for give in (served.backend.pack, lambda own: served.backend.store(0, own)):
+    for give in (served.backend.pack, lambda weights: served.backend.store(0, weights)):
         with pytest.raises(WeightsError) as caught:
             give(weights)
         assert str(caught.value).startswith(message)

@@ -51,14 +51,16 @@ def gate(policy, inputs=INPUTS, count=5, seed=0) -> Gate:
 
 
 def piece(policy, out=OUT, start=0, seed=0, site="q") -> LinearPiece:
-    own = gate(policy, seed=seed)
+    routing = gate(policy, seed=seed)
     pair = experts(INPUTS, out, RANKS, seed)
-    return LinearPiece(site, start, pair, policy, own.router, parameters=own.parameters)
+    return LinearPiece(site, start, pair, policy, routing.router, parameters=routing.parameters)
 
 
-def delta(x: torch.Tensor, own: LinearPiece, dtype=torch.float32) -> torch.Tensor:
-    pair = rounded(own.experts, dtype)
-    mixture = LinearMixture(pair, own.policy, own.router, parameters=own.parameters)
+def delta(x: torch.Tensor, one_piece: LinearPiece, dtype=torch.float32) -> torch.Tensor:
+    pair = rounded(one_piece.experts, dtype)
+    mixture = LinearMixture(
+        pair, one_piece.policy, one_piece.router, parameters=one_piece.parameters
+    )
     return linear_mixture(x, torch.zeros(pair.b.shape[0], x.shape[1]), None, mixture)[0]
 
 
@@ -82,28 +84,28 @@ def one_linear(make, pieces, dtype=torch.float32, reduce=None, inputs=INPUTS, ou
 
 def test_every_policy_gives_the_definition_in_bfloat16(make):
     for policy in POLICIES.values():
-        own = piece(policy)
-        backend, handle = one_linear(make, [own], torch.bfloat16)
+        one_piece = piece(policy)
+        backend, handle = one_linear(make, [one_piece], torch.bfloat16)
         x, base = random(ROWS, INPUTS, seed=7).bfloat16(), random(ROWS, OUT, seed=8).bfloat16()
         y = base.clone()
         backend.begin_step([Run(0, 0, ROWS)])
         backend.linear(y, x, handle)
-        expected = base.float() + delta(x.float(), own, torch.bfloat16)
+        expected = base.float() + delta(x.float(), one_piece, torch.bfloat16)
         assert_near(y, expected, torch.bfloat16)
 
 
 def test_outputs_counters_and_traces_of_every_policy_are_the_definitions(make):
     for policy in POLICIES.values():
-        own = piece(policy)
-        backend, handle = one_linear(make, [own])
+        one_piece = piece(policy)
+        backend, handle = one_linear(make, [one_piece])
         x, base = random(ROWS, INPUTS, seed=7), random(ROWS, OUT, seed=8)
         y = base.clone()
         backend.trace(True)
         backend.begin_step([Run(0, 0, ROWS)])
         backend.linear(y, x, handle)
-        assert_near(y, base + delta(x, own), torch.float32)
+        assert_near(y, base + delta(x, one_piece), torch.float32)
         (trace,) = backend.trace(False)
-        p, routing = decide(x, own.router, policy, own.parameters)
+        p, routing = decide(x, one_piece.router, policy, one_piece.parameters)
         torch.testing.assert_close(trace.probabilities, p, rtol=1e-4, atol=2e-6)
         torch.testing.assert_close(trace.weights, routing.weights, rtol=1e-4, atol=2e-6)
         torch.testing.assert_close(trace.entropy, routing.entropy, rtol=1e-4, atol=5e-6)
@@ -127,15 +129,15 @@ def test_policies_share_a_fused_linear(make):
     x, y = random(9, INPUTS, seed=7), torch.zeros(9, 8 * len(pieces))
     backend.begin_step([Run(0, 0, 9)])
     backend.linear(y, x, handle)
-    assert_near(y, torch.cat([delta(x, own) for own in pieces], dim=1), torch.float32)
+    assert_near(y, torch.cat([delta(x, one_piece) for one_piece in pieces], dim=1), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["adamole", "sparsegen", "arrow"])
 def test_logits_of_sharded_inputs_are_summed_before_they_are_routed(make, name):
     """Each of two ranks has half of the inputs, and gets the other's logits from `reduce`."""
-    own, half = piece(POLICIES[name]), INPUTS // 2
+    one_piece, half = piece(POLICIES[name]), INPUTS // 2
     x = random(ROWS, INPUTS, seed=7)
-    whole = x @ own.router.T
+    whole = x @ one_piece.router.T
     total = torch.zeros(ROWS, OUT)
 
     def reduce(logits):
@@ -147,19 +149,21 @@ def test_logits_of_sharded_inputs_are_summed_before_they_are_routed(make, name):
         return summed.view_as(logits)
 
     for columns in (slice(0, half), slice(half, INPUTS)):
-        pair = Experts(own.experts.a[:, columns], own.experts.b, own.experts.ranks)
-        cut = replace(own, experts=pair, router=own.router[:, columns])
+        pair = Experts(
+            one_piece.experts.a[:, columns], one_piece.experts.b, one_piece.experts.ranks
+        )
+        cut = replace(one_piece, experts=pair, router=one_piece.router[:, columns])
         backend, handle = one_linear(make, [cut], reduce=reduce, inputs=half)
         backend.begin_step([Run(0, 0, ROWS)])
         backend.linear(total, x[:, columns].contiguous(), handle)
-    assert_near(total, delta(x, own), torch.float32)
+    assert_near(total, delta(x, one_piece), torch.float32)
 
 
 @pytest.mark.parametrize("name", ["adamole", "sparsegen", "arrow", "threshold"])
 def test_ffn_mixtures_route_by_them_too(make, name):
     d, width, policy = 20, 24, POLICIES[name]
     rows = gate(policy, d, 4)
-    own = FfnMixture(
+    mixture = FfnMixture(
         ffn_experts(("gate_proj", "up_proj", "down_proj"), d, width, 4),
         policy,
         rows.router,
@@ -169,13 +173,13 @@ def test_ffn_mixtures_route_by_them_too(make, name):
     up = backend.register_linear(LinearShape("gate_up", d, 2 * width))
     down = backend.register_linear(LinearShape("down", width, d))
     handle = backend.register_ffn(FfnShape("mlp", up, down, width))
-    stored = replace(ffn_piece(own), parameters=own.parameters)
+    stored = replace(ffn_piece(mixture), parameters=mixture.parameters)
     backend.store(0, SlotWeights({}, {handle: stored}))
     weights, x = ffn_weights(d, width, torch.float32), random(6, d, seed=5)
     backend.begin_step([Run(0, 0, 6)])
     y = run_ffn(backend, handle, (up, down), weights, x)
     biases = dict.fromkeys(weights)
-    expected, _ = ffn_mixture(x, weights, biases, "silu", own)
+    expected, _ = ffn_mixture(x, weights, biases, "silu", mixture)
     assert_near(y, expected, torch.float32)
 
 
@@ -193,7 +197,9 @@ def test_every_instruction_set_and_thread_count(isa, threads):
             x, y = random(rows, INPUTS, seed=rows), torch.zeros(rows, out)
             backend.begin_step([Run(0, 0, rows)])
             backend.linear(y, x, handle)
-            assert_near(y, torch.cat([delta(x, own) for own in pieces], dim=1), torch.float32)
+            assert_near(
+                y, torch.cat([delta(x, one_piece) for one_piece in pieces], dim=1), torch.float32
+            )
 
 
 def flylora(rank: int, k: int) -> LinearPiece:
@@ -207,12 +213,12 @@ def flylora(rank: int, k: int) -> LinearPiece:
 def test_flyloras_ranks_are_experts_of_every_backend(make, dtype):
     """In bfloat16 the router stays float32: the same experts are chosen."""
     rank = 16 if isinstance(make(), TritonBackend) else 64
-    own = flylora(rank, rank // 4)
-    backend, handle = one_linear(make, [own], dtype)
+    mixture = flylora(rank, rank // 4)
+    backend, handle = one_linear(make, [mixture], dtype)
     x, y = random(ROWS, INPUTS, seed=7).to(dtype), torch.zeros(ROWS, OUT, dtype=dtype)
     backend.begin_step([Run(0, 0, ROWS)])
     backend.linear(y, x, handle)
-    assert_near(y, delta(x.float(), own, dtype), dtype)
+    assert_near(y, delta(x.float(), mixture, dtype), dtype)
     assert sum(backend.counters(0).sites["q"].expert_tokens) == ROWS * (rank // 4)
 
 
@@ -231,16 +237,16 @@ def test_more_ranks_than_triton_has_room_for_are_refused_with_the_limit(interpre
 
 def test_a_large_mlp_is_served_and_one_beyond_the_kernels_is_refused():
     for hidden, fits in ((1019, True), (1020, False)):
-        own = piece(Sparsegen(hidden))
+        one_piece = piece(Sparsegen(hidden))
         if not fits:
             with pytest.raises(CapacityError, match="1020 more router rows"):
-                one_linear(CpuBackend, [own])
+                one_linear(CpuBackend, [one_piece])
             continue
-        backend, handle = one_linear(CpuBackend, [own])
+        backend, handle = one_linear(CpuBackend, [one_piece])
         x, y = random(ROWS, INPUTS, seed=1), torch.zeros(ROWS, OUT)
         backend.begin_step([Run(0, 0, ROWS)])
         backend.linear(y, x, handle)
-        assert_near(y, delta(x, own), torch.float32)
+        assert_near(y, delta(x, one_piece), torch.float32)
 
 
 def test_a_hidden_layer_beyond_a_gpu_s_capacity_is_refused():

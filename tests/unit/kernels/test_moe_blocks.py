@@ -59,8 +59,8 @@ def piece(seed: int = 2) -> MoePiece:
     )
 
 
-def deltas_of(own: MoePiece) -> dict[str, Experts]:
-    named = {"gate_proj": own.gate, "up_proj": own.up, "down_proj": own.down}
+def deltas_of(moe_piece: MoePiece) -> dict[str, Experts]:
+    named = {"gate_proj": moe_piece.gate, "up_proj": moe_piece.up, "down_proj": moe_piece.down}
     return {name: experts for name, experts in named.items() if experts is not None}
 
 
@@ -107,10 +107,10 @@ def test_base_adapted_void_and_padding_rows_in_one_batch():
     y = made.run(x, weights, chosen, handle)
     expected = base.expected(x, weights, chosen, {})
     for slot, seed in ((0, 2), (3, 20)):
-        own = base.expected(x, weights, chosen, deltas_of(piece(seed=seed)))
+        one_piece = base.expected(x, weights, chosen, deltas_of(piece(seed=seed)))
         for run in runs:
             if run.slot == slot:
-                expected[run.start : run.stop] = own[run.start : run.stop]
+                expected[run.start : run.stop] = one_piece[run.start : run.stop]
     expected[9:11] = 0
     torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE[torch.float32])
     assert base.ran == [5], "the base's kernel ran on other rows than those of base and padding"
@@ -129,11 +129,11 @@ def test_a_batch_without_adapted_rows_is_the_kernels_own():
 def test_projections_that_are_not_adapted_use_the_base_alone():
     base = Base(torch.float32)
     made, handle = blocks(base)
-    own = MoePiece("layers.0.mlp", None, None, stack(INNER, HIDDEN))
-    made.store(0, {handle: own})
+    one_piece = MoePiece("layers.0.mlp", None, None, stack(INNER, HIDDEN))
+    made.store(0, {handle: one_piece})
     made.begin_step([Run(0, 0, 9)])
     x, weights, chosen = batch(9, torch.float32)
-    expected = base.expected(x, weights, chosen, deltas_of(own))
+    expected = base.expected(x, weights, chosen, deltas_of(one_piece))
     y = made.run(x, weights, chosen, handle)
     torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE[torch.float32])
 

@@ -39,8 +39,8 @@ def test_policies_of_probabilities_decide_by_the_softmax():
 )
 def test_threshold(threshold, expected):
     p = [0.125, 0.5, 0.25, 0.125]
-    found = Threshold(threshold).route(torch.tensor([p])).weights[0].tolist()
-    assert found == pytest.approx(p if expected is None else expected, abs=1e-7)
+    result = Threshold(threshold).route(torch.tensor([p])).weights[0].tolist()
+    assert result == pytest.approx(p if expected is None else expected, abs=1e-7)
 
 
 def test_arrow_ignores_the_sign_of_a_score():
@@ -166,6 +166,6 @@ def test_parameters_of_several_routers_broadcast(policy):
     p, routing = policy.decide(logits, parameters)
     assert (routing.entropy.shape, routing.soft.shape) == ((5, 2), (5, 2))
     for site in range(2):
-        own_p, own = policy.decide(logits[:, site], parameters[site])
+        own_p, site_weights = policy.decide(logits[:, site], parameters[site])
         assert torch.equal(p[:, site], own_p)
-        assert torch.equal(routing.weights[:, site], own.weights)
+        assert torch.equal(routing.weights[:, site], site_weights.weights)

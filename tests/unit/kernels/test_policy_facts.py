@@ -60,10 +60,10 @@ def decided(policy: Policy) -> torch.Tensor:
 
 
 def test_every_policy_is_known_by_its_name():
-    own = {
+    facts = {
         policy for policy in Policy.__subclasses__() if policy.__module__.startswith("molehill.")
     }
-    assert set(POLICIES.values()) == own
+    assert set(POLICIES.values()) == facts
     assert {type(policy) for policy in JSON} == set(POLICIES.values())
 
 

@@ -33,8 +33,8 @@ def backend(request):
 
 
 def vectors(policy, heads=HEADS, width=WIDTH, seed=0) -> ScaleMixture:
-    own = 1 + random(heads, EXPERTS, width, seed=seed, scale=0.5)
-    return ScaleMixture(own, policy, router(EXPERTS, width, seed))
+    scales = 1 + random(heads, EXPERTS, width, seed=seed, scale=0.5)
+    return ScaleMixture(scales, policy, router(EXPERTS, width, seed))
 
 
 def piece(mixture: ScaleMixture, start=0, site="k") -> ScalePiece:
@@ -49,34 +49,37 @@ def ffn_in(backend, width, reduce=None):
 
 
 def test_columns_beside_the_heads_keep_every_bit(backend):
-    own = vectors(Soft())
+    mixture = vectors(Soft())
     handle = backend.register_linear(LinearShape("qkv", 8, 90))
-    backend.store(0, SlotWeights({}, {}, {handle: [piece(own, 11)]}))
+    backend.store(0, SlotWeights({}, {}, {handle: [piece(mixture, 11)]}))
     x, base = random(ROWS, 8, seed=1), random(ROWS, 90, seed=2)
     y = base.clone()
     backend.begin_step([Run(0, 2, ROWS)])
     backend.linear(y, x, handle)
     columns = slice(11, 11 + HEADS * WIDTH)
-    assert_near(y[2:, columns], scale_mixture(base[2:, columns], own)[0], torch.float32)
+    assert_near(y[2:, columns], scale_mixture(base[2:, columns], mixture)[0], torch.float32)
     base[2:, columns] = y[2:, columns]
     assert torch.equal(y, base)
 
 
 def test_vectors_come_after_the_linears_other_mixtures(backend):
     """Two projections of one linear: low-rank experts on one, vectors on the other."""
-    own = vectors(TopK(2))
+    scale_mixture = vectors(TopK(2))
     pair = LinearPiece("q", 0, experts(8, 30, [2, 3], 7), Soft(), router(2, 8, 7))
     handle = backend.register_linear(LinearShape("qk", 8, 30 + HEADS * WIDTH))
     x, base = random(ROWS, 8, seed=1), random(ROWS, 30 + HEADS * WIDTH, seed=2)
     alone = []
     for slot, weights in enumerate(
-        (SlotWeights({handle: [pair]}, {}), SlotWeights({}, {}, {handle: [piece(own, 30)]}))
+        (
+            SlotWeights({handle: [pair]}, {}),
+            SlotWeights({}, {}, {handle: [piece(scale_mixture, 30)]}),
+        )
     ):
         backend.store(slot, weights)
         alone.append(base.clone())
         backend.begin_step([Run(slot, 0, ROWS)])
         backend.linear(alone[-1], x, handle)
-    backend.store(2, SlotWeights({handle: [pair]}, {}, {handle: [piece(own, 30)]}))
+    backend.store(2, SlotWeights({handle: [pair]}, {}, {handle: [piece(scale_mixture, 30)]}))
     y = base.clone()
     backend.begin_step([Run(2, 0, ROWS)])
     backend.linear(y, x, handle)
@@ -86,16 +89,16 @@ def test_vectors_come_after_the_linears_other_mixtures(backend):
 
 @pytest.mark.parametrize("policy", [Soft(), TopK(2), DynMoLE()])
 def test_a_decision_is_one_token_at_one_head(backend, policy):
-    own = vectors(policy)
+    mixture = vectors(policy)
     handle = backend.register_linear(LinearShape("k", 8, HEADS * WIDTH))
-    backend.store(3, SlotWeights({}, {}, {handle: [piece(own)]}))
+    backend.store(3, SlotWeights({}, {}, {handle: [piece(mixture)]}))
     base = random(ROWS, HEADS * WIDTH, seed=2)
     backend.trace(True)
     backend.begin_step([Run(3, 4, ROWS)])
     backend.linear(base.clone(), random(ROWS, 8, seed=1), handle)
     (trace,) = backend.trace(False)
-    routing = scale_mixture(base[4:], own)[1]
-    p = probabilities(split_heads(base[4:], HEADS), own.router)
+    routing = scale_mixture(base[4:], mixture)[1]
+    p = probabilities(split_heads(base[4:], HEADS), mixture.router)
     assert trace.probabilities.shape == (ROWS - 4, HEADS, EXPERTS)
     torch.testing.assert_close(trace.probabilities, p, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(trace.weights, routing.weights, rtol=1e-4, atol=1e-6)
@@ -112,27 +115,27 @@ def test_a_decision_is_one_token_at_one_head(backend, policy):
 def test_parts_of_an_intermediate_are_routed_as_the_whole(backend, threads):
     """Two ranks with half of an FFN's intermediate each; the other's logits come from `reduce`."""
     width, rows = 36, 300
-    own = vectors(TopK(2), heads=1, width=width)
+    mixture = vectors(TopK(2), heads=1, width=width)
     h = random(rows, width, seed=3)
     seen = []
 
     def reduce(logits):
         seen.append(logits.clone())
-        return (h[5:] @ own.router.T).view_as(logits)
+        return (h[5:] @ mixture.router.T).view_as(logits)
 
-    found = h.clone()
+    result = h.clone()
     for columns in (slice(0, 18), slice(18, 36)):
         handle = ffn_in(backend, 18, reduce)
-        part = replace(piece(own), router=own.router[:, columns].contiguous())
-        part = replace(part, vectors=own.vectors[:, :, columns].contiguous())
+        part = replace(piece(mixture), router=mixture.router[:, columns].contiguous())
+        part = replace(part, vectors=mixture.vectors[:, :, columns].contiguous())
         backend.store(columns.start, SlotWeights({}, {}, {}, {handle: part}))
         backend.begin_step([Run(columns.start, 5, rows)])
         with thread_count(threads):
-            backend.ffn(found[:, columns], torch.zeros(rows, 36), handle)
-    whole = (h[5:] @ own.router.T).flatten()
+            backend.ffn(result[:, columns], torch.zeros(rows, 36), handle)
+    whole = (h[5:] @ mixture.router.T).flatten()
     torch.testing.assert_close(seen[0].flatten() + seen[1].flatten(), whole)
-    assert_near(found[5:], scale_mixture(h[5:], own)[0], torch.float32)
-    assert torch.equal(found[:5], h[:5])
+    assert_near(result[5:], scale_mixture(h[5:], mixture)[0], torch.float32)
+    assert torch.equal(result[:5], h[:5])
 
 
 def test_the_trace_of_an_intermediate_has_no_heads(backend):
@@ -164,8 +167,8 @@ def test_an_erased_slot_leaves_no_bytes_and_its_rows_are_void(backend):
 
 
 def test_bytes_to_be_reserved_count_vectors_and_factors():
-    own = piece(vectors(Soft()))
-    weights = SlotWeights({}, {}, {0: [own]}, {0: own})
+    scale_mixture = piece(vectors(Soft()))
+    weights = SlotWeights({}, {}, {0: [scale_mixture]}, {0: scale_mixture})
     assert weights.num_bytes(torch.bfloat16) == 2 * 4 * (HEADS + 1) * EXPERTS * WIDTH
 
 

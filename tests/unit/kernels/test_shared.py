@@ -71,8 +71,8 @@ def setup(request):
         yield Setup(TorchBackend if request.param == "torch" else CpuBackend)
 
 
-def assert_near(found, expected):
-    assert (found - expected).abs().max() <= EXACT * expected.abs().max()
+def assert_near(actual, expected):
+    assert (actual - expected).abs().max() <= EXACT * expected.abs().max()
 
 
 @pytest.mark.parametrize("policy", [Soft(), TopK(2), DynMoLE()], ids=repr)
@@ -80,7 +80,7 @@ def test_a_shared_pair_beside_routed_experts(setup, policy):
     """Of two projections of one linear; the second has no shared pair."""
     make, inputs, out, rank, steps = setup
     rows = 5
-    own = LinearMixture(
+    mixture = LinearMixture(
         experts(inputs, out, [2 * rank, rank, rank + 1]),
         policy,
         random(3, inputs, seed=5, scale=inputs**-0.5),
@@ -90,14 +90,14 @@ def test_a_shared_pair_beside_routed_experts(setup, policy):
     backend = make()
     handle = backend.register_linear(LinearShape("linear", inputs, out + 30))
     pieces = [
-        LinearPiece("q", 0, own.experts, policy, own.router, shared=own.shared),
+        LinearPiece("q", 0, mixture.experts, policy, mixture.router, shared=mixture.shared),
         LinearPiece("k", out, other.experts, other.policy, other.router),
     ]
     backend.store(1, SlotWeights({handle: pieces}, {}))
     x, weight = random(rows, inputs, seed=6), random(out + 30, inputs, seed=7, scale=inputs**-0.5)
     expected = torch.cat(
         [
-            linear_mixture(x, weight[:out], None, own)[0],
+            linear_mixture(x, weight[:out], None, mixture)[0],
             linear_mixture(x, weight[out:], None, other)[0],
         ],
         dim=1,
@@ -108,9 +108,9 @@ def test_a_shared_pair_beside_routed_experts(setup, policy):
         backend.begin_step([Run(1, 0, rows)])
         backend.linear(y, x, handle)
         assert_near(y, expected)
-    figures = backend.counters(1)
-    chosen = policy.route(torch.softmax(x @ own.router.T, -1)).weights > 0
-    assert figures.sites["q"].expert_tokens == (steps * chosen.sum(0)).tolist()
+    stats = backend.counters(1)
+    chosen = policy.route(torch.softmax(x @ mixture.router.T, -1)).weights > 0
+    assert stats.sites["q"].expert_tokens == (steps * chosen.sum(0)).tolist()
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -125,11 +125,11 @@ def test_an_ffn_mixture_on_merged_weights(setup, rows, biased):
     merged = {
         n: experts(*shape, [rank + 1], seed=30 + s) for s, (n, shape) in enumerate(shapes.items())
     }
-    own = {
+    slot_weights = {
         n: experts(*shape, [rank, 1, rank], seed=60 + s)
         for s, (n, shape) in enumerate(shapes.items())
     }
-    mixture = FfnMixture(own, TopK(2), random(3, d, seed=9), "silu")
+    mixture = FfnMixture(slot_weights, TopK(2), random(3, d, seed=9), "silu")
     bias = random(d, seed=10) if biased else None
     backend = make()
     gate_up = backend.register_linear(LinearShape("gate_up", d, 2 * inner))
@@ -142,7 +142,7 @@ def test_an_ffn_mixture_on_merged_weights(setup, rows, biased):
         return LinearPiece(name, start, pair, Constant((1.0,)))
 
     linears = {gate_up: [undo("gate_proj"), undo("up_proj", inner)], down: [undo("down_proj")]}
-    piece = FfnPiece("mlp", TopK(2), mixture.router, "silu", *own.values(), bias=bias)
+    piece = FfnPiece("mlp", TopK(2), mixture.router, "silu", *slot_weights.values(), bias=bias)
     backend.store(0, SlotWeights(linears, {ffn: piece}))
     backend.store(2, SlotWeights(linears, {}))
     served = {n: weights[n] + merged[n].b @ merged[n].a for n in shapes}

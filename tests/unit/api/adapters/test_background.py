@@ -27,11 +27,11 @@ def test_its_thread_has_as_many_threads_as_cores_and_others_keep_theirs() -> Non
     background = Background(cores - one)
     assert asked(background) == (one, 1)
     assert torch.get_num_threads() == threads
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    result: list[int] = []
+    thread = threading.Thread(target=lambda: result.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert found == [threads]
+    assert result == [threads]
     assert asked(background) == (one, 1)
 
 

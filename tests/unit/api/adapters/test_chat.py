@@ -103,8 +103,8 @@ def write_template(server: Server, seed: int, text: str) -> None:
 
 def templates(server: Server) -> dict[str, str | None]:
     """What each name is chatted with."""
-    found = {generation.name: generation.content.chat for generation in server.world.registry}
-    return {name: None if chat is None else chat.template(False) for name, chat in found.items()}
+    result = {generation.name: generation.content.chat for generation in server.world.registry}
+    return {name: None if chat is None else chat.template(False) for name, chat in result.items()}
 
 
 def kept(server: Server) -> int:

@@ -27,11 +27,11 @@ def test_loads_and_refusals_are_told_apart() -> None:
             raise BadNameError
     with pytest.raises(OSError, match="disk"), events.load("b"):
         raise OSError("disk")
-    found = samples(events)
-    assert found["load_seconds_count",] == found["loading_seconds_count", "a"] == 1
-    assert 0 < found["loading_seconds_sum", "a"] == found["load_seconds_sum",]
-    assert not [key for key in found if "b" in key]
-    refused = {key[1]: value for key, value in found.items() if key[0] == "loads_refused_total"}
+    result = samples(events)
+    assert result["load_seconds_count",] == result["loading_seconds_count", "a"] == 1
+    assert 0 < result["loading_seconds_sum", "a"] == result["load_seconds_sum",]
+    assert not [key for key in result if "b" in key]
+    refused = {key[1]: value for key, value in result.items() if key[0] == "loads_refused_total"}
     assert refused == {"wrong_shape": 1, "invalid_name": 2, "internal_error": 1}
 
 
@@ -43,12 +43,12 @@ def test_hits_and_evictions_are_counted_by_adapter_and_tier() -> None:
     events.hit("a", "worker")
     events.hit("b", "disk")
     events.evicted("b", "worker")
-    found = samples(events)
-    assert found["cache_hits_total", "a", "worker"] == 2
-    assert found["cache_hits_total", "b", "worker"] == 0
-    assert found["cache_hits_total", "b", "disk"] == 1
-    assert found["evictions_total", "b", "worker"] == 1
-    assert found["evictions_total", "b", "host"] == 0
+    result = samples(events)
+    assert result["cache_hits_total", "a", "worker"] == 2
+    assert result["cache_hits_total", "b", "worker"] == 0
+    assert result["cache_hits_total", "b", "disk"] == 1
+    assert result["evictions_total", "b", "worker"] == 1
+    assert result["evictions_total", "b", "host"] == 0
 
 
 def test_a_names_series_end_with_it_and_start_anew() -> None:
@@ -74,12 +74,12 @@ def test_faults_are_counted() -> None:
     events.free_failed()
     for _ in range(2):
         events.manifest_failed()
-    found = samples(events)
-    assert found["free_failures_total",] == 1
-    assert found["molehill_manifest_write_failures_total",] == 2
+    result = samples(events)
+    assert result["free_failures_total",] == 1
+    assert result["molehill_manifest_write_failures_total",] == 2
 
 
 def test_a_fresh_server_shows_zeros_and_no_creation_times() -> None:
-    found = samples(LifecycleMetrics())
-    assert found["load_seconds_count",] == 0
-    assert not [key for key in found if key[0].endswith("_created")]
+    result = samples(LifecycleMetrics())
+    assert result["load_seconds_count",] == 0
+    assert not [key for key in result if key[0].endswith("_created")]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.world import Play, World, adapter, settle
+from support.world import Play, World, adapter, let_tasks_run
 
 from molehill.api.adapters.errors import (
     CannotPinError,
@@ -59,7 +59,7 @@ def test_a_pin_changes_hands_after_the_probe(tmp_path: Path) -> None:
         await probing.wait()
         # It waits for the slot that the probe has, and is not told that all are pinned.
         asking = asyncio.create_task(anext(w.generate("c")))
-        await settle()
+        await let_tasks_run()
         assert not asking.done()
         proceed.set()
         new = (await replacing).generation

@@ -24,8 +24,8 @@ def test_a_base_of_the_same_name_is_not_doubted(trained_on: str | None) -> None:
 
 
 def test_another_base_is_named_without_the_servers_paths() -> None:
-    found = doubt("org/SmolLM2-135M", NAMES)
-    assert found == (
+    result = doubt("org/SmolLM2-135M", NAMES)
+    assert result == (
         "base model: trained on 'org/SmolLM2-135M', served on smollm2-135m-instruct or tiny"
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.world import World, settle
+from support.world import World, let_tasks_run
 
 from molehill.api.adapters.reading import READERS, Reading, most_bytes
 from molehill.engine.adapter.layout import Layout
@@ -22,10 +22,10 @@ class SlowDisk(World):
     def read(
         self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
     ) -> Adapter:
-        found = super().read(path, lora_b_layout)
+        result = super().read(path, lora_b_layout)
         if path.name.startswith("adapter-5"):
             assert self.proceed.wait(20)
-        return found
+        return result
 
 
 def test_a_slow_read_holds_up_no_other_load(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_who_does_not_know_how_much_it_takes_is_alone() -> None:
         async with reading:
             other = asyncio.create_task(reading.beside(0).__aenter__())
             large = asyncio.create_task(reading.beside(1).__aenter__())
-            await settle()
+            await let_tasks_run()
             assert other.done()
             assert not large.done()
         await large
@@ -94,9 +94,9 @@ def test_one_that_stops_waiting_lets_the_next_in() -> None:
         reading = Reading(100)
         async with reading:
             gone = asyncio.create_task(reading.beside(100).__aenter__())
-            await settle()
+            await let_tasks_run()
             gone.cancel()
-            await settle()
+            await let_tasks_run()
         async with reading.beside(100):
             pass
         assert not reading.locked()
@@ -130,7 +130,7 @@ def test_pairs_that_are_made_at_load_may_take_the_whole_limit(
         reading = Reading(1 << 33)
         async with reading.beside(most_bytes(tmp_path)):
             other = asyncio.create_task(reading.beside(1).__aenter__())
-            await settle()
+            await let_tasks_run()
             assert not other.done()
         await other
 

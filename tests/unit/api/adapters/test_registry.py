@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.world import Play, World, adapter, settle
+from support.world import Play, World, adapter, let_tasks_run
 
 from molehill.api.adapters.errors import (
     AlreadyLoadedError,
@@ -167,10 +167,10 @@ class Unlucky(World):
     ) -> Adapter:
         if path.name == "exhausting":
             torch.empty(1 << 60)
-        found = super().read(path / "molehill" if path.name == "touched" else path, lora_b_layout)
+        result = super().read(path / "molehill" if path.name == "touched" else path, lora_b_layout)
         if path.name == "touched":
             (path / "more").touch()
-        return found
+        return result
 
 
 class Unlinked(World):
@@ -280,7 +280,7 @@ def test_a_caller_that_goes_away_does_not_stop_a_load_halfway(play: Play) -> Non
         with pytest.raises(asyncio.CancelledError):
             await loading
         w.engine.proceed.set()
-        await settle()
+        await let_tasks_run()
         assert w.served["a"].lora_int_id == 1
 
     play(scenario)
@@ -343,7 +343,7 @@ def test_loads_over_the_limit_are_told_to_come_back(play: Play) -> None:
     async def scenario(w: World) -> None:
         w.engine.proceed.clear()
         loads = [asyncio.create_task(w.load(f"a{n}", n)) for n in range(4)]
-        await settle()
+        await let_tasks_run()
         assert {loading.name for loading in w.registry.loading()} == {"a0", "a1", "a2", "a3"}
         with pytest.raises(BusyError) as refusal:
             await w.load("b", 5)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.world import ADMISSION, Play, Scenario, World, adapter, settle
+from support.world import ADMISSION, Play, Scenario, World, adapter, let_tasks_run
 
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import (
@@ -127,7 +127,7 @@ def test_mixes_that_are_not_in_use_make_room_and_names_never_do(tmp_path: Path) 
         # The first is now the one that was used last.
         (await ask(0.1)).leave()
         third = await ask(0.3)
-        await settle()
+        await let_tasks_run()
         assert list(mixes) == [first.generation, third.generation]
         assert second.generation.digest not in w.in_store()
         assert w.registry.get("named") is not None
@@ -155,8 +155,8 @@ def test_many_mixes_at_once_stay_within_the_bound(tmp_path: Path) -> None:
         # Who is told to retry gets it.
         for n in range(20):
             while not await ask(n):
-                await settle()
-        await settle()
+                await let_tasks_run()
+        await let_tasks_run()
         assert len(held(w)) == len(w.registry.mixes) <= 3
 
     play_with(tmp_path, 3, scenario)
@@ -183,7 +183,7 @@ def test_a_part_that_goes_takes_its_mixes_along_when_they_end(play: Play, way: s
             await w.load("a", 4, replace=True)
         else:
             await w.registry.unload("a")
-        await settle()
+        await let_tasks_run()
         assert running.generation.status.draining
         assert list(w.registry.mixes) == [other.generation]
         assert running.generation.digest in w.in_store()
@@ -194,7 +194,7 @@ def test_a_part_that_goes_takes_its_mixes_along_when_they_end(play: Play, way: s
             with pytest.raises(NotLoadedError, match="found 'a', expected"):
                 await w.registry.mixes.lease(weights, object())
         running.leave()
-        await settle()
+        await let_tasks_run()
         assert running.generation.digest not in w.in_store()
 
     play(scenario)
@@ -219,7 +219,7 @@ def test_a_request_that_is_gone_leaves_no_hold(play: Play) -> None:
             await asking
         while not len(w.registry.mixes):
             await asyncio.sleep(0.001)
-        await settle()
+        await let_tasks_run()
         assert all(not generation.status.holds for generation in w.registry.alive())
 
     play(scenario)

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from support.world import World, settle
+from support.world import World, let_tasks_run
 from vllm.exceptions import GracefulHTTPError
 
 from molehill.api.adapters.admission import Admission
@@ -131,7 +131,7 @@ def test_an_unpinned_adapter_makes_room_for_those_that_wait(tmp_path: Path) -> N
         running = w.generate("b")
         await anext(running)
         waiting = asyncio.create_task(anext(w.generate("c")))
-        await settle()
+        await let_tasks_run()
         assert not waiting.done()
         await w.registry.pin("pinned", False)
         assert await waiting == "first"
@@ -172,7 +172,7 @@ def test_an_adapter_with_a_running_request_is_never_taken_out(tmp_path: Path) ->
         running = w.generate("a")
         assert await anext(running) == "first"
         loading = asyncio.create_task(w.load("b", 2))
-        await settle()
+        await let_tasks_run()
         assert list(w.engine.loaded.values()) == ["a"]
         w.engine.more.set()
         assert [output async for output in running] == ["last"]
@@ -197,7 +197,7 @@ def test_who_runs_and_who_waits_is_told_in_one_series(tmp_path: Path) -> None:
         # `a` yields: what it runs goes on, what comes now waits.
         for name, names in (("b", "b"), ("b", "b"), ("a", "a,b")):
             waiting.append(asyncio.create_task(anext(w.generate(name))))
-            await settle()
+            await let_tasks_run()
             assert at_work(w) == ("1", "a", names)
         w.engine.more.set()
         for stream in streams:
@@ -223,11 +223,11 @@ def test_a_client_that_stops_waiting_gives_its_turn_up(tmp_path: Path) -> None:
         running = w.generate("b")
         await anext(running)
         waiting = asyncio.create_task(anext(w.generate("a")))
-        await settle()
+        await let_tasks_run()
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        await settle()
+        await let_tasks_run()
         # `b` no longer has to yield: its next request need not wait for anybody.
         again = w.generate("b")
         assert await anext(again) == "first"
@@ -247,7 +247,7 @@ def test_an_adapter_that_is_unloaded_while_it_waits_goes_after_its_request(tmp_p
         await asyncio.sleep(0)
         await w.registry.unload("a")
         await waiting
-        await settle()
+        await let_tasks_run()
         assert "a" not in w.engine.loaded.values()
         assert len(w.registry.alive()) == len(w.in_store()) == 1
 

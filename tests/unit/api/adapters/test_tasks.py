@@ -13,7 +13,7 @@ from support import warm
 from support.health import Engine
 from support.restarts import Server, play
 from support.watched import Watched
-from support.world import World, adapter, settle
+from support.world import World, adapter, let_tasks_run
 
 from molehill.api import app as plugin
 from molehill.api.adapters.errors import EngineRefusedError
@@ -113,7 +113,7 @@ def test_a_load_whose_client_has_gone_is_counted_and_logged(
             await loading
         w.engine.refusal = "no room at all" if refused else ""
         w.engine.proceed.set()
-        await settle()
+        await let_tasks_run()
         expected = {EngineRefusedError.kind: 1.0} if refused else {}
         assert counted(w, "adapter_loads_refused") == expected
         samples = [s for m in w.registry.events.collect() for s in m.samples]
@@ -161,12 +161,12 @@ def test_a_question_that_is_given_up_is_not_cut_short_and_its_failure_is_logged(
 
         engine = SimpleNamespace(collective_rpc=collective_rpc, errored=False)
         asking = asyncio.create_task(Lifeline(engine).collective_rpc("molehill_stats"))
-        await settle()
+        await let_tasks_run()
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
         proceed.set()
-        await settle()
+        await let_tasks_run()
         assert "a worker's fault" in caplog.text
 
     asyncio.run(asyncio.wait_for(scenario(), 20))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.world import World, settle
+from support.world import World, let_tasks_run
 from vllm.exceptions import GracefulHTTPError
 
 from molehill.api.adapters.admission import Admission
@@ -46,7 +46,7 @@ def test_a_slow_read_holds_up_nobody_behind_it(tmp_path: Path) -> None:
         slow, quick = [await on_disk(w, name, n) for n, name in enumerate(("slow", "quick"))]
         w.engine.slow = {slow}
         first = asyncio.create_task(running(w, "slow"))
-        await settle()
+        await let_tasks_run()
         second = await running(w, "quick")
         assert not first.done()
         assert w.engine.begun[-2:] == [slow, quick]
@@ -63,13 +63,13 @@ def test_nobody_leaves_a_slot_for_what_is_not_read_yet(tmp_path: Path) -> None:
         w.engine.slow = {await on_disk(w, "slow", 2)}
         first = await running(w, "a")
         waiting = asyncio.create_task(running(w, "slow"))
-        await settle()
+        await let_tasks_run()
         # `a` need not yield yet.
         await (await running(w, "a")).aclose()
         w.engine.slow = set()
-        await settle()
+        await let_tasks_run()
         behind = asyncio.create_task(running(w, "a"))
-        await settle()
+        await let_tasks_run()
         assert not waiting.done()
         assert not behind.done()
         await first.aclose()
@@ -85,7 +85,7 @@ def test_what_waits_next_is_read_while_the_first_waits_for_room(tmp_path: Path) 
         first, second, third = [await on_disk(w, name, 2 + n) for n, name in enumerate("bcd")]
         busy = await running(w, "a")
         waiting = [asyncio.create_task(running(w, name)) for name in "bcd"]
-        await settle()
+        await let_tasks_run()
         # No more than the workers hold prepared.
         assert w.engine.begun[-2:] == [first, second]
         await busy.aclose()
@@ -106,7 +106,7 @@ def test_the_first_that_is_read_has_the_next_turn_and_the_queue_keeps_its_order(
         w.engine.slow = {ids["b"]}
         busy = await running(w, "a")
         waiting = [asyncio.create_task(running(w, name)) for name in "bc"]
-        await settle()
+        await let_tasks_run()
         # It began to wait first, and is ready before there is room.
         w.engine.slow = set()
         await asyncio.sleep(0.3)
@@ -128,14 +128,14 @@ def test_what_fits_goes_before_what_is_too_large_once_and_yields_to_it(tmp_path:
         for n in range(3):
             await w.registry.unload(f"filler-{n}")
         large = asyncio.create_task(running(w, "large"))
-        await settle()
+        await let_tasks_run()
         small = await running(w, "small")
         assert not large.done()
         # The next requests of both queue behind it.
         behind = [asyncio.create_task(running(w, name)) for name in ("small", "busy")]
-        await settle()
+        await let_tasks_run()
         await small.aclose()
-        await settle()
+        await let_tasks_run()
         # It has gone before it once.
         assert not any(task.done() for task in (large, *behind))
         await busy.aclose()
@@ -162,7 +162,7 @@ def test_a_busy_small_one_does_not_keep_a_large_one_out(tmp_path: Path) -> None:
                 assert [output async for output in w.generate(name)] == ["first", "last"]
 
         clients = [asyncio.create_task(keep_busy(name)) for name in "aabb"]
-        await settle()
+        await let_tasks_run()
         await asyncio.wait_for(w.load("l", 3), 5)
         assert [output async for output in w.generate("l")] == ["first", "last"]
         done.set()
@@ -183,12 +183,12 @@ def test_a_late_probe_holds_up_nobody(tmp_path: Path) -> None:
         late = await on_disk(w, "late", 1)
         await on_disk(w, "other", 2)
         first = asyncio.create_task(running(w, "late"))
-        await settle()
+        await let_tasks_run()
         second = await running(w, "other")
         assert not first.done()
         # Nor is it taken out meanwhile, or found by a request that came later.
         later = asyncio.create_task(running(w, "late"))
-        await settle()
+        await let_tasks_run()
         assert not later.done()
         assert w.engine.begun.count(late) == 1
         proceed.set()
@@ -205,9 +205,9 @@ def test_what_is_prepared_and_not_wanted_any_more_is_let_go_of(tmp_path: Path) -
         lora_id = await on_disk(w, "b", 2)
         busy = await running(w, "a")
         waiting = asyncio.create_task(running(w, "b"))
-        await settle()
+        await let_tasks_run()
         waiting.cancel()
-        await settle()
+        await let_tasks_run()
         assert w.engine.calls[-1] == ("discard", lora_id)
         await busy.aclose()
 

@@ -42,8 +42,8 @@ def test_any_format_becomes_the_native_one(golden, tmp_path, capsys, case):
     original = formats.read(source)
     assert run(source, destination) == 0
     assert sorted(p.name for p in destination.iterdir()) == [native.CONFIG, native.WEIGHTS]
-    found = formats.read(destination)
-    assert (found.digest, found.warnings) == (original.digest, original.warnings)
+    result = formats.read(destination)
+    assert (result.digest, result.warnings) == (original.digest, original.warnings)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
         f"kind    {original.kind}",

@@ -66,8 +66,8 @@ def expected_of(folder, adapter):
         return logits_of(model)
 
 
-def assert_close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=LOGITS)
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=LOGITS)
 
 
 def test_static_mixtures_become_a_lora_that_peft_loads(wide, zeroed, tmp_path, capsys):
@@ -96,8 +96,8 @@ def test_sites_of_other_ranks_are_exceptions_that_peft_reads(wide, edited, tmp_p
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     pattern = {"model.layers.2.self_attn.q_proj": 2}
     assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (4, pattern, pattern)
-    found = logits_of(peft.PeftModel.from_pretrained(load(wide), tmp_path / "lora"))
-    assert_close(found, expected_of(wide, source))
+    result = logits_of(peft.PeftModel.from_pretrained(load(wide), tmp_path / "lora"))
+    assert_close(result, expected_of(wide, source))
 
 
 @pytest.mark.slow
@@ -107,8 +107,8 @@ def test_a_merged_base_gives_the_oracles_logits(wide, tmp_path, case):
     model = load(tmp_path / "base")
     for prompt in Case(case).prompts:
         with torch.no_grad():
-            found = model(torch.tensor([prompt.ids])).logits[0, -1]
-        assert_close(found, prompt.logits)
+            result = model(torch.tensor([prompt.ids])).logits[0, -1]
+        assert_close(result, prompt.logits)
 
 
 @pytest.mark.slow

@@ -120,8 +120,11 @@ def test_every_operation_that_vllm_can_have_is_of_a_kind_that_somebody_chose(app
         value for module in modules for value in vars(module).values() if type(value) is APIRouter
     ]
     assert len(routers) > 15
-    found = {*operations(app), *(one for router in routers for one in operations_of(router.routes))}
-    kinds = {f"{method} {path}": kind_of(method, path) for method, path in found}
+    result = {
+        *operations(app),
+        *(one for router in routers for one in operations_of(router.routes)),
+    }
+    kinds = {f"{method} {path}": kind_of(method, path) for method, path in result}
     assert {one for one, kind in kinds.items() if kind is Kind.OPEN} == {f"GET {p}" for p in OPEN}
     assert {one for one, kind in kinds.items() if kind is Kind.ASK} == ASKS
     assert {one for one, kind in kinds.items() if kind is Kind.ADMIN} == ADMINISTERS

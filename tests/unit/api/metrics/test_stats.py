@@ -29,15 +29,15 @@ from molehill.engine.vllm.protocol import (
 )
 
 
-def answer(stage: int, figures: RoutingStats, resident: int | None = 100) -> StatsReply:
-    own = AdapterReport("a", resident, figures)
-    return StatsReply(stage, {7: own}, seconds=StepSeconds(2.0, 0.5))
+def answer(stage: int, stats: RoutingStats, resident: int | None = 100) -> StatsReply:
+    report = AdapterReport("a", resident, stats)
+    return StatsReply(stage, {7: report}, seconds=StepSeconds(2.0, 0.5))
 
 
 def test_tensor_parallel_workers_count_once_but_memory_and_seconds_add_up() -> None:
-    figures = RoutingStats(5, 5, 1, 2.5, [5, 4], 60, 40, 1.1, 1, op_seconds=0.5)
-    both = replace(figures, op_seconds=1.0)
-    assert by_generation([answer(0, figures), answer(0, figures)]) == {
+    stats = RoutingStats(5, 5, 1, 2.5, [5, 4], 60, 40, 1.1, 1, op_seconds=0.5)
+    both = replace(stats, op_seconds=1.0)
+    assert by_generation([answer(0, stats), answer(0, stats)]) == {
         7: GenerationStats("a", both, 200)
     }
 
@@ -151,13 +151,13 @@ def test_busy_workers_are_asked_once_and_the_last_figures_shown(
 
     async def scenario() -> None:
         workers = SlowWorkers()
-        found = WorkerStats(workers, NoAdapters())
-        assert (await found.refresh()).seconds is None
-        assert (await found.refresh()).seconds is None
+        result = WorkerStats(workers, NoAdapters())
+        assert (await result.refresh()).seconds is None
+        assert (await result.refresh()).seconds is None
         assert workers.questions == 1
         workers.release.set()
-        assert (await found.refresh()).seconds == StepSeconds(1.0, 0.0)
-        assert (await found.refresh()).seconds == StepSeconds(2.0, 0.0)
+        assert (await result.refresh()).seconds == StepSeconds(1.0, 0.0)
+        assert (await result.refresh()).seconds == StepSeconds(2.0, 0.0)
 
     asyncio.run(scenario())
 
@@ -187,10 +187,10 @@ def test_figures_say_how_old_they_are_and_why(monkeypatch: pytest.MonkeyPatch) -
 
     async def scenario() -> None:
         workers, registry = SlowWorkers(), NoAdapters()
-        found = WorkerStats(workers, registry)
+        result = WorkerStats(workers, registry)
 
         async def scrape() -> dict[str, float]:
-            return samples(registry, await found.refresh())
+            return samples(registry, await result.refresh())
 
         first, second = await scrape(), await scrape()
         assert 0 < first[AGE] < second[AGE]
@@ -217,8 +217,8 @@ def test_an_answer_that_cannot_be_understood_takes_no_scrape_with_it(
             return [{"stage": 0}]
 
     registry = NoAdapters()
-    found = WorkerStats(StrangeWorkers(), registry)
-    snapshot = asyncio.run(found.refresh())
+    result = WorkerStats(StrangeWorkers(), registry)
+    snapshot = asyncio.run(result.refresh())
     assert samples(registry, snapshot)[ERROR] == 1
     assert "ProtocolError" in caplog.text
 
@@ -228,9 +228,9 @@ def test_host_bytes_of_names_that_share_weights_are_each_names_own() -> None:
         request = SimpleNamespace(lora_int_id=lora_id, lora_path="store/digest")
         return SimpleNamespace(name=name, lora_int_id=lora_id, request=request)
 
-    told = [StatsReply(0, host_bytes={1: 30, 2: 30}), StatsReply(0, host_bytes={2: 30})]
+    replies = [StatsReply(0, host_bytes={1: 30, 2: 30}), StatsReply(0, host_bytes={2: 30})]
     names = [generation("a", 1), generation("b", 2)]
-    assert worker_stats.host_bytes(told, names) == {"a": 30, "b": 60}
+    assert worker_stats.host_bytes(replies, names) == {"a": 30, "b": 60}
 
 
 def test_a_dead_engine_leaves_the_last_figures() -> None:

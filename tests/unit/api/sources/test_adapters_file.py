@@ -34,7 +34,7 @@ def test_nobody_is_wanted_by_an_empty_list() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "found nothing"),
         (b"# only a comment\n", "found nothing"),
@@ -50,16 +50,16 @@ def test_nobody_is_wanted_by_an_empty_list() -> None:
         (b"vLLMLoRAConfig: {ensureExist: {models: x}}", "expected models with a list"),
     ],
 )
-def test_what_is_no_such_file_is_told(content: bytes, told: str) -> None:
+def test_what_is_no_such_file_is_told(content: bytes, message: str) -> None:
     with pytest.raises(AdaptersFileError) as error:
         parse(content)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert str(error.value).startswith("--adapters-file: ")
     assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"name": "x"}, "source: found nothing, expected it"),
         ({"source": "s"}, "name: found nothing, expected it"),
@@ -75,12 +75,12 @@ def test_what_is_no_such_file_is_told(content: bytes, told: str) -> None:
         ("x", "found 'x', expected a mapping"),
     ],
 )
-def test_a_bad_entry_is_named_and_the_others_hold(fields: object, told: str) -> None:
+def test_a_bad_entry_is_named_and_the_others_hold(fields: object, message: str) -> None:
     good = {"name": "good", "source": "g"}
     desired = parse(json.dumps([good, fields]).encode())
     assert desired.adapters == (DesiredAdapter(name="good", source="g"),)
     (bad,) = desired.bad
-    assert told in bad.message
+    assert message in bad.message
     assert "entry 2" in bad.message
     name = fields.get("name") if isinstance(fields, dict) else None
     assert bad.name == (name if isinstance(name, str) else None)

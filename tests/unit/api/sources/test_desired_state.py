@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.desired import Followed
-from support.world import adapter, settle
+from support.world import adapter, let_tasks_run
 
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import NoEffectError
@@ -121,12 +121,12 @@ def test_a_bad_entry_harms_no_other(tmp_path: Path) -> None:
         )
         await f.until(lambda: "pending" not in f.states().values())
         assert set(f.serves()) == {"a", "b", "right"}
-        told = f.told()
-        assert set(told) == {"wrong", "gone", "bad", "base", "outside", "typo"}
-        found, expected = adapter(3).digest, adapter(4).digest
-        assert told["wrong"] == f"source-3: found {found}, expected {expected}"
-        assert "sauce: found an unknown field" in (told["typo"] or "")
-        assert all(str(f.folder) not in (text or "") for text in told.values())
+        report = f.errors()
+        assert set(report) == {"wrong", "gone", "bad", "base", "outside", "typo"}
+        result, expected = adapter(3).digest, adapter(4).digest
+        assert report["wrong"] == f"source-3: found {result}, expected {expected}"
+        assert "sauce: found an unknown field" in (report["typo"] or "")
+        assert all(str(f.folder) not in (text or "") for text in report.values())
         assert {info.name for info in everything(f.registry) if info.error} == {
             *("wrong", "gone", "bad", "base", "outside")
         }
@@ -261,7 +261,7 @@ def test_what_comes_by_the_command_line_is_left_to_it(tmp_path: Path) -> None:
         assert "started" in f.serves()
         f.write(f.entry("started", 1))
         await f.until(lambda: f.states() == {"started": "failed"})
-        assert "which --adapter serves" in (f.told()["started"] or "")
+        assert "which --adapter serves" in (f.errors()["started"] or "")
         assert f.serves() == {"started": adapter(5).digest}
         assert [info.wanted_by for info in everything(f.registry)] == ["command_line"]
 
@@ -280,7 +280,7 @@ def test_a_name_that_has_to_wait_holds_up_no_other(tmp_path: Path) -> None:
             yield f.source(5)
 
         slow = asyncio.create_task(f.registry.load("a", "slow", slow_source(), Terms()))
-        await settle()
+        await let_tasks_run()
         f.write(f.entry("b", 2))
         await f.until(lambda: "b" in f.serves())
         # It is to be unloaded, behind the client's load.
@@ -316,7 +316,7 @@ def test_the_heaviest_come_first_and_one_pause_lies_between_two_tries(
         f.write(f.entry("a", 1), f.entry("b", 2, weight=2), f.entry("c", 3, weight=0.5))
         await f.until(lambda: "pending" not in f.states().values())
         assert list(f.serves()) == ["b"]
-        assert f.told().keys() == {"a", "c"}
+        assert f.errors().keys() == {"a", "c"}
         await f.registry.unload("b")
         await f.look()
         # The others wait their pause out, the one that was served does not.
@@ -337,7 +337,7 @@ def test_what_turns_out_to_have_no_effect_is_tried_out_the_next_time(tmp_path: P
         await f.until(lambda: "faint" in f.serves())
         with pytest.raises(Exception, match="base model's"):
             await anext(f.generate("faint"))
-        await settle()
+        await let_tasks_run()
         await f.until(lambda: f.states() == {"faint": "failed"})
         for _ in range(3):
             await f.look()

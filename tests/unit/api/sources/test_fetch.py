@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.api_client import copy_adapter
 from support.file_server import COMMIT, fetch_from_hub, serving, sources
-from support.world import World, settle
+from support.world import World, let_tasks_run
 
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import (
@@ -228,14 +228,14 @@ def test_sources_that_keep_loads_waiting_hold_up_no_other_load(tmp_path: Path) -
             asyncio.create_task(w.registry.load(f"stuck-{n}", "silent", silent()))
             for n in range(40)
         ]
-        await settle()
+        await let_tasks_run()
         try:
             assert (await w.load("a", 1)).status == "loaded"
             assert not any(task.done() for task in stuck)
         finally:
             answer.set()
-        found = await asyncio.gather(*stuck, return_exceptions=True)
-        assert {type(error) for error in found} == {FetchError}
+        result = await asyncio.gather(*stuck, return_exceptions=True)
+        assert {type(error) for error in result} == {FetchError}
 
     admission = Admission(adapters=100, loads=100)
     asyncio.run(scenario(World(tmp_path, admission=admission)))
@@ -289,18 +289,18 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
         ("org/adapter", much, much),
         ("org/nobody", much, much),
     ]
-    found = fetch_from_hub(url, tmp_path, wanted)
-    assert found[0] == f"hf://org/adapter@{COMMIT} {formats.read(folder).digest}"
-    assert found[1].startswith("LimitError org/adapter")
-    assert found[2].startswith("AdapterNotFoundError org/nobody")
-    assert found[3].startswith("FetchError org/sizeless: found files without a size")
-    assert found[4].startswith("FetchError org/silent: ReadTimeout")
+    result = fetch_from_hub(url, tmp_path, wanted)
+    assert result[0] == f"hf://org/adapter@{COMMIT} {formats.read(folder).digest}"
+    assert result[1].startswith("LimitError org/adapter")
+    assert result[2].startswith("AdapterNotFoundError org/nobody")
+    assert result[3].startswith("FetchError org/sizeless: found files without a size")
+    assert result[4].startswith("FetchError org/silent: ReadTimeout")
     # The bound has the errors that a full disk and a quota have.
-    assert found[5] == "StoreError org/adapter: no room to download it: File too large"
-    assert found[6] == f"StoreError {url}/files/adapter: no room to download it: File too large"
+    assert result[5] == "StoreError org/adapter: no room to download it: File too large"
+    assert result[6] == f"StoreError {url}/files/adapter: no room to download it: File too large"
     # As vLLM's clients name a repository.
-    assert (found[7], found[8]) == (found[0], found[2])
-    assert not [line for line in found if "molehill-fetch" in line]
+    assert (result[7], result[8]) == (result[0], result[2])
+    assert not [line for line in result if "molehill-fetch" in line]
     fetched = {path for path in asked if "/resolve/" in path}
     assert any(path.endswith("/chat_template.jinja") for path in fetched)
     assert all(f"/resolve/{COMMIT}/" in path for path in fetched)

@@ -110,7 +110,7 @@ def test_a_hub_brings_the_files_that_an_index_names(
     total = size(sharded)
     much = "10000000"
     wanted = [("hf://org/adapter", str(total), much), ("hf://org/adapter", str(total - 1), much)]
-    found = fetch_from_hub(url, tmp_path, wanted)
-    assert found[0] == f"hf://org/adapter@{COMMIT} {formats.read(sharded).digest}"
-    assert found[1].startswith("LimitError org/adapter")
+    result = fetch_from_hub(url, tmp_path, wanted)
+    assert result[0] == f"hf://org/adapter@{COMMIT} {formats.read(sharded).digest}"
+    assert result[1].startswith("LimitError org/adapter")
     assert not [path for path in asked if "other" in path]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.restarts import Server, play
-from support.world import adapter, settle
+from support.world import adapter, let_tasks_run
 
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import NotLoadedError
@@ -151,7 +151,7 @@ def test_a_source_that_changed_does_not_stand_in_for_a_lost_copy(tmp_path: Path)
         for _ in range(2):
             server = server.restarted()
             await server.restart.run()
-            await settle()
+            await let_tasks_run()
             assert server.restart.ready
             assert server.serves() == {}
             assert "expected" in server.world.registry.failures["a"].message
@@ -203,9 +203,9 @@ def test_a_busy_moment_is_waited_for(tmp_path: Path) -> None:
         second = first.restarted()
         second.world.engine.proceed.clear()
         loads = [asyncio.create_task(second.load(f"c{n}", 10 + n)) for n in range(4)]
-        await settle()
+        await let_tasks_run()
         restoring = asyncio.create_task(second.restart.run())
-        await settle()
+        await let_tasks_run()
         assert not second.restart.ready
         assert "a" in {loading.name for loading in second.world.registry.loading()}
         second.world.engine.proceed.set()
@@ -226,9 +226,9 @@ def test_what_a_client_is_loading_is_not_overwritten(tmp_path: Path) -> None:
         second = first.restarted()
         second.world.engine.proceed.clear()
         loading = asyncio.create_task(second.load("a", 2))
-        await settle()
+        await let_tasks_run()
         restoring = asyncio.create_task(second.restart.run())
-        await settle()
+        await let_tasks_run()
         second.world.engine.proceed.set()
         await asyncio.gather(loading, restoring)
         assert second.serves() == {"a": adapter(2).digest}
@@ -267,9 +267,9 @@ def test_a_name_that_is_deleted_between_its_copy_and_its_source_is_not_loaded(
         second = first.restarted()
         async with second.world.registry.intake.reading:
             restoring = asyncio.create_task(second.restart.run())
-            await settle()
+            await let_tasks_run()
             dismissing = asyncio.create_task(second.world.registry.dismiss("a"))
-            await settle()
+            await let_tasks_run()
             assert not dismissing.done()
         await restoring
         assert (await dismissing) is not None
@@ -352,8 +352,8 @@ def test_what_becomes_of_prompts_that_activate_nothing_is_remembered(tmp_path: P
             await first.world.registry.load(name, "1", first.sources.fetch("1"), terms)
         second = first.restarted()
         await second.restart.run()
-        found = {g.name: g.status.when_not_invoked for g in second.world.registry}
-        assert found == {"a": "base", "b": "refuse"}
+        result = {g.name: g.status.when_not_invoked for g in second.world.registry}
+        assert result == {"a": "base", "b": "refuse"}
 
     play(scenario())
 

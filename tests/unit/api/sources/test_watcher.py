@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.watched import Watched
-from support.world import adapter, settle
+from support.world import adapter, let_tasks_run
 from vllm.exceptions import GracefulHTTPError
 
 from molehill.api.adapters.admission import Admission
@@ -24,7 +24,7 @@ from molehill.engine.formats import native
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has to settle, and nothing waits before it is tried again."""
+    """Nothing has to let_tasks_run, and nothing waits before it is tried again."""
     monkeypatch.setattr(watcher, "QUIET_SECONDS", 0.0)
     monkeypatch.setattr(watcher, "FIRST_PAUSE_SECONDS", 0.0)
 
@@ -54,9 +54,9 @@ def test_one_odd_entry_does_not_stop_the_others(
         for _ in range(2):
             await w.watcher.poll()
         assert w.serves() == {"a": adapter(1).digest, "b": adapter(3).digest}
-        told = [record for record in caplog.records if "not watched" in record.message]
+        warnings = [record for record in caplog.records if "not watched" in record.message]
         # The superuser may look into every directory.
-        assert len(told) == (odd != "forbidden" or os.geteuid() != 0)
+        assert len(warnings) == (odd != "forbidden" or os.geteuid() != 0)
 
     play(Watched(tmp_path), scenario)
 
@@ -136,7 +136,7 @@ def test_a_busy_moment_is_no_failure(tmp_path: Path) -> None:
         w.put("a", 1)
         w.engine.proceed.clear()
         loads = [asyncio.create_task(w.load(f"c{n}", n)) for n in range(4)]
-        await settle()
+        await let_tasks_run()
         await w.watcher.poll()
         assert (w.failures(), w.serves()) == ({}, {})
         w.engine.proceed.set()
@@ -165,9 +165,9 @@ def test_a_name_that_a_client_is_loading_is_not_taken_from_it(tmp_path: Path) ->
         w.put("a", 1)
         w.engine.proceed.clear()
         loading = asyncio.create_task(w.load("a", 2))
-        await settle()
+        await let_tasks_run()
         looking = asyncio.create_task(w.watcher.poll())
-        await settle()
+        await let_tasks_run()
         w.engine.proceed.set()
         await asyncio.gather(loading, looking)
         await w.watcher.poll()
@@ -235,7 +235,7 @@ def test_what_is_brought_in_later_is_probed_then(tmp_path: Path) -> None:
         with pytest.raises(GracefulHTTPError, match="base model's") as refusal:
             await anext(w.generate("faint"))
         assert refusal.value.http_status == 503
-        await settle()
+        await let_tasks_run()
         assert set(w.serves()) == w.served.keys() == {"hot", "a"}
         assert w.failures() == {"faint": "no_effect"}
         assert "faint" not in w.engine.loaded.values()
@@ -263,7 +263,7 @@ def test_a_failure_keeps_no_adapter_in_memory(
         await w.watcher.poll()
         assert w.failures() == {"a": "store_failed"}
         # Past the event that woke this task with the error.
-        await settle()
+        await let_tasks_run()
         gc.collect()
         assert [reference() for reference in read] == [None]
 

@@ -38,12 +38,12 @@ def ask(w: World, prompt: Any, request_id: str = "id") -> Any:
 
 
 def outcomes(w: World) -> dict[str, int]:
-    found = Counter[str]()
+    result = Counter[str]()
     for metric in w.registry.events.collect():
         for sample in metric.samples:
             if sample.name == "molehill_requests_not_invoked_total":
-                found[sample.labels["outcome"]] += int(sample.value)
-    return dict(found)
+                result[sample.labels["outcome"]] += int(sample.value)
+    return dict(result)
 
 
 def test_a_prompt_that_activates_it_is_answered(play: Play) -> None:
@@ -147,8 +147,8 @@ def test_the_probe_activates_what_it_probes() -> None:
 
     async def generate(prompt: Any, *_: Any, lora_request: Any) -> Any:
         prompts.append(prompt["prompt_token_ids"])
-        own = 0.0 if lora_request is None else -1.0
-        yield SimpleNamespace(prompt_logprobs=[{1: SimpleNamespace(logprob=own)}])
+        logprob = 0.0 if lora_request is None else -1.0
+        yield SimpleNamespace(prompt_logprobs=[{1: SimpleNamespace(logprob=logprob)}])
 
     content = SimpleNamespace(invocation_tokens=TOKENS)
     generation: Any = SimpleNamespace(name="a", request=object(), content=content)

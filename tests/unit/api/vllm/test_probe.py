@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.world import World, settle
+from support.world import World, let_tasks_run
 from vllm.exceptions import GracefulHTTPError
 
 from molehill.api.adapters.errors import EngineRefusedError, NoEffectError, NotProbedError
@@ -23,13 +23,13 @@ class Engine:
     """What a probe asks: log-probabilities of the prompt, of the base and of the adapter."""
 
     base: Answer
-    own: Answer
+    adapted: Answer
     fails: str = ""
 
     async def generate(
         self, prompt: Any, params: Any, request_id: str, *, lora_request: Any = None
     ) -> AsyncGenerator[Any, None]:
-        who = "base" if lora_request is None else "own"
+        who = "base" if lora_request is None else "adapted"
         if self.fails == who:
             raise ValueError("a fault of the engine")
         yield SimpleNamespace(prompt_logprobs=getattr(self, who))
@@ -52,7 +52,7 @@ def test_a_difference_passes_and_none_is_refused() -> None:
         probe(Engine(logprobs(-1.0), logprobs(-1.0)))
 
 
-@pytest.mark.parametrize("fails", ["base", "own"])
+@pytest.mark.parametrize("fails", ["base", "adapted"])
 def test_a_probe_that_gets_no_answer_is_not_passed(fails: str) -> None:
     with pytest.raises(NotProbedError, match="no answer") as refusal:
         probe(Engine(logprobs(-1.0), logprobs(-1.5), fails))
@@ -113,7 +113,7 @@ def test_a_late_probe_that_cannot_run_refuses_the_request_and_runs_before_the_ne
             with pytest.raises(GracefulHTTPError, match="no answer") as refusal:
                 await anext(w.generate("a"))
             assert refusal.value.http_status == 503
-        await settle()
+        await let_tasks_run()
         # It is no fault of the adapter's: it stays, and is not taken for probed.
         assert set(w.served) == {"filler", "a"}
         assert generation.status.check is not None

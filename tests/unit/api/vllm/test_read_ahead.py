@@ -30,9 +30,9 @@ def test_what_is_unread_is_merged(deltas: bool, text: str, tokens: list[int]) ->
         ahead = ReadAhead(outputs(), deltas, lambda: ended.append(None))
         await asyncio.sleep(0.01)
         assert len(ended) == 1
-        found = await ahead.next()
-        assert (found.finished, found.outputs[0].text) == (True, text)
-        assert found.outputs[0].token_ids == tokens
+        result = await ahead.next()
+        assert (result.finished, result.outputs[0].text) == (True, text)
+        assert result.outputs[0].token_ids == tokens
         with pytest.raises(StopAsyncIteration):
             await ahead.next()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from support.world import Play, World, adapter, settle
+from support.world import Play, World, adapter, let_tasks_run
 from vllm.exceptions import VLLMNotFoundError
 
 from molehill.api.vllm import request_tracking
@@ -27,11 +27,11 @@ def test_an_unloaded_generation_is_freed_after_its_last_request(play: Play) -> N
         assert generation.status.in_flight == 2
         assert w.served == {}
         await streams[0].aclose()
-        await settle()
+        await let_tasks_run()
         assert w.engine.loaded == {1: "a"}
         w.engine.more.set()
         assert [output async for output in streams[1]] == ["last"]
-        await settle()
+        await let_tasks_run()
         assert (w.engine.loaded, w.registry.alive(), w.in_store()) == ({}, [], [])
 
     play(scenario)
@@ -56,7 +56,7 @@ def test_a_request_admitted_before_an_unload_runs_to_its_end(play: Play) -> None
         admitted = w.generate("a")
         assert (await w.registry.unload("a")).status.in_flight == 1
         assert [output async for output in admitted] == ["first", "last"]
-        await settle()
+        await let_tasks_run()
         assert (w.engine.loaded, w.in_store()) == ({}, [])
 
     play(scenario)
@@ -69,7 +69,7 @@ def test_a_request_that_is_never_read_does_not_keep_its_generation(play: Play) -
         assert (await w.registry.unload("a")).status.in_flight == 1
         del admitted
         gc.collect()
-        await settle()
+        await let_tasks_run()
         assert (w.engine.loaded, w.registry.alive(), w.in_store()) == ({}, [], [])
 
     play(scenario)
@@ -85,7 +85,7 @@ def test_samples_of_one_request_hold_their_generation_until_the_last_one_ends(pl
             assert w.engine.loaded == {1: "a"}
             await stream.aclose()
             await stream.aclose()
-            await settle()
+            await let_tasks_run()
         assert w.engine.loaded == {}
 
     play(scenario)
@@ -131,7 +131,7 @@ def test_a_name_loaded_again_is_another_generation(play: Play) -> None:
         assert w.engine.loaded == {1: "a", 2: "a"}
         w.engine.more.set()
         assert [output async for output in old] == ["last"]
-        await settle()
+        await let_tasks_run()
         assert w.engine.loaded == {2: "a"}
         assert w.in_store() == [adapter(1).digest]
 
@@ -215,7 +215,7 @@ def test_an_answer_of_many_calls_runs_on_one_generation_to_its_end(play: Play) -
 
         w.engine.more.set()
         asking = asyncio.create_task(Client(route)())
-        await settle()
+        await let_tasks_run()
         old = w.registry.get("a")
         assert old is not None
         # Between two calls the engine has nothing of the request.
@@ -227,7 +227,7 @@ def test_an_answer_of_many_calls_runs_on_one_generation_to_its_end(play: Play) -
         assert (answer.status, answer.body) == (200, b"first last, first last, first last")
         assert answer.headers[HEADER.lower()] == old.digest
         assert w.engine.served == [1, 1, 1]
-        await settle()
+        await let_tasks_run()
         assert (w.engine.loaded, w.registry.alive(), w.in_store()) == ({}, [], [])
 
     play(scenario)
@@ -247,7 +247,7 @@ def test_what_goes_on_after_the_response_is_counted_while_it_lasts(play: Play) -
         assert (await w.registry.unload("a")).status.in_flight == 1
         w.engine.more.set()
         assert await joined(calls[0]) == "last"
-        await settle()
+        await let_tasks_run()
         assert w.registry.alive() == []
 
     play(scenario)
@@ -283,7 +283,7 @@ def test_a_stream_that_asks_late_runs_on_the_generation_in_its_header(
         client = Client(streamed_late(w, "a"))
         client.reads.clear()
         asking = asyncio.create_task(client())
-        await settle()
+        await let_tasks_run()
         await w.load("a", 2, replace=True)
         assert w.registry.alive()[0].status.in_flight == 1
         client.reads.set()
@@ -292,7 +292,7 @@ def test_a_stream_that_asks_late_runs_on_the_generation_in_its_header(
         assert client.headers[HEADER.lower()] == old.generation.digest
         assert client.body == b"begun firstlast"
         assert w.engine.served == [1]
-        await settle()
+        await let_tasks_run()
         assert [generation.lora_int_id for generation in w.registry.alive()] == [2]
 
     play_in(4, scenario)
@@ -328,7 +328,7 @@ def test_a_client_that_stops_reading_does_not_keep_its_slot(
         asking = asyncio.create_task(client())
         await asyncio.sleep(0.05)
         waiting = asyncio.create_task(joined(w.generate("a")))
-        await settle()
+        await let_tasks_run()
         # The engine still works for it.
         assert list(w.engine.loaded.values()) == ["b"]
         w.engine.more.set()
@@ -359,7 +359,7 @@ def test_a_client_that_stops_reading_and_goes_away_ends_its_request(
         client.gone.set()
         await asking
         gc.collect()
-        await settle()
+        await let_tasks_run()
         generation = w.registry.get("a")
         assert generation is not None
         assert (generation.status.in_flight, generation.status.running) == (0, 0)
@@ -391,7 +391,7 @@ def test_a_stream_begins_when_its_adapter_is_there(play_in: Callable[[int, Any],
         await anext(running)
         client = Client(streamed(w, "a"))
         asking = asyncio.create_task(client())
-        await settle()
+        await let_tasks_run()
         assert client.status == 0
         w.engine.more.set()
         await joined(running)
@@ -423,7 +423,7 @@ def test_hits_are_counted_where_the_adapter_was_found(
         waiting = []
         for name in "ab":
             waiting.append(asyncio.create_task(joined(w.generate(name))))
-            await settle()
+            await let_tasks_run()
         w.engine.more.set()
         await joined(running)
         await asyncio.gather(*waiting)

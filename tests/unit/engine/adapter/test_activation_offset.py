@@ -30,6 +30,6 @@ def test_the_offset_is_pefts(prompt: list[int], invocation: list[int]) -> None:
 
 def test_the_golden_prompts_offsets() -> None:
     oracle = Case("alora").oracle
-    found = [activation_offset(p["prompt_token_ids"], [301, 17, 302]) for p in oracle["prompts"]]
-    assert found == [p["invocation_start"] for p in oracle["prompts"]]
-    assert {None, 0} < set(found)
+    result = [activation_offset(p["prompt_token_ids"], [301, 17, 302]) for p in oracle["prompts"]]
+    assert result == [p["invocation_start"] for p in oracle["prompts"]]
+    assert {None, 0} < set(result)

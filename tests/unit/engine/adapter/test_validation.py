@@ -51,9 +51,9 @@ def adapter(**sites):
     return Adapter("test", {**sound, **sites}, base_model="some-base")
 
 
-def refusal(kind, found, base, limits=formats.DEFAULT_LIMITS):
+def refusal(kind, adapter, base, limits=formats.DEFAULT_LIMITS):
     with pytest.raises(kind) as caught:
-        validate(found, base, limits)
+        validate(adapter, base, limits)
     assert type(caught.value) is kind
     return caught.value
 
@@ -74,7 +74,7 @@ def test_a_base_model_comes_from_a_config_alone(golden, tiny):
 
 
 @pytest.mark.parametrize(
-    ("policy", "rows", "numbers", "where", "found"),
+    ("policy", "rows", "numbers", "where", "message"),
     [
         (AdaMoLE(0.2), 3, None, "parameters", "no tensor"),
         (AdaMoLE(0.2), 3, 2, "parameters", "[2]"),
@@ -87,7 +87,7 @@ def test_a_base_model_comes_from_a_config_alone(golden, tiny):
         (TopK(1), None, None, "router", "no tensor"),
     ],
 )
-def test_a_policy_needs_its_rows_and_parameters(tiny, policy, rows, numbers, where, found):
+def test_a_policy_needs_its_rows_and_parameters(tiny, policy, rows, numbers, where, message):
     mixture = LinearMixture(
         experts([2, 2], 64, 128),
         policy,
@@ -96,7 +96,7 @@ def test_a_policy_needs_its_rows_and_parameters(tiny, policy, rows, numbers, whe
     )
     site = "layers.0.self_attn.q_proj"
     error = refusal(ShapeError, adapter(**{site: mixture}), tiny)
-    assert (error.where, error.found) == (f"{site}.{where}", found)
+    assert (error.where, error.found) == (f"{site}.{where}", message)
 
 
 def test_constant_weights_have_no_router(tiny):
@@ -118,8 +118,8 @@ def test_an_ffn_mixture_may_have_extra_rows_and_parameters(tiny, rows, numbers):
     mixture = dataclasses.replace(
         ffn(), policy=Sparsegen(3), router=torch.ones(rows, 64), parameters=parameters
     )
-    found = problems(adapter(**{"layers.0.mlp": mixture}), tiny, Limits())
-    assert bool(found) == ((rows, numbers) != (5, 7))
+    result = problems(adapter(**{"layers.0.mlp": mixture}), tiny, Limits())
+    assert bool(result) == ((rows, numbers) != (5, 7))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -149,7 +149,7 @@ def test_an_unknown_ffn(tiny):
 
 
 @pytest.mark.parametrize(
-    ("mixture", "where", "found", "expected"),
+    ("mixture", "where", "message", "expected"),
     [
         (lora(inputs=65), "a", "[2, 65]", "[2, 64]"),
         (lora(outputs=64), "b", "[64, 2]", "[128, 2]"),
@@ -167,10 +167,10 @@ def test_an_unknown_ffn(tiny):
         ),
     ],
 )
-def test_wrong_shapes_of_a_linear(tiny, mixture, where, found, expected):
+def test_wrong_shapes_of_a_linear(tiny, mixture, where, message, expected):
     site = "layers.0.self_attn.q_proj"
     error = refusal(ShapeError, adapter(**{site: mixture}), tiny)
-    assert (error.where, error.found, error.expected) == (f"{site}.{where}", found, expected)
+    assert (error.where, error.found, error.expected) == (f"{site}.{where}", message, expected)
 
 
 @pytest.mark.parametrize(
@@ -206,10 +206,10 @@ def test_ranks_that_do_not_add_up(tiny):
 
 
 def test_a_base_of_another_width(golden, tiny):
-    found = formats.read(golden / "cases" / "lora")
+    result = formats.read(golden / "cases" / "lora")
     config = AutoConfig.from_pretrained(golden / "tiny-llama")
     config.hidden_size, config.intermediate_size = 96, 200
-    error = refusal(BaseMismatchError, found, base_model(config))
+    error = refusal(BaseMismatchError, result, base_model(config))
     assert error.where == "adapter for tiny-llama"
     assert error.found.startswith("28 of 28 sites")
     assert "LlamaForCausalLM, 4 layers" in error.expected
@@ -226,30 +226,30 @@ def test_a_base_with_fewer_layers(golden):
 def test_problems_lists_what_validate_would_raise_and_the_rest(golden):
     config = AutoConfig.from_pretrained(golden / "tiny-llama")
     config.num_hidden_layers = 3
-    found = problems(formats.read(golden / "cases" / "mola"), base_model(config), Limits(rank=1))
-    kinds = [type(problem) for problem in found]
+    result = problems(formats.read(golden / "cases" / "mola"), base_model(config), Limits(rank=1))
+    kinds = [type(problem) for problem in result]
     assert kinds == [LimitError] * 12 + [UnknownTargetError] * 3
 
 
 @pytest.mark.parametrize(
-    ("limits", "found"),
+    ("limits", "message"),
     [
         (Limits(experts=1), "experts 2"),
         (Limits(rank=1), "rank 2"),
         (Limits(total_rank=7), "rank rows 8"),
     ],
 )
-def test_limits_of_a_site(tiny, limits, found):
+def test_limits_of_a_site(tiny, limits, message):
     sites = {"layers.0.mlp": ffn()}
     error = refusal(LimitError, Adapter("mixlora", sites), tiny, limits)
-    assert (error.where, error.found) == ("layers.0.mlp", found)
+    assert (error.where, error.found) == ("layers.0.mlp", message)
 
 
 def test_the_limit_on_bytes(tiny):
-    found = adapter()
-    error = refusal(LimitError, found, tiny, Limits(adapter_bytes=found.num_bytes - 1))
+    result = adapter()
+    error = refusal(LimitError, result, tiny, Limits(adapter_bytes=result.num_bytes - 1))
     assert error.found == f"{2 * 4 * (2 * 64 + 128 * 2)} bytes"
-    validate(found, tiny, Limits(adapter_bytes=found.num_bytes))
+    validate(result, tiny, Limits(adapter_bytes=result.num_bytes))
 
 
 def test_an_unknown_activation(tiny):

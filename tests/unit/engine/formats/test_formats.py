@@ -149,8 +149,8 @@ def test_the_officials_mola_says_that_its_top_k_is_assumed(golden, edited):
 @pytest.mark.parametrize(("top_k", "expected"), [(1, [1, 1, 1, 1]), ([1, 2, 3, 4], [1, 2, 3, 4])])
 def test_the_officials_mola_takes_top_k_from_the_config(edited, top_k, expected):
     sites = formats.read(edited("mola-official", {"top_k": top_k})).sites
-    found = [sites[f"layers.{layer}.self_attn.q_proj"].policy for layer in range(4)]
-    assert found == [TopK(k) for k in expected]
+    result = [sites[f"layers.{layer}.self_attn.q_proj"].policy for layer in range(4)]
+    assert result == [TopK(k) for k in expected]
 
 
 def test_hydralora_repeats_its_shared_a(golden):

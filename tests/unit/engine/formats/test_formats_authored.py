@@ -63,20 +63,20 @@ def test_kind_policy_and_sites(authored, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_gives_the_authors_logits_tokens_and_weights(authored, model, name):
-    own, trace = authored[name], {}
-    with attach(model, formats.read(own.path), trace):
-        for i, prompt in enumerate(own.prompts):
+    made, trace = authored[name], {}
+    with attach(model, formats.read(made.path), trace):
+        for i, prompt in enumerate(made.prompts):
             tokens = list(prompt.ids)
             first = logits_of(model, tokens)
             if i == 0:
-                found = {site: entries[0].weights for site, entries in trace.items()}
+                result = {site: entries[0].weights for site, entries in trace.items()}
             assert greatest_difference(first, prompt.logits) < LOGITS
             for _ in prompt.greedy:
                 tokens.append(int(logits_of(model, tokens).argmax()))
             assert tuple(tokens[len(prompt.ids) :]) == prompt.greedy
-    assert found.keys() == own.routes.keys()
-    for site, weights in own.routes.items():
-        assert greatest_difference(found[site], weights) < WEIGHTS.get(name, 1e-5), site
+    assert result.keys() == made.routes.keys()
+    for site, weights in made.routes.items():
+        assert greatest_difference(result[site], weights) < WEIGHTS.get(name, 1e-5), site
 
 
 def test_the_cases_reach_what_is_special_of_their_methods(authored):
@@ -163,7 +163,7 @@ def refused(kind, path):
 
 
 @pytest.mark.parametrize(
-    ("case", "name", "change", "kind", "found"),
+    ("case", "name", "change", "kind", "message"),
     [
         ("adamole", "lora_gating.weight", None, MissingTensorError, "no such tensor"),
         ("adamole", "lora_threshold.weight", None, MissingTensorError, "no such tensor"),
@@ -205,10 +205,10 @@ def refused(kind, path):
         ("ldmole", "sparsegen.gate.weight", torch.ones(6), UnsupportedError, "an unknown tensor"),
     ],
 )
-def test_a_broken_file_is_refused_by_name(authored, edited, case, name, change, kind, found):
+def test_a_broken_file_is_refused_by_name(authored, edited, case, name, change, kind, message):
     error = refused(kind, edited(authored[case].path, tensors={f"{STEM}.{name}": change}))
     assert name in error.where
-    assert error.found == found
+    assert error.found == message
 
 
 @pytest.mark.parametrize(

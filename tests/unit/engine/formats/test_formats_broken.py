@@ -106,7 +106,7 @@ def test_missing_experts_projections_and_layers_are_named(golden, edited, case, 
 
 
 @pytest.mark.parametrize(
-    ("case", "name", "shape", "found", "expected"),
+    ("case", "name", "shape", "message", "expected"),
     [
         ("lora", NAME, (2, 63), "[2, 63]", None),
         ("lora", NAME, (3, 64), "[176, 2]", "[176, 3]"),
@@ -165,14 +165,14 @@ def test_missing_experts_projections_and_layers_are_named(golden, edited, case, 
         ),
     ],
 )
-def test_wrong_shapes(edited, case, name, shape, found, expected):
+def test_wrong_shapes(edited, case, name, shape, message, expected):
     directory = edited(case, tensors={name: torch.ones(shape)})
     if expected is None:  # Only the base model can tell.
         assert formats.read(directory).sites["layers.2.mlp.up_proj"].experts.a.shape == shape
         return
     error = refusal(ShapeError, directory)
     assert name.removesuffix("lora_A.weight") in error.where
-    assert (error.found, error.expected) == (found, expected)
+    assert (error.found, error.expected) == (message, expected)
 
 
 def test_a_rank_that_is_not_the_configs_leaves_the_scaling_in_doubt(edited):

@@ -37,7 +37,7 @@ def test_no_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "message"),
     [
         ("", "malformed JSON"),
         ("{", "malformed JSON"),
@@ -48,12 +48,12 @@ def test_no_config(tmp_path):
     ],
     ids=["empty", "cut", "deep", "list", "null", "binary"],
 )
-def test_a_config_that_is_no_object(edited, text, found):
+def test_a_config_that_is_no_object(edited, text, message):
     directory = edited("lora")
     (directory / "adapter_config.json").write_text(text, encoding="latin-1")
     error = refusal(ConfigError, directory)
     assert error.where == "adapter_config.json"
-    assert error.found.startswith(found)
+    assert error.found.startswith(message)
 
 
 def test_no_weights(edited):
@@ -172,16 +172,16 @@ def test_values_that_scaling_makes_infinite(edited):
 
 
 @pytest.mark.parametrize(
-    ("limits", "found"),
+    ("limits", "message"),
     [
         (Limits(experts=3), "experts 4"),
         (Limits(rank=1), "rank 2"),
         (Limits(total_rank=7), "rank rows 8"),
     ],
 )
-def test_limits_of_a_site(edited, limits, found):
+def test_limits_of_a_site(edited, limits, message):
     error = refusal(LimitError, edited("mola"), limits)
-    assert (error.where, error.found) == ("layers.0.mlp.down_proj", found)
+    assert (error.where, error.found) == ("layers.0.mlp.down_proj", message)
 
 
 def test_a_file_over_the_limit_is_not_read_to_its_end(edited):

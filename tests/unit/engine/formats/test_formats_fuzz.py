@@ -103,13 +103,16 @@ def base():
 @pytest.fixture(scope="module")
 def originals():
     """By case: the config, and the tensors of a pickle or of safetensors."""
-    found = {}
+    result = {}
     for case in SERVED:
         folder = GOLDEN / "cases" / case
         config = json.loads((folder / files.CONFIG).read_text())
         # Some formats have a tensor twice, which safetensors does not save.
-        found[case] = config, {name: t.detach().clone() for name, t in read_tensors(folder).items()}
-    return found
+        result[case] = (
+            config,
+            {name: t.detach().clone() for name, t in read_tensors(folder).items()},
+        )
+    return result
 
 
 def read_tensors(directory: Path):
@@ -166,9 +169,11 @@ def test_other_tensors(originals, base, case, changes):
     for where, change, of_all in changes:
         chosen = sorted(tensors)[where % len(tensors)] if tensors else ""
         alike = chosen.partition(".layers.")[2].partition(".")[2] or chosen
-        for name in [own for own in tensors if own == chosen or (of_all and own.endswith(alike))]:
+        for name in [
+            value for value in tensors if value == chosen or (of_all and value.endswith(alike))
+        ]:
             tensor = tensors.pop(name)
             changed = CHANGES[change](tensor) if change in CHANGES and tensor.numel() else tensor
             if changed is not None:
                 tensors[RENAMES.get(change, str)(name)] = changed
-    go_through(config, {name: own.clone().contiguous() for name, own in tensors.items()}, base)
+    go_through(config, {name: value.clone().contiguous() for name, value in tensors.items()}, base)

@@ -63,12 +63,12 @@ def rewritten(stored, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_worker_reads_its_own_copy_as_everybody_reads_it(stored, case):
-    own, read = native.read_own(stored / case), formats.read(stored / case)
-    assert own == dataclasses.replace(read, sites=own.sites)
-    assert own.digest == read.digest
-    assert [name for name, _ in own.tensors()] == [name for name, _ in read.tensors()]
-    for (_, mine), (_, theirs) in zip(own.tensors(), read.tensors(), strict=True):
-        assert mine.equal(theirs)
+    adapter, read = native.read_own(stored / case), formats.read(stored / case)
+    assert adapter == dataclasses.replace(read, sites=adapter.sites)
+    assert adapter.digest == read.digest
+    assert [name for name, _ in adapter.tensors()] == [name for name, _ in read.tensors()]
+    for (_, answers), (_, theirs) in zip(adapter.tensors(), read.tensors(), strict=True):
+        assert answers.equal(theirs)
 
 
 def test_a_copy_that_somebody_touched_is_refused_by_the_worker_too(stored, tmp_path):
@@ -139,8 +139,8 @@ def test_a_file_over_2_gib_is_read_to_its_end(tmp_path):
         file.truncate(8 + len(header) + size)
         file.seek(-4, os.SEEK_END)
         file.write(np.float32(7).tobytes())
-    found = files.read_floats(path)["a"]
-    assert (found.shape, found[-1, -1], found[-1, -2]) == ((rows, width), 7, 0)
+    result = files.read_floats(path)["a"]
+    assert (result.shape, result[-1, -1], result[-1, -2]) == ((rows, width), 7, 0)
 
 
 K = "layers.0.self_attn.k_proj"

@@ -105,7 +105,8 @@ def test_a_peft_type_of_the_list_is_known(monkeypatch, golden, edited):
 
 def test_every_reader_is_in_the_list():
     modules = [
-        import_module(f"{readers.__name__}.{own.name}") for own in iter_modules(readers.__path__)
+        import_module(f"{readers.__name__}.{module.name}")
+        for module in iter_modules(readers.__path__)
     ]
-    own = {module.READER for module in modules if hasattr(module, "READER")}
-    assert own | {native.READER} == set(registry.READERS)
+    declared = {module.READER for module in modules if hasattr(module, "READER")}
+    assert declared | {native.READER} == set(registry.READERS)

@@ -56,15 +56,17 @@ def test_every_adapter_changes_the_answer(made: Made) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "found"),
+    ("model_type", "message"),
     [
         ("phi", "no such gated FFN in the base model"),
         ("mixtral", "an FFN mixture on a block of 4 experts"),
     ],
 )
-def test_mixlora_needs_one_gated_ffn_per_layer(model_type: str, found: str, tmp_path: Path) -> None:
+def test_mixlora_needs_one_gated_ffn_per_layer(
+    model_type: str, message: str, tmp_path: Path
+) -> None:
     base = base_model(tiny_models.build(model_type, tmp_path))
     stack = Experts(torch.ones(4, 64), torch.ones(96, 4), (2, 2))
     mixture = FfnMixture({"up_proj": stack}, TopK(2), torch.ones(2, 64))
     (problem,) = problems(Adapter("mixlora", {"layers.1.mlp": mixture}), base, Limits())
-    assert (problem.where, problem.found) == ("layers.1.mlp", found)
+    assert (problem.where, problem.found) == ("layers.1.mlp", message)

@@ -42,8 +42,8 @@ def test_logits_and_greedy_tokens_are_the_oracles(golden, model, case):
         for i, prompt in enumerate(prompts):
             logits = logits_of(model, prompt["prompt_token_ids"])
             expected = oracle[f"prompt{i}.logits"] if i == 0 else oracle[f"prompt{i}.logits_last"]
-            found = logits if i == 0 else logits[-1]
-            torch.testing.assert_close(found, expected, rtol=0, atol=LOGITS)
+            result = logits if i == 0 else logits[-1]
+            torch.testing.assert_close(result, expected, rtol=0, atol=LOGITS)
             tokens = prompt["greedy_token_ids"]
             assert greedy(model, prompt["prompt_token_ids"], len(tokens)) == tokens
 
@@ -59,10 +59,10 @@ def test_routing_is_the_oracles(golden, model, case):
     assert routes
     for site, route in routes.items():
         (entry,) = trace[site]
-        found = {"p": entry.probabilities, "w": entry.weights, "entropy": entry.entropy}
+        result = {"p": entry.probabilities, "w": entry.weights, "entropy": entry.entropy}
         for figure, expected in route.items():
             close = ROUNDED.get(case, ROUTING)
-            torch.testing.assert_close(found[figure], expected, rtol=0, atol=close)
+            torch.testing.assert_close(result[figure], expected, rtol=0, atol=close)
 
 
 def test_an_activated_lora_acts_from_its_invocation_on_as_in_peft(golden, model):
@@ -74,8 +74,8 @@ def test_an_activated_lora_acts_from_its_invocation_on_as_in_peft(golden, model)
         tokens, start = prompt["prompt_token_ids"], prompt["invocation_start"]
         start = len(tokens) if start is None else start
         with attach(model, adapter, start=start):
-            found = logits_of(model, tokens)
-        torch.testing.assert_close(found, oracle[f"logits.{i}"], rtol=0, atol=LOGITS)
+            result = logits_of(model, tokens)
+        torch.testing.assert_close(result, oracle[f"logits.{i}"], rtol=0, atol=LOGITS)
 
 
 @pytest.mark.parametrize("case", ["mixlora", "mov", "dynmole-k1"])
@@ -83,12 +83,12 @@ def test_before_its_first_position_a_mixture_is_the_base(golden, model, case):
     tokens = [303, 316, 288, 262, 352, 17]
     adapter = formats.read(golden / "cases" / case)
     with attach(model, adapter, start=4):
-        found = logits_of(model, tokens)
-    torch.testing.assert_close(found[:4], logits_of(model, tokens)[:4], rtol=0, atol=0)
+        result = logits_of(model, tokens)
+    torch.testing.assert_close(result[:4], logits_of(model, tokens)[:4], rtol=0, atol=0)
     with attach(model, adapter):
         whole = logits_of(model, tokens)
-    assert (found[4:] - whole[4:]).abs().max() > 0.01
-    assert (found[4:] - logits_of(model, tokens)[4:]).abs().max() > 0.01
+    assert (result[4:] - whole[4:]).abs().max() > 0.01
+    assert (result[4:] - logits_of(model, tokens)[4:]).abs().max() > 0.01
 
 
 def test_detaching_restores_the_model(golden, model):
@@ -133,9 +133,11 @@ PEFT_CONFIGS = {
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
 def test_an_adapter_saved_by_peft_gives_pefts_logits(golden, model, tmp_path, name):
     peft = pytest.importorskip("peft", reason="the dev extra is not installed")
-    own = AutoModelForCausalLM.from_pretrained(golden / "tiny-llama", dtype=torch.float32)
+    fresh_model = AutoModelForCausalLM.from_pretrained(golden / "tiny-llama", dtype=torch.float32)
     torch.manual_seed(7)
-    wrapped = peft.get_peft_model(own, peft.LoraConfig(task_type="CAUSAL_LM", **PEFT_CONFIGS[name]))
+    wrapped = peft.get_peft_model(
+        fresh_model, peft.LoraConfig(task_type="CAUSAL_LM", **PEFT_CONFIGS[name])
+    )
     with torch.no_grad():
         for key, parameter in wrapped.named_parameters():
             if "lora_B" in key:

@@ -15,16 +15,16 @@ from molehill.engine.system import startup
 def lines(monkeypatch, tmp_path):
     """What is logged; stages go to a file as on a server."""
     monkeypatch.setenv(startup.FILE, str(tmp_path / "stage"))
-    found: list[str] = []
+    result: list[str] = []
 
     class Keeper(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
+            result.append(record.getMessage())
 
     before, level = list(startup.logger.handlers), startup.logger.level
     startup.logger.addHandler(Keeper())
     startup.logger.setLevel(logging.INFO)
-    yield found
+    yield result
     startup.logger.handlers = before
     startup.logger.setLevel(level)
 

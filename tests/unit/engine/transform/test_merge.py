@@ -55,9 +55,9 @@ def dense(experts, weights):
     return sum(float(w) * (b.double() @ a.double()) for w, (a, b) in pairs)
 
 
-def assert_near(found, expected, tolerance=EXACT):
+def assert_near(actual, expected, tolerance=EXACT):
     assert expected.abs().max() > 0
-    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def merged(mixture, base=None, tolerance=0.0):
@@ -68,55 +68,55 @@ def merged(mixture, base=None, tolerance=0.0):
 @pytest.mark.parametrize("ranks", [(3,), (2, 5, 1), (8, 8, 8, 8)])
 def test_the_collapsed_pair_is_the_weighted_sum(ranks):
     """32 rank rows do not fit into 24 inputs."""
-    own, weights = experts(ranks), random(len(ranks), seed=3)
-    found = collapse(own, weights)
-    assert_near(found.b.double() @ found.a.double(), dense(own, weights))
-    assert found.ranks == (min(sum(ranks), IN),)
-    assert (found.a.dtype, found.b.dtype) == (torch.float32, torch.float32)
+    site_experts, weights = experts(ranks), random(len(ranks), seed=3)
+    result = collapse(site_experts, weights)
+    assert_near(result.b.double() @ result.a.double(), dense(site_experts, weights))
+    assert result.ranks == (min(sum(ranks), IN),)
+    assert (result.a.dtype, result.b.dtype) == (torch.float32, torch.float32)
 
 
 def test_what_adds_no_direction_adds_no_rank():
     one = experts((4,))
     twice = Experts(torch.cat([one.a, 2 * one.a]), torch.cat([one.b, one.b], 1), (4, 4))
-    found = collapse(twice, torch.tensor([0.5, 0.25]))
-    assert found.ranks == (4,)
-    assert_near(found.b.double() @ found.a.double(), dense(one, [1.0]))
+    result = collapse(twice, torch.tensor([0.5, 0.25]))
+    assert result.ranks == (4,)
+    assert_near(result.b.double() @ result.a.double(), dense(one, [1.0]))
 
 
 def test_singular_values_below_float32_go_and_those_above_stay():
     b, a = torch.eye(OUT, 3), torch.eye(3, IN)
     values = torch.tensor([1.0, 1e-5, 1e-8])
-    found = collapse(Experts(a, b * values, (3,)), torch.ones(1))
-    assert found.ranks == (2,)
-    assert_near((found.b @ found.a)[1, 1], torch.tensor(1e-5))
+    result = collapse(Experts(a, b * values, (3,)), torch.ones(1))
+    assert result.ranks == (2,)
+    assert_near((result.b @ result.a)[1, 1], torch.tensor(1e-5))
 
 
 def test_a_pair_that_is_one_already_stays_the_very_pair_and_is_not_factorised():
-    own = experts((8,), 256, 192)
-    mixture = LinearMixture(own, Constant((1.0,)))
+    site_experts = experts((8,), 256, 192)
+    mixture = LinearMixture(site_experts, Constant((1.0,)))
     adapter = Adapter("test", {"layers.0.mlp": mixture})
     with Operators() as operators:
-        found = collapse(own, torch.ones(1))
+        result = collapse(site_experts, torch.ones(1))
         assert merge_static(adapter) == (adapter, ())
     assert operators.factorisations == []
-    assert (found.a is own.a, found.b is own.b) == (True, True)
+    assert (result.a is site_experts.a, result.b is site_experts.b) == (True, True)
 
 
 def test_a_plain_pair_without_an_effect_becomes_one_row_of_zeros():
-    own = Experts(random(8, IN), torch.zeros(OUT, 8), (8,))
-    sites, (merge,) = merged(LinearMixture(own, Constant((1.0,))))
+    site_experts = Experts(random(8, IN), torch.zeros(OUT, 8), (8,))
+    sites, (merge,) = merged(LinearMixture(site_experts, Constant((1.0,))))
     assert (merge.rank_before, merge.rank_after) == (8, 1)
-    found = sites["layers.0.mlp"].experts
-    assert (found.a.shape, found.b.shape) == ((1, IN), (OUT, 1))
-    assert [bool(matrix.any()) for matrix in (found.a, found.b)] == [False, False]
+    result = sites["layers.0.mlp"].experts
+    assert (result.a.shape, result.b.shape) == ((1, IN), (OUT, 1))
+    assert [bool(matrix.any()) for matrix in (result.a, result.b)] == [False, False]
 
 
 def test_experts_of_weight_zero_leave_nothing():
-    own = experts((2, 3))
-    found = collapse(own, torch.tensor([0.0, 1.0]))
-    assert torch.equal(found.a, own.a[2:])
-    assert torch.equal(found.b, own.b[:, 2:])
-    nothing = collapse(own, torch.zeros(2))
+    site_experts = experts((2, 3))
+    result = collapse(site_experts, torch.tensor([0.0, 1.0]))
+    assert torch.equal(result.a, site_experts.a[2:])
+    assert torch.equal(result.b, site_experts.b[:, 2:])
+    nothing = collapse(site_experts, torch.zeros(2))
     assert not (nothing.b @ nothing.a).any()
 
 
@@ -137,21 +137,21 @@ POLICIES = [
 def test_a_static_site_is_what_its_policy_gives_every_token(policy, ranks):
     """One expert's weight is not always 1: TopP divides by its temperature."""
     router = random(1, IN, seed=5) if len(ranks) == 1 else torch.zeros(len(ranks), IN)
-    own = LinearMixture(experts(ranks), policy, router)
-    sites, (merge,) = merged(own)
-    found = sites["layers.0.mlp"]
-    assert (found.policy, found.router, found.num_experts) == (Constant((1.0,)), None, 1)
-    assert merge.rank_after == found.experts.ranks[0] <= merge.rank_before == sum(ranks)
+    routed = LinearMixture(experts(ranks), policy, router)
+    sites, (merge,) = merged(routed)
+    result = sites["layers.0.mlp"]
+    assert (result.policy, result.router, result.num_experts) == (Constant((1.0,)), None, 1)
+    assert merge.rank_after == result.experts.ranks[0] <= merge.rank_before == sum(ranks)
     assert merge.error == 0
     x, weight, bias = random(TOKENS, IN, seed=6), random(OUT, IN, seed=7), random(OUT, seed=8)
-    expected = linear_mixture(x, weight, bias, own)[0]
-    assert_near(linear_mixture(x, weight, bias, found)[0], expected)
+    expected = linear_mixture(x, weight, bias, routed)[0]
+    assert_near(linear_mixture(x, weight, bias, result)[0], expected)
 
 
 def test_identical_experts_become_one_of_them():
     one = experts((3,))
-    own = Experts(one.a.repeat(4, 1), one.b.repeat(1, 4), (3,) * 4)
-    sites, _ = merged(LinearMixture(own, TopK(2), random(4, IN)))
+    site_experts = Experts(one.a.repeat(4, 1), one.b.repeat(1, 4), (3,) * 4)
+    sites, _ = merged(LinearMixture(site_experts, TopK(2), random(4, IN)))
     assert torch.equal(sites["layers.0.mlp"].experts.a, one.a)
     assert torch.equal(sites["layers.0.mlp"].experts.b, one.b)
 
@@ -188,8 +188,8 @@ def test_what_is_dynamic_or_merged_already_comes_back_as_it_is(mixture):
 )
 def test_an_ffn_mixture_of_one_expert_is_linears(names, count, policy, router):
     shapes = {"gate_proj": (IN, OUT), "up_proj": (IN, OUT), "down_proj": (OUT, IN)}
-    own = {n: experts((2,) * count, *shapes[n], seed=i) for i, n in enumerate(names)}
-    mixture = FfnMixture(own, policy, router, "silu")
+    site_experts = {n: experts((2,) * count, *shapes[n], seed=i) for i, n in enumerate(names)}
+    mixture = FfnMixture(site_experts, policy, router, "silu")
     base = BaseModel("base", "Test", {}, {"layers.0.mlp": "silu"})
     sites, _ = merged(mixture, base)
     assert sites.keys() == {f"layers.0.mlp.{name}" for name in names}
@@ -201,36 +201,36 @@ def test_an_ffn_mixture_of_one_expert_is_linears(names, count, policy, router):
         weight = weights[name] if site is None else merged_weight(weights[name], site)
         return value @ weight.T
 
-    found = project("down_proj", F.silu(project("gate_proj", x)) * project("up_proj", x))
+    result = project("down_proj", F.silu(project("gate_proj", x)) * project("up_proj", x))
     expected = ffn_mixture(x, weights, dict.fromkeys(shapes), "silu", mixture)[0]
-    assert_near(found, expected, 5e-6)
+    assert_near(result, expected, 5e-6)
 
 
 def test_deviation_is_the_dense_one():
-    own = experts((2, 5, 1))
-    products = [b.double() @ a.double() for a, b in own.split()]
+    site_experts = experts((2, 5, 1))
+    products = [b.double() @ a.double() for a, b in site_experts.split()]
     mean = sum(products) / 3
     expected = max((p - mean).norm() / mean.norm() for p in products)
-    assert deviation(own) == pytest.approx(float(expected), rel=1e-6)
+    assert deviation(site_experts) == pytest.approx(float(expected), rel=1e-6)
     assert deviation(near(experts((4,)), 5, 0.03)) == pytest.approx(0.03, rel=1e-4)
 
 
 def test_a_tolerance_merges_what_is_within_it_and_says_how_far_off_it_is():
-    own = LinearMixture(near(experts((4,)), 3, 0.03), TopK(2), random(3, IN))
-    assert merged(own) == ({"layers.0.mlp": own}, ())
-    assert merged(own, tolerance=0.029)[1] == ()
-    sites, (merge,) = merged(own, tolerance=0.031)
+    linear_mixture = LinearMixture(near(experts((4,)), 3, 0.03), TopK(2), random(3, IN))
+    assert merged(linear_mixture) == ({"layers.0.mlp": linear_mixture}, ())
+    assert merged(linear_mixture, tolerance=0.029)[1] == ()
+    sites, (merge,) = merged(linear_mixture, tolerance=0.031)
     assert merge.error == pytest.approx(0.03, rel=1e-4)
     assert merge.reason == "experts within 0.031 of their mean"
-    found = sites["layers.0.mlp"].experts
-    assert_near(found.b.double() @ found.a.double(), dense(own.experts, [1 / 3] * 3))
-    assert found.ranks == (4,)
+    result = sites["layers.0.mlp"].experts
+    assert_near(result.b.double() @ result.a.double(), dense(linear_mixture.experts, [1 / 3] * 3))
+    assert result.ranks == (4,)
 
 
 @pytest.mark.parametrize("policy", [DynMoLE(), TopP(0.8), TopK(1, normalize=False)], ids=repr)
 def test_no_tolerance_merges_experts_whose_weights_do_not_sum_to_1(policy):
-    own = LinearMixture(near(experts((4,)), 3, 0.01), policy, random(3, IN))
-    assert gate(own, tolerance=10.0).weights is None
+    linear_mixture = LinearMixture(near(experts((4,)), 3, 0.01), policy, random(3, IN))
+    assert gate(linear_mixture, tolerance=10.0).weights is None
 
 
 def test_merging_twice_is_merging_once():
@@ -246,13 +246,13 @@ def test_merging_twice_is_merging_once():
 
 
 def test_a_merged_weight_is_rounded_once():
-    own = LinearMixture(experts((3,)), Constant((1.0,)))
+    linear_mixture = LinearMixture(experts((3,)), Constant((1.0,)))
     weight = random(OUT, IN, seed=7).bfloat16()
-    exact = weight.double() + dense(own.experts, [1.0])
-    found = merged_weight(weight, own)
-    assert found.dtype == torch.bfloat16
+    exact = weight.double() + dense(linear_mixture.experts, [1.0])
+    result = merged_weight(weight, linear_mixture)
+    assert result.dtype == torch.bfloat16
     # Half a unit in the last of its 8 bits.
-    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() * (1 + 1e-5)).all()
+    assert ((result.double() - exact).abs() <= 2**-8 * exact.abs() * (1 + 1e-5)).all()
 
 
 RESIDENT = "lora"
@@ -284,9 +284,9 @@ def test_on_merged_weights_every_adapter_gives_its_oracle(golden, case):
     assert bool(left.sites) == (case != RESIDENT)
     (prompt, *_) = Case(case).prompts
     with torch.no_grad(), attach(model, left):
-        found = model(torch.tensor([prompt.ids])).logits[0]
+        result = model(torch.tensor([prompt.ids])).logits[0]
     expected = Case(case).tensors["prompt0.logits"]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
 
 
 def test_only_the_same_bits_are_left_out():
@@ -298,8 +298,8 @@ def test_only_the_same_bits_are_left_out():
     sites = {"layers.0.x": LinearMixture(same, plain), "layers.0.y": LinearMixture(almost, plain)}
     left = subtract(Adapter("test", sites), resident)
     assert left.sites.keys() == {"layers.0.y"}
-    found = left.sites["layers.0.y"]
-    assert isinstance(found, LinearMixture)
-    assert found.policy == Constant((1.0, 1.0))
+    result = left.sites["layers.0.y"]
+    assert isinstance(result, LinearMixture)
+    assert result.policy == Constant((1.0, 1.0))
     x, nothing = random(TOKENS, IN), torch.zeros(OUT, IN)
-    assert linear_mixture(x, nothing, None, found)[0].abs().max() < 1e-4
+    assert linear_mixture(x, nothing, None, result)[0].abs().max() < 1e-4

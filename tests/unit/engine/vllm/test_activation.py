@@ -79,8 +79,8 @@ def followed(request: Any) -> Followed:
 
 def test_rows_before_the_invocation_of_requests_that_have_one(followed: Followed) -> None:
     fresh = [new("base", None), new("plain", 2), new("own", 1)]
-    found = followed.run(step(fresh), {"own": 17, "base": 17, "plain": 17})
-    assert found == [(0, 10, True)]
+    result = followed.run(step(fresh), {"own": 17, "base": 17, "plain": 17})
+    assert result == [(0, 10, True)]
     assert followed.run(step(cached={"own": 17, "plain": 17}), {"plain": 1, "own": 1}) == []
 
 
@@ -125,8 +125,8 @@ def test_an_adapter_that_is_not_here_yet_is_asked_for_again(followed: Followed) 
 def test_an_id_that_comes_again_is_another_request(followed: Followed) -> None:
     followed.run(step([new("own", 1)]), {"own": 17})
     other = [*INVOCATION, *range(15)]
-    found = followed.run(step([new("own", 1, prompt=other)], finished=["own"]), {"own": 17})
-    assert found == []
+    result = followed.run(step([new("own", 1, prompt=other)], finished=["own"]), {"own": 17})
+    assert result == []
     base = followed.run(step([new("own", None)], finished=["own"]), {"own": 17})
     assert base == []
     assert followed.rows._requests == {}

@@ -53,14 +53,14 @@ def test_figures_follow_the_steps(worker: Worker) -> None:
     for tokens in (3, 4):
         worker.step(tokens, slot=0)
         worker.stats.report([1])
-    told = worker.stats.report([1])[1]
-    assert told.name == "a"
-    assert told.resident_bytes == worker.backend.resident_bytes(0) > 0
-    figures = told.stats
-    assert (figures.tokens, figures.decisions, sum(figures.expert_tokens)) == (7, 7, 7)
+    report = worker.stats.report([1])[1]
+    assert report.name == "a"
+    assert report.resident_bytes == worker.backend.resident_bytes(0) > 0
+    stats = report.stats
+    assert (stats.tokens, stats.decisions, sum(stats.expert_tokens)) == (7, 7, 7)
     flops = 2 * 2 * (IN + OUT)
-    assert figures.flops_done == 7 * (flops + 2 * EXPERTS * IN)
-    assert figures.flops_avoided == 7 * 3 * flops
+    assert stats.flops_done == 7 * (flops + 2 * EXPERTS * IN)
+    assert stats.flops_avoided == 7 * 3 * flops
 
 
 def test_an_evicted_adapter_keeps_its_figures_and_goes_on_from_them(worker: Worker) -> None:
@@ -68,16 +68,16 @@ def test_an_evicted_adapter_keeps_its_figures_and_goes_on_from_them(worker: Work
     worker.step(5, slot=0)
     before = worker.stats.sites(1)
     worker.unload(1, slot=0)
-    told = worker.stats.report([1])[1]
-    assert told.resident_bytes is None
-    assert told.stats.tokens == 5
+    report = worker.stats.report([1])[1]
+    assert report.resident_bytes is None
+    assert report.stats.tokens == 5
     assert worker.stats.sites(1) == before
 
     worker.load(1, "a", slot=3)
     worker.step(2, slot=3)
-    told = worker.stats.report([1])[1]
-    assert told.resident_bytes > 0
-    assert told.stats.decisions == told.stats.tokens == 7
+    report = worker.stats.report([1])[1]
+    assert report.resident_bytes > 0
+    assert report.stats.decisions == report.stats.tokens == 7
     tokens, sites = worker.stats.sites(1)
     assert tokens == sum(sites[SITE].expert_tokens) == 7
 
@@ -100,8 +100,8 @@ def test_of_an_adapter_that_will_not_come_back_a_total_is_kept(worker: Worker) -
     for _ in range(2):
         worker.stats.finish(1)
     assert worker.stats.sites(1) == (0, {})
-    figures = worker.stats.report([], op_seconds=2.0)[1].stats
-    assert (figures.tokens, figures.decisions, figures.op_seconds) == (8, 8, 2.0)
+    stats = worker.stats.report([], op_seconds=2.0)[1].stats
+    assert (stats.tokens, stats.decisions, stats.op_seconds) == (8, 8, 2.0)
     assert worker.stats.report([]) == {}
     worker.stats.finish(1)
 
@@ -142,16 +142,16 @@ def test_the_ops_seconds_go_to_adapters_by_their_flops(worker: Worker) -> None:
     worker.load(2, "b", slot=1, rank=4)
     for slot, tokens in ((0, 6), (1, 2)):
         worker.step(tokens, slot)
-    told = worker.stats.report([1, 2], op_seconds=3.0)
-    done = {number: told[number].stats.flops_done for number in (1, 2)}
+    report = worker.stats.report([1, 2], op_seconds=3.0)
+    done = {number: report[number].stats.flops_done for number in (1, 2)}
     for number in (1, 2):
         expected = 3.0 * done[number] / sum(done.values())
-        assert told[number].stats.op_seconds == pytest.approx(expected)
+        assert report[number].stats.op_seconds == pytest.approx(expected)
     # Only the second has run since, and is out of the slots by now.
     worker.step(1, slot=1)
     worker.unload(2, slot=1)
     later = worker.stats.report([1], op_seconds=5.0)
-    assert later[1].stats == told[1].stats
-    before = told[2].stats.op_seconds
+    assert later[1].stats == report[1].stats
+    before = report[2].stats.op_seconds
     assert later[2].stats.op_seconds == pytest.approx(before + 2.0)
-    assert worker.stats.report([1], op_seconds=5.0)[1].stats == told[1].stats
+    assert worker.stats.report([1], op_seconds=5.0)[1].stats == report[1].stats

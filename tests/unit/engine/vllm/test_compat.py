@@ -51,18 +51,18 @@ def faults(folder: Path, table: Iterable[Seam] = ALL) -> list[str]:
     return [text for _, text in SourceTree(folder).faults(table) if text is not None]
 
 
-@pytest.mark.parametrize("found", ["0.31.2", "0.33.0", "1.0.0+cpu"])
+@pytest.mark.parametrize("installed", ["0.31.2", "0.33.0", "1.0.0+cpu"])
 def test_a_version_that_was_not_tested_warns_where_all_is_there(
-    monkeypatch: Any, caplog: Any, found: str
+    monkeypatch: Any, caplog: Any, installed: str
 ) -> None:
     """The files are those of the installed version."""
     monkeypatch.setattr(compat, "TESTED", ("0.9",))
-    monkeypatch.setattr(compat, "version", lambda distribution: found)
+    monkeypatch.setattr(compat, "version", lambda distribution: installed)
     with caplog.at_level(logging.WARNING):
         api.check_version()
         api.check_version()
     (record,) = caplog.records
-    assert f"vLLM {found} is installed" in record.message
+    assert f"vLLM {installed} is installed" in record.message
     assert "tested with 0.9" in record.message
 
 
@@ -219,9 +219,9 @@ def imports() -> Iterator[tuple[Path, str, str]]:
 
 def test_all_that_is_imported_from_vllm_is_a_seam() -> None:
     known = {(module, seam.name.split(".")[0]) for seam in ALL for module in seam.modules}
-    found = [entry for entry in imports() if entry[1].split(".")[0] == "vllm"]
-    assert len(found) > 50
-    for file, module, name in found:
+    result = [entry for entry in imports() if entry[1].split(".")[0] == "vllm"]
+    assert len(result) > 50
+    for file, module, name in result:
         # A module of its own: `from vllm import envs`.
         as_module = any(f"{module}.{name}" == place for place, _ in known)
         assert (module, name) in known or as_module, f"{file}: {module}.{name} is in no table"

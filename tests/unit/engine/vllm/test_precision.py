@@ -171,7 +171,7 @@ def vllm_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
 
 
-def settled(*arguments: str) -> str:
+def chosen_dtype(*arguments: str) -> str:
     args = launcher.parse([str(TINY_LLAMA), *arguments])
     api_precision.choose_dtype(args)
     dtype: str = args.dtype
@@ -197,8 +197,8 @@ def logged() -> Iterator[list[str]]:
 def test_a_server_without_a_dtype_gets_the_fast_one_and_one_line(
     vllm_environment: None, slow: None, logged: list[str]
 ) -> None:
-    assert settled() == "float32"
-    assert settled("--dtype", "auto") == "float32"
+    assert chosen_dtype() == "float32"
+    assert chosen_dtype("--dtype", "auto") == "float32"
     lines = [line for line in logged if line.startswith("dtype: ")]
     assert len(lines) == 2
     assert all("dtype: float32 in place of 16 bits" in line for line in lines)
@@ -206,7 +206,7 @@ def test_a_server_without_a_dtype_gets_the_fast_one_and_one_line(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_given_dtype_is_obeyed(vllm_environment: None, slow: None, dtype: str) -> None:
-    assert settled("--dtype", dtype) == dtype
+    assert chosen_dtype("--dtype", dtype) == dtype
 
 
 def test_a_length_whose_cache_does_not_fit_keeps_sixteen_bits(
@@ -215,9 +215,9 @@ def test_a_length_whose_cache_does_not_fit_keeps_sixteen_bits(
     token = precision.cache_bytes(AutoConfig.from_pretrained(TINY_LLAMA))
     fits, does_not = str(128 * token), str(128 * token - 1)
     length = ("--max-model-len", "128")
-    assert settled(*length, "--kv-cache-memory-bytes", fits) == "float32"
-    assert settled(*length, "--kv-cache-memory-bytes", does_not) == "auto"
-    assert settled(*length, "--gpu-memory-utilization", "0.5") == "float32"
+    assert chosen_dtype(*length, "--kv-cache-memory-bytes", fits) == "float32"
+    assert chosen_dtype(*length, "--kv-cache-memory-bytes", does_not) == "auto"
+    assert chosen_dtype(*length, "--gpu-memory-utilization", "0.5") == "float32"
 
 
 def test_serve_refuses_a_dtype_that_its_kernels_do_not_take(

@@ -120,18 +120,18 @@ def test_a_thread_waits_for_the_next_step_and_not_at_all_without_steps(
 def test_a_thread_leaves_cores_and_its_process_stays() -> None:
     before = affinity()
     taken = {min(before)}
-    found: list[set[int]] = []
+    result: list[set[int]] = []
 
     def leave(cores: set[int]) -> None:
         avoid(cores, before)
-        found.append(affinity())
+        result.append(affinity())
 
     for cores in (taken, before):
         thread = threading.Thread(target=leave, args=(cores,))
         thread.start()
         thread.join()
     # Where all cores are taken, it stays where it is.
-    assert found == [before - taken, before]
+    assert result == [before - taken, before]
     assert affinity() == before
 
 
@@ -156,14 +156,14 @@ def test_what_it_computes_stays_off_the_cores_that_openmp_is_bound_to() -> None:
     """vLLM binds a CPU worker by OpenMP's variables. What a thread computes with others binds them,
     and it, in the same way."""
     cores = affinity()
-    own = {min(cores)}
+    one_core = {min(cores)}
     bound = {
         "OMP_NUM_THREADS": "2",
-        "OMP_PLACES": str(own).replace(" ", ""),
+        "OMP_PLACES": str(one_core).replace(" ", ""),
         "OMP_PROC_BIND": "true",
     }
     command = [sys.executable, "-c", BOUND]
     done = subprocess.run(command, env=os.environ | bound, stdout=subprocess.PIPE, check=True)
     beside, between = ast.literal_eval(done.stdout.decode())
-    assert between == (own, 2)
-    assert beside == (cores - own, 1)
+    assert between == (one_core, 2)
+    assert beside == (cores - one_core, 1)

@@ -80,9 +80,9 @@ def at(offset: int, invocation: list[int] = INVOCATION, length: int = 80) -> lis
 def test_blocks_that_end_before_the_invocation_are_the_bases(
     adapters: dict[str, LoRARequest], offset: int, shared: int
 ) -> None:
-    base, own = request(at(offset)), request(at(offset), adapters["alora"])
-    assert len(base.block_hashes) == len(own.block_hashes) == 5
-    assert common(base, own) == shared
+    base, activated = request(at(offset)), request(at(offset), adapters["alora"])
+    assert len(base.block_hashes) == len(activated.block_hashes) == 5
+    assert common(base, activated) == shared
     assert common(request(at(offset)), base) == 5
 
 
@@ -164,9 +164,9 @@ def test_a_config_that_cannot_be_read_shares_with_nobody(tmp_path: Path, caplog:
 
 
 def test_events_show_the_bases_blocks_as_the_bases(adapters: dict[str, LoRARequest]) -> None:
-    own = request(at(32), adapters["alora"])
+    activated = request(at(32), adapters["alora"])
     keys = [
-        block_pool.generate_block_hash_extra_keys(own, start, start + BLOCK, 0)[0]
+        block_pool.generate_block_hash_extra_keys(activated, start, start + BLOCK, 0)[0]
         for start in range(0, 64, BLOCK)
     ]
     assert kv_cache_utils.to_event_extra_keys(keys) == [None, None, ("alora",), ("alora",)]

@@ -53,9 +53,9 @@ def test_who_waits_for_a_step_looks_now_and_then() -> None:
         time.sleep(STEP_SECONDS)
         queue.enqueue(step)
     assert here.poll(60)
-    found, looks = here.recv()
+    result, looks = here.recv()
     reader.join()
-    assert found == list(range(STEPS))
+    assert result == list(range(STEPS))
     assert STEPS < looks < STEPS * LOOKS
 
 
@@ -81,10 +81,10 @@ def spinning(monkeypatch: pytest.MonkeyPatch) -> type:
 
 
 def test_it_is_installed_once_and_is_no_changed_seam(spinning: Any) -> None:
-    own = spinning.wait
+    original_wait = spinning.wait
     shm_wait.install()
     installed = spinning.wait
-    assert installed is not own
+    assert installed is not original_wait
     shm_wait.install()
     assert spinning.wait is installed
     compat.check_seams()
@@ -93,10 +93,10 @@ def test_it_is_installed_once_and_is_no_changed_seam(spinning: Any) -> None:
 def test_a_gpu_keeps_vllms_own(spinning: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms import current_platform
 
-    own = spinning.wait
+    original_wait = spinning.wait
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     shm_wait.install()
-    assert spinning.wait is own
+    assert spinning.wait is original_wait
 
 
 def test_a_vllm_that_waits_otherwise_is_left_alone_and_named(

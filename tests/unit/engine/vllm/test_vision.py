@@ -20,11 +20,11 @@ absent = pytest.mark.skipif(HAS_TORCHVISION, reason="torchvision is installed he
 def python(code: str, *path: Path) -> str:
     """What a process of its own prints; its error output is shown where it fails."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
-    assert found.returncode == 0, found.stderr[-2000:]
-    return found.stdout.splitlines()[-1]
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -118,14 +118,14 @@ def test_what_to_do_about_a_torchvision_for_another_torch_is_said(tmp_path: Path
         ("merge", lora, str(tmp_path / "new"), "--model", model): 2,
     }
     environment = {**os.environ, "PYTHONPATH": str(fake(tmp_path, BROKEN))}
-    found: Any = subprocess.run(
+    result: Any = subprocess.run(
         [sys.executable, "-c", COMMANDS, json.dumps(list(commands))],
         capture_output=True,
         text=True,
         env=environment,
     )
-    assert found.returncode == 0, found.stderr[-2000:]
-    answers = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("[")]
+    assert result.returncode == 0, result.stderr[-2000:]
+    answers = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
     assert [status for status, _ in answers] == list(commands.values())
     for _, message in answers:
         assert "torchvision 0.1 is installed and cannot be imported beside torch" in message

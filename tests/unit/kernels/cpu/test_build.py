@@ -12,7 +12,7 @@ from molehill.kernels.cpu import build
 
 
 @pytest.fixture
-def told():
+def build_records():
     """Records of the build's log, which may be cut off from pytest's by vLLM's settings."""
     records: list[logging.LogRecord] = []
 
@@ -35,33 +35,35 @@ def places(tmp_path, monkeypatch):
     return empty_installation(monkeypatch, tmp_path)
 
 
-def test_a_compilation_is_told_at_once_and_while_it_goes_on(told, places, tmp_path, monkeypatch):
+def test_a_compilation_is_told_at_once_and_while_it_goes_on(
+    build_records, places, tmp_path, monkeypatch
+):
     compiler(monkeypatch, tmp_path)
     _, cache = places
     library = build._find_or_compile()
     assert library == build.Library(cache / build.library_name(), compiled=True)
-    first, *progress, last = (record.getMessage() for record in told)
+    first, *progress, last = (record.getMessage() for record in build_records)
     units = len(build._units())
     assert first.startswith(f"molehill: compiling the C++ kernels, {units} files on ")
     assert f"kept in {cache}" in first
     assert progress
     assert all(f" of {units} files after " in line for line in progress)
     assert last.startswith("molehill: C++ kernels compiled in ")
-    stages = [record.stage for record in told if hasattr(record, "stage")]
+    stages = [record.stage for record in build_records if hasattr(record, "stage")]
     assert len(stages) == 1 + len(progress)
     # Whoever asks over HTTP learns no path.
     assert not any(str(tmp_path) in stage for stage in stages)
 
 
-def test_a_second_start_finds_it_and_says_nothing(told, places, tmp_path, monkeypatch):
+def test_a_second_start_finds_it_and_says_nothing(build_records, places, tmp_path, monkeypatch):
     compiler(monkeypatch, tmp_path)
     build._find_or_compile()
-    told.clear()
+    build_records.clear()
     assert not build._find_or_compile().compiled
-    assert told == []
+    assert build_records == []
 
 
-def test_a_file_that_does_not_compile_leaves_nothing(told, places, tmp_path, monkeypatch):
+def test_a_file_that_does_not_compile_leaves_nothing(build_records, places, tmp_path, monkeypatch):
     compiler(monkeypatch, tmp_path, fails="scale.cpp")
     _, cache = places
     with pytest.raises(build.BuildError, match="no such instruction"):
@@ -69,7 +71,7 @@ def test_a_file_that_does_not_compile_leaves_nothing(told, places, tmp_path, mon
     assert [path.name for path in cache.iterdir()] == ["lock"]
 
 
-def test_who_waits_for_another_process_says_so(told, places, tmp_path, monkeypatch):
+def test_who_waits_for_another_process_says_so(build_records, places, tmp_path, monkeypatch):
     compiler(monkeypatch, tmp_path)
     _, cache = places
     cache.mkdir()
@@ -101,7 +103,7 @@ def test_who_waits_for_another_process_says_so(told, places, tmp_path, monkeypat
             build.logger.removeFilter(let_go)
     assert not library.compiled
     waiting = f"waiting for another process that compiles the C++ kernels into {cache}"
-    assert told[0].getMessage() == f"molehill: {waiting}"
+    assert build_records[0].getMessage() == f"molehill: {waiting}"
     with (cache / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -65,9 +65,9 @@ def test_adapters_are_packed_in_another_thread_while_steps_run():
         steps += 1
     thread.join()
     assert len(packed) == 11
-    for slot, own in enumerate(packed, 1):
+    for slot, slot_weights in enumerate(packed, 1):
         assert backend.resident_bytes(slot) == 0
-        backend.store(slot, own)
+        backend.store(slot, slot_weights)
     backend.begin_step([Run(slot, slot, slot + 1) for slot in range(1, 12)])
     rows = random(12, inputs)
     y = torch.zeros(12, out)

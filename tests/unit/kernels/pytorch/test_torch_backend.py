@@ -38,13 +38,13 @@ def serving(pieces_by_slot, dtype=torch.float32, out=OUT, reduce=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_every_policy_gives_the_definition(policy, dtype):
-    own = piece(policy)
-    backend, handle = serving({0: [own]}, dtype)
+    one_piece = piece(policy)
+    backend, handle = serving({0: [one_piece]}, dtype)
     x, base = random(ROWS, INPUTS, seed=7).to(dtype), random(ROWS, OUT, seed=8).to(dtype)
     y = base.clone()
     backend.begin_step([Run(0, 0, ROWS)])
     backend.linear(y, x, handle)
-    assert_near(y, base.float() + piece_delta(x.float(), own, dtype), dtype)
+    assert_near(y, base.float() + piece_delta(x.float(), one_piece, dtype), dtype)
 
 
 def test_slots_mix_in_one_batch_and_base_rows_keep_every_bit():
@@ -67,9 +67,9 @@ def test_slots_mix_in_one_batch_and_base_rows_keep_every_bit():
         if run.slot == UNSERVED:
             expected[rows] = 0
             continue
-        for own in (fused, single)[run.slot]:
-            columns = slice(own.start, own.start + own.experts.b.shape[0])
-            expected[rows, columns] += piece_delta(x[rows], own, torch.float32)
+        for one_piece in (fused, single)[run.slot]:
+            columns = slice(one_piece.start, one_piece.start + one_piece.experts.b.shape[0])
+            expected[rows, columns] += piece_delta(x[rows], one_piece, torch.float32)
     assert_near(y, expected, torch.float32)
     untouched = [4, *range(14, 20), 21, 22]
     assert torch.equal(y[untouched], base[untouched])
@@ -78,53 +78,55 @@ def test_slots_mix_in_one_batch_and_base_rows_keep_every_bit():
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_counters_are_the_policys_own_figures(policy):
-    own = piece(policy)
-    backend, handle = serving({3: [own]})
+    one_piece = piece(policy)
+    backend, handle = serving({3: [one_piece]})
     x = random(ROWS, INPUTS, seed=7)
     for start, stop in ((0, 5), (5, ROWS)):
         backend.begin_step([Run(3, 0, stop - start)])
         backend.linear(torch.zeros(stop - start, OUT), x[start:stop], handle)
     counters = backend.counters(3)
     assert counters.tokens == ROWS
-    if own.router is None:
+    if one_piece.router is None:
         assert not counters.sites
         return
-    routing = policy.route(probabilities(x, own.router))
-    found = counters.sites["q"]
-    assert found.decisions == ROWS
-    assert found.expert_tokens == (routing.weights > 0).sum(0).tolist()
-    assert found.soft == int(routing.soft.sum())
-    assert found.entropy == pytest.approx(routing.entropy.sum().item(), rel=1e-5)
+    routing = policy.route(probabilities(x, one_piece.router))
+    result = counters.sites["q"]
+    assert result.decisions == ROWS
+    assert result.expert_tokens == (routing.weights > 0).sum(0).tolist()
+    assert result.soft == int(routing.soft.sum())
+    assert result.entropy == pytest.approx(routing.entropy.sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("routed", [False, True])
 def test_output_scale_multiplies_the_base_without_its_bias(routed):
     scale, bias = 1 + 0.5 * random(len(RANKS), OUT, seed=11), random(OUT, seed=12)
     policy = Soft() if routed else Constant((0.2,) * 5)
-    own = piece(policy, output_scale=scale, bias=bias)
-    backend, handle = serving({0: [own]})
+    one_piece = piece(policy, output_scale=scale, bias=bias)
+    backend, handle = serving({0: [one_piece]})
     x, base = random(ROWS, INPUTS, seed=7), random(ROWS, OUT, seed=8)
     y = base.clone()
     backend.begin_step([Run(0, 0, ROWS)])
     backend.linear(y, x, handle)
     weights = torch.full((ROWS, 5), 0.2)
-    if own.router is not None:
-        weights = probabilities(x, own.router)
-    expected = (base - bias) * (weights @ scale) + bias + piece_delta(x, own, torch.float32)
+    if one_piece.router is not None:
+        weights = probabilities(x, one_piece.router)
+    expected = (base - bias) * (weights @ scale) + bias + piece_delta(x, one_piece, torch.float32)
     assert_near(y, expected, torch.float32)
 
 
 def test_logits_of_sharded_inputs_are_summed_before_they_are_routed():
     """Two ranks with half of the inputs each; the other's logits come from `reduce`."""
-    own = piece(TopP(0.6))
+    one_piece = piece(TopP(0.6))
     x, half = random(ROWS, INPUTS, seed=7), INPUTS // 2
-    logits = x @ own.router.T
+    logits = x @ one_piece.router.T
     shard = LinearPiece(
         "q",
         0,
-        type(own.experts)(own.experts.a[:, :half], own.experts.b, own.experts.ranks),
-        own.policy,
-        own.router[:, :half],
+        type(one_piece.experts)(
+            one_piece.experts.a[:, :half], one_piece.experts.b, one_piece.experts.ranks
+        ),
+        one_piece.policy,
+        one_piece.router[:, :half],
     )
     backend = TorchBackend()
     shape = LinearShape("linear", half, OUT, reduce=lambda part: logits.flatten())
@@ -133,9 +135,9 @@ def test_logits_of_sharded_inputs_are_summed_before_they_are_routed():
     y = torch.zeros(ROWS, OUT)
     backend.begin_step([Run(0, 0, ROWS)])
     backend.linear(y, x[:, :half], handle)
-    weights = own.policy.route(torch.softmax(logits, -1)).weights
-    gates = weights[:, own.experts.expert_of_row]
-    expected = (x[:, :half] @ own.experts.a[:, :half].T * gates) @ own.experts.b.T
+    weights = one_piece.policy.route(torch.softmax(logits, -1)).weights
+    gates = weights[:, one_piece.experts.expert_of_row]
+    expected = (x[:, :half] @ one_piece.experts.a[:, :half].T * gates) @ one_piece.experts.b.T
     assert_near(y, expected, torch.float32)
 
 
@@ -146,15 +148,15 @@ def test_experts_inside_an_ffn_give_the_definition(policy, names, monkeypatch):
     monkeypatch.setattr("molehill.kernels.pytorch.tables.FFN_CHUNK", 5 * 3 * 30)
     d, width, ranks = 24, 30, (2, 1, 3)
     shapes = {"gate_proj": (d, width), "up_proj": (d, width), "down_proj": (width, d)}
-    own = {n: experts(*shapes[n], ranks, seed=i) for i, n in enumerate(names)}
-    mixture = FfnMixture(own, policy, router(3, d, seed=9))
+    site_experts = {n: experts(*shapes[n], ranks, seed=i) for i, n in enumerate(names)}
+    mixture = FfnMixture(site_experts, policy, router(3, d, seed=9))
     weights = {n: random(o, i, seed=20 + i, scale=i**-0.5) for n, (i, o) in shapes.items()}
     bias = random(d, seed=30)
     backend = TorchBackend()
     gate_up = backend.register_linear(LinearShape("gate_up", d, 2 * width))
     down = backend.register_linear(LinearShape("down", width, d))
     handle = backend.register_ffn(FfnShape("mlp", gate_up, down, width))
-    pairs = (own.get(name) for name in shapes)
+    pairs = (site_experts.get(name) for name in shapes)
     ffn = FfnPiece("mlp", policy, mixture.router, "silu", *pairs, bias=bias)
     backend.store(0, SlotWeights({}, {handle: ffn}))
     x = random(ROWS, d, seed=7)

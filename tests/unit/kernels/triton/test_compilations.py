@@ -47,13 +47,13 @@ class Launcher:
 @pytest.fixture
 def compiled(monkeypatch) -> set:
     """What has been launched, and would have been compiled for it."""
-    found: set[str] = set()
+    result: set[str] = set()
     for info in iter_modules(package.__path__):
         module = import_module(f"{package.__name__}.{info.name}")
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, Launcher(value, found))
-    return found
+                monkeypatch.setattr(module, name, Launcher(value, result))
+    return result
 
 
 MOST = 400

@@ -40,7 +40,7 @@ def routes_first(serving) -> bool:
 def test_adapters_of_a_row_each_agree_with_the_definition(dtype) -> None:
     """Every kind of piece, beside an adapter of more rows, which keeps its large tile."""
     features, out = 1100, 40
-    owns = [
+    mixtures = [
         mixture(TopK(1), (3, 1, 20), features, out, seed=1),
         mixture(DynMoLE(top_p=0.5, keep_top_k=1), (8, 8), features, out, seed=2),
         mixture(Constant((0.5, -1.0)), (2, 9), features, out, seed=3),
@@ -52,8 +52,8 @@ def test_adapters_of_a_row_each_agree_with_the_definition(dtype) -> None:
     ]
     serving = backend(MANY)
     handle = serving.register_linear(LinearShape("linear", features, out, dtype))
-    for slot, own in enumerate(owns):
-        served = replace(piece(own), shared=own.shared)
+    for slot, linear_mixture in enumerate(mixtures):
+        served = replace(piece(linear_mixture), shared=linear_mixture.shared)
         serving.store(slot, SlotWeights({handle: [served]}, {}))
     x = random(10, features, seed=8).to(dtype)
     weight = random(out, features, seed=7, scale=features**-0.5).to(dtype)
@@ -65,16 +65,26 @@ def test_adapters_of_a_row_each_agree_with_the_definition(dtype) -> None:
     serving.linear(y, x, handle)
     for run in runs:
         part = slice(run.start, run.stop)
-        own = rounded(owns[run.slot], dtype)
-        if own.shared is not None:
-            own = replace(own, shared=rounded(replace(own, experts=own.shared), dtype).experts)
-        expected[part] = reference.linear_mixture(x[part], weight, None, own)[0].float()
+        linear_mixture = rounded(mixtures[run.slot], dtype)
+        if linear_mixture.shared is not None:
+            linear_mixture = replace(
+                linear_mixture,
+                shared=rounded(
+                    replace(linear_mixture, experts=linear_mixture.shared), dtype
+                ).experts,
+            )
+        expected[part] = reference.linear_mixture(x[part], weight, None, linear_mixture)[0].float()
     assert_close(y, expected)
     assert torch.equal(y[[5, 9]].float(), expected[[5, 9]])
-    for slot, own in enumerate(owns):
-        if own.router is not None:
+    for slot, linear_mixture in enumerate(mixtures):
+        if linear_mixture.router is not None:
             rows = [row for run in runs if run.slot == slot for row in range(run.start, run.stop)]
-            w = reference.route(x[rows], own.router, own.policy, len(own.experts.ranks)).weights
+            w = reference.route(
+                x[rows],
+                linear_mixture.router,
+                linear_mixture.policy,
+                len(linear_mixture.experts.ranks),
+            ).weights
             site = serving.counters(slot).sites["site"]
             assert (site.decisions, site.expert_tokens) == (len(rows), (w > 0).sum(0).tolist())
 
@@ -94,10 +104,12 @@ def test_a_of_experts_that_are_not_chosen_is_not_read(monkeypatch) -> None:
     handle = serving.register_linear(LinearShape("linear", 20, 16))
     x, rows = random(4, 20, seed=8), 0
     for slot in range(4):
-        own = mixture(TopK(1), (9, 16), 20, 16, seed=10 * slot)
-        w = reference.route(x[slot : slot + 1], own.router, own.policy, 2).weights[0]
-        rows += int((w[own.experts.expert_of_row] > 0).sum())
-        serving.store(slot, SlotWeights({handle: [piece(own)]}, {}))
+        linear_mixture = mixture(TopK(1), (9, 16), 20, 16, seed=10 * slot)
+        w = reference.route(
+            x[slot : slot + 1], linear_mixture.router, linear_mixture.policy, 2
+        ).weights[0]
+        rows += int((w[linear_mixture.experts.expert_of_row] > 0).sum())
+        serving.store(slot, SlotWeights({handle: [piece(linear_mixture)]}, {}))
     serving.begin_step([Run(slot, slot, slot + 1) for slot in range(4)])
     serving.begin_linear(x, handle)
     assert sum(wanted for wanted, _ in asked) == rows
@@ -109,19 +121,19 @@ def test_scaled_and_odd_pieces_of_single_rows_agree_with_the_formula() -> None:
     """A piece that begins and ends at odd columns, one of them with an output scale."""
     serving = backend(MANY)
     handle = serving.register_linear(LinearShape("linear", 20, 90))
-    own, scale = mixture(TopK(1), (2, 3), 20, 83), 1 + random(2, 83, seed=4, scale=0.3)
+    linear_mixture, scale = mixture(TopK(1), (2, 3), 20, 83), 1 + random(2, 83, seed=4, scale=0.3)
     for slot in range(4):
-        scaled = replace(piece(own, start=3), output_scale=scale if slot % 2 else None)
+        scaled = replace(piece(linear_mixture, start=3), output_scale=scale if slot % 2 else None)
         serving.store(slot, SlotWeights({handle: [scaled]}, {}))
     x, base = random(4, 20, seed=8), random(4, 90, seed=9)
     y = base.clone()
     serving.begin_step([Run(slot, slot, slot + 1) for slot in range(4)])
     serving.linear(y, x, handle)
-    w = reference.route(x, own.router, own.policy, 2).weights
+    w = reference.route(x, linear_mixture.router, linear_mixture.policy, 2).weights
     expected = base.clone()
     expected[1::2, 3:86] *= (w @ scale)[1::2]
-    rows = (x @ own.experts.a.T) * w[:, own.experts.expert_of_row]
-    expected[:, 3:86] += rows @ own.experts.b.T
+    rows = (x @ linear_mixture.experts.a.T) * w[:, linear_mixture.experts.expert_of_row]
+    expected[:, 3:86] += rows @ linear_mixture.experts.b.T
     assert_close(y, expected)
 
 
@@ -130,27 +142,29 @@ def test_ffn_mixtures_of_single_rows_agree_with_the_definition() -> None:
     weights = ffn_weights(d, width, torch.float32)
     serving, handle, linears = ffn_setup(d, width, torch.float32, MANY)
     names = ("gate_proj", "up_proj", "down_proj")
-    x, owns = random(4, d, seed=25), []
+    x, mixtures = random(4, d, seed=25), []
     for slot in range(4):
-        own = FfnMixture(ffn_experts(names, d, width, 3), TopK(2), random(3, d, seed=40 + slot))
-        owns.append(own)
-        serving.store(slot, SlotWeights({}, {handle: ffn_piece(own, random(d, seed=23))}))
+        ffn_mixture = FfnMixture(
+            ffn_experts(names, d, width, 3), TopK(2), random(3, d, seed=40 + slot)
+        )
+        mixtures.append(ffn_mixture)
+        serving.store(slot, SlotWeights({}, {handle: ffn_piece(ffn_mixture, random(d, seed=23))}))
     serving.begin_step([Run(slot, slot, slot + 1) for slot in range(4)])
     assert routes_first(serving)
     bias = random(d, seed=23)
     y = run_ffn(serving, handle, linears, weights, x, bias)
     biases = {"gate_proj": None, "up_proj": None, "down_proj": bias}
-    for slot, own in enumerate(owns):
+    for slot, ffn_mixture in enumerate(mixtures):
         row = slice(slot, slot + 1)
-        assert_close(y[row], reference.ffn_mixture(x[row], weights, biases, "silu", own)[0])
+        assert_close(y[row], reference.ffn_mixture(x[row], weights, biases, "silu", ffn_mixture)[0])
 
 
 def test_few_adapters_are_not_routed_first() -> None:
     serving = backend(MANY)
     handle = serving.register_linear(LinearShape("linear", 16, 16))
     for slot in range(tiling.ROUTE_FIRST_ROWS):
-        own = mixture(TopK(1), (2, 2), 16, 16, seed=slot)
-        serving.store(slot, SlotWeights({handle: [piece(own)]}, {}))
+        linear_mixture = mixture(TopK(1), (2, 2), 16, 16, seed=slot)
+        serving.store(slot, SlotWeights({handle: [piece(linear_mixture)]}, {}))
     runs = [Run(slot, slot, slot + 1) for slot in range(tiling.ROUTE_FIRST_ROWS)]
     serving.begin_step(runs[:-1])
     assert not routes_first(serving)

@@ -25,9 +25,9 @@ def steps(draw) -> tuple[list[Run], int]:
 
 def tiles(table: list[int], begin: int, end: int) -> list[list[int]]:
     """The tiles that there are between two places; those after them are empty."""
-    found = [table[i : i + 4] for i in range(begin, end, 4)]
-    used = [tile for tile in found if tile[0] != NO_TILE]
-    assert all(tile[0] == NO_TILE for tile in found[len(used) :])
+    result = [table[i : i + 4] for i in range(begin, end, 4)]
+    used = [tile for tile in result if tile[0] != NO_TILE]
+    assert all(tile[0] == NO_TILE for tile in result[len(used) :])
     return used
 
 
@@ -51,17 +51,17 @@ def test_tiles_cover_every_row_once_and_fit_the_grid(step) -> None:
         (layout.small, layout.large, tiling.SMALL_TILE),
         (layout.large, layout.order, tiling.LARGE_TILE),
     ):
-        own = tiles(table, begin, end)
-        assert len(own) <= tiling.max_tiles(max(tokens, 1), adapters + 1, size)
-        found = {}
-        for slot, place, rows, first in own:
+        slot_tiles = tiles(table, begin, end)
+        assert len(slot_tiles) <= tiling.max_tiles(max(tokens, 1), adapters + 1, size)
+        result = {}
+        for slot, place, rows, first in slot_tiles:
             assert 0 < rows <= size
             part = table[layout.order + place : layout.order + place + rows]
             assert part[0] == first
             for row in part:
-                assert row not in found
-                found[row] = slot
-        assert found == ({} if long and size == tiling.SMALL_TILE else wanted)
+                assert row not in result
+                result[row] = slot
+        assert result == ({} if long and size == tiling.SMALL_TILE else wanted)
     order = table[layout.order :]
     assert table[1:3] == [len(wanted), tokens]
     assert sorted(order) == list(range(tokens))
@@ -97,8 +97,8 @@ def test_adapters_of_a_row_or_two_get_tiles_of_one_row() -> None:
     runs = [Run(0, 0, 1), Run(1, 1, 3), Run(2, 3, 6), Run(3, 6, 7)]
     table = tiling.table(runs, {0, 1, 2, 3}, 4, 7).tolist()
     layout = tiling.StepLayout(7, 5)
-    found = [
+    result = [
         (slot, rows, first) for slot, _, rows, first in tiles(table, layout.small, layout.large)
     ]
-    assert found == [(0, 1, 0), (1, 1, 1), (1, 1, 2), (2, 3, 3), (3, 1, 6)]
+    assert result == [(0, 1, 0), (1, 1, 1), (1, 1, 2), (2, 3, 3), (3, 1, 6)]
     assert table[0] == 1

@@ -82,15 +82,17 @@ def test_launches_captured_before_any_adapter_serve_the_adapters_loaded_later(mo
     names = ("gate_proj", "up_proj", "down_proj")
     for seed in range(3):
         router = random(3, d, seed=50 + seed)
-        own = FfnMixture(ffn_experts(names, d, width, 3), TopK(1 + seed % 2), router)
-        serving.store(seed % 2, SlotWeights({}, {handle: ffn_piece(own)}))
+        ffn_mixture = FfnMixture(ffn_experts(names, d, width, 3), TopK(1 + seed % 2), router)
+        serving.store(seed % 2, SlotWeights({}, {handle: ffn_piece(ffn_mixture)}))
         serving.begin_step([Run(seed % 2, 2, 7)])
-        found = replay()
-        assert_close(found[2:7], reference.ffn_mixture(x[2:7], weights, biases, "silu", own)[0])
+        result = replay()
+        assert_close(
+            result[2:7], reference.ffn_mixture(x[2:7], weights, biases, "silu", ffn_mixture)[0]
+        )
         serving.begin_step([])
         base = replay()
-        assert torch.equal(base[:2], found[:2])
-        assert not torch.allclose(base[2:7], found[2:7], atol=1e-3)
+        assert torch.equal(base[:2], result[:2])
+        assert not torch.allclose(base[2:7], result[2:7], atol=1e-3)
         serving.erase(seed % 2)
 
 
@@ -105,10 +107,10 @@ def test_a_step_without_adapters_launches_nothing(monkeypatch) -> None:
 
 
 def test_rows_of_a_shorter_forward_are_never_written_past_its_end() -> None:
-    own = mixture(TopK(1), (2, 2), 16, 16)
+    linear_mixture = mixture(TopK(1), (2, 2), 16, 16)
     serving = backend()
     handle = serving.register_linear(LinearShape("linear", 16, 16))
-    serving.store(0, SlotWeights({handle: [piece(own)]}, {}))
+    serving.store(0, SlotWeights({handle: [piece(linear_mixture)]}, {}))
     serving.begin_step([Run(0, 0, 20)])
     memory = torch.zeros(20, 16)
     serving.linear(memory[:4], random(4, 16, seed=8), handle)
@@ -117,16 +119,16 @@ def test_rows_of_a_shorter_forward_are_never_written_past_its_end() -> None:
 
 
 def test_inputs_and_outputs_may_be_parts_of_larger_tensors() -> None:
-    own = mixture(TopK(1), (2, 2), 16, 16)
+    linear_mixture = mixture(TopK(1), (2, 2), 16, 16)
     serving = backend()
     handle = serving.register_linear(LinearShape("linear", 16, 16))
-    serving.store(0, SlotWeights({handle: [piece(own)]}, {}))
+    serving.store(0, SlotWeights({handle: [piece(linear_mixture)]}, {}))
     wide = random(4, 40, seed=8)
     serving.begin_step([Run(0, 0, 4)])
     for x in (wide[:, 5:21], random(16, 4, seed=9).T):
         memory = torch.zeros(4, 30)
         serving.linear(memory[:, 7:23], x, handle)
-        expected = reference.linear_mixture(x, torch.zeros(16, 16), None, own)[0]
+        expected = reference.linear_mixture(x, torch.zeros(16, 16), None, linear_mixture)[0]
         assert_close(memory[:, 7:23], expected)
         assert memory[:, :7].count_nonzero() == memory[:, 23:].count_nonzero() == 0
 
@@ -135,8 +137,8 @@ def test_more_adapters_than_a_step_may_hold_are_zeroed_not_served_by_the_base() 
     serving = backend()
     handle = serving.register_linear(LinearShape("linear", 16, 16))
     for slot in range(4):
-        own = mixture(Constant((1.0,)), (2,), 16, 16, seed=slot)
-        serving.store(slot, SlotWeights({handle: [piece(own)]}, {}))
+        linear_mixture = mixture(Constant((1.0,)), (2,), 16, 16, seed=slot)
+        serving.store(slot, SlotWeights({handle: [piece(linear_mixture)]}, {}))
     y = torch.ones(5, 16)
     serving.begin_step([Run(slot, slot, slot + 1) for slot in range(4)])
     serving.linear(y, random(5, 16, seed=8), handle)
@@ -146,11 +148,11 @@ def test_more_adapters_than_a_step_may_hold_are_zeroed_not_served_by_the_base() 
 
 
 def test_an_erased_adapter_is_gone_and_its_memory_free() -> None:
-    own = mixture(TopK(1), (2, 2), 16, 16)
+    linear_mixture = mixture(TopK(1), (2, 2), 16, 16)
     serving = backend()
     handle = serving.register_linear(LinearShape("linear", 16, 16))
     free = serving.table.arena.free_bytes
-    serving.store(0, SlotWeights({handle: [piece(own)]}, {}))
+    serving.store(0, SlotWeights({handle: [piece(linear_mixture)]}, {}))
     assert serving.resident_bytes(0) == free - serving.table.arena.free_bytes > 0
     serving.erase(0)
     assert (serving.resident_bytes(0), serving.table.arena.free_bytes) == (0, free)
@@ -161,13 +163,13 @@ def test_an_erased_adapter_is_gone_and_its_memory_free() -> None:
     assert y[1].eq(1).all()
 
 
-def refused(own: LinearMixture, capacity: Capacity, error: type[Exception], match: str) -> None:
+def refused(mixture: LinearMixture, capacity: Capacity, error: type[Exception], match: str) -> None:
     serving = backend(capacity)
-    features, out = own.experts.a.shape[1], own.experts.b.shape[0]
+    features, out = mixture.experts.a.shape[1], mixture.experts.b.shape[0]
     handle = serving.register_linear(LinearShape("layers.0.o", features, out))
     before = [t.clone() for t in (serving.table.heads, serving.table.arena.view(torch.uint8))]
     with pytest.raises(error, match=match):
-        serving.store(0, SlotWeights({handle: [piece(own)]}, {}))
+        serving.store(0, SlotWeights({handle: [piece(mixture)]}, {}))
     after = [serving.table.heads, serving.table.arena.view(torch.uint8)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert serving.table.arena.free_bytes == serving.table.arena.budget
@@ -175,18 +177,23 @@ def refused(own: LinearMixture, capacity: Capacity, error: type[Exception], matc
 
 
 def test_too_many_experts_are_refused_before_anything_is_written() -> None:
-    own = mixture(Soft(), (1,) * 17, 16, 16)
-    refused(own, CAPACITY, CapacityError, "site: found 17 experts, expected at most 16")
+    linear_mixture = mixture(Soft(), (1,) * 17, 16, 16)
+    refused(linear_mixture, CAPACITY, CapacityError, "site: found 17 experts, expected at most 16")
 
 
 def test_too_many_rank_rows_are_refused_before_anything_is_written() -> None:
-    own = mixture(Soft(), (40, 30), 16, 16)
-    refused(own, CAPACITY, CapacityError, "layers.0.o: found 70 rank rows, expected at most 64")
+    linear_mixture = mixture(Soft(), (40, 30), 16, 16)
+    refused(
+        linear_mixture,
+        CAPACITY,
+        CapacityError,
+        "layers.0.o: found 70 rank rows, expected at most 64",
+    )
 
 
 def test_an_adapter_over_the_memory_is_refused_before_anything_is_written() -> None:
-    own = mixture(Soft(), (8, 8), 64, 64)
-    refused(own, replace(CAPACITY, memory=4096), ArenaFullError, "at most 4096 of 4096")
+    linear_mixture = mixture(Soft(), (8, 8), 64, 64)
+    refused(linear_mixture, replace(CAPACITY, memory=4096), ArenaFullError, "at most 4096 of 4096")
 
 
 def test_a_slot_beyond_the_table_is_refused() -> None:
@@ -203,9 +210,9 @@ def test_a_slot_beyond_the_table_is_refused() -> None:
 def test_traces_hold_what_the_kernels_routed() -> None:
     d, width = 16, 20
     serving, handle, linears = ffn_setup(d, width, torch.float32)
-    own = FfnMixture(ffn_experts(("up_proj",), d, width, 3), TopK(2), random(3, d, seed=24))
+    ffn_mixture = FfnMixture(ffn_experts(("up_proj",), d, width, 3), TopK(2), random(3, d, seed=24))
     up = mixture(DynMoLE(), (2, 3), d, width, 30)
-    weights = SlotWeights({linears[0]: [piece(up, width, "up")]}, {handle: ffn_piece(own)})
+    weights = SlotWeights({linears[0]: [piece(up, width, "up")]}, {handle: ffn_piece(ffn_mixture)})
     serving.store(1, weights)
     x = random(6, d, seed=25)
     assert serving.trace(True) == []
@@ -213,7 +220,10 @@ def test_traces_hold_what_the_kernels_routed() -> None:
     run_ffn(serving, handle, linears, ffn_weights(d, width, torch.float32), x)
     traces = {trace.site: trace for trace in serving.trace(False)}
     assert set(traces) == {"up", "mlp"}
-    for site, router, policy in (("up", up.router, up.policy), ("mlp", own.router, own.policy)):
+    for site, router, policy in (
+        ("up", up.router, up.policy),
+        ("mlp", ffn_mixture.router, ffn_mixture.policy),
+    ):
         expected = reference.route(x[2:5], router, policy, len(router))
         torch.testing.assert_close(traces[site].weights, expected.weights)
         torch.testing.assert_close(traces[site].entropy, expected.entropy)
@@ -221,5 +231,5 @@ def test_traces_hold_what_the_kernels_routed() -> None:
 
 
 def test_a_routerless_mixture_needs_constant_weights() -> None:
-    own = replace(mixture(Soft(), (1, 1), 16, 16), router=None)
-    refused(own, CAPACITY, WeightsError, "site: router: found none, expected 2 rows")
+    linear_mixture = replace(mixture(Soft(), (1, 1), 16, 16), router=None)
+    refused(linear_mixture, CAPACITY, WeightsError, "site: router: found none, expected 2 rows")

@@ -42,8 +42,8 @@ def test_kernels_compile_for_hopper_without_spills() -> None:
     command = [*script, "--compile", "90", "--dtype", "bf16", "--json"]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    found = {(row["kernel"], row["step"]) for row in rows}
-    assert found == {(kernel, step) for kernel in MODULES for step in ("decode", "prefill")}
+    result = {(row["kernel"], row["step"]) for row in rows}
+    assert result == {(kernel, step) for kernel in MODULES for step in ("decode", "prefill")}
     # Two programs of the largest fit in the 227 KB of a multiprocessor.
     assert all(row["spilled"] == 0 and row["shared"] <= 113 * 1024 for row in rows)
     assert all(row["registers"] <= 255 for row in rows)
@@ -83,8 +83,8 @@ def test_what_is_compiled_is_what_is_launched(step, dtype, monkeypatch) -> None:
     serving.activate(h, gate_up, ffns[1][1])
     short = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     expected = [
-        {**own.constants, **own.options}
-        for own in specialisations(capacity, features)
-        if (own.step, own.dtype) == (step, short)
+        {**specialisation.constants, **specialisation.options}
+        for specialisation in specialisations(capacity, features)
+        if (specialisation.step, specialisation.dtype) == (step, short)
     ]
     assert launched == expected

@@ -43,16 +43,16 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 def test_ffn_mixtures_agree_with_the_definition(names, policy, dtype) -> None:
     d, width, tokens = 24, 70, 7
     weights, bias = ffn_weights(d, width, dtype), random(d, seed=23).to(dtype)
-    own = FfnMixture(ffn_experts(names, d, width, 4), policy, random(4, d, seed=24))
+    ffn_mixture = FfnMixture(ffn_experts(names, d, width, 4), policy, random(4, d, seed=24))
     serving, handle, linears = ffn_setup(d, width, dtype)
-    serving.store(2, SlotWeights({}, {handle: ffn_piece(own, bias.float())}))
+    serving.store(2, SlotWeights({}, {handle: ffn_piece(ffn_mixture, bias.float())}))
     x = random(tokens, d, seed=25).to(dtype)
     serving.begin_step([])
     base = run_ffn(serving, handle, linears, weights, x, bias)
     serving.begin_step([Run(2, 0, 4), Run(UNSERVED, 4, 5)])
     y = run_ffn(serving, handle, linears, weights, x, bias)
     biases = {"gate_proj": None, "up_proj": None, "down_proj": bias}
-    expected, routing = reference.ffn_mixture(x[:4], weights, biases, "silu", own)
+    expected, routing = reference.ffn_mixture(x[:4], weights, biases, "silu", ffn_mixture)
     assert_close(y[:4], expected)
     assert torch.equal(y[5:], base[5:])
     assert y[4].count_nonzero() == 0
@@ -68,15 +68,17 @@ def test_split_inputs_and_long_steps_of_ffn_mixtures_agree_with_the_definition(
 ) -> None:
     weights = ffn_weights(d, width, torch.float32)
     names = ("gate_proj", "up_proj", "down_proj")
-    own = FfnMixture(ffn_experts(names, d, width, 3), TopK(2), random(3, d, seed=24, scale=d**-0.5))
+    ffn_mixture = FfnMixture(
+        ffn_experts(names, d, width, 3), TopK(2), random(3, d, seed=24, scale=d**-0.5)
+    )
     capacity = replace(CAPACITY, tokens=tokens)
     serving, handle, linears = ffn_setup(d, width, torch.float32, capacity)
-    serving.store(0, SlotWeights({}, {handle: ffn_piece(own)}))
+    serving.store(0, SlotWeights({}, {handle: ffn_piece(ffn_mixture)}))
     x = random(tokens, d, seed=25)
     serving.begin_step([Run(0, 0, tokens)])
     y = run_ffn(serving, handle, linears, weights, x)
     biases = dict.fromkeys(weights)
-    assert_close(y, reference.ffn_mixture(x, weights, biases, "silu", own)[0])
+    assert_close(y, reference.ffn_mixture(x, weights, biases, "silu", ffn_mixture)[0])
 
 
 @pytest.mark.slow
@@ -90,11 +92,11 @@ def test_experts_that_are_dora_agree_with_the_definition(biased, dtype) -> None:
     biases = {name: random(len(w), seed=40) if biased else None for name, w in weights.items()}
     for scaled in (("gate_proj",), ("gate_proj", "up_proj")):
         magnitudes = {n: 1 + 0.5 * random(4, width, seed=30 + len(n)) for n in scaled}
-        own = FfnMixture(ffn_experts(names, d, width, 4), TopK(2), random(4, d, seed=24))
-        plain = ffn_piece(own, biases["down_proj"])
-        tables, stacks = {}, dict(own.experts)
+        ffn_mixture = FfnMixture(ffn_experts(names, d, width, 4), TopK(2), random(4, d, seed=24))
+        plain = ffn_piece(ffn_mixture, biases["down_proj"])
+        tables, stacks = {}, dict(ffn_mixture.experts)
         for name in scaled:
-            pair, weight = own.experts[name], weights[name].float()
+            pair, weight = ffn_mixture.experts[name], weights[name].float()
             norms = torch.stack([(weight + b @ a).norm(dim=1) for a, b in pair.split()])
             factors = magnitudes[name] / norms
             tables[f"{name[:-5]}_scale"] = ExpertScale(factors, biases[name])
@@ -105,7 +107,7 @@ def test_experts_that_are_dora_agree_with_the_definition(biased, dtype) -> None:
         x = random(6, d, seed=25).to(dtype)
         serving.begin_step([Run(1, 1, 6)])
         y = run_ffn_biased(serving, handle, linears, weights, biases, x)
-        mixture = replace(own, magnitudes=magnitudes)
+        mixture = replace(ffn_mixture, magnitudes=magnitudes)
         assert_close(y[1:], reference.ffn_mixture(x[1:], weights, biases, "silu", mixture)[0])
 
 
@@ -114,34 +116,36 @@ def test_experts_that_are_dora_agree_with_the_definition(biased, dtype) -> None:
 def test_every_activation_agrees_with_torch(activation) -> None:
     d, width = 16, 20
     weights = ffn_weights(d, width, torch.float32)
-    own = FfnMixture(
+    ffn_mixture = FfnMixture(
         ffn_experts(("gate_proj",), d, width, 2), Soft(), random(2, d, seed=24), activation
     )
     serving, handle, linears = ffn_setup(d, width, torch.float32)
-    serving.store(0, SlotWeights({}, {handle: ffn_piece(own, activation=activation)}))
+    serving.store(0, SlotWeights({}, {handle: ffn_piece(ffn_mixture, activation=activation)}))
     x = random(3, d, seed=25)
     serving.begin_step([Run(0, 0, 3)])
     y = run_ffn(serving, handle, linears, weights, x, activation=activation)
     biases = dict.fromkeys(("gate_proj", "up_proj", "down_proj"))
-    assert_close(y, reference.ffn_mixture(x, weights, biases, activation, own)[0])
+    assert_close(y, reference.ffn_mixture(x, weights, biases, activation, ffn_mixture)[0])
 
 
 def test_an_ffn_mixture_and_linear_mixtures_live_in_one_ffn() -> None:
     d, width = 24, 40
     weights = ffn_weights(d, width, torch.float32)
     names = ("gate_proj", "up_proj", "down_proj")
-    own = FfnMixture(ffn_experts(names, d, width, 3), TopK(2), random(3, d, seed=24))
+    ffn_mixture = FfnMixture(ffn_experts(names, d, width, 3), TopK(2), random(3, d, seed=24))
     up, down = mixture(TopK(1), (2, 3), d, width, 30), mixture(Soft(), (1, 2), width, d, 40)
     serving, handle, linears = ffn_setup(d, width, torch.float32)
-    serving.store(0, SlotWeights({}, {handle: ffn_piece(own)}))
+    serving.store(0, SlotWeights({}, {handle: ffn_piece(ffn_mixture)}))
     pieces = {linears[0]: [piece(up, width, "up")], linears[1]: [piece(down, 0, "down")]}
     serving.store(1, SlotWeights(pieces, {}))
-    serving.store(2, SlotWeights({linears[1]: [piece(down, 0, "down")]}, {handle: ffn_piece(own)}))
+    serving.store(
+        2, SlotWeights({linears[1]: [piece(down, 0, "down")]}, {handle: ffn_piece(ffn_mixture)})
+    )
     x = random(9, d, seed=25)
     serving.begin_step([Run(0, 0, 3), Run(1, 3, 6), Run(2, 6, 9)])
     y = run_ffn(serving, handle, linears, weights, x)
     biases = dict.fromkeys(weights)
-    whole = reference.ffn_mixture(x, weights, biases, "silu", own)[0]
+    whole = reference.ffn_mixture(x, weights, biases, "silu", ffn_mixture)[0]
     assert_close(y[:3], whole[:3])
     hidden = (
         torch.nn.functional.silu(x @ weights["gate_proj"].T)
@@ -150,8 +154,8 @@ def test_an_ffn_mixture_and_linear_mixtures_live_in_one_ffn() -> None:
     expected = reference.linear_mixture(hidden, weights["down_proj"], None, down)[0]
     assert_close(y[3:6], expected[3:6])
     # Slot 2's linear mixture on down reads h = sum_e w_e u_e, which the definition keeps inside.
-    w = reference.route(x, own.router, own.policy, 3).weights
-    pairs = [own.experts[name].split() for name in names[:2]]
+    w = reference.route(x, ffn_mixture.router, ffn_mixture.policy, 3).weights
+    pairs = [ffn_mixture.experts[name].split() for name in names[:2]]
     h = torch.zeros(9, width)
     for e in range(3):
         gate, up_e = (

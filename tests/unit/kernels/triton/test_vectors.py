@@ -19,12 +19,12 @@ EAGER = replace(CAPACITY, vectors=True)
 
 
 def vectors(policy, heads: int, seed: int) -> ScaleMixture:
-    own = 1 + random(heads, EXPERTS, WIDTH, seed=seed, scale=0.5)
-    return ScaleMixture(own, policy, random(EXPERTS, WIDTH, seed=seed + 1))
+    scales = 1 + random(heads, EXPERTS, WIDTH, seed=seed, scale=0.5)
+    return ScaleMixture(scales, policy, random(EXPERTS, WIDTH, seed=seed + 1))
 
 
-def piece(own: ScaleMixture, start: int, site: str) -> ScalePiece:
-    return ScalePiece(site, own.policy, own.router, own.vectors, start)
+def piece(mixture: ScaleMixture, start: int, site: str) -> ScalePiece:
+    return ScalePiece(site, mixture.policy, mixture.router, mixture.vectors, start)
 
 
 def test_vectors_multiply_what_the_linear_mixtures_left() -> None:
@@ -56,19 +56,19 @@ def test_vectors_multiply_what_the_linear_mixtures_left() -> None:
 
 
 def test_vectors_multiply_an_ffns_intermediate_until_they_are_unloaded() -> None:
-    own = vectors(Soft(), 1, 1)
+    mixture = vectors(Soft(), 1, 1)
     serving = backend(EAGER)
     up = serving.register_linear(LinearShape("gate_up", 6, 2 * WIDTH))
     down = serving.register_linear(LinearShape("down", WIDTH, 6))
     mlp = serving.register_ffn(FfnShape("mlp", up, down, WIDTH))
-    weights = SlotWeights({}, {}, {}, {mlp: piece(own, 0, "mlp")})
+    weights = SlotWeights({}, {}, {}, {mlp: piece(mixture, 0, "mlp")})
     serving.store(0, weights)
     assert serving.resident_bytes(0) >= 4 * 2 * EXPERTS * WIDTH
     base = random(4, WIDTH, seed=3)
     h = base.clone()
     serving.begin_step([Run(0, 1, 3)])
     serving.ffn(h, torch.zeros(4, 2 * WIDTH), mlp)
-    assert_close(h[1:3], scale_mixture(base[1:3], own)[0])
+    assert_close(h[1:3], scale_mixture(base[1:3], mixture)[0])
     assert torch.equal(h[[0, 3]], base[[0, 3]])
     packed = serving.erase(0)
     assert serving.resident_bytes(0) == 0

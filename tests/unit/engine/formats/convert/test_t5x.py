@@ -58,18 +58,18 @@ def test_the_formula(arrays, alpha, top_k):
     (site,) = adapter.sites.values()
     x = np.random.default_rng(7).normal(size=(TOKENS, INPUTS))
     weight = torch.from_numpy(arrays["decoder/layers_3/mlp/wi/kernel"]).float().T
-    found, _ = linear_mixture(torch.from_numpy(x).float(), weight, None, site)
+    result, _ = linear_mixture(torch.from_numpy(x).float(), weight, None, site)
     delta = molora(arrays, x, alpha, top_k)
     expected = x @ arrays["decoder/layers_3/mlp/wi/kernel"] + delta
     assert np.abs(delta).max() > 1
-    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=0, atol=2e-4)
 
 
 def test_soft_mixing_with_alpha_16_is_the_default(arrays):
-    found = t5x.convert(arrays, MODULES)
-    assert found.digest == t5x.convert(arrays, MODULES, alpha=16, top_k=None).digest
-    assert found.digest != t5x.convert(arrays, MODULES, alpha=8).digest
-    assert found.digest != t5x.convert(arrays, MODULES, top_k=EXPERTS).digest
+    result = t5x.convert(arrays, MODULES)
+    assert result.digest == t5x.convert(arrays, MODULES, alpha=16, top_k=None).digest
+    assert result.digest != t5x.convert(arrays, MODULES, alpha=8).digest
+    assert result.digest != t5x.convert(arrays, MODULES, top_k=EXPERTS).digest
 
 
 def test_the_native_format_keeps_it(arrays, tmp_path):
@@ -175,8 +175,8 @@ def test_mov_rescales_heads_and_an_intermediate(vectors, tmp_path):
         names = f"{path}/mov_scaling", f"{path}/router/router_weights/v/kernel"
         expected = mov(u, *(vectors[name].astype(np.float64) for name in names))
         flat = torch.from_numpy(u).float().flatten(1)
-        found, _ = scale_mixture(flat, adapter.sites[site])
-        np.testing.assert_allclose(found.numpy(), expected.reshape(TOKENS, -1), atol=1e-5)
+        result, _ = scale_mixture(flat, adapter.sites[site])
+        np.testing.assert_allclose(result.numpy(), expected.reshape(TOKENS, -1), atol=1e-5)
         assert adapter.sites[site].of == ("output" if path == K else "input")
     native.write(adapter, tmp_path / "mov")
     assert formats.read(tmp_path / "mov").digest == adapter.digest

@@ -81,22 +81,22 @@ def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path):
     saved["again"] = saved["half"]
     path = tmp_path / "tensors.bin"
     torch.save(OrderedDict(saved), path)
-    found = pickles.load(path.name, path.read_bytes(), Limits())
-    assert list(found) == list(saved)
-    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    result = pickles.load(path.name, path.read_bytes(), Limits())
+    assert list(result) == list(saved)
+    assert all(torch.equal(result[name], saved[name]) for name in saved)
 
 
 @pytest.mark.parametrize(
-    ("tensor", "found"),
+    ("tensor", "message"),
     [
         (torch.eye(4).to_sparse(), "_rebuild_sparse_tensor"),
         (torch.empty(2, 64, device="meta"), "_rebuild_meta_tensor_no_storage"),
     ],
     ids=["sparse", "meta"],
 )
-def test_a_tensor_without_plain_values(edited, tensor, found):
+def test_a_tensor_without_plain_values(edited, tensor, message):
     error = refusal(CorruptFileError, edited("lora", tensors={NAME: tensor}))
-    assert error.found == f"a pickled torch._utils.{found}"
+    assert error.found == f"a pickled torch._utils.{message}"
 
 
 def test_compressed_records_are_refused(adapter):

@@ -32,9 +32,9 @@ def sharded(tmp_path):
     parts = {f"adapter_model-0000{i + 1}-of-00003.safetensors": i for i in range(3)}
     weight_map = {}
     for file, i in parts.items():
-        own = dict(list(tensors.items())[i::3])
-        save_file(own, tmp_path / "a" / file)
-        weight_map |= dict.fromkeys(own, file)
+        part = dict(list(tensors.items())[i::3])
+        save_file(part, tmp_path / "a" / file)
+        weight_map |= dict.fromkeys(part, file)
     write(tmp_path / "a", weight_map)
     return tmp_path / "a", weight_map
 
@@ -88,9 +88,9 @@ def test_float8_is_what_its_values_are(tmp_path, dtype):
     shutil.copytree(Case("dora").path, tmp_path / "a")
     tensors = {name: t.to(dtype) for name, t in load_file(Case("dora").path / WHOLE).items()}
     save_file(tensors, tmp_path / "a" / WHOLE)
-    found = formats.read(tmp_path / "a")
+    result = formats.read(tmp_path / "a")
     save_file({name: t.float() for name, t in tensors.items()}, tmp_path / "a" / WHOLE)
-    assert found.digest == formats.read(tmp_path / "a").digest
+    assert result.digest == formats.read(tmp_path / "a").digest
 
 
 @pytest.mark.parametrize("shape", [(0,), (64,), (0, 64), (2, 0)])

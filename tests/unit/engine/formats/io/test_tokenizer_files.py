@@ -48,14 +48,14 @@ def test_what_transformers_saved_is_read_as_transformers_reads_it(
     folder = saved(tmp_path / "adapter", template, in_config)
     assert (folder / TEMPLATES[DEFAULT]).exists() is not in_config
     expected = AutoTokenizer.from_pretrained(folder)
-    found = read(folder)
+    result = read(folder)
     for name, tools in ((DEFAULT, None), (TOOL_USE, [])):
-        text = found.templates.get(name) or found.templates[DEFAULT]
+        text = result.templates.get(name) or result.templates[DEFAULT]
         assert text == expected.get_chat_template(tools=tools)
-    assert found.special_tokens == expected.special_tokens_map
+    assert result.special_tokens == expected.special_tokens_map
     added = [str(token) for token in expected.added_tokens_decoder.values()]
-    assert found.added_tokens == tuple(added)
-    assert "<|pad|>" in found.added_tokens
+    assert result.added_tokens == tuple(added)
+    assert "<|pad|>" in result.added_tokens
 
 
 def test_a_file_stands_in_for_the_configs_template(tmp_path: Path) -> None:

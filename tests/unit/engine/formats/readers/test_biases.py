@@ -104,8 +104,8 @@ def test_the_reference_answers_as_peft_does(bases, tmp_path, name):
             merge_checkpoint(base, merged, tmp_path / "merged")
         return
     merge_checkpoint(base, merged, tmp_path / "merged")
-    found = logits_of(tiny_models.load(tmp_path / "merged"), TOKENS)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    result = logits_of(tiny_models.load(tmp_path / "merged"), TOKENS)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
 def test_a_merged_lora_keeps_what_lora_b_adds(bases, tmp_path):

@@ -130,7 +130,7 @@ def test_each_parameter_may_say_its_own(model, saved):
 
 
 @pytest.mark.parametrize(
-    ("fields", "where", "found"),
+    ("fields", "where", "message"),
     [
         ({"lora_B_layout": "by_row"}, "lora_B_layout", "'by_row'"),
         ({"lora_B_layout": ["rank_major"]}, "lora_B_layout", "['rank_major']"),
@@ -150,11 +150,11 @@ def test_each_parameter_may_say_its_own(model, saved):
         ),
     ],
 )
-def test_any_other_word_is_refused(saved, fields, where, found):
+def test_any_other_word_is_refused(saved, fields, where, message):
     saved.edit(**fields)
     error = refusal(ConfigError, saved.directory)
     assert where in error.where
-    assert error.found == found
+    assert error.found == message
     assert "rank_major" in error.expected or "grouped_by_expert" in error.expected
 
 

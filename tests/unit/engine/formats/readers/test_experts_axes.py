@@ -48,11 +48,11 @@ def test_from_a_position_on_it_goes_on_from_what_the_base_has_read(model):
     """The base's router up to there, and the adapted one on the base's cache from there on."""
     adapter, ids = formats.read(Case("moe-all-linear").path), torch.tensor([TOKENS])
     with attach(model, adapter, start=4):
-        found = model(ids, use_cache=False).logits[0]
+        result = model(ids, use_cache=False).logits[0]
     read = model(ids[:, :4], use_cache=True)
     with attach(model, adapter):
         after = model(ids[:, 4:], past_key_values=read.past_key_values).logits[0]
-    torch.testing.assert_close(found, torch.cat([read.logits[0], after]), rtol=0, atol=LOGITS)
+    torch.testing.assert_close(result, torch.cat([read.logits[0], after]), rtol=0, atol=LOGITS)
 
 
 def edited(case, directory, keep=lambda name: True, **fields):
@@ -76,8 +76,8 @@ def test_a_version_that_contradicts_the_shapes(tmp_path):
 
 def test_without_a_version_two_pairs_tell_by_their_shapes(tmp_path):
     for case in ("experts-peft-0.18", "experts-unsloth-grouped"):
-        found = formats.read(edited(case, tmp_path / case, peft_version=None))
-        assert found.digest == formats.read(Case(case).path).digest
+        result = formats.read(edited(case, tmp_path / case, peft_version=None))
+        assert result.digest == formats.read(Case(case).path).digest
 
 
 def test_one_pair_by_its_version_must_fit_the_base(tiny, tmp_path):
@@ -87,15 +87,15 @@ def test_one_pair_by_its_version_must_fit_the_base(tiny, tmp_path):
         return ".experts." not in name or "base_layer" in name
 
     fields = {"target_parameters": ["mlp.experts.gate_up_proj"]}
-    own = edited("experts-peft-0.18", tmp_path / "a", keep, **fields)
-    assert problems(formats.read(own), tiny, Limits()) == []
+    site_experts = edited("experts-peft-0.18", tmp_path / "a", keep, **fields)
+    assert problems(formats.read(site_experts), tiny, Limits()) == []
     for version in ("0.21.0", None):
         other = edited("experts-peft-0.18", tmp_path / f"{version}", keep, **fields)
         config = json.loads((other / "adapter_config.json").read_text())
         text = json.dumps({**config, "peft_version": version})
         (other / "adapter_config.json").write_text(text)
-        found = problems(formats.read(other), tiny, Limits())
-        assert any(isinstance(problem, ShapeError) for problem in found)
+        result = problems(formats.read(other), tiny, Limits())
+        assert any(isinstance(problem, ShapeError) for problem in result)
 
 
 def test_a_square_pair_without_a_version_is_in_doubt(tmp_path):
@@ -167,7 +167,7 @@ def test_other_bases_experts_routers_and_shared_experts_are_pefts(tmp_path, mode
 
 def test_older_granites_modules_and_gemmas_parent_are_the_same_experts(tmp_path):
     """As PEFT names them: two modules of one weight each, and both parameters on `moe`."""
-    own = formats.read(edited("experts-unsloth-grouped", tmp_path / "own"))
+    site_experts = formats.read(edited("experts-unsloth-grouped", tmp_path / "own"))
     tensors = load_file(tmp_path / "own" / WEIGHTS)
     for name, rename, parameters in (
         (
@@ -182,10 +182,10 @@ def test_older_granites_modules_and_gemmas_parent_are_the_same_experts(tmp_path)
         fields = {"target_parameters": parameters}
         directory = edited("experts-unsloth-grouped", tmp_path / name, **fields)
         save_file({rename(key): tensor for key, tensor in tensors.items()}, directory / WEIGHTS)
-        found = formats.read(directory).sites
+        result = formats.read(directory).sites
         block = "" if name == "gemma" else "mlp."
-        for site, mixture in own.sites.items():
-            other = found[site.replace("mlp.experts", f"{block}experts")]
+        for site, mixture in site_experts.sites.items():
+            other = result[site.replace("mlp.experts", f"{block}experts")]
             assert torch.equal(mixture.experts.a, other.experts.a)
             assert torch.equal(mixture.experts.b, other.experts.b)
 

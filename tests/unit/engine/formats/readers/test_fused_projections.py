@@ -43,21 +43,21 @@ def test_halves_are_gate_and_up(fused):
 
 
 def test_a_half_beside_the_whole_is_refused(fused):
-    own = {
+    expected = {
         f"mixlora.layers.{i}.mlp.up_proj.experts.{e}.lora_{half}.weight": torch.ones(shape)
         for i in range(4)
         for e in range(4)
         for half, shape in (("A", (2, 64)), ("B", (176, 2)))
     }
-    error = refusal(UnsupportedError, fused(**own)[1])
+    error = refusal(UnsupportedError, fused(**expected)[1])
     assert error.found == "gate_up_proj beside up_proj"
 
 
 def test_an_odd_number_of_outputs_is_refused(fused):
-    own = {
+    expected = {
         f"mixlora.layers.{i}.mlp.gate_up_proj.experts.{e}.lora_B.weight": torch.ones(351, 2)
         for i in range(4)
         for e in range(4)
     }
-    error = refusal(ShapeError, fused(**own)[1])
+    error = refusal(ShapeError, fused(**expected)[1])
     assert (error.found, error.expected) == ("351 outputs", "as many gates as ups")

@@ -56,13 +56,13 @@ def adapter(golden):
 
 def slices(name, u, s, v):
     """U, S and V^T of what an init_type takes, cut as the authors' code cuts them."""
-    length, own = len(s) // EXPERTS, RANK // EXPERTS
+    length, rank_of_one = len(s) // EXPERTS, RANK // EXPERTS
     starts = {
         "goat": [i * length for i in range(EXPERTS)],
-        "goat_mini": [(i + 1) * length - own for i in range(EXPERTS)],
+        "goat_mini": [(i + 1) * length - rank_of_one for i in range(EXPERTS)],
     }
     if name in starts:
-        cuts = [slice(start, start + own) for start in starts[name]]
+        cuts = [slice(start, start + rank_of_one) for start in starts[name]]
     else:
         half = RANK // 2
         cuts = {
@@ -109,12 +109,12 @@ def test_scalings_go_by_the_init_type(edited, golden, config, scaling):
     tensors = torch.load(golden / "cases" / "goat" / "adapter_model.bin", weights_only=True)
     stored = torch.cat([tensors[f"{STEM}.lora_B.{e}.weight"] for e in range(EXPERTS)], dim=1)
     torch.testing.assert_close(adapter.sites[SITE].experts.b, stored * scaling)
-    own = any(name.startswith("molehill_") for name in config)
+    converted = any(name.startswith("molehill_") for name in config)
     said = [text.partition(":")[0] for text in adapter.warnings]
     beside = [text for text in said if text.startswith("init_type is ")]
     assert beside == ([f"init_type is {config['init_type']!r}"] if changes else [])
     assert [text for text in said if text not in beside] == (
-        [] if own else ["GOAT saves no scaling"]
+        [] if converted else ["GOAT saves no scaling"]
     )
 
 
@@ -225,15 +225,15 @@ def test_the_native_format_keeps_the_shared_pair(adapter, tmp_path):
     again = formats.read(tmp_path / "copy")
     assert again.digest == adapter.digest
     for half in ("a", "b"):
-        read, own = (getattr(a.sites[SITE].shared, half) for a in (again, adapter))
-        assert torch.equal(read, own)
+        read, written = (getattr(a.sites[SITE].shared, half) for a in (again, adapter))
+        assert torch.equal(read, written)
     tensors = load_file(tmp_path / "copy" / native.WEIGHTS)
     for name, kind, changed in (
         (f"{SITE}.shared.a", MissingTensorError, None),
         (f"{SITE}.shared.b", ShapeError, torch.ones(OUT, 3)),
         (f"{SITE}.shared.b", CorruptFileError, tensors[f"{SITE}.shared.b"] + 1),
     ):
-        others = {own: tensor for own, tensor in tensors.items() if own != name}
+        others = {value: tensor for value, tensor in tensors.items() if value != name}
         save_file(
             others if changed is None else {**others, name: changed},
             tmp_path / "copy" / native.WEIGHTS,
@@ -246,8 +246,10 @@ def outputs(mixture, x):
 
 
 def test_a_static_site_merges_with_its_shared_pair(adapter):
-    own = adapter.sites[SITE]
-    static = LinearMixture(own.experts, own.policy, torch.zeros(EXPERTS, INPUTS), shared=own.shared)
+    mixture = adapter.sites[SITE]
+    static = LinearMixture(
+        mixture.experts, mixture.policy, torch.zeros(EXPERTS, INPUTS), shared=mixture.shared
+    )
     merged, (site,) = merge_static(type(adapter)("goat", {SITE: static}))
     assert (site.rank_before, site.rank_after) == (RANK + RANK, 4 + RANK)
     x = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(1))
@@ -259,8 +261,8 @@ def test_what_is_merged_into_the_base_is_taken_back_beside_the_shared_pair(adapt
     pair = Experts(
         torch.randn(3, INPUTS, generator=draw), torch.randn(OUT, 3, generator=draw), (3,)
     )
-    found = subtract(adapter, {SITE: pair}).sites[SITE]
-    assert found.policy == TopK(2)
+    result = subtract(adapter, {SITE: pair}).sites[SITE]
+    assert result.policy == TopK(2)
     x = torch.randn(5, INPUTS, generator=draw)
     expected = outputs(adapter.sites[SITE], x) - x @ pair.a.T @ pair.b.T
-    torch.testing.assert_close(outputs(found, x), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(outputs(result, x), expected, rtol=1e-4, atol=1e-3)

@@ -113,10 +113,10 @@ RENAMED = {
 def test_other_names_are_the_same_adapter_and_a_warning_says_so(saved, tmp_path, case):
     rename, what = RENAMED[case]
     plain = {"rank_pattern": {"layers.1.self_attn.q_proj": 3}}
-    found = formats.read(renamed(saved[0], tmp_path / "a", rename, **plain))
-    assert found.digest == formats.read(saved[0]).digest
-    assert [warning for warning in found.warnings if what and what in warning] or not what
-    assert len(found.warnings) == 0 if what is None else len(found.warnings) >= 1
+    result = formats.read(renamed(saved[0], tmp_path / "a", rename, **plain))
+    assert result.digest == formats.read(saved[0]).digest
+    assert [warning for warning in result.warnings if what and what in warning] or not what
+    assert len(result.warnings) == 0 if what is None else len(result.warnings) >= 1
 
 
 def test_pefts_own_names_are_served_as_peft_does_without_a_word(model, saved):
@@ -124,8 +124,8 @@ def test_pefts_own_names_are_served_as_peft_does_without_a_word(model, saved):
     adapter = formats.read(directory)
     assert adapter.warnings == ()
     with attach(model, adapter):
-        found = logits_of(model, TOKENS)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        result = logits_of(model, TOKENS)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
     assert (logits_of(model, TOKENS) - expected).abs().max() > 0.1
 
 
@@ -137,8 +137,8 @@ def test_full_names_are_those_of_any_surroundings(saved, tmp_path):
         for name in ("self_attn.q_proj", "mlp.down_proj")
     ]
     same = lambda name: name  # noqa: E731
-    found = formats.read(renamed(saved[0], tmp_path / "a", same, target_modules=full))
-    assert (found.digest, found.warnings) == (formats.read(saved[0]).digest, ())
+    result = formats.read(renamed(saved[0], tmp_path / "a", same, target_modules=full))
+    assert (result.digest, result.warnings) == (formats.read(saved[0]).digest, ())
     error = refusal(
         UnsupportedError, renamed(saved[0], tmp_path / "b", same, target_modules=full[:-1])
     )
@@ -147,14 +147,14 @@ def test_full_names_are_those_of_any_surroundings(saved, tmp_path):
 
 def test_alphas_of_modules_scale_as_the_config_would(saved, tmp_path):
     """Kohya's and LyCORIS's `.alpha` is divided by the rank of the module's own tensors."""
-    own = formats.read(saved[0])
+    adapter = formats.read(saved[0])
     directory = renamed(saved[0], tmp_path / "a", lambda n: n, rank_pattern={}, alpha_pattern={})
     tensors = load_file(directory / "adapter_model.safetensors")
     for name in [name for name in tensors if "lora_A" in name]:
         alpha = 5.0 if "down_proj" in name else 6.0
         tensors[name.replace("lora_A.weight", "alpha")] = torch.tensor(alpha)
     save_file(tensors, directory / "adapter_model.safetensors")
-    assert formats.read(directory).digest == own.digest
+    assert formats.read(directory).digest == adapter.digest
     name = f"{P}model.layers.2.mlp.down_proj.alpha"
     for bad in (torch.zeros(()), torch.ones(2)):
         save_file({**tensors, name: bad}, directory / "adapter_model.safetensors")
@@ -191,11 +191,11 @@ def test_errors_name_the_files_own_tensor(saved, tmp_path):
 
 def test_patterns_shards_and_names_together_are_pefts_logits(authored, model):
     """The adapter that the engine's tests serve."""
-    own = authored["renamed"]
-    adapter = formats.read(own.path)
+    made = authored["renamed"]
+    adapter = formats.read(made.path)
     assert len(adapter.sites) == 6
     assert {len(adapter.sites[f"layers.{i}.self_attn.q_proj"].experts.a) for i in (0, 1)} == {3, 4}
     with attach(model, adapter):
-        for prompt in own.prompts:
-            found = logits_of(model, prompt.ids)[-1]
-            torch.testing.assert_close(found, prompt.logits, rtol=0, atol=1e-4)
+        for prompt in made.prompts:
+            result = logits_of(model, prompt.ids)[-1]
+            torch.testing.assert_close(result, prompt.logits, rtol=0, atol=1e-4)

@@ -20,8 +20,8 @@ UNKNOWN = "fields that molehill does not know, served as if they were not there:
 def warnings(directory):
     """Less those of what two methods save nowhere."""
     assumed = ("top_k is not in", "GOAT saves no scaling")
-    found = formats.read(directory).warnings
-    return [text for text in found if not any(own in text for own in assumed)]
+    result = formats.read(directory).warnings
+    return [text for text in result if not any(known in text for known in assumed)]
 
 
 @pytest.mark.parametrize("case", EVERY_FORMAT)
@@ -50,8 +50,8 @@ def test_other_formats_fields_are_unknown_here(edited):
 
 
 def test_fields_of_the_experts_own_lora(edited):
-    own = {"r": 2, "lora_alpha": 6, "use_loha": True}
-    (warning,) = warnings(edited("mixlora-expert-lora", {"expert_lora": own}))
+    config = {"r": 2, "lora_alpha": 6, "use_loha": True}
+    (warning,) = warnings(edited("mixlora-expert-lora", {"expert_lora": config}))
     assert warning == f"adapter_config.json: expert_lora: {UNKNOWN}use_loha = True"
 
 

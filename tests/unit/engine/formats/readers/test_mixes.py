@@ -179,9 +179,11 @@ def write(directory, document):
 def test_prototypes_are_the_first_right_singular_vectors():
     a, b = torch.randn(3, 20), torch.randn(30, 3)
     expected = torch.linalg.svd((b @ a).double()).Vh[0].float()
-    found = prototype(a, b)
-    assert torch.allclose(found, expected, atol=1e-5) or torch.allclose(found, -expected, atol=1e-5)
-    assert found[found.abs().argmax()] > 0
+    result = prototype(a, b)
+    assert torch.allclose(result, expected, atol=1e-5) or torch.allclose(
+        result, -expected, atol=1e-5
+    )
+    assert result[result.abs().argmax()] > 0
     wide = prototype(torch.randn(6, 4), torch.randn(9, 6))
     assert wide.norm() == pytest.approx(1, abs=1e-6)
 
@@ -198,9 +200,9 @@ def test_arrow_is_a_mixture_of_the_tasks(authored):
     site, path = adapter.sites[SITE], authored["arrow"].path
     assert site.experts.ranks == (3, 3, 3)
     for e, (task, (a, b)) in enumerate(zip(TASKS, site.experts.split(), strict=True)):
-        own = formats.read(path / task).sites[SITE].experts
-        assert torch.equal(a, own.a)
-        assert torch.equal(b, own.b)
+        site_experts = formats.read(path / task).sites[SITE].experts
+        assert torch.equal(a, site_experts.a)
+        assert torch.equal(b, site_experts.b)
         assert torch.equal(site.router[e], prototype(a, b))
 
 
@@ -259,17 +261,17 @@ def test_a_learned_gate_takes_what_every_adapter_adapts(authored):
     for site, mixture in adapter.sites.items():
         for lora, (a, b) in zip(loras, mixture.experts.split(), strict=True):
             if site in lora.sites:
-                own = lora.sites[site].experts
-                assert torch.equal(a, own.a)
-                assert torch.equal(b, own.b)
+                site_experts = lora.sites[site].experts
+                assert torch.equal(a, site_experts.a)
+                assert torch.equal(b, site_experts.b)
             else:
                 assert not b.any()
 
 
 def test_without_top_k_every_adapter_acts_and_the_temperature_divides(copied, authored):
-    found = formats.read(copied("molora", {"top_k": None, "router_temperature": 2}))
+    result = formats.read(copied("molora", {"top_k": None, "router_temperature": 2}))
     whole = formats.read(authored["molora"].path)
-    for site, mixture in found.sites.items():
+    for site, mixture in result.sites.items():
         assert mixture.policy == Soft()
         assert torch.equal(mixture.router, whole.sites[site].router / 2)
 

@@ -33,10 +33,10 @@ class Linear(nn.Module):
 
     def __init__(self, base: nn.Linear, draw: torch.Generator) -> None:
         super().__init__()
-        own, inputs, out = RANK // EXPERTS, base.in_features, base.out_features
+        rank_of_one, inputs, out = RANK // EXPERTS, base.in_features, base.out_features
         self.base, self.weights = base, torch.empty(0)
-        self.a = [random(own, inputs, draw=draw) / inputs**0.5 for _ in range(EXPERTS)]
-        self.b = [random(out, own, draw=draw) / 4 for _ in range(EXPERTS)]
+        self.a = [random(rank_of_one, inputs, draw=draw) / inputs**0.5 for _ in range(EXPERTS)]
+        self.b = [random(out, rank_of_one, draw=draw) / 4 for _ in range(EXPERTS)]
         self.tasks, self.gate = (
             random(TASKS + 1, WIDTH, draw=draw),
             random(EXPERTS, WIDTH, draw=draw),
@@ -49,12 +49,12 @@ class Linear(nn.Module):
         return result
 
     def state(self) -> dict[str, Tensor]:
-        found = {"lora_task_embedding.weight": self.tasks, "lora_gate.GateL.weight": self.gate}
+        result = {"lora_task_embedding.weight": self.tasks, "lora_gate.GateL.weight": self.gate}
         for i in range(EXPERTS):
             for name in (f"{i}.weight", f"{i}.mlp.weight"):
-                found[f"lora_A.loraA.{name}"] = self.a[i].clone()
-                found[f"lora_B.loraB.{name}"] = self.b[i].clone()
-        return found
+                result[f"lora_A.loraA.{name}"] = self.a[i].clone()
+                result[f"lora_B.loraB.{name}"] = self.b[i].clone()
+        return result
 
 
 def random(*shape: int, draw: torch.Generator) -> Tensor:
@@ -110,11 +110,11 @@ class Authored:
     @torch.no_grad()
     def logits(self, task: int, tokens: Tensor) -> Tensor:
         for module in self.modules.values():
-            own = (self.tasks, self.gate) if self.shared else (module.tasks, module.gate)
-            module.weights = gate_weights(*own, task)
+            tasks_and_gate = (self.tasks, self.gate) if self.shared else (module.tasks, module.gate)
+            module.weights = gate_weights(*tasks_and_gate, task)
         with replaced(self.model, self.modules):
-            found: Tensor = self.model(tokens, use_cache=False).logits
-        return found
+            result: Tensor = self.model(tokens, use_cache=False).logits
+        return result
 
 
 @pytest.fixture(params=[True, False], ids=["one gate for all", "a gate each"])
@@ -124,17 +124,17 @@ def authored(request, tmp_path):
 
 @torch.no_grad()
 def test_a_tasks_copy_answers_as_the_authors_code(authored, tmp_path):
-    tokens, found = torch.tensor([[303, 316, 288, 262, 352, 17]]), {}
+    tokens, result = torch.tensor([[303, 316, 288, 262, 352, 17]]), {}
     for task in (1, TASKS):
         expected = authored.logits(task, tokens)
         copy = tmp_path / str(task)
         assert convert.main([str(authored.folder), str(copy), "--task", str(task)]) == 0
         adapter = formats.read(copy)
         with attach(authored.model, adapter):
-            found[task] = authored.model(tokens, use_cache=False).logits
-        torch.testing.assert_close(found[task], expected, rtol=0, atol=1e-4)
+            result[task] = authored.model(tokens, use_cache=False).logits
+        torch.testing.assert_close(result[task], expected, rtol=0, atol=1e-4)
         assert (adapter.kind, len(adapter.sites), adapter.warnings) == ("moelora", 8, ())
-    assert (found[1] - found[TASKS]).abs().max() > 0.1
+    assert (result[1] - result[TASKS]).abs().max() > 0.1
     # Nothing is left to decide: it serves as a plain LoRA.
     merged, _ = merge_static(adapter)
     assert all(is_plain(mixture) for mixture in merged.sites.values())

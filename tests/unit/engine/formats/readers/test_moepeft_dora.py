@@ -81,8 +81,8 @@ def test_magnitudes_are_read_and_those_not_saved_are_warned_of(directory, oracle
     adapter = formats.read(directory)
     site = adapter.sites["layers.1.mlp"]
     assert sorted(site.magnitudes) == ["gate_proj", "up_proj"]
-    found = oracles["golden"].tensors[MAGNITUDE]
-    assert torch.equal(site.magnitudes["up_proj"][2], found)
+    result = oracles["golden"].tensors[MAGNITUDE]
+    assert torch.equal(site.magnitudes["up_proj"][2], result)
     (warning,) = adapter.warnings
     assert "no magnitudes are saved for layers.0.mlp.down_proj and 3 more" in warning
 
@@ -116,7 +116,7 @@ def stray(tensors):
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "where", "found"),
+    ("change", "kind", "where", "message"),
     [
         (down, UnsupportedError, "layers.0.mlp.down_proj.magnitude", "once per expert"),
         (drop, MissingTensorError, MAGNITUDE, "no such tensor"),
@@ -124,14 +124,14 @@ def stray(tensors):
         (stray, UnsupportedError, "experts.7.lora_magnitude_vector", "a DoRA magnitude"),
     ],
 )
-def test_magnitudes_that_cannot_be_served(directory, oracles, change, kind, where, found):
+def test_magnitudes_that_cannot_be_served(directory, oracles, change, kind, where, message):
     tensors = dict(oracles["golden"].tensors)
     change(tensors)
     save_file(tensors, directory / "adapter_model.safetensors")
     with pytest.raises(kind) as caught:
         formats.read(directory)
     assert where in caught.value.where
-    assert found in caught.value.found
+    assert message in caught.value.found
 
 
 def test_magnitudes_without_use_dora(directory):

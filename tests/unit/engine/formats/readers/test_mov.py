@@ -79,7 +79,7 @@ def test_static_vectors(vectors, router, policy, reason):
 
 
 @pytest.mark.parametrize(
-    ("tensors", "kind", "where", "found"),
+    ("tensors", "kind", "where", "message"),
     [
         ({f"{K}.router.weight": None}, MissingTensorError, f"{K}.router", "no such tensor"),
         ({f"{K}.mov_scaling": None}, MissingTensorError, f"{K}.mov_scaling", "no such tensor"),
@@ -97,10 +97,10 @@ def test_static_vectors(vectors, router, policy, reason):
         ),
     ],
 )
-def test_tensors_that_are_wrong(changed, tensors, kind, where, found):
+def test_tensors_that_are_wrong(changed, tensors, kind, where, message):
     error = refusal(kind, changed(tensors))
     assert where in error.where
-    assert found in error.found
+    assert message in error.found
 
 
 def test_configs_that_are_wrong(changed):
@@ -123,7 +123,7 @@ def scales(heads, width, of="output"):
 
 
 @pytest.mark.parametrize(
-    ("site", "mixture", "kind", "found"),
+    ("site", "mixture", "kind", "message"),
     [
         ("layers.0.self_attn.k_proj", scales(3, 32), ShapeError, "3 heads of width 32"),
         ("layers.0.mlp.down_proj", scales(1, 64, "input"), ShapeError, "1 heads of width 64"),
@@ -132,11 +132,11 @@ def scales(heads, width, of="output"):
         ("layers.9.mlp.down_proj", scales(1, 176, "input"), UnknownTargetError, "no such linear"),
     ],
 )
-def test_vectors_that_do_not_fit_the_base(golden, site, mixture, kind, found):
+def test_vectors_that_do_not_fit_the_base(golden, site, mixture, kind, message):
     adapter = Adapter("mov", {site: mixture})
     (problem,) = problems(adapter, base_model(golden / "tiny-llama"), formats.DEFAULT_LIMITS)
     assert type(problem) is kind
-    assert found in problem.found
+    assert message in problem.found
 
 
 def test_a_policy_with_rows_of_its_own_over_vectors():
@@ -149,7 +149,7 @@ def test_vectors_beside_experts_inside_the_same_ffn(golden):
     pair = Experts(torch.ones(2, 64), torch.ones(176, 2), (1, 1))
     ffn = FfnMixture({"up_proj": pair}, Soft(), torch.ones(2, 64))
     sites = {"layers.0.mlp": ffn, "layers.0.mlp.down_proj": scales(1, 176, "input")}
-    found = problems(
+    result = problems(
         Adapter("mov", sites), base_model(golden / "tiny-llama"), formats.DEFAULT_LIMITS
     )
-    assert [type(problem) for problem in found] == [UnsupportedError]
+    assert [type(problem) for problem in result] == [UnsupportedError]

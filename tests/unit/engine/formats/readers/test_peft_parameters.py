@@ -219,28 +219,28 @@ def pair(inputs, outputs):
 
 
 def problem(mixture, base, site=SITE):
-    (found,) = problems(Adapter("test", {site: mixture}), base, Limits())
-    return found
+    (result,) = problems(Adapter("test", {site: mixture}), base, Limits())
+    return result
 
 
 def test_an_expert_that_the_base_lacks(tiny):
     site = "layers.1.mlp.experts.4.up_proj"
-    found = problem(LinearMixture(pair(64, 48), Constant((1.0,))), tiny, site)
-    assert isinstance(found, UnknownTargetError)
-    assert "layers.1.mlp.experts.0.up_proj" in found.expected
+    result = problem(LinearMixture(pair(64, 48), Constant((1.0,))), tiny, site)
+    assert isinstance(result, UnknownTargetError)
+    assert "layers.1.mlp.experts.0.up_proj" in result.expected
 
 
 def test_an_expert_of_another_width(tiny):
-    found = problem(LinearMixture(pair(64, 47), Constant((1.0,))), tiny)
-    assert isinstance(found, ShapeError)
-    assert (found.where, found.expected) == (f"{SITE}.b", "[48, 2]")
+    result = problem(LinearMixture(pair(64, 47), Constant((1.0,))), tiny)
+    assert isinstance(result, ShapeError)
+    assert (result.where, result.expected) == (f"{SITE}.b", "[48, 2]")
 
 
 def test_a_router_on_an_expert(tiny):
-    own = Experts(torch.ones(2, 64), torch.ones(48, 2), (1, 1))
-    found = problem(LinearMixture(own, Soft(), torch.ones(2, 64)), tiny)
-    assert isinstance(found, UnsupportedError)
-    assert found.found == "a router on an expert of the base model"
+    site_experts = Experts(torch.ones(2, 64), torch.ones(48, 2), (1, 1))
+    result = problem(LinearMixture(site_experts, Soft(), torch.ones(2, 64)), tiny)
+    assert isinstance(result, UnsupportedError)
+    assert result.found == "a router on an expert of the base model"
 
 
 def test_a_static_mix_on_an_expert_is_the_weighted_sum(model, tiny):
@@ -266,9 +266,9 @@ def test_dora_on_an_expert(tiny):
 def test_an_ffn_mixture_on_a_block_of_experts(tiny):
     stack = Experts(torch.ones(4, 64), torch.ones(48, 4), (2, 2))
     mixture = FfnMixture({"up_proj": stack}, TopK(2), torch.ones(2, 64))
-    found = problem(mixture, tiny, "layers.1.mlp")
-    assert isinstance(found, UnsupportedError)
-    assert found.found == "an FFN mixture on a block of 4 experts"
+    result = problem(mixture, tiny, "layers.1.mlp")
+    assert isinstance(result, UnsupportedError)
+    assert result.found == "an FFN mixture on a block of 4 experts"
 
 
 def test_what_the_engine_refuses_is_refused_with_its_reason(tiny):
@@ -316,7 +316,7 @@ NAMES = [
 @pytest.mark.parametrize("patterns", [PATTERNS, dict(reversed(PATTERNS.items()))])
 def test_patterns_match_as_peft_matches(patterns):
     other = pytest.importorskip("peft.utils.other", reason="the dev extra is not installed")
-    found = [Patterns("c", patterns).get(name, 0) for name in NAMES]
+    result = [Patterns("c", patterns).get(name, 0) for name in NAMES]
     keys = [other.get_pattern_key(patterns.keys(), name) for name in NAMES]
-    assert found == [patterns.get(key, 0) for key in keys]
-    assert len(set(found)) > 4
+    assert result == [patterns.get(key, 0) for key in keys]
+    assert len(set(result)) > 4

@@ -73,10 +73,10 @@ def test_the_same_modules_are_adapted_as_by_peft(config):
     peft = pytest.importorskip("peft", reason="the dev extra is not installed")
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    own, theirs = Targeting(Fields("c", config)), peft.LoraConfig(**config)
-    found = [own.against(module) is None for module in MODULES]
-    assert found == [bool(check_target_module_exists(theirs, module)) for module in MODULES]
-    assert True in found or "nowhere" in str(config)
+    ours, theirs = Targeting(Fields("c", config)), peft.LoraConfig(**config)
+    result = [ours.against(module) is None for module in MODULES]
+    assert result == [bool(check_target_module_exists(theirs, module)) for module in MODULES]
+    assert True in result or "nowhere" in str(config)
 
 
 def test_architectures_own_targets_are_not_in_the_file():

@@ -141,7 +141,7 @@ def test_widths_come_from_a_base(saved: Any, name: str, word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "limits", "found"),
+    ("name", "limits", "message"),
     [
         ("loha", Limits(rank=8), "rank 9, the product of LoHa's two ranks of 3"),
         ("lokr", Limits(rank=15), "the product of its two factors' "),
@@ -151,10 +151,10 @@ def test_widths_come_from_a_base(saved: Any, name: str, word: str) -> None:
         ("vera", Limits(adapter_bytes=30_000), "bytes of low-rank pairs up to here"),
     ],
 )
-def test_limits(saved: Any, name: str, limits: Limits, found: str) -> None:
+def test_limits(saved: Any, name: str, limits: Limits, message: str) -> None:
     with pytest.raises(LimitError) as caught:
         read(saved(name)[0], limits)
-    assert found in caught.value.found
+    assert message in caught.value.found
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_tensors_that_are_wrong(
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "where", "found"),
+    ("name", "config", "where", "message"),
     [
         ("adalora", {"use_dora": True}, "use_dora", "DoRA"),
         ("adalora", {"alora_invocation_tokens": [5]}, "alora_invocation_tokens", "activated"),
@@ -203,12 +203,12 @@ def test_tensors_that_are_wrong(
     ],
 )
 def test_configs_that_are_refused(
-    changed: Any, name: str, config: Any, where: str, found: str
+    changed: Any, name: str, config: Any, where: str, message: str
 ) -> None:
     with pytest.raises(UnsupportedError) as caught:
         read(changed(name, config=config))
     assert where in caught.value.where
-    assert found in caught.value.found
+    assert message in caught.value.found
 
 
 def test_ranks_that_contradict_the_pattern(changed: Any) -> None:
@@ -284,12 +284,12 @@ def test_other_tuners_are_refused_by_name_with_what_they_would_need(
 
 
 def test_neither_adds_up_in_a_static_mix(saved: Any, tmp_path: Path) -> None:
-    for name, found in (("hra", "a reflection (HRA)"), ("ia3", "a vector that scales")):
+    for name, result in (("hra", "a reflection (HRA)"), ("ia3", "a vector that scales")):
         directory = tmp_path / name
         shutil.copytree(saved(name)[0], directory / "part")
         document = {"kind": "mix", "adapters": {"part": 1.0}}
         (directory / "molehill_mix.json").write_text(json.dumps(document))
-        assert refusal(UnsupportedError, directory).found == f"{found}, which does not add up"
+        assert refusal(UnsupportedError, directory).found == f"{result}, which does not add up"
 
 
 def test_plan_and_costs_of_a_reflection(saved: Any) -> None:

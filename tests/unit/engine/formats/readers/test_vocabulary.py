@@ -53,10 +53,10 @@ def test_the_reference_answers_as_peft_does(
     assert again.digest == adapter.digest
     assert not adapter.warnings
     with attach(tiny_models.load(base), again) as model:
-        found = logits(model)
+        result = logits(model)
     plain, expected = logits(tiny_models.load(base)), logits(oracle)
     assert (expected - plain).abs().max() > 0.1
-    assert (found - expected).abs().max() < 1e-4
+    assert (result - expected).abs().max() < 1e-4
 
 
 def test_tied_weights_are_changed_one_by_one(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -153,8 +153,8 @@ def test_merged_into_an_untied_base(saved: Path, bases: dict[str, Path], tmp_pat
     changes = merge_checkpoint(bases["untied"], adapter, tmp_path / "merged")
     assert min(changes["embed_tokens"], changes["lm_head"]) > 0.01
     oracle = peft.PeftModel.from_pretrained(tiny_models.load(bases["untied"]), str(saved))
-    found = logits(tiny_models.load(tmp_path / "merged"))
-    assert (found - logits(oracle)).abs().max() < 1e-4
+    result = logits(tiny_models.load(tmp_path / "merged"))
+    assert (result - logits(oracle)).abs().max() < 1e-4
 
 
 def test_not_merged_into_a_tied_base(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ class Stack(nn.Module):
             linear.weight.data.copy_(random(OUT, INPUTS, seed=seed, scale=INPUTS**-0.5))
             if bias:
                 linear.bias.data.copy_(random(OUT, seed=10 + seed))
-            own = (linear.weight.data.clone(), linear.bias.data.clone() if bias else None)
-            self.originals.append(own)
+            before = (linear.weight.data.clone(), linear.bias.data.clone() if bias else None)
+            self.originals.append(before)
             linear.quant_method.process_weights_after_loading(linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,8 +95,8 @@ def plain(stack: Stack, x: torch.Tensor) -> torch.Tensor:
 
 
 def piece(seed: int) -> LinearPiece:
-    own = experts(INPUTS, OUT, RANKS, seed)
-    return LinearPiece("q", 0, own, TopK(2), router(len(RANKS), INPUTS, seed))
+    site_experts = experts(INPUTS, OUT, RANKS, seed)
+    return LinearPiece("q", 0, site_experts, TopK(2), router(len(RANKS), INPUTS, seed))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def served(request, one_rank):
         handle = backend.register_linear(LinearShape("linear", INPUTS, OUT, dtype))
         linears.add(handle, linear)
         hooks.replace_linear(linear, handle, linears.op, OUT)
-    backend.store(0, SlotWeights({i: [own] for i, own in enumerate(pieces)}, {}))
+    backend.store(0, SlotWeights({i: [one_piece] for i, one_piece in enumerate(pieces)}, {}))
 
     def begin_step(runs: list[Run]) -> None:
         backend.begin_step(runs)
@@ -147,7 +147,7 @@ def test_the_op_gives_gemm_and_mixture_in_the_dtype_and_shape_of_the_input(
     torch._dynamo.reset()
     run = torch.compile(stack, backend="aot_eager", fullgraph=True) if compiled else stack
     rows = (2 * x).flatten(0, -2).float()
-    delta = sum(piece_delta(rows, own, dtype) for own in pieces)
+    delta = sum(piece_delta(rows, one_piece, dtype) for one_piece in pieces)
     base = plain(stack, x)
     expected = base.clone()
     expected[2:5] += delta[2:5]

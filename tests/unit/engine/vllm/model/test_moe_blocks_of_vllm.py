@@ -79,9 +79,9 @@ def test_a_packed_weight_multiplies_as_the_plain_one(
     assert not torch.equal(packed, weight)
     for expert in range(3):
         assert torch.equal(unpack(packed[expert], layout), weight[expert])
-        found = multiply(x, packed[expert], layout).float()
+        result = multiply(x, packed[expert], layout).float()
         expected = x.float() @ weight[expert].float().T
-        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[dtype])
+        torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_another_packing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
