@@ -137,6 +137,13 @@ WORKERS = (
         calls=("lora_manager", MANAGER),
         platform="gpu",
     ),
+    Seam(
+        "vllm.v1.sample.sampler",
+        "batched_count_greater_than",
+        "engine/vllm/token_ranks.py",
+        "the ranks of tokens are counted otherwise, on CPU",
+        platform="cpu",
+    ),
     Seam("vllm.platforms", "current_platform", WORKER, "CPU or GPU"),
     Seam("vllm.platforms.interface", "Platform", WORKER, "CPU or GPU", attributes=("is_cpu",)),
 )

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from molehill.engine.system import startup
 from molehill.engine.system.cpu_affinity import affinity
 from molehill.engine.transform.merge import MergedBase
-from molehill.engine.vllm import backends, compat, compilation, precision, protocol
+from molehill.engine.vllm import backends, compat, compilation, precision, protocol, token_ranks
 from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
@@ -47,6 +47,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         if current_platform.is_cpu():
             model = self.vllm_config.model_config
             precision.check(model.hf_config, str(model.dtype).removeprefix("torch."))
+            token_ranks.install()
         else:
             compilation.warn_of_one_graph(self.vllm_config)
         self.model_runner.load_lora_model = self._load_lora_model
