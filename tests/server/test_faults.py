@@ -98,6 +98,15 @@ def worker_of(server: Server) -> psutil.Process:
     return named[0]
 
 
+def test_its_start_was_answered_from_the_first_to_the_last_stage(server: Server) -> None:
+    """A start as users have it. Until it serves, a server says 503 and what it does, and it never
+    refuses once it listens."""
+    assert server.refusals == 0
+    assert server.stages[0] == "starting the engine"
+    assert "loading the base model" in server.stages
+    assert not any("/" in stage for stage in server.stages)
+
+
 # Disk and memory
 
 

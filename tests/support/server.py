@@ -1,5 +1,6 @@
 """Starts and stops a real server for end-to-end tests and benchmarks."""
 
+import json
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from support import share
@@ -31,11 +32,17 @@ ENVIRONMENT = {
 
 @dataclass
 class Server:
-    """A running `molehill serve`. url: without a trailing slash. log: its output so far."""
+    """A running `molehill serve`. url: without a trailing slash. log: its output so far.
+
+    stages: what it said that it does while it started, each once. refusals: connections that it
+    refused after its first answer.
+    """
 
     url: str
     log: Path
     process: subprocess.Popen[bytes] | warming.Forked
+    stages: list[str] = field(default_factory=list)
+    refusals: int = 0
 
     def get(self, path: str, timeout: float = 30) -> str:
         with urllib.request.urlopen(f"{self.url}{path}", timeout=timeout) as response:
@@ -108,10 +115,16 @@ def _wait(server: Server) -> None:
             raise RuntimeError(f"the server ended with {code}:\n{server.tail()}")
         try:
             server.get("/health", timeout=5)
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.25)
+        except urllib.error.HTTPError as answer:
+            stage = json.loads(answer.read() or "{}").get("stage")
+            if stage not in [None, *server.stages[-1:]]:
+                server.stages.append(stage)
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            refused = isinstance(getattr(error, "reason", error), ConnectionRefusedError)
+            server.refusals += refused and bool(server.stages)
         else:
             return
+        time.sleep(0.25)
     raise RuntimeError(f"no answer in {START_SECONDS} s:\n{server.tail()}")
 
 

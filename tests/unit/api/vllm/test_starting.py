@@ -1,6 +1,5 @@
 """What clients are told while the engine starts."""
 
-import os
 import shutil
 import socket
 import ssl
@@ -8,14 +7,12 @@ import subprocess
 import threading
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import uvicorn
 from starlette.responses import PlainTextResponse
-from support.server import ENVIRONMENT, TINY, command, free_port, stop
 
 from molehill.api.vllm.starting import StartingServer
 from molehill.engine.system import startup
@@ -133,44 +130,3 @@ def test_over_tls_where_the_server_is(bound, tmp_path):
     finally:
         server.stop()
     assert (answer.status_code, answer.json()["status"]) == (503, "starting")
-
-
-@pytest.mark.slow
-def test_a_real_start_is_answered_from_the_first_to_the_last_stage(golden: Path, tmp_path: Path):
-    """Until it serves, a server says 503 and what it does, and it never refuses once it listens."""
-    port, log = free_port(), tmp_path / "server.log"
-    adapter = f"mola={golden / 'cases' / 'mola'}"
-    arguments = [*TINY, "--adapter", adapter, "--host", "127.0.0.1", "--port", str(port)]
-    stages: list[str] = []
-    refused_after_an_answer = 0
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command(golden / "tiny-llama", *arguments),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **ENVIRONMENT},
-            start_new_session=True,
-        )
-    try:
-        while process.poll() is None:
-            try:
-                answer = httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=30)
-            except httpx.ConnectError:
-                refused_after_an_answer += bool(stages)
-                time.sleep(0.1)
-                continue
-            if answer.status_code == 200:
-                break
-            if answer.content and answer.json()["stage"] not in stages[-1:]:
-                stages.append(answer.json()["stage"])
-            time.sleep(0.05)
-        text = log.read_text(errors="replace")
-        assert process.poll() is None, text[-3000:]
-        served = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"]
-    finally:
-        stop(process)
-    assert refused_after_an_answer == 0
-    assert stages[0] == "starting the engine"
-    assert "loading the base model" in stages
-    assert "mola" in {card["id"] for card in served}
-    assert not any(str(golden) in stage for stage in stages)
