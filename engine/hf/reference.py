@@ -17,6 +17,7 @@ from molehill.engine.adapter import expert_pairs, expert_sites
 from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.hf.shapes import activation, canonical_name, fused_experts, is_router
+from molehill.kernels.activation import SWIGLUOAI
 from molehill.kernels.interface import Trace
 from molehill.kernels.mixture import (
     Bias,
@@ -208,14 +209,28 @@ def _on_fused_experts(adapter: Adapter, modules: dict[str, nn.Module]) -> dict[s
 def _moe_forward(
     module: nn.Module, projections: dict[str, dict[int, Experts]], activation: str
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    gate_up, down = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
+    gate_up: Tensor = module.get_parameter("gate_up_proj")
+    down: Tensor = module.get_parameter("down_proj")
+    sizes = fused_experts(module)
+    assert sizes is not None
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    if sizes.interleaved:
+        activation = SWIGLUOAI
+        gate_up, down = _gates_first(gate_up).transpose(1, 2), down.transpose(1, 2)
+        bias = _gates_first(module.get_parameter("gate_up_proj_bias"))
+        biases = (bias, module.get_parameter("down_proj_bias"))
     deltas = {name: expert_pairs.stack(pairs, len(down)) for name, pairs in projections.items()}
 
     def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        y = moe_experts(x, weights, chosen, gate_up, down, activation, deltas)
+        y = moe_experts(x, weights, chosen, gate_up, down, activation, deltas, *biases)
         return y.to(x.dtype)
 
     return forward
+
+
+def _gates_first(gate_up: Tensor) -> Tensor:
+    """`[..., 2 I]`, gate and up in turn, with all gates before all ups."""
+    return torch.cat([gate_up[..., ::2], gate_up[..., 1::2]], dim=-1)
 
 
 def _forward(

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
-from molehill.engine.vllm.model.discovery import canonical
+from molehill.engine.vllm.model.discovery import named_modules
 from molehill.kernels.mixture import Experts, LinearMixture, Mixture, VocabularyRows
 from molehill.kernels.vocabulary import Vocabulary
 from molehill.kernels.vocabulary_pieces import VocabularyPiece, VocabularyPieces, VocabularyShape
@@ -52,11 +52,11 @@ class Site:
 def find_embedding(model: nn.Module) -> Site | None:
     """On the first pipeline stage; None if it is none that adapters can change."""
     embeddings = [
-        (canonical(name), module)
-        for name, module in model.named_modules()
+        (name, module)
+        for name, module in named_modules(model)
         if isinstance(module, VocabParallelEmbedding)
         and not isinstance(module, ParallelLMHead)
-        and is_embedding(canonical(name))
+        and is_embedding(name)
     ]
     if len(embeddings) != 1 or not get_pp_group().is_first_rank:
         return None
@@ -69,8 +69,8 @@ def find_head(model: nn.Module, tied: bool) -> Site | None:
     if len(processors) != 1 or not get_pp_group().is_last_rank:
         return None
     vocabulary = [
-        (canonical(name), module)
-        for name, module in model.named_modules()
+        (name, module)
+        for name, module in named_modules(model)
         if isinstance(module, VocabParallelEmbedding)
     ]
     heads = [module for name, module in vocabulary if is_head(name)]
