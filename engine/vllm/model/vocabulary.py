@@ -104,6 +104,22 @@ def embedding_refusal(config: VllmConfig, cuda_graphs: bool) -> str | None:
     )
 
 
+def by_token_refusal(
+    config: VllmConfig, model: nn.Module, backend: str, cuda_graphs: bool
+) -> str | None:
+    """Why no adapter can go by the ids of tokens, which are read as the model is called; None if
+    one can."""
+    return embedding_refusal(config, cuda_graphs) or _refusal(
+        {
+            "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
+            # It serves as many different slots in a step as there may be adapters.
+            "the Triton backend (start with --backend torch)": backend == "triton",
+            # Its call goes round hooks.
+            "a model that is compiled whole": type(model).__call__ is not nn.Module.__call__,
+        }
+    )
+
+
 def head_refusal(config: VllmConfig) -> str | None:
     """Why adapters cannot change the LM head; None if they can."""
     model = config.model_config
