@@ -113,7 +113,7 @@ def by_token_refusal(
         {
             "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
             # It serves as many different slots in a step as there may be adapters.
-            "the Triton backend (start with --backend torch)": backend == "triton",
+            "the Triton backend (start with --adapter-backend torch)": backend == "triton",
             # Its call goes round hooks.
             "a model that is compiled whole": type(model).__call__ is not nn.Module.__call__,
         }
