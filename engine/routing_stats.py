@@ -66,6 +66,16 @@ def costs(
     )
 
 
+# The name under which the choices of a token's adapter by its id are counted.
+TOKEN_IDS = "token_ids"
+
+
+def token_costs(members: Sequence[Costs]) -> Costs:
+    """Of adapters of which a token has one by its id, which costs nothing to look up."""
+    flops = tuple(member.static for member in members)
+    return cost_table(((TOKEN_IDS, SiteCost(flops, 0)),))
+
+
 @functools.lru_cache(maxsize=64)
 def cost_table(sites: tuple[tuple[str, SiteCost], ...]) -> Costs:
     """Costs of these sites."""

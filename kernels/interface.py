@@ -155,10 +155,12 @@ class BaseExperts(Protocol):
     """The weights of a base model's experts on this rank, however the base keeps them."""
 
     def gate_up(self, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(W_gate x, W_up x) of one expert, each `[T, intermediate]`, of x `[T, hidden]`."""
+        """(W_gate x, W_up x) of one expert, each `[T, intermediate]`, of x `[T, hidden]`, with its
+        biases if it has any."""
 
     def down(self, expert: int, h: Tensor) -> Tensor:
-        """W_down h `[T, hidden]` of one expert; on a tensor-parallel rank this rank's share."""
+        """W_down h `[T, hidden]` of one expert, with its bias if it has one; on a tensor-parallel
+        rank this rank's share."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class MoeShape:
     """A mixture-of-experts block of the base model, as this rank sees it.
 
     run: the base's own kernel: y `[T, hidden]` of x `[T, hidden]`, gate weights and chosen experts
-    `[T, k]`. weights: what that kernel multiplies by. activation: a key of ACTIVATIONS.
+    `[T, k]`. weights: what that kernel multiplies by. activation: as `activation.gated` takes it.
     hidden, intermediate: widths that LoRA on the experts must have; None if they are not known.
     """
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from molehill.kernels import custom_ops
-from molehill.kernels.activation import ACTIVATIONS
+from molehill.kernels.activation import gated
 from molehill.kernels.checks import check_moe
 from molehill.kernels.interface import UNSERVED, MoePiece, MoeShape, Run
 from molehill.kernels.mixture import Experts
@@ -125,14 +125,14 @@ def _adapted(
 ) -> Tensor:
     """One adapter's rows, expert by expert; sums over experts in float32."""
     shape, table = block.shape, block.tables[slot]
-    act = ACTIVATIONS[shape.activation]
+    activate = gated(shape.activation)
     y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert, tokens, gate_weights in _groups(weights, chosen):
         rows = x[tokens]
         gate, up = shape.weights.gate_up(expert, rows)
         gate = _add(gate.float(), rows, table.gate.get(expert))
         up = _add(up.float(), rows, table.up.get(expert))
-        hidden = (act(gate) * up).to(x.dtype)
+        hidden = activate(gate, up).to(x.dtype)
         down = _add(shape.weights.down(expert, hidden).float(), hidden, table.down.get(expert))
         y.index_add_(0, tokens, down * gate_weights)
     return y.to(x.dtype)

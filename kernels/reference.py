@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from molehill.kernels.activation import ACTIVATIONS
+from molehill.kernels.activation import ACTIVATIONS, gated
 from molehill.kernels.mixture import (
     Experts,
     FfnMixture,
@@ -144,19 +144,25 @@ def moe_experts(
     down: Tensor,
     activation: str,
     deltas: Mapping[str, Experts],
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """y `[T, d]` float32 of the experts of a base MoE block with LoRA on them, token by token.
 
     y = sum_k w_k W'_down(act(W'_gate x) * (W'_up x)) with W' = W + B A of the chosen expert; the
     base's router decides (DR-LoRA, arXiv 2601.04823). x `[T, d]`, gate_weights and chosen
-    `[T, k]`, gate_up `[E, 2 I, d]`, down `[E, d, I]`. deltas: by projection (`gate_proj`,
-    `up_proj`, `down_proj`), the rank of base expert e in its `ranks[e]`.
+    `[T, k]`, gate_up `[E, 2 I, d]`, down `[E, d, I]`. activation: as `activation.gated` takes it,
+    which says what stands in the place of act(.) * (.). deltas: by projection (`gate_proj`,
+    `up_proj`, `down_proj`), the rank of base expert e in its `ranks[e]`. gate_up_bias `[E, 2 I]`,
+    down_bias `[E, d]`: what the base adds to the three products.
     """
-    act = ACTIVATIONS[activation]
+    activate = gated(activation)
     pairs = {name: experts.split() for name, experts in deltas.items()}
 
-    def project(name: str, e: int, weight: Tensor, value: Tensor) -> Tensor:
+    def project(name: str, e: int, weight: Tensor, bias: Tensor | None, value: Tensor) -> Tensor:
         y = weight.float() @ value
+        if bias is not None:
+            y = y + bias.float()
         if name in pairs:
             a, b = pairs[name][e]
             y = y + b.float() @ (a.float() @ value)
@@ -166,7 +172,11 @@ def moe_experts(
     for t, token in enumerate(x.float()):
         for weight, expert in zip(gate_weights[t].tolist(), chosen[t].tolist(), strict=True):
             gate, up = gate_up[expert].chunk(2)
-            hidden = act(project("gate_proj", expert, gate, token))
-            hidden = hidden * project("up_proj", expert, up, token)
-            y[t] += weight * project("down_proj", expert, down[expert], hidden)
+            biases = (None, None) if gate_up_bias is None else gate_up_bias[expert].chunk(2)
+            hidden = activate(
+                project("gate_proj", expert, gate, biases[0], token),
+                project("up_proj", expert, up, biases[1], token),
+            )
+            bias = None if down_bias is None else down_bias[expert]
+            y[t] += weight * project("down_proj", expert, down[expert], bias, hidden)
     return y

@@ -53,11 +53,16 @@ def authored(tmp_path_factory):
     """By name, the adapters of tests/support (authored, gated, tuners): not to be changed."""
     pytest.importorskip("peft", reason="the dev extra is not installed")
     from support.authored import author_all
-    from support.gated import author_molora
+    from support.gated import author_by_token, author_molora
     from support.tuners import author_tuners
 
     root = tmp_path_factory.mktemp("authored")
-    everything = (*author_all(root), author_molora(root), *author_tuners(root))
+    everything = (
+        *author_all(root),
+        author_molora(root),
+        author_by_token(root),
+        *author_tuners(root),
+    )
     return {made.name: made for made in everything}
 
 

@@ -34,10 +34,11 @@ class Content:
 
 
 def content_of(adapter: Adapter, path: Path, chat: AdapterChat | None = None) -> Content:
-    """Counts static sites; merging them is up to the workers."""
-    sites = adapter.sites.values()
-    static = sum(gate(mixture).weights is not None for mixture in sites)
-    summary = {"sites": len(sites), "static": static, "dynamic": len(sites) - static}
+    """Counts static sites; merging them is up to the workers. None is where the token's id chooses
+    the adapter."""
+    static = sum(gate(mixture).weights is not None for mixture in adapter.sites.values())
+    sites = adapter.num_sites
+    summary = {"sites": sites, "static": static, "dynamic": sites - static}
     return Content(
         adapter.digest,
         adapter.kind,

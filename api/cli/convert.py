@@ -140,7 +140,7 @@ def report(adapter: Adapter) -> dict[str, Any]:
     return {
         "kind": adapter.kind,
         "digest": adapter.digest,
-        "sites": len(adapter.sites),
+        "sites": adapter.num_sites,
         "bytes": adapter.num_bytes,
         "warnings": list(adapter.warnings),
         "problems": [],

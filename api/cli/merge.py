@@ -89,7 +89,7 @@ def report(adapter: Adapter, merges: tuple[SiteMerge, ...]) -> dict[str, Any]:
     return {
         "kind": adapter.kind,
         "digest": adapter.digest,
-        "sites": len(adapter.sites),
+        "sites": adapter.num_sites,
         "merged": [
             {
                 "site": merge.site,

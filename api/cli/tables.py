@@ -60,7 +60,7 @@ def summary(adapter: Adapter, sites: Sequence[SitePlan], chat: AdapterChat) -> T
         "base model": adapter.base_model or "not named",
         "acts": _activation(adapter),
         "chat": _chat(chat),
-        "routing": "; ".join(_routings(sites)) or "none (plain LoRA)",
+        "routing": _by_token(adapter) or "; ".join(_routings(sites)) or "none (plain LoRA)",
         "sites": f"{len(sites)}: {static} static, {len(sites) - static} dynamic",
         **({"biases": _biases(adapter)} if adapter.biases else {}),
         "size": f"{_size(adapter.num_bytes)} in float32",
@@ -72,6 +72,12 @@ def summary(adapter: Adapter, sites: Sequence[SitePlan], chat: AdapterChat) -> T
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", escape(value))
     return table
+
+
+def _by_token(adapter: Adapter) -> str:
+    if adapter.by_token is None:
+        return ""
+    return f"the token's id chooses one of {', '.join(adapter.by_token.adapters)}, or none"
 
 
 def _biases(adapter: Adapter) -> str:
@@ -144,7 +150,8 @@ def groups(sites: Iterable[SitePlan]) -> list[Group]:
 
 
 def _routings(sites: Iterable[SitePlan]) -> list[str]:
-    routed = (site.policy for site in sites if site.policy.constant_weights is None)
+    policies = (site.policy for site in sites if site.policy is not None)
+    routed = (policy for policy in policies if policy.constant_weights is None)
     return list(dict.fromkeys(map(_routing, routed)))
 
 

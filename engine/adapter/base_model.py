@@ -11,11 +11,16 @@ TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
 
 @dataclass(frozen=True)
 class Moe:
-    """A mixture-of-experts block: `experts` gated FFNs from `hidden` over `intermediate` back."""
+    """A mixture-of-experts block: `experts` gated FFNs from `hidden` over `intermediate` back.
+
+    interleaved: whether the base holds gate and up output by output in turn, as gpt-oss does, and
+    all of its weights as `[in, out]`; else all gates before all ups, and `[out, in]`.
+    """
 
     experts: int
     hidden: int
     intermediate: int
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)

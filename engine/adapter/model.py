@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,7 @@ class Adapter:
     warnings: oddities that do not stop it from being served.
     biases: what is added to linears of the base, with a mixture on them or without, whatever they
         read; by name, as sites are.
+    by_token: whole adapters in the place of sites, rows and biases, of which each token has one.
     """
 
     kind: str
@@ -50,9 +51,11 @@ class Adapter:
     invocation_tokens: tuple[int, ...] = ()
     rows: Mapping[str, VocabularyRows] = field(default_factory=dict)
     biases: Mapping[str, Bias] = field(default_factory=dict)
+    by_token: "TokenAdapters | None" = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor by a canonical name, sites in natural order, then biases."""
+        """Every tensor by a canonical name, sites in natural order, then biases; or those of the
+        adapters by token, by their numbers."""
         for site in sorted(self.sites, key=natural_key):
             for name, tensor in site_tensors(self.sites[site]):
                 yield f"{site}.{name}", tensor
@@ -62,6 +65,17 @@ class Adapter:
         for site in sorted(self.biases, key=natural_key):
             for name, tensor in self.biases[site].tensors().items():
                 yield bias_tensor(site, name), tensor
+        if self.by_token is not None:
+            yield TOKEN_TABLE, self.by_token.adapter_of.float()
+            for i, adapter in enumerate(self.by_token.adapters.values()):
+                for name, tensor in adapter.tensors():
+                    yield f"{token_prefix(i)}{name}", tensor
+
+    @property
+    def num_sites(self) -> int:
+        """Those of the adapters by token too."""
+        members = () if self.by_token is None else self.by_token.adapters.values()
+        return len(self.sites) + sum(adapter.num_sites for adapter in members)
 
     @property
     def num_bytes(self) -> int:
@@ -77,6 +91,38 @@ class Adapter:
             sha.update(f"\0{name}{list(tensor.shape)}".encode())
             sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenAdapters:
+    """Adapters of which each token has one, or none, by its id (MoLoRA, arXiv 2603.15965).
+
+    adapters: by name. adapter_of: int64 `[n]`, the place of a token id's among them, -1 for none.
+    other: that of all ids from n on.
+    """
+
+    adapters: Mapping[str, Adapter]
+    adapter_of: Tensor
+    other: int = -1
+
+    def of(self, ids: Tensor) -> Tensor:
+        """int64, as `ids`: the place of each token's adapter, -1 for none. ids: none below 0."""
+        table = self.adapter_of.to(ids.device)
+        inside = table[ids.clamp(max=len(table) - 1)]
+        return torch.where(ids < len(table), inside, self.other)
+
+    def changed(self, change: Callable[[Adapter], Adapter]) -> "TokenAdapters":
+        """With other adapters in the place of these."""
+        adapters = {name: change(adapter) for name, adapter in self.adapters.items()}
+        return replace(self, adapters=adapters)
+
+
+TOKEN_TABLE = "by_token.adapter_of"
+
+
+def token_prefix(place: int) -> str:
+    """What the names of an adapter's tensors begin with, by its place in TokenAdapters."""
+    return f"by_token.{place}."
 
 
 def bias_tensor(site: str, part: str) -> str:
@@ -147,6 +193,12 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         described["alora_invocation_tokens"] = list(adapter.invocation_tokens)
     if adapter.biases:
         described["biases"] = {site: list(b.tensors()) for site, b in adapter.biases.items()}
+    if adapter.by_token is not None:
+        members = adapter.by_token.adapters.items()
+        described["by_token"] = {
+            "adapters": [{"name": name, **describe(member)} for name, member in members],
+            "other": adapter.by_token.other,
+        }
     return described
 
 
@@ -154,9 +206,11 @@ __all__ = [
     "Adapter",
     "Bias",
     "Experts",
+    "TokenAdapters",
     "bias_tensor",
     "describe",
     "describe_mixture",
     "natural_key",
     "site_tensors",
+    "token_prefix",
 ]

@@ -5,10 +5,11 @@ Runs before anything is allocated for serving.
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from torch import Tensor
 
-from molehill.engine.adapter import vocabulary_validation
+from molehill.engine.adapter import token_validation, vocabulary_validation
 from molehill.engine.adapter.base_model import BaseModel, Limits
 from molehill.engine.adapter.errors import (
     AdapterError,
@@ -57,6 +58,13 @@ def problems(adapter: Adapter, base: BaseModel, limits: Limits) -> list[AdapterE
     itself; UnknownTargetError and ShapeError where it does not fit the base; ahead of those, a
     BaseMismatchError if most sites do not.
     """
+    if adapter.by_token is not None:
+        return [
+            *token_validation.problems(
+                adapter, partial(problems, base=base, limits=limits), limits.adapter_bytes
+            ),
+            *token_validation.misfits(adapter, base),
+        ]
     misfits = [
         problem
         for site in sorted(adapter.sites, key=natural_key)
@@ -70,6 +78,9 @@ def problems(adapter: Adapter, base: BaseModel, limits: Limits) -> list[AdapterE
 
 def adapter_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
     """The problems that need no base model to be seen."""
+    if adapter.by_token is not None:
+        members = partial(adapter_problems, limits=limits)
+        return list(token_validation.problems(adapter, members, limits.adapter_bytes))
     errors: list[AdapterError] = []
     if adapter.num_bytes > limits.adapter_bytes:
         errors.append(

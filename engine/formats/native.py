@@ -7,6 +7,7 @@ the tensors by their canonical names. docs/format.md describes both, field by fi
 import errno
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,14 @@ from torch import Tensor
 
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import CorruptFileError, ShapeError, UnsupportedError
-from molehill.engine.adapter.model import Adapter, bias_tensor, describe
+from molehill.engine.adapter.model import (
+    TOKEN_TABLE,
+    Adapter,
+    TokenAdapters,
+    bias_tensor,
+    describe,
+    token_prefix,
+)
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
@@ -51,8 +59,11 @@ _FIELDS = (
     "sites",
     ROWS,
     "biases",
+    "by_token",
     invocation.FIELD,
 )
+# Of an adapter by token inside another.
+_MEMBER_FIELDS = ("name", "kind", "sites", ROWS, "biases")
 _FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -102,15 +113,11 @@ def _read(config: Fields, directory: Path, limits: Limits) -> Adapter:
     if not (directory / WEIGHTS).exists():
         raise CorruptFileError(WEIGHTS, "no such file", f"the tensors of {CONFIG}")
     weights = files.read_tensors(directory / WEIGHTS, limits)
-    sites = config.object("sites")
-    adapter = Adapter(
-        kind=kind,
-        sites={site: _mixture(weights, site, sites.object(site)) for site in sites.values},
+    adapter = replace(
+        _content(config, weights, kind),
         base_model=config.text("base_model"),
         warnings=tuple(warnings),
         invocation_tokens=invocation.read(config),
-        rows={site: _rows(weights, site) for site in config.texts(ROWS)},
-        biases=_biases(config, weights),
     )
     _check_all_used(adapter, weights)
     if adapter.digest != digest:
@@ -137,14 +144,10 @@ def read_own(directory: Path, pause: Callable[[], None] = lambda: None) -> Adapt
         config = files.read_config(directory, CONFIG)
         weights = Weights(WEIGHTS, files.read_floats(directory / WEIGHTS))
         pause()
-        sites = config.object("sites")
-        adapter = Adapter(
-            kind=_required(config, "kind"),
-            sites={site: _mixture(weights, site, sites.object(site)) for site in sites.values},
+        adapter = replace(
+            _content(config, weights, _required(config, "kind")),
             base_model=config.text("base_model"),
             invocation_tokens=invocation.read(config),
-            rows={site: _rows(weights, site) for site in config.texts(ROWS)},
-            biases=_biases(config, weights),
         )
     except CorruptFileError:
         raise
@@ -155,6 +158,42 @@ def read_own(directory: Path, pause: Callable[[], None] = lambda: None) -> Adapt
     if adapter.digest != config.text("digest"):
         raise CorruptFileError(WEIGHTS, adapter.digest, f"the digest {config.text('digest')}")
     return adapter
+
+
+def _content(config: Fields, weights: Weights, kind: str) -> Adapter:
+    """What an adapter does, and one by token does with its share of the tensors."""
+    sites = config.object("sites")
+    return Adapter(
+        kind=kind,
+        sites={site: _mixture(weights, site, sites.object(site)) for site in sites.values},
+        rows={site: _rows(weights, site) for site in config.texts(ROWS)},
+        biases=_biases(config, weights),
+        by_token=_by_token(config, weights),
+    )
+
+
+def _by_token(config: Fields, weights: Weights) -> TokenAdapters | None:
+    """Raises ConfigError, MissingTensorError, UnsupportedError."""
+    if not config.has("by_token"):
+        return None
+    fields = config.object("by_token")
+    fields.only("adapters", "other")
+    other = fields.number("other")
+    if other != int(other):
+        raise fields.error("other", "a whole number")
+    members = fields.items("adapters")
+    adapters = {}
+    for place in members.values:
+        member, prefix = members.object(place), token_prefix(int(place))
+        member.only(*_MEMBER_FIELDS)
+        named = {n.removeprefix(prefix): n for n in weights.tensors if n.startswith(prefix)}
+        tensors = {name: weights.tensors[spelling] for name, spelling in named.items()}
+        name = _required(member, "name")
+        if name in adapters:
+            raise member.error("name", "every adapter once")
+        share = Weights(weights.file, tensors, named)
+        adapters[name] = _content(member, share, _required(member, "kind"))
+    return TokenAdapters(adapters, weights.tensor(TOKEN_TABLE, 1).long(), int(other))
 
 
 def _required(config: Fields, name: str) -> str:

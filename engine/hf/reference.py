@@ -4,7 +4,7 @@ Every adapted module computes `molehill.kernels.reference` in float32, expert by
 thought of speed. What the engine serves is compared against this.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from molehill.engine.adapter import expert_pairs, expert_sites
 from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
-from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.model import Adapter, TokenAdapters
+from molehill.engine.adapter.vocabulary_sites import EMBEDDINGS
 from molehill.engine.hf.shapes import activation, canonical_name, fused_experts, is_router
+from molehill.kernels.activation import SWIGLUOAI
 from molehill.kernels.interface import Trace
 from molehill.kernels.mixture import (
     Bias,
@@ -61,6 +63,10 @@ def attach(
     Raises UnknownTargetError for a site that the model lacks.
     """
     modules = {canonical_name(name): module for name, module in model.named_modules()}
+    if adapter.by_token is not None:
+        with _by_token(model, adapter.by_token, modules, start):
+            yield model
+        return
     on_experts = _on_fused_experts(adapter, modules)
     sites = {site: m for site, m in adapter.sites.items() if site not in on_experts}
     for site in (*sites, *adapter.rows, *adapter.biases):
@@ -86,6 +92,53 @@ def attach(
             module.forward = _from(start, module.forward, applied)
             stack.callback(delattr, module, "forward")
         yield model
+
+
+@contextmanager
+def _by_token(
+    model: nn.Module, by_token: TokenAdapters, modules: Mapping[str, nn.Module], start: int
+) -> Iterator[None]:
+    """Every module as each of the adapters has it, and of those the rows of its tokens."""
+    ids: list[Tensor] = []
+    embedding = next(modules[name] for name in EMBEDDINGS if name in modules)
+    hook = embedding.register_forward_pre_hook(lambda _, args: ids.__setitem__(slice(None), args))
+    members = list(by_token.adapters.values())
+    forwards: dict[str, dict[int, _Forward]] = {}
+    for i, member in enumerate(members):
+        with attach(model, member):
+            for site, module in modules.items():
+                if "forward" in vars(module):
+                    forwards.setdefault(site, {})[i] = module.forward
+    with ExitStack() as stack:
+        stack.callback(hook.remove)
+        for site, by_member in forwards.items():
+            module = modules[site]
+            chosen = _chosen(module.forward, by_member, by_token, ids)
+            module.forward = _from(start, module.forward, chosen)
+            stack.callback(delattr, module, "forward")
+        yield
+
+
+def _chosen(
+    base: _Forward, by_member: Mapping[int, _Forward], by_token: TokenAdapters, ids: list[Tensor]
+) -> _Forward:
+    """The base's rows, but those of tokens whose adapter changes the module."""
+
+    def select(adapters: Tensor, i: int, adapted: Tensor, others: Tensor) -> Tensor:
+        return torch.where((adapters == i).view(*others.shape[:-1], 1), adapted, others)
+
+    def forward(x: Tensor, *args: Tensor) -> Any:
+        adapters, result = by_token.of(ids[0]), base(x, *args)
+        for i, member in by_member.items():
+            adapted = member(x, *args)
+            if isinstance(result, Tensor):
+                result = select(adapters, i, adapted, result)
+            else:
+                pairs = zip(adapted, result, strict=True)
+                result = tuple(select(adapters, i, a, r) for a, r in pairs)
+        return result
+
+    return forward
 
 
 @contextmanager
@@ -208,14 +261,28 @@ def _on_fused_experts(adapter: Adapter, modules: dict[str, nn.Module]) -> dict[s
 def _moe_forward(
     module: nn.Module, projections: dict[str, dict[int, Experts]], activation: str
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    gate_up, down = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
+    gate_up: Tensor = module.get_parameter("gate_up_proj")
+    down: Tensor = module.get_parameter("down_proj")
+    sizes = fused_experts(module)
+    assert sizes is not None
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    if sizes.interleaved:
+        activation = SWIGLUOAI
+        gate_up, down = _gates_first(gate_up).transpose(1, 2), down.transpose(1, 2)
+        bias = _gates_first(module.get_parameter("gate_up_proj_bias"))
+        biases = (bias, module.get_parameter("down_proj_bias"))
     deltas = {name: expert_pairs.stack(pairs, len(down)) for name, pairs in projections.items()}
 
     def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        y = moe_experts(x, weights, chosen, gate_up, down, activation, deltas)
+        y = moe_experts(x, weights, chosen, gate_up, down, activation, deltas, *biases)
         return y.to(x.dtype)
 
     return forward
+
+
+def _gates_first(gate_up: Tensor) -> Tensor:
+    """`[..., 2 I]`, gate and up in turn, with all gates before all ups."""
+    return torch.cat([gate_up[..., ::2], gate_up[..., 1::2]], dim=-1)
 
 
 def _forward(

@@ -1,6 +1,7 @@
 """The shapes of a base model from its Transformers config, without loading weights."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from molehill.engine.adapter import module_names
 from molehill.engine.adapter.base_model import BaseModel, Moe
 from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
 from molehill.engine.system.torchvision import check_importable
+from molehill.kernels.activation import SWIGLUOAI_ALPHA, SWIGLUOAI_LIMIT
 
 _IN_LAYERS = re.compile(r"(?:^|\.)(?:layers|h)\.\d+\.")
 _FFN_PROJECTIONS = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
@@ -55,8 +57,12 @@ def activation(config: Any) -> str:
 
 def fused_experts(module: nn.Module) -> Moe | None:
     """The sizes of a module that holds a block's experts in two parameters, `gate_up_proj`
-    `[E, 2 I, d]`, all gates before all ups, and `down_proj` `[E, d, I]`; None for any other."""
+    `[E, 2 I, d]`, all gates before all ups, and `down_proj` `[E, d, I]`, or as gpt-oss has it:
+    `[E, d, 2 I]`, gates and ups in turn, `[E, I, d]`, and biases; None for any other."""
     parameters = dict(module.named_parameters(recurse=False))
+    if _is_of_gpt_oss(module, parameters):
+        experts, intermediate, hidden = parameters["down_proj"].shape
+        return Moe(experts, hidden, intermediate, interleaved=True)
     if set(parameters) != {"gate_up_proj", "down_proj"} or getattr(module, "is_transposed", False):
         return None
     if not getattr(module, "is_concatenated", True) or parameters["down_proj"].ndim != 3:
@@ -65,6 +71,24 @@ def fused_experts(module: nn.Module) -> Moe | None:
     if tuple(parameters["gate_up_proj"].shape) != (experts, 2 * intermediate, hidden):
         return None
     return Moe(experts, hidden, intermediate)
+
+
+def _is_of_gpt_oss(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> bool:
+    names = {"gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"}
+    if set(parameters) != names or parameters["down_proj"].ndim != 3:
+        return False
+    experts, intermediate, hidden = parameters["down_proj"].shape
+    return (
+        getattr(module, "is_transposed", False)
+        and not getattr(module, "is_concatenated", True)
+        and tuple(parameters["gate_up_proj"].shape) == (experts, hidden, 2 * intermediate)
+        and _swiglu_constants(module) == (SWIGLUOAI_ALPHA, SWIGLUOAI_LIMIT)
+    )
+
+
+def _swiglu_constants(module: nn.Module) -> tuple[float | None, float | None]:
+    """vLLM computes with its own, whatever a config says."""
+    return getattr(module, "alpha", None), getattr(module, "limit", None)
 
 
 def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -151,6 +175,9 @@ def _refused(model: nn.Module) -> dict[str, str]:
                 "weights as [in, out]": getattr(module, "is_transposed", False),
                 "gate and up interleaved": not getattr(module, "is_concatenated", True),
                 "biases": any(name.endswith("_bias") for name in parameters),
+                f"swiglu_alpha and swiglu_limit other than {SWIGLUOAI_ALPHA} and "
+                f"{SWIGLUOAI_LIMIT}": _swiglu_constants(module)
+                not in ((None, None), (SWIGLUOAI_ALPHA, SWIGLUOAI_LIMIT)),
             }
             said = " and ".join(trait for trait, has in traits.items() if has) or "another layout"
             refused[canonical_name(name)] = f"experts that the base holds with {said}"

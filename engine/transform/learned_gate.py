@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from molehill.engine.adapter.errors import ShapeError
+from molehill.engine.adapter.errors import ShapeError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.transform.weighted_sum import (
     Part,
     check_alike,
+    check_no_table,
     common_base,
     low_rank,
     stack_up,
@@ -47,6 +48,10 @@ def routed(
     """
     stacks: dict[str, dict[int, Experts]] = {}
     for e, part in enumerate(parts):
+        check_no_table(part.name, part.adapter)
+        for site in (*part.adapter.rows, *part.adapter.biases):
+            found, expected = "rows or a bias beside a learned gate", "low-rank pairs alone"
+            raise UnsupportedError(f"{part.name}: {site}", found, expected)
         for site, mixture in part.adapter.sites.items():
             pair = low_rank(part.name, site, mixture)
             expert = Experts(pair.a, pair.b * part.scale, (sum(pair.ranks),))

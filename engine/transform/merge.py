@@ -6,14 +6,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import UnsupportedError
-from molehill.engine.adapter.model import Adapter, natural_key
+from molehill.engine.adapter.model import Adapter, TokenAdapters, natural_key
 from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
 from molehill.engine.transform.rank import surely_full
 from molehill.engine.transform.static_gates import gate
@@ -99,6 +99,8 @@ def merge_static(
     base: what FFN mixtures that name an activation are held against; unknown, those stay.
     tolerance: see `static.gate`; above 0 the result is an approximation.
     """
+    if adapter.by_token is not None:
+        return _merge_members(adapter, adapter.by_token, base, tolerance)
     sites: dict[str, Mixture] = {}
     merges: list[SiteMerge] = []
     for site in sorted(adapter.sites, key=natural_key):
@@ -109,6 +111,22 @@ def merge_static(
         if merged is not None:
             merges.append(merged[1])
     return (replace(adapter, sites=sites) if merges else adapter), tuple(merges)
+
+
+def _merge_members(
+    adapter: Adapter, by_token: TokenAdapters, base: BaseModel | None, tolerance: float
+) -> tuple[Adapter, tuple[SiteMerge, ...]]:
+    """Each adapter by token by itself; its sites go by its name."""
+    merged = {n: merge_static(m, base, tolerance) for n, m in by_token.adapters.items()}
+    merges = tuple(
+        replace(merge, site=f"{name}: {merge.site}")
+        for name, (_, of_member) in merged.items()
+        for merge in of_member
+    )
+    if not merges:
+        return adapter, ()
+    adapters = {name: member for name, (member, _) in merged.items()}
+    return replace(adapter, by_token=replace(by_token, adapters=adapters)), merges
 
 
 def merge_site(
@@ -204,6 +222,14 @@ def check_mergeable(adapter: Adapter, where: str) -> None:
     if adapter.invocation_tokens:
         found = "an activated adapter (alora_invocation_tokens), which acts on a part of the tokens"
         raise UnsupportedError(where, found, "one that acts on every token")
+    check_one(adapter, where)
+
+
+def check_one(adapter: Adapter, where: str) -> None:
+    """Raises UnsupportedError for one that is others by token ids: no weight is all of them."""
+    if adapter.by_token is not None:
+        found = "adapters that tokens have by their ids (token_adapters)"
+        raise UnsupportedError(where, found, "one that is the same for every token")
 
 
 def merged_weight(weight: Tensor, mixture: LinearMixture) -> Tensor:
@@ -224,6 +250,9 @@ def subtract(adapter: Adapter, merged_pairs: Mapping[str, Experts]) -> Adapter:
     UnsupportedError for what a low-rank pair beside it cannot set right: vectors, reflections of
     what W reads, and magnitudes of experts inside an FFN, whose norms are of W.
     """
+    if adapter.by_token is not None:
+        members = adapter.by_token.changed(partial(subtract, merged_pairs=merged_pairs))
+        return replace(adapter, by_token=members)
     sites: dict[str, Mixture] = dict(adapter.sites)
     for site, mixture in sites.items():
         if isinstance(mixture, ScaleMixture) and site in merged_pairs:

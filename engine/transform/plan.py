@@ -1,12 +1,13 @@
 """What each site of an adapter is: static or not and why, what merging leaves, what it costs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import (
     Adapter,
+    TokenAdapters,
     describe_mixture,
     natural_key,
     site_tensors,
@@ -51,12 +52,12 @@ class SitePlan:
     vectors. bytes: in canonical float32. static: the gate cannot depend on the token. reason: why
     it is static or not. error: of the merge, `static.deviation`; 0 if it is exact. merged: the one
     rank by projection that merging leaves, None where nothing merges. cost: of one token as it is
-    served, at the most.
+    served, at the most. policy: None where the token's id decides.
     """
 
     site: str
     shape: str
-    policy: Policy
+    policy: Policy | None
     experts: int
     ranks: Mapping[str, tuple[int, ...]]
     bytes: int
@@ -71,7 +72,7 @@ class SitePlan:
         return {
             "site": self.site,
             "shape": self.shape,
-            "routing": self.policy.to_json(),
+            "routing": None if self.policy is None else self.policy.to_json(),
             "experts": self.experts,
             "ranks": {name: list(ranks) for name, ranks in self.ranks.items()},
             "bytes": self.bytes,
@@ -95,9 +96,40 @@ def plan(
     adapter: Adapter, base: BaseModel | None = None, tolerance: float = 0.0
 ) -> tuple[SitePlan, ...]:
     """One SitePlan per site, in natural order. base, tolerance: as in `merge.merge_static`."""
+    if adapter.by_token is not None:
+        return _by_token(adapter.by_token, base, tolerance)
     return tuple(
         _site_plan(site, adapter.sites[site], base, tolerance)
         for site in sorted(adapter.sites, key=natural_key)
+    )
+
+
+def _by_token(
+    by_token: TokenAdapters, base: BaseModel | None, tolerance: float
+) -> tuple[SitePlan, ...]:
+    """Of the sites that any of the adapters has: its experts are those that do."""
+    plans: dict[str, list[SitePlan]] = {}
+    for member in by_token.adapters.values():
+        for site in plan(member, base, tolerance):
+            plans.setdefault(site.site, []).append(site)
+    return tuple(_joined(plans[site]) for site in sorted(plans, key=natural_key))
+
+
+def _joined(sites: Sequence[SitePlan]) -> SitePlan:
+    """One site of several adapters, of which a token has one. None merges with another."""
+    first = sites[0]
+    ranks = {name: tuple(r for s in sites for r in s.ranks.get(name, ())) for name in first.ranks}
+    return replace(
+        first,
+        policy=None,
+        experts=len(sites),
+        ranks=ranks,
+        bytes=sum(site.bytes for site in sites),
+        static=False,
+        reason="the token's id chooses the adapter",
+        error=max(site.error for site in sites),
+        merged=None,
+        cost=max((site.cost for site in sites), key=lambda cost: cost.flops),
     )
 
 

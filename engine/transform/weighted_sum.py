@@ -41,6 +41,7 @@ def mix(parts: Sequence[Part]) -> Adapter:
         raise ConfigError("mix", "no adapters", "at least one")
     stacks: dict[str, list[Experts]] = {}
     for part in parts:
+        check_no_table(part.name, part.adapter)
         for site in part.adapter.rows:
             found, expected = "rows of its own, which do not add up", "a LoRA's pairs alone"
             raise UnsupportedError(f"{part.name}: {site}", found, expected)
@@ -71,6 +72,13 @@ def _biases(parts: Sequence[Part]) -> dict[str, Bias]:
                 raise ShapeError(where, list(scaled.shape), f"the other adapters' {expected}")
             total[site] = before + scaled
     return {site: Bias(added=tensor) for site, tensor in total.items()}
+
+
+def check_no_table(name: str, adapter: Adapter) -> None:
+    """Raises UnsupportedError for a part that is other adapters, by token ids."""
+    if adapter.by_token is not None:
+        found, expected = "adapters that tokens have by their ids", "one for every token"
+        raise UnsupportedError(f"{name}: token_adapters", found, expected)
 
 
 def check_no_trained_bias(name: str, adapter: Adapter) -> None:

@@ -1,6 +1,7 @@
 """From an adapter's files to what a slot of this rank takes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,17 +9,17 @@ from vllm.logger import init_logger
 
 from molehill.engine import formats
 from molehill.engine.adapter.errors import LimitError
-from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.model import Adapter, TokenAdapters
 from molehill.engine.adapter.validation import validate
 from molehill.engine.formats import native
-from molehill.engine.routing_stats import costs
+from molehill.engine.routing_stats import costs, token_costs
 from molehill.engine.transform.merge import MergedBase, merge_static, subtract
 from molehill.engine.vllm import prefix_keys
 from molehill.engine.vllm.host_cache import AdapterKey, PreparedAdapter
 from molehill.engine.vllm.model.patched_model import PatchedModel
 from molehill.engine.vllm.prefetch import StepPacer
 from molehill.engine.vllm.settings import Settings
-from molehill.kernels.interface import Backend, CapacityError
+from molehill.kernels.interface import Backend, CapacityError, SlotWeights
 from molehill.kernels.mixture import FfnMixture, LinearMixture, Reflection
 
 logger = init_logger("vllm.molehill")
@@ -77,6 +78,8 @@ class AdapterLoader:
         Packed weights take memory: where there is none now, the backend packs them as it stores
         them, or refuses. Raises LimitError.
         """
+        if adapter.by_token is not None:
+            return self._pack_members(adapter, adapter.by_token, beside)
         cut = self._model.cut(adapter)
         if beside:
             self._pacer.wait_for_step()
@@ -96,6 +99,23 @@ class AdapterLoader:
             weights,
             adapter.invocation_tokens,
             cut.vocabulary,
+        )
+
+    def _pack_members(
+        self, adapter: Adapter, by_token: TokenAdapters, beside: bool
+    ) -> PreparedAdapter:
+        """What is counted is one site, at which the token's id is the router."""
+        members = tuple(self.pack(member, beside) for member in by_token.adapters.values())
+        return PreparedAdapter(
+            token_costs([member.costs for member in members]),
+            {},
+            sum(member.num_bytes for member in members),
+            False,
+            SlotWeights({}, {}),
+            adapter.invocation_tokens,
+            # The weights are in the members.
+            by_token=by_token.changed(lambda member: replace(member, sites={}, biases={})),
+            members=members,
         )
 
     def base_rows(self) -> Adapter:
@@ -127,6 +147,8 @@ class AdapterLoader:
 def _reads_base(adapter: Adapter) -> bool:
     """Whether cutting it reads the base's weights: for DoRA's norms, a reflection's B, or biases in
     whose place trained ones stand."""
+    if adapter.by_token is not None:
+        return any(map(_reads_base, adapter.by_token.adapters.values()))
     if any(bias.trained is not None for bias in adapter.biases.values()):
         return True
     return any(

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from molehill.engine.adapter.model import TokenAdapters
 from molehill.engine.routing_stats import Costs
 from molehill.kernels.interface import MoePiece, Packed, SlotWeights
 from molehill.kernels.vocabulary_pieces import VocabularyPieces
@@ -30,7 +31,8 @@ class PreparedAdapter:
     """One rank's share of an adapter. num_bytes: of its serving copy.
 
     weights: as the backend keeps them, or as they were cut where there was no room to pack them.
-    invocation_tokens: see Adapter.
+    invocation_tokens: see Adapter. members: of one by token, the shares of its adapters, each for a
+    slot of its own; by_token: which of them a token has.
     """
 
     costs: Costs
@@ -40,6 +42,8 @@ class PreparedAdapter:
     weights: SlotWeights | Packed
     invocation_tokens: tuple[int, ...] = ()
     vocabulary: VocabularyPieces = field(default_factory=VocabularyPieces)
+    by_token: TokenAdapters | None = None
+    members: tuple["PreparedAdapter", ...] = ()
 
 
 class HostCache(Generic[Key]):

@@ -15,6 +15,7 @@ from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.host_cache import AdapterKey
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.slot_table import BASE
+from molehill.engine.vllm.token_rows import TokenRows
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
 from molehill.kernels.interface import UNSERVED, Run
 
@@ -27,11 +28,16 @@ class LoRAManager:
     holds."""
 
     def __init__(
-        self, adapters: WorkerAdapters, activated: ActivatedRows, logits: LogitsRows
+        self,
+        adapters: WorkerAdapters,
+        activated: ActivatedRows,
+        logits: LogitsRows,
+        tokens: TokenRows,
     ) -> None:
         self._adapters = adapters
         self._activated = activated
         self._logits = logits
+        self._tokens = tokens
         self._slots = adapters.slots
         self._dummies: set[int] = set()
 
@@ -74,7 +80,7 @@ class LoRAManager:
             self._adapters.pacer.step_begins()
             runs = self._runs(self._without_plain_rows(mapping.index_mapping))
             self._adapters.stats.mark_active(run.slot for run in runs)
-            self._adapters.model.begin_step(runs)
+            self._tokens.begin_step(runs)
             self._logits.begin_step(*self._heads(runs, mapping.prompt_mapping))
 
     def _without_plain_rows(self, ids: Sequence[int]) -> Sequence[int]:

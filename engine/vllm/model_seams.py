@@ -105,6 +105,13 @@ LINEARS = (
         "a router, and the kernels that it may run in",
         attributes=("allow_specialized_router_gemm",),
     ),
+    Seam(
+        "vllm.model_executor.models.utils",
+        "WeightsMapper",
+        DISCOVERY,
+        "what a model calls otherwise than Transformers does",
+        attributes=("orig_to_new_substr", "orig_to_new_suffix"),
+    ),
     Seam("vllm.model_executor.layers.activation", "SiluAndMul", DISCOVERY, "a gated FFN"),
     Seam(
         "vllm.model_executor.layers.activation",
@@ -167,7 +174,7 @@ EXPERTS = (
         "MoEActivation",
         BLOCKS,
         "the experts' activation",
-        markers=('"silu"', '"gelu"', '"gelu_tanh"'),
+        markers=('"silu"', '"gelu"', '"gelu_tanh"', '"swigluoai"'),
     ),
     Seam(
         f"{MOE}.routed_experts",
@@ -190,7 +197,7 @@ EXPERTS = (
         BLOCKS,
         "the experts' weights, and the kernel that reads them",
         attributes=("experts_cls", "moe", "moe_kernel", "unquantized_backend"),
-        markers=('"w13_weight"', '"w2_weight"'),
+        markers=('"w13_weight"', '"w2_weight"', '"w13_bias"', '"w2_bias"'),
     ),
     Seam(
         f"{MOE}.unquantized_fused_moe_method",

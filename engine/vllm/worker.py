@@ -18,6 +18,7 @@ from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
 from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.step_timer import StepTimer
+from molehill.engine.vllm.token_rows import TokenRows
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
 
 compat.check_version()
@@ -95,7 +96,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self.adapters = WorkerAdapters(vllm_config, device, model, self._merged_base)
         activated = ActivatedRows(self.model_runner, self.adapters.invocation_of)
         logits = LogitsRows(self.model_runner, model, self.adapters.vocabulary.begin_logits)
-        self.model_runner.lora_manager = LoRAManager(self.adapters, activated, logits)
+        tokens = TokenRows(model, self.adapters.slots, self.adapters.model.begin_step)
+        self.model_runner.lora_manager = LoRAManager(self.adapters, activated, logits, tokens)
         return model
 
     # What `molehill.engine.vllm.protocol` asks, in plain values and answered in them

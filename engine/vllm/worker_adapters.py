@@ -136,7 +136,7 @@ class WorkerAdapters:
             if kept is not None:
                 self._host.put(key, kept)
             raise
-        self._entered[key.lora_id] = key, replace(ready, weights=Packed(None))
+        self._entered[key.lora_id] = key, replace(ready, weights=Packed(None), members=())
         self.stats.enter_slot(key.lora_id, name, slot, ready.costs)
         self._refused.discard(key.lora_id)
         self._prefetcher.drop(key)

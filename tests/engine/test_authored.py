@@ -23,6 +23,7 @@ MADE = (
     "arrow-general",
     "mix",
     "molora",
+    "molora-by-token",
     "renamed",
     *SERVED,
 )

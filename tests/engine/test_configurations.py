@@ -76,6 +76,6 @@ def test_configuration_matches_the_reference(
         for name, made in authored.items()
         for prompt in made.prompts
     ]
-    with engine(**configuration.options, max_loras=46) as llm:
+    with engine(**configuration.options, max_loras=47) as llm:
         assert_golden(ask(llm, prompts, others=others), prompts)
         assert_dora(llm, dora, tmp_path / "dora")

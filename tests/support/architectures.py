@@ -55,6 +55,12 @@ ARCHITECTURES = {
         bias="lora_only",
         on_vocabulary=("on-head",),
     ),
+    "gpt_oss": Architecture(
+        QKVO,
+        None,
+        parameters=("experts.gate_up_proj", "experts.down_proj", "router.weight"),
+        on_vocabulary=("on-both",),
+    ),
     "gpt2": Architecture(("c_attn", "c_proj", "c_fc"), None, bias="lora_only", dynmole=False),
     "mixtral": Architecture(
         QKVO, None, parameters=("experts.gate_up_proj", "experts.down_proj"), prompts=4

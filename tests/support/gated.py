@@ -1,10 +1,11 @@
-"""A learned gate over LoRAs by PEFT, on the tiny model, and what it answers.
+"""A learned gate, and a table of token ids, over LoRAs by PEFT, on the tiny model, and what they
+answer.
 
 The oracle is plain modules, written from the definition in docs/format.md; none of it is molehill.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,12 @@ from torch.nn import functional as F
 
 from support.authored import Authored, answers, replaced, save_lora, tiny_llama, top_k
 
+# By adapter, of 512 token ids; those of 400 to 420 and the rest that is not named have none.
+TOKEN_ADAPTERS = {
+    "poems": [[0, 150], 421, [430, 470]],
+    "code": [[151, 290]],
+    "letters": [[291, 399], [422, 429]],
+}
 GATED = {"poems": ("q_proj", "down_proj"), "code": ("q_proj", "v_proj"), "letters": ("down_proj",)}
 
 
@@ -38,21 +45,62 @@ class Gated(nn.Module):
         return y
 
 
-def author_molora(root: Path, name: str = "molora") -> Authored:
-    """LoRAs of unequal ranks on unequal linears, by PEFT, and a learned gate over them: one for all
-    linears that read the hidden state, others for each of those that read the FFN's."""
-    directory, model, k = root / name, tiny_llama(), 2
-    generator = torch.Generator().manual_seed(41)
+class ByToken(nn.Module):
+    """y = W x + (alpha / r) B_e A_e x, e the adapter of the token's id, none for -1. loras: as
+    Gated's. ids: the model's input, `[T]` of the whole sequence."""
+
+    def __init__(
+        self, base: nn.Linear, loras: Sequence[Any], table: Tensor, ids: list[Tensor]
+    ) -> None:
+        super().__init__()
+        self.base, self.loras, self.table, self.ids = base, loras, table, ids
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x).clone()
+        for position, token in enumerate(self.ids[0].flatten().tolist()):
+            e = int(self.table[token])
+            if e >= 0 and self.loras[e] is not None:
+                a, b = self.loras[e]
+                y[..., position, :] += b @ (a @ x[0, position])
+        return y
+
+
+def author_by_token(root: Path, name: str = "molora-by-token") -> Authored:
+    """LoRAs of unequal ranks on unequal linears, by PEFT, one for each token by its id."""
+    directory, model = root / name, tiny_llama()
+    files = save_gated(directory)
+    table = torch.full((512,), -1)
+    for e, spans in enumerate(TOKEN_ADAPTERS.values()):
+        for span in spans:
+            first, last = span if isinstance(span, list) else (span, span)
+            table[first : last + 1] = e
+    ids: list[Tensor] = []
+    model.model.embed_tokens.register_forward_pre_hook(
+        lambda _, args: ids.__setitem__(slice(None), args)
+    )
+    modules = {
+        module: ByToken(base, loras, table, ids) for module, base, loras in loras_of(model, files)
+    }
+    document = {"kind": "molora", "adapters": list(GATED), "token_adapters": TOKEN_ADAPTERS}
+    (directory / "molehill_mix.json").write_text(json.dumps(document))
+    with replaced(model, modules), torch.no_grad():
+        prompts = answers(name, model)
+    return Authored(name, directory, prompts)
+
+
+def save_gated(directory: Path) -> dict[str, dict[str, Tensor]]:
+    """The LoRAs' tensors by adapter."""
     files = {}
     for e, (adapter, targets) in enumerate(GATED.items()):
         save_lora(directory / adapter, 40 + e, r=2 + e, target_modules=list(targets))
         files[adapter] = load_file(directory / adapter / "adapter_model.safetensors")
+    return files
 
-    def gate(width: int) -> Tensor:
-        return torch.randn(len(GATED), width, generator=generator) * 1.5 * width**-0.5
 
-    routers = {"router": gate(model.config.hidden_size)}
-    modules: dict[str, Gated] = {}
+def loras_of(
+    model: nn.Module, files: dict[str, dict[str, Tensor]]
+) -> Iterator[tuple[str, Any, list[Any]]]:
+    """Every adapted linear with its name, and A and B of each adapter, None where it has none."""
     for module, base in model.named_modules():
         stem = f"base_model.model.{module}.lora_"
         loras = [
@@ -62,10 +110,26 @@ def author_molora(root: Path, name: str = "molora") -> Authored:
             for e, file in enumerate(files.values())
         ]
         if any(lora is not None for lora in loras):
-            prefix = f"{module.removeprefix('model.')}.router"
-            if module.endswith("down_proj"):
-                routers[prefix] = gate(base.in_features)
-            modules[module] = Gated(base, routers.get(prefix, routers["router"]), loras, k)
+            yield module, base, loras
+
+
+def author_molora(root: Path, name: str = "molora") -> Authored:
+    """LoRAs of unequal ranks on unequal linears, by PEFT, and a learned gate over them: one for all
+    linears that read the hidden state, others for each of those that read the FFN's."""
+    directory, model, k = root / name, tiny_llama(), 2
+    generator = torch.Generator().manual_seed(41)
+    files = save_gated(directory)
+
+    def gate(width: int) -> Tensor:
+        return torch.randn(len(GATED), width, generator=generator) * 1.5 * width**-0.5
+
+    routers = {"router": gate(model.config.hidden_size)}
+    modules: dict[str, Gated] = {}
+    for module, base, loras in loras_of(model, files):
+        prefix = f"{module.removeprefix('model.')}.router"
+        if module.endswith("down_proj"):
+            routers[prefix] = gate(base.in_features)
+        modules[module] = Gated(base, routers.get(prefix, routers["router"]), loras, k)
     save_file(routers, directory / "gate.safetensors")
     document = {"kind": "molora", "adapters": list(GATED), "router": "gate.safetensors", "top_k": k}
     (directory / "molehill_mix.json").write_text(json.dumps(document))

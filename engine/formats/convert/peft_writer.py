@@ -18,7 +18,7 @@ from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
 from molehill.engine.formats.io import files
 from molehill.engine.formats.readers import invocation, vocabulary
 from molehill.engine.system.atomic_directory import appearing
-from molehill.engine.transform.merge import plain_sites, why_not_plain
+from molehill.engine.transform.merge import check_one, plain_sites, why_not_plain
 from molehill.kernels.mixture import Experts
 
 
@@ -44,6 +44,7 @@ def write_lora(adapter: Adapter, directory: Path) -> None:
 
 
 def _pairs(adapter: Adapter) -> dict[str, Experts]:
+    check_one(adapter, "adapter")
     for site in adapter.rows:
         raise UnsupportedError(site, "rows of its own", "one low-rank pair, as a plain LoRA has")
     plain = plain_sites(adapter)

@@ -6,7 +6,9 @@ A `[E r, out]`, B `[in, E r]`, and expert e's delta is (B_e A_e)^T. Newer versio
 such files. `peft_version` says which it is, and so do the shapes of two pairs in one block, and the
 base's; they must agree.
 
-What the base holds as `[E, in, out]` (gpt-oss) has one layout in all versions.
+What the base holds as `[E, in, out]` (gpt-oss) has A `[E r, in]`, B `[out, E r]` from PEFT before
+0.19, and later where Transformers says of the module that it `is_transposed`; else the two are
+swapped. No file tells which, so the base's widths do (`fit`).
 """
 
 import re
@@ -16,6 +18,7 @@ from itertools import permutations
 
 from torch import Tensor
 
+from molehill.engine.adapter.base_model import Moe
 from molehill.engine.adapter.errors import ConfigError, ShapeError
 from molehill.engine.formats.io.fields import Fields
 
@@ -47,6 +50,25 @@ def assign(stacks: list[Stack], parameters: Collection[str], config: Fields) -> 
         if _is_plain(assigned) or _is_swapped(assigned):
             return orient(assigned, config)
     raise _no_pair(stacks)
+
+
+def fit(stacks: list[Stack], parameters: Collection[str], block: Moe) -> dict[str, Stack]:
+    """The stacks of a block that the base holds as `[E, in, out]`, by their parameters.
+
+    parameters: adapted ones, as many as stacks. One that fits both ways is read as PEFT reads it
+    beside a module that `is_transposed`. Raises ShapeError for one that fits neither way.
+    """
+    inner = block.intermediate
+    widths = {_GATE_UP: (block.hidden, 2 * inner), _DOWN: (inner, block.hidden)}
+    names = [name for name in (_GATE_UP, _DOWN) if name in parameters]
+    for swapped in (False, True):
+        for order in permutations(stacks):
+            ends = [_ends(stack)[:: -1 if swapped else 1] for stack in order]
+            if ends == [widths[name] for name in names]:
+                assigned = zip(names, order, strict=True)
+                return {name: replace(stack, swapped=swapped) for name, stack in assigned}
+    expected = ", ".join(f"{name} from {ins} to {outs}" for name, (ins, outs) in widths.items())
+    raise _no_pair(stacks, expected)
 
 
 def orient(stacks: Mapping[str, Stack], config: Fields) -> dict[str, Stack]:
@@ -105,6 +127,8 @@ def _ends(stack: Stack) -> tuple[int, int]:
     return stack.a.shape[1], stack.b.shape[0]
 
 
-def _no_pair(stacks: Collection[Stack]) -> ShapeError:
+def _no_pair(
+    stacks: Collection[Stack], expected: str = f"pairs of {_GATE_UP} and {_DOWN}"
+) -> ShapeError:
     found = [(list(stack.a.shape), list(stack.b.shape)) for stack in stacks]
-    return ShapeError(next(iter(stacks)).where, found, f"pairs of {_GATE_UP} and {_DOWN}")
+    return ShapeError(next(iter(stacks)).where, found, expected)

@@ -1,5 +1,5 @@
-"""Adapters made of others: a static mix, Arrow routing, or a learned gate, of the adapters in
-sub-directories.
+"""Adapters made of others: a static mix, Arrow routing, a learned gate, or a table of token ids, of
+the adapters in sub-directories.
 
 `molehill_mix.json` says how; docs/format.md describes it.
 """
@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from molehill.engine.adapter import token_validation
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import AdapterError, ConfigError, LimitError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
-from molehill.engine.formats.readers import invocation, peft, router_file
+from molehill.engine.formats.readers import invocation, peft, router_file, token_table
 from molehill.engine.formats.readers.reader import (
     PEFT_FILES,
     AdapterFiles,
@@ -25,6 +26,7 @@ from molehill.engine.formats.readers.reader import (
     with_notes,
 )
 from molehill.engine.transform.arrow import Lora, arrow
+from molehill.engine.transform.by_token import by_token
 from molehill.engine.transform.learned_gate import routed
 from molehill.engine.transform.weighted_sum import Part, mix
 from molehill.kernels.policy import Arrow, Soft, TopK
@@ -32,11 +34,6 @@ from molehill.kernels.policy import Arrow, Soft, TopK
 CONFIG = "molehill_mix.json"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-_NO_TABLE = (
-    "a `router`: the id of a token that is generated is known on the device alone when the rows of "
-    "a step are dealt out, so that no row can be given an expert by its token's id"
-)
 
 _Read = Callable[[Path], Adapter]
 
@@ -86,9 +83,8 @@ def _check_top_k(config: Fields, k: int, adapters: Sequence[Any]) -> None:
 def _read_molora(mix: AdapterFiles, members: "_Members") -> Adapter:
     """Every adapter is an expert; all of them by probability, or the `top_k` most probable."""
     config = mix.config
-    if config.has("token_adapters"):
-        where = f"{config.where}: token_adapters"
-        raise UnsupportedError(where, "a table of token ids", _NO_TABLE)
+    if config.has(token_validation.FIELD):
+        return _read_by_token(mix, members)
     fields = (router_file.FIELD, "top_k", "normalize", "router_temperature")
     config.only("kind", "adapters", *fields, invocation.FIELD)
     names = list(config.items("adapters").values.values())
@@ -104,6 +100,17 @@ def _read_molora(mix: AdapterFiles, members: "_Members") -> Adapter:
     parts = [Part(name, members.read(name, mix.read_member), 1.0) for name in names]
     sites = {site for part in parts for site in part.adapter.sites}
     return routed(parts, router_file.by_site(weights, sites), policy, temperature)
+
+
+def _read_by_token(mix: AdapterFiles, members: "_Members") -> Adapter:
+    """Every token has one of the adapters, or none, by its id."""
+    fields = (token_validation.FIELD, token_table.OTHER)
+    mix.config.only("kind", "adapters", *fields, invocation.FIELD)
+    names = list(mix.config.items("adapters").values.values())
+    members.check("adapters", names)
+    adapter_of, other = token_table.read(mix.config, names)
+    parts = [Part(name, members.read(name, mix.read_member), 1.0) for name in names]
+    return by_token(parts, adapter_of, other)
 
 
 class _Members:

@@ -133,7 +133,7 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
     if dora:
         _check_magnitudes(weights, modules)
     _check_lora_bias(config, weights, modules)
-    sites = _fused_experts(config, weights, grouped, scalings)
+    sites = _fused_experts(config, weights, grouped, scalings, base)
     added = {}
     for name, module in modules.items():
         pattern_name = f"{name}.weight" if name in by_weight else name
@@ -201,7 +201,11 @@ def _scaling(weights: Weights, name: str, module: _Module, scalings: _Scalings) 
 
 
 def _fused_experts(
-    config: Fields, weights: Weights, grouped: Mapping[str, _Module], scalings: _Scalings
+    config: Fields,
+    weights: Weights,
+    grouped: Mapping[str, _Module],
+    scalings: _Scalings,
+    base: BaseModel | None,
 ) -> dict[str, LinearMixture]:
     """What `target_parameters` adapts; nothing without it."""
     stacks = {}
@@ -209,7 +213,7 @@ def _fused_experts(
         if peft_parameters.is_stack(name):
             _check_stack(weights, module)
             stacks[name] = _names(name, module)
-    return peft_parameters.read(config, weights, stacks, scalings.of)
+    return peft_parameters.read(config, weights, stacks, scalings.of, base)
 
 
 def _check_stack(weights: Weights, module: _Module) -> None:

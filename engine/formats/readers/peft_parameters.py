@@ -7,17 +7,20 @@ first: `expert_layout`), and the same at `...mlp.experts.base_layer`. Which is w
 the shapes. Granite had them apart, as the weights of `input_linear` and `output_linear`; Gemma 4 on
 `moe` itself, where now its `experts` are.
 
-Before 0.19 PEFT took the parameter's axes the other way round (`experts_axes`).
+Before 0.19 PEFT took the parameter's axes the other way round (`experts_axes`). gpt-oss has gate
+and up in turn, output by output, which only the base says.
 
 A `weight` `[out, in]`, such as that of a router (`gate.weight`, which PEFT 0.21 writes for
 `all-linear`), is adapted as a linear is.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from molehill.engine.adapter.base_model import BaseModel, Moe
 from molehill.engine.adapter.errors import MissingTensorError, ShapeError, UnsupportedError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.module_names import canonical
@@ -36,6 +39,8 @@ _NESTED = (".experts", ".moe")
 # Modules whose one parameter is a block's, by what Granite calls them.
 _APART = {"input_linear": _GATE_UP, "output_linear": _DOWN}
 _WEIGHT = ".weight"
+# What configs call bases that have gate and up in turn.
+_INTERLEAVED = re.compile(r"gpt.?oss", re.IGNORECASE)
 
 
 def is_stack(module: str) -> bool:
@@ -94,22 +99,50 @@ def read(
     weights: Weights,
     modules: Mapping[str, PairNames],
     scaling_of: Callable[[str], Scaling],
+    base: BaseModel | None,
 ) -> dict[str, LinearMixture]:
     """Static mixtures by site, gate and up of a fused pair with the same A.
 
     modules: the file's names of A and B by its names of modules. scaling_of: by
-    `{block}.{parameter}`. Raises ConfigError, MissingTensorError, ShapeError, UnsupportedError.
+    `{block}.{parameter}`. base: what it is read for. Raises ConfigError, MissingTensorError,
+    ShapeError, UnsupportedError.
     """
     names, layouts = read_targets(config), expert_layout.read(config)
     if adapted(config) and not modules:
         expected = f"some for {sorted(adapted(config))}"
         raise MissingTensorError(weights.file, "no tensors of experts", expected)
+    if modules and base is None:
+        _check_order(config)
     sites = {}
     for block, block_modules in _blocks(modules).items():
-        stacks = _read_stacks(weights, block, block_modules, names, config)
+        sizes = _sizes(block, base)
+        stacks = _read_stacks(weights, block, block_modules, names, config, sizes)
         for name, (parameter, stack) in stacks.items():
-            sites.update(_split(block, parameter, stack, scaling_of(name), layouts.of(parameter)))
+            pairs = _pairs(stack, scaling_of(name), layouts.of(parameter))
+            for e, pair in enumerate(pairs):
+                site = f"{_experts(block)}.{e}"
+                sites.update(_by_projection(site, parameter, pair, sizes))
     return sites
+
+
+def _check_order(config: Fields) -> None:
+    """Raises UnsupportedError where the order of gate and up hangs on a base that nobody named."""
+    mapping = config.values.get("auto_mapping")
+    named = [mapping.get("base_model_class")] if isinstance(mapping, Mapping) else []
+    named.append(config.text("base_model_name_or_path"))
+    for name in filter(None, named):
+        if _INTERLEAVED.search(str(name)):
+            found = f"fused experts of {str(name)[:200]!a}, which may have gate and up in turn"
+            expected = (
+                "the base model beside it: --model of molehill inspect and merge, --base of "
+                "molehill convert (a server knows its own)"
+            )
+            raise UnsupportedError(f"{config.where}: target_parameters", found, expected)
+
+
+def _sizes(block: str, base: BaseModel | None) -> Moe | None:
+    site = canonical(_experts(block)).removesuffix(".experts")
+    return None if base is None else base.moes.get(site)
 
 
 def _blocks(modules: Mapping[str, PairNames]) -> dict[str, dict[str, PairNames]]:
@@ -128,6 +161,7 @@ def _read_stacks(
     modules: Mapping[str, PairNames],
     names: Collection[str],
     config: Fields,
+    sizes: Moe | None,
 ) -> dict[str, tuple[str, Stack]]:
     """(parameter, stack) by the parameter's name as PEFT's patterns know it."""
     stacks = {
@@ -149,7 +183,9 @@ def _read_stacks(
     if len(stacks) != len(parameter_of):
         expected = f"one for each of {sorted(parameter_of.values())}"
         raise MissingTensorError(weights.where(block), f"{len(stacks)} pairs", expected)
-    if None not in apart.values():
+    if sizes is not None and sizes.interleaved:
+        oriented = experts_axes.fit(list(stacks.values()), set(parameter_of.values()), sizes)
+    elif None not in apart.values():
         known = {module: str(parameter) for module, parameter in apart.items()}
         oriented = experts_axes.orient({known[module]: stacks[module] for module in known}, config)
     else:
@@ -166,9 +202,8 @@ def _adapted_parameters(block: str, names: Collection[str]) -> set[str]:
     }
 
 
-def _split(
-    block: str, parameter: str, stack: Stack, scaling: Scaling, layout: Layout
-) -> dict[str, LinearMixture]:
+def _pairs(stack: Stack, scaling: Scaling, layout: Layout) -> list[Experts]:
+    """One for each of the base's experts, the scaling in b."""
     rows, rank = stack.a.shape[0], scaling.rank
     if rows % rank or stack.b.shape[1] != rows:
         expected = f"as many rows as columns, a multiple of the rank {rank}"
@@ -178,18 +213,24 @@ def _split(
     b = _by_expert(stack.b, experts, layout)
     if stack.swapped:
         a, b = b.transpose(1, 2), a.transpose(1, 2)
-    b = b * scaling.factor
-    sites = {}
-    for e in range(experts):
-        parts = {_DOWN: b[e]}
-        if parameter == _GATE_UP:
-            gate, up = b[e].chunk(2)
-            parts = {"gate_proj": gate, "up_proj": up}
-        for name, b_e in parts.items():
-            pair = Experts(a[e].clone(), b_e.contiguous(), (rank,))
-            site = canonical(f"{_experts(block)}.{e}.{name}")
-            sites[site] = LinearMixture(pair, Constant((1.0,)))
-    return sites
+    return [Experts(a[e], b[e] * scaling.factor, (rank,)) for e in range(experts)]
+
+
+def _by_projection(
+    expert: str, parameter: str, pair: Experts, sizes: Moe | None
+) -> dict[str, LinearMixture]:
+    """The mixtures of one expert by site; of a gate_up_proj, both with its A."""
+    parts = {_DOWN: pair.b}
+    if parameter == _GATE_UP:
+        in_turn = sizes is not None and sizes.interleaved
+        gate, up = (pair.b[::2], pair.b[1::2]) if in_turn else pair.b.chunk(2)
+        parts = {"gate_proj": gate, "up_proj": up}
+    return {
+        canonical(f"{expert}.{name}"): LinearMixture(
+            Experts(pair.a.clone(), b.contiguous(), pair.ranks), Constant((1.0,))
+        )
+        for name, b in parts.items()
+    }
 
 
 def _experts(block: str) -> str:

@@ -1,6 +1,6 @@
 """Finds the linears and FFNs of a loaded vLLM model, and what each holds of the original model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -17,6 +17,13 @@ from vllm.model_executor.layers.linear import (
 )
 
 from molehill.engine.adapter import module_names
+
+# What some of vLLM's models call otherwise than Transformers does (gpt-oss), by the model's own
+# table of a checkpoint's names: (table, the checkpoint's, vLLM's).
+_RENAMED = (
+    ("orig_to_new_substr", ".self_attn.", ".attn."),
+    ("orig_to_new_suffix", ".embed_tokens.weight", ".embedding.weight"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,21 @@ def canonical(name: str) -> str:
     return module_names.canonical(name)
 
 
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its canonical name, as Transformers has it."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    renamed = [
+        (theirs, original)
+        for table, original, theirs in _RENAMED
+        if getattr(mapper, table, {}).get(original) == theirs
+    ]
+    for name, module in model.named_modules():
+        parameter = f"{name}.weight"
+        for theirs, original in renamed:
+            parameter = parameter.replace(theirs, original, 1)
+        yield canonical(parameter.removesuffix(".weight")), module
+
+
 def find_linears(model: nn.Module, dtype: torch.dtype) -> list[Linear]:
     """Every linear that an adapter can change, in the model's order.
 
@@ -82,8 +104,8 @@ def find_linears(model: nn.Module, dtype: torch.dtype) -> list[Linear]:
     """
     packed = getattr(model, "packed_modules_mapping", {})
     return [
-        Linear(canonical(name), module, _projections(canonical(name), module, packed))
-        for name, module in model.named_modules()
+        Linear(name, module, _projections(name, module, packed))
+        for name, module in named_modules(model)
         if isinstance(module, LinearBase)
         and not (isinstance(module, GateLinear) and _has_kernels(module, dtype))
     ]
@@ -157,8 +179,7 @@ def find_ffns(linears: list[Linear], model: nn.Module) -> list[Ffn]:
     """Every FFN made of a fused gate/up linear, a multiplying activation, and a down linear."""
     by_name = {linear.name: linear for linear in linears}
     ffns = []
-    for name, module in model.named_modules():
-        site = canonical(name)
+    for site, module in named_modules(model):
         gate_up, down = f"{site}.gate_up_proj", f"{site}.down_proj"
         child, activation = _activation(module)
         if gate_up in by_name and down in by_name and activation:

@@ -25,10 +25,16 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.platforms import current_platform
 
 from molehill.engine.adapter.base_model import Moe
-from molehill.engine.vllm.model.discovery import canonical
+from molehill.engine.vllm.model.discovery import named_modules
+from molehill.kernels.activation import SWIGLUOAI
 
-# vLLM's MoEActivation values to Transformers names.
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+# vLLM's MoEActivation values to the names that `molehill.kernels.activation.gated` takes.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "swigluoai": SWIGLUOAI,
+}
 _PLAIN, _VEC, _AMX = "plain", "vec", "amx"
 _GROUP = 16
 
@@ -36,7 +42,7 @@ _GROUP = 16
 @dataclass(frozen=True)
 class MoeBlock:
     """A block of routed experts: `site` is `layers.3.mlp`. intermediate: this rank's range of the
-    experts' inner width. activation: its Transformers name."""
+    experts' inner width. activation: as `molehill.kernels.activation.gated` takes it."""
 
     site: str
     runner: MoERunner
@@ -64,9 +70,9 @@ def on_cpu_kernels(config: VllmConfig) -> Iterator[None]:
 
 def find_blocks(model: nn.Module) -> Iterator[tuple[str, MoERunner]]:
     """(site, runner) of every MoE block in the model's order."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, MoERunner):
-            yield canonical(name).removesuffix(".experts"), module
+            yield name.removesuffix(".experts"), module
 
 
 def describe(site: str, runner: MoERunner) -> MoeBlock:
@@ -78,7 +84,12 @@ def describe(site: str, runner: MoERunner) -> MoeBlock:
     return MoeBlock(
         site,
         runner,
-        Moe(config.num_logical_experts, config.hidden_dim_unpadded, total),
+        Moe(
+            config.num_logical_experts,
+            config.hidden_dim_unpadded,
+            total,
+            interleaved=config.activation.value == SWIGLUOAI,
+        ),
         range(start, start + width),
         _ACTIVATIONS.get(config.activation.value, config.activation.value),
     )
@@ -94,14 +105,15 @@ def refusal(runner: MoERunner, cuda_graphs: bool) -> str | None:
         "data parallelism over experts": parallel.dp_size > 1 or parallel.pcp_size > 1,
         "sequence parallelism": parallel.is_sequence_parallel,
         "redundant experts": config.num_experts != config.num_logical_experts,
-        "experts with biases": config.has_bias,
         "experts that compute nothing": isinstance(runner.router, ZeroExpertRouter),
         "experts whose input is transformed": runner.routed_input_transform is not None,
         f"the experts' activation {config.activation.value}": (
             config.activation.value not in _ACTIVATIONS or config.swiglu_limit is not None
         ),
         "gate weights on the experts' input": experts.apply_router_weight_on_input,
-        f"experts run by {type(method).__name__}": type(method) is not UnquantizedFusedMoEMethod,
+        f"experts run by {type(method).__name__}, as quantised ones are": (
+            type(method) is not UnquantizedFusedMoEMethod
+        ),
     }
     result = next((f"{reason} on this server" for reason, holds in reasons.items() if holds), None)
     if result is None and _layout(method) is None:
@@ -158,18 +170,24 @@ class MoeBlockWeights:
         self._experts: Any = block.runner.routed_experts
         self._layout = _layout(self._experts.quant_method)
         self._width = len(block.intermediate)
+        self._is_interleaved = block.sizes.interleaved
+        # Of a rank that adds none to its sum, zeros.
+        self._biases = block.runner.moe_config.has_bias
 
     def gate_up(self, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
         assert self._layout is not None
         y = multiply(x, self._experts.w13_weight[expert], self._layout)
-        gate, up = y.chunk(2, dim=1)
+        if self._biases:
+            y = y + self._experts.w13_bias[expert]
+        gate, up = (y[:, ::2], y[:, 1::2]) if self._is_interleaved else y.chunk(2, dim=1)
         return gate[:, : self._width], up[:, : self._width]
 
     def down(self, expert: int, h: Tensor) -> Tensor:
         assert self._layout is not None
         weight = self._experts.w2_weight[expert]
         padding = weight.shape[1] - h.shape[1]
-        return multiply(F.pad(h, (0, padding)) if padding else h, weight, self._layout)
+        y = multiply(F.pad(h, (0, padding)) if padding else h, weight, self._layout)
+        return y + self._experts.w2_bias[expert] if self._biases else y
 
 
 def kernel(block: MoeBlock) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

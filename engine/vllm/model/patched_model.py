@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group, get_world_group
 from vllm.logger import init_logger
 
-from molehill.engine.adapter import expert_pairs
+from molehill.engine.adapter import expert_pairs, token_validation
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
@@ -195,6 +195,9 @@ class PatchedModel:
             self._refusals[self._head.name] = refusal
             self._head = None
         vocabulary.register(self._vocabulary, self._embedding, self._head, self._dtype, device)
+        refusal = vocabulary.by_token_refusal(config, model, self._backend.name, graphs)
+        if refusal:
+            self._refusals[token_validation.FIELD] = refusal
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         total: Tensor = self._tp.all_reduce(tensor)

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
-from molehill.engine.vllm.model.discovery import canonical
+from molehill.engine.vllm.model.discovery import named_modules
 from molehill.kernels.mixture import Experts, LinearMixture, Mixture, VocabularyRows
 from molehill.kernels.vocabulary import Vocabulary
 from molehill.kernels.vocabulary_pieces import VocabularyPiece, VocabularyPieces, VocabularyShape
@@ -52,11 +52,11 @@ class Site:
 def find_embedding(model: nn.Module) -> Site | None:
     """On the first pipeline stage; None if it is none that adapters can change."""
     embeddings = [
-        (canonical(name), module)
-        for name, module in model.named_modules()
+        (name, module)
+        for name, module in named_modules(model)
         if isinstance(module, VocabParallelEmbedding)
         and not isinstance(module, ParallelLMHead)
-        and is_embedding(canonical(name))
+        and is_embedding(name)
     ]
     if len(embeddings) != 1 or not get_pp_group().is_first_rank:
         return None
@@ -69,8 +69,8 @@ def find_head(model: nn.Module, tied: bool) -> Site | None:
     if len(processors) != 1 or not get_pp_group().is_last_rank:
         return None
     vocabulary = [
-        (canonical(name), module)
-        for name, module in model.named_modules()
+        (name, module)
+        for name, module in named_modules(model)
         if isinstance(module, VocabParallelEmbedding)
     ]
     heads = [module for name, module in vocabulary if is_head(name)]
@@ -100,6 +100,22 @@ def embedding_refusal(config: VllmConfig, cuda_graphs: bool) -> str | None:
             "a draft model, which may share the embedding": (
                 drafts is not None and drafts.method not in _WITHOUT_MODEL
             ),
+        }
+    )
+
+
+def by_token_refusal(
+    config: VllmConfig, model: nn.Module, backend: str, cuda_graphs: bool
+) -> str | None:
+    """Why no adapter can go by the ids of tokens, which are read as the model is called; None if
+    one can."""
+    return embedding_refusal(config, cuda_graphs) or _refusal(
+        {
+            "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
+            # It serves as many different slots in a step as there may be adapters.
+            "the Triton backend (start with --adapter-backend torch)": backend == "triton",
+            # Its call goes round hooks.
+            "a model that is compiled whole": type(model).__call__ is not nn.Module.__call__,
         }
     )
 

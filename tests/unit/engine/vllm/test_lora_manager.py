@@ -25,6 +25,7 @@ from molehill.engine.vllm.adapter_stats import AdapterStats
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.prefetch import StepPacer
+from molehill.engine.vllm.token_rows import TokenRows
 from molehill.kernels.interface import UNSERVED, Run
 from molehill.kernels.vocabulary import Vocabulary
 
@@ -45,11 +46,11 @@ class Runner(LoRAModelRunnerMixin):
                 slots=slots,
                 pacer=StepPacer(),
                 stats=AdapterStats(slots.counters, slots.resident_bytes),
-                model=SimpleNamespace(begin_step=self._begin_step),
                 vocabulary=Vocabulary(),
             ),
             ActivatedRows(self, {ADAPTER: ()}.get),
             LogitsRows(self, nn.Module(), lambda runs: None),
+            TokenRows(nn.Module(), slots, self._begin_step),
         )
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> None:

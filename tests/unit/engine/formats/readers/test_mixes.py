@@ -38,26 +38,13 @@ from molehill.kernels.policy import Arrow, Constant, Soft, TopK
 
 LOGITS = 1e-3
 SITE = "layers.0.self_attn.q_proj"
-MADE = ("mix", "arrow", "arrow-general", "molora")
+CONFIG = "adapter_config.json"
+MADE = ("mix", "arrow", "arrow-general", "molora", "molora-by-token")
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_llama()
-
-
-@pytest.fixture
-def copied(authored, tmp_path):
-    """`copied(name, document={...})`: a copy of a made adapter with other fields in its file."""
-
-    def copy(name, document=None):
-        shutil.copytree(authored[name].path, tmp_path / name)
-        file = tmp_path / name / "molehill_mix.json"
-        fields = {**json.loads(file.read_text()), **(document or {})}
-        file.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
-        return tmp_path / name
-
-    return copy
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -87,7 +74,7 @@ def test_inspect_shows_it(authored, golden, capsys, name):
     arguments = ["inspect", str(authored[name].path), "--model", str(golden / "tiny-llama")]
     assert main.main([*arguments, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (shown["kind"], shown["problems"]) == (name.removesuffix("-general"), [])
+    assert (shown["kind"], shown["problems"]) == (name.partition("-")[0], [])
     assert {site["static"] for site in shown["sites"]} == {name == "mix"}
 
 
@@ -268,6 +255,18 @@ def test_a_learned_gate_takes_what_every_adapter_adapts(authored):
                 assert not b.any()
 
 
+def test_a_learned_gate_takes_no_biases(copied):
+    directory = copied("molora")
+    file, config = (directory / "code" / name for name in ("adapter_model.safetensors", CONFIG))
+    tensors = load_file(file)
+    halves = {name: b for name, b in tensors.items() if name.endswith("lora_B.weight")}
+    biases = {name.replace(".weight", ".bias"): torch.ones(len(b)) for name, b in halves.items()}
+    save_file({**tensors, **biases}, file)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_bias": True}))
+    with pytest.raises(UnsupportedError, match=r"code: layers.*: found rows or a bias"):
+        formats.read(directory)
+
+
 def test_without_top_k_every_adapter_acts_and_the_temperature_divides(copied, authored):
     result = formats.read(copied("molora", {"top_k": None, "router_temperature": 2}))
     whole = formats.read(authored["molora"].path)
@@ -387,7 +386,6 @@ def test_a_mix_inside_a_mix_is_refused(copied):
         ("molora", {"router": "other.safetensors"}, ConfigError, "other.safetensors, no file"),
         ("molora", {"router": "../gate.safetensors"}, UnsupportedError, "router: found '../gate"),
         ("molora", {"router": "gate.bin"}, UnsupportedError, "router: found 'gate.bin'"),
-        ("molora", {"token_adapters": [0]}, UnsupportedError, "token_adapters: found a table of"),
         ("molora", {"general": ["poems"]}, UnsupportedError, "general: found an unknown field"),
         ("molora", {"adapters": ["code", "poems"]}, ShapeError, r"router: found \[3, "),
     ],

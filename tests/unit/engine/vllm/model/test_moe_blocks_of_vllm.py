@@ -16,6 +16,8 @@ from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
 )
 
 from molehill.engine.vllm.model.moe_blocks import multiply, packs_as, unpack
+from molehill.kernels.activation import SWIGLUOAI
+from molehill.kernels.reference import moe_experts
 
 LAYOUTS = [("vec", torch.float32), ("vec", torch.bfloat16), ("amx", torch.bfloat16)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -89,3 +91,22 @@ def test_another_packing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_custom_ops, "cpu_prepack_moe_weight", lambda weight, isa: weight.clone())
     assert not packs_as("vec", torch.float32)
     packs_as.cache_clear()
+
+
+def test_gpt_oss_activation_and_biases_are_those_of_vllms_kernel() -> None:
+    """Gate and up in turn, and values that both limits cut."""
+    torch.manual_seed(4)
+    tokens, experts, hidden, inner = 9, 4, 64, 32
+    w13, w2 = torch.randn(experts, 2 * inner, hidden), torch.randn(experts, hidden, inner) / 8
+    b13, b2 = torch.randn(experts, 2 * inner), torch.randn(experts, hidden)
+    x = torch.randn(tokens, hidden)
+    weights, chosen = torch.randn(tokens, experts).softmax(-1).topk(2)
+    packed = [_custom_ops.cpu_prepack_moe_weight(weight, "vec") for weight in (w13, w2)]
+    y, ids = torch.empty(tokens, hidden), chosen.int()
+    _custom_ops.cpu_fused_moe(y, x, *packed, b13, b2, weights, ids, SWIGLUOAI, "vec", False)
+    gate_up = torch.einsum("td,eod->teo", x, w13) + b13
+    assert gate_up.max() > 7
+    assert gate_up.min() < -7
+    gate_up, biases = (torch.cat([t[:, ::2], t[:, 1::2]], dim=1) for t in (w13, b13))
+    expected = moe_experts(x, weights, chosen, gate_up, w2, SWIGLUOAI, {}, biases, b2)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-4)
