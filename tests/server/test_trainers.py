@@ -89,14 +89,12 @@ def trl() -> Any:
         yield module
 
 
-class Checkpoint:
+class Checkpoint(torch.nn.Module):
     """What TRL saves a version from: a mixture, of which its trainer wrote the files."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self._folder = folder
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
 
     def save_pretrained(self, target: str, **_: Any) -> None:
         shutil.copytree(self._folder, target, dirs_exist_ok=True)

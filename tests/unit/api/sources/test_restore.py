@@ -15,7 +15,6 @@ from support.world import adapter, settle
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import NotLoadedError
 from molehill.api.adapters.load_options import Terms
-from molehill.api.adapters.source import Source
 from molehill.api.sources.manifest import Entry, Manifest
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
@@ -447,28 +446,5 @@ def test_what_was_never_probed_is_probed_after_the_restart(tmp_path: Path) -> No
             for name in "ba":
                 assert [output async for output in second.world.generate(name)]
         assert probed == ["a", "b"]
-
-    play(scenario())
-
-
-def test_what_was_sent_is_served_again_and_says_when_it_is_lost(tmp_path: Path) -> None:
-    """Nobody can be asked for its files."""
-
-    async def scenario() -> None:
-        first = Server(tmp_path)
-        with first.world.store.upload_directory() as directory:
-            native.write(adapter(1), directory)
-            await first.world.load("a", Source(directory, "upload://a"))
-        assert first.world.in_store() == [adapter(1).digest, "manifest.json"]
-        (first.world.store.root / ".upload-cut-off").mkdir()
-        second = first.restarted()
-        await second.restart.run()
-        assert (second.serves(), second.remembers()) == (first.serves(), first.remembers())
-        assert second.world.in_store() == [adapter(1).digest, "manifest.json"]
-        third = second.restarted()
-        shutil.rmtree(third.world.store.path(adapter(1).digest))
-        await third.restart.run()
-        assert third.serves() == {}
-        assert "send its files again" in third.world.registry.failures["a"].message
 
     play(scenario())
