@@ -33,6 +33,7 @@ from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.operator_file import OperatorFile
 from molehill.api.sources.restore import Restart
 from molehill.api.sources.roots import AdapterRoots, operator_source
+from molehill.api.sources.uploads import Uploads
 from molehill.api.sources.watcher import Watcher
 from molehill.api.vllm import compat, starting
 from molehill.api.vllm.adapter_chats import base_chat, render_as_adapters_do
@@ -67,16 +68,22 @@ class MolehillRoutes:
         app.include_router(dashboard.router)
         app.include_router(vllm_routes.router)
         app.include_router(vllm_routes.loading)
+        app.include_router(adapters.loading)
         app.include_router(adapters.router)
         compat.replace_routes(app, core)
         args = app.state.args
         app.add_exception_handler(HTTPException, answer_http_error)
         app.add_exception_handler(NOT_FOUND, answer_not_found)
-        admin_keys = options_of(args).admin_keys
+        options = options_of(args)
         # The last one added is the outermost.
         app.add_middleware(MixRequests)
         app.add_middleware(GenerationHeader)
-        app.add_middleware(Guard, keys=api_keys(args.api_key), admin_keys=admin_keys)
+        app.add_middleware(
+            Guard,
+            keys=api_keys(args.api_key),
+            admin_keys=options.admin_keys,
+            trainers=options.trainer_control,
+        )
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Sets up the registry and loads the start adapters, before the server listens.
@@ -170,6 +177,7 @@ async def make_services(
         memory=limits.adapter_bytes,
         combine=reader.combine,
         read_chat=chat_reader(online_renderer) if options.adapter_chat_templates else None,
+        paused=engine_client.is_paused,
     )
     models.lora_requests.registry = registry
     count_requests(engine_client, registry)
@@ -183,7 +191,8 @@ async def make_services(
     place = options.adapters_file
     file = None if place is None else AdaptersFile(OperatorFile(place, LABEL), sources, registry)
     served = ServedModels(models, registry)
-    return Services(registry, sources, stats, restart, served, scraping, file)
+    uploads = Uploads(store, options.admission)
+    return Services(registry, sources, uploads, stats, restart, served, scraping, file)
 
 
 def chat_reader(online_renderer: Any) -> ChatReader | None:

@@ -2,7 +2,8 @@
 
 import itertools
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ class Client:
         body = {"name": name, "source": str(source), **more}
         (await self.http.post("/v1/adapters", json=body)).raise_for_status()
 
+    async def upload(self, name: str, contents: Mapping[str, bytes]) -> None:
+        """contents: of the adapter's files, by name."""
+        files = [("file", (file, data)) for file, data in contents.items()]
+        answer = await self.http.post("/v1/adapters", data={"name": name}, files=files)
+        answer.raise_for_status()
+
     async def unload(self, name: str) -> None:
         (await self.http.delete(f"/v1/adapters/{name}")).raise_for_status()
 
@@ -92,9 +99,15 @@ class Client:
 
     async def stream(self, model: str, tokens: int) -> AsyncGenerator[float, None]:
         """When each token arrived."""
+        async with aclosing(self.chunks(model, tokens)) as chunks:
+            async for now, _ in chunks:
+                yield now
+
+    async def chunks(self, model: str, tokens: int) -> AsyncGenerator[tuple[float, str], None]:
+        """When each arrived, and its JSON; of a slow reader one may hold several tokens."""
         body = {**self.body(model, tokens), "stream": True}
         async with self.http.stream("POST", "/v1/completions", json=body) as answer:
             answer.raise_for_status()
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
-                    yield time.perf_counter()
+                    yield time.perf_counter(), line.removeprefix("data: ")

@@ -35,6 +35,24 @@ class UnknownParameterError(RequestError):
     kind = "unknown_parameter"
 
 
+class BadUploadError(RequestError):
+    """A body that holds no adapter's files, or not all of them."""
+
+    kind = "invalid_upload"
+
+
+class UploadTooLargeError(RequestError):
+    """A body of more bytes than an upload may have."""
+
+    kind = "upload_too_large"
+
+
+class UploadStalledError(RequestError):
+    """A client that sends nothing more of a body that is not at its end."""
+
+    kind = "upload_stalled"
+
+
 class AlreadyLoadedError(RequestError):
     """The name serves other weights, and the request did not ask to replace them."""
 

@@ -180,11 +180,11 @@ FETCHERS = ThreadPoolExecutor(128, thread_name_prefix="molehill-fetch")
 
 
 @asynccontextmanager
-async def fetched(fetch: Fetch) -> AsyncIterator[Source]:
+async def fetched(fetch: AbstractContextManager[T]) -> AsyncIterator[T]:
     """Enters and leaves `fetch` in a thread."""
     loop = asyncio.get_running_loop()
-    source = await loop.run_in_executor(FETCHERS, fetch.__enter__)
+    entered = await loop.run_in_executor(FETCHERS, fetch.__enter__)
     try:
-        yield source
+        yield entered
     finally:
         await loop.run_in_executor(FETCHERS, fetch.__exit__, None, None, None)

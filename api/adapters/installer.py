@@ -14,11 +14,14 @@ from molehill.api.adapters.slots import Residency
 from molehill.api.adapters.source import Source
 
 Probe = Callable[[Generation], Awaitable[None]]
+Paused = Callable[[], Awaitable[bool]]
 
 
 class Installer:
     """probe: raises RequestError for a generation that must not be served, EngineRefusedError where
     that could not be found out, or None. withdraw: called with what the probe refuses later.
+    paused: whether the engine computes nothing until somebody resumes it, as a trainer does once
+    its adapter is loaded; a probe would wait for that.
     """
 
     def __init__(
@@ -28,12 +31,14 @@ class Installer:
         pins: Pins,
         probe: Probe | None,
         withdraw: Callable[[Generation, RequestError], None],
+        paused: Paused,
     ) -> None:
         self._residency = residency
         self._generations = generations
         self._pins = pins
         self._probe = probe
         self._withdraw = withdraw
+        self._paused = paused
 
     async def install(
         self,
@@ -55,12 +60,12 @@ class Installer:
         pinned = (
             old is not None and old.status.slot.pinned if terms.pinned is None else terms.pinned
         )
-        probed = self._probe is not None and not terms.allow_noop
+        unprobed = self._probe is not None and not terms.allow_noop
         try:
             if terms.eager or pinned or not self._residency.full:
-                await self._try_out(loading, lease, probed)
+                unprobed = not await self._try_out(loading, lease, unprobed) and unprobed
                 self._pins.hand_over(old, generation, pinned)
-            elif probed:
+            if unprobed:
                 generation.status.check_with(partial(self._probe_late, generation))
         except Exception as error:
             lease.leave()
@@ -71,19 +76,21 @@ class Installer:
         lease.leave()
         return generation
 
-    async def _try_out(self, loading: Loading, lease: Lease, probed: bool) -> None:
-        """Brings it into the workers once."""
+    async def _try_out(self, loading: Loading, lease: Lease, probes: bool) -> bool:
+        """Brings it into the workers once; whether it was probed there."""
         loading.stage = "installing"
         await lease.take_slot()
         try:
-            if probed and self._probe is not None:
-                loading.stage = "probing"
-                await self._probe(lease.generation)
+            if not probes or self._probe is None or await self._paused():
+                return False
+            loading.stage = "probing"
+            await self._probe(lease.generation)
+            return True
         finally:
             lease.give_slot_back()
 
     async def _probe_late(self, generation: Generation) -> None:
-        """The probe of what was not brought into the workers when it was loaded."""
+        """The probe of what could not be probed when it was loaded."""
         assert self._probe is not None
         try:
             await self._probe(generation)

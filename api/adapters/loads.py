@@ -25,16 +25,20 @@ class Loads:
         awaited = [loading for name, loading in self._names.awaited.items() if name not in begun]
         return [*self._begun, *awaited]
 
-    def begin(self, name: str, label: str) -> Loading:
-        """Before anything is fetched, read or allocated; `end` is to follow.
-
-        label: the source as the client wrote it. Raises BusyError, TooManyAdaptersError.
-        """
+    def check_not_busy(self) -> None:
+        """Raises BusyError."""
         if self.busy:
             raise BusyError(
                 f"loads: found {len(self._begun)} on their way, expected fewer than "
                 f"{self._admission.loads}"
             )
+
+    def begin(self, name: str, label: str) -> Loading:
+        """Before anything is fetched, read or allocated; `end` is to follow.
+
+        label: the source as the client wrote it. Raises BusyError, TooManyAdaptersError.
+        """
+        self.check_not_busy()
         coming = {loading.name for loading in self._begun if not self._names.get(loading.name)}
         taken = len(self._names) + len(coming)
         is_new = self._names.get(name) is None and name not in coming

@@ -17,7 +17,7 @@ from molehill.api.adapters.errors import RequestError, UnknownModelError
 from molehill.api.adapters.generation import Failure, Generation, Loaded, Loading
 from molehill.api.adapters.generations import Generations, MakeRequest
 from molehill.api.adapters.ingest import Combine, Fetch, Intake, ReadAdapter
-from molehill.api.adapters.installer import Installer, Probe
+from molehill.api.adapters.installer import Installer, Paused, Probe
 from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.load_options import AnyGeneration, Expected, Terms, check_expected
 from molehill.api.adapters.loader import Loader
@@ -38,13 +38,16 @@ from molehill.engine.transform.weighted_sum import mix
 logger = logging.getLogger("vllm.molehill")
 
 
+async def never_paused() -> bool:
+    return False
+
+
 class AdapterRegistry:
     """Loads, replaces and unloads adapters by name. All methods run on the event loop's thread.
 
-    read, combine, store, background, memory, read_chat: see Intake. make_request, probe: see
-    Generations,
-    Installer. served: see NameTable. base_models: names that no adapter may have.
-    merged_base: the adapter that is merged into the base weights.
+    read, combine, store, background, memory, read_chat: see Intake. make_request: see Generations.
+    probe, paused: see Installer. served: see NameTable. base_models: names that no adapter may
+    have. merged_base: the adapter that is merged into the base weights.
 
     names, loads: what each name stands for, and what is on its way to them. mixes: those that
     requests ask for.
@@ -65,6 +68,7 @@ class AdapterRegistry:
         memory: int = Limits().adapter_bytes,
         combine: Combine = mix,
         read_chat: ReadChat | None = None,
+        paused: Paused = never_paused,
     ) -> None:
         self.residency = residency
         self.events = residency.events
@@ -88,7 +92,9 @@ class AdapterRegistry:
             self.names, self._generations, self.intake, self._tasks, admission.mixes
         )
         self._pins = Pins(residency, self._generations)
-        installer = Installer(residency, self._generations, self._pins, probe, self._withdraw)
+        installer = Installer(
+            residency, self._generations, self._pins, probe, self._withdraw, paused
+        )
         self._loader = Loader(
             self.names, self._generations, self.intake, installer, self._pins, merged_base
         )

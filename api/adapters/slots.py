@@ -51,7 +51,8 @@ class Residency:
 
         Returns where it was before. Raises EngineRefusedError if it cannot come in.
         """
-        if generation.status.slot.resident and not generation.status.slot.yielding:
+        slot = generation.status.slot
+        if slot.resident and not slot.yielding and generation.status.check is None:
             generation.status.slot.run(hold)
             self._residents.use(generation)
             return "worker"

@@ -57,6 +57,11 @@ class SlotStatus:
     def leave(self) -> None:
         self.resident = self.yielding = False
 
+    def step_back(self) -> None:
+        """It keeps its slot, but is nobody's until it has been checked; then it enters again."""
+        self.resident = False
+        self.loads -= 1
+
     def take_turn(self, number: int, yielding: bool) -> None:
         self.since, self.yielding = number, yielding
 
@@ -82,7 +87,7 @@ class GenerationStatus:
 
     state: loading until its name points at it; draining when no new request may be admitted.
     holds: all that need it; it is freed when there are none and no more can come.
-    check: what must still be made sure of when it first comes into the workers, or None; raises
+    check: what must still be made sure of before the first request gets it, or None; raises
     EngineRefusedError.
     when_not_invoked: None of an adapter that acts on every token.
     """

@@ -11,7 +11,8 @@ import tempfile
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from molehill.api.adapters.chat import AdapterChat, encode, read_kept
@@ -21,8 +22,11 @@ from molehill.engine.formats import native
 from molehill.engine.formats.io.files import read_start
 from molehill.engine.system.atomic_directory import appearing
 
-# Copies, chats, what was merged into the base weights, and any where it was not finished.
-LEFT = re.compile(r"(base-|chat-)?[0-9a-f]{64}|\.(base-|chat-)?[0-9a-f]{64}-.*")
+# Of directories for files that clients send.
+UPLOAD = ".upload-"
+
+# Copies, chats, what was merged into the base weights, any where it was not finished, and uploads.
+LEFT = re.compile(r"(base-|chat-)?[0-9a-f]{64}|\.(base-|chat-)?[0-9a-f]{64}-.*|\.upload-.*")
 CHAT_FILE = "chat.json"
 
 
@@ -78,6 +82,17 @@ class AdapterStore:
                 with appearing(directory) as partial:
                     (partial / CHAT_FILE).write_bytes(content)
             self._holders[name] += 1
+
+    @contextmanager
+    def upload_directory(self) -> Iterator[Path]:
+        """For files that are on their way into a copy; gone at the end. Raises OSError."""
+        temporary = tempfile.TemporaryDirectory(
+            prefix=UPLOAD, dir=self.root, ignore_cleanup_errors=True
+        )
+        with temporary as folder:
+            directory = Path(folder).resolve() / "upload"
+            directory.mkdir()
+            yield directory
 
     def read_chat(self, digest: str) -> AdapterChat:
         """Of this server or an earlier one. Raises CorruptFileError."""

@@ -34,6 +34,9 @@ class Turns:
             await self._admit_all(waiting, tier)
             return
         waiting.checking = True
+        if waiting.generation.status.slot.resident:
+            # What is not resident, and has a slot, is not taken out of it.
+            waiting.generation.status.slot.step_back()
         self._tasks.start(self._check(waiting, tier))
 
     async def _check(self, waiting: Waiting, tier: Tier) -> None:

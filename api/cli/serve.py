@@ -143,6 +143,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             {"metavar": "URL", "action": "append", "type": values.url_prefix},
         ),
         Option(
+            "trainer_control",
+            "--allow-trainer-control",
+            "let whoever may load adapters pause and resume the engine and read /server_info, as "
+            "reinforcement learning trainers do around a load",
+            SWITCH,
+        ),
+        Option(
             "limits.pickles",
             "--adapter-pickles",
             "take pickled weights (adapter_model.bin) too; they are read as plain tensors only, "
@@ -168,6 +175,12 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             "--max-adapter-loads",
             "loads at once; others are told to retry (429) (default: %(default)s)",
             COUNT,
+        ),
+        Option(
+            "admission.upload_bytes",
+            "--max-upload-bytes",
+            "body of one upload to POST /v1/adapters (default: %(default)s)",
+            {"metavar": "BYTES", "type": values.positive},
         ),
         Option(
             "admission.mixes",

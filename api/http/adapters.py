@@ -1,9 +1,12 @@
 """molehill's own routes: adapters by name, with their generation."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError, field_validator
 
 from molehill.api.adapters.chat import ChatTemplate
 from molehill.api.adapters.errors import BadMixError, BadPathError, NotLoadedError
@@ -11,17 +14,23 @@ from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.load_options import AnyGeneration, Expected, Terms
 from molehill.api.adapters.mix import check_weights
+from molehill.api.adapters.source import Source
 from molehill.api.http import schemas
 from molehill.api.http.dependencies import (
     CHANGES,
     LOADS,
+    Handler,
     Injected,
     Services,
     StrictBody,
     StrictRoute,
     refusals,
 )
+from molehill.api.http.dependencies import services as services_of
 from molehill.api.http.schemas import AdapterInfo, AdapterList, LoadedInfo
+from molehill.api.http.uploads import document_upload, is_form, received
+from molehill.api.sources.fetch import local
+from molehill.api.sources.uploads import UPLOAD
 from molehill.api.vllm.request_tracking import HEADER
 from molehill.api.vllm.routes import json_only
 from molehill.engine.adapter.layout import Layout
@@ -29,22 +38,33 @@ from molehill.engine.adapter.layout import Layout
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=StrictRoute)
 
 
-class LoadBody(StrictBody):
-    """name: what clients ask for. mix: instead of a source, weights by the names of served
-    adapters, whose sum it is. source: a path below an adapter root, `hf://OWNER/NAME[@REVISION]`
-    or a URL. pinned: never take it out of the workers; left out, it stays as it is.
-    expected_generation: load only if the name serves this generation now, null: only if it serves
-    none. allow_noop: serve it even if it does not change the base model's answers. lora_b_layout:
-    of LoRA on fused experts whose files do not say it. base_is_residual: the served base is the one
-    that PiSSA, LoftQ and the like trained the adapter beside. when_not_invoked: what becomes of a
-    prompt without an activated adapter's tokens; left out, it stays as it is, which is "refuse" at
-    first. chat_template: whose template and special tokens its chats get; the adapter's only where
-    it has files with others.
+class LoadRoute(StrictRoute):
+    """Takes an adapter's own files in a form, too. (vLLM keeps one route of a path and method.)"""
+
+    def unguarded(self) -> Handler:
+        load_named = super().unguarded()
+
+        async def load(request: Request) -> Response:
+            return await (load_uploaded(request) if is_form(request) else load_named(request))
+
+        return load
+
+
+loading = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=LoadRoute)
+
+
+class LoadOptions(StrictBody):
+    """name: what clients ask for. pinned: never take it out of the workers; left out, it stays as
+    it is. expected_generation: load only if the name serves this generation now, null: only if it
+    serves none. allow_noop: serve it even if it does not change the base model's answers.
+    lora_b_layout: of LoRA on fused experts whose files do not say it. base_is_residual: the served
+    base is the one that PiSSA, LoftQ and the like trained the adapter beside. when_not_invoked:
+    what becomes of a prompt without an activated adapter's tokens; left out, it stays as it is,
+    which is "refuse" at first. chat_template: whose template and special tokens its chats get; the
+    adapter's only where it has files with others.
     """
 
     name: str
-    source: str | None = None
-    mix: dict[str, float] | None = None
     pinned: bool | None = None
     expected_generation: str | None = None
     allow_noop: bool = False
@@ -63,6 +83,26 @@ class LoadBody(StrictBody):
             when_not_invoked=self.when_not_invoked,
             chat_template=self.chat_template,
         )
+
+
+class LoadBody(LoadOptions):
+    """source: a path below an adapter root, `hf://OWNER/NAME[@REVISION]` or a URL. mix: instead of
+    a source, weights by the names of served adapters, whose sum it is. Other fields: see
+    LoadOptions.
+    """
+
+    source: str | None = None
+    mix: dict[str, float] | None = None
+
+
+class UploadFields(LoadOptions):
+    """The fields of a form beside an adapter's files, as text; an empty expected_generation is
+    null."""
+
+    @field_validator("expected_generation")
+    @classmethod
+    def _none_where_empty(cls, value: str | None) -> str | None:
+        return value or None
 
 
 class PinBody(StrictBody):
@@ -84,11 +124,46 @@ async def list_adapters(services: Injected) -> Response:
     return JSONResponse(AdapterList(data=data, desired=desired).model_dump())
 
 
-@router.post("", response_model=LoadedInfo, dependencies=json_only, responses=refusals(*LOADS))
+@loading.post(
+    "",
+    response_model=LoadedInfo,
+    dependencies=json_only,
+    responses=refusals(*LOADS, 408, 413),
+    openapi_extra=document_upload(UploadFields),
+)
 async def load_adapter(body: LoadBody, services: Injected) -> Response:
-    """Loads or replaces. 200 means that the adapter serves; the same bytes again change nothing."""
+    """Loads or replaces. 200 means that the adapter serves; the same bytes again change nothing. A
+    form (multipart/form-data) brings the adapter's own files in place of a source."""
     loaded = await (load_source(body, services) if body.mix is None else load_mix(body, services))
     return shown(schemas.of_generation(loaded.generation), status=loaded.status)
+
+
+async def load_uploaded(request: Request) -> Response:
+    """See load_adapter."""
+    services = services_of(request)
+    with services.registry.events.refusals():
+        services.registry.loads.check_not_busy()
+    async with received(request, services) as (fields, directory):
+        form = parsed(fields)
+        source = Source(
+            directory,
+            f"{UPLOAD}{form.name}",
+            lora_b_layout=form.lora_b_layout,
+            base_is_residual=form.base_is_residual,
+        )
+        loaded = await services.registry.load(form.name, source.label, local(source), form.terms())
+    return shown(schemas.of_generation(loaded.generation), status=loaded.status)
+
+
+def parsed(fields: Mapping[str, str]) -> UploadFields:
+    """Raises RequestValidationError, as FastAPI does for a JSON body."""
+    try:
+        return UploadFields.model_validate_strings(dict(fields))
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        raise RequestValidationError(
+            [{**one, "loc": ("body", *one["loc"])} for one in found]
+        ) from None
 
 
 async def load_source(body: LoadBody, services: Services) -> Loaded:

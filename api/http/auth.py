@@ -60,6 +60,9 @@ CANCEL = re.compile(r"/v1/responses/[^/]+/cancel")
 # They change which adapters are served.
 OURS = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
+# vLLM's, which trainers ask around a load: they stop the engine for it, and look at its settings.
+TRAINERS = ("/pause", "/resume", "/is_paused", "/get_world_size", "/server_info")
+
 
 def kind_of(method: str, path: str) -> Kind:
     """path: without the app's root path. A websocket counts as a POST.
@@ -76,8 +79,8 @@ def kind_of(method: str, path: str) -> Kind:
     return Kind.ASK if asks else Kind.ADMIN
 
 
-def is_ours(path: str) -> bool:
-    return any(path == prefix or path.startswith(f"{prefix}/") for prefix in OURS)
+def is_below(path: str, prefixes: Sequence[str]) -> bool:
+    return any(path == prefix or path.startswith(f"{prefix}/") for prefix in prefixes)
 
 
 class Guard:
@@ -85,11 +88,19 @@ class Guard:
 
     Without API keys whoever reaches the server may ask. Without an admin key the API keys also
     guard the adapters' routes, and vLLM's own ways to change a running server (pause, sleep, new
-    base weights, profiling, ...) do not exist.
+    base weights, profiling, ...) do not exist. trainers: whether TRAINERS are guarded as the
+    adapters' routes are.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], admin_keys: Sequence[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        admin_keys: Sequence[str],
+        trainers: bool = False,
+    ) -> None:
         self._app = app
+        self._loading = (*OURS, *TRAINERS) if trainers else OURS
         self._keys = hashes([*keys, *admin_keys]) if keys else None
         self._admin_keys = hashes(admin_keys) if admin_keys else None
 
@@ -110,7 +121,8 @@ class Guard:
         kind = kind_of(scope.get("method", "POST"), path)
         if kind is Kind.OPEN:
             return None
-        if kind is Kind.ADMIN and self._admin_keys is None and not is_ours(path):
+        loads = is_below(path, self._loading)
+        if kind is Kind.ADMIN and self._admin_keys is None and not loads:
             return HTTPStatus.NOT_FOUND
         allowed = self._keys
         if kind is Kind.ADMIN and self._admin_keys is not None:

@@ -20,6 +20,7 @@ from molehill.api.metrics.worker_stats import WorkerStats
 from molehill.api.sources.desired_state import AdaptersFile
 from molehill.api.sources.fetch import Sources
 from molehill.api.sources.restore import Restart
+from molehill.api.sources.uploads import Uploads
 from molehill.api.vllm.served_models import ServedModels
 from molehill.engine.adapter.errors import AdapterError
 
@@ -38,6 +39,7 @@ class Services:
 
     registry: AdapterRegistry
     sources: Sources
+    uploads: Uploads
     stats: WorkerStats
     restart: Restart
     models: ServedModels
@@ -78,12 +80,19 @@ class VllmBody(BaseModel):
             )
 
 
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
 class StrictRoute(APIRoute):
     """Answers refusals with error bodies, a misspelt query parameter too: it could be the condition
     of a deletion."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
+    def unguarded(self) -> Handler:
+        """What refuses by raising."""
+        return super().get_route_handler()
+
+    def get_route_handler(self) -> Handler:
+        handler = self.unguarded()
         known = {parameter.alias for parameter in self.dependant.query_params}
 
         async def strict(request: Request) -> Response:

@@ -23,6 +23,8 @@ from molehill.api.adapters.errors import (
     TooManyMixesError,
     UnknownModelError,
     UnknownParameterError,
+    UploadStalledError,
+    UploadTooLargeError,
     encodable,
 )
 from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError
@@ -30,6 +32,8 @@ from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError
 # Of each refusal and of those that derive from it. Of others, see `status_of`.
 STATUSES: Mapping[type[Exception], HTTPStatus] = {
     UnknownParameterError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    UploadStalledError: HTTPStatus.REQUEST_TIMEOUT,
+    UploadTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     MergedIntoBaseError: HTTPStatus.CONFLICT,
     GenerationMismatchError: HTTPStatus.CONFLICT,
     ForbiddenPathError: HTTPStatus.FORBIDDEN,

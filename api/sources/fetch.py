@@ -30,6 +30,7 @@ from molehill.api.adapters.errors import (
 from molehill.api.adapters.ingest import NO_ROOM, Fetch, no_memory
 from molehill.api.adapters.source import Source
 from molehill.api.sources.roots import AdapterRoots
+from molehill.api.sources.uploads import UPLOAD
 from molehill.api.sources.urls import allowed
 from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError, LimitError
 from molehill.engine.adapter.layout import Layout
@@ -75,6 +76,10 @@ class Sources:
         ForbiddenPathError, ForbiddenSourceError, FetchError, AdapterNotFoundError, LimitError,
         ConfigError.
         """
+        if text.startswith(UPLOAD):
+            raise BadPathError(
+                f"source: found {text[:200]!a}, which was sent; send its files again"
+            )
         if text.startswith(HUB):
             fetch = self._from_hub(text)
         else:

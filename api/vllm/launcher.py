@@ -57,6 +57,9 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
             raise LaunchError(f"{name} is set, which {why}")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if options.trainer_control:
+        # vLLM offers them to developers; `Guard` lets through no other of those.
+        os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")
     os.environ["VLLM_PLUGINS"] = allow_plugin(os.environ.get("VLLM_PLUGINS"))
 
     from molehill.engine.vllm import compilation

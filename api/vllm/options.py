@@ -37,6 +37,7 @@ class Options:
     signed) of what is to be served, see `molehill.api.sources.desired_state`. probe: whether an
     adapter without effect is refused. adapter_chat_templates: whether an adapter's template and
     special tokens go before the base's in its chats. admin_keys: for all that changes the server.
+    trainer_control: whether who may load adapters may stop and resume the engine, too.
     """
 
     adapters: tuple[tuple[str, Path], ...] = ()
@@ -60,6 +61,7 @@ class Options:
     probe: bool = True
     adapter_chat_templates: bool = True
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
+    trainer_control: bool = False
 
 
 def admin_keys_of_environment() -> tuple[str, ...]:

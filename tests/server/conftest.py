@@ -52,6 +52,7 @@ def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactor
         *("--adapters-file", str(file)),
         *("--adapter", f"started={GOLDEN / 'cases' / 'dynmole-default'}"),
         *("--max-adapter-rank", "64", "--enable-scale-out"),
+        *("--max-upload-bytes", str(1 << 20), "--allow-trainer-control"),
     ]
     with serve(model, folder / "log", arguments, warm=True) as server:
         yield Api(server.url, adapter_root, store, file)

@@ -15,9 +15,9 @@ from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.chat import ReadChat
 from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.generation import Loaded
-from molehill.api.adapters.installer import Probe
+from molehill.api.adapters.installer import Paused, Probe
 from molehill.api.adapters.load_options import Terms
-from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.registry import AdapterRegistry, never_paused
 from molehill.api.adapters.slots import Residency
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.store import AdapterStore
@@ -144,6 +144,7 @@ class World:
         admission: Admission = ADMISSION,
         probe: Probe | None = None,
         read_chat: ReadChat | None = None,
+        paused: Paused = never_paused,
     ) -> None:
         self.folder = folder
         self.limits = Limits()
@@ -163,6 +164,7 @@ class World:
             admission=admission,
             probe=probe,
             read_chat=read_chat,
+            paused=paused,
         )
         count_requests(self.engine, self.registry)
 

@@ -76,14 +76,20 @@ INHERITED = {
 }
 
 
-def build(monkeypatch: pytest.MonkeyPatch, *arguments: str, admin: tuple[str, ...] = ()) -> Any:
+def build(
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: str,
+    admin: tuple[str, ...] = (),
+    trainer_control: bool = False,
+) -> Any:
     """vLLM's app with every route that it can have, ours among them; no engine behind it."""
     from vllm.entrypoints.launchers.app import build_app
 
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     monkeypatch.setenv("VLLM_PLUGINS", launcher.allow_plugin(None))
     args = launcher.parse([str(GOLDEN / "tiny-llama"), *arguments])
-    args = launcher.prepare(args, Options(admin_keys=admin))
+    options = Options(admin_keys=admin, trainer_control=trainer_control)
+    args = launcher.prepare(args, options)
     args.enable_fault_tolerance = True
     return build_app(args, ("generate", "embed", "classify", "transcription", "realtime"))
 
@@ -189,6 +195,29 @@ def test_without_an_admin_key_the_inherited_controls_do_not_exist(
             assert client.post(path, headers=headers).status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("arguments", "admin", "key"),
+    [((), (), ""), (("--api-key", KEY), (), KEY), (("--api-key", KEY), (ADMIN,), ADMIN)],
+)
+def test_trainers_stop_the_engine_with_the_key_that_loads_adapters(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], admin: tuple[str, ...], key: str
+) -> None:
+    """The guard lets them through; without an engine, the routes behind it then fail."""
+    app = build(monkeypatch, *arguments, admin=admin, trainer_control=True)
+    client = TestClient(app, raise_server_exceptions=False)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    for method, path in (("POST", "/pause"), ("POST", "/resume"), ("GET", "/is_paused")):
+        assert client.request(method, path, headers=headers).status_code == 500
+        if key:
+            assert client.request(method, path).status_code == 401
+    refused = 500 if admin else 404
+    assert client.post("/sleep", headers=headers).status_code == refused
+    assert client.post("/pause/x", headers=headers).status_code == 404
+    if admin:
+        other = {"Authorization": f"Bearer {KEY}"}
+        assert client.post("/pause", headers=other).status_code == 403
+
+
 def test_a_slash_too_many_leads_to_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
     client = TestClient(build(monkeypatch), follow_redirects=False)
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/load_lora_adapter"):
@@ -263,7 +292,7 @@ def test_what_our_routes_refuse_is_documented(app: Any) -> None:
     of_load = of_change | {"429", "502", "503", "507"}
     for method, path, statuses in (
         ("get", "/v1/adapters", {"401", "422"}),
-        ("post", "/v1/adapters", of_load),
+        ("post", "/v1/adapters", of_load | {"408", "413"}),
         ("get", "/v1/adapters/{name}", {"401", "404", "422"}),
         ("delete", "/v1/adapters/{name}", of_change),
         ("post", "/v1/adapters/{name}/pin", of_change | {"503"}),

@@ -137,3 +137,82 @@ def test_who_loads_it_again_with_allow_noop_asks_for_no_probe(tmp_path: Path) ->
         assert probes.ran == []
 
     play(World(tmp_path, slots=1, probe=probes), scenario)
+
+
+class Pausable:
+    """A probe that an engine answers when it is not paused, and until then keeps waiting."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.goes_on = asyncio.Event()
+        self.error = error
+        self.ran: list[str] = []
+
+    async def paused(self) -> bool:
+        return not self.goes_on.is_set()
+
+    async def __call__(self, generation: Any) -> None:
+        await self.goes_on.wait()
+        if self.error is not None:
+            raise self.error
+        self.ran.append(generation.name)
+
+
+def test_a_load_into_a_paused_engine_is_probed_before_its_first_request(tmp_path: Path) -> None:
+    """A trainer resumes the engine once its load is answered."""
+    probe = Pausable()
+
+    async def scenario(w: World) -> None:
+        w.engine.more.set()
+        generation = (await w.load("a", 1)).generation
+        assert (probe.ran, set(w.served), generation.status.slot.resident) == ([], {"a"}, True)
+        first = asyncio.create_task(anext(w.generate("a")))
+        await settle()
+        # It keeps its slot while it is checked, although no request runs on it yet.
+        other = asyncio.create_task(w.load("b", 2, allow_noop=True))
+        await settle()
+        assert not first.done()
+        assert not other.done()
+        assert list(w.engine.loaded.values()) == ["a"]
+        probe.goes_on.set()
+        assert await first == "first"
+        assert (probe.ran, generation.status.check) == (["a"], None)
+        assert generation.status.slot.loads == 1
+        await other
+        assert [output async for output in w.generate("a")] == ["first", "last"]
+        await w.load("c", 3)
+        assert probe.ran == ["a", "c"]
+
+    play(World(tmp_path, slots=1, probe=probe, paused=probe.paused), scenario)
+
+
+def test_what_changes_nothing_is_withdrawn_once_the_engine_goes_on(tmp_path: Path) -> None:
+    probe = Pausable(NoEffectError("found no difference"))
+
+    async def scenario(w: World) -> None:
+        await w.load("a", 1)
+        probe.goes_on.set()
+        with pytest.raises(GracefulHTTPError, match="no difference"):
+            await anext(w.generate("a"))
+        await settle()
+        assert (w.served, w.engine.loaded, w.in_store()) == ({}, {}, [])
+        assert w.registry.failures["a"].kind == "no_effect"
+
+    play(World(tmp_path, probe=probe, paused=probe.paused), scenario)
+
+
+def test_what_is_unloaded_while_it_is_checked_leaves_its_slot(tmp_path: Path) -> None:
+    probe = Pausable()
+
+    async def scenario(w: World) -> None:
+        w.engine.more.set()
+        await w.load("a", 1)
+        request = asyncio.create_task(anext(w.generate("a")))
+        await settle()
+        await w.registry.unload("a")
+        request.cancel()
+        await settle()
+        probe.goes_on.set()
+        await settle()
+        assert (w.served, w.engine.loaded, w.in_store()) == ({}, {}, [])
+
+    play(World(tmp_path, probe=probe, paused=probe.paused), scenario)
