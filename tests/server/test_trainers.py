@@ -59,13 +59,13 @@ class Stream:
 @contextmanager
 def streams(api: Api, model: str, count: int = 2) -> Iterator[list[Stream]]:
     """Raises what any of them raises: a request that failed."""
-    found = [Stream(api, model) for _ in range(count)]
+    result = [Stream(api, model) for _ in range(count)]
     with ThreadPoolExecutor(count) as pool:
-        running = [pool.submit(stream.run) for stream in found]
+        running = [pool.submit(stream.run) for stream in result]
         try:
-            yield found
+            yield result
         finally:
-            for stream in found:
+            for stream in result:
                 stream.stop()
     for one in running:
         one.result()
@@ -231,16 +231,16 @@ def test_verl_and_ms_swift_replace_one_name_in_place(clean: Api, tmp_path: Path)
     sent = [files_of(safetensors_of(case, tmp_path / case)) for case in VERSIONS]
     assert upload(clean, sent[0], {"name": "123"}).status_code == 200
     allowed = [answer(case) for case in VERSIONS]
-    with streams(clean, "123") as found:
+    with streams(clean, "123") as result:
         for number, case in enumerate(VERSIONS):
             replaced = upload(clean, sent[number], {"name": "123"})
             assert replaced.json()["status"] == ("replaced" if number else "unchanged")
             for _ in range(2):
                 # The second finds its prompt in the prefix cache, and it is this version's.
                 assert clean.greedy("123", PROMPT) == answer(case), case
-            for stream in found:
+            for stream in result:
                 stream.more()
-    for stream in found:
+    for stream in result:
         turns = [allowed.index(tokens) for _, tokens in stream.answers]
         assert turns == sorted(turns)
         assert set(turns) == set(range(len(VERSIONS)))

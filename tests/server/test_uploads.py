@@ -32,8 +32,8 @@ def nothing_is_left(api: Api) -> Any:
 
 
 def loaded(api: Api) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = api.http.get("/v1/adapters").json()["data"]
-    return found
+    result: list[dict[str, Any]] = api.http.get("/v1/adapters").json()["data"]
+    return result
 
 
 def test_a_mixture_that_is_sent_serves_as_one_that_is_loaded(clean: Api, mixlora: Path) -> None:
@@ -121,7 +121,7 @@ def test_names_that_lead_elsewhere_are_refused(api: Api, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "fields", "status", "kind", "told"),
+    ("files", "fields", "status", "kind", "message"),
     [
         ([*GOOD, *GOOD], {}, 400, "invalid_upload", "adapter_config.json: found it twice"),
         ([*GOOD, ("file", ("a", b"")), ("file", ("a/b", b""))], {}, 400, "invalid_upload", "a/b"),
@@ -138,12 +138,12 @@ def test_names_that_lead_elsewhere_are_refused(api: Api, name: str) -> None:
     ],
 )
 def test_what_is_no_adapter_is_refused(
-    api: Api, files: Files, fields: dict[str, str], status: int, kind: str, told: str
+    api: Api, files: Files, fields: dict[str, str], status: int, kind: str, message: str
 ) -> None:
-    found = api.error(upload(api, files, {"name": "x", **fields}))
-    assert found[:2] == (status, kind), found
-    assert told in found[2]
-    assert str(api.store) not in found[2]
+    result = api.error(upload(api, files, {"name": "x", **fields}))
+    assert result[:2] == (status, kind), result
+    assert message in result[2]
+    assert str(api.store) not in result[2]
     assert "x" not in api.models()
 
 
@@ -151,7 +151,7 @@ def test_a_form_without_files_name_or_end_is_refused(api: Api, mixlora: Path) ->
     answer = upload(api, files_of(mixlora), {})
     assert answer.status_code == 400
     assert "name" in api.error(answer)[2]
-    for body, told in (
+    for body, report in (
         (b"--b--\r\n", "file: found none"),
         (b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\nx', "no end of the form"),
         (b"not a form", "body: found"),
@@ -160,7 +160,7 @@ def test_a_form_without_files_name_or_end_is_refused(api: Api, mixlora: Path) ->
         headers = {"Content-Type": "multipart/form-data; boundary=b"}
         answer = api.http.post("/v1/adapters", content=body, headers=headers)
         assert api.error(answer)[:2] == (400, "invalid_upload"), body
-        assert told in api.error(answer)[2]
+        assert report in api.error(answer)[2]
     headers = {"Content-Type": "multipart/form-data"}
     answer = api.http.post("/v1/adapters", content=b"x", headers=headers)
     assert "no boundary" in api.error(answer)[2]

@@ -20,8 +20,8 @@ def results() -> dict[str, Any]:
     streams.outcomes = Counter({"": 40, "ReadError: x": 2})
     trainer: Any = SimpleNamespace(seconds=[0.3, 0.5, 0.4])
     memory = [Sample(10.0 + i, 1000.0 + i / 60) for i in range(10)]
-    found = trainer_loop.found(streams, trainer, [0.0, 10.0, 20.0, 30.0], memory)
-    return {**found, "adapter_bytes": 10_000_000}
+    result = trainer_loop.found(streams, trainer, [0.0, 10.0, 20.0, 30.0], memory)
+    return {**result, "adapter_bytes": 10_000_000}
 
 
 def test_the_ratio_is_of_one_run(results: dict[str, Any]) -> None:

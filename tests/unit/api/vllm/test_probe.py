@@ -166,10 +166,10 @@ def test_a_load_into_a_paused_engine_is_probed_before_its_first_request(tmp_path
         generation = (await w.load("a", 1)).generation
         assert (probe.ran, set(w.served), generation.status.slot.resident) == ([], {"a"}, True)
         first = asyncio.create_task(anext(w.generate("a")))
-        await settle()
+        await let_tasks_run()
         # It keeps its slot while it is checked, although no request runs on it yet.
         other = asyncio.create_task(w.load("b", 2, allow_noop=True))
-        await settle()
+        await let_tasks_run()
         assert not first.done()
         assert not other.done()
         assert list(w.engine.loaded.values()) == ["a"]
@@ -193,7 +193,7 @@ def test_what_changes_nothing_is_withdrawn_once_the_engine_goes_on(tmp_path: Pat
         probe.goes_on.set()
         with pytest.raises(GracefulHTTPError, match="no difference"):
             await anext(w.generate("a"))
-        await settle()
+        await let_tasks_run()
         assert (w.served, w.engine.loaded, w.in_store()) == ({}, {}, [])
         assert w.registry.failures["a"].kind == "no_effect"
 
@@ -207,12 +207,12 @@ def test_what_is_unloaded_while_it_is_checked_leaves_its_slot(tmp_path: Path) ->
         w.engine.more.set()
         await w.load("a", 1)
         request = asyncio.create_task(anext(w.generate("a")))
-        await settle()
+        await let_tasks_run()
         await w.registry.unload("a")
         request.cancel()
-        await settle()
+        await let_tasks_run()
         probe.goes_on.set()
-        await settle()
+        await let_tasks_run()
         assert (w.served, w.engine.loaded, w.in_store()) == ({}, {}, [])
 
     play(World(tmp_path, probe=probe, paused=probe.paused), scenario)
