@@ -4,6 +4,7 @@ import ast
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ ALL = (*compat.SEAMS, *api.SEAMS)
 REPOSITORY = Path(__file__).parents[4]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def parsed_once() -> Iterator[None]:
+    """The tests read the same files again and again: of each text one tree."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ast, "parse", cache(ast.parse))
+        yield
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A folder with the files of vLLM that the tables name, and those that re-export them."""
@@ -29,6 +38,7 @@ def copy(tmp_path: Path) -> Path:
     modules |= {"vllm.config.load", "vllm.config.parallel", "vllm.config.scheduler"}
     modules |= {"vllm.config.compilation", "vllm.distributed.communication_op"}
     modules |= {"vllm.distributed.utils", "vllm.v1.worker.worker_base"}
+    modules |= {"vllm.v1.sample.ops.logprobs"}
     modules |= {"vllm.model_executor.layers.fused_moe.fused_moe_method_base"}
     for module in modules:
         path = root.joinpath(*module.split("."))
