@@ -153,6 +153,7 @@ def drawn_site(draw: st.DrawFn) -> tuple[SiteCost, SiteCounters | None]:
     return cost, SiteCounters(decisions, draw(number), draw(st.floats(0, 1e9)), chosen)
 
 
+@pytest.mark.slow
 @settings(deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_all_sites_at_once_are_the_sites_one_by_one(data) -> None:

@@ -38,6 +38,7 @@ def pieces_of(kind):
     return LinearMixture(experts(INPUTS, OUT, [2, 3], 2), policy, router(2, INPUTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["bias alone", "pair", "soft"])
 def test_only_its_slots_rows_get_it(make, kind, dtype):
@@ -76,6 +77,7 @@ def test_only_its_slots_rows_get_it(make, kind, dtype):
     assert backend.resident_bytes(0) >= backend.resident_bytes(2) + 4 * (OUT + MORE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [PLAIN, TopK(1)], ids=repr)
 def test_it_is_outside_an_output_scale(make, policy):
     """DoRA's factor spares both biases, the base's and the added one."""

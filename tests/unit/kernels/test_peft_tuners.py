@@ -83,6 +83,7 @@ def served(adapter: Any, site: str, weight: torch.Tensor, handle: int) -> SlotWe
     return SlotWeights({handle: [linear]}, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLACES)
 @torch.no_grad()
 def test_one_linear_gives_what_pefts_module_gives(backend: Backend, tuned: Any, name: str) -> None:

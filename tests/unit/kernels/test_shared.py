@@ -75,6 +75,7 @@ def assert_near(actual, expected):
     assert (actual - expected).abs().max() <= EXACT * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Soft(), TopK(2), DynMoLE()], ids=repr)
 def test_a_shared_pair_beside_routed_experts(setup, policy):
     """Of two projections of one linear; the second has no shared pair."""
@@ -113,6 +114,7 @@ def test_a_shared_pair_beside_routed_experts(setup, policy):
     assert stats.sites["q"].expert_tokens == (steps * chosen.sum(0)).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("rows", [2, 9])
 def test_an_ffn_mixture_on_merged_weights(setup, rows, biased):

@@ -369,6 +369,7 @@ def test_more_names_than_allowed_are_refused_before_anything_is_read(play: Play)
     play(scenario)
 
 
+@pytest.mark.slow
 def test_a_thousand_cycles_leave_nothing_behind(play: Play) -> None:
     async def scenario(w: World) -> None:
         for n in range(1000):

@@ -320,6 +320,7 @@ def test_many_adapters_take_turns_in_few_slots(tmp_path: Path) -> None:
     play(World(tmp_path, slots=3, admission=MANY), scenario)
 
 
+@pytest.mark.slow
 def test_a_thousand_registered_adapters_cost_a_request_nothing(tmp_path: Path) -> None:
     """Admitting, counting and releasing a request look at its own adapter only: it takes as many
     lines of Python among a thousand adapters as alone."""

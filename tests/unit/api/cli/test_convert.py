@@ -54,6 +54,7 @@ def test_any_format_becomes_the_native_one(golden, tmp_path, capsys, case):
     assert lines[4:] == [f"warning {text}" for text in original.warnings]
 
 
+@pytest.mark.slow
 def test_json(golden, tmp_path, capsys):
     assert run(golden / "cases" / "mola-official", tmp_path / "a", "--json") == 0
     report = json.loads(capsys.readouterr().out)
@@ -132,6 +133,7 @@ def test_the_command(golden, tmp_path, capsys):
 # Isolation
 
 
+@pytest.mark.slow
 def test_pickles_are_not_read_in_this_process(golden, tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("torch.load was called here")
@@ -196,6 +198,7 @@ def test_the_documents_example_is_what_is_written(tmp_path):
     assert {name: str(list(tensor.shape)) for name, tensor in written.items()} == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     ["mixlora-expert-lora", "dora", "dynmole-k1", "mola-official", "mov", "flylora", "goat"],

@@ -147,6 +147,7 @@ def test_a_readme_is_not_asked_for_where_the_config_says_it(
     assert not [path for path in asked if README in path]
 
 
+@pytest.mark.slow
 def test_a_hub_brings_the_readme_that_tells_who_made_an_adapter(
     remote: tuple[str, list[str]], experts: Path, tmp_path: Path
 ) -> None:
@@ -270,6 +271,7 @@ def test_a_repository_as_vllm_names_it_takes_nothing_from_the_roots(tmp_path: Pa
         pass
 
 
+@pytest.mark.slow
 def test_what_a_hub_gives_is_pinned_and_bounded(
     remote: tuple[str, list[str]], folder: Path, tmp_path: Path
 ) -> None:

@@ -103,6 +103,7 @@ def test_the_files_of_an_index_are_bounded_together(
         pass
 
 
+@pytest.mark.slow
 def test_a_hub_brings_the_files_that_an_index_names(
     remote: tuple[str, list[str]], sharded: Path, tmp_path: Path
 ) -> None:

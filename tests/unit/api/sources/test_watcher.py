@@ -246,6 +246,7 @@ def test_what_is_brought_in_later_is_probed_then(tmp_path: Path) -> None:
     play(Watched(tmp_path, slots=1, probe=probe), scenario)
 
 
+@pytest.mark.slow
 def test_a_failure_keeps_no_adapter_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_request_admitted_before_an_unload_runs_to_its_end(play: Play) -> None
     play(scenario)
 
 
+@pytest.mark.slow
 def test_a_request_that_is_never_read_does_not_keep_its_generation(play: Play) -> None:
     async def scenario(w: World) -> None:
         await w.load("a", 1)

@@ -34,6 +34,7 @@ def test_kind_sites_and_policy(golden, case):
     assert len(adapter.warnings) == (case in ("mola-official", "goat-lora"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_native_round_trip_keeps_the_digest(golden, tmp_path, case):
     adapter = formats.read(golden / "cases" / case)
@@ -44,6 +45,7 @@ def test_native_round_trip_keeps_the_digest(golden, tmp_path, case):
     assert [path.name for path in (tmp_path / "store").iterdir()] == [adapter.digest]
 
 
+@pytest.mark.slow
 def test_digests_differ(golden):
     digests = {formats.read(golden / "cases" / case).digest for case in CASES}
     assert len(digests) == len(CASES)

@@ -61,6 +61,7 @@ def test_kind_policy_and_sites(authored, name):
     assert (site.parameters is None) == (policy.num_parameters == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_gives_the_authors_logits_tokens_and_weights(authored, model, name):
     made, trace = authored[name], {}
@@ -162,6 +163,7 @@ def refused(kind, path):
     return caught.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "name", "change", "kind", "message"),
     [

@@ -65,6 +65,7 @@ CONFIG_ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "field", "value"), CONFIG_ERRORS)
 def test_config_fields_of_the_wrong_type_or_range(edited, case, field, value):
     error = refusal(ConfigError, edited(case, {field: value}))

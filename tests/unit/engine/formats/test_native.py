@@ -124,6 +124,7 @@ def test_a_file_that_ends_before_its_size_is_named_too():
         files.read_floats(SHORT)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(virtual_memory().available < 3 << 30, reason="needs 3 GiB of free memory")
 def test_a_file_over_2_gib_is_read_to_its_end(tmp_path):
     """Linux reads 2 GiB less a page at once, and no more."""

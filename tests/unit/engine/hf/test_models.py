@@ -35,6 +35,7 @@ def test_every_adapter_fits_the_shapes_of_the_config(made: Made) -> None:
         assert problems(formats.read(adapter, base=base), base, Limits()) == []
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_reference_gives_the_oracles_logits(made: Made) -> None:
     model, shapes, adapters, prompts = made

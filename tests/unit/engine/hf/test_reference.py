@@ -32,6 +32,7 @@ def greedy(model, tokens, steps):
     return tokens[-steps:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["base", *SERVED])
 def test_logits_and_greedy_tokens_are_the_oracles(golden, model, case):
     directory = golden / "cases" / case
@@ -48,6 +49,7 @@ def test_logits_and_greedy_tokens_are_the_oracles(golden, model, case):
             assert greedy(model, prompt["prompt_token_ids"], len(tokens)) == tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in SERVED if case not in UNROUTED])
 def test_routing_is_the_oracles(golden, model, case):
     directory = golden / "cases" / case

@@ -268,6 +268,7 @@ LINEAR = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [RESIDENT, *LINEAR, "base"])
 def test_on_merged_weights_every_adapter_gives_its_oracle(golden, case):
     """The golden logits, from a model into which another golden adapter is merged."""

@@ -77,6 +77,7 @@ def test_adapters_are_packed_in_another_thread_while_steps_run():
         assert_near(y[slot : slot + 1], wanted, torch.float32)
 
 
+@pytest.mark.slow
 def test_packed_weights_are_stored_once_and_go_with_their_object():
     piece = LinearPiece("q", 0, experts(64, 64, [8]), Constant((1.0,)))
     backend, handle = one_linear(64, 64, [piece], torch.float32)

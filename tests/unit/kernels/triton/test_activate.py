@@ -80,6 +80,7 @@ def added(x: Tensor, base: Tensor, parts) -> Tensor:
     return total.to(base.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "dtype"),
     [
@@ -109,6 +110,7 @@ def test_rows_of_adapters_and_of_the_base_are_activated_in_one_launch(activation
     assert h[8].count_nonzero() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [TopP(0.5), Soft(), Threshold(0.3)], ids=str)
 def test_one_piece_may_be_both_halves(policy) -> None:
     """As Phi-3 has it; rows one by one, which short steps of many adapters route first."""
@@ -177,6 +179,7 @@ def test_long_steps_and_rows_that_nobody_announced_are_activated() -> None:
     assert_close(h, activated(expected, SILU))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "dtype"),
     [
@@ -251,6 +254,7 @@ class Recorder:
         return launch
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.is_here(), reason="tests/gpu captures a graph, which this only records")
 def test_launches_recorded_before_any_adapter_serve_those_that_come_and_go(monkeypatch) -> None:
     """Linear mixtures, a vector and the base, by the same grids and addresses."""

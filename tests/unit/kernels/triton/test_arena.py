@@ -83,6 +83,7 @@ def test_any_sequence_of_loads_and_unloads_agrees_with_the_model(actions) -> Non
     assert memory.free_bytes == memory.largest_free == UNITS * ALIGNMENT
 
 
+@pytest.mark.slow
 def test_ten_thousand_cycles_neither_leak_nor_fragment() -> None:
     """Adapters of three ranks come and go at up to 80 % of the memory; none is ever refused."""
     units = 4000

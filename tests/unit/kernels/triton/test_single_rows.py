@@ -36,6 +36,7 @@ def routes_first(serving) -> bool:
     return serving._steps[ROUTE_FIRST.value].item() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_adapters_of_a_row_each_agree_with_the_definition(dtype) -> None:
     """Every kind of piece, beside an adapter of more rows, which keeps its large tile."""
@@ -89,6 +90,7 @@ def test_adapters_of_a_row_each_agree_with_the_definition(dtype) -> None:
             assert (site.decisions, site.expert_tokens) == (len(rows), (w > 0).sum(0).tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.is_here(), reason="reads the kernel's masks in the interpreter")
 def test_a_of_experts_that_are_not_chosen_is_not_read(monkeypatch) -> None:
     """What the rank rows' product is asked for: its masks, and that it ends at once without any."""
@@ -117,6 +119,7 @@ def test_a_of_experts_that_are_not_chosen_is_not_read(monkeypatch) -> None:
     assert {end for wanted, end in asked if wanted} == {20}
 
 
+@pytest.mark.slow
 def test_scaled_and_odd_pieces_of_single_rows_agree_with_the_formula() -> None:
     """A piece that begins and ends at odd columns, one of them with an output scale."""
     serving = backend(MANY)
@@ -137,6 +140,7 @@ def test_scaled_and_odd_pieces_of_single_rows_agree_with_the_formula() -> None:
     assert_close(y, expected)
 
 
+@pytest.mark.slow
 def test_ffn_mixtures_of_single_rows_agree_with_the_definition() -> None:
     d, width = 24, 40
     weights = ffn_weights(d, width, torch.float32)

@@ -118,6 +118,7 @@ def test_rows_of_a_shorter_forward_are_never_written_past_its_end() -> None:
     assert memory[4:].count_nonzero() == 0
 
 
+@pytest.mark.slow
 def test_inputs_and_outputs_may_be_parts_of_larger_tensors() -> None:
     linear_mixture = mixture(TopK(1), (2, 2), 16, 16)
     serving = backend()
@@ -133,6 +134,7 @@ def test_inputs_and_outputs_may_be_parts_of_larger_tensors() -> None:
         assert memory[:, :7].count_nonzero() == memory[:, 23:].count_nonzero() == 0
 
 
+@pytest.mark.slow
 def test_more_adapters_than_a_step_may_hold_are_zeroed_not_served_by_the_base() -> None:
     serving = backend()
     handle = serving.register_linear(LinearShape("linear", 16, 16))
@@ -207,6 +209,7 @@ def test_a_slot_beyond_the_table_is_refused() -> None:
         serving.store(0, weights)
 
 
+@pytest.mark.slow
 def test_traces_hold_what_the_kernels_routed() -> None:
     d, width = 16, 20
     serving, handle, linears = ffn_setup(d, width, torch.float32)

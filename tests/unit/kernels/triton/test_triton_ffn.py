@@ -128,6 +128,7 @@ def test_every_activation_agrees_with_torch(activation) -> None:
     assert_close(y, reference.ffn_mixture(x, weights, biases, activation, ffn_mixture)[0])
 
 
+@pytest.mark.slow
 def test_an_ffn_mixture_and_linear_mixtures_live_in_one_ffn() -> None:
     d, width = 24, 40
     weights = ffn_weights(d, width, torch.float32)

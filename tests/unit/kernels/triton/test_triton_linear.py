@@ -79,11 +79,13 @@ def check_linear(mixture: LinearMixture, tokens: int, dtype: torch.dtype = torch
     assert math.isclose(site.entropy, routing.entropy.sum(), rel_tol=1e-4, abs_tol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_every_policy_agrees_with_its_definition(policy) -> None:
     check_linear(mixture(policy, (4, 4, 4, 4, 4, 4), 40, 24), 18)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Constant((1.0,)), Constant((0.25, 0.5, -1.0))], ids=repr)
 def test_constant_weights_agree_with_their_definition(policy) -> None:
     check_linear(mixture(policy, (5, 2, 3)[: len(policy.weights)], 40, 24), 5)
@@ -153,6 +155,7 @@ def test_the_whole_matrix_agrees_with_the_definition(tokens, shape, policy, dtyp
             check_linear(mixture(policy, ranks, *shape), tokens, dtype)
 
 
+@pytest.mark.slow
 def test_fused_projections_keep_their_own_routers_and_columns() -> None:
     widths, features = (40, 24, 24), 48
     policies = (TopK(1), Constant((0.5, 0.5)), DynMoLE(top_p=0.5, keep_top_k=1))
@@ -187,6 +190,7 @@ def test_fused_projections_keep_their_own_routers_and_columns() -> None:
     assert set(serving.counters(0).sites) == {"0", "64"}
 
 
+@pytest.mark.slow
 def test_adapters_of_every_kind_share_a_batch() -> None:
     """Interleaved runs, unequal ranks, E and policies, base and padding rows, an unserved one."""
     features, out = 50, 36
@@ -216,6 +220,7 @@ def test_adapters_of_every_kind_share_a_batch() -> None:
     assert y[9:12].count_nonzero() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("policy", [Constant((1.0, 0.5)), TopK(1), Soft()], ids=repr)
 def test_output_scales_agree_with_the_formula(policy, with_bias) -> None:
@@ -238,6 +243,7 @@ def test_output_scales_agree_with_the_formula(policy, with_bias) -> None:
     assert torch.equal(y[:, :4], torch.ones(6, 4))
 
 
+@pytest.mark.slow
 def test_sharded_inputs_route_on_the_sum_of_all_ranks_logits() -> None:
     linear_mixture, features, out = mixture(TopK(1), (2, 3), 40, 24), 40, 24
     x = random(5, features, seed=8)

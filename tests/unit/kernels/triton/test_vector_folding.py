@@ -31,6 +31,7 @@ def scale_piece(scales: ScaleMixture, start: int, site: str) -> ScalePiece:
     return ScalePiece(site, scales.policy, scales.router, scales.vectors, start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_vector_multiplies_an_output_beside_mixtures_of_other_columns(dtype) -> None:
     serving = backend()
@@ -52,6 +53,7 @@ def test_one_vector_multiplies_an_output_beside_mixtures_of_other_columns(dtype)
     assert serving.table.arena.free_bytes == serving.table.arena.budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [None, BaseActivation("silu", is_rounded=False)], ids=str)
 def test_one_vector_multiplies_an_ffns_intermediate(activation) -> None:
     serving = backend()

@@ -27,6 +27,7 @@ def piece(mixture: ScaleMixture, start: int, site: str) -> ScalePiece:
     return ScalePiece(site, mixture.policy, mixture.router, mixture.vectors, start)
 
 
+@pytest.mark.slow
 def test_vectors_multiply_what_the_linear_mixtures_left() -> None:
     heads, low_rank = vectors(TopK(2), HEADS, 1), mixture(Constant((1.0,)), (2,), 6, 30, seed=5)
     serving = backend(EAGER)

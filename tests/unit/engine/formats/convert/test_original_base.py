@@ -79,6 +79,7 @@ def trained(tmp_path_factory: Any) -> Any:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "option"),
     [

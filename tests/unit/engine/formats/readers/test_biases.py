@@ -77,6 +77,7 @@ ALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_the_reference_answers_as_peft_does(bases, tmp_path, name):
     base, config = bases[ALL[name][0]], ALL[name][1]

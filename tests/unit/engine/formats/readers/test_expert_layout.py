@@ -170,6 +170,7 @@ def of_unsloth(saved, sign):
 SIGNS = ["README.md", "auto_mapping", "base_model_name_or_path"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", SIGNS)
 def test_a_file_of_unsloths_that_does_not_say_is_refused(model, saved, sign):
     (saved.directory / "README.md").unlink(missing_ok=True)

@@ -34,6 +34,7 @@ def tiny(golden):
     return base_model(golden / "tiny-moe")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["experts-peft-0.18", "moe-all-linear"])
 def test_golden_cases_are_the_oracles(model, tiny, case):
     adapter = formats.read(Case(case).path)

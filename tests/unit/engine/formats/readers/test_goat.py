@@ -75,6 +75,7 @@ def slices(name, u, s, v):
     return *join, torch.cat([v[cut] for cut in cuts])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cof", [1.0, 0.5])
 @pytest.mark.parametrize(
     "name", ["goat", "goat_mini", "pissa", "pissa_scale", "milora", "pissa_milora"]
@@ -173,6 +174,7 @@ def base_with(folder, golden, change=None, **config):
     return folder
 
 
+@pytest.mark.slow
 def test_a_base_that_does_not_fit_is_refused(golden, tmp_path, capsys):
     source = str(golden / "cases" / "goat")
 

@@ -189,6 +189,7 @@ def test_errors_name_the_files_own_tensor(saved, tmp_path):
     assert name in refusal(ShapeError, directory).where
 
 
+@pytest.mark.slow
 def test_patterns_shards_and_names_together_are_pefts_logits(authored, model):
     """The adapter that the engine's tests serve."""
     made = authored["renamed"]

@@ -24,6 +24,7 @@ def warnings(directory):
     return [text for text in result if not any(known in text for known in assumed)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY_FORMAT)
 @pytest.mark.parametrize("value", [True, False, 0, "quietly", {"on": True}], ids=str)
 def test_an_unknown_field_is_named_with_its_value(edited, case, value):
@@ -31,6 +32,7 @@ def test_an_unknown_field_is_named_with_its_value(edited, case, value):
     assert warning == f"adapter_config.json: {UNKNOWN}scale_twice = {value!r}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY_FORMAT)
 def test_an_unknown_field_that_is_not_set_is_not(golden, tmp_path, case):
     directory = tmp_path / "a"

@@ -47,6 +47,7 @@ def model():
     return tiny_llama()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 @torch.no_grad()
 def test_the_reference_gives_the_oracles_logits_and_tokens(authored, model, name):
@@ -144,6 +145,7 @@ def test_parts_of_other_widths_are_refused_by_name(shape, half):
         mix([Part("first", lora(), 1.0), Part("wide", lora(**shape), 1.0)])
 
 
+@pytest.mark.slow
 def test_a_mix_by_file_takes_adapters_of_any_format(golden, tmp_path):
     lora_case = formats.read(golden / "cases" / "lora")
     native.write(lora_case, tmp_path / "native")

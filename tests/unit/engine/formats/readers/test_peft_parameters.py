@@ -56,6 +56,7 @@ def test_unequal_ranks_on_experts_are_the_oracles(model):
     check_oracle(model, Case("drlora-base"))
 
 
+@pytest.mark.slow
 def test_mixtrals_names_are_the_oracles(oracles):
     directory = oracles / "drlora-peft-1"
     model = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32).eval()

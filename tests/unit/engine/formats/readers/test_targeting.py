@@ -133,6 +133,7 @@ TAKEN_OUT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "keep"), TAKEN_OUT, ids=[str(case[0]) for case in TAKEN_OUT])
 def test_tensors_that_peft_drops_are_an_error_and_the_rest_is_pefts(
     golden, model, saved, tmp_path, fields, keep

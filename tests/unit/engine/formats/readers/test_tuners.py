@@ -84,6 +84,7 @@ def reference(adapter: Any) -> torch.Tensor:
         return tuners.logits(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tuners.TUNERS)
 def test_the_reference_answers_as_peft_does(saved: Any, name: str, tmp_path: Path) -> None:
     directory, expected = saved(name)

@@ -40,6 +40,7 @@ def saved(bases: dict[str, Path], tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_the_reference_answers_as_peft_does(
     bases: dict[str, Path], tmp_path: Path, kind: str, name: str

@@ -135,6 +135,7 @@ def served(request, one_rank):
 EACH = [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("served", EACH, indirect=True, ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("shape", [(ROWS,), (1, ROWS)], ids=["2d", "3d"])
