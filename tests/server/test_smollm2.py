@@ -40,6 +40,7 @@ def server(tmp_path_factory: Any) -> Iterator[Server]:
         "--enforce-eager",
         "--max-model-len=512",
         "--max-logprobs=20",
+        f"--kv-cache-memory-bytes={512 << 20}",
         f"--adapter=numwords={ADAPTERS / 'numwords-mixlora'}",
         f"--adapter=uppercase={ADAPTERS / 'uppercase-dynmole'}",
         *cases,

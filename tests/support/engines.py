@@ -9,7 +9,8 @@ from support import warm
 from support.golden import TINY_LLAMA
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+# vLLM writes zeros into all of it.
+KV_CACHE_BYTES = 64 << 20
 
 
 @contextmanager
@@ -25,6 +26,7 @@ def engine(**options: Any) -> Iterator[Any]:
         "block_size": 32,
         "enable_lora": True,
         "max_loras": 30,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
         "worker_cls": "molehill.engine.vllm.worker.Worker",
         "max_logprobs": -1,
         "logprobs_mode": "raw_logits",

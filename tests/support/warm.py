@@ -6,6 +6,7 @@ engine, as vLLM does on GPUs. Servers of tests that end processes or count their
 they do for users.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -164,7 +165,9 @@ def _run(environment: dict[str, str], target: Callable[..., Any], kwargs: dict[s
 
 
 def _take(environment: dict[str, str]) -> None:
-    """The environment is the starting process's, not the warm server's."""
+    """The environment is the starting process's, not the warm server's. What is imported is left
+    out of garbage collections, which would write into, and so copy, every page of it."""
+    gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
     if LOG in environment:
