@@ -2,8 +2,8 @@
 
 The engine registers each adapted linear and FFN once, stores an adapter's weights under a slot, and
 tells before every step which rows of the batch belong to which slot. A model's forward then calls
-the two ops of `molehill.kernels.custom_ops`. Whatever layout, packing or device memory a backend
-wants is its own business.
+ops that end in the backend: those of `molehill.kernels.custom_ops`, or the backend's own. Whatever
+layout, packing or device memory a backend wants is its own business.
 """
 
 from collections.abc import Callable, Mapping, Sequence

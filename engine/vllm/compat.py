@@ -102,7 +102,7 @@ WORKERS = (
         RUNNER,
         "LoRAModelRunnerMixin.load_lora_model",
         WORKER,
-        "is replaced on the model runner: there AdapterManager takes the LoRA manager's place",
+        "is replaced on the model runner: there LoRAManager takes the LoRA manager's place",
         overrides=("self", "model", "vllm_config", "device"),
         markers=("self.lora_manager = ",),
     ),
