@@ -217,7 +217,7 @@ class WorkerAdapters:
             self._prefetcher.drop(key)
             if not is_out_of_memory(error):
                 raise
-            return InstallReply("adapter memory: found none left on this machine, expected some")
+            return InstallReply("adapter memory: a worker ran out of memory while installing it")
         return InstallReply()
 
     def uninstall(self, request: RemoveRequest) -> RemoveReply:
