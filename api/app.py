@@ -19,6 +19,7 @@ from molehill.api.adapters.reader import AdapterReader
 from molehill.api.adapters.reading import READERS
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.source import local
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import failure
 from molehill.api.http import adapters, dashboard, router_stats, vllm_routes
@@ -28,7 +29,7 @@ from molehill.api.http.mix_requests import MixRequests
 from molehill.api.metrics.worker_stats import WorkerStats
 from molehill.api.sources.adapters_file import LABEL
 from molehill.api.sources.desired_state import AdaptersFile
-from molehill.api.sources.fetch import Sources, local
+from molehill.api.sources.fetch import Sources
 from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.operator_file import OperatorFile
 from molehill.api.sources.restore import Restart

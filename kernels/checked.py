@@ -3,7 +3,13 @@
 from abc import ABC, abstractmethod
 
 from molehill.kernels.checks import Layers, check_ffn_shape, check_weights
-from molehill.kernels.interface import FfnShape, LinearShape, Packed, SlotWeights
+from molehill.kernels.interface import (
+    FfnShape,
+    KernelCompilations,
+    LinearShape,
+    Packed,
+    SlotWeights,
+)
 
 
 class CheckedBackend(ABC):
@@ -36,6 +42,10 @@ class CheckedBackend(ABC):
     def store(self, slot: int, weights: SlotWeights | Packed) -> None:
         """Backend.store. Raises WeightsError as well, and ValueError for a slot that is taken."""
         self._put(slot, weights if isinstance(weights, Packed) else self.pack(weights))
+
+    def watch_compilations(self) -> KernelCompilations | None:
+        """Backend.watch_compilations, of a backend whose kernels are compiled before it is made."""
+        return None
 
     @abstractmethod
     def _add_linear(self, shape: LinearShape) -> int:

@@ -2,8 +2,8 @@
 
 The engine registers each adapted linear and FFN once, stores an adapter's weights under a slot, and
 tells before every step which rows of the batch belong to which slot. A model's forward then calls
-the two ops of `molehill.kernels.custom_ops`. Whatever layout, packing or device memory a backend
-wants is its own business.
+ops that end in the backend: those of `molehill.kernels.custom_ops`, or the backend's own. Whatever
+layout, packing or device memory a backend wants is its own business.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -294,6 +294,15 @@ class Trace:
     entropy: Tensor
 
 
+class KernelCompilations(Protocol):
+    """Compilations of a backend's kernels. late: how many since `expect_none` was called."""
+
+    late: int
+
+    def expect_none(self) -> None:
+        """All that may come is compiled."""
+
+
 class Backend(Protocol):
     """Applies the mixtures of all slots to a batch. One instance per worker. What adapters do to
     the experts of MoE blocks (`SlotWeights.moes`) is left to molehill.kernels.moe_blocks, what they
@@ -354,6 +363,10 @@ class Backend(Protocol):
     def seconds(self) -> float | None:
         """Wall time that the ops took so far, base-only steps left out; None where it is not
         measured."""
+
+    def watch_compilations(self) -> KernelCompilations | None:
+        """Counts the compilations of kernels from here on, of a backend that compiles them when
+        they are first launched; None of others."""
 
     def trace(self, enabled: bool) -> list[Trace]:
         """Returns what was recorded since tracing was switched on; for tests and debugging."""

@@ -172,7 +172,7 @@ class Intake:
 
 
 def no_memory(label: str) -> OutOfMemoryError:
-    return OutOfMemoryError(f"{label}: found no memory to read it into, expected some")
+    return OutOfMemoryError(f"{label}: the server ran out of memory while reading the adapter")
 
 
 # Of their own: a source that keeps its readers waiting must not hold up files and digests.

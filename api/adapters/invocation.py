@@ -1,14 +1,13 @@
 """What becomes of a request whose prompt lacks the tokens that activate its adapter."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from molehill.api.adapters.errors import NotActivatedError, NotInvokedError
 
 # Refused, as the answer would be the base model's under the adapter's name, or answered by the base
 # model, as PEFT does.
 WhenNotInvoked = Literal["refuse", "base"]
-CHOICES: tuple[WhenNotInvoked, ...] = get_args(WhenNotInvoked)
 
 
 def check_activated(name: str, tokens: Sequence[int], asked: WhenNotInvoked | None) -> None:

@@ -29,10 +29,6 @@ class Reading:
         self._next = asyncio.Lock()
         self._left = asyncio.Event()
 
-    def locked(self) -> bool:
-        """Whether any is read now."""
-        return bool(self._taken)
-
     @asynccontextmanager
     async def beside(self, num_bytes: int) -> AsyncIterator[None]:
         """num_bytes: what it will take, at most."""

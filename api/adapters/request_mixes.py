@@ -19,7 +19,7 @@ from molehill.api.adapters.ingest import Fetch, Intake
 from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.mix import BY_REQUEST, Key, Mix, MixPart, shown
 from molehill.api.adapters.name_table import NameTable
-from molehill.api.adapters.source import Source
+from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.tasks import Tasks
 from molehill.engine.adapter.errors import UnsupportedError
 
@@ -95,7 +95,7 @@ class RequestMixes:
 
     def fetch(self, mix: Mix) -> Fetch:
         """For a load of it by name."""
-        return brought(self._source(mix))
+        return local(self._source(mix))
 
     def drop_unreachable(self) -> None:
         """Those with a part that no name serves any more. What runs on them finishes."""
@@ -129,7 +129,7 @@ class RequestMixes:
         try:
             source = self._source(mix)
             loading = Loading(BY_REQUEST, mix.label)
-            content, _ = await self._intake.take_in(loading, brought(source), None)
+            content, _ = await self._intake.take_in(loading, local(source), None)
             generation = self._generations.create(BY_REQUEST, content, source)
         finally:
             self._begun -= 1
@@ -160,12 +160,6 @@ class RequestMixes:
         """The part itself where the mix is that."""
         directory = self._intake.copy(mix.key[0][0])
         return Source(directory, mix.label, mix=mix, canonical=mix.lone is not None)
-
-
-@contextmanager
-def brought(source: Source) -> Iterator[Source]:
-    """Parts that are in the store already."""
-    yield source
 
 
 @contextmanager

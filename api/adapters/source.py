@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,3 +87,9 @@ def fingerprint(directory: Path) -> str:
             # Names may be bytes that are no UTF-8.
             sha.update(f"{where}\0{facts}\0".encode(errors="surrogateescape"))
     return sha.hexdigest()
+
+
+@contextmanager
+def local(source: Source) -> Iterator[Source]:
+    """A source that is in this file system already, as what a Fetch is."""
+    yield source

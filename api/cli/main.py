@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(list(sys.argv[1:] if argv is None else argv))
     except MemoryError as error:
-        print(f"molehill: found no memory for it, expected some: {error}", file=sys.stderr)
+        print(f"molehill: out of memory: {error}", file=sys.stderr)
         return USER_ERROR
 
 

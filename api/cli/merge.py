@@ -20,7 +20,6 @@ from molehill.engine.system.atomic_directory import check_free
 from molehill.engine.transform.merge import SiteMerge, merge_static
 from molehill.engine.transform.merge_checkpoint import merge_checkpoint
 
-REFUSED = 1
 USER_ERROR = 2
 
 

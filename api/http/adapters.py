@@ -14,7 +14,7 @@ from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.load_options import AnyGeneration, Expected, Terms
 from molehill.api.adapters.mix import check_weights
-from molehill.api.adapters.source import Source
+from molehill.api.adapters.source import Source, local
 from molehill.api.http import schemas
 from molehill.api.http.dependencies import (
     CHANGES,
@@ -29,7 +29,6 @@ from molehill.api.http.dependencies import (
 from molehill.api.http.dependencies import services as services_of
 from molehill.api.http.schemas import AdapterInfo, AdapterList, LoadedInfo
 from molehill.api.http.uploads import document_upload, is_form, received
-from molehill.api.sources.fetch import local
 from molehill.api.sources.uploads import UPLOAD
 from molehill.api.vllm.request_tracking import HEADER
 from molehill.api.vllm.routes import json_only

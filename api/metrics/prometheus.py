@@ -24,16 +24,16 @@ from molehill.api.metrics.worker_stats import Snapshot
 from molehill.engine.routing_stats import RoutingStats
 
 COUNTERS = (
-    ("adapter_tokens", "tokens", "Tokens that ran through the adapter."),
-    ("router_decisions", "decisions", "Routing decisions: one token at one router."),
-    ("soft_routed", "soft", "Routing decisions that fell back to all experts."),
+    ("molehill_adapter_tokens", "tokens", "Tokens that ran through the adapter."),
+    ("molehill_router_decisions", "decisions", "Routing decisions: one token at one router."),
+    ("molehill_soft_routed", "soft", "Routing decisions that fell back to all experts."),
     (
-        "adapter_flops",
+        "molehill_adapter_flops",
         "flops_done",
         "FLOPs of routers and chosen experts' low-rank products; a multiply-add is two.",
     ),
     (
-        "adapter_flops_avoided",
+        "molehill_adapter_flops_avoided",
         "flops_avoided",
         "FLOPs that the experts would have taken that routers did not choose.",
     ),
@@ -76,8 +76,8 @@ class AdapterCollector(Collector):
         )
         yield GaugeMetricFamily(
             "molehill_worker_figures_age_seconds",
-            "Since the workers told the figures that are shown; since the start where they never "
-            "have.",
+            "Seconds since these worker statistics were collected; since the start where there are "
+            "none yet.",
             self._snapshot.age,
         )
         yield self._by_state()
@@ -137,7 +137,7 @@ class AdapterCollector(Collector):
 
     def _counters(self) -> Iterator[Metric]:
         for name, field, text in COUNTERS:
-            family = CounterMetricFamily(f"molehill_{name}", text, labels=["adapter"])
+            family = CounterMetricFamily(name, text, labels=["adapter"])
             for adapter, total in self._stats.items():
                 family.add_metric([adapter], getattr(total, field))
             yield family

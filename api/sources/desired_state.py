@@ -48,7 +48,7 @@ LAST_PAUSE_SECONDS = 120.0
 # What may be otherwise in a moment: a server that has just started waits for it before it is ready.
 PASSING = (FetchError, StoreError, OutOfMemoryError, EngineRefusedError)
 # Somebody else was quicker: the next look decides anew.
-NOT_NOW = (BusyError, GenerationMismatchError, NotLoadedError)
+OVERTAKEN = (BusyError, GenerationMismatchError, NotLoadedError)
 
 
 Args = TypeVarTuple("Args")
@@ -237,7 +237,7 @@ class AdaptersFile:
         name = generation.name
         try:
             await self._registry.unload(name, generation.digest)
-        except NOT_NOW:
+        except OVERTAKEN:
             return
         except RequestError as error:
             self._removal_errors[name] = failure_of(name, LABEL, error)
@@ -285,7 +285,7 @@ class AdaptersFile:
                 attempt.succeed((await self._registry.pin(name, pinned)).digest)
             else:
                 await self._load_weights(attempt)
-        except NOT_NOW:
+        except OVERTAKEN:
             return
         except Exception as error:
             self._refused(attempt, error)

@@ -2,7 +2,7 @@
 
 Only what the operator allowed is fetched, only the files of an adapter, no pickles, and never more
 bytes than an adapter may have. An index names files beside it, so many and no more
-(`molehill.engine.formats.io.shards`). Whoever is silent is given up.
+(`molehill.engine.formats.io.shards`). A server that sends nothing for SILENCE_SECONDS is given up.
 """
 
 import re
@@ -130,12 +130,6 @@ class Sources:
                 directory = stack.enter_context(scratch())
                 download_from_url(text, directory, self.limit)
             yield Source(directory, text)
-
-
-@contextmanager
-def local(source: Source) -> Iterator[Source]:
-    """A source that is here already."""
-    yield source
 
 
 @contextmanager

@@ -23,9 +23,9 @@ from molehill.api.adapters.generation import Generation, Loaded, Loading
 from molehill.api.adapters.ingest import Fetch, ReadAdapter
 from molehill.api.adapters.load_options import Terms
 from molehill.api.adapters.registry import AdapterRegistry
-from molehill.api.adapters.source import Source
+from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.store import AdapterStore, chat_name
-from molehill.api.sources.fetch import Sources, local
+from molehill.api.sources.fetch import Sources
 from molehill.api.sources.manifest import Entry, Manifest
 from molehill.engine.adapter.errors import AdapterError
 

@@ -42,7 +42,7 @@ FIRST_PAUSE_SECONDS = 2.0
 LAST_PAUSE_SECONDS = 60.0
 
 # Somebody else was quicker, or is still writing: the next poll decides anew.
-NOT_NOW = (GenerationMismatchError, SourceChangedError)
+UNTIL_NEXT_POLL = (GenerationMismatchError, SourceChangedError)
 
 # What only other files, or another name, can put right.
 FINAL = (AdapterError, BadNameError, ForbiddenPathError, MergedIntoBaseError, NoEffectError)
@@ -140,7 +140,7 @@ class Watcher:
         try:
             await self._registry.load(name, name, self._sources.fetch(name, *asked), terms)
             seen.done = True
-        except NOT_NOW:
+        except UNTIL_NEXT_POLL:
             return
         except Exception as error:
             self._refused(name, seen, error)

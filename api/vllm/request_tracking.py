@@ -383,7 +383,8 @@ class LeasedOutputs:
 
 
 def check(call: weakref.ref[LeasedOutputs], reads: int) -> None:
-    """A timer must not keep what nobody else has any more."""
+    """What the timer calls: it holds no reference of its own, so that outputs which a route dropped
+    unread are collected, and their lease ends, before it fires."""
     counted = call()
     if counted is not None:
         counted.check(reads)

@@ -37,7 +37,8 @@ PLAIN = Constant((1.0,))
 class SiteMerge:
     """One site that merged. rank_before: of all experts together; rank_after: of the one pair.
 
-    An FFN's figures are its projections' sums. error: `static.deviation`, 0 where it is exact.
+    An FFN's figures are its projections' sums. error: `static_gates.deviation`, 0 if it is
+    exact.
     """
 
     site: str
@@ -97,7 +98,7 @@ def merge_static(
     A static FFN mixture becomes linears. Sites with a magnitude (DoRA) stay as they are. The same
     adapter comes back if nothing merges, so merging twice is merging once.
     base: what FFN mixtures that name an activation are held against; unknown, those stay.
-    tolerance: see `static.gate`; above 0 the result is an approximation.
+    tolerance: see `static_gates.gate`; above 0 the result is an approximation.
     """
     if adapter.by_token is not None:
         return _merge_members(adapter, adapter.by_token, base, tolerance)

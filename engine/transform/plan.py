@@ -50,9 +50,9 @@ class SitePlan:
 
     shape: `linear`, `ffn`, `scale` or `reflection`. ranks: of each expert, by projection; none of
     vectors. bytes: in canonical float32. static: the gate cannot depend on the token. reason: why
-    it is static or not. error: of the merge, `static.deviation`; 0 if it is exact. merged: the one
-    rank by projection that merging leaves, None where nothing merges. cost: of one token as it is
-    served, at the most. policy: None where the token's id decides.
+    it is static or not. error: of the merge, `static_gates.deviation`; 0 if it is exact. merged:
+    the one rank by projection that merging leaves, None where nothing merges. cost: of one token as
+    it is served, at the most. policy: None where the token's id decides.
     """
 
     site: str

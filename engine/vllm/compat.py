@@ -20,7 +20,7 @@ from molehill.engine.vllm.seams import Seam
 
 logger = logging.getLogger("vllm.molehill")
 
-# Minor versions that the engine's tests passed on.
+# Minor versions that the engine's tests passed on. 0.33 was not run: see docs/architecture.md.
 TESTED = ("0.32",)
 
 # What vLLM's model runners ask of their LoRA manager; the first one only of vLLM's own.
@@ -102,7 +102,7 @@ WORKERS = (
         RUNNER,
         "LoRAModelRunnerMixin.load_lora_model",
         WORKER,
-        "is replaced on the model runner: there AdapterManager takes the LoRA manager's place",
+        "is replaced on the model runner: there LoRAManager takes the LoRA manager's place",
         overrides=("self", "model", "vllm_config", "device"),
         markers=("self.lora_manager = ",),
     ),

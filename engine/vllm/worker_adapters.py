@@ -1,7 +1,6 @@
 """The adapters of one worker: on their way to a slot, in one, and on their way out."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -42,12 +41,9 @@ from molehill.engine.vllm.protocol import (
 from molehill.engine.vllm.rank_agreement import OtherRankError, RankAgreement
 from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.slot_table import BASE, FullError, SlotTable
-from molehill.kernels.interface import Packed
+from molehill.kernels.interface import KernelCompilations, Packed
 from molehill.kernels.moe_blocks import MoeBlocks
 from molehill.kernels.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from molehill.kernels.triton.compilations import Compilations
 
 logger = init_logger("vllm.molehill")
 
@@ -95,19 +91,16 @@ class WorkerAdapters:
         # By id, where it was read and what it was before a slot took it.
         self._entered: dict[int, tuple[AdapterKey, PreparedAdapter]] = {}
         self._refused: set[int] = set()
-        self._compilations: Compilations | None = None
+        self._compilations: KernelCompilations | None = None
         if merged_base is not None:
             self.slots.store(BASE, self._loader.pack(self._loader.base_rows()))
 
     def compile_kernels(self, most: int) -> None:
-        """Of a Triton backend, all kernels for steps of up to `most` tokens, before any request can
-        wait for them; see `expect_no_compilation`. Nothing of others."""
-        if self.backend.name != "triton":
+        """Of a backend that compiles at run time, all kernels for steps of up to `most` tokens,
+        before any request can wait for them; see `expect_no_compilation`. Nothing of others."""
+        self._compilations = self.backend.watch_compilations()
+        if self._compilations is None:
             return
-        from molehill.kernels.triton.compilations import Compilations
-
-        self._compilations = Compilations()
-        self._compilations.watch()
         line = "compiling the GPU kernels: a minute at the first start, seconds at later ones"
         with startup.long_step("compiling the GPU kernels", line) as seconds:
             self.model.warm_up(most)
@@ -217,7 +210,7 @@ class WorkerAdapters:
             self._prefetcher.drop(key)
             if not is_out_of_memory(error):
                 raise
-            return InstallReply("adapter memory: found none left on this machine, expected some")
+            return InstallReply("adapter memory: a worker ran out of memory while installing it")
         return InstallReply()
 
     def uninstall(self, request: RemoveRequest) -> RemoveReply:

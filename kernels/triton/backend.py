@@ -21,6 +21,7 @@ from molehill.kernels.counters import SlotCounters
 from molehill.kernels.interface import FfnShape, LinearShape, Packed, Run, SlotWeights, Trace
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.activate import activate as launch_activate
+from molehill.kernels.triton.compilations import Compilations
 from molehill.kernels.triton.expand import expand
 from molehill.kernels.triton.ffn import ffn as launch_ffn
 from molehill.kernels.triton.gate import gate
@@ -255,6 +256,12 @@ class TritonBackend(CheckedBackend):
 
     def seconds(self) -> None:
         """Not measured: launches return before the device has worked, and graphs replay unseen."""
+
+    def watch_compilations(self) -> Compilations:
+        """Backend.watch_compilations, of all Triton kernels of this process."""
+        compilations = Compilations()
+        compilations.watch()
+        return compilations
 
     def trace(self, enabled: bool) -> list[Trace]:
         traces, self._traces = self._traces, [] if enabled else None

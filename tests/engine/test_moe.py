@@ -1,6 +1,6 @@
 """A mixture-of-experts base (OLMoE) on CPU, with LoRA on its experts and beside them.
 
-Plain vLLM cannot run such a base on CPU with LoRA enabled; see engine/vllm/experts.py.
+Plain vLLM cannot run such a base on CPU with LoRA enabled; see engine/vllm/model/moe_blocks.py.
 """
 
 import json

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.streams import OneStream
 from support.triton_cases import CAPACITY, mixture, piece, random
 from torch import nn
 
 from molehill.engine.vllm.model import warmup
-from molehill.engine.vllm.model.base_linears import BaseLinears, OneStream, SideStream, Streams
+from molehill.engine.vllm.model.base_linears import BaseLinears, SideStream, Streams
 from molehill.kernels import reference
 from molehill.kernels.interface import (
     UNSERVED,

@@ -18,6 +18,55 @@ FLOORS = ("api", "engine", "kernels")
 PACKAGES = (*FLOORS, "benchmarks")
 COMPOSITION = ("api.app",)
 
+# What each room imports of ours, besides itself; a room of a room is one of its own where it is
+# listed. `api.*` stands for all rooms of api. The table in docs/architecture.md says the same.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "api.app": ("api.*", "engine.adapter", "engine.system", "engine.vllm"),
+    "api.cli": ("api.*", "engine.*", "kernels.*"),
+    "api.http": (
+        "api.adapters",
+        "api.metrics",
+        "api.sources",
+        "api.vllm",
+        "engine.adapter",
+        "engine.routing_stats",
+        "engine.system",
+    ),
+    "api.adapters": ("engine.adapter", "engine.formats", "engine.system", "engine.transform"),
+    "api.sources": ("api.adapters", "engine.adapter", "engine.formats", "engine.system"),
+    "api.metrics": ("api.adapters", "api.sources", "engine.routing_stats", "engine.vllm"),
+    "api.vllm": (
+        "api.adapters",
+        "engine.adapter",
+        "engine.formats",
+        "engine.hf",
+        "engine.system",
+        "engine.transform",
+        "engine.vllm",
+    ),
+    "engine.adapter": ("kernels",),
+    "engine.formats": ("engine.adapter", "engine.system", "engine.transform", "kernels"),
+    "engine.transform": ("engine.adapter", "engine.hf", "engine.system", "kernels"),
+    "engine.hf": ("engine.adapter", "engine.system", "kernels"),
+    "engine.routing_stats": ("engine.adapter", "kernels"),
+    "engine.system": ("engine.adapter",),
+    "engine.vllm": (
+        "engine.adapter",
+        "engine.formats",
+        "engine.routing_stats",
+        "engine.system",
+        "engine.transform",
+        "engine.vllm.model",
+        "kernels.*",
+    ),
+    "engine.vllm.model": ("engine.adapter", "engine.formats", "engine.transform", "kernels"),
+    "kernels": (),
+    "kernels.pytorch": ("kernels",),
+    "kernels.cpu": ("kernels",),
+    "kernels.triton": ("kernels", "kernels.pytorch"),
+    "benchmarks": ("api.*", "engine.*", "kernels.*"),
+}
+
 KERNELS_USE = {"numpy", "torch", "triton"}
 KNOW_VLLM = ("engine.vllm", "api.vllm")
 # Not `http`: the errors have their status, one of its numbers.
@@ -98,6 +147,30 @@ def arrows(house: House) -> Iterator[str]:
         below = FLOORS[FLOORS.index(top) :] if top in FLOORS else PACKAGES
         if imported.top in PACKAGES and imported.top not in below:
             yield f"{imported}, expected {' and '.join(below)} only"
+
+
+def rooms_import_what_is_listed(house: House) -> Iterator[str]:
+    """ROOMS has every module, and each import between its rooms."""
+    for module, path in house.modules.items():
+        if listed_room(module) is None and path.name != "__init__.py":
+            yield f"{path.relative_to(house.root)}: found in no room of ROOMS, expected in one"
+    for imported in house.imports:
+        importer, room = listed_room(imported.importer), listed_room(imported.imported)
+        if importer is None or room is None or importer == room:
+            continue
+        listed = ROOMS[importer]
+        if room not in listed and f"{imported.top}.*" not in listed:
+            yield f"{imported}, expected {expected_imports(importer)}"
+
+
+def listed_room(module: str) -> str | None:
+    """The innermost room of ROOMS that a module is in."""
+    return max((room for room in ROOMS if is_in(module, room)), key=len, default=None)
+
+
+def expected_imports(room: str) -> str:
+    """As folders, for people."""
+    return ", ".join(name.replace(".", "/") for name in ROOMS[room]) or "nothing of ours"
 
 
 def third_parties_of_kernels(house: House) -> Iterator[str]:
@@ -205,6 +278,7 @@ def no_vague_name(house: House) -> Iterator[str]:
 
 RULES: tuple[Callable[[House], Iterator[str]], ...] = (
     arrows,
+    rooms_import_what_is_listed,
     third_parties_of_kernels,
     vllm_in_two_rooms,
     adapters_know_no_server,

@@ -17,11 +17,11 @@ from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.installer import Paused, Probe
 from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.reading import Reading
 from molehill.api.adapters.registry import AdapterRegistry, never_paused
 from molehill.api.adapters.slots import Residency
-from molehill.api.adapters.source import Source
+from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.store import AdapterStore
-from molehill.api.sources.fetch import local
 from molehill.api.vllm.lora_requests import make_request
 from molehill.api.vllm.request_tracking import count_requests
 from molehill.api.vllm.worker_client import WorkerClient
@@ -207,3 +207,8 @@ async def let_tasks_run() -> None:
     """Lets all that can run, run."""
     for _ in range(50):
         await asyncio.sleep(0.001)
+
+
+def is_reading(reading: Reading) -> bool:
+    """Whether any adapter is read now."""
+    return bool(reading._taken)

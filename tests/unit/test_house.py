@@ -1,5 +1,6 @@
 """The rules of the house hold here, and each of them finds what breaks it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ BREACHES = {
     house.arrows: (
         {"kernels/policy.py": "from molehill.engine import hf"},
         "kernels/policy.py:1: imports engine.hf, expected kernels only",
+    ),
+    house.rooms_import_what_is_listed: (
+        {"engine/hf/shapes.py": "from molehill.engine.formats import native"}
+        | {"engine/formats/__init__.py": "", "engine/formats/native.py": ""},
+        "engine/hf/shapes.py:1: imports engine.formats.native, expected engine/adapter, "
+        "engine/system, kernels",
     ),
     house.third_parties_of_kernels: (
         {"kernels/cpu/build.py": "import os\nimport torch.nn, safetensors"},
@@ -80,9 +87,10 @@ def test_the_house_keeps_the_rule(here, rule):
 def test_a_breach_of_the_rule_is_named(tmp_path, rule):
     files, said = BREACHES[rule]
     modules = {
-        "api/sources/roots.py": "import http\nfrom molehill.engine import hf",
+        "api/sources/roots.py": "import http",
         "api/sources/__init__.py": "",
-        "api/vllm/hooks.py": "import vllm.exceptions\nfrom molehill.engine.hf import shapes",
+        "api/vllm/hooks.py": "import vllm.exceptions\nfrom molehill.engine import hf\n"
+        "from molehill.engine.hf import shapes",
         "api/vllm/__init__.py": "",
         "engine/hf/shapes.py": "import safetensors\nfrom molehill.kernels.policy import Policy",
         "engine/hf/__init__.py": "",
@@ -104,6 +112,17 @@ def test_a_breach_of_the_rule_is_named(tmp_path, rule):
     assert list(rule(house.House(tmp_path))) == []
     write(tmp_path, files)
     assert said in list(rule(house.House(tmp_path)))
+
+
+def test_the_architecture_document_lists_the_same_rooms_and_imports():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.partition("| room |")[2].partition("\n\n")[0]
+    said = {}
+    for row in table.splitlines()[2:]:
+        rooms, _, imports = (cell.strip() for cell in row.strip("|").split("|"))
+        for room in re.findall(r"`([\w/]+?)/?(?:\.py)?`", rooms):
+            said[room.replace("/", ".")] = imports
+    assert said == {room: house.expected_imports(room) for room in house.ROOMS}
 
 
 def write(root, files):

@@ -36,15 +36,6 @@ class Streams(Protocol):
         """What `base` returns, once both are done. `beside` reads nothing that `base` writes."""
 
 
-class OneStream:
-    """Streams of a device or mode that has but one."""
-
-    def run(self, base: Callable[[], Tensor], beside: Callable[[], None]) -> Tensor:
-        y = base()
-        beside()
-        return y
-
-
 class SideStream:
     """Streams that fork while a CUDA graph is captured.
 

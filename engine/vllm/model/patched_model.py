@@ -90,7 +90,6 @@ class PatchedModel:
         self._ffn_handles: dict[str, int] = {}
         self._linear_shapes: dict[int, LinearShape] = {}
         self._ffn_shapes: dict[int, FfnShape] = {}
-        self._dtype = config.model_config.dtype
         self._base_linears: BaseLinears | None = None
         self._base_activations: BaseActivations | None = None
         if not config.model_config.enforce_eager:

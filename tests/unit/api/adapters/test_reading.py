@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.world import World, let_tasks_run
+from support.world import World, is_reading, let_tasks_run
 
 from molehill.api.adapters.reading import READERS, Reading, most_bytes
 from molehill.engine.adapter.layout import Layout
@@ -62,7 +62,7 @@ def test_together_they_take_no_more_than_the_largest_may(tmp_path: Path) -> None
                 inside.append(min(size, most))
                 assert sum(inside) <= most
                 assert len(inside) <= READERS
-                assert reading.locked()
+                assert is_reading(reading)
                 await asyncio.sleep(0.002)
                 inside.remove(min(size, most))
 
@@ -70,7 +70,7 @@ def test_together_they_take_no_more_than_the_largest_may(tmp_path: Path) -> None
         await asyncio.gather(*map(read, sizes))
         # Who is large is not overtaken by those that are small.
         assert order == sizes
-        assert not reading.locked()
+        assert not is_reading(reading)
 
     play(scenario)
 
@@ -99,7 +99,7 @@ def test_one_that_stops_waiting_lets_the_next_in() -> None:
             await let_tasks_run()
         async with reading.beside(100):
             pass
-        assert not reading.locked()
+        assert not is_reading(reading)
 
     play(scenario)
 

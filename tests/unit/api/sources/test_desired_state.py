@@ -17,12 +17,11 @@ from support.world import adapter, let_tasks_run
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import NoEffectError
 from molehill.api.adapters.load_options import Terms
-from molehill.api.adapters.source import Source
+from molehill.api.adapters.source import Source, local
 from molehill.api.http.schemas import everything, of_adapters_file
 from molehill.api.metrics.desired import DesiredCollector
 from molehill.api.metrics.prometheus import exposition
 from molehill.api.sources import desired_state, operator_file
-from molehill.api.sources.fetch import local
 from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.restore import Restart
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.restarts import Server, play
-from support.world import adapter, let_tasks_run
+from support.world import adapter, is_reading, let_tasks_run
 
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import NotLoadedError
@@ -292,7 +292,7 @@ def test_a_fault_while_sources_are_looked_at_ends_nothing(
         reading = []
 
         def read(path: Path, _: Layout | None, residual: bool) -> Adapter:
-            reading.append(second.world.registry.intake.reading.locked())
+            reading.append(is_reading(second.world.registry.intake.reading))
             if path.name == "1":
                 raise RuntimeError("a fault")
             return second.world.read(path)

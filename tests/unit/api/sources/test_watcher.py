@@ -16,8 +16,8 @@ from vllm.exceptions import GracefulHTTPError
 
 from molehill.api.adapters.admission import Admission
 from molehill.api.adapters.errors import NoEffectError
+from molehill.api.adapters.source import local
 from molehill.api.sources import watcher
-from molehill.api.sources.fetch import local
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
 

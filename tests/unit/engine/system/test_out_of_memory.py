@@ -93,7 +93,7 @@ def test_a_command_without_memory_says_so_in_one_line(
     monkeypatch.setattr(inspect, "main", exhausted)
     assert main.main(["inspect"]) == main.USER_ERROR
     said = capsys.readouterr().err
-    assert "found no memory" in said
+    assert "out of memory" in said
     assert "Traceback" not in said
 
 

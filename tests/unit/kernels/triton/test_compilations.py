@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from molehill.engine.vllm.model import warmup
 from molehill.kernels import triton as package
 from molehill.kernels.interface import UNSERVED, BaseActivation, FfnShape, LinearShape, Run
+from molehill.kernels.pytorch.backend import TorchBackend
 from molehill.kernels.triton.backend import TritonBackend
 from molehill.kernels.triton.compilations import Compilations
 from molehill.kernels.triton.launch_config import Capacity
@@ -139,10 +140,13 @@ def test_triton_tells_of_compilations_and_an_earlier_hook_still_hears_them(monke
 
     heard = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **event: heard.append(event))
-    compilations = Compilations()
-    compilations.watch()
+    compilations = TritonBackend(CPU, Capacity(adapters=1, tokens=8)).watch_compilations()
     compilations.expect_none()
     ours = SimpleNamespace(module=f"{package.__name__}.gate", name="gate_kernel")
     knobs.runtime.jit_post_compile_hook(fn=ours, key="", repr="", compile={})
     assert compilations.late == 1
     assert [event["fn"] for event in heard] == [ours]
+
+
+def test_a_backend_that_compiles_nothing_at_run_time_has_none_to_count() -> None:
+    assert TorchBackend().watch_compilations() is None

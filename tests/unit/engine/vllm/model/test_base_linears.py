@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.backend_cases import assert_near, experts, piece_delta, random, router
+from support.streams import OneStream
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
@@ -20,7 +21,7 @@ from vllm.distributed import (
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from molehill.engine.vllm.model import hooks
-from molehill.engine.vllm.model.base_linears import BaseLinears, OneStream, SideStream
+from molehill.engine.vllm.model.base_linears import BaseLinears, SideStream
 from molehill.kernels.interface import LinearPiece, LinearShape, Run, SlotWeights, SplitBackend
 from molehill.kernels.policy import TopK
 from molehill.kernels.pytorch.backend import TorchBackend

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.backend_cases import assert_near, experts, random, router
 from support.golden import TINY_LLAMA
+from support.streams import OneStream
 from vllm.config import set_current_vllm_config
 from vllm.distributed import (
     destroy_distributed_environment,
@@ -22,7 +23,6 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader.utils import initialize_model
 
 from molehill.engine.vllm.model import patched_model
-from molehill.engine.vllm.model.base_linears import OneStream
 from molehill.engine.vllm.model.hooks import MixedActivation, ReplacedActivation
 from molehill.engine.vllm.model.patched_model import PatchedModel
 from molehill.kernels.activation import ACTIVATIONS
