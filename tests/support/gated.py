@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from support.authored import Authored, answers, replaced, save_lora, tiny_llama, top_k
 
 # By adapter, of 512 token ids; those of 400 to 420 and the rest that is not named have none.
-TOKEN_ADAPTERS = {
+TOKEN_ADAPTERS: dict[str, list[Any]] = {
     "poems": [[0, 150], 421, [430, 470]],
     "code": [[151, 290]],
     "letters": [[291, 399], [422, 429]],
