@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from vllm.logger import init_logger
 
 from molehill.engine.vllm.slot_table import BASE, SlotTable
@@ -27,26 +28,34 @@ class TokenRows:
     """
 
     def __init__(self, model: nn.Module, slots: SlotTable, announce: Announce) -> None:
-        """model: the runner's, whose calls are followed from now on."""
-        self._slots, self._announce = slots, announce
+        """model: the runner's, whose next call is followed in steps that have such rows."""
+        self._model, self._slots, self._announce = model, slots, announce
         self._waiting: list[Run] = []
-        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hook: RemovableHandle | None = None
 
     def begin_step(self, runs: Sequence[Run]) -> None:
         """Announces runs; where ids decide about some, all of them with the model's call. Never
         raises."""
-        self._waiting = []
+        self._take()
         if not any(self._slots.by_token(run.slot) for run in runs):
             self._announce(runs)
             return
         self._waiting = list(runs)
         # Should nobody call the model: the base's answer in an adapter's name is worse than none.
         self._announce([Run(UNSERVED, run.start, run.stop) for run in runs])
+        # A hook that stays would cost every step some 10 us.
+        self._hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def _take(self) -> list[Run]:
+        """The runs that wait for the model's call, which is followed no more."""
+        waiting, self._waiting = self._waiting, []
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        return waiting
 
     def _before_forward(self, module: nn.Module, args: Any, more: dict[str, Any]) -> None:
-        if not self._waiting:
-            return
-        waiting, self._waiting = self._waiting, []
+        waiting = self._take()
         ids = more.get("input_ids", args[0] if args else None)
         if not isinstance(ids, Tensor) or len(ids) < waiting[-1].stop:
             logger.error("molehill: rows of unknown tokens are zeroed")

@@ -131,7 +131,7 @@ def _check_order(config: Fields) -> None:
     named = [mapping.get("base_model_class")] if isinstance(mapping, Mapping) else []
     named.append(config.text("base_model_name_or_path"))
     for name in filter(None, named):
-        if _INTERLEAVED.search(str(name)):
+        if _INTERLEAVED.search(str(name).rstrip("/").rpartition("/")[2]):
             found = f"fused experts of {str(name)[:200]!a}, which may have gate and up in turn"
             expected = (
                 "the base model beside it: --model of molehill inspect and merge, --base of "
