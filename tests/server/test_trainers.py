@@ -23,7 +23,7 @@ from support.uploads import files_of, safetensors_of, upload
 
 VERSIONS = ("lora", "rslora", "mola", "mixlora", "dynmole-soft")
 PROMPT = oracle("lora")["prompts"][1]["prompt_token_ids"]
-MANY_TOKENS = 600
+MANY_TOKENS = 300
 
 
 def answer(case: str) -> list[int]:
