@@ -53,14 +53,14 @@ WARM_UP = 0.25
 
 
 @dataclass(frozen=True)
-class Sample:
+class MemorySample:
     """mb: resident, of all processes, shared pages counted in each. at: seconds."""
 
     at: float
     mb: float
 
 
-class Streams:
+class PolicyStreams:
     """Streams without end. gaps: (when the second token came, seconds). outcomes: why requests
     failed, empty for those that did not."""
 
@@ -126,10 +126,10 @@ def read(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-async def watch(group: int, samples: list[Sample]) -> None:
+async def watch(group: int, samples: list[MemorySample]) -> None:
     """Memory once a second, until it is cancelled."""
     while True:
-        samples.append(Sample(time.perf_counter(), await asyncio.to_thread(resident, group)))
+        samples.append(MemorySample(time.perf_counter(), await asyncio.to_thread(resident, group)))
         await asyncio.sleep(1.0)
 
 
@@ -145,7 +145,7 @@ def resident(group: int) -> float:
     return total / 1e6
 
 
-def slope(samples: Sequence[Sample]) -> float:
+def slope(samples: Sequence[MemorySample]) -> float:
     """MB per minute, by least squares."""
     if len(samples) < 2:
         return 0.0
@@ -162,8 +162,8 @@ async def measure(
         trainer = Trainer(client, versions[:-1], by)
         await trainer.push()
         trainer.seconds.clear()
-        streams = Streams(client, POLICY if ask == POLICY else client.steady)
-        samples: list[Sample] = []
+        streams = PolicyStreams(client, POLICY if ask == POLICY else client.steady)
+        samples: list[MemorySample] = []
         tasks = [
             asyncio.create_task(streams.run()),
             asyncio.create_task(watch(server.process.pid, samples)),
@@ -186,7 +186,10 @@ async def measure(
 
 
 def found(
-    streams: Streams, trainer: Trainer, spells: Sequence[float], pushing: Sequence[Sample]
+    streams: PolicyStreams,
+    trainer: Trainer,
+    spells: Sequence[float],
+    pushing: Sequence[MemorySample],
 ) -> dict[str, Any]:
     """spells: when the first quiet one began, it ended, pushes ended, the second quiet ended."""
     before, during, after = (streams.between(*spells[i : i + 2]) for i in range(3))
