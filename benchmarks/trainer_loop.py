@@ -112,6 +112,7 @@ class Trainer:
         else:
             await self._client.upload(POLICY, self._bytes[version])
         self.seconds.append(time.perf_counter() - start)
+        print(f"pushed in {self.seconds[-1]:.2f} s", file=sys.stderr)
 
     async def run(self, end: float) -> None:
         """One every INTERVAL_SECONDS, later where one takes longer."""
@@ -169,6 +170,7 @@ async def measure(
             asyncio.create_task(watch(server.process.pid, samples)),
         ]
         await asyncio.sleep(min(5.0, quiet))
+        print(f"quiet for {quiet:g} s", file=sys.stderr)
         spells = [time.perf_counter()]
         await asyncio.sleep(quiet)
         spells.append(time.perf_counter())
