@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -59,7 +60,7 @@ class MemorySample:
     mb: float
 
 
-class RunningStreams:
+class PolicyStreams:
     """Streams without end. gaps: (when the second token came, seconds). outcomes: why requests
     failed, empty for those that did not."""
 
@@ -111,6 +112,7 @@ class Trainer:
         else:
             await self._client.upload(POLICY, self._bytes[version])
         self.seconds.append(time.perf_counter() - start)
+        print(f"pushed in {self.seconds[-1]:.2f} s", file=sys.stderr)
 
     async def run(self, end: float) -> None:
         """One every INTERVAL_SECONDS, later where one takes longer."""
@@ -125,21 +127,21 @@ def read(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-async def watch(process: psutil.Process, samples: list[MemorySample]) -> None:
+async def watch(group: int, samples: list[MemorySample]) -> None:
     """Memory once a second, until it is cancelled."""
     while True:
-        samples.append(
-            MemorySample(time.perf_counter(), await asyncio.to_thread(resident, process))
-        )
+        samples.append(MemorySample(time.perf_counter(), await asyncio.to_thread(resident, group)))
         await asyncio.sleep(1.0)
 
 
-def resident(process: psutil.Process) -> float:
+def resident(group: int) -> float:
+    """MB of all processes of a group."""
     total = 0
-    for one in (process, *process.children(recursive=True)):
+    for pid in psutil.pids():
         try:
-            total += one.memory_info().rss
-        except psutil.NoSuchProcess:
+            if os.getpgid(pid) == group:
+                total += psutil.Process(pid).memory_info().rss
+        except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return total / 1e6
 
@@ -161,13 +163,14 @@ async def measure(
         trainer = Trainer(client, versions[:-1], by)
         await trainer.push()
         trainer.seconds.clear()
-        streams = RunningStreams(client, POLICY if ask == POLICY else client.steady)
+        streams = PolicyStreams(client, POLICY if ask == POLICY else client.steady)
         samples: list[MemorySample] = []
         tasks = [
             asyncio.create_task(streams.run()),
-            asyncio.create_task(watch(psutil.Process(server.process.pid), samples)),
+            asyncio.create_task(watch(server.process.pid, samples)),
         ]
         await asyncio.sleep(min(5.0, quiet))
+        print(f"quiet for {quiet:g} s", file=sys.stderr)
         spells = [time.perf_counter()]
         await asyncio.sleep(quiet)
         spells.append(time.perf_counter())
@@ -185,7 +188,7 @@ async def measure(
 
 
 def found(
-    streams: RunningStreams,
+    streams: PolicyStreams,
     trainer: Trainer,
     spells: Sequence[float],
     pushing: Sequence[MemorySample],
@@ -282,6 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ask", choices=(POLICY, "steady"), default=POLICY)
     parser.add_argument("--kind", choices=("dynmole", "lora"), default="dynmole")
     parser.add_argument("--eager", action="store_true", help="without compiling the base")
+    parser.add_argument(
+        "--warm", action="store_true", help="start from a process that has imported vLLM: sooner"
+    )
     parser.add_argument("--json", type=Path, help="where to write all figures (default: nowhere)")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
@@ -292,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *("--adapter-root", str(folder / "root"), "--adapter-store", str(folder / "store")),
             *(["--enforce-eager"] if args.eager else []),
         ]
-        with serve(args.model, folder / "log", options) as server:
+        with serve(args.model, folder / "log", options, warm=args.warm) as server:
             measuring = measure(server, versions, args.by, args.ask, args.seconds, args.quiet)
             results = asyncio.run(measuring)
         results["adapter_bytes"] = sum(path.stat().st_size for path in versions[0].iterdir())

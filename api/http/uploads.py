@@ -26,12 +26,15 @@ MULTIPART = "multipart/form-data"
 # The form's field of every file.
 FILE = "file"
 
+# RFC 2046, section 5.1.1.
+BOUNDARY_BYTES = 70
 # Given to a thread at a time.
 CHUNK = 1 << 20
 # Between two pieces of a body.
 SILENCE_SECONDS = 30.0
-# Of all fields that are no files.
+# Of all fields that are no files; there are fewer than ten.
 FIELD_BYTES = 64 << 10
+MOST_FIELDS = 32
 
 
 def is_form(request: Request) -> bool:
@@ -104,6 +107,8 @@ class Form:
             if self._name in (FILE, *self.fields):
                 found = "no filename" if self._name == FILE else "it twice"
                 raise BadUploadError(f"{self._name[:200]!a}: found {found}, expected one")
+            if len(self.fields) >= MOST_FIELDS:
+                raise BadUploadError(f"fields: found more than {MOST_FIELDS}, expected so many")
             self._text = bytearray()
         elif self._name == FILE:
             self._text = None
@@ -213,8 +218,11 @@ def boundary_of(request: Request) -> bytes:
     """Raises BadUploadError."""
     _, options = parse_options_header(request.headers["content-type"])
     boundary = options.get(b"boundary", b"")
-    if not boundary:
-        raise BadUploadError("content-type: found no boundary, expected one")
+    if not 0 < len(boundary) <= BOUNDARY_BYTES:
+        found = f"one of {len(boundary)} bytes" if boundary else "none"
+        raise BadUploadError(
+            f"content-type: boundary: found {found}, expected one of at most {BOUNDARY_BYTES}"
+        )
     return boundary
 
 

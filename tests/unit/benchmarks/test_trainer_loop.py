@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 
 from molehill.benchmarks import trainer_loop
-from molehill.benchmarks.trainer_loop import Sample, Streams, slope
+from molehill.benchmarks.trainer_loop import MemorySample, PolicyStreams, slope
 
 
 @pytest.fixture
 def results() -> dict[str, Any]:
     """Quiet from 0 to 10 and from 20 to 30, where tokens come every 0.1 s; every 0.2 s between."""
-    streams = Streams(client=None, model="policy")
+    streams = PolicyStreams(client=None, model="policy")
     streams.gaps = [(0.1 * i, 0.1) for i in range(1, 101)]
     streams.gaps += [(10 + 0.2 * i, 0.2) for i in range(1, 50)]
     streams.gaps += [(20.05 + 0.1 * i, 0.1) for i in range(1, 90)]
     streams.outcomes = Counter({"": 40, "ReadError: x": 2})
     trainer: Any = SimpleNamespace(seconds=[0.3, 0.5, 0.4])
-    memory = [Sample(10.0 + i, 1000.0 + i / 60) for i in range(10)]
+    memory = [MemorySample(10.0 + i, 1000.0 + i / 60) for i in range(10)]
     result = trainer_loop.found(streams, trainer, [0.0, 10.0, 20.0, 30.0], memory)
     return {**result, "adapter_bytes": 10_000_000}
 
@@ -45,5 +45,5 @@ def test_what_is_not_reached_is_named(results: dict[str, Any]) -> None:
 
 def test_flat_memory_has_no_slope() -> None:
     assert slope([]) == 0
-    assert slope([Sample(0.0, 5.0)]) == 0
-    assert slope([Sample(float(at), 5.0) for at in range(9)]) == pytest.approx(0.0)
+    assert slope([MemorySample(0.0, 5.0)]) == 0
+    assert slope([MemorySample(float(at), 5.0) for at in range(9)]) == pytest.approx(0.0)

@@ -1,6 +1,8 @@
 """What clients send: it goes to disk as it comes, in bounds, and is remembered as loads are."""
 
+import asyncio
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,18 @@ from support.restarts import Server, play
 from support.world import adapter
 
 from molehill.api.adapters.admission import Admission
-from molehill.api.adapters.errors import BadPathError, BadUploadError, BusyError, StoreError
+from molehill.api.adapters.errors import (
+    BadPathError,
+    BadUploadError,
+    BusyError,
+    StoreError,
+    UploadStalledError,
+)
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.store import AdapterStore
-from molehill.api.http.uploads import Form
+from molehill.api.http import uploads
+from molehill.api.http.errors import status_of
+from molehill.api.http.uploads import MOST_FIELDS, Form
 from molehill.api.sources.fetch import Sources
 from molehill.api.sources.roots import AdapterRoots
 from molehill.api.sources.uploads import MOST_FILES, UploadedFiles, Uploads
@@ -59,6 +69,32 @@ def test_so_many_files_and_no_more(tmp_path: Path) -> None:
         files.begin("last")
 
 
+def test_so_many_fields_and_no_more(tmp_path: Path) -> None:
+    form = Form(b"b", UploadedFiles(tmp_path))
+    body = b'--b\r\nContent-Disposition: form-data; name="%d"\r\n\r\n\r\n'
+    for number in range(MOST_FIELDS):
+        form.feed(body % number)
+    with pytest.raises(BadUploadError, match=f"more than {MOST_FIELDS}"):
+        form.feed(body % MOST_FIELDS)
+
+
+def test_a_client_that_sends_nothing_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "SILENCE_SECONDS", 0.01)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"begun"
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        pieces = body()
+        assert await uploads.next_piece(pieces) == b"begun"
+        with pytest.raises(UploadStalledError, match="expected the rest") as refusal:
+            await uploads.next_piece(pieces)
+        assert status_of(refusal.value) == 408
+
+    play(scenario())
+
+
 def test_a_directory_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     files = UploadedFiles(tmp_path / ("x" * 300))
     with pytest.raises(StoreError, match="z: the store did not take it"):
@@ -66,12 +102,12 @@ def test_a_directory_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_so_many_uploads_at_once(tmp_path: Path) -> None:
-    uploads = Uploads(AdapterStore(tmp_path), Admission(loads=1))
-    with uploads.place():
-        with pytest.raises(BusyError) as refusal, uploads.place():
+    bounds = Uploads(AdapterStore(tmp_path), Admission(loads=1))
+    with bounds.place():
+        with pytest.raises(BusyError) as refusal, bounds.place():
             pass
         assert refusal.value.retry_after
-    with uploads.place(), uploads.files() as files:
+    with bounds.place(), bounds.files() as files:
         files.begin("begun")
         assert [path.name for path in files.directory.iterdir()] == ["begun"]
     assert not list(tmp_path.glob(".upload-*"))
