@@ -56,7 +56,8 @@ class WorkerAdapters:
     """Loads adapters into the backend's slots and takes them out.
 
     merged_base: what is in the model's weights (`--merge-into-base`). The base's rows and other
-    adapters take it back.
+    adapters take it back. answers_last: whether vLLM reads this rank's answer after those of all
+    other ranks of the engine.
     """
 
     def __init__(
@@ -69,8 +70,11 @@ class WorkerAdapters:
         settings = Settings.from_config(config.additional_config)
         self.backend, why = backends.for_worker(config, settings, device)
         logger.info("molehill: %s backend (%s)", self.backend.name, why)
-        tp = get_tp_group()
+        tp, pp = get_tp_group(), get_pp_group()
         self._ranks = RankAgreement(tp.world_size, tp.cpu_group)
+        self._stages = RankAgreement(pp.world_size, pp.cpu_group)
+        self.answers_last = pp.is_last_rank and tp.rank_in_group == tp.world_size - 1
+        self._engine: int = config.parallel_config.data_parallel_index
         self.moes = MoeBlocks()
         self.vocabulary = Vocabulary()
         self.model = PatchedModel(config, device, model, self.backend, self.moes, self.vocabulary)
@@ -119,11 +123,19 @@ class WorkerAdapters:
             self._compilations.expect_none()
 
     def add(self, name: str, key: AdapterKey) -> None:
-        """Reads, checks and stores an adapter; a second call for the same id is a no-op.
+        """Reads, checks and stores an adapter; a second call for the same id is a no-op. Between
+        steps only, on all ranks of the engine.
 
-        Raises AdapterError, or RuntimeError when another tensor-parallel rank refused; then no rank
-        keeps anything.
+        Raises AdapterError, or OtherRankError when another rank refused; then no rank has it in a
+        slot.
         """
+        is_new = key.lora_id not in self.slots
+        with self._stages.all_or_none(lambda: is_new and self.remove(key.lora_id, keep=True)):
+            self._add(name, key)
+
+    def _add(self, name: str, key: AdapterKey) -> None:
+        """As `add`, on the tensor-parallel ranks of this stage alone: inside a step, other stages
+        are at other steps."""
         if key.lora_id in self.slots:
             return
         kept = self._host.take(key)
@@ -151,7 +163,7 @@ class WorkerAdapters:
         if key.lora_id in self._refused:
             return
         try:
-            self.add(name, key)
+            self._add(name, key)
         except Exception as error:
             # The base's answer in the adapter's name would be worse than none.
             self._refused.add(key.lora_id)
@@ -204,7 +216,8 @@ class WorkerAdapters:
         return Empty()
 
     def install(self, request: InstallRequest) -> InstallReply:
-        """`add`, of what was prepared, whose refusals are replies."""
+        """`add`, of what was prepared, whose refusals and faults are replies: see
+        LoRAManager.add_adapter."""
         key = AdapterKey(request.lora_int_id, request.path)
         try:
             self.add(request.name, key)
@@ -215,9 +228,12 @@ class WorkerAdapters:
             return InstallReply(str(error))
         except Exception as error:
             self._prefetcher.drop(key)
-            if not is_out_of_memory(error):
-                raise
-            return InstallReply("adapter memory: found none left on this machine, expected some")
+            if is_out_of_memory(error):
+                text = "adapter memory: found none left on this machine, expected some"
+            else:
+                logger.exception("molehill: adapter %s cannot be installed", request.name)
+                text = f"{type(error).__name__}: {error}"
+            return InstallReply(text)
         return InstallReply()
 
     def uninstall(self, request: RemoveRequest) -> RemoveReply:
@@ -238,10 +254,11 @@ class WorkerAdapters:
             {key.lora_id: size for key, size in self._host.sizes().items()},
             seconds,
             None if self._compilations is None else self._compilations.late,
+            self._engine,
         )
 
     def routing(self, request: RoutingRequest) -> RoutingReply:
-        return RoutingReply(*self.stats.sites(request.lora_int_id))
+        return RoutingReply(*self.stats.sites(request.lora_int_id), self._engine)
 
     def trace(self, request: TraceRequest) -> TraceReply:
         """Starts or ends recording of what the routers decide; what they did so far."""
