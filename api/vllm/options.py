@@ -37,6 +37,8 @@ class Options:
     signed) of what is to be served, see `molehill.api.sources.desired_state`. probe: whether an
     adapter without effect is refused. adapter_chat_templates: whether an adapter's template and
     special tokens go before the base's in its chats. admin_keys: for all that changes the server.
+    straggler_seconds: see `molehill.api.vllm.lifeline`; longer than any step takes, for an engine
+    answers between two.
     """
 
     adapters: tuple[tuple[str, Path], ...] = ()
@@ -60,6 +62,7 @@ class Options:
     probe: bool = True
     adapter_chat_templates: bool = True
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
+    straggler_seconds: int = 120
 
 
 def admin_keys_of_environment() -> tuple[str, ...]:
