@@ -216,8 +216,15 @@ class WorkerAdapters:
         return Empty()
 
     def install(self, request: InstallRequest) -> InstallReply:
-        """`add`, of what was prepared, whose refusals and faults are replies: see
-        LoRAManager.add_adapter."""
+        """`_install`, whose faults are replies too: see LoRAManager.add_adapter."""
+        try:
+            return self._install(request)
+        except Exception as error:
+            logger.exception("molehill: adapter %s cannot be installed", request.name)
+            return InstallReply(f"{type(error).__name__}: {error}")
+
+    def _install(self, request: InstallRequest) -> InstallReply:
+        """`add`, of what was prepared, whose refusals are replies."""
         key = AdapterKey(request.lora_int_id, request.path)
         try:
             self.add(request.name, key)
@@ -228,12 +235,9 @@ class WorkerAdapters:
             return InstallReply(str(error))
         except Exception as error:
             self._prefetcher.drop(key)
-            if is_out_of_memory(error):
-                text = "adapter memory: found none left on this machine, expected some"
-            else:
-                logger.exception("molehill: adapter %s cannot be installed", request.name)
-                text = f"{type(error).__name__}: {error}"
-            return InstallReply(text)
+            if not is_out_of_memory(error):
+                raise
+            return InstallReply("adapter memory: found none left on this machine, expected some")
         return InstallReply()
 
     def uninstall(self, request: RemoveRequest) -> RemoveReply:

@@ -125,9 +125,8 @@ def test_of_ranks_that_refuse_together_the_last_to_answer_raises(answers_last: b
     def add(name: str, key: Any) -> None:
         raise AdapterError("x", "this", "that")
 
-    adapters: Any = SimpleNamespace(slots=None, add=add, answers_last=answers_last)
-    nothing: Any = None
-    manager = LoRAManager(adapters, nothing, nothing)
+    manager: Any = Runner().lora_manager
+    manager._adapters = SimpleNamespace(add=add, answers_last=answers_last)
     request = LoRARequest("x", 7, "path")
     if answers_last:
         with pytest.raises(AdapterError):
