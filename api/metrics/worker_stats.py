@@ -226,7 +226,8 @@ class WorkerStats:
         asked = time.monotonic()
         replies = await protocol.STATS.ask(self._engine, protocol.StatsRequest(tuple(known)))
         engines = {
-            rank: self._of_engine(rank, own, known) for rank, own in by_engine(replies).items()
+            rank: self._of_engine(rank, answers, known)
+            for rank, answers in by_engine(replies).items()
         }
         self._last = Snapshot(
             summed_stats(engines.values()),

@@ -28,6 +28,8 @@ class Options:
     roots: directories that clients may load adapters from; without any, they may load none.
     store: where canonical copies go, readable on every node; None is a temporary directory.
     backend, memory, host_memory, limits: for the workers, see `molehill.engine.vllm.settings`.
+    straggler_seconds: see `molehill.api.vllm.lifeline`; longer than any step takes, for an engine
+    answers between two.
     merge: whether static parts of adapters become one low-rank pair as they load.
     merge_tolerance: above 0, nearly equal experts do too, see `static_gates.gate`.
     merge_into_base: the start adapter whose static part goes into the base weights.
@@ -37,8 +39,6 @@ class Options:
     signed) of what is to be served, see `molehill.api.sources.desired_state`. probe: whether an
     adapter without effect is refused. adapter_chat_templates: whether an adapter's template and
     special tokens go before the base's in its chats. admin_keys: for all that changes the server.
-    straggler_seconds: see `molehill.api.vllm.lifeline`; longer than any step takes, for an engine
-    answers between two.
     """
 
     adapters: tuple[tuple[str, Path], ...] = ()
@@ -49,6 +49,7 @@ class Options:
     backend: str = "auto"
     memory: int = Settings.memory
     host_memory: int = Settings.host_memory
+    straggler_seconds: int = 120
     limits: Limits = field(default_factory=Limits)
     merge: bool = True
     merge_tolerance: float = 0.0
@@ -62,7 +63,6 @@ class Options:
     probe: bool = True
     adapter_chat_templates: bool = True
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
-    straggler_seconds: int = 120
 
 
 def admin_keys_of_environment() -> tuple[str, ...]:

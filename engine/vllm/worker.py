@@ -11,11 +11,12 @@ from vllm.platforms import current_platform
 from molehill.engine.system import startup
 from molehill.engine.system.cpu_affinity import affinity
 from molehill.engine.transform.merge import MergedBase
-from molehill.engine.vllm import backends, compat, compilation, pipeline, precision, protocol
+from molehill.engine.vllm import backends, compat, compilation, precision, protocol
 from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
+from molehill.engine.vllm.pipeline import make_stage_inputs
 from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.step_timer import StepTimer
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
@@ -86,7 +87,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         """Captures graphs, if there are any; then requests may come."""
         done = super().compile_or_warm_up_model()
         if current_platform.is_cpu():
-            pipeline.make_stage_inputs(self.model_runner)
+            make_stage_inputs(self.model_runner)
         self.adapters.expect_no_compilation()
         return done
 
