@@ -7,6 +7,7 @@ import signal
 from argparse import Namespace
 from collections.abc import Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -45,7 +46,7 @@ from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, count_requests
 from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
-from molehill.api.vllm.worker_client import ONE_ENGINE, WorkerClient
+from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.system import startup
 from molehill.engine.vllm import protocol
@@ -151,15 +152,15 @@ async def make_services(
 ) -> Services:
     """All that the routes need, on this engine. Raises RuntimeError, ManifestError, LockedError."""
     config = engine_client.vllm_config
-    if config.parallel_config.data_parallel_size > 1:
-        raise RuntimeError(f"found data parallelism, expected none: {ONE_ENGINE}")
+    engines = config.parallel_config.data_parallel_size
+    workers = Lifeline(engine_client, engines, options.straggler_seconds)
     # The workers check against these too; here a bad adapter gets its own error.
     limits = Settings.from_config(config.additional_config).limits
-    base = replace(await base_model(engine_client), name=models.base_model_paths[0].name)
+    base = replace(await base_model(workers), name=models.base_model_paths[0].name)
     names = {path.name for path in models.base_model_paths}
     reader = AdapterReader(base, limits, {config.model_config.model, *names})
     store, merged_base = AdapterStore(options.store), options.merged_base
-    workers, cores = Lifeline(engine_client), await workers_cores(engine_client)
+    cores = await workers_cores(workers)
     if merged_base is not None:
         store.hold(merged_base.directory)
     registry = AdapterRegistry(
@@ -207,20 +208,24 @@ async def prober(engine_client: Any) -> Prober | None:
     tasks = await engine_client.get_supported_tasks()
     if "generate" not in tasks or engine_client.model_config.max_logprobs == 0:
         return None
-    return Prober(engine_client.generate, engine_client.model_config.get_vocab_size())
+    generate = engine_client.generate
+    if engine_client.vllm_config.parallel_config.data_parallel_size > 1:
+        # The base and the adapter are compared on one engine: others may round otherwise.
+        generate = partial(generate, data_parallel_rank=0)
+    return Prober(generate, engine_client.model_config.get_vocab_size())
 
 
-async def workers_cores(engine_client: Any) -> set[int]:
+async def workers_cores(workers: Lifeline) -> set[int]:
     """What the workers compute on."""
-    replies = await protocol.CORES.ask(engine_client, protocol.Empty())
+    replies = await protocol.CORES.ask(workers, protocol.Empty())
     return {core for reply in replies for core in reply.cores}
 
 
-async def base_model(engine_client: Any) -> BaseModel:
+async def base_model(workers: Lifeline) -> BaseModel:
     """What the workers serve. Raises RuntimeError if they are not molehill's, or another
     release's."""
     try:
-        replies = await protocol.DESCRIBE.ask(engine_client, protocol.Empty())
+        replies = await protocol.DESCRIBE.ask(workers, protocol.Empty())
     except protocol.ProtocolError:
         raise
     except Exception as error:

@@ -136,6 +136,19 @@ class SiteRoutingStats:
         chosen = sum(self.expert_tokens)
         return max(self.expert_tokens) * self.experts / chosen if chosen else None
 
+    @classmethod
+    def total(cls, parts: Sequence["SiteRoutingStats"]) -> "SiteRoutingStats":
+        """Of one site over engines, at least one."""
+        return cls(
+            parts[0].experts,
+            sum(part.decisions for part in parts),
+            sum(part.soft for part in parts),
+            sum(part.entropy for part in parts),
+            tuple(map(sum, zip(*(part.expert_tokens for part in parts), strict=True))),
+            sum(part.flops_done for part in parts),
+            sum(part.flops_avoided for part in parts),
+        )
+
 
 def site_stats(counters: SlotCounters, costs: Costs) -> dict[str, SiteRoutingStats]:
     """By site, of an adapter with these counters and costs."""

@@ -52,6 +52,8 @@ class Preparation:
             waiting.prepared = await self._transfers.prepare(waiting.generation) == "disk"
         except Exception as error:
             self._queue.refuse(waiting, error)
+            # Of several engines some may have it.
+            await self._transfers.discard(waiting.generation)
         finally:
             waiting.reading = False
             self._changed.set()

@@ -92,6 +92,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             {"metavar": "BYTES", "type": values.amount},
         ),
         Option(
+            "straggler_seconds",
+            "--straggler-timeout",
+            "with --data-parallel-size: how long the other engines have to do what one has done; "
+            "then a load is refused and taken back from all (default: %(default)s)",
+            {"metavar": "SECONDS", "type": values.positive},
+        ),
+        Option(
             "probe",
             "--adapter-probe",
             "refuse an adapter that does not change the answer to a probe prompt (default: on)",

@@ -14,7 +14,7 @@ from molehill.api.adapters.status import AdapterState
 from molehill.api.http import schemas
 from molehill.api.http.dependencies import Injected, StrictRoute, refusals
 from molehill.api.http.schemas import AdapterInfo
-from molehill.api.metrics.worker_stats import Snapshot
+from molehill.api.metrics.worker_stats import EngineStats, Snapshot
 from molehill.engine.adapter.model import natural_key
 from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
 
@@ -79,12 +79,23 @@ class StepSecondsInfo(BaseModel):
     adapter_ops: float = Field(description="Adapter ops in them, of all adapters together.")
 
 
+class EngineSummary(BaseModel):
+    """One engine, of several with data parallelism."""
+
+    engine: int = Field(description="Its data-parallel rank.")
+    adapters: int = Field(description="Generations in the slots of its workers.")
+    resident_bytes: int = Field(description="In the slots of its workers.")
+    host_bytes: int = Field(description="In their host memory.")
+    tokens: int = Field(description="That ran through adapters there.")
+
+
 class Overview(BaseModel):
     """seconds: null where the workers cannot measure them, as on a GPU."""
 
     age_seconds: float = Field(description="Since the workers told these figures.")
     seconds: StepSecondsInfo | None
     adapters: list[AdapterSummary]
+    engines: list[EngineSummary]
 
 
 @router.get("/v1/routing", response_model=Overview, responses=refusals())
@@ -96,6 +107,7 @@ async def show_overview(services: Injected) -> Overview:
         age_seconds=snapshot.age,
         seconds=StepSecondsInfo(steps=spent.steps, adapter_ops=spent.ops) if spent else None,
         adapters=summaries(services.registry, snapshot),
+        engines=[engine_summary(*engine) for engine in snapshot.engines.items()],
     )
 
 
@@ -135,6 +147,16 @@ def summaries(registry: AdapterRegistry, snapshot: Snapshot) -> list[AdapterSumm
         for name, info in sorted(infos.items())
         for stats in [snapshot.stats.get(name, RoutingStats())]
     ]
+
+
+def engine_summary(rank: int, engine: EngineStats) -> EngineSummary:
+    return EngineSummary(
+        engine=rank,
+        adapters=engine.adapters,
+        resident_bytes=sum(engine.resident_bytes.values()),
+        host_bytes=sum(engine.host_bytes.values()),
+        tokens=sum(stats.tokens for stats in engine.stats.values()),
+    )
 
 
 def routing_of(stats: RoutingStats) -> RoutingInfo:

@@ -25,6 +25,7 @@ from molehill.api.http.dependencies import (
 )
 from molehill.api.metrics import prometheus
 from molehill.api.metrics.desired import DesiredCollector
+from molehill.api.metrics.engines import EngineCollector
 from molehill.api.vllm import engine_metrics
 from molehill.api.vllm.lifeline import is_alive
 from molehill.api.vllm.routes import json_only
@@ -102,8 +103,12 @@ async def show_model(name: str, services: Injected) -> Response:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def show_metrics(services: Injected) -> Response:
     """vLLM's metrics and molehill's."""
-    adapters = prometheus.AdapterCollector(services.registry, await services.stats.refresh())
-    collectors: list[Collector] = [adapters, services.registry.events]
+    snapshot = await services.stats.refresh()
+    collectors: list[Collector] = [
+        prometheus.AdapterCollector(services.registry, snapshot),
+        EngineCollector(snapshot.engines),
+        services.registry.events,
+    ]
     if services.adapters_file is not None:
         collectors.append(DesiredCollector(services.adapters_file))
 

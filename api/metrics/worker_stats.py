@@ -1,4 +1,4 @@
-"""What the workers count, summed over workers and generations.
+"""What the workers count, summed over workers, engines and generations.
 
 Workers count on their own; a scrape asks them.
 """
@@ -6,8 +6,8 @@ Workers count on their own; a scrape asks them.
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from molehill.api.adapters.generation import Generation
@@ -15,7 +15,7 @@ from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.tasks import Tasks
 from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
 from molehill.engine.vllm import protocol
-from molehill.engine.vllm.protocol import Engine, StatsReply, StepSeconds
+from molehill.engine.vllm.protocol import Engine, RoutingReply, StatsReply, StepSeconds
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -25,7 +25,8 @@ PATIENCE_SECONDS = 3.0
 
 @dataclass
 class GenerationStats:
-    """One generation over all workers. resident_bytes: None if it is in no worker's slots."""
+    """One generation over an engine's workers. resident_bytes: None if it is in no worker's
+    slots."""
 
     name: str
     stats: RoutingStats = field(default_factory=RoutingStats)
@@ -33,9 +34,21 @@ class GenerationStats:
 
 
 @dataclass(frozen=True)
+class EngineStats:
+    """What the workers of one engine answered, by adapter name. adapters: generations that are in
+    their slots."""
+
+    stats: Mapping[str, RoutingStats] = field(default_factory=dict)
+    resident_bytes: Mapping[str, int] = field(default_factory=dict)
+    host_bytes: Mapping[str, int] = field(default_factory=dict)
+    adapters: int = 0
+
+
+@dataclass(frozen=True)
 class Snapshot:
-    """One answer of the workers, by adapter name. seconds, compilations: summed over workers, None
-    where they are not measured.
+    """One answer of the workers, by adapter name, summed over engines; engines: the same of each,
+    by data-parallel rank. seconds, compilations: summed over workers, None where they are not
+    measured.
 
     age: seconds since the question that they answered; since the start where they never have.
     """
@@ -43,13 +56,14 @@ class Snapshot:
     stats: Mapping[str, RoutingStats] = field(default_factory=dict)
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
     host_bytes: Mapping[str, int] = field(default_factory=dict)
+    engines: Mapping[int, EngineStats] = field(default_factory=dict)
     seconds: StepSeconds | None = None
     compilations: int | None = None
     age: float = 0.0
 
 
 def by_generation(replies: Iterable[StatsReply]) -> dict[int, GenerationStats]:
-    """By `lora_int_id`, of one reply per worker.
+    """By `lora_int_id`, of one reply per worker of one engine.
 
     Tensor-parallel workers see the same tokens at the same sites, pipeline stages at their own:
     every stage counts once. Memory and seconds add up.
@@ -98,8 +112,48 @@ def host_bytes(replies: Iterable[StatsReply], generations: Iterable[Generation])
     return dict(result)
 
 
+def by_engine(replies: Iterable[StatsReply]) -> dict[int, list[StatsReply]]:
+    """By data-parallel rank, in its order."""
+    result: dict[int, list[StatsReply]] = {}
+    for reply in sorted(replies, key=lambda reply: reply.engine):
+        result.setdefault(reply.engine, []).append(reply)
+    return result
+
+
+def summed_stats(engines: Iterable[EngineStats]) -> dict[str, RoutingStats]:
+    """Of each name, over engines, which have served different tokens."""
+    result: dict[str, RoutingStats] = defaultdict(RoutingStats)
+    for engine in engines:
+        for name, stats in engine.stats.items():
+            result[name].add(stats)
+    return dict(result)
+
+
+def summed(sizes: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Of each name; a name that has none anywhere stays."""
+    result: dict[str, int] = defaultdict(int)
+    for engine in sizes:
+        for name, size in engine.items():
+            result[name] += size
+    return dict(result)
+
+
+def routing_of(replies: Iterable[RoutingReply]) -> tuple[int, dict[str, SiteRoutingStats]]:
+    """Tokens and sites of one generation. An engine's workers have seen the same tokens, at the
+    same sites or, of other pipeline stages, at their own; engines have seen different ones."""
+    tokens: dict[int, int] = {}
+    sites: dict[str, dict[int, SiteRoutingStats]] = {}
+    for reply in replies:
+        tokens[reply.engine] = max(tokens.get(reply.engine, 0), reply.tokens)
+        for site, stats in reply.sites.items():
+            sites.setdefault(site, {})[reply.engine] = stats
+    return sum(tokens.values()), {
+        site: SiteRoutingStats.total(list(engines.values())) for site, engines in sites.items()
+    }
+
+
 class StatsByName:
-    """Stats by name, which go on where a generation takes the place of another."""
+    """Stats of one engine by name, which go on where a generation takes the place of another."""
 
     def __init__(self) -> None:
         self._ended: dict[str, RoutingStats] = {}
@@ -138,7 +192,7 @@ class WorkerStats:
     def __init__(self, engine: Engine, registry: AdapterRegistry) -> None:
         self._engine = engine
         self._registry = registry
-        self._totals = StatsByName()
+        self._totals: dict[int, StatsByName] = defaultdict(StatsByName)
         self._last = Snapshot()
         # When the workers were asked for it, on the monotonic clock.
         self._asked = time.monotonic()
@@ -164,22 +218,41 @@ class WorkerStats:
 
     async def routing(self, lora_int_id: int) -> tuple[int, dict[str, SiteRoutingStats]]:
         """One generation's tokens, and its figures by site."""
-        replies = await protocol.ROUTING.ask(self._engine, protocol.RoutingRequest(lora_int_id))
-        sites = {site: stats for reply in replies for site, stats in reply.sites.items()}
-        return max(reply.tokens for reply in replies), sites
+        asked = protocol.RoutingRequest(lora_int_id)
+        return routing_of(await protocol.ROUTING.ask(self._engine, asked))
 
     async def _ask(self) -> None:
         known = {generation.lora_int_id for generation in self._registry.alive()}
         asked = time.monotonic()
         replies = await protocol.STATS.ask(self._engine, protocol.StatsRequest(tuple(known)))
+        engines = {
+            rank: self._of_engine(rank, answers, known)
+            for rank, answers in by_engine(replies).items()
+        }
+        self._last = Snapshot(
+            summed_stats(engines.values()),
+            summed(engine.resident_bytes for engine in engines.values()),
+            summed(engine.host_bytes for engine in engines.values()),
+            engines,
+            seconds(replies),
+            compilations(replies),
+        )
+        self._asked = asked
+
+    def _of_engine(
+        self, rank: int, replies: Sequence[StatsReply], known: Collection[int]
+    ) -> EngineStats:
+        """replies: of the workers of one engine. known: as they were asked."""
         generations = by_generation(replies)
-        names = {generation.name for generation in self._registry.alive()}
+        alive = self._registry.alive()
+        names = {generation.name for generation in alive}
         resident = dict.fromkeys(names, 0)
         for generation in generations.values():
             if generation.name in names:
                 resident[generation.name] += generation.resident_bytes or 0
-        stats = self._totals.update(generations, known, names)
-        waiting = host_bytes(replies, self._registry.alive())
-        late = compilations(replies)
-        self._last = Snapshot(stats, resident, waiting, seconds(replies), late)
-        self._asked = asked
+        return EngineStats(
+            self._totals[rank].update(generations, known, names),
+            resident,
+            host_bytes(replies, alive),
+            sum(generation.resident_bytes is not None for generation in generations.values()),
+        )

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
+from molehill.api.vllm.engine_seams import ENGINES, OPTIONS
 from molehill.api.vllm.render_seams import RENDERING
 from molehill.engine.vllm import compat as engine
 from molehill.engine.vllm import seams
@@ -78,7 +79,6 @@ LAUNCHER = (
             "additional_config",
             "code_revision",
             "config_format",
-            "data_parallel_size",
             "default_mm_loras",
             "dtype",
             "enable_lora",
@@ -181,6 +181,7 @@ LAUNCHER = (
         positional=("process_name",),
         keywords=("skip_if_decorated",),
     ),
+    *OPTIONS,
 )
 
 SERVER = (
@@ -324,6 +325,7 @@ SERVER = (
         "the engine",
         attributes=(
             "dead_error",
+            "engine_core",
             "errored",
             "get_supported_tasks",
             "is_paused",
@@ -395,6 +397,7 @@ SERVER = (
         positional=("raw_request",),
     ),
     *RENDERING,
+    *ENGINES,
 )
 
 SEAMS: tuple[Seam, ...] = (*LAUNCHER, *SERVER)

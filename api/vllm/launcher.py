@@ -13,7 +13,6 @@ from molehill.api.adapters.merged_base import MergedBaseAdapter
 from molehill.api.adapters.store_lock import check_free
 from molehill.api.vllm import compat, precision
 from molehill.api.vllm.options import Options, api_keys
-from molehill.api.vllm.worker_client import ONE_ENGINE
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.system.torchvision import check_importable
 from molehill.engine.vllm.compilation import WORKER
@@ -124,9 +123,13 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     for refused, why in (
         (args.worker_cls != WORKER, "--worker-cls: molehill brings its own worker"),
         (not args.enable_lora, "--no-enable-lora: adapters need it"),
-        (args.api_server_count not in (None, 1), "--api-server-count: one process must know all"),
+        (
+            args.api_server_count not in (None, 1),
+            f"--api-server-count {args.api_server_count}: each process would have a registry of "
+            "its own, and an unload would reach one; one process serves all engines",
+        ),
         (args.grpc, "--grpc: molehill serves over HTTP"),
-        (args.data_parallel_size > 1, f"--data-parallel-size above 1: {ONE_ENGINE}"),
+        *parallel_refusals(args),
         (args.default_mm_loras, "--default-mm-loras"),
     ):
         if refused:
@@ -178,6 +181,32 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
     args.molehill = options
     return args
+
+
+def parallel_refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Of data parallelism: a server loads adapters into every engine, and must see it die."""
+    size = args.data_parallel_size
+    outside = "one API server must know all engines; start a server for each replica"
+    elsewhere = "it would not be seen when an engine on another machine is lost"
+    return [
+        (args.data_parallel_external_lb, f"--data-parallel-external-lb: {outside}"),
+        (args.data_parallel_hybrid_lb, f"--data-parallel-hybrid-lb: {outside}"),
+        (
+            args.data_parallel_multi_port_external_lb,
+            f"--data-parallel-multi-port-external-lb: {outside}",
+        ),
+        (args.data_parallel_rank is not None, f"--data-parallel-rank: {outside}"),
+        (args.data_parallel_start_rank is not None, f"--data-parallel-start-rank: {outside}"),
+        (
+            args.data_parallel_size_local not in (None, size),
+            f"--data-parallel-size-local other than --data-parallel-size: {elsewhere}",
+        ),
+        (size > 1 and args.headless, f"--headless with --data-parallel-size: {elsewhere}"),
+        (
+            size > 1 and args.data_parallel_backend != "mp",
+            f"--data-parallel-backend {args.data_parallel_backend}: {elsewhere}",
+        ),
+    ]
 
 
 def _merged_base(name: str, args: argparse.Namespace, options: Options) -> MergedBaseAdapter:

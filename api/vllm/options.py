@@ -28,6 +28,8 @@ class Options:
     roots: directories that clients may load adapters from; without any, they may load none.
     store: where canonical copies go, readable on every node; None is a temporary directory.
     backend, memory, host_memory, limits: for the workers, see `molehill.engine.vllm.settings`.
+    straggler_seconds: see `molehill.api.vllm.lifeline`; longer than any step takes, for an engine
+    answers between two.
     merge: whether static parts of adapters become one low-rank pair as they load.
     merge_tolerance: above 0, nearly equal experts do too, see `static_gates.gate`.
     merge_into_base: the start adapter whose static part goes into the base weights.
@@ -48,6 +50,7 @@ class Options:
     backend: str = "auto"
     memory: int = Settings.memory
     host_memory: int = Settings.host_memory
+    straggler_seconds: int = 120
     limits: Limits = field(default_factory=Limits)
     merge: bool = True
     merge_tolerance: float = 0.0

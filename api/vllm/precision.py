@@ -67,7 +67,8 @@ def room(args: argparse.Namespace, config: Any) -> precision.Room:
     cache = int(space) << 30 if space else args.kv_cache_memory_bytes
     free, total = precision.memory()
     available = free if cache else min(free, int(total * args.gpu_memory_utilization))
-    cache = (cache or 0) * args.tensor_parallel_size * args.pipeline_parallel_size
+    workers = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
+    cache = (cache or 0) * workers
     tokens = args.max_model_len
     if tokens is None:
         tokens = getattr(config.get_text_config(), "max_position_embeddings", None) or 0

@@ -15,15 +15,8 @@ FIRST_PAUSE = 0.005
 LAST_PAUSE = 0.1
 
 
-# Why several engines are refused: vLLM asks all of them and hands on the answer of the first.
-ONE_ENGINE = (
-    "an adapter that another engine refused would be served as the base model; "
-    "start a server for each replica"
-)
-
-
 class WorkerClient:
-    """The Workers of an engine, which it asks between two of their steps."""
+    """The Workers of all engines, which it asks between two of their steps."""
 
     at_once = AT_ONCE
 

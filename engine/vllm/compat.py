@@ -275,7 +275,7 @@ CONFIG = (
         "ParallelConfig",
         COMPILATION,
         "whose worker it is, and how many engines",
-        attributes=("worker_cls", "data_parallel_size"),
+        attributes=("worker_cls", "data_parallel_size", "data_parallel_index"),
     ),
     Seam("vllm.logger", "init_logger", MANAGER_FILE, "logs", positional=("name",)),
 )
@@ -290,7 +290,7 @@ PARALLEL = (
         "GroupCoordinator",
         PATCHED,
         "sums and agrees over ranks",
-        attributes=("world_size", "rank_in_group", "cpu_group", "all_reduce"),
+        attributes=("world_size", "rank_in_group", "cpu_group", "all_reduce", "is_first_rank"),
     ),
 )
 

@@ -44,8 +44,15 @@ class LoRAManager:
     # Adapters
 
     def add_adapter(self, request: LoRARequest) -> bool:
-        """See WorkerAdapters.add."""
-        self._adapters.add(request.lora_name, AdapterKey.of(request))
+        """See WorkerAdapters.add. Where that raises, the rank that answers last does, the others
+        return False: vLLM leaves what comes after the first error unread, and would take it for
+        answers to its next questions."""
+        try:
+            self._adapters.add(request.lora_name, AdapterKey.of(request))
+        except Exception:
+            if self._adapters.answers_last:
+                raise
+            return False
         return True
 
     def remove_adapter(self, lora_id: int) -> bool:

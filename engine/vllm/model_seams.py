@@ -342,4 +342,16 @@ LOADING = (
     ),
 )
 
-SEAMS: tuple[Seam, ...] = (*LINEARS, *EXPERTS, *VOCABULARY, *LOADING)
+STAGES = (
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        "engine/vllm/pipeline.py",
+        "what a stage takes from the one before it",
+        attributes=("intermediate_tensors", "max_num_tokens", "model", "device"),
+        markers=("self.model.make_empty_intermediate_tensors(",),
+        platform="cpu",
+    ),
+)
+
+SEAMS: tuple[Seam, ...] = (*LINEARS, *EXPERTS, *VOCABULARY, *LOADING, *STAGES)

@@ -17,7 +17,7 @@ from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
 
 # One more whenever a message below, or a type in it, gets other fields.
-VERSION = 1
+VERSION = 2
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
@@ -177,13 +177,15 @@ class StepSeconds:
 class StatsReply:
     """stage: this worker's of the pipeline. adapters: by id. host_bytes: of the adapters in host
     memory, by id. seconds: None where they are not measured. compilations: of kernels after the
-    start, None where none are compiled at run time."""
+    start, None where none are compiled at run time. engine: the worker's, by its data-parallel
+    rank."""
 
     stage: int
     adapters: dict[int, AdapterReport] = field(default_factory=dict)
     host_bytes: dict[int, int] = field(default_factory=dict)
     seconds: StepSeconds | None = None
     compilations: int | None = None
+    engine: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,12 @@ class RoutingRequest:
 
 @dataclass(frozen=True)
 class RoutingReply:
-    """tokens: that ran through the adapter. sites: of this worker's pipeline stage, by name."""
+    """tokens: that ran through the adapter. sites: of this worker's pipeline stage, by name.
+    engine: see StatsReply."""
 
     tokens: int
     sites: dict[str, SiteRoutingStats]
+    engine: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks that load an adapter together or not at all."""
+"""Ranks that load an adapter together or not at all."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ class OtherRankError(RuntimeError):
 
 
 class RankAgreement:
-    """The tensor-parallel ranks of a worker.
+    """The tensor-parallel ranks of a worker's stage, or the pipeline stages of its rank.
 
     group: for tensors on the CPU; it is not used where there is one rank.
     """
@@ -28,7 +28,7 @@ class RankAgreement:
     @contextmanager
     def all_or_none(self, undo: Callable[[], object] | None = None) -> Iterator[None]:
         """Either the body succeeds on every rank, or it raises on every one: its own error where it
-        failed, OtherRankError where only others did.
+        failed, OtherRankError, with what another rank found, where only others did.
 
         undo: called before OtherRankError is raised.
         """
@@ -37,12 +37,14 @@ class RankAgreement:
             yield
         except Exception as caught:
             error = caught
-        failed = torch.tensor([error is not None], dtype=torch.int32)
+        failures = [None if error is None else str(error)]
         if not self.is_alone:
-            torch.distributed.all_reduce(failed, group=self._group)
+            failures *= self.ranks
+            torch.distributed.all_gather_object(failures, failures[0], group=self._group)
         if error is not None:
             raise error
-        if failed.item():
+        found = next((text for text in failures if text is not None), None)
+        if found is not None:
             if undo is not None:
                 undo()
-            raise OtherRankError("another tensor-parallel rank could not load the adapter")
+            raise OtherRankError(f"another rank could not load the adapter: {found}")

@@ -16,6 +16,7 @@ from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
+from molehill.engine.vllm.pipeline import make_stage_inputs
 from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.step_timer import StepTimer
 from molehill.engine.vllm.token_rows import TokenRows
@@ -87,6 +88,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     def compile_or_warm_up_model(self) -> Any:
         """Captures graphs, if there are any; then requests may come."""
         done = super().compile_or_warm_up_model()
+        if current_platform.is_cpu():
+            make_stage_inputs(self.model_runner)
         self.adapters.expect_no_compilation()
         return done
 

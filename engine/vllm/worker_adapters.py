@@ -52,7 +52,8 @@ class WorkerAdapters:
     """Loads adapters into the backend's slots and takes them out.
 
     merged_base: what is in the model's weights (`--merge-into-base`). The base's rows and other
-    adapters take it back.
+    adapters take it back. answers_last: whether vLLM reads this rank's answer after those of all
+    other ranks of the engine.
     """
 
     def __init__(
@@ -65,8 +66,11 @@ class WorkerAdapters:
         settings = Settings.from_config(config.additional_config)
         self.backend, why = backends.for_worker(config, settings, device)
         logger.info("molehill: %s backend (%s)", self.backend.name, why)
-        tp = get_tp_group()
+        tp, pp = get_tp_group(), get_pp_group()
         self._ranks = RankAgreement(tp.world_size, tp.cpu_group)
+        self._stages = RankAgreement(pp.world_size, pp.cpu_group)
+        self.answers_last = pp.is_last_rank and tp.rank_in_group == tp.world_size - 1
+        self._engine: int = config.parallel_config.data_parallel_index
         self.moes = MoeBlocks()
         self.vocabulary = Vocabulary()
         self.model = PatchedModel(config, device, model, self.backend, self.moes, self.vocabulary)
@@ -112,11 +116,19 @@ class WorkerAdapters:
             self._compilations.expect_none()
 
     def add(self, name: str, key: AdapterKey) -> None:
-        """Reads, checks and stores an adapter; a second call for the same id is a no-op.
+        """Reads, checks and stores an adapter; a second call for the same id is a no-op. Between
+        steps only, on all ranks of the engine.
 
-        Raises AdapterError, or RuntimeError when another tensor-parallel rank refused; then no rank
-        keeps anything.
+        Raises AdapterError, or OtherRankError when another rank refused; then no rank has it in a
+        slot.
         """
+        is_new = key.lora_id not in self.slots
+        with self._stages.all_or_none(lambda: is_new and self.remove(key.lora_id, keep=True)):
+            self._add(name, key)
+
+    def _add(self, name: str, key: AdapterKey) -> None:
+        """As `add`, on the tensor-parallel ranks of this stage alone: inside a step, other stages
+        are at other steps."""
         if key.lora_id in self.slots:
             return
         kept = self._host.take(key)
@@ -144,7 +156,7 @@ class WorkerAdapters:
         if key.lora_id in self._refused:
             return
         try:
-            self.add(name, key)
+            self._add(name, key)
         except Exception as error:
             # The base's answer in the adapter's name would be worse than none.
             self._refused.add(key.lora_id)
@@ -197,6 +209,14 @@ class WorkerAdapters:
         return Empty()
 
     def install(self, request: InstallRequest) -> InstallReply:
+        """`_install`, whose faults are replies too: see LoRAManager.add_adapter."""
+        try:
+            return self._install(request)
+        except Exception as error:
+            logger.exception("molehill: adapter %s cannot be installed", request.name)
+            return InstallReply(f"{type(error).__name__}: {error}")
+
+    def _install(self, request: InstallRequest) -> InstallReply:
         """`add`, of what was prepared, whose refusals are replies."""
         key = AdapterKey(request.lora_int_id, request.path)
         try:
@@ -231,10 +251,11 @@ class WorkerAdapters:
             {key.lora_id: size for key, size in self._host.sizes().items()},
             seconds,
             None if self._compilations is None else self._compilations.late,
+            self._engine,
         )
 
     def routing(self, request: RoutingRequest) -> RoutingReply:
-        return RoutingReply(*self.stats.sites(request.lora_int_id))
+        return RoutingReply(*self.stats.sites(request.lora_int_id), self._engine)
 
     def trace(self, request: TraceRequest) -> TraceReply:
         """Starts or ends recording of what the routers decide; what they did so far."""

@@ -243,10 +243,30 @@ def test_a_signed_url_of_the_adapters_file_is_not_shown() -> None:
     assert "secret" not in repr(given)
 
 
-def test_several_engines_are_refused() -> None:
-    """vLLM would hand on the first engine's answer only."""
-    with pytest.raises(LaunchError, match="--data-parallel-size above 1"):
-        prepared("--data-parallel-size", "2")
+def test_several_engines_have_one_api_process() -> None:
+    args = prepared("--data-parallel-size", "2", "--data-parallel-size-local", "2")
+    assert (args.data_parallel_size, args.api_server_count) == (2, None)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data-parallel-size-local", "1"],
+        ["--data-parallel-rank", "0"],
+        ["--data-parallel-start-rank", "1"],
+        ["--data-parallel-external-lb"],
+        ["--data-parallel-hybrid-lb"],
+        ["--data-parallel-multi-port-external-lb", "--data-parallel-size-local", "2"],
+        ["--data-parallel-backend", "ray"],
+        ["--headless"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_engines_that_this_server_would_not_ask_or_see_die_are_refused(
+    arguments: list[str],
+) -> None:
+    with pytest.raises(LaunchError, match=f"molehill serve: {arguments[0]}"):
+        prepared("--data-parallel-size", "2", *arguments)
 
 
 def test_pickles_are_taken_unless_the_operator_says_no() -> None:
@@ -317,7 +337,7 @@ def test_a_name_given_twice_is_refused() -> None:
     [
         (["--worker-cls", "mine"], "--worker-cls"),
         (["--no-enable-lora"], "--no-enable-lora"),
-        (["--api-server-count", "2"], "--api-server-count"),
+        (["--api-server-count", "2"], "--api-server-count 2: .* registry of its own"),
         (["--grpc"], "--grpc"),
         (["--lora-modules", "a=/no/such"], "found no directory"),
     ],

@@ -14,8 +14,9 @@ from support.golden import TINY_LLAMA
 RANK = 64
 
 
-def save(path: Path, experts: int) -> int:
-    """A soft mixture on every linear, of random numbers; returns its bytes, 1.4 MB per expert."""
+def save(path: Path, experts: int, below: tuple[str, ...] = ("layers.",)) -> int:
+    """A soft mixture on every linear below these parts of the model, of random numbers; returns its
+    bytes, 1.4 MB per expert where it is on all four layers."""
     ranks = (RANK,) * experts
     sites = {
         site: LinearMixture(
@@ -24,7 +25,7 @@ def save(path: Path, experts: int) -> int:
             torch.randn(experts, i),
         )
         for site, (i, o) in base_model(TINY_LLAMA).linears.items()
-        if site.startswith("layers.")
+        if site.startswith(below)
     }
     adapter = Adapter("soft", sites)
     native.write(adapter, path)

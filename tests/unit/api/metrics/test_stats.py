@@ -9,6 +9,7 @@ import pytest
 
 from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.metrics import worker_stats
+from molehill.api.metrics.engines import EngineCollector
 from molehill.api.metrics.prometheus import AdapterCollector, exposition
 from molehill.api.metrics.worker_stats import (
     GenerationStats,
@@ -19,9 +20,10 @@ from molehill.api.metrics.worker_stats import (
     compilations,
     seconds,
 )
-from molehill.engine.routing_stats import RoutingStats
+from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
 from molehill.engine.vllm.protocol import (
     AdapterReport,
+    RoutingReply,
     StatsReply,
     StatsRequest,
     StepSeconds,
@@ -239,3 +241,57 @@ def test_a_dead_engine_leaves_the_last_figures() -> None:
             raise RuntimeError("engine dead")
 
     assert asyncio.run(WorkerStats(DeadWorkers(), NoAdapters()).refresh()).stats == {}
+
+
+def test_engines_serve_different_tokens_so_their_figures_add_up() -> None:
+    """Two engines of two tensor-parallel workers."""
+
+    class Engines:
+        async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+            return [
+                to_wire(replace(answer(0, RoutingStats(tokens, 2 * tokens)), engine=engine))
+                for engine, tokens in ((1, 7), (0, 5), (1, 7), (0, 5))
+            ]
+
+    registry = NoAdapters()
+    adapter = SimpleNamespace(name="a", lora_int_id=7)
+    registry.alive = lambda: [adapter]  # type: ignore[method-assign]
+    snapshot = asyncio.run(WorkerStats(Engines(), registry).refresh())
+    assert snapshot.stats == {"a": RoutingStats(12, 24)}
+    assert snapshot.resident_bytes == {"a": 400}
+    assert [(rank, engine.adapters) for rank, engine in snapshot.engines.items()] == [
+        (0, 1),
+        (1, 1),
+    ]
+    lines = exposition(EngineCollector(snapshot.engines)).decode().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [
+        'molehill_engine_adapters{engine="0"} 1.0',
+        'molehill_engine_adapters{engine="1"} 1.0',
+        'molehill_engine_adapter_resident_bytes{adapter="a",engine="0",tier="worker"} 200.0',
+        'molehill_engine_adapter_resident_bytes{adapter="a",engine="0",tier="host"} 0.0',
+        'molehill_engine_adapter_resident_bytes{adapter="a",engine="1",tier="worker"} 200.0',
+        'molehill_engine_adapter_resident_bytes{adapter="a",engine="1",tier="host"} 0.0',
+        'molehill_engine_adapter_tokens_total{adapter="a",engine="0"} 5.0',
+        'molehill_engine_adapter_tokens_total{adapter="a",engine="1"} 7.0',
+    ]
+
+
+def test_one_engine_has_no_figures_beside_the_sums() -> None:
+    one = {0: worker_stats.EngineStats({"a": RoutingStats(5)}, {"a": 3}, {}, 1)}
+    assert exposition(EngineCollector(one)) == b""
+
+
+def test_routing_by_site_adds_up_over_engines_and_counts_ranks_once() -> None:
+    def site(tokens: int) -> SiteRoutingStats:
+        return SiteRoutingStats(2, tokens, 1, 0.5, (tokens, 1), 10 * tokens, 1)
+
+    replies = [
+        RoutingReply(5, {"q": site(5)}),
+        RoutingReply(5, {"q": site(5)}),
+        RoutingReply(5, {"v": site(4)}),
+        RoutingReply(7, {"q": site(7)}, engine=1),
+    ]
+    assert worker_stats.routing_of(replies) == (
+        12,
+        {"q": SiteRoutingStats(2, 12, 2, 1.0, (12, 2), 120, 2), "v": site(4)},
+    )

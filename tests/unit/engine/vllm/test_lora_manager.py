@@ -3,6 +3,7 @@ code, without a GPU."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from vllm.v1.worker.gpu.lora_utils import (
 )
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
+from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.adapter_stats import AdapterStats
 from molehill.engine.vllm.logits_rows import LogitsRows
@@ -115,3 +117,20 @@ def test_a_base_step_replays_that_graph_whatever_is_registered(runner, config) -
             *requests.make_lora_inputs(names, np.arange(len(names)), rows),
         )
         assert runner.runs == ([Run(runner.slot, 1, 2)] if active else [])
+
+
+@pytest.mark.parametrize("answers_last", [True, False])
+def test_of_ranks_that_refuse_together_the_last_to_answer_raises(answers_last: bool) -> None:
+    """vLLM reads the others' answers before, and none after it."""
+
+    def add(name: str, key: Any) -> None:
+        raise AdapterError("x", "this", "that")
+
+    manager: Any = Runner().lora_manager
+    manager._adapters = SimpleNamespace(add=add, answers_last=answers_last)
+    request = LoRARequest("x", 7, "path")
+    if answers_last:
+        with pytest.raises(AdapterError):
+            manager.add_adapter(request)
+    else:
+        assert manager.add_adapter(request) is False

@@ -85,7 +85,7 @@ class Worker:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ({"version": 2, "message": {"cores": [0]}}, "answered with version 2 .* expected version"),
+        ({"version": 1, "message": {"cores": [0]}}, "answered with version 1 .* expected version"),
         ({"version": "1", "message": {"cores": [0]}}, "answered with version '1' of"),
         ({"message": {"cores": [0]}}, "answered with no version"),
         ([0, 1], "answered with no version"),

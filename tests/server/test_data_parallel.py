@@ -1,0 +1,222 @@
+"""Two engines in one server: adapters are in both or in none.
+
+What cannot be survived, the death of an engine, comes last.
+"""
+
+import itertools
+import re
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from support import big_adapter, share
+from support.api_client import BASE, KEY, Api, copy_adapter, eventually, oracle
+from support.limits import limited
+from support.server import TINY, Server, serve
+
+CASES = ("lora", "mola", "mixlora", "dynmole-soft", "loramoe", "dynmole-default")
+ENGINES = (0, 1)
+STRAGGLER_SECONDS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found: Path = tmp_path_factory.mktemp("engines")
+    for case in CASES:
+        copy_adapter(case, found / "root" / case)
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, folder: Path) -> Iterator[Server]:
+    arguments = [
+        *(*TINY, "--served-model-name", BASE, "--api-key", KEY, "--max-num-seqs", "8"),
+        *("--adapter-root", str(folder / "root"), "--adapter-store", str(folder / "store")),
+        *("--data-parallel-size", str(len(ENGINES)), "--max-loras", "8"),
+        *("--straggler-timeout", str(STRAGGLER_SECONDS)),
+    ]
+    # vLLM binds the engines of a machine to its memory's nodes, of which there may be one.
+    cores = share.cores()
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"} if cores else {}
+    with serve(model, folder / "log", arguments, environment, warm=True) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def shared(server: Server, folder: Path) -> Api:
+    return Api(server.url, folder / "root", folder / "store")
+
+
+@pytest.fixture
+def api(shared: Api) -> Iterator[Api]:
+    """Nothing is left in any engine."""
+    yield shared
+    for name in set(shared.models()) - {BASE}:
+        assert shared.unload(name).status_code == 200
+    assert eventually(lambda: engines(shared) == [(0, 0), (0, 0)])
+
+
+def engines(api: Api) -> list[tuple[int, int]]:
+    """Of each engine, adapters in its slots and the bytes that they take."""
+    told = api.http.get("/v1/routing").json()["engines"]
+    assert [engine["engine"] for engine in told] == list(ENGINES)
+    return [(engine["adapters"], engine["resident_bytes"]) for engine in told]
+
+
+def workers_of(server: Server) -> list[psutil.Process]:
+    """One per engine, in the order of their ranks, as the log names them."""
+    log = server.log.read_text(errors="replace")
+    engines = dict(re.findall(r"EngineCore_DP(\d+) pid=(\d+)", log))
+    workers = {int(pid) for pid in re.findall(r"Worker pid=(\d+)", log)}
+    assert sorted(map(int, engines)) == list(ENGINES)
+    found = []
+    for rank in ENGINES:
+        children = psutil.Process(int(engines[str(rank)])).children()
+        (worker,) = [child for child in children if child.pid in workers]
+        found.append(worker)
+    return found
+
+
+def right(api: Api, name: str, case: str, rank: int | None = None) -> bool:
+    """rank: of the engine that is to answer; vLLM chooses one otherwise."""
+    prompt = oracle(case)["prompts"][0]
+    headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
+    answer = api.complete(name, prompt["prompt_token_ids"], extra_headers=headers)
+    return bool(answer.choices[0].token_ids == prompt["greedy_token_ids"])
+
+
+def on_both(api: Api, name: str, case: str) -> bool:
+    return all(right(api, name, case, rank) for rank in ENGINES)
+
+
+def test_adapters_are_loaded_into_both_engines_under_traffic_and_answer_there(api: Api) -> None:
+    served = [BASE]
+    done = threading.Event()
+
+    def client(number: int) -> set[str]:
+        asked = set()
+        for turn in itertools.count(number):
+            if done.is_set():
+                return asked
+            case = served[turn % len(served)]
+            assert right(api, case, "base" if case == BASE else case)
+            asked.add(case)
+        raise AssertionError
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client, number) for number in range(4)]
+        try:
+            for number, case in enumerate(CASES, 1):
+                assert api.load(case, case).json()["status"] == "loaded"
+                served.append(case)
+                (first, bytes_there), second = engines(api)
+                assert (first, bytes_there) == second
+                assert first == number
+            for case in CASES:
+                assert on_both(api, case, case)
+            # Another generation takes a name in both.
+            assert api.load("swapped", "lora").status_code == 200
+            replaced = api.load("swapped", "mola", load_inplace=True)
+            assert replaced.json()["status"] == "replaced"
+            assert on_both(api, "swapped", "mola")
+        finally:
+            done.set()
+        asked = set().union(*(client.result() for client in clients))
+    assert len(asked) > 1
+    samples = api.metrics()
+    for case in CASES:
+        each = [
+            samples[f'molehill_engine_adapter_tokens_total{{adapter="{case}",engine="{rank}"}}']
+            for rank in ENGINES
+        ]
+        assert min(each) > 0
+        assert sum(each) == api.of_adapter(case, "adapter_tokens_total")
+        held = [
+            samples[
+                "molehill_engine_adapter_resident_bytes"
+                f'{{adapter="{case}",engine="{rank}",tier="worker"}}'
+            ]
+            for rank in ENGINES
+        ]
+        label = f'{{adapter="{case}",tier="worker"}}'
+        assert sum(held) == samples[f"molehill_adapter_resident_bytes{label}"]
+    tokens = api.http.get("/v1/adapters/mola/routing").json()["tokens"]
+    assert tokens == api.of_adapter("mola", "adapter_tokens_total")
+
+
+def test_a_pin_and_an_eviction_hold_in_both_engines(api: Api) -> None:
+    body = {"name": "pinned", "source": "mixlora", "pinned": True}
+    assert api.http.post("/v1/adapters", json=body).status_code == 200
+    for number in range(9):
+        assert api.load(f"m{number}", "mola").status_code == 200
+        assert right(api, f"m{number}", "mola")
+    (first, bytes_there), second = engines(api)
+    assert (first, bytes_there) == second
+    assert first == 8
+    assert api.http.get("/v1/adapters/pinned").json()["resident"]
+    assert on_both(api, "pinned", "mixlora")
+    assert on_both(api, "m0", "mola")
+
+
+def test_an_adapter_that_one_engine_refuses_is_in_none(
+    api: Api, server: Server, folder: Path
+) -> None:
+    big = big_adapter.save(folder / "root" / "big", 32)
+    second = workers_of(server)[1]
+    assert api.load("other", "lora").status_code == 200
+    before = engines(api)
+    with limited(second.pid, resource.RLIMIT_AS, second.memory_info().vms + big // 2):
+        status, kind, message = api.error(api.load("m", "big"))
+    assert (status, kind) == (503, "engine_refused")
+    assert "memory" in message
+    assert "m" not in api.models()
+    assert engines(api) == before
+    assert on_both(api, "other", "lora")
+    assert api.load("m", "big").status_code == 200
+    (adapters, _), other = engines(api)
+    assert adapters == other[0] == 2
+
+
+def test_an_engine_that_falls_behind_ends_the_load_and_has_nothing_of_it_later(
+    api: Api, server: Server
+) -> None:
+    second = workers_of(server)[1]
+    second.suspend()
+    try:
+        status, kind, message = api.error(api.load("m", "mola"))
+        assert (status, kind) == (503, "engine_refused")
+        assert "engines [1]" in message
+        assert "m" not in api.models()
+        assert right(api, BASE, "base", rank=0)
+    finally:
+        second.resume()
+    assert eventually(lambda: on_both(api, BASE, "base"))
+    assert eventually(lambda: engines(api) == [(0, 0), (0, 0)])
+    assert api.load("m", "mola").status_code == 200
+    assert on_both(api, "m", "mola")
+
+
+# Last: it ends the server.
+
+
+def test_an_engine_that_dies_is_told_by_health_and_ends_the_server(
+    shared: Api, server: Server
+) -> None:
+    assert shared.load("m", "mola").status_code == 200
+    workers_of(server)[1].send_signal(signal.SIGKILL)
+    assert eventually(lambda: health(server) == 503, pause=0.01)
+    assert eventually(lambda: server.process.poll() is not None)
+
+
+def health(server: Server) -> int:
+    """0 where nobody listens any more."""
+    try:
+        return httpx.get(f"{server.url}/health", timeout=5).status_code
+    except httpx.TransportError:
+        return 0
