@@ -25,7 +25,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.platforms import current_platform
 
 from molehill.engine.adapter.base_model import Moe
-from molehill.engine.vllm.model.discovery import canonical
+from molehill.engine.vllm.model.projections import canonical
 
 # vLLM's MoEActivation values to Transformers names.
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}

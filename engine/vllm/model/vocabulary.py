@@ -23,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
-from molehill.engine.vllm.model.discovery import canonical
+from molehill.engine.vllm.model.projections import canonical
 from molehill.kernels.mixture import Experts, LinearMixture, Mixture, VocabularyRows
 from molehill.kernels.vocabulary import Vocabulary
 from molehill.kernels.vocabulary_pieces import VocabularyPiece, VocabularyPieces, VocabularyShape
