@@ -30,7 +30,8 @@ from molehill.engine.formats import native
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.system.cpu_affinity import affinity
 from molehill.engine.transform.merge import merge_static
-from molehill.engine.vllm.model.discovery import Linear, Projection
+from molehill.engine.vllm.model.discovery import Linear
+from molehill.engine.vllm.model.projections import Projection
 from molehill.engine.vllm.model.sharding import cut_linear
 from molehill.engine.vllm.prefetch import Prefetcher
 from molehill.kernels.cpu.backend import CpuBackend

@@ -34,6 +34,8 @@ class BaseModel:
         `down_proj`.
     moes: the blocks of routed experts by canonical name, `layers.3.mlp`.
     biased: the linears that have a bias.
+    ignored: linears that files may have tensors for and that the model does not compute, as
+        Transformers does not: k and v of layers that share another's KV cache.
     refused: why what lies below a module cannot be adapted on this base, by the module's name.
     vocabulary: (in, out) of `embed_tokens`, (tokens, hidden), and of `lm_head`, (hidden, tokens).
     tied: whether these two have one weight.
@@ -48,6 +50,7 @@ class BaseModel:
     biased: frozenset[str] = frozenset()
     vocabulary: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     tied: bool = False
+    ignored: frozenset[str] = frozenset()
 
     def linear(self, site: str) -> tuple[int, int] | None:
         """(in_features, out_features) of a linear, of an expert's projection, of the embedding or

@@ -10,6 +10,8 @@ import re
 from molehill.engine.adapter import expert_sites
 
 AROUND_LAYERS = r"(?:(?:model|language_model|transformer)\.)*"
+# Linears outside the layers that adapters change: Gemma 3n's and Gemma 4's.
+OUTSIDE_LAYERS = ("per_layer_model_projection",)
 LAYER = r"(?:layers|h)\.(?:0|[1-9]\d{0,4})\."
 
 _AROUND = re.compile(AROUND_LAYERS)

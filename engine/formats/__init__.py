@@ -1,12 +1,13 @@
 """Adapter files into canonical adapters: finds out the format and hands over to its reader."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from molehill.engine.adapter.base_model import BaseModel, Limits
 from molehill.engine.adapter.errors import ConfigError, UnsupportedError
 from molehill.engine.adapter.layout import Layout
-from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.adapter.validation import check
 from molehill.engine.formats import registry
 from molehill.engine.formats.io import files, nearby
@@ -52,6 +53,8 @@ def read(
     """
     files.check_directory(path)
     adapter = _read(path, limits, lora_b_layout, base, base_is_residual, task)
+    if base is not None:
+        adapter = _without_ignored(adapter, base)
     check(adapter, limits)
     return adapter
 
@@ -95,6 +98,20 @@ def _read(
     if reader.files == PEFT_FILES:
         result = with_notes(result, adapter.weights)
     return invocation.activated(result, config)
+
+
+def _without_ignored(adapter: Adapter, base: BaseModel) -> Adapter:
+    """Less what the base has no use for, with a warning: PEFT drops those tensors as it loads."""
+    dropped = adapter.sites.keys() & base.ignored
+    if not dropped:
+        return adapter
+    sites = {site: mixture for site, mixture in adapter.sites.items() if site not in dropped}
+    first = min(dropped, key=natural_key)
+    warning = (
+        f"{first}: left out, and {len(dropped) - 1} more: these layers take k and v from another's "
+        "KV cache"
+    )
+    return replace(adapter, sites=sites, warnings=(*adapter.warnings, warning))
 
 
 def invocation_tokens(path: Path) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ _FFN_PROJECTIONS = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "dow
 def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
     """From a model directory, a name in the local cache, or a config.
 
-    Its linears are those inside the layers. Raises OSError or ValueError as Transformers does, and
-    ImportError where it lacks something.
+    Its linears are those inside the layers, and module_names.OUTSIDE_LAYERS. Raises OSError or
+    ValueError as Transformers does, and ImportError where it lacks something.
     """
     check_importable()
     config = source if isinstance(source, PretrainedConfig) else AutoConfig.from_pretrained(source)
@@ -40,6 +40,7 @@ def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
         tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
         refused=_refused(model),
         biased=_biased(model),
+        ignored=_ignored(model),
     )
 
 
@@ -95,8 +96,23 @@ def _linears(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {
         canonical_name(name): shape
         for name, module in model.named_modules()
-        if _IN_LAYERS.search(name) and (shape := _linear(module)) is not None
+        if _is_adaptable(name) and (shape := _linear(module)) is not None
     }
+
+
+def _is_adaptable(name: str) -> bool:
+    inside = _IN_LAYERS.search(name) is not None
+    return inside or canonical_name(name) in module_names.OUTSIDE_LAYERS
+
+
+def _ignored(model: nn.Module) -> frozenset[str]:
+    return frozenset(
+        canonical_name(f"{name}.{leaf}")
+        for name, module in model.named_modules()
+        if getattr(module, "is_kv_shared_layer", False)
+        for leaf in ("k_proj", "v_proj")
+        if not hasattr(module, leaf)
+    )
 
 
 def _vocabulary(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -115,7 +131,7 @@ def _biased(model: nn.Module) -> frozenset[str]:
     return frozenset(
         canonical_name(name)
         for name, module in model.named_modules()
-        if _IN_LAYERS.search(name)
+        if _is_adaptable(name)
         and _linear(module) is not None
         and getattr(module, "bias", None) is not None
     )

@@ -27,20 +27,20 @@ def answer(model: Any, name: str, ids: Sequence[int], steps: int) -> Prompt:
 
 def peft_lora(
     model: nn.Module,
-    linears: Sequence[str],
+    linears: Sequence[str] | str,
     parameters: Sequence[str],
     directory: Path,
     bias: str = "none",
 ) -> nn.Module:
     """A random rsLoRA of PEFT's, saved, and the biases of the base that it trains; the model,
-    changed, that answers with it."""
+    changed, that answers with it. linears: names, or "all-linear"."""
     import peft
 
     config = peft.LoraConfig(
         r=3,
         lora_alpha=5,
         use_rslora=True,
-        target_modules=list(linears),
+        target_modules=linears if isinstance(linears, str) else list(linears),
         target_parameters=list(parameters) or None,
         bias=bias,
         task_type="CAUSAL_LM",

@@ -15,6 +15,7 @@ TESTS = Path(__file__).parents[1]
 # By module and name: what a test that reaches it is marked with.
 STARTERS = {
     ("support.engines", "engine"): "engine",
+    ("support.in_process", "answer"): "engine",
     ("support.server", "serve"): "server",
     ("support.pages", "browser"): "browser",
 }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from support.base_configs import CONFIGS
 from support.golden import TINY_LLAMA, VOCABULARY
 
 SIZES = {
@@ -38,7 +39,8 @@ DELTA_NET = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
 }
-# By `model_type`: what differs from SIZES. head_dim * heads is not the hidden size where it can.
+# By `model_type`, or a name that has one: what differs from SIZES. head_dim * heads is not the
+# hidden size where it can.
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"head_dim": 32, "sliding_window": None},
     "qwen2": {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True},
@@ -76,21 +78,23 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
     },
+    **CONFIGS,
 }
 
 
-def build(model_type: str, directory: Path) -> Path:
+def build(name: str, directory: Path) -> Path:
     """Saves a model of MODELS, seeded by its name, and returns its directory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **{**SIZES, **MODELS[model_type]})
+    sizes = {"model_type": name, **SIZES, **MODELS[name]}
+    config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    fill(model, seed=sum(map(ord, model_type)))
-    target = directory / model_type
+    fill(model, seed=sum(map(ord, name)))
+    target = directory / name
     model.save_pretrained(target)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY_LLAMA / name, target / name)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_LLAMA / file, target / file)
     return target
 
 
@@ -99,7 +103,7 @@ def fill(model: nn.Module, seed: int) -> None:
     """Matrices keep the scale of what they read, norms and biases have noise, logits are wide."""
     generator = torch.Generator().manual_seed(seed)
     # Gemma's norms add 1 to their weights, and its embeddings are scaled by 8.
-    gemma = model.config.model_type == "gemma2"
+    gemma = model.config.model_type in ("gemma2", "gemma3_text")
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
@@ -117,9 +121,14 @@ def load(directory: Path) -> Any:
     """The Transformers model, float32, for comparison."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    )
+    for name, parameter in model.named_parameters():
+        if ".act_fn.alpha" in name:
+            # Apertus's, which vLLM has in bfloat16 whatever the model's dtype is.
+            parameter.data = parameter.data.bfloat16()
+    return model.eval()
 
 
 def model_type(directory: Path) -> str:

@@ -22,7 +22,7 @@ from molehill.engine.adapter.errors import (
     UnsupportedError,
 )
 from molehill.engine.adapter.model import Adapter
-from molehill.engine.adapter.module_names import AROUND_LAYERS, LAYER, canonical
+from molehill.engine.adapter.module_names import AROUND_LAYERS, LAYER, OUTSIDE_LAYERS, canonical
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import (
@@ -43,7 +43,7 @@ from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Constant
 
 _KEY = re.compile(
-    rf"base_model\.model\.(?P<module>{AROUND_LAYERS}{LAYER}[\w.]+?)"
+    rf"base_model\.model\.(?P<module>{AROUND_LAYERS}(?:{LAYER}[\w.]+?|{'|'.join(OUTSIDE_LAYERS)}))"
     r"\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector|alpha)"
     r"(?:(?<=vector)\.weight)?"
 )
@@ -128,7 +128,7 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
     by_weight = {name for name in modules if peft_parameters.is_weight(name, parameters)}
     targeting.check(weights.file, modules.keys() - by_weight)
     if target_modules and not any("." in target for target in target_modules):
-        targets.check_siblings(weights.file, modules.keys() - by_weight, targeting)
+        targets.check_siblings(weights.file, modules.keys() - by_weight, targeting, base)
     dora = config.flag("use_dora")
     if dora:
         _check_magnitudes(weights, modules)

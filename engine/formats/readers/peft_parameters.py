@@ -38,6 +38,8 @@ _INNER = ".base_layer"
 _NESTED = (".experts", ".moe")
 # Modules whose one parameter is a block's, by what Granite calls them.
 _APART = {"input_linear": _GATE_UP, "output_linear": _DOWN}
+# Granite's shared expert: two linears of the same names.
+_SHARED = (".shared_mlp",)
 _WEIGHT = ".weight"
 # What configs call bases that have gate and up in turn.
 _INTERLEAVED = re.compile(r"gpt.?oss", re.IGNORECASE)
@@ -45,7 +47,10 @@ _INTERLEAVED = re.compile(r"gpt.?oss", re.IGNORECASE)
 
 def is_stack(module: str) -> bool:
     """Whether a module of the file is a block's experts, and not a linear."""
-    return module.removesuffix(_INNER).endswith((*_NESTED, *(f".{name}" for name in _APART)))
+    name = module.removesuffix(_INNER)
+    if name.endswith(tuple(f"{shared}.{leaf}" for shared in _SHARED for leaf in _APART)):
+        return False
+    return name.endswith((*_NESTED, *(f".{leaf}" for leaf in _APART)))
 
 
 def is_weight(module: str, names: Collection[str]) -> bool:

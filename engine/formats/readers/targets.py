@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
+from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import MissingTensorError, UnsupportedError
 from molehill.engine.adapter.module_names import canonical, split_layer, without_surroundings
 from molehill.engine.formats.io.fields import Fields
@@ -36,12 +37,15 @@ def check_targeted(file: str, modules: Iterable[str], targets: list[str] | None)
             raise UnsupportedError(f"{file}: {module}", "tensors of an untargeted module", expected)
 
 
-def check_siblings(file: str, modules: Iterable[str], targeting: Targeting) -> None:
+def check_siblings(
+    file: str, modules: Iterable[str], targeting: Targeting, base: BaseModel | None
+) -> None:
     """A projection adapted in one layer is adapted in every layer where its parent block is, unless
     the config takes it out there.
 
-    `self_attn` with q and v in most layers and q alone in one means lost tensors. modules: as PEFT
-    knows them. Raises MissingTensorError.
+    `self_attn` with q and v in most layers and q alone in one means lost tensors, where the base
+    has v there: layers that share a KV cache have none, and layers of hybrids are of several kinds.
+    modules: as PEFT knows them. Raises MissingTensorError.
     """
     children: dict[str, set[str]] = {}
     blocks: dict[tuple[int, str], set[str]] = {}
@@ -56,6 +60,8 @@ def check_siblings(file: str, modules: Iterable[str], targeting: Targeting) -> N
     for (layer, block), present in sorted(blocks.items()):
         for child in sorted(children[block] - present):
             name = prefixes[layer, block] + child
+            if base is not None and base.linear(canonical(name)) is None:
+                continue
             if targeting.against(name) is None:
                 _raise_missing(file, without_surroundings(name))
 

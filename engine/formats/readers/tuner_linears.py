@@ -59,7 +59,7 @@ def find(config: Fields, weights: Weights, kind: str, parts: Iterable[str]) -> T
     modules = [stem.removeprefix(_MODEL) for stem in stems.values()]
     targeting.check(weights.file, modules)
     if target_modules and not any("." in target for target in target_modules):
-        targets.check_siblings(weights.file, modules, targeting)
+        targets.check_siblings(weights.file, modules, targeting, None)
     notes += targets.unused(target_modules, modules) + targeting.warnings()
     notes += of_biases + known.warnings(config, known.FIELDS[kind])
     return TunedLinears(stems, notes, trained)

@@ -1,22 +1,16 @@
 """Finds the linears and FFNs of a loaded vLLM model, and what each holds of the original model."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    LinearBase,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
+from vllm.model_executor.layers.linear import LinearBase
 
-from molehill.engine.adapter import module_names
+from molehill.engine.vllm.model import projections
+from molehill.engine.vllm.model.projections import Projection, canonical
 
 # What some of vLLM's models call otherwise than Transformers does (gpt-oss), by the model's own
 # table of a checkpoint's names: (table, the checkpoint's, vLLM's).
@@ -27,29 +21,16 @@ _RENAMED = (
 
 
 @dataclass(frozen=True)
-class Projection:
-    """One linear of the original model inside a (possibly fused) vLLM linear, on this rank.
-
-    site: canonical name. in_features, out_features: of the whole original, not of this rank.
-    outputs: ranges of the original's outputs that this rank computes; they lie side by side from
-    column `start` of the linear. inputs: the range of its inputs that this rank sees.
-    """
-
-    site: str
-    in_features: int
-    out_features: int
-    outputs: tuple[range, ...]
-    inputs: range
-    start: int
-
-
-@dataclass(frozen=True)
 class Linear:
-    """A vLLM linear and its original projections, in the order of its columns."""
+    """A vLLM linear and its original projections, in the order of its columns.
+
+    whole: all of it as one projection, where Transformers has it so and vLLM's names take it apart.
+    """
 
     name: str
     module: LinearBase
     projections: tuple[Projection, ...]
+    whole: Projection | None = None
 
     @property
     def in_features(self) -> int:
@@ -58,7 +39,12 @@ class Linear:
     @property
     def out_features(self) -> int:
         last = self.projections[-1]
-        return last.start + sum(map(len, last.outputs))
+        return last.start + last.width
+
+    @property
+    def sites(self) -> tuple[Projection, ...]:
+        """All that an adapter may change in it."""
+        return self.projections if self.whole is None else (*self.projections, self.whole)
 
     @property
     def input_is_sharded(self) -> bool:
@@ -77,11 +63,6 @@ class Ffn:
     activation: str
 
 
-def canonical(name: str) -> str:
-    """A module's name without what precedes the decoder layers: `layers.3.self_attn.qkv_proj`."""
-    return module_names.canonical(name)
-
-
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module by its canonical name, as Transformers has it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
@@ -97,18 +78,28 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield canonical(parameter.removesuffix(".weight")), module
 
 
-def find_linears(model: nn.Module, dtype: torch.dtype) -> list[Linear]:
+def find_linears(model: nn.Module, dtype: torch.dtype, model_type: str) -> list[Linear]:
     """Every linear that an adapter can change, in the model's order.
 
-    dtype: the model's. The router of an MoE block is one where it is multiplied as any linear is.
+    dtype: the model's. model_type: of its text model's config. The router of an MoE block is one
+    where it is multiplied as any linear is; a convolution's weights, which vLLM keeps in a linear
+    too, are none.
     """
-    packed = getattr(model, "packed_modules_mapping", {})
-    return [
-        Linear(name, module, _projections(name, module, packed))
-        for name, module in named_modules(model)
-        if isinstance(module, LinearBase)
-        and not (isinstance(module, GateLinear) and _has_kernels(module, dtype))
-    ]
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    linears = []
+    for name, module in named_modules(model):
+        if not isinstance(module, LinearBase) or _is_convolution(module):
+            continue
+        if isinstance(module, GateLinear) and _has_kernels(module, dtype):
+            continue
+        inside = projections.of(name, module, model, parents[module])
+        linears.append(Linear(name, module, inside, projections.whole(name, module, model_type)))
+    return linears
+
+
+def _is_convolution(module: LinearBase) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.ndim == 3
 
 
 def _has_kernels(router: GateLinear, dtype: torch.dtype) -> bool:
@@ -116,63 +107,6 @@ def _has_kernels(router: GateLinear, dtype: torch.dtype) -> bool:
     than the model's: its `allow_{kernel}_gemm`, of which one only allows others."""
     flags = {name for name, value in vars(router).items() if name.startswith("allow_") and value}
     return bool(flags - {"allow_specialized_router_gemm"}) or router.params_dtype != dtype
-
-
-def _projections(
-    name: str, module: LinearBase, packed: Mapping[str, list[str]]
-) -> tuple[Projection, ...]:
-    parent, _, leaf = name.rpartition(".")
-    parts = _parts(module)
-    inputs = range(module.input_size)
-    if isinstance(module, RowParallelLinear):
-        width = module.input_size_per_partition
-        inputs = range(module.tp_rank * width, (module.tp_rank + 1) * width)
-    names = packed.get(leaf, [leaf])
-    starts = [0, *accumulate(len(outputs) for _, outputs in parts)]
-    if len(names) != len(parts):
-        # The original model has it fused too (Phi-3): one projection over all parts.
-        offsets = [0, *accumulate(total for total, _ in parts)]
-        outputs = tuple(
-            range(offset + part.start, offset + part.stop)
-            for offset, (_, part) in zip(offsets, parts, strict=False)
-        )
-        return (Projection(name, module.input_size, offsets[-1], outputs, inputs, 0),)
-    return tuple(
-        Projection(
-            f"{parent}.{original}" if parent else original,
-            module.input_size,
-            total,
-            (outputs,),
-            inputs,
-            start,
-        )
-        for original, (total, outputs), start in zip(names, parts, starts, strict=False)
-    )
-
-
-def _parts(module: LinearBase) -> list[tuple[int, range]]:
-    """(outputs of the whole original, this rank's range of them) of each part, by column."""
-    if isinstance(module, QKVParallelLinear):
-        heads = [
-            (module.total_num_heads, module.num_heads, module.head_size, 1),
-            *(
-                (module.total_num_kv_heads, module.num_kv_heads, size, module.num_kv_head_replicas)
-                for size in (module.head_size, module.v_head_size)
-            ),
-        ]
-        return [
-            (total * size, _nth(module.tp_rank // replicas, local * size))
-            for total, local, size, replicas in heads
-        ]
-    if isinstance(module, MergedColumnParallelLinear):
-        return [(n, _nth(module.tp_rank, n // module.tp_size)) for n in module.output_sizes]
-    if isinstance(module, ColumnParallelLinear):
-        return [(module.output_size, _nth(module.tp_rank, module.output_size_per_partition))]
-    return [(module.output_size, range(module.output_size))]
-
-
-def _nth(index: int, size: int) -> range:
-    return range(index * size, (index + 1) * size)
 
 
 def find_ffns(linears: list[Linear], model: nn.Module) -> list[Ffn]:

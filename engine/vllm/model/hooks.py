@@ -77,6 +77,9 @@ def _hook(module: Any, subclass: Callable[[Hashable], type], handle: int, op: Op
     module.molehill_op = op
     module.molehill_handle = torch.tensor([handle], device="cpu")
     module.quant_method = hooked
+    if getattr(module, "_use_min_latency_gemm", False):
+        # DeepSeek V3's q_a_proj and kv_a_proj: a kernel that goes round the quant method.
+        module._use_min_latency_gemm = False
 
 
 @cache

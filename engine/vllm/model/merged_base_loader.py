@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import TRANSPOSED, Limits
 from molehill.engine.transform.merge import PLAIN, MergedBase, check_mergeable, merged_weight
-from molehill.engine.vllm.model.discovery import canonical
+from molehill.engine.vllm.model.projections import canonical
 from molehill.kernels.mixture import Experts, LinearMixture
 
 logger = init_logger("vllm.molehill")

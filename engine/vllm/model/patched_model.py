@@ -17,6 +17,7 @@ from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
 from molehill.engine.vllm.model import (
     base_activations,
     discovery,
+    linears_apart,
     moe_blocks,
     sharding,
     vocabulary,
@@ -73,18 +74,20 @@ class PatchedModel:
         self._device = device
         self._tp = get_tp_group()
         self._dtype = config.model_config.dtype
-        self._linears = discovery.find_linears(model, self._dtype)
+        model_type = config.model_config.hf_text_config.model_type
+        self._linears = discovery.find_linears(model, self._dtype, model_type)
         self._ffns = discovery.find_ffns(self._linears, model)
         self._blocks: dict[str, moe_blocks.MoeBlock] = {}
         self._block_handles: dict[str, int] = {}
-        self._refusals: dict[str, str] = {}
+        self._refusals = linears_apart.refused(model, self._linears)
+        self._ignored = linears_apart.ignored(model)
         if not self._linears:
             raise RuntimeError(f"{type(model).__name__} has no linear that molehill can hook")
         self._by_name = {linear.name: linear for linear in self._linears}
         self._projections = {
             projection.site: (linear, projection)
             for linear in self._linears
-            for projection in linear.projections
+            for projection in linear.sites
         }
         self._handles: dict[str, int] = {}
         self._ffn_handles: dict[str, int] = {}
@@ -214,6 +217,7 @@ class PatchedModel:
             self._refusals,
             self._on_vocabulary,
             frozenset(site for site, (linear, _) in self._projections.items() if _has_bias(linear)),
+            self._ignored,
         )
         world = get_world_group()
         everyone: list[Any] = [stage] * world.world_size
@@ -229,6 +233,7 @@ class PatchedModel:
             vocabulary={site: shape for stage in everyone for site, shape in stage[4].items()},
             tied=self._tied,
             biased=frozenset().union(*(stage[5] for stage in everyone)),
+            ignored=frozenset().union(*(stage[6] for stage in everyone)),
         )
 
     def warm_up(self, most: int) -> None:

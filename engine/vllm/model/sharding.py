@@ -16,8 +16,9 @@ from torch import Tensor
 
 from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.expert_pairs import stack
-from molehill.engine.vllm.model.discovery import Ffn, Linear, Projection
+from molehill.engine.vllm.model.discovery import Ffn, Linear
 from molehill.engine.vllm.model.moe_blocks import MoeBlock
+from molehill.engine.vllm.model.projections import Projection
 from molehill.kernels.interface import ExpertScale, FfnPiece, LinearPiece, MoePiece, ScalePiece
 from molehill.kernels.mixture import (
     Bias,
