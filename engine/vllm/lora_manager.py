@@ -14,6 +14,7 @@ from vllm.lora.request import LoRARequest
 from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.host_cache import AdapterKey
 from molehill.engine.vllm.logits_rows import LogitsRows
+from molehill.engine.vllm.routing_capture import RoutingCapture
 from molehill.engine.vllm.slot_table import BASE
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
 from molehill.kernels.interface import UNSERVED, Run
@@ -27,9 +28,14 @@ class LoRAManager:
     holds."""
 
     def __init__(
-        self, adapters: WorkerAdapters, activated: ActivatedRows, logits: LogitsRows
+        self,
+        adapters: WorkerAdapters,
+        activated: ActivatedRows,
+        routing: RoutingCapture,
+        logits: LogitsRows,
     ) -> None:
         self._adapters = adapters
+        self._routing = routing
         self._activated = activated
         self._logits = logits
         self._slots = adapters.slots
@@ -74,7 +80,9 @@ class LoRAManager:
             self._adapters.pacer.step_begins()
             runs = self._runs(self._without_plain_rows(mapping.index_mapping))
             self._adapters.stats.mark_active(run.slot for run in runs)
+            self._routing.collect()
             self._adapters.model.begin_step(runs)
+            self._routing.begin_step(runs)
             self._logits.begin_step(*self._heads(runs, mapping.prompt_mapping))
 
     def _without_plain_rows(self, ids: Sequence[int]) -> Sequence[int]:

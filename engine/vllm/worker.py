@@ -16,6 +16,7 @@ from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
+from molehill.engine.vllm.routing_capture import RoutingCapture
 from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.step_timer import StepTimer
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
@@ -93,8 +94,11 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     ) -> nn.Module:
         self.adapters = WorkerAdapters(vllm_config, device, model, self._merged_base)
         activated = ActivatedRows(self.model_runner, self.adapters.invocation_of)
-        logits = LogitsRows(self.model_runner, model, self.adapters.vocabulary.begin_logits)
-        self.model_runner.lora_manager = LoRAManager(self.adapters, activated, logits)
+        adapters = self.adapters
+        routing = RoutingCapture(self.model_runner, adapters.backend, adapters.slots.slot)
+        adapters.routing_capture = routing
+        logits = LogitsRows(self.model_runner, model, adapters.vocabulary.begin_logits)
+        self.model_runner.lora_manager = LoRAManager(adapters, activated, routing, logits)
         return model
 
     # What `molehill.engine.vllm.protocol` asks, in plain values and answered in them
@@ -129,6 +133,12 @@ class Worker(PlatformWorker):  # type: ignore[misc]
 
     def molehill_routing(self, request: object) -> object:
         return protocol.ROUTING.serve(request, self.adapters.routing)
+
+    def molehill_routes(self, request: object) -> object:
+        return protocol.ROUTES.serve(request, self.adapters.routes)
+
+    def molehill_forget_routes(self, request: object) -> object:
+        return protocol.FORGET_ROUTES.serve(request, self.adapters.forget_routes)
 
     def molehill_trace(self, request: object) -> object:
         return protocol.TRACE.serve(request, self.adapters.trace)
