@@ -53,8 +53,7 @@ class ExplainedText:
     @property
     def routed(self) -> NDArray[np.bool_]:
         """bool `[tokens]`: those for which a router ran."""
-        routed: NDArray[np.bool_] = (self.experts >= 0).any((1, 2))
-        return routed
+        return np.asarray((self.experts >= 0).any((1, 2)), dtype=np.bool_)
 
     def entropy(self) -> NDArray[np.float64]:
         """Of the gate weights of each decision over its maximum, `[tokens, sites]`; 0 where there
@@ -71,7 +70,8 @@ class ExplainedText:
         """bool `[tokens, sites]`: decisions that fell back to all experts."""
         chosen = (self.experts >= 0).sum(2)
         of_all = chosen == np.array([site.experts for site in self.sites])
-        return of_all & np.array([site.soft for site in self.sites], dtype=np.bool_)
+        may = np.array([site.soft for site in self.sites], dtype=np.bool_)
+        return np.asarray(of_all & may, dtype=np.bool_)
 
     def pairs(self) -> NDArray[np.int64]:
         """Decisions that chose both of two experts, on the diagonal one, `[E, E]`."""

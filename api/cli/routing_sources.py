@@ -131,7 +131,13 @@ def of_reference(model: str, path: Path, text: str, max_tokens: int) -> Explaine
         # With a KV cache a step has no positions by which an adapter could be activated.
         cached = start == 0
         if max_tokens > 0:
-            ids = base.generate(ids, max_new_tokens=max_tokens, do_sample=False, use_cache=cached)
+            ids = base.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                use_cache=cached,
+            )
     with torch.inference_mode(), attach(base, adapter, traces, start):
         base(ids[:, : max(len(prompt), ids.shape[1] - 1)])
     most = max(router.most for router in listed)

@@ -61,7 +61,7 @@ function sitesOf(projection, layer) {
   return data.sites.map((_, i) => i).filter((i) => fits(data.sites[i]));
 }
 
-const visible = (text) => (text === "" ? "∅" : text.replace(/\n/g, "⏎\n").replace(/\t/g, "⇥"));
+const visible = (text) => (text === "" ? "∅" : text.replace(/\n/g, "⏎").replace(/\t/g, "⇥"));
 let selected = 0;
 
 function draw() {
@@ -108,8 +108,8 @@ function drawTokens(all) {
       "aria-pressed": String(token === selected), title: alpha ? `expert ${best}, ${percent(mixed[best] / total)}` : "no router ran",
     }, visible(text));
     button.addEventListener("click", () => { selected = token; draw(); });
-    return button;
-  });
+    return data.tokens[token].includes("\n") ? [button, element("br")] : button;
+  }).flat();
   one("tokens").replaceChildren(...buttons);
 }
 
@@ -139,7 +139,7 @@ function drawEntropy(projection) {
     if (text !== undefined) made.textContent = text;
     return made;
   };
-  const width = 520, height = 220, left = 34, bottom = 30, top = 8;
+  const width = 520, height = 232, left = 34, bottom = 40, top = 8;
   const rows = layers.map((layer) => {
     const chosenSites = sitesOf(projection, String(layer));
     const values = Array.from({ length: numTokens }, (_, t) => decided(t, chosenSites)).filter((t) => t.ran).map((t) => t.entropy);
@@ -162,9 +162,9 @@ function drawEntropy(projection) {
     const dot = make("circle", { cx: x(i), cy: y(row.mean), r: 3 });
     dot.append(make("title", {}, `layer ${row.layer}: ${row.mean.toFixed(3)}`));
     svg.append(dot);
-    if (i % step === 0) svg.append(make("text", { x: x(i), y: height - 14, "text-anchor": "middle" }, row.layer));
+    if (i % step === 0) svg.append(make("text", { x: x(i), y: height - 24, "text-anchor": "middle" }, row.layer));
   });
-  svg.append(make("text", { x: width - 4, y: height - 1, "text-anchor": "end" }, "layer; the band has 80 % of the tokens"));
+  svg.append(make("text", { x: width - 4, y: height - 6, "text-anchor": "end" }, "layer; the band has 80 % of the tokens"));
   one("entropy").replaceChildren(svg);
 }
 
