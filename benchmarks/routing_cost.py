@@ -26,7 +26,7 @@ PROMPT = tuple(range(5, 13))
 
 
 def decode(llm: Any, request: Any, batch: int, tokens: int, asks: bool) -> tuple[float, int]:
-    """Tokens per second, and bytes of what was told."""
+    """Tokens per second, and bytes of the answer."""
     from vllm import SamplingParams
 
     asked = {"key": "turn", "tokens": len(PROMPT) + tokens, "weights": True, "n": 1}
@@ -48,8 +48,8 @@ def decode(llm: Any, request: Any, batch: int, tokens: int, asks: bool) -> tuple
         lora_request=[request] * batch,
         use_tqdm=False,
     )
-    told = sum(take(llm, f"turn-{i}", tokens) for i in range(batch)) if asks else 0
-    return batch * tokens / (time.perf_counter() - start), told
+    answer_bytes = sum(take(llm, f"turn-{i}", tokens) for i in range(batch)) if asks else 0
+    return batch * tokens / (time.perf_counter() - start), answer_bytes
 
 
 def take(llm: Any, key: str, tokens: int) -> int:
@@ -62,18 +62,18 @@ def take(llm: Any, key: str, tokens: int) -> int:
 
 def measure(args: argparse.Namespace, llm: Any, request: Any) -> dict[str, Any]:
     speeds: dict[bool, list[float]] = {False: [], True: []}
-    told = 0
+    answer_bytes = 0
     for turn in range(-1, args.turns):
         for asks in (False, True) if turn % 2 else (True, False):
             speed, size = decode(llm, request, args.batch, args.tokens, asks)
-            told = max(told, size)
+            answer_bytes = max(answer_bytes, size)
             if turn >= 0:
                 speeds[asks].append(speed)
     ratios = [on / off for on, off in zip(speeds[True], speeds[False], strict=True)]
     return {
         "batch": args.batch,
         "tokens": args.tokens,
-        "told_bytes": told,
+        "answer_bytes": answer_bytes,
         "off": speeds[False],
         "on": speeds[True],
         "ratio_median": statistics.median(ratios),

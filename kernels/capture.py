@@ -6,36 +6,16 @@ for an expert that was not chosen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from molehill.kernels.interface import SlotWeights
-    from molehill.kernels.policy import Policy
+from molehill.kernels.interface import SlotWeights
+from molehill.kernels.policy import Policy
+from molehill.kernels.routed_site import RoutedSite
 
 
-@dataclass(frozen=True)
-class RoutedSite:
-    """One router of a slot. heads: that decide one by one, 1 of a router that reads all of its
-    input. most: experts that one decision has at most. column: the first of its heads * experts in
-    a captured row."""
-
-    name: str
-    experts: int
-    heads: int
-    most: int
-    column: int
-
-    @property
-    def stop(self) -> int:
-        """The column after its last."""
-        return self.column + self.heads * self.experts
-
-
-def routed_sites(weights: "SlotWeights") -> tuple[RoutedSite, ...]:
+def routed_sites(weights: SlotWeights) -> tuple[RoutedSite, ...]:
     """All that has a router, column after column."""
     sites: list[RoutedSite] = []
     for name, experts, heads, policy in _routers(weights):
@@ -44,7 +24,7 @@ def routed_sites(weights: "SlotWeights") -> tuple[RoutedSite, ...]:
     return tuple(sites)
 
 
-def _routers(weights: "SlotWeights") -> Iterator[tuple[str, int, int, "Policy"]]:
+def _routers(weights: SlotWeights) -> Iterator[tuple[str, int, int, Policy]]:
     for piece in (piece for pieces in weights.linears.values() for piece in pieces):
         if piece.router is not None:
             yield piece.site, len(piece.experts.ranks), 1, piece.policy

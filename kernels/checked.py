@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
-from molehill.kernels.capture import RoutedSite, routed_sites
+from molehill.kernels.capture import routed_sites
 from molehill.kernels.checks import Layers, check_ffn_shape, check_weights
 from molehill.kernels.interface import FfnShape, LinearShape, Packed, SlotWeights
+from molehill.kernels.routed_site import RoutedSite
 
 
 class CheckedBackend(ABC):

@@ -13,10 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from molehill.kernels.capture import RoutedSite
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy
+from molehill.kernels.routed_site import RoutedSite
 from molehill.kernels.vocabulary_pieces import VocabularyPieces
 
 CPU = torch.device("cpu")

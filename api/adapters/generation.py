@@ -11,7 +11,7 @@ from molehill.api.adapters.errors import RequestError, encodable
 from molehill.api.adapters.status import AdapterState, GenerationStatus
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.model import Adapter
-from molehill.engine.transform.routers import Router, routers
+from molehill.engine.transform.routers import DecidingRouter, routers
 from molehill.engine.transform.static_gates import gate
 
 
@@ -33,7 +33,7 @@ class Content:
     path: Path
     invocation_tokens: tuple[int, ...] = ()
     chat: AdapterChat | None = None
-    routers: tuple[Router, ...] = ()
+    routers: tuple[DecidingRouter, ...] = ()
 
     @property
     def most_experts(self) -> int:

@@ -144,8 +144,10 @@ def of_reference(model: str, path: Path, text: str, max_tokens: int) -> Explaine
     shape = len(traces[listed[0].site][0].weights), len(listed), most
     experts, weights = np.full(shape, -1, np.int16), np.zeros(shape, np.float32)
     for i, router in enumerate(listed):
-        own = traces[router.site][0].weights
-        chosen, gates = strongest(own if router.head is None else own[:, router.head], router.most)
+        decided = traces[router.site][0].weights
+        if router.head is not None:
+            decided = decided[:, router.head]
+        chosen, gates = strongest(decided, router.most)
         experts[start:, i, : router.most] = chosen[start:]
         weights[start:, i, : router.most] = gates[start:]
     soft = adapter.kind == SOFT_KIND

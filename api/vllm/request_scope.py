@@ -5,7 +5,7 @@ from collections.abc import Collection
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
@@ -16,8 +16,12 @@ from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.vllm.routed_calls import RoutedCall, RoutedTokens, RoutingAsked
 from molehill.engine.vllm.protocol import RoutingUsage
 
-if TYPE_CHECKING:
-    from molehill.api.vllm.request_tracking import LeasedOutputs
+
+class Unread(Protocol):
+    """Outputs that nobody has asked for yet."""
+
+    async def begin(self) -> None:
+        """Returns once the generation is in the workers. Raises GracefulHTTPError."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class RequestScope:
     routing: RoutingAsked | None = None
     # Or how many choices another one has, of which nothing is told.
     routed: list[RoutedCall | int] = field(default_factory=list)
-    unread: "weakref.WeakSet[LeasedOutputs]" = field(default_factory=weakref.WeakSet)
+    unread: "weakref.WeakSet[Unread]" = field(default_factory=weakref.WeakSet)
     ended: bool = False
     # What its leases have in common; not itself, which holds them.
     request: object = field(default_factory=object)

@@ -21,7 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from molehill.api.adapters.generation import Generation
 from molehill.api.vllm.invocation import BEAM, token_ids
-from molehill.engine.transform.routers import Router
+from molehill.engine.transform.routers import DecidingRouter
 from molehill.engine.vllm import protocol
 from molehill.engine.vllm.chosen_experts import NOBODY
 from molehill.engine.vllm.protocol import Engine, RoutesReply, RoutingUsage, TokenRange
@@ -62,7 +62,7 @@ class RoutingMemory:
         self._refusal = refusal
         self._splits_heads = splits_heads
 
-    def reserve(self, size: int, routers: Sequence[Router] = ()) -> Callable[[], None]:
+    def reserve(self, size: int, routers: Sequence[DecidingRouter] = ()) -> Callable[[], None]:
         """Bytes, until what it returns is called. routers: whose decisions are kept. Raises
         VLLMValidationError, GracefulHTTPError."""
         if self._refusal is not None:

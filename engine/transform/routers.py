@@ -9,7 +9,7 @@ from molehill.kernels.mixture import ScaleMixture
 
 
 @dataclass(frozen=True)
-class Router:
+class DecidingRouter:
     """head: of a router that decides head by head, else None. most: of `experts` that one decision
     has."""
 
@@ -19,13 +19,13 @@ class Router:
     most: int
 
 
-def routers(adapter: Adapter) -> tuple[Router, ...]:
+def routers(adapter: Adapter) -> tuple[DecidingRouter, ...]:
     """In natural order of their sites. Without those whose gate is the same for every token: no
     router decides there once the adapter is served."""
     return tuple(_routers(adapter))
 
 
-def _routers(adapter: Adapter) -> Iterator[Router]:
+def _routers(adapter: Adapter) -> Iterator[DecidingRouter]:
     for site in sorted(adapter.sites, key=natural_key):
         mixture = adapter.sites[site]
         if mixture.router is None or gate(mixture).weights is not None:
@@ -35,4 +35,4 @@ def _routers(adapter: Adapter) -> Iterator[Router]:
         heads: Iterable[int | None] = (None,)
         if isinstance(mixture, ScaleMixture) and mixture.of == "output":
             heads = range(mixture.num_heads)
-        yield from (Router(site, head, experts, most) for head in heads)
+        yield from (DecidingRouter(site, head, experts, most) for head in heads)

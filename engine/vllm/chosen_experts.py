@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from molehill.kernels.capture import RoutedSite
+from molehill.kernels.routed_site import RoutedSite
 
 # Where fewer experts were chosen than there is room for, and where no router ran.
 NOBODY = -1

@@ -8,13 +8,13 @@ from support import triton_cases
 from support.backend_cases import random
 from support.triton_cases import ffn_experts, ffn_piece, ffn_weights, mixture, piece, run_ffn
 
-from molehill.kernels.capture import RoutedSite
 from molehill.kernels.cpu import CpuBackend
 from molehill.kernels.interface import FfnShape, LinearShape, Run, ScalePiece, SlotWeights
 from molehill.kernels.mixture import FfnMixture, ScaleMixture
 from molehill.kernels.policy import Constant, DynMoLE, Soft, TopK
 from molehill.kernels.pytorch.backend import TorchBackend
 from molehill.kernels.reference import decide, scale_mixture
+from molehill.kernels.routed_site import RoutedSite
 
 IN, OUT, D, WIDTH = 24, 40, 24, 40
 CAPACITY = replace(triton_cases.CAPACITY, captures=True, vectors=True)
