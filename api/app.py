@@ -26,7 +26,7 @@ from molehill.api.adapters.tasks import failure
 from molehill.api.http import adapters, dashboard, router_stats, vllm_routes
 from molehill.api.http.auth import Guard
 from molehill.api.http.dependencies import Services, answer_http_error, answer_not_found
-from molehill.api.http.mix_requests import MixRequests
+from molehill.api.http.request_fields import RequestFields
 from molehill.api.metrics.worker_stats import WorkerStats
 from molehill.api.sources.adapters_file import LABEL
 from molehill.api.sources.desired_state import AdaptersFile
@@ -45,6 +45,7 @@ from molehill.api.vllm.lora_requests import ServedRequests, make_request
 from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, count_requests
+from molehill.api.vllm.routed_calls import routing_memory
 from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
@@ -78,7 +79,7 @@ class MolehillRoutes:
         app.add_exception_handler(NOT_FOUND, answer_not_found)
         options = options_of(args)
         # The last one added is the outermost.
-        app.add_middleware(MixRequests)
+        app.add_middleware(RequestFields)
         app.add_middleware(GenerationHeader)
         app.add_middleware(
             Guard,
@@ -182,7 +183,8 @@ async def make_services(
         paused=engine_client.is_paused,
     )
     models.lora_requests.registry = registry
-    count_requests(engine_client, registry)
+    memory = routing_memory(config, options.routing_bytes, options.capture_routing)
+    count_requests(engine_client, registry, memory)
     render_as_adapters_do(online_renderer, models, registry)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)

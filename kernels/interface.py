@@ -16,6 +16,7 @@ from torch import Tensor
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy
+from molehill.kernels.routed_site import RoutedSite
 from molehill.kernels.vocabulary_pieces import VocabularyPieces
 
 CPU = torch.device("cpu")
@@ -267,9 +268,10 @@ class SlotWeights:
 
 @dataclass(frozen=True)
 class Packed:
-    """What one backend has made of an adapter's weights, for its `store`."""
+    """What one backend has made of an adapter's weights, for its `store`. sites: its routers."""
 
     layout: Any
+    sites: tuple[RoutedSite, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -359,6 +361,17 @@ class Backend(Protocol):
 
     def counters(self, slot: int) -> SlotCounters:
         """Counted since the slot was stored."""
+
+    def routed_sites(self, slot: int) -> tuple[RoutedSite, ...]:
+        """The routers of a slot, and where their gate weights are in a captured row."""
+
+    def capture(self, rows: Sequence[int]) -> None:
+        """Has the gate weights of some rows of the step that was just announced kept. Steps of
+        which nobody says so cost nothing for it. Never raises."""
+
+    def captured(self) -> Tensor:
+        """Those rows of the last step, float32 `[rows, columns]`, see molehill.kernels.capture; the
+        caller's own, on the backend's device."""
 
     def seconds(self) -> float | None:
         """Wall time that the ops took so far, base-only steps left out; None where it is not

@@ -23,6 +23,12 @@ class BadMixError(RequestError):
     kind = "invalid_mix"
 
 
+class BadRoutingError(RequestError):
+    """What a request asks to be told of its routing, where it cannot be."""
+
+    kind = "invalid_routing"
+
+
 class BadPathError(RequestError):
     """A path, repository or URL that is none."""
 

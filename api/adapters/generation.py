@@ -11,6 +11,7 @@ from molehill.api.adapters.errors import RequestError, encodable
 from molehill.api.adapters.status import AdapterState, GenerationStatus
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.model import Adapter
+from molehill.engine.transform.routers import DecidingRouter, routers
 from molehill.engine.transform.static_gates import gate
 
 
@@ -21,6 +22,7 @@ class Content:
     digest: sha256 of the bytes that were read, the generation's identity before clients.
     num_bytes: of the tensors in canonical float32. plan: sites by what they need when they run.
     invocation_tokens: see Adapter. chat: None where its tokenizer is the base's, or not asked for.
+    routers: those that decide by the token.
     """
 
     digest: str
@@ -31,6 +33,12 @@ class Content:
     path: Path
     invocation_tokens: tuple[int, ...] = ()
     chat: AdapterChat | None = None
+    routers: tuple[DecidingRouter, ...] = ()
+
+    @property
+    def most_experts(self) -> int:
+        """Of one decision of any router."""
+        return max((router.most for router in self.routers), default=0)
 
 
 def content_of(adapter: Adapter, path: Path, chat: AdapterChat | None = None) -> Content:
@@ -48,6 +56,7 @@ def content_of(adapter: Adapter, path: Path, chat: AdapterChat | None = None) ->
         path,
         adapter.invocation_tokens,
         chat,
+        routers(adapter),
     )
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": "show what an adapter holds, and what is wrong with it",
     "convert": "write an adapter in molehill's own format",
     "merge": "write a static adapter as a plain LoRA or merged base model",
+    "explain": "show which experts a text's tokens get, on a page",
     "env": "show versions, and which backend applies adapters here",
     "bench": "measure how fast adapters are on this machine, beside the base",
 }

@@ -112,6 +112,23 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             SWITCH_OFF,
         ),
     ),
+    "routing that can be seen": (
+        Option(
+            "routing_bytes",
+            "--routing-bytes",
+            "for the experts that routers chose for requests that ask, on each worker, while they "
+            "run; 0 for none (default: %(default)s)",
+            {"metavar": "BYTES", "type": values.amount},
+        ),
+        Option(
+            "capture_routing",
+            "--capture-routing",
+            "on a GPU, let requests ask for their routing: each step then keeps the gate weights "
+            "of all rows, and an adapter has at most 128 router rows on a linear (on a CPU, "
+            "requests may ask without it)",
+            SWITCH,
+        ),
+    ),
     "merging": (
         Option(
             "merge",

@@ -27,7 +27,7 @@ from molehill.api.http.dependencies import (
     refusals,
 )
 from molehill.api.http.dependencies import services as services_of
-from molehill.api.http.schemas import AdapterInfo, AdapterList, LoadedInfo
+from molehill.api.http.schemas import AdapterDetails, AdapterInfo, AdapterList, LoadedInfo
 from molehill.api.http.uploads import document_upload, is_form, received
 from molehill.api.sources.uploads import UPLOAD
 from molehill.api.vllm.request_tracking import HEADER
@@ -192,13 +192,15 @@ async def pin_adapter(name: str, services: Injected, body: PinBody = PinBody()) 
     return shown(schemas.of_generation(await services.registry.pin(name, body.pinned)))
 
 
-@router.get("/{name:path}", response_model=AdapterInfo, responses=refusals(404))
+@router.get("/{name:path}", response_model=AdapterDetails, responses=refusals(404))
 async def show_adapter(name: str, services: Injected) -> Response:
     """What the name serves, or how far its load is, or why it failed."""
     info = schemas.of_name(services.registry, name)
     if info is None:
         raise NotLoadedError(f"The adapter {name!a} cannot be found.")
-    return shown(info)
+    serving = services.registry.get(name)
+    shape = None if serving is None else schemas.routing_shape(serving.content).model_dump()
+    return shown(info, routing=shape)
 
 
 @router.delete("/{name:path}", response_model=AdapterInfo, responses=refusals(*CHANGES, 404, 409))

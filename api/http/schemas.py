@@ -42,6 +42,22 @@ class ChatInfo(BaseModel):
     stop_token_ids: list[int]
 
 
+class RouterInfo(BaseModel):
+    """One router. head: of one that decides head by head, else null."""
+
+    site: str
+    head: int | None
+    experts: int
+
+
+class RoutingShape(BaseModel):
+    """What `"molehill": {"routing": true}` gives of each token: int16 `[sites, k]`. sites: in that
+    order."""
+
+    k: int
+    sites: list[RouterInfo]
+
+
 class AdapterInfo(BaseModel):
     """One adapter. A name that is being replaced appears once for each generation.
 
@@ -82,6 +98,12 @@ class AdapterInfo(BaseModel):
     mix: list[MixPartInfo] | None = None
     chat: ChatInfo | None = None
     warnings: list[str] = []
+
+
+class AdapterDetails(AdapterInfo):
+    """One adapter, with its routers; null of a name that does not serve."""
+
+    routing: RoutingShape | None = None
 
 
 class DesiredInfo(BaseModel):
@@ -149,6 +171,11 @@ def of_generation(generation: Generation) -> AdapterInfo:
         chat=chat_info(content),
         warnings=list(content.warnings),
     )
+
+
+def routing_shape(content: Content) -> RoutingShape:
+    sites = [RouterInfo(site=r.site, head=r.head, experts=r.experts) for r in content.routers]
+    return RoutingShape(k=content.most_experts, sites=sites)
 
 
 def mix_info(mix: Mix) -> list[MixPartInfo]:

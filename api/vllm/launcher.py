@@ -177,6 +177,7 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         None if merged_base is None else str(merged_base.directory),
         "" if merged_base is None else merged_base.digest,
         options.host_memory,
+        options.capture_routing,
     )
     args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
     args.molehill = options

@@ -12,10 +12,8 @@ client reads that.
 import asyncio
 import inspect
 import weakref
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -23,16 +21,18 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
-from molehill.api.adapters.errors import EngineRefusedError, NotInvokedError, UnknownModelError
+from molehill.api.adapters.errors import NotInvokedError
 from molehill.api.adapters.events import LifecycleMetrics, Tier
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.vllm.invocation import Decode, check_invoked, decoder
 from molehill.api.vllm.read_ahead import ReadAhead
+from molehill.api.vllm.request_scope import RequestScope, bring_in, request_scope
+from molehill.api.vllm.routed_calls import RoutedCall, RoutingMemory, check_base, check_plain
 from molehill.api.vllm.stop_tokens import stop_as_adapter_does
 
 HEADER = "Molehill-Generation"
@@ -41,74 +41,6 @@ HEADER = "Molehill-Generation"
 PATIENCE_SECONDS = 1.0
 
 Outputs = AsyncGenerator[Any, None]
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """A mix that a request asks for. models: what it may name as its model, which is then the mix.
-    lora_request: the engine's, of the mix."""
-
-    models: Collection[str | None]
-    lora_request: Any
-
-
-@dataclass
-class RequestScope:
-    """The HTTP request that is being answered, or a call of the engine outside of one.
-
-    leases: by adapter, each held until the answer has ended. asked: adapters that the engine was
-    asked for. tiers: where those were that were brought in before that. mixed: what it asks for in
-    the place of its model. unread: calls of the engine that have not begun.
-    """
-
-    leases: dict[str, Lease] = field(default_factory=dict)
-    asked: set[str] = field(default_factory=set)
-    tiers: dict[str, Tier] = field(default_factory=dict)
-    mixed: Mixed | None = None
-    unread: "weakref.WeakSet[LeasedOutputs]" = field(default_factory=weakref.WeakSet)
-    ended: bool = False
-    # What its leases have in common; not itself, which holds them.
-    request: object = field(default_factory=object)
-
-    def lease(self, registry: AdapterRegistry, lora_request: Any) -> Lease:
-        """One more on the generation that the answer runs on. What goes on after the response is
-        counted while it lasts. Raises VLLMNotFoundError, as vLLM's routes understand it."""
-        name = lora_request.lora_name
-        if name in self.leases and not self.ended:
-            return self.leases[name].share()
-        try:
-            lease = registry.admit(lora_request, self.request)
-        except UnknownModelError as error:
-            raise VLLMNotFoundError(str(error)) from error
-        if not self.ended:
-            self.leases[name] = lease.share()
-        return lease
-
-    def run_on(self, mix: Lease, models: Collection[str | None]) -> None:
-        """In the place of the model that the request names, one of `models`."""
-        self.leases[mix.generation.name] = mix
-        self.mixed = Mixed(models, mix.generation.request)
-
-    async def begin(self, events: bool) -> None:
-        """Returns once all that a stream will read is in the workers. Raises GracefulHTTPError.
-
-        events: it is a stream of events, whose route may ask the engine only when it has begun; the
-        adapter was in the workers then, at least.
-        """
-        for call in list(self.unread):
-            await call.begin()
-        for name, lease in self.leases.items():
-            if events and name not in self.asked:
-                self.tiers[name] = await bring_in(lease)
-                lease.give_slot_back()
-
-    def end(self) -> None:
-        self.ended = True
-        for lease in self.leases.values():
-            lease.leave()
-
-
-request_scope: ContextVar[RequestScope | None] = ContextVar("request_scope", default=None)
 
 
 class Refused(Exception):
@@ -194,23 +126,41 @@ def admit(registry: AdapterRegistry, lora_request: Any) -> Generation | None:
     return lease.generation
 
 
-def count_requests(engine_client: Any, registry: AdapterRegistry) -> None:
-    """Puts the count in front of this engine client's `generate` and `encode`."""
+def count_requests(
+    engine_client: Any, registry: AdapterRegistry, routing: RoutingMemory | None = None
+) -> None:
+    """Puts the count in front of this engine client's `generate` and `encode`.
+
+    routing: for what requests may ask of their routing; None where they may not ask.
+    """
     decode = decoder(engine_client)
-    engine_client.generate = counted(engine_client.generate, registry, decode)
-    engine_client.encode = counted(engine_client.encode, registry, decode)
+
+    def route(request: RequestScope, generation: Generation, given: Mapping[str, Any]) -> Any:
+        check_plain(given)
+        if request.routing is None:
+            return None
+        memory = routing or RoutingMemory(0, "found a server that keeps none, expected one")
+        return RoutedCall(engine_client, memory, request.routing, generation, given)
+
+    engine_client.generate = counted(engine_client.generate, registry, decode, route)
+    engine_client.encode = counted(engine_client.encode, registry, decode, route)
+
+
+# Raises what vLLM's routes understand; None where a request asks nothing of its routing.
+Route = Callable[[RequestScope, Generation, Mapping[str, Any]], RoutedCall | None]
 
 
 def counted(
-    call: Callable[..., Any], registry: AdapterRegistry, decode: Decode
+    call: Callable[..., Any], registry: AdapterRegistry, decode: Decode, route: Route
 ) -> Callable[..., Any]:
     """`call` with its `lora_request` (a keyword on all of vLLM's routes) admitted and counted."""
     names = list(inspect.signature(call).parameters)
 
     def start(*args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
-        if lora_request is None:
-            return call(*args, **kwargs)
         request = request_scope.get() or RequestScope(ended=True)
+        if lora_request is None:
+            check_base(request.routing)
+            return call(*args, **kwargs)
         # A refusal must come before a streaming response has begun.
         lease = request.lease(registry, lora_request)
         name = lease.generation.name
@@ -219,6 +169,7 @@ def counted(
             invoked = is_invoked(lease.generation, registry.events, given, decode)
             if invoked:
                 stop_as_adapter_does(lease.generation.content.chat, given)
+            routed = route(request, lease.generation, given) if invoked else None
         except Exception:
             lease.leave()
             raise
@@ -227,7 +178,11 @@ def counted(
         def hit(tier: Tier) -> None:
             registry.events.hit(name, request.tiers.pop(name, tier))
 
-        outputs = run(lease, hit, call, args, kwargs) if invoked else run_base(call, args, kwargs)
+        if request.routing is not None:
+            request.routed.append(routed or samples_of(given))
+        outputs = (
+            run(lease, hit, call, args, kwargs, routed) if invoked else run_base(call, args, kwargs)
+        )
         counted = LeasedOutputs(lease, outputs, gives_deltas(*args, **kwargs))
         request.unread.add(counted)
         return counted
@@ -253,21 +208,15 @@ def is_invoked(
     return True
 
 
+def samples_of(arguments: Mapping[str, Any]) -> int:
+    """Choices of an answer that such a call gives."""
+    return getattr(arguments.get("sampling_params"), "n", 1)
+
+
 def gives_deltas(_: Any = None, sampling_params: Any = None, *__: Any, **___: Any) -> bool:
     """Whether such a call's outputs hold only what is new in them."""
     kind = getattr(sampling_params, "output_kind", None)
     return kind is RequestOutputKind.DELTA
-
-
-async def bring_in(lease: Lease) -> Tier:
-    """Takes the generation's slot; where it was before. Raises GracefulHTTPError, as vLLM's routes
-    understand it."""
-    generation = lease.generation
-    try:
-        return await lease.take_slot()
-    except EngineRefusedError as error:
-        message = str(error).replace(generation.request.lora_path, generation.name)
-        raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE) from error
 
 
 async def run(
@@ -276,10 +225,12 @@ async def run(
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    routed: RoutedCall | None = None,
 ) -> Outputs:
     """None when the generation is in the workers, then the engine's outputs.
 
-    hit: told where the generation was before.
+    hit: told where the generation was before. routed: has the call's arguments, and follows its
+    outputs, if its routing is asked for.
     """
     # The engine may be at work for longer than whoever reads the outputs, or be done before.
     slot = lease.share()
@@ -287,7 +238,12 @@ async def run(
         hit(await bring_in(slot))
         yield None
         request = lease.generation.request
-        async with aclosing(call(*args, lora_request=request, **kwargs)) as outputs:
+        called = (
+            call(*args, lora_request=request, **kwargs)
+            if routed is None
+            else routed.follow(call(lora_request=request, **routed.arguments))
+        )
+        async with aclosing(called) as outputs:
             async for output in outputs:
                 if output.finished:
                     slot.leave()

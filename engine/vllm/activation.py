@@ -1,11 +1,9 @@
 """Rows of a step before their request's invocation: there an activated adapter is the base.
 
 vLLM maps rows to adapters by request. Where a request's rows lie in its prompt is in the
-scheduler's output, and in which order requests lie in the step is known where the model runner asks
-for the mapping: `ActivatedRows` follows both, for either of vLLM's model runners.
+scheduler's output: `ActivatedRows` follows it.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 
 from molehill.engine.adapter.activation import activation_offset
+from molehill.engine.vllm.step_following import computed_tokens, follow_steps
 
 logger = init_logger("vllm.molehill")
 
@@ -49,12 +48,7 @@ class ActivatedRows:
         self._requests: dict[str, _Request] = {}
         self._computed: dict[str, int] = {}
         self._layout: list[tuple[str, int]] = []
-        runner.execute_model = self._following(runner.execute_model)
-        if hasattr(runner, "lora_state"):
-            state = runner.lora_state
-            state.make_lora_inputs = self._laying_out_v2(state.make_lora_inputs)
-        else:
-            runner.set_active_loras = self._laying_out_v1(runner.set_active_loras)
+        follow_steps(runner, self)
 
     def follow(self, step: Any) -> None:
         """step: vLLM's SchedulerOutput."""
@@ -67,11 +61,7 @@ class ActivatedRows:
         self._layout = []
         self._computed = {}
         if self._requests:
-            cached = step.scheduled_cached_reqs
-            self._computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=False))
-            self._computed.update(
-                (n.req_id, n.num_computed_tokens) for n in step.scheduled_new_reqs
-            )
+            self._computed = computed_tokens(step)
 
     def lay_out(self, request_ids: Sequence[str], num_tokens: Sequence[int]) -> None:
         """In which order, and with how many rows each, requests lie in the step."""
@@ -116,29 +106,3 @@ class ActivatedRows:
                 request.name,
             )
         return True
-
-    def _following(self, execute_model: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(execute_model)
-        def following(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            self.follow(scheduler_output)
-            return execute_model(scheduler_output, *args, **kwargs)
-
-        return following
-
-    def _laying_out_v1(self, set_active_loras: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(set_active_loras)
-        def laying_out(
-            input_batch: Any, num_scheduled_tokens: Any, *args: Any, **more: Any
-        ) -> None:
-            self.lay_out(input_batch.req_ids, num_scheduled_tokens)
-            set_active_loras(input_batch, num_scheduled_tokens, *args, **more)
-
-        return laying_out
-
-    def _laying_out_v2(self, make_lora_inputs: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(make_lora_inputs)
-        def laying_out(req_ids: Any, idx_mapping: Any, num_scheduled_tokens: Any) -> Any:
-            self.lay_out(req_ids, num_scheduled_tokens)
-            return make_lora_inputs(req_ids, idx_mapping, num_scheduled_tokens)
-
-        return laying_out

@@ -1,8 +1,10 @@
-"""What is used of vLLM for activated adapters, seam by seam: keys of blocks, and a step's rows."""
+"""What is used of vLLM for activated adapters and for captured routing, seam by seam: keys of
+blocks, a step's rows, and what requests say of themselves."""
 
 from molehill.engine.vllm.seams import Seam
 
 ACTIVATION, KEYS_FILE = "engine/vllm/activation.py", "engine/vllm/prefix_keys.py"
+FOLLOWING, ROUTING = "engine/vllm/step_following.py", "engine/vllm/routing_capture.py"
 
 PREFIX_KEYS = Seam(
     "vllm.v1.core.kv_cache_utils",
@@ -44,12 +46,18 @@ STEPS = (
         "NewRequestData",
         ACTIVATION,
         "which rows come before an invocation",
-        attributes=("lora_request", "num_computed_tokens", "prompt_token_ids", "req_id"),
+        attributes=(
+            "lora_request",
+            "num_computed_tokens",
+            "prompt_token_ids",
+            "req_id",
+            "sampling_params",
+        ),
     ),
     Seam(
         "vllm.v1.core.sched.output",
         "CachedRequestData",
-        ACTIVATION,
+        FOLLOWING,
         "which rows come before an invocation",
         attributes=("num_computed_tokens", "req_ids"),
     ),
@@ -63,7 +71,7 @@ STEPS = (
     Seam(
         "vllm.v1.worker.lora_model_runner_mixin",
         "LoRAModelRunnerMixin.set_active_loras",
-        ACTIVATION,
+        FOLLOWING,
         "is extended on the model runner: the order of a step's requests",
         overrides=(
             "self",
@@ -77,21 +85,21 @@ STEPS = (
     Seam(
         "vllm.v1.worker.gpu_input_batch",
         "InputBatch.make_lora_inputs",
-        ACTIVATION,
+        FOLLOWING,
         "rows lie as the requests do",
         markers=("req_lora_mapping.repeat(num_scheduled_tokens)",),
     ),
     Seam(
         "vllm.v1.worker.gpu_input_batch",
         "InputBatch",
-        ACTIVATION,
+        FOLLOWING,
         "the order of a step's requests",
         attributes=("req_ids",),
     ),
     Seam(
         "vllm.v1.worker.gpu.lora_utils",
         "LoraState.make_lora_inputs",
-        ACTIVATION,
+        FOLLOWING,
         "is extended on the second model runner's state: the order of a step's requests",
         overrides=("self", "req_ids", "idx_mapping", "num_scheduled_tokens"),
         markers=("lora_ids.repeat(num_scheduled_tokens)",),
@@ -100,11 +108,29 @@ STEPS = (
     Seam(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.__init__",
-        ACTIVATION,
+        FOLLOWING,
         "the second model runner's state",
         markers=("self.lora_state = LoraState(",),
         platform="gpu",
     ),
 )
 
-SEAMS: tuple[Seam, ...] = (*KEYS, *STEPS)
+# How a request that asks for its routing is known to the workers.
+REQUESTS = (
+    Seam(
+        "vllm.sampling_params",
+        "SamplingParams",
+        ROUTING,
+        "says that a request asks for its routing, and reads no prefix cache",
+        attributes=("extra_args", "skip_reading_prefix_cache", "clone"),
+    ),
+    Seam(
+        "vllm.v1.engine.parallel_sampling",
+        "ParentRequest.get_child_info",
+        ROUTING,
+        "tells the samples of one prompt apart",
+        markers=('f"{index}_{self.request_id}"',),
+    ),
+)
+
+SEAMS: tuple[Seam, ...] = (*KEYS, *STEPS, *REQUESTS)

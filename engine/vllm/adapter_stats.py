@@ -107,6 +107,11 @@ class AdapterStats:
         counters = self._counters(record)
         return counters.tokens, site_stats(counters, record.costs)
 
+    def costs(self, lora_id: int) -> Costs | None:
+        """Of one adapter; None if it is not known here."""
+        record = self._inside.get(lora_id) or self._outside.get(lora_id)
+        return None if record is None else record.costs
+
     def _refresh(self, records: Iterable[AdapterRecord], op_seconds: float) -> None:
         """The ops serve the adapters of a batch together: their seconds since the last time are
         shared out by the FLOPs since then."""

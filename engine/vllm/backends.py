@@ -11,6 +11,9 @@ from molehill.kernels.pytorch.backend import TorchBackend
 
 NAMES = ("auto", "cpu", "torch", "triton")
 
+# Router rows of one adapter on one linear where gate weights are kept for all of a step's rows.
+CAPTURED_GATES = 128
+
 
 def for_worker(config: VllmConfig, settings: Settings, device: torch.device) -> tuple[Backend, str]:
     """The backend of `settings`, for `auto` the fastest that runs on `device`; and why this one.
@@ -70,5 +73,7 @@ def _on_gpu(config: VllmConfig, settings: Settings, device: torch.device) -> tup
         slots=max(Capacity.slots, 4 * adapters),
         memory=settings.memory,
         vectors=config.model_config.enforce_eager,
+        captures=settings.capture_routing,
+        gates=CAPTURED_GATES if settings.capture_routing else Capacity.gates,
     )
     return TritonBackend(device, capacity), "Triton kernels"

@@ -14,6 +14,7 @@ from vllm.lora.request import LoRARequest
 from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.host_cache import AdapterKey
 from molehill.engine.vllm.logits_rows import LogitsRows
+from molehill.engine.vllm.routing_capture import RoutingCapture
 from molehill.engine.vllm.slot_table import BASE
 from molehill.engine.vllm.token_rows import TokenRows
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
@@ -31,10 +32,12 @@ class LoRAManager:
         self,
         adapters: WorkerAdapters,
         activated: ActivatedRows,
+        routing: RoutingCapture,
         logits: LogitsRows,
         tokens: TokenRows,
     ) -> None:
         self._adapters = adapters
+        self._routing = routing
         self._activated = activated
         self._logits = logits
         self._tokens = tokens
@@ -87,6 +90,7 @@ class LoRAManager:
             self._adapters.pacer.step_begins()
             runs = self._runs(self._without_plain_rows(mapping.index_mapping))
             self._adapters.stats.mark_active(run.slot for run in runs)
+            self._routing.collect()
             self._tokens.begin_step(runs)
             self._logits.begin_step(*self._heads(runs, mapping.prompt_mapping))
 

@@ -244,6 +244,74 @@ class TraceReply:
     traces: list[SiteTrace]
 
 
+@dataclass(frozen=True)
+class TokenRange:
+    """Tokens `start` to `stop` of a request, prompt first. index: among the samples of a prompt."""
+
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RoutesRequest:
+    """What routers chose for tokens of the requests that asked for it under `key`. usage: whether
+    the sums up to each `stop` are wanted too. forget: nothing of them will be asked again."""
+
+    key: str
+    parts: tuple[TokenRange, ...]
+    usage: bool = False
+    forget: bool = False
+
+
+@dataclass(frozen=True)
+class Routes:
+    """experts: int16 `[tokens, routers, most]`; weights: float16, as many or none; both little-
+    endian."""
+
+    index: int
+    experts: bytes
+    weights: bytes
+
+
+@dataclass(frozen=True)
+class RoutingUsage:
+    """tokens: that the adapter acted on. decisions: of routers, one token each. activated: experts
+    that they chose. flops: of routers and chosen experts; a multiply-add is two."""
+
+    tokens: int = 0
+    decisions: int = 0
+    activated: int = 0
+    flops: int = 0
+
+    def __add__(self, other: "RoutingUsage") -> "RoutingUsage":
+        return RoutingUsage(
+            self.tokens + other.tokens,
+            self.decisions + other.decisions,
+            self.activated + other.activated,
+            self.flops + other.flops,
+        )
+
+
+@dataclass(frozen=True)
+class RoutesReply:
+    """stage: this worker's of the pipeline. routers: (site, head) of its. most: experts of one
+    decision. usage: zeros if it was not asked for."""
+
+    stage: int
+    routers: tuple[tuple[str, int], ...]
+    most: int
+    parts: list[Routes]
+    usage: RoutingUsage
+
+
+@dataclass(frozen=True)
+class ForgetRoutesRequest:
+    """Nothing will be asked for under `key` any more."""
+
+    key: str
+
+
 DESCRIBE = Rpc("molehill_describe", Empty, BaseModel)
 CORES = Rpc("molehill_cores", Empty, CoresReply)
 PREPARE = Rpc("molehill_prepare", AdapterRequest, PrepareReply)
@@ -254,3 +322,5 @@ REMOVE = Rpc("molehill_remove", RemoveRequest, RemoveReply)
 STATS = Rpc("molehill_stats", StatsRequest, StatsReply)
 ROUTING = Rpc("molehill_routing", RoutingRequest, RoutingReply)
 TRACE = Rpc("molehill_trace", TraceRequest, TraceReply)
+ROUTES = Rpc("molehill_routes", RoutesRequest, RoutesReply)
+FORGET_ROUTES = Rpc("molehill_forget_routes", ForgetRoutesRequest, Empty)

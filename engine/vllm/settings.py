@@ -22,6 +22,7 @@ class Settings:
     merge_tolerance: above 0, nearly equal experts do too, see `static_gates.gate`.
     merged_base: directory of the adapter that is merged into the base weights; it is served to
     requests for the adapter whose digest is `merged_base_digest`.
+    capture_routing: whether a GPU worker keeps gate weights for requests that ask.
     """
 
     backend: str = "auto"
@@ -32,6 +33,7 @@ class Settings:
     merged_base: str | None = None
     merged_base_digest: str = ""
     host_memory: int = GIB
+    capture_routing: bool = False
 
     def to_config(self) -> dict[str, Any]:
         """The value for `additional_config`."""

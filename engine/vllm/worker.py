@@ -1,5 +1,6 @@
 """The workers that vLLM runs when it is given `worker_cls="molehill.engine.vllm.worker.Worker"`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
 from molehill.engine.vllm.pipeline import make_stage_inputs
+from molehill.engine.vllm.routing_capture import RoutingCapture
 from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.step_timer import StepTimer
 from molehill.engine.vllm.token_rows import TokenRows
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
+from molehill.kernels.interface import UNSERVED, Run
 
 compat.check_version()
 
@@ -98,9 +101,20 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     ) -> nn.Module:
         self.adapters = WorkerAdapters(vllm_config, device, model, self._merged_base)
         activated = ActivatedRows(self.model_runner, self.adapters.invocation_of)
-        logits = LogitsRows(self.model_runner, model, self.adapters.vocabulary.begin_logits)
-        tokens = TokenRows(model, self.adapters.slots, self.adapters.model.begin_step)
-        self.model_runner.lora_manager = LoRAManager(self.adapters, activated, logits, tokens)
+        adapters = self.adapters
+        routing = RoutingCapture(self.model_runner, adapters.backend, adapters.slots.slot)
+        adapters.routing_capture = routing
+
+        def begin_step(runs: Sequence[Run]) -> None:
+            adapters.model.begin_step(runs)
+            # What waits for ids of tokens is announced as unserved first.
+            if not runs or any(run.slot != UNSERVED for run in runs):
+                routing.begin_step(runs)
+
+        logits = LogitsRows(self.model_runner, model, adapters.vocabulary.begin_logits)
+        tokens = TokenRows(model, adapters.slots, begin_step)
+        manager = LoRAManager(adapters, activated, routing, logits, tokens)
+        self.model_runner.lora_manager = manager
         return model
 
     # What `molehill.engine.vllm.protocol` asks, in plain values and answered in them
@@ -135,6 +149,12 @@ class Worker(PlatformWorker):  # type: ignore[misc]
 
     def molehill_routing(self, request: object) -> object:
         return protocol.ROUTING.serve(request, self.adapters.routing)
+
+    def molehill_routes(self, request: object) -> object:
+        return protocol.ROUTES.serve(request, self.adapters.routes)
+
+    def molehill_forget_routes(self, request: object) -> object:
+        return protocol.FORGET_ROUTES.serve(request, self.adapters.forget_routes)
 
     def molehill_trace(self, request: object) -> object:
         return protocol.TRACE.serve(request, self.adapters.trace)

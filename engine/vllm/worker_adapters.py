@@ -22,6 +22,7 @@ from molehill.engine.vllm.prefetch import AT_ONCE, Prefetcher, StepPacer
 from molehill.engine.vllm.protocol import (
     AdapterRequest,
     Empty,
+    ForgetRoutesRequest,
     InstallReply,
     InstallRequest,
     PlainTensor,
@@ -29,6 +30,8 @@ from molehill.engine.vllm.protocol import (
     PrepareReply,
     RemoveReply,
     RemoveRequest,
+    RoutesReply,
+    RoutesRequest,
     RoutingReply,
     RoutingRequest,
     SiteTrace,
@@ -39,6 +42,7 @@ from molehill.engine.vllm.protocol import (
     TraceRequest,
 )
 from molehill.engine.vllm.rank_agreement import OtherRankError, RankAgreement
+from molehill.engine.vllm.routing_capture import RoutingCapture
 from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.slot_table import BASE, FullError, SlotTable
 from molehill.kernels.interface import KernelCompilations, Packed
@@ -96,6 +100,8 @@ class WorkerAdapters:
         self._entered: dict[int, tuple[AdapterKey, PreparedAdapter]] = {}
         self._refused: set[int] = set()
         self._compilations: KernelCompilations | None = None
+        # Follows the model runner, once there is one to follow.
+        self.routing_capture: RoutingCapture | None = None
         if merged_base is not None:
             self.slots.store(BASE, self._loader.pack(self._loader.base_rows()))
 
@@ -173,6 +179,8 @@ class WorkerAdapters:
         self._refused.discard(lora_id)
         if lora_id not in self.slots:
             return False
+        if self.routing_capture is not None:
+            self.routing_capture.leave_slot(lora_id)
         self.stats.leave_slot(lora_id)
         key, adapter = self._entered.pop(lora_id)
         packed = self.slots.erase(lora_id)
@@ -256,6 +264,18 @@ class WorkerAdapters:
 
     def routing(self, request: RoutingRequest) -> RoutingReply:
         return RoutingReply(*self.stats.sites(request.lora_int_id), self._engine)
+
+    def routes(self, request: RoutesRequest) -> RoutesReply:
+        """What the routers chose for tokens of requests that ask for it."""
+        assert self.routing_capture is not None, "set up with the model"
+        stage = get_pp_group().rank_in_group
+        return self.routing_capture.take(request, stage, self.stats.costs)
+
+    def forget_routes(self, request: ForgetRoutesRequest) -> Empty:
+        """Those requests ended before all was asked for."""
+        if self.routing_capture is not None:
+            self.routing_capture.forget(request)
+        return Empty()
 
     def trace(self, request: TraceRequest) -> TraceReply:
         """Starts or ends recording of what the routers decide; what they did so far."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molehill.kernels.capture import routed_sites
 from molehill.kernels.checked import CheckedBackend
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.cpu import build
@@ -62,6 +63,7 @@ class CpuBackend(CheckedBackend):
         self._ffn_tensors: dict[int, Tensor] = {}
         self._sites: dict[str, int] = {}
         self._slots: set[int] = set()
+        self._captured = torch.zeros(0, 0)
         self._packing = threading.Lock()
         weakref.finalize(self, self._ops.destroy, self._id)
 
@@ -104,8 +106,10 @@ class CpuBackend(CheckedBackend):
     def erase(self, slot: int) -> Packed | None:
         """Frees a slot; rows that the announced step gives to it are unserved from here on."""
         self._slots.discard(slot)
+        sites = self.routed_sites(slot)
+        self._routed.pop(slot, None)
         number = self._ops.unstore(self._id, slot)
-        return None if number < 0 else Packed(PackedSlot(self._ops, self._id, number))
+        return None if number < 0 else Packed(PackedSlot(self._ops, self._id, number), sites)
 
     def resident_bytes(self, slot: int) -> int:
         """Bytes of the packed weights and tables; 0 for an empty slot."""
@@ -130,6 +134,15 @@ class CpuBackend(CheckedBackend):
         sites = tuple(names[number] for number in ids)
         return SlotCounters(tokens, sites, tuple(experts), counts, entropy)
 
+    def capture(self, rows: Sequence[int]) -> None:
+        """Backend.capture."""
+        self._captured = torch.zeros(len(rows), self._captured_columns)
+        self._ops.capture(self._id, list(rows), self._captured)
+
+    def captured(self) -> Tensor:
+        """Backend.captured."""
+        return self._captured
+
     def seconds(self) -> float:
         """Wall time of the ops' calls in steps that had adapters."""
         return float(self._ops.seconds(self._id))
@@ -150,18 +163,20 @@ class CpuBackend(CheckedBackend):
         dtype = next((shape.dtype for shape in self._layers.linears.values()), torch.float32)
         number = self._ops.stage(self._id, weights.num_bytes(dtype))
         packed = PackedSlot(self._ops, self._id, number)
+        columns = {site.name: site.column for site in routed_sites(weights)}
         for handle, pieces in weights.linears.items():
             for piece in pieces:
-                self._pack_linear(packed, handle, piece)
+                self._pack_linear(packed, handle, piece, columns.get(piece.site, 0))
                 if piece.shared is not None:
                     shared = LinearPiece(piece.site, piece.start, piece.shared, Constant((1.0,)))
-                    self._pack_linear(packed, handle, shared)
+                    self._pack_linear(packed, handle, shared, 0)
         for handle, ffn in weights.ffns.items():
             dtype = self._layers.linears[self._layers.ffns[handle].gate_up].dtype
             self._ops.pack_ffn(
                 packed.number,
                 handle,
                 self._site(ffn.site),
+                columns[ffn.site],
                 ffn.num_experts,
                 _ACTIVATIONS[ffn.activation],
                 *_pair(ffn.gate, dtype),
@@ -175,18 +190,21 @@ class CpuBackend(CheckedBackend):
             )
         for handle, scales in weights.scales.items():
             for scale in scales:
-                site = self._site(scale.site)
-                self._ops.pack_scale(packed.number, handle, site, scale.start, *_vectors(scale))
+                site = self._site(scale.site), columns[scale.site]
+                self._ops.pack_scale(packed.number, handle, *site, scale.start, *_vectors(scale))
         for handle, scale in weights.ffn_scales.items():
-            site = self._site(scale.site)
-            self._ops.pack_ffn_scale(packed.number, handle, site, *_vectors(scale))
+            site = self._site(scale.site), columns[scale.site]
+            self._ops.pack_ffn_scale(packed.number, handle, *site, *_vectors(scale))
         return packed
 
-    def _pack_linear(self, packed: "PackedSlot", handle: int, piece: LinearPiece) -> None:
+    def _pack_linear(
+        self, packed: "PackedSlot", handle: int, piece: LinearPiece, column: int
+    ) -> None:
         self._ops.pack_linear(
             packed.number,
             handle,
             self._site(piece.site),
+            column,
             piece.start,
             *_pair(piece.experts, self._layers.linears[handle].dtype),
             *encode(piece.policy, piece.parameters),

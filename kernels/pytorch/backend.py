@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from molehill.kernels import custom_ops
+from molehill.kernels.capture import Capture, Record
 from molehill.kernels.checked import CheckedBackend
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.interface import (
+    CPU,
     UNSERVED,
     FfnShape,
     LinearShape,
@@ -63,6 +65,8 @@ class TorchBackend(CheckedBackend):
         self._tokens: dict[int, int] = {}
         self._segments: list[tuple[int, Rows]] = []
         self._traces: list[Trace] | None = None
+        self._capture: Capture | None = None
+        self._device = CPU
         self._seconds: float | None = 0.0
         self.linear_op: Callable[..., Any] = torch.ops.molehill.linear.default
         self.ffn_op: Callable[..., Any] = torch.ops.molehill.ffn.default
@@ -72,6 +76,7 @@ class TorchBackend(CheckedBackend):
         if shape.device.type != "cpu":
             # A device works on after the call has returned.
             self._seconds = None
+        self._device = shape.device
         self._linears.append(RegisteredLinear(shape))
         return len(self._linears) - 1
 
@@ -135,6 +140,7 @@ class TorchBackend(CheckedBackend):
             ffn.scales.pop(slot, None)
             ffn.states.pop(slot, None)
         self._tokens.pop(slot, None)
+        self._routed.pop(slot, None)
         self._segments = [(UNSERVED if s == slot else s, rows) for s, rows in self._segments]
         return None
 
@@ -149,6 +155,7 @@ class TorchBackend(CheckedBackend):
         return total
 
     def begin_step(self, runs: Sequence[Run]) -> None:
+        self._capture = None
         by_slot: dict[int, list[Run]] = {}
         for run in runs:
             served = run.slot in self._tokens
@@ -170,14 +177,14 @@ class TorchBackend(CheckedBackend):
             shrunk = _reduce_shrunk(shrunk, layer.shape.reduce)
         for (slot, rows), part in zip(work, shrunk, strict=True):
             y = out[rows]
-            layer.tables[slot].expand(y, part, self._traces)
+            layer.tables[slot].expand(y, part, self._recording(slot, rows))
             if not isinstance(rows, slice):
                 out[rows] = y
         for slot, rows in self._segments:
             for table in layer.scales.get(slot, ()):
                 y = out[rows]
                 u = y[:, table.columns]
-                table.scale(u, table.logits(u), self._traces)
+                table.scale(u, table.logits(u), self._recording(slot, rows))
                 if not isinstance(rows, slice):
                     out[rows] = y
         self._linear_in_ffn(out, x, layer)
@@ -188,7 +195,7 @@ class TorchBackend(CheckedBackend):
                 out[rows] = 0
             if layer.gate_up_of is not None and slot in layer.gate_up_of.tables:
                 table = layer.gate_up_of.tables[slot]
-                layer.gate_up_of.states[slot] = table.route(x[rows], self._traces)
+                layer.gate_up_of.states[slot] = table.route(x[rows], self._recording(slot, rows))
             if layer.down_of is not None and slot in layer.down_of.states:
                 y = out[rows]
                 layer.down_of.tables[slot].finish(y, layer.down_of.states.pop(slot))
@@ -212,9 +219,32 @@ class TorchBackend(CheckedBackend):
             logits = _reduce(logits, reduce)
         for (slot, rows), part in zip(work, logits, strict=True):
             u = h[rows]
-            ffn.scales[slot].scale(u, part, self._traces)
+            ffn.scales[slot].scale(u, part, self._recording(slot, rows))
             if not isinstance(rows, slice):
                 h[rows] = u
+
+    def capture(self, rows: Sequence[int]) -> None:
+        """Backend.capture."""
+        self._capture = Capture(rows, self._captured_columns, self._device)
+
+    def captured(self) -> Tensor:
+        """Backend.captured."""
+        return torch.zeros(0, 0) if self._capture is None else self._capture.weights
+
+    def _recording(self, slot: int, rows: Rows) -> Record | None:
+        """What takes the decisions for a segment; None if nobody wants them."""
+        traces, capture = self._traces, self._capture
+        if traces is None and capture is None:
+            return None
+        sites = self._routed.get(slot, {})
+
+        def record(site: str, *decided: Tensor) -> None:
+            if traces is not None:
+                traces.append(Trace(site, *(t.detach().clone() for t in decided)))
+            if capture is not None:
+                capture.keep(rows, sites[site], decided[1].flatten(1))
+
+        return record
 
     def counters(self, slot: int) -> SlotCounters:
         routers: list[Router] = []

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from molehill.kernels.interface import ScalePiece, Trace
+from molehill.kernels.capture import Record
+from molehill.kernels.interface import ScalePiece
 from molehill.kernels.pytorch.tables import Router
 
 
@@ -11,7 +12,7 @@ class ScaleTable:
     """One adapter's vectors for one projection's output, or for an FFN's intermediate.
 
     As in the other tables, logits may be summed over tensor-parallel ranks between the two steps.
-    by_head: its traces have an axis of heads.
+    by_head: what is recorded of it has an axis of heads.
     """
 
     def __init__(self, piece: ScalePiece, device: torch.device, *, by_head: bool) -> None:
@@ -26,12 +27,10 @@ class ScaleTable:
         logits: Tensor = self._heads(u) @ self.g.T
         return logits
 
-    def scale(self, u: Tensor, logits: Tensor, traces: list[Trace] | None) -> None:
+    def scale(self, u: Tensor, logits: Tensor, record: Record | None) -> None:
         """Multiplies u in place."""
-        traced: list[Trace] | None = None if traces is None else []
-        routing = self.router.route(logits.flatten(0, 1), traced)
-        if traces is not None and traced is not None:
-            traces += [self._split(trace) for trace in traced] if self.by_head else traced
+        by_head = record if record is None or not self.by_head else self._by_head(record)
+        routing = self.router.route(logits.flatten(0, 1), by_head)
         weights = routing.weights.view_as(logits)
         factor = torch.einsum("the,hew->thw", weights, self.vectors)
         u.copy_((self._heads(u) * factor).flatten(1))
@@ -40,9 +39,14 @@ class ScaleTable:
         heads: Tensor = u.float().unflatten(1, (len(self.vectors), -1))
         return heads
 
-    def _split(self, trace: Trace) -> Trace:
-        tensors = (trace.probabilities, trace.weights, trace.entropy)
-        return Trace(trace.site, *(t.unflatten(0, (-1, len(self.vectors))) for t in tensors))
+    def _by_head(self, record: Record) -> Record:
+        """Takes what was decided for `[T * heads]`."""
+
+        def split(site: str, *decided: Tensor) -> None:
+            p, w, entropy = (t.unflatten(0, (-1, len(self.vectors))) for t in decided)
+            record(site, p, w, entropy)
+
+        return split
 
     @property
     def num_bytes(self) -> int:

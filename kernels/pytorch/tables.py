@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molehill.kernels.activation import ACTIVATIONS
+from molehill.kernels.capture import Record
 from molehill.kernels.counters import SiteCounters
-from molehill.kernels.interface import ExpertScale, FfnPiece, LinearPiece, Trace
+from molehill.kernels.interface import ExpertScale, FfnPiece, LinearPiece
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Constant, Policy, Routing
 
@@ -60,15 +61,14 @@ class Router:
         """Columns of gate weights."""
         return len(self.sites) * self.experts
 
-    def route(self, logits: Tensor, traces: list[Trace] | None) -> Routing:
+    def route(self, logits: Tensor, record: Record | None) -> Routing:
         """Weights `[T, sites, E]` of `[T, sites * rows]` logits; counts them."""
         logits = logits.unflatten(1, (len(self.sites), -1))
         probabilities, routing = self.policy.decide(logits, self.parameters)
         self._count(routing)
-        if traces is not None:
+        if record is not None:
             for i, site in enumerate(self.sites):
-                chosen = (probabilities[:, i], routing.weights[:, i], routing.entropy[:, i])
-                traces.append(Trace(site, *(t.detach().clone() for t in chosen)))
+                record(site, probabilities[:, i], routing.weights[:, i], routing.entropy[:, i])
         return routing
 
     def _count(self, routing: Routing) -> None:
@@ -166,11 +166,11 @@ class LinearTable:
             return Shrunk(y[:, : self.rank], y[:, self.rank :])
         return Shrunk(y, None)
 
-    def expand(self, out: Tensor, shrunk: Shrunk, traces: list[Trace] | None) -> None:
+    def expand(self, out: Tensor, shrunk: Shrunk, record: Record | None) -> None:
         """Changes `out [T, out]` in place."""
         rows, gates = shrunk.rows, None
         if shrunk.logits is not None:
-            gates = self._gate_weights(shrunk.logits, traces)
+            gates = self._gate_weights(shrunk.logits, record)
             rows = (rows * gates[:, self.gate_of_row]).to(out.dtype)
         for projection in self.projections:
             y = out[:, projection.columns]
@@ -180,10 +180,10 @@ class LinearTable:
             if projection.added_bias is not None:
                 y.add_(projection.added_bias)
 
-    def _gate_weights(self, logits: Tensor, traces: list[Trace] | None) -> Tensor:
+    def _gate_weights(self, logits: Tensor, record: Record | None) -> Tensor:
         """`[T, sum E + 1]`; the last column is 1."""
         parts = [
-            router.route(part, traces).weights.flatten(1)
+            router.route(part, record).weights.flatten(1)
             for router, part in zip(
                 self.routers, logits.split([r.rows for r in self.routers], dim=1), strict=True
             )
@@ -260,9 +260,9 @@ class FfnTable:
         self.gate_scale = _to(piece.gate_scale, device)
         self.up_scale = _to(piece.up_scale, device)
 
-    def route(self, x: Tensor, traces: list[Trace] | None) -> "FfnState":
+    def route(self, x: Tensor, record: Record | None) -> "FfnState":
         """x `[T, d]`, the FFN's input: gate weights and the input shrunk for gate and up."""
-        routing = self.router.route(F.linear(x.float(), self.g), traces)
+        routing = self.router.route(F.linear(x.float(), self.g), record)
         return FfnState(routing.weights.flatten(1), _shrink(self.gate, x), _shrink(self.up, x))
 
     def mix(self, gate_up: Tensor, state: "FfnState") -> Tensor:

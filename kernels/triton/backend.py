@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from molehill.kernels import custom_ops
+from molehill.kernels.capture import Capture, Record
 from molehill.kernels.checked import CheckedBackend
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.interface import FfnShape, LinearShape, Packed, Run, SlotWeights, Trace
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.activate import activate as launch_activate
+from molehill.kernels.triton.captured_gates import CapturedGates
 from molehill.kernels.triton.compilations import Compilations
 from molehill.kernels.triton.expand import expand
 from molehill.kernels.triton.ffn import ffn as launch_ffn
@@ -60,6 +62,9 @@ class TritonBackend(CheckedBackend):
         self._packed: dict[int, Packed] = {}
         self._runs: list[Run] = []
         self._traces: list[Trace] | None = None
+        self._gates: CapturedGates | None = None
+        self._capture: Capture | None = None
+        self._captured_rows: list[int] = []
         size = StepLayout(capacity.tokens, capacity.adapters + 1).size
         self._steps = torch.zeros(size, dtype=torch.int32, device=device)
         self.linear_op: Callable[..., Any] = torch.ops.molehill.linear.default
@@ -93,6 +98,8 @@ class TritonBackend(CheckedBackend):
             if self._ffns:
                 self._gate_up = ScratchMemory(self.capacity, self._device)
                 self._strips = StripMemory(self.capacity, self._device)
+            if self.capacity.captures:
+                self._gates = CapturedGates(len(self._linears), self.capacity, self._device)
         return self._table
 
     def _pack(self, weights: SlotWeights) -> Packed:
@@ -110,6 +117,7 @@ class TritonBackend(CheckedBackend):
 
     def erase(self, slot: int) -> Packed | None:
         self.table.erase(slot)
+        self._routed.pop(slot, None)
         self._vectors.erase(slot)
         self._tokens.pop(slot, None)
         return self._packed.pop(slot, None)
@@ -120,6 +128,7 @@ class TritonBackend(CheckedBackend):
 
     def begin_step(self, runs: Sequence[Run]) -> None:
         """One copy to the device, ordered on the stream; nothing waits for it."""
+        self._capture = None
         if not runs and not self._runs:
             return
         self._runs = list(runs)
@@ -160,7 +169,7 @@ class TritonBackend(CheckedBackend):
             slots.parameters[:, handle],
             slots.counters[:, handle],
         )
-        mixed, trace = self._mixed(handle, tokens), self._trace_buffer(tokens)
+        mixed, trace = self._mixed(handle, tokens), self._trace_buffer(handle, tokens)
         pairs = self._strips.pairs if handle in self._ffn_of_gate_up else None
         views = weights, floats, slots.arena.view(torch.int32)
         gate(x, self._steps, records, views, scratch, config, mixed, pairs, trace)
@@ -175,7 +184,7 @@ class TritonBackend(CheckedBackend):
         views = (slots.arena.view(self._linears[handle].dtype), slots.arena.view(torch.float32))
         config, scratch = launch_config_for(tokens, self.capacity), self._scratch_of(handle, tokens)
         expand(out, self._steps, slots.pieces[:, handle], views, scratch, config)
-        self._vectors.scale_linear(out, handle, self._runs, self._traces)
+        self._vectors.scale_linear(out, handle, self._runs, self._recording)
 
     def ffn(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
         if not self._runs or not len(h):
@@ -190,7 +199,7 @@ class TritonBackend(CheckedBackend):
         pairs = self._strips.pairs
         launch_ffn(h, gate_up, self._steps, records, views, scratch, pairs, strips, config)
         reduce = self._linears[shape.down].reduce
-        self._vectors.scale_ffn(h, handle, self._runs, reduce, self._traces)
+        self._vectors.scale_ffn(h, handle, self._runs, reduce, self._recording)
 
     def activate(self, h: Tensor, gate_up: Tensor, handle: int) -> None:
         """ActivatingBackend.activate."""
@@ -267,11 +276,46 @@ class TritonBackend(CheckedBackend):
         traces, self._traces = self._traces, [] if enabled else None
         return traces or []
 
-    def _trace_buffer(self, tokens: int) -> Tensor | None:
+    def _trace_buffer(self, handle: int, tokens: int) -> Tensor | None:
+        if self._gates is not None:
+            return self._gates.of(handle, tokens)
         if self._traces is None:
             return None
         gates = launch_config_for(tokens, self.capacity).max_gates
         return torch.zeros(tokens, 2 * gates, device=self._device)
+
+    def capture(self, rows: Sequence[int]) -> None:
+        """Backend.capture, where the capacity has it."""
+        self._captured_rows = list(rows)
+        self._capture = Capture(rows, self._captured_columns, self._device)
+
+    def captured(self) -> Tensor:
+        """Backend.captured. Nothing waits for the device."""
+        if self._capture is None:
+            return torch.zeros(0, 0)
+        if self._gates is not None:
+            for run in self._runs:
+                rows = [row for row in self._captured_rows if run.start <= row < run.stop]
+                for site in self.table.sites.get(run.slot, ()) if rows else ():
+                    weights = self._gates.weights(site.handle, rows, site.gate, site.experts)
+                    routed = self._routed[run.slot][site.name]
+                    self._capture.keep(torch.tensor(rows), routed, weights)
+        return self._capture.weights
+
+    def _recording(self, slot: int, rows: slice) -> Record | None:
+        """What takes the decisions for a run; None if nobody wants them."""
+        traces, capture = self._traces, self._capture
+        if traces is None and capture is None:
+            return None
+        sites = self._routed.get(slot, {})
+
+        def record(site: str, *decided: Tensor) -> None:
+            if traces is not None:
+                traces.append(Trace(site, *(t.detach().clone() for t in decided)))
+            if capture is not None:
+                capture.keep(rows, sites[site], decided[1].flatten(1))
+
+        return record
 
     def _record(self, buffer: Tensor | None, handle: int) -> None:
         """Probabilities and weights are the kernel's; the entropy is worked out from them."""

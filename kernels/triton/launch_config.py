@@ -43,7 +43,8 @@ class Capacity:
     router, at most 32 are tested. gates: stacked router rows of one adapter on one linear, with
     those of Sparsegen's hidden layers. pieces: original projections of one linear, and its FFN's
     mixture. memory: bytes for adapter weights. vectors: whether mixtures of vectors may come, which
-    only eager mode can run.
+    only eager mode can run. captures: whether gate weights may be asked for, row by row; then every
+    step keeps those of all rows, also inside a graph: 8 * linears * tokens * gates bytes.
     """
 
     adapters: int
@@ -55,6 +56,7 @@ class Capacity:
     pieces: int = 8
     memory: int = 2 << 30
     vectors: bool = False
+    captures: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from molehill.kernels.capture import Record
 from molehill.kernels.counters import SiteCounters
-from molehill.kernels.interface import Run, ScalePiece, Trace
+from molehill.kernels.interface import Run, ScalePiece
 from molehill.kernels.pytorch.scales import ScaleTable
+
+# What takes the decisions for a run's rows, if anybody wants them.
+Recording = Callable[[int, slice], Record | None]
 
 
 @dataclass
@@ -73,14 +77,15 @@ class Vectors:
         }
 
     def scale_linear(
-        self, out: Tensor, handle: int, runs: Sequence[Run], traces: list[Trace] | None
+        self, out: Tensor, handle: int, runs: Sequence[Run], recording: Recording
     ) -> None:
         """Multiplies columns of `out [T, out]` in place."""
         for run in runs:
             vectors = self._slots.get(run.slot, SlotVectors())
             for table in vectors.linears.get(handle, ()):
                 u = out[run.start : run.stop, table.columns]
-                table.scale(u, table.logits(u), traces)
+                record = recording(run.slot, slice(run.start, run.stop))
+                table.scale(u, table.logits(u), record)
 
     def scale_ffn(
         self,
@@ -88,18 +93,18 @@ class Vectors:
         handle: int,
         runs: Sequence[Run],
         reduce: Callable[[Tensor], Tensor] | None,
-        traces: list[Trace] | None,
+        recording: Recording,
     ) -> None:
         """Multiplies rows of `h [T, I]` in place. reduce: sums logits over the ranks."""
         work = [
-            (h[run.start : run.stop], vectors.ffns[handle])
+            (run, h[run.start : run.stop], vectors.ffns[handle])
             for run in runs
             if (vectors := self._slots.get(run.slot)) is not None and handle in vectors.ffns
         ]
-        logits = [table.logits(u) for u, table in work]
+        logits = [table.logits(u) for _, u, table in work]
         if reduce is not None and logits:
             sizes = [part.numel() for part in logits]
             total = reduce(torch.cat([part.flatten() for part in logits])).split(sizes)
             logits = [part.view_as(local) for part, local in zip(total, logits, strict=True)]
-        for (u, table), part in zip(work, logits, strict=True):
-            table.scale(u, part, traces)
+        for (run, u, table), part in zip(work, logits, strict=True):
+            table.scale(u, part, recording(run.slot, slice(run.start, run.stop)))

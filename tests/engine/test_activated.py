@@ -15,6 +15,7 @@ from support.asking import LOGIT_TOLERANCE, Reply, ask_each
 from support.engines import engine
 from support.golden import TINY_LLAMA, Case, Prompt, greatest_difference
 from support.oracle import answer
+from support.routed import asking, assert_chosen, chosen, gate_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -256,18 +257,27 @@ def counter(llm: Any, name: str) -> int:
 
 
 def test_preempted_requests_and_drafts(llm: Any, adapters: dict[str, Any], model: Any) -> None:
-    """Blocks for 416 tokens, of which six requests want 130 each."""
+    """Blocks for 416 tokens, of which six requests want 130 each. What routers chose for two of
+    them is what the reference's choose for the tokens that were accepted."""
     assert llm.reset_prefix_cache()
     preempted = counter(llm, "vllm:num_preemptions")
     accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
     names = ["alora", "base", "dynmole", "head", "mixlora", "plain"]
     prompts = [[*TEXT[i:50], *INVOCATION, *TEXT[i:20], *OTHER, *TEXT[:9]] for i in range(6)]
     requests = [adapters[name] for name in names]
-    replies = ask_each(llm, prompts, requests, tokens=50)
+    asked = [names.index(name) for name in ("dynmole", "mixlora")]
+    extra = {i: asking(names[i], 200) for i in asked}
+    replies = ask_each(llm, prompts, requests, tokens=50, extra=extra)
     for prompt, request, reply in zip(prompts, requests, replies, strict=True):
         assert_as(reply, expected(model, request, prompt, steps=50))
     assert counter(llm, "vllm:num_preemptions") > preempted
     assert counter(llm, "vllm:spec_decode_num_accepted_tokens") > accepted
+    for i in asked:
+        ids, path = [*prompts[i], *replies[i].tokens[:-1]], Path(requests[i].lora_path)
+        start = activation_offset(prompts[i], OTHER)
+        assert start is not None
+        weights = gate_weights(model, path, ids, start)
+        assert_chosen(chosen(llm, names[i], len(ids)), weights, start)
 
 
 def test_a_prompt_without_the_invocation_is_not_the_bases_answer(

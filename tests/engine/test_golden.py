@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.asking import (
     LOGIT_TOLERANCE,
     Reply,
@@ -16,7 +17,15 @@ from support.asking import (
     every_prompt,
     request,
 )
-from support.golden import ROUNDED, SERVED, Case, greatest_difference
+from support.golden import (
+    ROUNDED,
+    SERVED,
+    TINY_LLAMA,
+    Case,
+    greatest_difference,
+    served_path,
+)
+from support.routed import Chosen, asking, assert_chosen, chosen, gate_weights
 
 from molehill.benchmarks.contestants import MOLEHILL, Contestant
 from molehill.benchmarks.turns import Measurements
@@ -30,6 +39,14 @@ ROUTER_TOLERANCE = 1e-5
 BATCH_TOLERANCE = 1e-4
 # Of a case's prompts, the only one that fills a block.
 LONGEST = 3
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    """The base on Transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +128,39 @@ def test_router_weights_match_the_reference(llm: Any, case: str) -> None:
         tolerance = ROUNDED.get(case, ROUTER_TOLERANCE)
         for figure, value in route.items():
             assert greatest_difference(stats[figure].tensor(), value) < tolerance, (site, figure)
+
+
+ROUTED = [name for name in SERVED if Case(name).routes()]
+
+
+@pytest.fixture(scope="module")
+def captured(llm: Any) -> dict[str, Chosen]:
+    """What was chosen for a prompt of every mixture and for its answer, in one batch with the same
+    of others that do not ask."""
+    cases = [*ROUTED, "base", "lora", *ROUTED]
+    prompts = [Case(case).prompts[LONGEST] for case in cases]
+    ids, requests = [list(prompt.ids) for prompt in prompts], [request(case) for case in cases]
+    extra = {i: asking(case, 200) for i, case in enumerate(ROUTED)}
+    assert_golden(ask_each(llm, ids, requests, extra=extra), prompts)
+    return {case: chosen(llm, case, len(ids[i]) + 11) for i, case in enumerate(ROUTED)}
+
+
+@pytest.mark.parametrize("case", ROUTED)
+def test_captured_routing_is_the_reference_s(
+    captured: dict[str, Chosen], tiny: Any, case: str
+) -> None:
+    """Every router, every token of prompt and answer but the last, which no model has read."""
+    prompt = Case(case).prompts[LONGEST]
+    weights = gate_weights(tiny, served_path(case), [*prompt.ids, *prompt.greedy[:-1]])
+    assert_chosen(captured[case], weights, tolerance=ROUNDED.get(case, 0.0))
+
+
+def test_nothing_is_kept_of_what_was_told_or_never_asked(llm: Any, captured: Any) -> None:
+    assert captured
+    part = protocol.TokenRange(0, 0, 5)
+    for key in ("mixlora", "nobody"):
+        reply = ask_worker(llm, protocol.ROUTES, protocol.RoutesRequest(key, (part,)))
+        assert (reply.parts, reply.routers) == ([], ())
 
 
 def test_counters_are_what_the_reference_chose(llm: Any) -> None:

@@ -51,8 +51,8 @@ def llm(request: Any) -> Iterator[Any]:
             distributed_executor_backend="mp",
             max_loras=40,
             additional_config={"molehill": {"memory": MEMORY}},
-        ) as found:
-            yield found
+        ) as result:
+            yield result
 
 
 def test_adapters_that_are_loaded_beside_running_requests_match_the_reference(llm: Any) -> None:
@@ -75,11 +75,11 @@ def test_adapters_that_are_loaded_beside_running_requests_match_the_reference(ll
         assert (len(tokens), tuple(tokens[:12])) == (200, prompt.greedy)
     prompts = every_prompt()
     assert_golden(ask(llm, prompts), prompts)
-    figures = by_generation(stages(llm))
+    stats = by_generation(stages(llm))
     for case in SERVED:
         # Of 12 tokens the last is never read, and those in the prefix cache are not read again.
         read = sum(len(prompt.ids) + 11 for prompt in Case(case).prompts)
-        assert figures[IDS[case]].stats.tokens == read, case
+        assert stats[IDS[case]].stats.tokens == read, case
 
 
 def stages(llm: Any) -> list[protocol.StatsReply]:

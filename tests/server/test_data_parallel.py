@@ -27,10 +27,10 @@ STRAGGLER_SECONDS = 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found: Path = tmp_path_factory.mktemp("engines")
+    result: Path = tmp_path_factory.mktemp("engines")
     for case in CASES:
-        copy_adapter(case, found / "root" / case)
-    return found
+        copy_adapter(case, result / "root" / case)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def server(model: Path, folder: Path) -> Iterator[Server]:
     # vLLM binds the engines of a machine to its memory's nodes, of which there may be one.
     cores = share.cores()
     environment = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"} if cores else {}
-    with serve(model, folder / "log", arguments, environment, warm=True) as found:
-        yield found
+    with serve(model, folder / "log", arguments, environment, warm=True) as result:
+        yield result
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def api(shared: Api) -> Iterator[Api]:
 
 def engines(api: Api) -> list[tuple[int, int]]:
     """Of each engine, adapters in its slots and the bytes that they take."""
-    told = api.http.get("/v1/routing").json()["engines"]
-    assert [engine["engine"] for engine in told] == list(ENGINES)
-    return [(engine["adapters"], engine["resident_bytes"]) for engine in told]
+    report = api.http.get("/v1/routing").json()["engines"]
+    assert [engine["engine"] for engine in report] == list(ENGINES)
+    return [(engine["adapters"], engine["resident_bytes"]) for engine in report]
 
 
 def workers_of(server: Server) -> list[psutil.Process]:
@@ -75,12 +75,12 @@ def workers_of(server: Server) -> list[psutil.Process]:
     engines = dict(re.findall(r"EngineCore_DP(\d+) pid=(\d+)", log))
     workers = {int(pid) for pid in re.findall(r"Worker pid=(\d+)", log)}
     assert sorted(map(int, engines)) == list(ENGINES)
-    found = []
+    result = []
     for rank in ENGINES:
         children = psutil.Process(int(engines[str(rank)])).children()
         (worker,) = [child for child in children if child.pid in workers]
-        found.append(worker)
-    return found
+        result.append(worker)
+    return result
 
 
 def right(api: Api, name: str, case: str, rank: int | None = None) -> bool:

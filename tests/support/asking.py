@@ -61,8 +61,10 @@ def ask_each(
     requests: Sequence[Any],
     tokens: int = 12,
     prompt_logits: bool = False,
+    extra: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> list[Reply]:
-    """All prompts in one batch, each with its LoRARequest or None."""
+    """All prompts in one batch, each with its LoRARequest or None. extra: further sampling
+    parameters, by a prompt's number."""
     from vllm import SamplingParams
 
     # The text of every token of the vocabulary, at every step, would take most of the time.
@@ -75,9 +77,13 @@ def ask_each(
         detokenize=False,
         flat_logprobs=True,
     )
+    every = [sampling.clone() for _ in prompts]
+    for number, parameters in (extra or {}).items():
+        for name, value in parameters.items():
+            setattr(every[number], name, value)
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
-        sampling,
+        every,
         lora_request=list(requests),
         use_tqdm=False,
     )

@@ -61,15 +61,15 @@ def make(name: str, directory: Path) -> Job:
     path = tiny_models.build(name, directory)
     model = tiny_models.load(path)
     ids = ids_of_prompts(base.prompts)
-    prompts = [answer(model, "base", own, STEPS) for own in ids]
+    prompts = [answer(model, "base", routed_prompts, STEPS) for routed_prompts in ids]
     adapters = {}
     if base.dynmole:
         recipe = mixtures.dynmole(model, base.dynmole, seed=5)
         adapters["dynmole"] = recipe.save(directory / f"{name}-dynmole")
         with recipe.attached(model):
-            prompts += [answer(model, "dynmole", own, STEPS) for own in ids]
+            prompts += [answer(model, "dynmole", routed_prompts, STEPS) for routed_prompts in ids]
     adapters["lora"] = directory / f"{name}-lora"
     adapted = peft_lora(model, base.linears, (), adapters["lora"])
-    prompts += [answer(adapted, "lora", own, STEPS) for own in ids]
+    prompts += [answer(adapted, "lora", routed_prompts, STEPS) for routed_prompts in ids]
     prompts.sort(key=lambda prompt: len(prompt.ids))
     return Job(path, adapters, prompts, STEPS)

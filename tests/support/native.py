@@ -52,3 +52,6 @@ class NativeTritonBackend(TritonBackend):
             Trace(t.site, t.probabilities.cpu(), t.weights.cpu(), t.entropy.cpu())
             for t in super().trace(enabled)
         ]
+
+    def captured(self) -> Tensor:
+        return super().captured().cpu()

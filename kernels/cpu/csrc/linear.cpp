@@ -122,6 +122,7 @@ class LinearCall {
       routing.probabilities = arena.take<float>(entries);
       routing.entropy = arena.take<float>(rows);
     }
+    if (site.routed && !backend_.capture.empty()) routing.capture = &backend_.capture;
     if (site.routed && linear_.reduced) {
       routing.logits_column = chunk_columns_;
       chunk_columns_ += site.router_rows();

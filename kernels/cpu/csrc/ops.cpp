@@ -17,12 +17,25 @@ void begin_step(int64_t backend, const Ints& runs) {
   Backend& state = instance(backend).state;
   state.runs.clear();
   state.ffn_states.clear();
+  state.capture = {};
   for (size_t i = 0; i + 2 < runs.size(); i += 3) {
     const auto slot = state.slots.find(int(runs[i]));
     const bool served = slot != state.slots.end();
     state.runs.push_back({served ? &slot->second : nullptr, int(runs[i + 1]), int(runs[i + 2])});
     if (served) slot->second.tokens += runs[i + 2] - runs[i + 1];
   }
+}
+
+// Has the gate weights of rows of the announced step kept: those of rows[i] in weights[i], float
+// [rows, columns], which its owner keeps until the next step is announced.
+void capture(int64_t backend, const Ints& rows, Tensor weights) {
+  Capture& capture = instance(backend).state.capture;
+  capture = {};
+  if (rows.empty()) return;
+  capture.places.assign(size_t(*std::max_element(rows.begin(), rows.end())) + 1, -1);
+  for (size_t i = 0; i < rows.size(); ++i) capture.places[rows[i]] = int(i);
+  capture.weights = weights.mutable_data_ptr<float>();
+  capture.columns = weights.size(1);
 }
 
 // tokens; by routed site: id, experts; int64 [sites, 2 + E] with decisions, soft decisions and the
@@ -169,6 +182,7 @@ TORCH_LIBRARY(molehill_cpu, m) {
   m.def("ffn(Tensor(a!) h, Tensor gate_up, Tensor handle) -> ()");
   m.def("reduce(Tensor(a!) logits, int handle) -> ()");
   m.def("begin_step(int backend, int[] runs) -> ()", begin_step);
+  m.def("capture(int backend, int[] rows, Tensor(a!) weights) -> ()", capture);
   m.def("counters(int backend, int slot) -> (int, int[], int[], Tensor, Tensor)", counters);
   m.def("seconds(int backend) -> float", seconds);
   m.def("trace(int backend, bool enabled) -> (int[], Tensor[])", trace);

@@ -15,10 +15,11 @@ FieldValues field_values(const PolicyDict& fields) {
   return values;
 }
 
-Site make_site(int64_t id, int64_t experts, const std::string& policy, const PolicyDict& fields,
-               const std::optional<Tensor>& router, Arena& memory) {
+Site make_site(int64_t id, int64_t column, int64_t experts, const std::string& policy,
+               const PolicyDict& fields, const std::optional<Tensor>& router, Arena& memory) {
   Site site;
   site.id = id;
+  site.column = int(column);
   site.experts = int(experts);
   site.policy = make_policy(policy, field_values(fields), int(experts));
   TORCH_CHECK(experts > 0 && site.router_rows() <= kMaxRouterRows, "molehill_cpu: ", experts,
@@ -52,8 +53,8 @@ Buffer floats(const std::optional<Tensor>& t, Arena& memory) {
   return t ? copy_floats(t->const_data_ptr<float>(), t->numel(), memory) : Buffer();
 }
 
-void pack_linear(int64_t ticket, int64_t linear, int64_t site, int64_t start, const Tensor& a,
-                 const Tensor& b, const Ints& ranks, const std::string& policy,
+void pack_linear(int64_t ticket, int64_t linear, int64_t site, int64_t column, int64_t start,
+                 const Tensor& a, const Tensor& b, const Ints& ranks, const std::string& policy,
                  const PolicyDict& fields, const std::optional<Tensor>& router,
                  const std::optional<Tensor>& output_scale, const std::optional<Tensor>& bias,
                  const std::optional<Tensor>& added_bias) {
@@ -62,7 +63,7 @@ void pack_linear(int64_t ticket, int64_t linear, int64_t site, int64_t start, co
   Slot& owner = handle.instance->packing(ticket);
   Arena& memory = owner.memory;
   LinearPiece piece;
-  piece.site = make_site(site, int64_t(ranks.size()), policy, fields, router, memory);
+  piece.site = make_site(site, column, int64_t(ranks.size()), policy, fields, router, memory);
   piece.start = int(start);
   piece.experts =
       make_pair(*state.linears[handle.index].kernels, a, b, ranks, int64_t(ranks.size()), memory);
@@ -72,22 +73,23 @@ void pack_linear(int64_t ticket, int64_t linear, int64_t site, int64_t start, co
   owner.linears[handle.index].push_back(std::move(piece));
 }
 
-void pack_ffn(int64_t ticket, int64_t ffn, int64_t site, int64_t experts, int64_t activation,
-              const std::optional<Tensor>& gate_a, const std::optional<Tensor>& gate_b,
-              const Ints& gate_ranks, const std::optional<Tensor>& up_a,
-              const std::optional<Tensor>& up_b, const Ints& up_ranks,
-              const std::optional<Tensor>& down_a, const std::optional<Tensor>& down_b,
-              const Ints& down_ranks, const std::string& policy, const PolicyDict& fields,
-              const Tensor& router, const std::optional<Tensor>& bias,
-              const std::optional<Tensor>& gate_scale, const std::optional<Tensor>& gate_bias,
-              const std::optional<Tensor>& up_scale, const std::optional<Tensor>& up_bias) {
+void pack_ffn(int64_t ticket, int64_t ffn, int64_t site, int64_t column, int64_t experts,
+              int64_t activation, const std::optional<Tensor>& gate_a,
+              const std::optional<Tensor>& gate_b, const Ints& gate_ranks,
+              const std::optional<Tensor>& up_a, const std::optional<Tensor>& up_b,
+              const Ints& up_ranks, const std::optional<Tensor>& down_a,
+              const std::optional<Tensor>& down_b, const Ints& down_ranks,
+              const std::string& policy, const PolicyDict& fields, const Tensor& router,
+              const std::optional<Tensor>& bias, const std::optional<Tensor>& gate_scale,
+              const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& up_scale,
+              const std::optional<Tensor>& up_bias) {
   const Handle handle = find(ffns, ffn);
   Backend& state = handle.instance->state;
   const Kernels& table = *state.linears[state.ffns[handle.index].gate_up].kernels;
   Slot& owner = handle.instance->packing(ticket);
   Arena& memory = owner.memory;
   FfnPiece piece;
-  piece.site = make_site(site, experts, policy, fields, router, memory);
+  piece.site = make_site(site, column, experts, policy, fields, router, memory);
   piece.activation = Activation(activation);
   piece.gate = make_pair(table, gate_a, gate_b, gate_ranks, experts, memory);
   piece.up = make_pair(table, up_a, up_b, up_ranks, experts, memory);
@@ -100,11 +102,11 @@ void pack_ffn(int64_t ticket, int64_t ffn, int64_t site, int64_t experts, int64_
   owner.ffns.insert_or_assign(handle.index, std::move(piece));
 }
 
-ScalePiece make_scale(int64_t site, int64_t start, const std::string& policy,
+ScalePiece make_scale(int64_t site, int64_t column, int64_t start, const std::string& policy,
                       const PolicyDict& fields, const Tensor& router, const Tensor& vectors,
                       Arena& memory) {
   ScalePiece piece;
-  piece.site = make_site(site, router.size(0), policy, fields, router, memory);
+  piece.site = make_site(site, column, router.size(0), policy, fields, router, memory);
   piece.start = int(start);
   piece.heads = int(vectors.size(0));
   piece.width = int(vectors.size(2));
@@ -112,21 +114,22 @@ ScalePiece make_scale(int64_t site, int64_t start, const std::string& policy,
   return piece;
 }
 
-void pack_scale(int64_t ticket, int64_t linear, int64_t site, int64_t start,
+void pack_scale(int64_t ticket, int64_t linear, int64_t site, int64_t column, int64_t start,
                 const std::string& policy, const PolicyDict& fields, const Tensor& router,
                 const Tensor& vectors) {
   const Handle handle = find(linears, linear);
   Slot& owner = handle.instance->packing(ticket);
   owner.scales[handle.index].push_back(
-      make_scale(site, start, policy, fields, router, vectors, owner.memory));
+      make_scale(site, column, start, policy, fields, router, vectors, owner.memory));
 }
 
-void pack_ffn_scale(int64_t ticket, int64_t ffn, int64_t site, const std::string& policy,
-                    const PolicyDict& fields, const Tensor& router, const Tensor& vectors) {
+void pack_ffn_scale(int64_t ticket, int64_t ffn, int64_t site, int64_t column,
+                    const std::string& policy, const PolicyDict& fields, const Tensor& router,
+                    const Tensor& vectors) {
   const Handle handle = find(ffns, ffn);
   Slot& owner = handle.instance->packing(ticket);
   owner.ffn_scales.insert_or_assign(
-      handle.index, make_scale(site, 0, policy, fields, router, vectors, owner.memory));
+      handle.index, make_scale(site, column, 0, policy, fields, router, vectors, owner.memory));
 }
 
 // A slot to pack into, in any thread. bytes: that it will take, more or less.
@@ -188,12 +191,12 @@ TORCH_LIBRARY_FRAGMENT(molehill_cpu, m) {
   m.def("policies() -> str[]", policy_names);
   m.def("stage(int backend, int bytes) -> int", stage);
   m.def(
-      "pack_linear(int ticket, int linear, int site, int start, Tensor a, Tensor b, int[] ranks, "
+      "pack_linear(int ticket, int linear, int site, int column, int start, Tensor a, Tensor b, int[] ranks, "
       "str policy, Dict(str, float[]) fields, Tensor? router, Tensor? output_scale, Tensor? bias, "
       "Tensor? added_bias) -> ()",
       pack_linear);
   m.def(
-      "pack_ffn(int ticket, int ffn, int site, int experts, int activation, Tensor? gate_a, "
+      "pack_ffn(int ticket, int ffn, int site, int column, int experts, int activation, Tensor? gate_a, "
       "Tensor? gate_b, "
       "int[] gate_ranks, Tensor? up_a, Tensor? up_b, int[] up_ranks, Tensor? down_a, "
       "Tensor? down_b, int[] down_ranks, str policy, Dict(str, float[]) fields, Tensor router, "
@@ -201,12 +204,12 @@ TORCH_LIBRARY_FRAGMENT(molehill_cpu, m) {
       "Tensor? up_bias) -> ()",
       pack_ffn);
   m.def(
-      "pack_scale(int ticket, int linear, int site, int start, str policy, Dict(str, float[]) "
+      "pack_scale(int ticket, int linear, int site, int column, int start, str policy, Dict(str, float[]) "
       "fields, "
       "Tensor router, Tensor vectors) -> ()",
       pack_scale);
   m.def(
-      "pack_ffn_scale(int ticket, int ffn, int site, str policy, Dict(str, float[]) fields, "
+      "pack_ffn_scale(int ticket, int ffn, int site, int column, str policy, Dict(str, float[]) fields, "
       "Tensor router, "
       "Tensor vectors) -> ()",
       pack_ffn_scale);

@@ -23,6 +23,11 @@ void count(const Routing& routing, int row, int rows, double entropy, int64_t so
   }
 }
 
+void keep(const Routing& routing, int row, const float* weights) {
+  float* kept = routing.capture->row(routing.chunk.start + row, *routing.site);
+  if (kept != nullptr) std::copy_n(weights, routing.site->experts, kept);
+}
+
 void append(TraceRecord& record, const Routing& routing) {
   const int experts = routing.site->experts, rows = routing.chunk.rows;
   record.rows += rows;
@@ -62,6 +67,7 @@ void decide_rows(const Kernels& kernels, const Routing& routing, float* logits, 
     entropy += decision.entropy;
     soft += decision.soft;
     choose(routing, row + i, weights);
+    if (routing.capture != nullptr) keep(routing, row + i, weights);
     if (routing.probabilities == nullptr) continue;
     std::copy_n(p, site.experts, routing.probabilities + size_t(row + i) * site.experts);
     routing.entropy[row + i] = decision.entropy;

@@ -141,6 +141,7 @@ class ScaleCall {
       const float* vectors =
           piece.vectors.as<float>() + size_t(unit % piece.heads) * experts * piece.width;
       kernels_.scale({head(part, unit), piece.width, vectors, weights, experts});
+      if (!backend_.capture.empty()) keep(part, unit, weights);
       if (backend_.tracing) record(block.part, p + i * experts, weights, decision.entropy);
     }
 #pragma omp atomic
@@ -157,6 +158,13 @@ class ScaleCall {
 #pragma omp atomic
       site.counters.expert_tokens[e] += 1;
     }
+  }
+
+  void keep(const Part& part, int unit, const float* weights) const {
+    const Site& site = part.piece->site;
+    const int heads = part.piece->heads;
+    float* kept = backend_.capture.row(part.start + unit / heads, site);
+    if (kept != nullptr) std::copy_n(weights, site.experts, kept + unit % heads * site.experts);
   }
 
   void record(int part, const float* p, const float* weights, float entropy) {

@@ -95,6 +95,7 @@ struct Site {
   int64_t id = 0;
   int experts = 0;
   bool routed = false;
+  int column = 0;  // of its gate weights in a captured row
   std::unique_ptr<const Policy> policy;
   Buffer router;  // float panels of 8 rows
   mutable Counters counters;
@@ -161,16 +162,31 @@ struct Chunk {
   int start, rows;
 };
 
+// Where the gate weights of some rows of a step are kept.
+struct Capture {
+  std::vector<int> places;   // by row of the step, -1 for one that is not kept; empty: none is
+  float* weights = nullptr;  // [kept rows][columns]
+  int64_t columns = 0;
+
+  bool empty() const { return places.empty(); }
+  // Those of a site in one row of the step; null if the row is not kept.
+  float* row(int row, const Site& site) const {
+    if (row >= int(places.size()) || places[row] < 0) return nullptr;
+    return weights + places[row] * columns + site.column;
+  }
+};
+
 // What one site decided for one chunk.
 struct Routing {
   const Site* site;
   Chunk chunk;
-  float* weights;                  // [experts][rows]
-  uint16_t* experts;               // [rows][experts], chosen ones first
-  uint16_t* counts;                // [rows]
-  float* probabilities = nullptr;  // [rows][experts], traced steps only
-  float* entropy = nullptr;        // [rows], likewise
-  int logits_column = -1;          // in the reduced logits
+  float* weights;                    // [experts][rows]
+  uint16_t* experts;                 // [rows][experts], chosen ones first
+  uint16_t* counts;                  // [rows]
+  float* probabilities = nullptr;    // [rows][experts], traced steps only
+  float* entropy = nullptr;          // [rows], likewise
+  int logits_column = -1;            // in the reduced logits
+  const Capture* capture = nullptr;  // of steps that keep something
   Choice choice() const { return {weights, experts, counts, chunk.rows, site->experts}; }
 };
 
@@ -201,6 +217,7 @@ struct Backend {
   std::vector<FfnState> ffn_states;
   bool tracing = false;
   std::vector<TraceRecord> trace;
+  Capture capture;
 };
 
 Buffer pack_router(const float* router, int rows, int in, Arena& memory);

@@ -14,7 +14,8 @@ from support.world import Play, World, adapter, let_tasks_run
 from vllm.exceptions import VLLMNotFoundError
 
 from molehill.api.vllm import request_tracking
-from molehill.api.vllm.request_tracking import HEADER, GenerationHeader, RequestScope, request_scope
+from molehill.api.vllm.request_scope import RequestScope, request_scope
+from molehill.api.vllm.request_tracking import HEADER, GenerationHeader
 
 
 def test_an_unloaded_generation_is_freed_after_its_last_request(play: Play) -> None:

@@ -27,6 +27,7 @@ from molehill.engine.vllm.adapter_stats import AdapterStats
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.prefetch import StepPacer
+from molehill.engine.vllm.routing_capture import RoutingCapture
 from molehill.engine.vllm.token_rows import TokenRows
 from molehill.kernels.interface import UNSERVED, Run
 from molehill.kernels.vocabulary import Vocabulary
@@ -51,6 +52,7 @@ class Runner(LoRAModelRunnerMixin):
                 vocabulary=Vocabulary(),
             ),
             ActivatedRows(self, {ADAPTER: ()}.get),
+            RoutingCapture(self, worker.backend, slots.slot),
             LogitsRows(self, nn.Module(), lambda runs: None),
             TokenRows(nn.Module(), slots, self._begin_step),
         )

@@ -39,6 +39,15 @@ MESSAGES: list[Any] = [
     protocol.RoutingReply(9, {"layers.0.mlp": SITE}),
     protocol.TraceRequest(True),
     protocol.TraceReply([protocol.SiteTrace("q", MATRIX, MATRIX, MATRIX)]),
+    protocol.RoutesRequest("key", (protocol.TokenRange(1, 3, 5),), usage=True, forget=True),
+    protocol.RoutesReply(
+        1,
+        (("layers.0.mlp", 0), ("layers.0.self_attn.k_proj", 1)),
+        2,
+        [protocol.Routes(1, b"\xff\xff\x00\x01", b"")],
+        protocol.RoutingUsage(3, 6, 9, 1 << 60),
+    ),
+    protocol.ForgetRoutesRequest("key"),
 ]
 
 

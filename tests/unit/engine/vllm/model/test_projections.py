@@ -48,7 +48,7 @@ class BloomForCausalLM(nn.Module):
 
 
 def test_rows_by_group_of_heads_are_those_that_transformers_takes_apart() -> None:
-    config = BloomConfig(n_head=4, hidden_size=8, attn_implementation="eager")
+    config = BloomConfig(n_head=4, hidden_size=8, attn_implementation="eager")  # type: ignore[call-arg]
     attention = BloomAttention(config, layer_idx=0)
     numbered = torch.arange(24).view(1, 1, 24)
     expected = torch.cat([part.flatten() for part in attention._reshape(numbered)])
