@@ -169,18 +169,21 @@ async def measure(
             asyncio.create_task(streams.run()),
             asyncio.create_task(watch(server.process.pid, samples)),
         ]
-        await asyncio.sleep(min(5.0, quiet))
-        print(f"quiet for {quiet:g} s", file=sys.stderr)
-        spells = [time.perf_counter()]
-        await asyncio.sleep(quiet)
-        spells.append(time.perf_counter())
-        await trainer.run(spells[1] + seconds)
-        spells.append(time.perf_counter())
-        await asyncio.sleep(quiet)
-        spells.append(time.perf_counter())
-        for task in tasks:
-            task.cancel()
-        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        try:
+            await asyncio.sleep(min(5.0, quiet))
+            print(f"quiet for {quiet:g} s", file=sys.stderr)
+            spells = [time.perf_counter()]
+            await asyncio.sleep(quiet)
+            spells.append(time.perf_counter())
+            await trainer.run(spells[1] + seconds)
+            spells.append(time.perf_counter())
+            await asyncio.sleep(quiet)
+            spells.append(time.perf_counter())
+        finally:
+            for task in tasks:
+                task.cancel()
+            endings = await asyncio.gather(*tasks, return_exceptions=True)
+        for ended in endings:
             if not isinstance(ended, asyncio.CancelledError):
                 raise RuntimeError("the streams or the watch on memory broke off") from ended
     pushing = [s for s in samples if spells[1] <= s.at <= spells[2]]
