@@ -51,7 +51,7 @@ def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactor
         *("--adapter-root", str(adapter_root), "--adapter-store", str(store)),
         *("--adapters-file", str(file)),
         *("--adapter", f"started={GOLDEN / 'cases' / 'dynmole-default'}"),
-        *("--max-adapter-rank", "64", "--enable-scale-out", "--routing-bytes", "200000"),
+        *("--max-adapter-rank", "64", "--enable-scale-out", "--routing-bytes", "60000"),
         *("--max-upload-bytes", str(1 << 20), "--allow-trainer-control"),
     ]
     with serve(model, folder / "log", arguments, warm=True) as server:

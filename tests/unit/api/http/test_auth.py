@@ -276,7 +276,7 @@ def test_the_routes_are_documented(app: Any) -> None:
     for method, path, model in (
         ("get", "/v1/adapters", "AdapterList"),
         ("post", "/v1/adapters", "LoadedInfo"),
-        ("get", "/v1/adapters/{name}", "AdapterInfo"),
+        ("get", "/v1/adapters/{name}", "AdapterDetails"),
         ("delete", "/v1/adapters/{name}", "AdapterInfo"),
         ("post", "/v1/adapters/{name}/pin", "AdapterInfo"),
     ):
