@@ -17,9 +17,11 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Base:
-    """linears: what PEFT adapts; none where the base itself has no oracle on CPU. dynmole: linears with a mixture in one more adapter. prompts: a
-    seed whose greedy tokens are sure. refused: a pattern of what is said of LoRA on every linear,
-    where that is more than `linears`. options: of vLLM's `LLM`."""
+    """linears: what PEFT adapts; none where the base itself has no oracle on CPU. dynmole: linears
+    with a mixture in one more adapter. prompts: a seed whose greedy tokens are sure. refused: a
+    pattern of what is said of LoRA on every linear, where that is more than `linears`. options: of
+    vLLM's `LLM`.
+    """
 
     linears: Sequence[str] | str = ALL_LINEAR
     dynmole: Sequence[str] = ()
