@@ -41,7 +41,6 @@ def test_the_base_starts_without_torchvision_and_agrees_with_transformers(
         assert error.std() < TOLERANCE * expected.std()
 
 
-@pytest.mark.slow
 def test_a_worker_refuses_another_dtype_before_the_model_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
