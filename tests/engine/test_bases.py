@@ -25,7 +25,6 @@ LONG = os.environ.get("MOLEHILL_LONG_TESTS") == "1"
 # One of each kind of what adapters meet in a base.
 ALWAYS = (
     "gemma3_text",
-    "apertus",
     "glm4",
     "gemma4_key_as_value",
     "gemma4_per_layer_inputs",
