@@ -9,6 +9,7 @@ LINEAR = "vllm.model_executor.layers.linear"
 ROUTING = ("topk_weights", "topk_ids", "shared_experts", "shared_experts_input")
 
 DISCOVERY, HOOKS = "engine/vllm/model/discovery.py", "engine/vllm/model/hooks.py"
+PROJECTIONS, APART = "engine/vllm/model/projections.py", "engine/vllm/model/linears_apart.py"
 BASE_LINEARS = "engine/vllm/model/base_linears.py"
 ON_VOCABULARY, LOGITS = "engine/vllm/model/vocabulary.py", "engine/vllm/logits_rows.py"
 BASE_ACTIVATIONS = "engine/vllm/model/base_activations.py"
@@ -65,21 +66,21 @@ LINEARS = (
     Seam(
         LINEAR,
         "ColumnParallelLinear",
-        DISCOVERY,
+        PROJECTIONS,
         "a rank's outputs",
         attributes=("output_size", "output_size_per_partition", "tp_rank"),
     ),
     Seam(
         LINEAR,
         "MergedColumnParallelLinear",
-        DISCOVERY,
+        PROJECTIONS,
         "a rank's outputs of each part",
         attributes=("output_sizes", "tp_rank", "tp_size"),
     ),
     Seam(
         LINEAR,
         "QKVParallelLinear",
-        DISCOVERY,
+        PROJECTIONS,
         "a rank's heads",
         attributes=(
             "head_size",
@@ -94,7 +95,7 @@ LINEARS = (
     Seam(
         LINEAR,
         "RowParallelLinear",
-        DISCOVERY,
+        PROJECTIONS,
         "a rank's inputs",
         attributes=("input_size_per_partition", "tp_rank"),
     ),
@@ -111,6 +112,20 @@ LINEARS = (
         DISCOVERY,
         "what a model calls otherwise than Transformers does",
         attributes=("orig_to_new_substr", "orig_to_new_suffix"),
+    ),
+    Seam(
+        f"{LAYERS}.attention.mla_attention",
+        "MLAAttention",
+        APART,
+        "a linear whose weights are in others too",
+        attributes=("kv_b_proj",),
+    ),
+    Seam(
+        f"{LAYERS}.mamba.mamba_mixer2",
+        "MambaMixer2",
+        APART,
+        "a linear whose rows may be on several ranks",
+        attributes=("in_proj", "tp_size"),
     ),
     Seam("vllm.model_executor.layers.activation", "SiluAndMul", DISCOVERY, "a gated FFN"),
     Seam(

@@ -77,16 +77,6 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["mamba", "attention"],
     },
     "falcon_h1": {**TWO_HEADS, **MAMBA, "mamba_d_ssm": 128},
-    "lfm2": {
-        **TWO_HEADS,
-        "layer_types": ["conv", "full_attention"],
-        "block_ff_dim": 96,
-        "block_dim": 64,
-        "conv_dim": 64,
-        "block_multiple_of": 32,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_auto_adjust_ff_dim": False,
-    },
     "nemotron_h": {
         **TWO_HEADS,
         **WIDE_HEADS,
@@ -100,9 +90,10 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v3": {
         "num_key_value_heads": 4,
         "q_lora_rank": 24,
-        "kv_lora_rank": 32,
+        # The only latent width of vLLM's CPU kernel: 576.
+        "kv_lora_rank": 512,
         "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
+        "qk_rope_head_dim": 64,
         "v_head_dim": 32,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -120,5 +111,4 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "alibi": False,
         "bias": False,
     },
-    "bloom": {"num_attention_heads": 2, "n_head": 2, "n_layer": 2},
 }

@@ -2,8 +2,9 @@
 and PEFT answer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from support import mixtures, tiny_models
 from support.architectures import ids_of_prompts
@@ -16,12 +17,17 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Base:
-    """linears: what PEFT adapts. dynmole: linears with a mixture in one more adapter. prompts: a
-    seed whose greedy tokens are sure."""
+    """linears: what PEFT adapts; none where the base itself has no oracle on CPU. dynmole: linears
+    with a mixture in one more adapter. prompts: a seed whose greedy tokens are sure. refused: a
+    pattern of what is said of LoRA on every linear, where that is more than `linears`. options: of
+    vLLM's `LLM`.
+    """
 
     linears: Sequence[str] | str = ALL_LINEAR
     dynmole: Sequence[str] = ()
     prompts: int = 3
+    refused: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 BASES: Mapping[str, Base] = {
@@ -49,6 +55,12 @@ BASES: Mapping[str, Base] = {
     "granitemoehybrid": Base(),
     "falcon_h1": Base(linears=("in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj")),
     "nemotron_h": Base(linears=("in_proj", "q_proj", "k_proj", "v_proj", "o_proj")),
+    # vLLM's MLA on CPU answers otherwise than Transformers here.
+    "deepseek_v3": Base(
+        linears=(),
+        refused=r"self_attn\.kv_b_proj: found a linear that vLLM multiplies into the queries",
+        options={"block_size": 16},
+    ),
     "falcon": Base(
         linears=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), prompts=4
     ),
@@ -61,15 +73,19 @@ def make(name: str, directory: Path) -> Job:
     path = tiny_models.build(name, directory)
     model = tiny_models.load(path)
     ids = ids_of_prompts(base.prompts)
-    prompts = [answer(model, "base", routed_prompts, STEPS) for routed_prompts in ids]
+    prompts = [answer(model, "base", token_ids, STEPS) for token_ids in ids]
     adapters = {}
     if base.dynmole:
         recipe = mixtures.dynmole(model, base.dynmole, seed=5)
         adapters["dynmole"] = recipe.save(directory / f"{name}-dynmole")
         with recipe.attached(model):
-            prompts += [answer(model, "dynmole", routed_prompts, STEPS) for routed_prompts in ids]
-    adapters["lora"] = directory / f"{name}-lora"
-    adapted = peft_lora(model, base.linears, (), adapters["lora"])
-    prompts += [answer(adapted, "lora", routed_prompts, STEPS) for routed_prompts in ids]
+            prompts += [answer(model, "dynmole", token_ids, STEPS) for token_ids in ids]
+    if base.linears:
+        adapters["lora"] = directory / f"{name}-lora"
+        adapted = peft_lora(model, base.linears, (), adapters["lora"])
+        prompts += [answer(adapted, "lora", token_ids, STEPS) for token_ids in ids]
+    if base.refused:
+        adapters["refused"] = directory / f"{name}-refused"
+        peft_lora(tiny_models.load(path), ALL_LINEAR, (), adapters["refused"])
     prompts.sort(key=lambda prompt: len(prompt.ids))
-    return Job(path, adapters, prompts, STEPS)
+    return Job(path, adapters, prompts, STEPS, dict(base.options))

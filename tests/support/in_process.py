@@ -135,5 +135,6 @@ def _load(llm: Any, job: Job) -> tuple[dict[str, Any], dict[str, str]]:
 def replies_of(answers: Answers, prompts: Sequence[Prompt]) -> list[Reply]:
     """In the order of the job's prompts, all of which have one."""
     assert not answers.failed, answers.failed
-    assert not answers.refused, answers.refused
+    refused = answers.refused.keys() & {prompt.case for prompt in prompts}
+    assert not refused, answers.refused
     return [answers.replies[i] for i in range(len(prompts))]

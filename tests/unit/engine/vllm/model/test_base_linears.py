@@ -19,6 +19,7 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.models.deepseek_v2 import DeepSeekV2FusedQkvAProjLinear
 
 from molehill.engine.vllm.model import hooks
 from molehill.engine.vllm.model.base_linears import BaseLinears, SideStream
@@ -252,3 +253,19 @@ def test_a_captured_graph_forks_and_joins_and_eager_steps_do_not() -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, 2 * x + x + 1)
+
+
+def test_a_linear_that_would_run_a_kernel_of_its_own_runs_the_op(one_rank: None) -> None:
+    """DeepSeek V3's first projections, whose forward may go round the quant method on a GPU."""
+    linear = DeepSeekV2FusedQkvAProjLinear(INPUTS, [OUT, OUT])
+    linear.weight.data.copy_(random(2 * OUT, INPUTS, seed=3))
+    linear.quant_method.process_weights_after_loading(linear)
+    x = random(ROWS, INPUTS, seed=4).to(linear.weight.dtype)
+    expected = linear(x)[0] + 1
+    linear._use_min_latency_gemm = True
+
+    def add_one(out: torch.Tensor, x: torch.Tensor, handle: torch.Tensor) -> None:
+        out += 1
+
+    hooks.hook_linear(linear, 0, add_one)
+    assert torch.equal(linear(x)[0], expected)
