@@ -21,7 +21,8 @@ from molehill.engine.hf.reference import attach
 from molehill.engine.vllm import protocol
 
 LONG = os.environ.get("MOLEHILL_LONG_TESTS") == "1"
-MEMORY = 32 << 20
+# Bytes on one rank: room for all golden adapters, and not for half of the large one.
+MEMORY = 20 << 20
 # The layers of each stage.
 FIRST, SECOND = ("layers.0.", "layers.1."), ("layers.2.", "layers.3.")
 # Of adapters beside the golden ones.
@@ -97,14 +98,15 @@ def lora(name: str, number: int, path: Path) -> Any:
 
 def test_what_one_stage_refuses_is_on_none(llm: Any, tmp_path: Path) -> None:
     """The second stage has no memory for it, the first would not even need any."""
-    assert big_adapter.save(tmp_path / "large", 64, SECOND) > MEMORY
+    assert big_adapter.save(tmp_path / "large", 64, SECOND) > 2 * MEMORY
     before = llm.llm_engine.list_loras()
     # Twice: an answer of the first time would be taken for one of the second.
     for _ in range(2):
         with pytest.raises(Exception, match="adapter memory: found"):
             llm.llm_engine.add_lora(lora("large", LARGE, tmp_path / "large"))
     assert llm.llm_engine.list_loras() == before
-    assert all(LARGE not in reply.adapters for reply in stages(llm))
+    reports = [reply.adapters[LARGE] for reply in stages(llm) if LARGE in reply.adapters]
+    assert all(report.resident_bytes is None for report in reports)
     # Nobody waits for anybody.
     prompts = every_prompt()[:4]
     assert_golden(ask(llm, prompts), prompts)
