@@ -9,6 +9,7 @@ import torch
 from support import tiny_models, warm
 from support.asking import ask_each
 from support.engines import engine
+from support.oracle import peft_lora
 
 # Of the standard deviation of log-probabilities: the engine computes in bfloat16, Transformers in
 # float32. 0.013 and 0.021 were seen.
@@ -64,3 +65,33 @@ def test_a_worker_refuses_another_dtype_before_the_model_loads(
         "of qwen3_5_text take nothing else"
     )
     assert sentence in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def adapted(model: Path, tmp_path_factory: Any) -> tuple[Path, Any]:
+    """PEFT's LoRA on every linear, those of the delta net among them, and PEFT's model with it."""
+    directory = tmp_path_factory.mktemp("lora")
+    return directory, peft_lora(tiny_models.load(model), "all-linear", (), directory)
+
+
+def test_lora_on_every_linear_agrees_with_peft(
+    model: Path, llm: Any, adapted: tuple[Path, Any]
+) -> None:
+    """Beside the base in one batch."""
+    if model.name == "qwen3_next":
+        pytest.skip("LoRA on Qwen3-Next's linears has not been held against PEFT yet")
+    from vllm.lora.request import LoRARequest
+
+    path, oracle = adapted
+    request = LoRARequest("lora", 1, str(path))
+    llm.llm_engine.add_lora(request)
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(3, 512, (n,), generator=generator).tolist() for n in (7, 33)]
+    base, *others = ask_each(llm, [prompts[0], *prompts], [None, request, request], 2)
+    for reply, prompt in zip(others, prompts, strict=True):
+        with torch.inference_mode():
+            expected = oracle(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        error = reply.logits.log_softmax(-1) - expected
+        assert error.std() < TOLERANCE * expected.std()
+    moved = others[0].logits.log_softmax(-1) - base.logits.log_softmax(-1)
+    assert moved.std() > 10 * TOLERANCE * base.logits.std()

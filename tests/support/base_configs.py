@@ -103,6 +103,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "n_group": 2,
         "topk_group": 1,
         "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
     },
     "falcon": {
         "num_attention_heads": 2,
