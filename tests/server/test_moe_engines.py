@@ -1,6 +1,6 @@
 """A mixture-of-experts base whose experts are spread over engines, or over ranks.
 
-vLLM 0.32 starts such servers on CPU, but its kernels there cannot run a request, the base's either.
+vLLM 0.32 starts such servers on CPU, but no request was seen to come through there.
 """
 
 import os
