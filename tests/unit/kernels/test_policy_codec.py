@@ -106,7 +106,7 @@ def test_the_library_takes_every_field_and_no_other(name, fields, message):
     gate = router(len(RANKS) + extra, INPUTS)
     none = (None, None, None)
     with pytest.raises((RuntimeError, ValueError), match=message):
-        ops.pack_linear(ticket, linear, 0, 0, pair.a, pair.b, RANKS, name, fields, gate, *none)
+        ops.pack_linear(ticket, linear, 0, 0, 0, pair.a, pair.b, RANKS, name, fields, gate, *none)
     ops.drop(backend._id, ticket)
 
 
