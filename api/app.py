@@ -16,10 +16,10 @@ from starlette.exceptions import HTTPException
 from molehill.api.adapters.background import Background
 from molehill.api.adapters.chat import ChatReader
 from molehill.api.adapters.events import LifecycleMetrics
+from molehill.api.adapters.read_budget import MOST_AT_ONCE
 from molehill.api.adapters.reader import AdapterReader
-from molehill.api.adapters.reading import READERS
 from molehill.api.adapters.registry import AdapterRegistry
-from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import local
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import failure
@@ -29,22 +29,22 @@ from molehill.api.http.dependencies import Services, answer_http_error, answer_n
 from molehill.api.http.request_fields import RequestFields
 from molehill.api.metrics.worker_stats import WorkerStats
 from molehill.api.sources.adapters_file import LABEL
-from molehill.api.sources.desired_state import AdaptersFile
+from molehill.api.sources.desired_state import DesiredStateReconciler
 from molehill.api.sources.fetch import Sources
 from molehill.api.sources.manifest import Manifest
 from molehill.api.sources.operator_file import OperatorFile
-from molehill.api.sources.restore import Restart
+from molehill.api.sources.restore import Restore
 from molehill.api.sources.roots import AdapterRoots, operator_source
 from molehill.api.sources.uploads import Uploads
 from molehill.api.sources.watcher import Watcher
 from molehill.api.vllm import compat, starting
 from molehill.api.vllm.adapter_chats import base_chat, render_as_adapters_do
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
-from molehill.api.vllm.lifeline import Lifeline
+from molehill.api.vllm.engine_watch import EngineWatch
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
 from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
-from molehill.api.vllm.request_tracking import GenerationHeader, count_requests
+from molehill.api.vllm.request_tracking import GenerationHeader, wrap_engine_client
 from molehill.api.vllm.routed_calls import routing_memory
 from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
 from molehill.api.vllm.worker_client import WorkerClient
@@ -133,7 +133,7 @@ def end_with(task: asyncio.Task[None]) -> None:
 
 async def run_background(services: Services, *, watch: bool) -> None:
     """What goes on while the server serves."""
-    await services.restart.run()
+    await services.restore.run()
     followed: list[Coroutine[Any, Any, None]] = []
     if services.adapters_file is not None:
         followed.append(services.adapters_file.run())
@@ -154,7 +154,7 @@ async def make_services(
     """All that the routes need, on this engine. Raises RuntimeError, ManifestError, LockedError."""
     config = engine_client.vllm_config
     engines = config.parallel_config.data_parallel_size
-    workers = Lifeline(engine_client, engines, options.straggler_seconds)
+    workers = EngineWatch(engine_client, engines, options.straggler_seconds)
     # The workers check against these too; here a bad adapter gets its own error.
     limits = Settings.from_config(config.additional_config).limits
     base = replace(await base_model(workers), name=models.base_model_paths[0].name)
@@ -176,7 +176,7 @@ async def make_services(
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
         merged_base=merged_base,
-        background=Background(cores, threads=READERS),
+        background=Background(cores, threads=MOST_AT_ONCE),
         memory=limits.adapter_bytes,
         combine=reader.combine,
         read_chat=chat_reader(online_renderer) if options.adapter_chat_templates else None,
@@ -184,19 +184,23 @@ async def make_services(
     )
     models.lora_requests.registry = registry
     memory = routing_memory(config, options.routing_bytes, options.capture_routing)
-    count_requests(engine_client, registry, memory)
+    wrap_engine_client(engine_client, registry, memory)
     render_as_adapters_do(online_renderer, models, registry)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)
     sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
     manifest = None if options.store is None else Manifest(store.root)
-    restart = Restart(registry, store, sources, reader, manifest)
+    restore = Restore(registry, store, sources, reader, manifest)
     stats, scraping = WorkerStats(workers, registry), Background(cores, "molehill-metrics")
     place = options.adapters_file
-    file = None if place is None else AdaptersFile(OperatorFile(place, LABEL), sources, registry)
+    file = (
+        None
+        if place is None
+        else DesiredStateReconciler(OperatorFile(place, LABEL), sources, registry)
+    )
     served = ServedModels(models, registry)
     uploads = Uploads(store, options.admission)
-    return Services(registry, sources, uploads, stats, restart, served, scraping, file)
+    return Services(registry, sources, uploads, stats, restore, served, scraping, file)
 
 
 def chat_reader(online_renderer: Any) -> ChatReader | None:
@@ -217,13 +221,13 @@ async def prober(engine_client: Any) -> Prober | None:
     return Prober(generate, engine_client.model_config.get_vocab_size())
 
 
-async def workers_cores(workers: Lifeline) -> set[int]:
+async def workers_cores(workers: EngineWatch) -> set[int]:
     """What the workers compute on."""
     replies = await protocol.CORES.ask(workers, protocol.Empty())
     return {core for reply in replies for core in reply.cores}
 
 
-async def base_model(workers: Lifeline) -> BaseModel:
+async def base_model(workers: EngineWatch) -> BaseModel:
     """What the workers serve. Raises RuntimeError if they are not molehill's, or another
     release's."""
     try:

@@ -112,9 +112,9 @@ async def run(args: argparse.Namespace) -> None:
     from molehill.benchmarks.synthetic import dynmole, lora
     from molehill.engine.formats import native
     from molehill.engine.hf.shapes import base_model
-    from molehill.engine.vllm.compilation import WORKER, lift_gate
+    from molehill.engine.vllm.compilation import WORKER, allow_compilation
 
-    lift_gate()
+    allow_compilation()
     engine_args = AsyncEngineArgs(
         model=args.model,
         enable_lora=True,

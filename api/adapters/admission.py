@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Admission:
+class AdmissionLimits:
     """adapters: names that may be served. loads: at once, waiting ones too, and uploads. mixes:
     that requests ask for, alive at once; those that are not in use make room. upload_bytes: of one
     upload's body."""

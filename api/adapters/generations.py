@@ -10,7 +10,7 @@ from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.generation import Content, Generation
 from molehill.api.adapters.ingest import Intake
 from molehill.api.adapters.lease import Lease
-from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.status import GenerationStatus
 from molehill.api.adapters.tasks import Tasks

@@ -12,9 +12,9 @@ from molehill.api.adapters.background import Background
 from molehill.api.adapters.chat import AdapterChat, ReadChat, digest_of
 from molehill.api.adapters.errors import OutOfMemoryError, StoreError
 from molehill.api.adapters.generation import Content, Loading, content_of
-from molehill.api.adapters.load_options import Terms, check_content
+from molehill.api.adapters.load_options import LoadOptions, check_content
 from molehill.api.adapters.mix import Mix
-from molehill.api.adapters.reading import Reading, most_bytes
+from molehill.api.adapters.read_budget import ReadBudget, most_bytes
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.store import AdapterStore
 from molehill.engine.adapter.errors import AdapterError, CorruptFileError
@@ -59,23 +59,25 @@ class Intake:
         self._read_chat = read_chat
         self._store = store
         self._background = background
-        self.reading = Reading(memory)
+        self.read_budget = ReadBudget(memory)
 
     async def take_in(
-        self, loading: Loading, fetch: Fetch, terms: Terms | None = None
+        self, loading: Loading, fetch: Fetch, options: LoadOptions | None = None
     ) -> tuple[Content, Source]:
         """What `fetch` brings, held in the store until `release`.
 
-        terms: its `content` and `chat` must be the source's. Raises SourceChangedError,
+        options: its `content` and `chat` must be the source's. Raises SourceChangedError,
         AdapterError, StoreError, OutOfMemoryError and what `fetch` raises.
         """
         loading.stage = "fetching"
         try:
             async with fetched(fetch) as source:
                 size = await asyncio.to_thread(self._most_bytes, source)
-                async with self.reading.beside(size):
+                async with self.read_budget.beside(size):
                     loading.stage = "reading"
-                    read = self._background.run(self._read_into_store, source, terms or Terms())
+                    read = self._background.run(
+                        self._read_into_store, source, options or LoadOptions()
+                    )
                     return await read, source
         except (RuntimeError, MemoryError, OSError) as error:
             # What fetches it, and a thread to do that in, takes memory too.
@@ -85,7 +87,7 @@ class Intake:
 
     async def alone(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What `work` returns or raises, which reads an adapter for something else."""
-        async with self.reading:
+        async with self.read_budget:
             return await self._background.run(work, *args, **kwargs)
 
     def copy(self, digest: str) -> Path:
@@ -106,16 +108,16 @@ class Intake:
             return self._store.read_chat(source.chat) if source.chat else None
         return self._read_chat(source.directory)
 
-    def _read_into_store(self, source: Source, terms: Terms) -> Content:
+    def _read_into_store(self, source: Source, options: LoadOptions) -> Content:
         try:
             if source.mix is not None and not source.canonical:
                 adapter, chat = self._sum_up(source), None
             else:
                 adapter, chat = self._read_untouched(source)
-            check_content(source.label, adapter.digest, terms.content)
+            check_content(source.label, adapter.digest, options.content)
             if self._read_chat is not None:
-                check_content(f"{source.label}: tokenizer", digest_of(chat), terms.chat)
-            if terms.chat_template == "base":
+                check_content(f"{source.label}: tokenizer", digest_of(chat), options.chat)
+            if options.chat_template == "base":
                 chat = None
             content = content_of(adapter, self._store.acquire(adapter, source.directory), chat)
             if chat is not None:

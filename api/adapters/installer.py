@@ -8,9 +8,9 @@ from molehill.api.adapters.errors import EngineRefusedError, RequestError
 from molehill.api.adapters.generation import Content, Generation, Loading
 from molehill.api.adapters.generations import Generations
 from molehill.api.adapters.lease import Lease
-from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.adapters.pins import Pins, relabelled
-from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import Source
 
 Probe = Callable[[Generation], Awaitable[None]]
@@ -46,7 +46,7 @@ class Installer:
         content: Content,
         source: Source,
         old: Generation | None,
-        terms: Terms,
+        options: LoadOptions,
     ) -> Generation:
         """What its name is to serve next, in place of `old`; it is freed if that fails.
 
@@ -55,31 +55,31 @@ class Installer:
         generation = self._generations.create(loading.name, content, source)
         if content.invocation_tokens:
             before = None if old is None else old.status.when_not_invoked
-            generation.status.answer_not_invoked(terms.when_not_invoked or before or "refuse")
+            generation.status.answer_not_invoked(options.when_not_invoked or before or "refuse")
         lease = self._generations.lease(generation)
         pinned = (
-            old is not None and old.status.slot.pinned if terms.pinned is None else terms.pinned
+            old is not None and old.status.slot.pinned if options.pinned is None else options.pinned
         )
-        unprobed = self._probe is not None and not terms.allow_noop
+        unprobed = self._probe is not None and not options.allow_noop
         try:
-            if terms.eager or pinned or not self._residency.full:
+            if options.eager or pinned or not self._residency.full:
                 unprobed = not await self._try_out(loading, lease, unprobed) and unprobed
                 self._pins.hand_over(old, generation, pinned)
             if unprobed:
                 generation.status.check_with(partial(self._probe_late, generation))
         except Exception as error:
-            lease.leave()
+            lease.release()
             await self._generations.retire(generation)
             if isinstance(error, EngineRefusedError):
                 raise relabelled(error, generation, source.label) from error
             raise
-        lease.leave()
+        lease.release()
         return generation
 
     async def _try_out(self, loading: Loading, lease: Lease, probes: bool) -> bool:
         """Brings it into the workers once; whether it was probed there."""
         loading.stage = "installing"
-        await lease.take_slot()
+        await lease.acquire_slot()
         try:
             if not probes or self._probe is None or await self._paused():
                 return False
@@ -87,7 +87,7 @@ class Installer:
             await self._probe(lease.generation)
             return True
         finally:
-            lease.give_slot_back()
+            lease.release_slot()
 
     async def _probe_late(self, generation: Generation) -> None:
         """The probe of what could not be probed when it was loaded."""

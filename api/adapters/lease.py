@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from molehill.api.adapters.events import Tier
 from molehill.api.adapters.generation import Generation
-from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.status import Hold
 
 
@@ -37,17 +37,17 @@ class Lease(Hold):
         """One more of the same generation and request."""
         return Lease(self._residency, self.generation, self._ended, self.request)
 
-    async def take_slot(self) -> Tier:
+    async def acquire_slot(self) -> Tier:
         """See Residency.acquire."""
         return await self._residency.acquire(self.generation, self)
 
-    def give_slot_back(self) -> None:
+    def release_slot(self) -> None:
         if self.in_slot:
             self._residency.release(self.generation, self)
 
-    def leave(self) -> None:
-        """Also of the slot. It may be left twice."""
+    def release(self) -> None:
+        """Also the slot. A second call does nothing."""
         if not self.over:
-            self.give_slot_back()
+            self.release_slot()
             self.generation.status.release(self)
             self._ended(self.generation)

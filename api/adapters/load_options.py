@@ -17,7 +17,7 @@ Expected = str | type[AnyGeneration] | None
 
 
 @dataclass(frozen=True)
-class Terms:
+class LoadOptions:
     """How a load wants its name to be.
 
     replace: whether it may take the place of other weights. expected: digest of the generation

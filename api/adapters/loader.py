@@ -8,7 +8,7 @@ from molehill.api.adapters.generations import Generations
 from molehill.api.adapters.ingest import Fetch, Intake
 from molehill.api.adapters.installer import Installer
 from molehill.api.adapters.invocation import check_activated
-from molehill.api.adapters.load_options import Terms, check_expected
+from molehill.api.adapters.load_options import LoadOptions, check_expected
 from molehill.api.adapters.merged_base import MergedBaseAdapter
 from molehill.api.adapters.name_table import NameTable
 from molehill.api.adapters.pins import Pins
@@ -37,33 +37,33 @@ class Loader:
         self._pins = pins
         self._merged_base = merged_base
 
-    async def load(self, loading: Loading, fetch: Fetch, terms: Terms) -> Loaded:
+    async def load(self, loading: Loading, fetch: Fetch, options: LoadOptions) -> Loaded:
         """See AdapterRegistry.load. Loads of one name run one after the other."""
         name = loading.name
         async with self._names.lock(name):
             old = self._names.get(name)
-            check_expected(name, old, terms.expected)
-            content, source = await self._intake.take_in(loading, fetch, terms)
+            check_expected(name, old, options.expected)
+            content, source = await self._intake.take_in(loading, fetch, options)
             try:
-                kept = self._kept(name, old, content, terms)
+                kept = self._kept(name, old, content, options)
             except Exception:
                 await self._intake.release(content)
                 raise
             if kept is not None:
                 await self._intake.release(content)
-                return await self._load_again(kept, source, terms)
-            new = await self._installer.install(loading, content, source, old, terms)
+                return await self._load_again(kept, source, options)
+            new = await self._installer.install(loading, content, source, old, options)
             await self._switch(old, new)
             return Loaded(new, "loaded" if old is None else "replaced")
 
     def _kept(
-        self, name: str, old: Generation | None, content: Content, terms: Terms
+        self, name: str, old: Generation | None, content: Content, options: LoadOptions
     ) -> Generation | None:
         """`old`, if it has these very bytes and is talked to in the same way.
 
-        Raises NotActivatedError for terms that do not fit them, MergedIntoBaseError,
+        Raises NotActivatedError for options that do not fit them, MergedIntoBaseError,
         AlreadyLoadedError where others may not take its place."""
-        check_activated(name, content.invocation_tokens, terms.when_not_invoked)
+        check_activated(name, content.invocation_tokens, options.when_not_invoked)
         if self._merged_base is not None:
             self._merged_base.check_load(name, content.digest)
         if old is None:
@@ -71,7 +71,7 @@ class Loader:
         same = old.digest == content.digest
         if same and old.content.chat == content.chat:
             return old
-        if not terms.replace:
+        if not options.replace:
             other, them = ("another chat template", "it") if same else ("other weights", "them")
             raise AlreadyLoadedError(
                 f"The lora adapter '{name}' has already been loaded with {other}. If you "
@@ -79,15 +79,15 @@ class Loader:
             )
         return None
 
-    async def _load_again(self, old: Generation, source: Source, terms: Terms) -> Loaded:
+    async def _load_again(self, old: Generation, source: Source, options: LoadOptions) -> Loaded:
         """The same bytes change nothing but what is known of them."""
         old.status.set_source(source)
-        if terms.allow_noop:
+        if options.allow_noop:
             old.status.check_with(None)
-        if terms.when_not_invoked is not None:
-            old.status.answer_not_invoked(terms.when_not_invoked)
-        if terms.pinned is not None:
-            await self._pins.set(old, terms.pinned)
+        if options.when_not_invoked is not None:
+            old.status.answer_not_invoked(options.when_not_invoked)
+        if options.pinned is not None:
+            await self._pins.set(old, options.pinned)
         await self._names.changed()
         return Loaded(old, "unchanged")
 

@@ -1,6 +1,6 @@
 """The loads on their way, and how many there may be."""
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import BusyError, TooManyAdaptersError
 from molehill.api.adapters.generation import Loading
 from molehill.api.adapters.name_table import NameTable
@@ -9,7 +9,7 @@ from molehill.api.adapters.name_table import NameTable
 class Loads:
     """admission: bounds on them, and on the names that are served when they are done."""
 
-    def __init__(self, admission: Admission, names: NameTable) -> None:
+    def __init__(self, admission: AdmissionLimits, names: NameTable) -> None:
         self._admission = admission
         self._names = names
         self._begun: list[Loading] = []

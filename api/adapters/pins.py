@@ -3,7 +3,7 @@
 from molehill.api.adapters.errors import CannotPinError, EngineRefusedError
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.generations import Generations
-from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.residency import Residency
 
 
 class Pins:
@@ -20,12 +20,12 @@ class Pins:
             return
         lease = self._generations.lease(generation)
         try:
-            await lease.take_slot()
+            await lease.acquire_slot()
             self.hand_over(None, generation, True)
         except EngineRefusedError as error:
             raise relabelled(error, generation, generation.status.source.public) from error
         finally:
-            lease.leave()
+            lease.release()
 
     def hand_over(self, old: Generation | None, new: Generation, pinned: bool) -> None:
         """old: the generation whose place `new`, which is in a slot, takes at once, its pin too.

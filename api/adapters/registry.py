@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from molehill.api.adapters import names
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.background import Background
 from molehill.api.adapters.chat import ReadChat
 from molehill.api.adapters.errors import RequestError, UnknownModelError
@@ -19,16 +19,16 @@ from molehill.api.adapters.generations import Generations, MakeRequest
 from molehill.api.adapters.ingest import Combine, Fetch, Intake, ReadAdapter
 from molehill.api.adapters.installer import Installer, Paused, Probe
 from molehill.api.adapters.lease import Lease
-from molehill.api.adapters.load_options import AnyGeneration, Expected, Terms, check_expected
+from molehill.api.adapters.load_options import AnyGeneration, Expected, LoadOptions, check_expected
 from molehill.api.adapters.loader import Loader
 from molehill.api.adapters.loads import Loads
 from molehill.api.adapters.merged_base import MergedBaseAdapter
 from molehill.api.adapters.mix import Mix
 from molehill.api.adapters.name_table import Absent, NameTable
 from molehill.api.adapters.pins import Pins
-from molehill.api.adapters.reading import READERS
+from molehill.api.adapters.read_budget import MOST_AT_ONCE
 from molehill.api.adapters.request_mixes import RequestMixes
-from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import Tasks
 from molehill.engine.adapter.base_model import Limits
@@ -61,7 +61,7 @@ class AdapterRegistry:
         make_request: MakeRequest,
         served: dict[str, Any],
         base_models: Collection[str],
-        admission: Admission = Admission(),  # noqa: B008
+        admission: AdmissionLimits = AdmissionLimits(),  # noqa: B008
         probe: Probe | None = None,
         merged_base: MergedBaseAdapter | None = None,
         background: Background | None = None,
@@ -76,7 +76,7 @@ class AdapterRegistry:
             read,
             combine,
             store,
-            background or Background(threads=READERS),
+            background or Background(threads=MOST_AT_ONCE),
             memory,
             read_chat,
         )
@@ -126,7 +126,9 @@ class AdapterRegistry:
 
     # What changes it
 
-    async def load(self, name: str, label: str, fetch: Fetch, terms: Terms | None = None) -> Loaded:
+    async def load(
+        self, name: str, label: str, fetch: Fetch, options: LoadOptions | None = None
+    ) -> Loaded:
         """Serves what `fetch` brings as `name`; when this returns, it serves.
 
         label: the source as the client wrote it. The same bytes again change nothing. Raises
@@ -137,10 +139,10 @@ class AdapterRegistry:
         with self.events.refusals():
             names.check(name, self.base_models)
             loading = self.loads.begin(name, label)
-        return await self._tasks.shield(self._load(loading, fetch, terms or Terms()))
+        return await self._tasks.shield(self._load(loading, fetch, options or LoadOptions()))
 
     async def load_mix(
-        self, name: str, weights: Mapping[str, float], terms: Terms | None = None
+        self, name: str, weights: Mapping[str, float], options: LoadOptions | None = None
     ) -> Loaded:
         """Serves the weighted sum of adapters that are served now, whatever becomes of those.
 
@@ -148,7 +150,7 @@ class AdapterRegistry:
         """
         with self.events.refusals():
             wanted = self.mixes.of(weights)
-        return await self._tasks.shield(self._load_mix(name, wanted, terms))
+        return await self._tasks.shield(self._load_mix(name, wanted, options))
 
     async def unload(self, name: str, expected: Expected = AnyGeneration) -> Generation:
         """Takes the name away at once; memory goes when the last running request ends.
@@ -182,15 +184,15 @@ class AdapterRegistry:
             raise UnknownModelError(f"The model `{lora_request.lora_name}` does not exist.")
         return self._generations.lease(generation, request)
 
-    async def _load_mix(self, name: str, wanted: Mix, terms: Terms | None) -> Loaded:
+    async def _load_mix(self, name: str, wanted: Mix, options: LoadOptions | None) -> Loaded:
         with self.mixes.hold(wanted):
-            return await self.load(name, wanted.label, self.mixes.fetch(wanted), terms)
+            return await self.load(name, wanted.label, self.mixes.fetch(wanted), options)
 
-    async def _load(self, loading: Loading, fetch: Fetch, terms: Terms) -> Loaded:
+    async def _load(self, loading: Loading, fetch: Fetch, options: LoadOptions) -> Loaded:
         """Counted also where nobody waits for it any more."""
         with self.events.load(loading.name):
             try:
-                return await self._loader.load(loading, fetch, terms)
+                return await self._loader.load(loading, fetch, options)
             finally:
                 self.loads.end(loading)
                 self.mixes.drop_unreachable()

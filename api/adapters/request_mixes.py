@@ -87,7 +87,7 @@ class RequestMixes:
         if there is not None:
             return self._generations.lease(there, request)
         made = self._made(mix, self._hold(mix), request)
-        return await self._tasks.shield(made, Lease.leave)
+        return await self._tasks.shield(made, Lease.release)
 
     def hold(self, mix: Mix) -> AbstractContextManager[None]:
         """Keeps the parts' copies."""
@@ -168,4 +168,4 @@ def leaving(leases: list[Lease]) -> Iterator[None]:
         yield
     finally:
         for lease in leases:
-            lease.leave()
+            lease.release()

@@ -8,16 +8,14 @@ ones wait until others have had their turn.
 from collections.abc import Iterator
 
 from molehill.api.adapters.errors import EngineRefusedError
-from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.generation import Generation
 
 
 class Residents:
     """slots: how many there are."""
 
-    def __init__(self, slots: int, events: LifecycleMetrics) -> None:
+    def __init__(self, slots: int) -> None:
         self.slots = slots
-        self._events = events
         # By id, in the order of their last use; those that are still checked, too.
         self._in_slots: dict[int, Generation] = {}
 
@@ -52,22 +50,25 @@ class Residents:
         """Out of its slot, if it has one."""
         self._in_slots.pop(generation.lora_int_id, None)
 
-    def evict(self) -> Generation | None:
-        """Who is to leave a slot now; None where all are busy, of whom one then yields.
+    def pick_victim(self) -> Generation | None:
+        """Who is to leave a slot now, the one used least recently; None where all are busy.
 
         Raises EngineRefusedError where all are pinned.
         """
-        movable = [resident for resident in self if not resident.status.slot.pinned]
-        if not movable:
+        if all(resident.status.slot.pinned for resident in self):
             raise EngineRefusedError(
                 f"adapter memory: found {len(self)} pinned adapters, expected room"
             )
-        # What is still checked has a slot and is not resident yet: it stays.
-        present = [resident for resident in movable if resident.status.slot.resident]
-        for resident in present:
-            if not resident.status.running:
-                self._events.evicted(resident.name, "worker")
-                return resident
-        if present and not any(resident.status.slot.yielding for resident in present):
-            min(present, key=lambda resident: resident.status.slot.since).status.slot.give_way()
-        return None
+        idle = (resident for resident in self._movable() if not resident.status.running)
+        return next(idle, None)
+
+    def make_one_yield(self) -> None:
+        """The one that came in first, unless another yields already."""
+        movable = self._movable()
+        if movable and not any(resident.status.slot.yielding for resident in movable):
+            min(movable, key=lambda resident: resident.status.slot.turn).status.slot.give_way()
+
+    def _movable(self) -> list[Generation]:
+        """What is still checked has a slot and is not resident yet: it stays."""
+        slots = ((resident, resident.status.slot) for resident in self)
+        return [resident for resident, slot in slots if slot.resident and not slot.pinned]

@@ -36,6 +36,7 @@ class Scheduler:
         self._residents = residents
         self._transfers = transfers
         self._changed = changed
+        self._events = events
         self._tasks = Tasks("residency", events)
         parts = (queue, residents, transfers, self._tasks, changed)
         self._preparation = Preparation(*parts)
@@ -107,11 +108,13 @@ class Scheduler:
         return True
 
     async def _make_room(self) -> bool:
-        """Takes one adapter out; False if all are busy."""
-        evicted = self._residents.evict()
-        if evicted is None:
+        """Takes one adapter out; False if all are busy, of which one then yields."""
+        victim = self._residents.pick_victim()
+        if victim is None:
+            self._residents.make_one_yield()
             return False
-        await self._transfers.take_out(evicted, keep=True)
+        self._events.evicted(victim.name, "worker")
+        await self._transfers.take_out(victim, keep=True)
         return True
 
     async def _install(self, waiting: Waiting) -> None:

@@ -39,8 +39,8 @@ class SlotStatus:
     pinned: it is not taken out of the workers. last_used: Unix seconds. loads: how often it came
     into the workers.
     resident: in the workers' slots.
-    yielding: resident, but its next requests wait until others have had a turn. since: number of
-    the turn that brought it in.
+    yielding: resident, but its next requests wait until others have had a turn. turn: number of
+    the one that brought it in.
     """
 
     pinned: bool = False
@@ -48,7 +48,7 @@ class SlotStatus:
     loads: int = 0
     resident: bool = False
     yielding: bool = False
-    since: int = 0
+    turn: int = 0
 
     def enter(self) -> None:
         self.resident = True
@@ -63,7 +63,7 @@ class SlotStatus:
         self.loads -= 1
 
     def take_turn(self, number: int, yielding: bool) -> None:
-        self.since, self.yielding = number, yielding
+        self.turn, self.yielding = number, yielding
 
     def give_way(self, yielding: bool = True) -> None:
         self.yielding = yielding

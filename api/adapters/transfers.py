@@ -66,7 +66,7 @@ class Transfers:
         Raises EngineRefusedError if it will not come in, however many leave; NoRoomError where
         there are none that could.
         """
-        if tier == "host" and await self._workers.begin(generation.request):
+        if tier == "host" and await self._workers.start_prepare(generation.request):
             self.host.drop(generation)
             return Installed.LOST
         try:

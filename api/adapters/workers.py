@@ -15,7 +15,7 @@ class Workers(Protocol):
     @property
     def at_once(self) -> int: ...
 
-    async def begin(self, request: Any) -> bool:
+    async def start_prepare(self, request: Any) -> bool:
         """Has every worker read the adapter in a thread, unless it is in host memory; whether one
         does. Raises EngineRefusedError."""
 

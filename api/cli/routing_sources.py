@@ -100,7 +100,7 @@ def of_reference(model: str, path: Path, text: str, max_tokens: int) -> Explaine
     from transformers.utils import logging
 
     from molehill.engine import formats
-    from molehill.engine.adapter.activation import activation_offset
+    from molehill.engine.adapter.invocation import invocation_offset
     from molehill.engine.hf.reference import attach
     from molehill.engine.hf.shapes import base_model
     from molehill.engine.transform.routers import routers
@@ -122,7 +122,7 @@ def of_reference(model: str, path: Path, text: str, max_tokens: int) -> Explaine
         raise SourceError("text: found no tokens, expected some")
     start, invocation = 0, adapter.invocation_tokens
     if invocation:
-        offset = activation_offset(prompt, invocation)
+        offset = invocation_offset(prompt, invocation)
         if offset is None:
             raise SourceError(f"text: found no {list(invocation)}, which activate {path}")
         start = offset

@@ -12,7 +12,7 @@ from molehill.api.adapters.chat import ChatTemplate
 from molehill.api.adapters.errors import BadMixError, BadPathError, NotLoadedError
 from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.invocation import WhenNotInvoked
-from molehill.api.adapters.load_options import AnyGeneration, Expected, Terms
+from molehill.api.adapters.load_options import AnyGeneration, Expected, LoadOptions
 from molehill.api.adapters.mix import check_weights
 from molehill.api.adapters.source import Source, local
 from molehill.api.http import schemas
@@ -52,7 +52,7 @@ class LoadRoute(StrictRoute):
 loading = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=LoadRoute)
 
 
-class LoadOptions(StrictBody):
+class LoadFields(StrictBody):
     """name: what clients ask for. pinned: never take it out of the workers; left out, it stays as
     it is. expected_generation: load only if the name serves this generation now, null: only if it
     serves none. allow_noop: serve it even if it does not change the base model's answers.
@@ -72,10 +72,10 @@ class LoadOptions(StrictBody):
     when_not_invoked: WhenNotInvoked | None = None
     chat_template: ChatTemplate = "adapter"
 
-    def terms(self) -> Terms:
+    def options(self) -> LoadOptions:
         given = "expected_generation" in self.model_fields_set
         expected: Expected = self.expected_generation if given else AnyGeneration
-        return Terms(
+        return LoadOptions(
             expected=expected,
             pinned=self.pinned,
             allow_noop=self.allow_noop,
@@ -84,17 +84,17 @@ class LoadOptions(StrictBody):
         )
 
 
-class LoadBody(LoadOptions):
+class LoadBody(LoadFields):
     """source: a path below an adapter root, `hf://OWNER/NAME[@REVISION]` or a URL. mix: instead of
     a source, weights by the names of served adapters, whose sum it is. Other fields: see
-    LoadOptions.
+    LoadFields.
     """
 
     source: str | None = None
     mix: dict[str, float] | None = None
 
 
-class UploadFields(LoadOptions):
+class UploadFields(LoadFields):
     """The fields of a form beside an adapter's files, as text; an empty expected_generation is
     null."""
 
@@ -150,7 +150,9 @@ async def load_uploaded(request: Request) -> Response:
             lora_b_layout=form.lora_b_layout,
             base_is_residual=form.base_is_residual,
         )
-        loaded = await services.registry.load(form.name, source.label, local(source), form.terms())
+        loaded = await services.registry.load(
+            form.name, source.label, local(source), form.options()
+        )
     return shown(schemas.of_generation(loaded.generation), status=loaded.status)
 
 
@@ -169,7 +171,7 @@ async def load_source(body: LoadBody, services: Services) -> Loaded:
     if body.source is None:
         raise BadPathError("source: found nothing, expected a source or a mix")
     fetch = services.sources.fetch(body.source, body.lora_b_layout, body.base_is_residual)
-    return await services.registry.load(body.name, body.source, fetch, body.terms())
+    return await services.registry.load(body.name, body.source, fetch, body.options())
 
 
 async def load_mix(body: LoadBody, services: Services) -> Loaded:
@@ -181,7 +183,7 @@ async def load_mix(body: LoadBody, services: Services) -> Loaded:
     given = [name for name, value in fields.items() if value is not None]
     if given:
         raise BadMixError(f"mix: found it beside {given[0]}, expected either")
-    return await services.registry.load_mix(body.name, check_weights(body.mix), body.terms())
+    return await services.registry.load_mix(body.name, check_weights(body.mix), body.options())
 
 
 @router.post(

@@ -17,9 +17,9 @@ from molehill.api.adapters.errors import RequestError, UnknownModelError, Unknow
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.http import errors
 from molehill.api.metrics.worker_stats import WorkerStats
-from molehill.api.sources.desired_state import AdaptersFile
+from molehill.api.sources.desired_state import DesiredStateReconciler
 from molehill.api.sources.fetch import Sources
-from molehill.api.sources.restore import Restart
+from molehill.api.sources.restore import Restore
 from molehill.api.sources.uploads import Uploads
 from molehill.api.vllm.served_models import ServedModels
 from molehill.engine.adapter.errors import AdapterError
@@ -41,10 +41,10 @@ class Services:
     sources: Sources
     uploads: Uploads
     stats: WorkerStats
-    restart: Restart
+    restore: Restore
     models: ServedModels
     scraping: Background
-    adapters_file: AdaptersFile | None = None
+    adapters_file: DesiredStateReconciler | None = None
 
 
 def services(request: Request) -> Services:

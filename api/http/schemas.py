@@ -13,7 +13,7 @@ from molehill.api.adapters.mix import Mix
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.status import AdapterState
-from molehill.api.sources.desired_state import AdaptersFile, DesiredState
+from molehill.api.sources.desired_state import DesiredState, DesiredStateReconciler
 
 
 class Plan(BaseModel):
@@ -188,7 +188,7 @@ def wanted_by(source: Source) -> Literal["adapters_file", "command_line"] | None
     return "adapters_file" if source.desired else None
 
 
-def of_adapters_file(file: AdaptersFile) -> DesiredList:
+def of_adapters_file(file: DesiredStateReconciler) -> DesiredList:
     data = [DesiredInfo(**asdict(status)) for status in file.statuses()]
     error = file.error
     return DesiredList(

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from molehill.api.adapters.errors import UnknownModelError
 from molehill.api.adapters.generation import Generation
-from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.adapters.tasks import failure
 from molehill.api.http import errors, schemas
 from molehill.api.http.dependencies import (
@@ -27,7 +27,7 @@ from molehill.api.metrics import prometheus
 from molehill.api.metrics.desired import DesiredCollector
 from molehill.api.metrics.engines import EngineCollector
 from molehill.api.vllm import engine_metrics
-from molehill.api.vllm.lifeline import is_alive
+from molehill.api.vllm.engine_watch import is_alive
 from molehill.api.vllm.routes import json_only
 
 # What vLLM's clients may ask with parameters that only other servers know.
@@ -59,8 +59,8 @@ class UnloadRequest(VllmBody):
 async def load_adapter(body: LoadRequest, services: Injected) -> Response:
     """200 means that the adapter serves."""
     fetch = services.sources.fetch_for_vllm(body.lora_path)
-    terms = Terms(replace=body.load_inplace)
-    loaded = await services.registry.load(body.lora_name, body.lora_path, fetch, terms)
+    options = LoadOptions(replace=body.load_inplace)
+    loaded = await services.registry.load(body.lora_name, body.lora_path, fetch, options)
     return JSONResponse({"status": loaded.status, **summary(loaded.generation)})
 
 
@@ -133,6 +133,6 @@ async def show_ready(services: Injected, request: Request) -> Response:
         message = f"found {type(error).__name__} in the background; see the server's log"
         body = errors.body(message, "internal_error", HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse(body, status_code=503)
-    if services.restart.ready and (services.adapters_file is None or services.adapters_file.ready):
+    if services.restore.ready and (services.adapters_file is None or services.adapters_file.ready):
         return Response(status_code=200)
     return Response(status_code=503, headers={"Retry-After": "1"})

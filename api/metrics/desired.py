@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from molehill.api.sources.desired_state import AdaptersFile, DesiredState
+from molehill.api.sources.desired_state import DesiredState, DesiredStateReconciler
 
 
 class DesiredCollector(Collector):
     """The series of one adapters file, as it stands when this is made."""
 
-    def __init__(self, file: AdaptersFile) -> None:
+    def __init__(self, file: DesiredStateReconciler) -> None:
         self._states = Counter(status.state for status in file.statuses())
         self._age = time.time() - (file.read_at or file.started_at)
         self._failures = file.read_failures

@@ -29,7 +29,7 @@ from molehill.api.adapters.errors import (
 )
 from molehill.api.adapters.generation import Failure, Generation, failure_of
 from molehill.api.adapters.ingest import Fetch
-from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.source import Source
 from molehill.api.sources.adapters_file import LABEL, BadEntry, DesiredAdapter, DesiredSet, parse
@@ -101,7 +101,7 @@ class DesiredStatus:
     retry_seconds: float | None = None
 
 
-class AdaptersFile:
+class DesiredStateReconciler:
     """Has the registry converge to what a file says. error: why the last look at it was in vain.
     read_at: when it was last read and understood, Unix seconds; None before. read_failures: looks
     in vain since the start.
@@ -299,7 +299,7 @@ class AdaptersFile:
             )
         # What is new takes nobody's place in the workers before it is asked for; what takes the
         # place of other weights, or did not do the last time, has to prove itself first.
-        terms = Terms(
+        options = LoadOptions(
             pinned=adapter.pinned,
             content=adapter.digest,
             allow_noop=adapter.allow_noop,
@@ -307,7 +307,7 @@ class AdaptersFile:
             when_not_invoked=adapter.when_not_invoked,
         )
         fetch = wanted_by_file(self._fetch(adapter), lambda: self._wants(adapter))
-        loaded = await self._registry.load(adapter.name, adapter.location, fetch, terms)
+        loaded = await self._registry.load(adapter.name, adapter.location, fetch, options)
         attempt.succeed(loaded.generation.digest)
 
     def _fetch(self, adapter: DesiredAdapter) -> Fetch:

@@ -21,7 +21,7 @@ from molehill.api.adapters.errors import (
 )
 from molehill.api.adapters.generation import Generation, Loaded, Loading
 from molehill.api.adapters.ingest import Fetch, ReadAdapter
-from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.store import AdapterStore, chat_name
@@ -38,7 +38,7 @@ CHANGED = "the source has other content now; what was loaded is served"
 GONE = "the source cannot be read any more; what was loaded is served"
 
 
-class Restart:
+class Restore:
     """Keeps the manifest, and loads what it names. ready: whether that is done.
 
     manifest: None for a server that remembers nothing.
@@ -120,7 +120,7 @@ class Restart:
             mix=entry.mix,
             chat=entry.chat,
         )
-        terms = Terms(
+        options = LoadOptions(
             pinned=entry.pinned,
             content=entry.generation,
             allow_noop=entry.probed,
@@ -130,20 +130,20 @@ class Restart:
         )
         if copy.directory.is_dir():
             try:
-                return await self._load(entry, local(copy), terms)
+                return await self._load(entry, local(copy), options)
             except (AdapterError, SourceChangedError):
                 logger.warning("Adapter %s: its copy is damaged", entry.name)
         if entry.mix is not None:
             raise StoreError(f"{entry.name}: the store lost the copy of this mix; make it again")
         fetch = self._sources.fetch(entry.source, entry.layout, entry.base_is_residual)
-        return await self._load(entry, fetch, terms)
+        return await self._load(entry, fetch, options)
 
-    async def _load(self, entry: Entry, fetch: Fetch, terms: Terms) -> Loaded:
+    async def _load(self, entry: Entry, fetch: Fetch, options: LoadOptions) -> Loaded:
         while self._registry.loads.busy:
             # With clients' loads; clients that were refused wait longer before they try again.
             await asyncio.sleep(PAUSE_SECONDS)
         checked = self._while_awaited(entry, fetch)
-        return await self._registry.load(entry.name, entry.source, checked, terms)
+        return await self._registry.load(entry.name, entry.source, checked, options)
 
     @contextmanager
     def _while_awaited(self, entry: Entry, fetch: Fetch) -> Iterator[Source]:

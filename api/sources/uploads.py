@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import BadUploadError, BusyError, StoreError
 from molehill.api.adapters.store import AdapterStore
 from molehill.engine.adapter.errors import UnsupportedError
@@ -25,7 +25,7 @@ _CHARACTERS = 255
 class Uploads:
     """Bounds on what clients send. store: where it goes."""
 
-    def __init__(self, store: AdapterStore, admission: Admission) -> None:
+    def __init__(self, store: AdapterStore, admission: AdmissionLimits) -> None:
         self.limit = admission.upload_bytes
         self._store = store
         self._places = admission.loads

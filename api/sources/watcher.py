@@ -24,7 +24,7 @@ from molehill.api.adapters.errors import (
     RequestError,
     SourceChangedError,
 )
-from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.source import fingerprint
 from molehill.api.sources.fetch import Sources
@@ -133,12 +133,14 @@ class Watcher:
             return
         # What is new takes nobody's place in the workers before it is asked for; what takes the
         # place of other weights has to prove itself first.
-        terms = Terms(expected=None if served is None else served.digest, eager=served is not None)
+        options = LoadOptions(
+            expected=None if served is None else served.digest, eager=served is not None
+        )
         # As it was asked for, where a client loaded it: its files do not say.
         source = None if served is None else served.status.source
         asked = (None, False) if source is None else (source.lora_b_layout, source.base_is_residual)
         try:
-            await self._registry.load(name, name, self._sources.fetch(name, *asked), terms)
+            await self._registry.load(name, name, self._sources.fetch(name, *asked), options)
             seen.done = True
         except UNTIL_NEXT_POLL:
             return

@@ -23,7 +23,7 @@ from molehill.engine.vllm import seams
 from molehill.engine.vllm.seams import Seam
 
 TRACKING, MODELS = "api/vllm/request_tracking.py", "api/vllm/served_models.py"
-METRICS, LIFELINE, APP = "api/vllm/engine_metrics.py", "api/vllm/lifeline.py", "api/app.py"
+METRICS, ENGINE_WATCH, APP = "api/vllm/engine_metrics.py", "api/vllm/engine_watch.py", "api/app.py"
 
 
 SERVER = (
@@ -196,7 +196,7 @@ SERVER = (
     Seam(
         "vllm.v1.engine.async_llm",
         "AsyncLLM.collective_rpc",
-        LIFELINE,
+        ENGINE_WATCH,
         "asks the workers",
         positional=("self", "method"),
         keywords=("args",),
@@ -204,11 +204,11 @@ SERVER = (
     Seam(
         "vllm.v1.engine.async_llm",
         "AsyncLLM.check_health",
-        LIFELINE,
+        ENGINE_WATCH,
         "whether the engine lives",
         positional=("self",),
     ),
-    Seam("vllm.v1.engine.exceptions", "EngineDeadError", LIFELINE, "whether the engine lives"),
+    Seam("vllm.v1.engine.exceptions", "EngineDeadError", ENGINE_WATCH, "whether the engine lives"),
     Seam(
         "vllm.v1.metrics.loggers",
         "StatLoggerManager",

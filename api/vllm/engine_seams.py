@@ -2,7 +2,7 @@
 
 from molehill.engine.vllm.seams import Seam
 
-APP, LIFELINE = "api/app.py", "api/vllm/lifeline.py"
+APP, LIFELINE = "api/app.py", "api/vllm/engine_watch.py"
 
 OPTIONS: tuple[Seam, ...] = (
     Seam(

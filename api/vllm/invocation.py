@@ -6,7 +6,7 @@ from typing import Any
 
 from molehill.api.adapters.errors import NotInvokedError
 from molehill.api.adapters.invocation import not_invoked
-from molehill.engine.adapter.activation import activation_offset
+from molehill.engine.adapter.invocation import invocation_offset
 
 # Of one step of vLLM's beam search, whose prompt ends with what the beam has generated.
 BEAM = re.compile(r"-[0-9a-f]{16}-beam-\d+")
@@ -44,7 +44,7 @@ def check_invoked(
     prompt = token_ids(call["prompt"])
     if prompt is None:
         raise not_invoked(name, "a prompt without token ids", tokens, decode(tokens))
-    if activation_offset(prompt, tokens) is None:
+    if invocation_offset(prompt, tokens) is None:
         raise not_invoked(name, f"{len(prompt)} tokens", tokens, decode(tokens))
 
 

@@ -66,7 +66,7 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
     try:
         compat.check_version()
         check_importable()
-        compilation.lift_gate()
+        compilation.allow_compilation()
         args = parse(vllm_arguments)
         precision.choose_dtype(args)
         compat.check_launcher()

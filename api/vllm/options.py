@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.merged_base import MergedBaseAdapter
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.layout import Layout
@@ -28,8 +28,8 @@ class Options:
     roots: directories that clients may load adapters from; without any, they may load none.
     store: where canonical copies go, readable on every node; None is a temporary directory.
     backend, memory, host_memory, limits: for the workers, see `molehill.engine.vllm.settings`.
-    straggler_seconds: see `molehill.api.vllm.lifeline`; longer than any step takes, for an engine
-    answers between two.
+    straggler_seconds: see `molehill.api.vllm.engine_watch`; longer than any step takes, for an
+    engine answers between two.
     merge: whether static parts of adapters become one low-rank pair as they load.
     merge_tolerance: above 0, nearly equal experts do too, see `static_gates.gate`.
     merge_into_base: the start adapter whose static part goes into the base weights.
@@ -58,7 +58,7 @@ class Options:
     merge_tolerance: float = 0.0
     merge_into_base: str | None = None
     merged_base: MergedBaseAdapter | None = None
-    admission: Admission = field(default_factory=Admission)
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     hub: bool = False
     url_prefixes: tuple[str, ...] = ()
     watch: bool = False

@@ -85,7 +85,7 @@ class RequestScope:
         for name, lease in self.leases.items():
             if events and name not in self.asked:
                 self.tiers[name] = await bring_in(lease)
-                lease.give_slot_back()
+                lease.release_slot()
 
     def routed_tokens(self, choice: int) -> RoutedTokens | None:
         """Of one of the answer's choices, what was not taken yet: there are as many for each prompt
@@ -112,7 +112,7 @@ class RequestScope:
             if not isinstance(call, int):
                 call.end()
         for lease in self.leases.values():
-            lease.leave()
+            lease.release()
 
 
 request_scope: ContextVar[RequestScope | None] = ContextVar("request_scope", default=None)
@@ -123,7 +123,7 @@ async def bring_in(lease: Lease) -> Tier:
     understand it."""
     generation = lease.generation
     try:
-        return await lease.take_slot()
+        return await lease.acquire_slot()
     except EngineRefusedError as error:
         message = str(error).replace(generation.request.lora_path, generation.name)
         raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE) from error

@@ -1,4 +1,4 @@
-"""Counts the requests that run on each generation, where all of vLLM's routes come together.
+"""Leases generations to requests, where all of vLLM's routes come together.
 
 A request is admitted to its generation when its route looks its model up, or else when it first
 asks the engine for output: before a response begins. From then on, until the response has ended,
@@ -122,14 +122,14 @@ def admit(registry: AdapterRegistry, lora_request: Any) -> Generation | None:
     if request is None:
         return registry.get(lora_request.lora_name)
     lease = request.lease(registry, lora_request)
-    lease.leave()
+    lease.release()
     return lease.generation
 
 
-def count_requests(
+def wrap_engine_client(
     engine_client: Any, registry: AdapterRegistry, routing: RoutingMemory | None = None
 ) -> None:
-    """Puts the count in front of this engine client's `generate` and `encode`.
+    """Puts `with_lease` in front of this engine client's `generate` and `encode`.
 
     routing: for what requests may ask of their routing; None where they may not ask.
     """
@@ -142,18 +142,19 @@ def count_requests(
         memory = routing or RoutingMemory(0, "found a server that keeps none, expected one")
         return RoutedCall(engine_client, memory, request.routing, generation, given)
 
-    engine_client.generate = counted(engine_client.generate, registry, decode, route)
-    engine_client.encode = counted(engine_client.encode, registry, decode, route)
+    engine_client.generate = with_lease(engine_client.generate, registry, decode, route)
+    engine_client.encode = with_lease(engine_client.encode, registry, decode, route)
 
 
 # Raises what vLLM's routes understand; None where a request asks nothing of its routing.
 Route = Callable[[RequestScope, Generation, Mapping[str, Any]], RoutedCall | None]
 
 
-def counted(
+def with_lease(
     call: Callable[..., Any], registry: AdapterRegistry, decode: Decode, route: Route
 ) -> Callable[..., Any]:
-    """`call` with its `lora_request` (a keyword on all of vLLM's routes) admitted and counted."""
+    """`call` with its `lora_request` (a keyword on all of vLLM's routes) admitted, and leased
+    until its outputs end."""
     names = list(inspect.signature(call).parameters)
 
     def start(*args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
@@ -171,7 +172,7 @@ def counted(
                 stop_as_adapter_does(lease.generation.content.chat, given)
             routed = route(request, lease.generation, given) if invoked else None
         except Exception:
-            lease.leave()
+            lease.release()
             raise
         request.asked.add(name)
 
@@ -183,9 +184,9 @@ def counted(
         outputs = (
             run(lease, hit, call, args, kwargs, routed) if invoked else run_base(call, args, kwargs)
         )
-        counted = LeasedOutputs(lease, outputs, gives_deltas(*args, **kwargs))
-        request.unread.add(counted)
-        return counted
+        leased = LeasedOutputs(lease, outputs, gives_deltas(*args, **kwargs))
+        request.unread.add(leased)
+        return leased
 
     return start
 
@@ -246,10 +247,10 @@ async def run(
         async with aclosing(called) as outputs:
             async for output in outputs:
                 if output.finished:
-                    slot.leave()
+                    slot.release()
                 yield output
     finally:
-        slot.leave()
+        slot.release()
 
 
 async def run_base(
@@ -278,7 +279,7 @@ class LeasedOutputs:
         self._reads = 0
         self._loop = asyncio.get_running_loop()
         # Garbage is collected in any thread.
-        self._dropped = weakref.finalize(self, self._loop.call_soon_threadsafe, lease.leave)
+        self._dropped = weakref.finalize(self, self._loop.call_soon_threadsafe, lease.release)
         self._dropped.atexit = False
 
     async def begin(self) -> None:
@@ -319,7 +320,7 @@ class LeasedOutputs:
 
     def _finish(self) -> None:
         if self._dropped.detach() is not None:
-            self._lease.leave()
+            self._lease.release()
             if self._ahead is not None:
                 self._ahead.cancel()
 
@@ -333,7 +334,7 @@ class LeasedOutputs:
         if self._reading or self._reads != reads:
             self._check_later()
             return
-        self._ahead = ReadAhead(self._outputs, self._deltas, self._lease.share().leave)
+        self._ahead = ReadAhead(self._outputs, self._deltas, self._lease.share().release)
         stop = weakref.finalize(self, self._loop.call_soon_threadsafe, self._ahead.cancel)
         stop.atexit = False
 
@@ -341,6 +342,6 @@ class LeasedOutputs:
 def check(call: weakref.ref[LeasedOutputs], reads: int) -> None:
     """What the timer calls: it holds no reference of its own, so that outputs which a route dropped
     unread are collected, and their lease ends, before it fires."""
-    counted = call()
-    if counted is not None:
-        counted.check(reads)
+    leased = call()
+    if leased is not None:
+        leased.check(reads)

@@ -23,14 +23,14 @@ class WorkerClient:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    async def begin(self, request: Any) -> bool:
+    async def start_prepare(self, request: Any) -> bool:
         """See Workers."""
         replies = await self._ask(protocol.PREPARE, adapter_request(request))
         return any(reply.reads for reply in replies)
 
     async def prepare(self, request: Any) -> Tier:
         """See Workers."""
-        if not await self.begin(request):
+        if not await self.start_prepare(request):
             return "host"
         pause = FIRST_PAUSE
         while not await self._is_prepared(request):

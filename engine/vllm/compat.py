@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from molehill.engine.vllm import activation_seams as activation
+from molehill.engine.vllm import invocation_seams as invocation
 from molehill.engine.vllm import model_seams as model
 from molehill.engine.vllm import seams
 from molehill.engine.vllm.seam_sources import SourceTree
@@ -372,7 +372,7 @@ SEAMS: tuple[Seam, ...] = (
     *WORKERS,
     *REQUESTS,
     *GRAPHS,
-    *activation.SEAMS,
+    *invocation.SEAMS,
     *CONFIG,
     *PARALLEL,
     *COMPILING,
@@ -442,7 +442,7 @@ def check_seams() -> None:
 
 def check_prefix_keys() -> None:
     """Raises RuntimeError unless vLLM's keys of blocks are made as `prefix_keys` expects."""
-    seams.check(activation.KEYS, installed_version())
+    seams.check(invocation.KEYS, installed_version())
 
 
 def check_waiting() -> None:

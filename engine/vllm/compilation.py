@@ -18,7 +18,7 @@ logger = logging.getLogger("vllm.molehill")
 WORKER = "molehill.engine.vllm.worker.Worker"
 
 
-def lift_gate() -> None:
+def allow_compilation() -> None:
     """Hides the LoRA config from CpuPlatform's config check, for molehill's worker only."""
     from vllm.platforms.cpu import CpuPlatform
 

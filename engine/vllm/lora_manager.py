@@ -11,8 +11,8 @@ from itertools import groupby
 from vllm.lora.layers.utils import LoRAMapping
 from vllm.lora.request import LoRARequest
 
-from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.host_cache import AdapterKey
+from molehill.engine.vllm.invocation_rows import InvocationRows
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.routing_capture import RoutingCapture
 from molehill.engine.vllm.slot_table import BASE
@@ -31,7 +31,7 @@ class LoRAManager:
     def __init__(
         self,
         adapters: WorkerAdapters,
-        activated: ActivatedRows,
+        activated: InvocationRows,
         routing: RoutingCapture,
         logits: LogitsRows,
         tokens: TokenRows,

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 
 from molehill.engine import formats
-from molehill.engine.adapter.activation import activation_offset
 from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.adapter.invocation import invocation_offset
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.readers import invocation
 from molehill.engine.vllm import compat
-from molehill.engine.vllm.activation_seams import PREFIX_KEYS
+from molehill.engine.vllm.invocation_seams import PREFIX_KEYS
 
 logger = init_logger("vllm.molehill")
 
@@ -33,7 +33,7 @@ MOST = 4096
 ExtraKeys = tuple[tuple[Any, ...] | None, int]
 
 
-class Activation(NamedTuple):
+class Invocation(NamedTuple):
     """Of one request. offset: the first position that the adapter acts on; -1 if it never does.
     mark: what its blocks from there on carry beside name and path."""
 
@@ -59,7 +59,7 @@ def install() -> None:
     from vllm.v1.core import kv_cache_utils
 
     original: Callable[..., ExtraKeys] = kv_cache_utils.generate_block_hash_extra_keys
-    replacement = with_activation(original)
+    replacement = with_invocation(original)
     # vLLM's modules import it by name. Those that come later get it from there.
     for name, module in list(sys.modules.items()):
         imported = getattr(module, "__dict__", {}).get(PREFIX_KEYS.name)
@@ -70,7 +70,7 @@ def install() -> None:
 def are_installed() -> bool:
     """Whether this process's blocks are keyed so."""
     module = sys.modules.get(PREFIX_KEYS.module)
-    return hasattr(getattr(module, PREFIX_KEYS.name, None), "follows_activation")
+    return hasattr(getattr(module, PREFIX_KEYS.name, None), "follows_invocation")
 
 
 def check(adapter: Adapter) -> None:
@@ -81,47 +81,47 @@ def check(adapter: Adapter) -> None:
         raise UnsupportedError(invocation.FIELD, found, "molehill among VLLM_PLUGINS")
 
 
-def with_activation(original: Callable[..., ExtraKeys]) -> Callable[..., ExtraKeys]:
-    """vLLM's generate_block_hash_extra_keys, whose adapter's key follows the activation."""
+def with_invocation(original: Callable[..., ExtraKeys]) -> Callable[..., ExtraKeys]:
+    """vLLM's generate_block_hash_extra_keys, whose adapter's key follows the invocation."""
 
     @functools.wraps(original)
     def extra_keys(
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> ExtraKeys:
         keys, mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        activation = activation_of(request) if request.lora_request else None
-        if activation is None or keys is None:
+        invoked = invocation_in(request) if request.lora_request else None
+        if invoked is None or keys is None:
             return keys, mm_idx
-        mark = () if end_token_idx <= activation.offset else (activation.mark,)
+        mark = () if end_token_idx <= invoked.offset else (invoked.mark,)
         changed = (
             (*key, *mark) if key[0] == "lora" else key for key in keys if mark or key[0] != "lora"
         )
         return tuple(changed) or None, mm_idx
 
-    extra_keys.follows_activation = True  # type: ignore[attr-defined]
+    extra_keys.follows_invocation = True  # type: ignore[attr-defined]
     return extra_keys
 
 
-def activation_of(request: Any) -> Activation | None:
+def invocation_in(request: Any) -> Invocation | None:
     """Of vLLM's Request, which keeps it; None if its adapter acts on every token. Never raises."""
     try:
-        activation: Activation | None = request.molehill_activation
+        invoked: Invocation | None = request.molehill_invocation
     except AttributeError:
-        activation = request.molehill_activation = _activation_of(request)
-    return activation
+        invoked = request.molehill_invocation = _invocation_in(request)
+    return invoked
 
 
-def _activation_of(request: Any) -> Activation | None:
+def _invocation_in(request: Any) -> Invocation | None:
     try:
         tokens = invocation_tokens(request.lora_request.lora_path)
     except Exception:
         # Shared with nobody, its blocks are right whatever the adapter does.
         logger.exception("The config of adapter %s is unreadable", request.lora_request.lora_name)
-        return Activation(-1, request.request_id)
+        return Invocation(-1, request.request_id)
     if not tokens:
         return None
-    offset = activation_offset(request.prompt_token_ids or (), tokens)
-    return Activation(-1, -1) if offset is None else Activation(offset, offset)
+    offset = invocation_offset(request.prompt_token_ids or (), tokens)
+    return Invocation(-1, -1) if offset is None else Invocation(offset, offset)
 
 
 @lru_cache(MOST)

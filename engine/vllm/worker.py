@@ -13,7 +13,7 @@ from molehill.engine.system import startup
 from molehill.engine.system.cpu_affinity import affinity
 from molehill.engine.transform.merge import MergedBase
 from molehill.engine.vllm import backends, compat, compilation, precision, protocol, token_ranks
-from molehill.engine.vllm.activation import ActivatedRows
+from molehill.engine.vllm.invocation_rows import InvocationRows
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
@@ -100,7 +100,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self, model: nn.Module, vllm_config: VllmConfig, device: torch.device
     ) -> nn.Module:
         self.adapters = WorkerAdapters(vllm_config, device, model, self._merged_base)
-        activated = ActivatedRows(self.model_runner, self.adapters.invocation_of)
+        activated = InvocationRows(self.model_runner, self.adapters.invocation_of)
         adapters = self.adapters
         routing = RoutingCapture(self.model_runner, adapters.backend, adapters.slots.slot)
         adapters.routing_capture = routing

@@ -15,7 +15,7 @@ from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy, Sparsegen
 from molehill.kernels.triton import layout as at
 from molehill.kernels.triton.launch_config import Capacity
-from molehill.kernels.triton.policy_encoding import NoPlaceError, encode
+from molehill.kernels.triton.policy_encoding import UnsupportedPolicyError, encode
 
 ACTIVATION_CODES = {
     "silu": at.SILU.value,
@@ -312,7 +312,7 @@ def _route(
         raise CapacityError(piece.site, f"{experts} experts", f"at most {capacity.experts}")
     try:
         encoded = encode(policy, experts, piece.parameters)
-    except NoPlaceError as error:
+    except UnsupportedPolicyError as error:
         raise CapacityError(piece.site, f"the policy {policy}", error.expected) from None
     record.parameters = encoded.floats()
     gate = stack.add_router(router)

@@ -69,7 +69,7 @@ class PolicyRecord:
         return floats
 
 
-class NoPlaceError(TypeError):
+class UnsupportedPolicyError(TypeError):
     """A policy that the routing kernel cannot compute. expected: what it could."""
 
     def __init__(self, expected: str) -> None:
@@ -81,9 +81,9 @@ class NoPlaceError(TypeError):
 def encode(policy: Policy, experts: int, learned: Tensor | None = None) -> PolicyRecord:
     """The record of a policy over a router of `experts`; learned: the policy's parameters `[n]`.
 
-    Raises NoPlaceError for a policy that has no entry below.
+    Raises UnsupportedPolicyError for a policy that has no entry below.
     """
-    raise NoPlaceError("a policy that the Triton kernels have an encoding of")
+    raise UnsupportedPolicyError("a policy that the Triton kernels have an encoding of")
 
 
 @encode.register
@@ -167,7 +167,7 @@ def _flylora(policy: FlyLoRA, experts: int, learned: Tensor | None = None) -> Po
     assert learned is not None
     most = at.POLICY.value - at.BIASES.value
     if experts > most:
-        raise NoPlaceError(f"at most {most} experts with biases")
+        raise UnsupportedPolicyError(f"at most {most} experts with biases")
     biases = tuple(learned.tolist())
     return replace(_keeping(policy.k, experts), scores=at.BIASED.value, biases=biases)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from molehill.engine import formats
-from molehill.engine.adapter.activation import activation_offset
+from molehill.engine.adapter.invocation import invocation_offset
 from molehill.engine.hf.reference import attach
 
 CHUNK, BLOCK = 24, 32
@@ -86,7 +86,7 @@ def expected(model: Any, request: Any, prompt: Sequence[int], steps: int = 8) ->
         return answer(model, "base", prompt, steps)
     adapter = formats.read(Path(request.lora_path))
     tokens = adapter.invocation_tokens
-    start = activation_offset(prompt, tokens) if tokens else 0
+    start = invocation_offset(prompt, tokens) if tokens else 0
     assert start is not None
     with attach(model, adapter, start=start):
         return answer(model, request.lora_name, prompt, steps)
@@ -159,7 +159,7 @@ def test_logits_of_prompts_are_the_heads_from_the_invocation_on(
     prompt, request = SHAPES[shape], adapters["head"]
     (reply,) = ask_each(llm, [prompt], [request], tokens=1, prompt_logits=True)
     adapter = formats.read(Path(request.lora_path))
-    start = activation_offset(prompt, INVOCATION)
+    start = invocation_offset(prompt, INVOCATION)
     assert start is not None
     with attach(model, adapter, start=start), torch.no_grad():
         wanted = model(torch.tensor([prompt]), use_cache=False).logits[0]
@@ -243,7 +243,7 @@ def test_samples_of_one_prompt(llm: Any, adapters: dict[str, Any], model: Any) -
     (output,) = llm.generate([prompt], sampling, lora_request=request, use_tqdm=False)
     assert len(output.outputs) == 3
     adapter = formats.read(Path(request.lora_path))
-    assert activation_offset(BOTH, adapter.invocation_tokens) == 73
+    assert invocation_offset(BOTH, adapter.invocation_tokens) == 73
     for sample in output.outputs:
         ids = [*BOTH, *sample.token_ids]
         with attach(model, adapter, start=73):
@@ -274,7 +274,7 @@ def test_preempted_requests_and_drafts(llm: Any, adapters: dict[str, Any], model
     assert counter(llm, "vllm:spec_decode_num_accepted_tokens") > accepted
     for i in asked:
         ids, path = [*prompts[i], *replies[i].tokens[:-1]], Path(requests[i].lora_path)
-        start = activation_offset(prompts[i], OTHER)
+        start = invocation_offset(prompts[i], OTHER)
         assert start is not None
         weights = gate_weights(model, path, ids, start)
         assert_chosen(chosen(llm, names[i], len(ids)), weights, start)

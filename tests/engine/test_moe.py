@@ -212,13 +212,13 @@ def test_compiled_on_two_ranks_matches_the_oracle(
     """
     from vllm.platforms.cpu import CpuPlatform
 
-    from molehill.engine.vllm.compilation import lift_gate
+    from molehill.engine.vllm.compilation import allow_compilation
 
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
     # The gate is lifted for this engine only.
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", CpuPlatform.check_and_update_config)
-    lift_gate()
+    allow_compilation()
     two_ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     with engine(model=str(TINY_MOE), **two_ranks) as llm:
         assert_golden(ask(llm, prompts, others=adapters), prompts)

@@ -13,7 +13,7 @@ import yaml
 from support.api_client import BASE, GOLDEN
 from support.server import TINY, serve
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.store_lock import DirectoryLock, LockedError
 from molehill.api.cli import main
 from molehill.api.cli.serve import from_namespace, make_parser
@@ -217,7 +217,7 @@ def test_options_reach_their_fields(tmp_path: Path) -> None:
         merge=False,
         merge_tolerance=0.5,
         merge_into_base="a",
-        admission=Admission(adapters=1, loads=2, mixes=0),
+        admission=AdmissionLimits(adapters=1, loads=2, mixes=0),
         hub=True,
         url_prefixes=("https://models.example/x",),
         watch=True,

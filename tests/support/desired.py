@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from molehill.api.sources.adapters_file import LABEL
-from molehill.api.sources.desired_state import AdaptersFile, DesiredState
+from molehill.api.sources.desired_state import DesiredState, DesiredStateReconciler
 from molehill.api.sources.fetch import Sources
 from molehill.api.sources.operator_file import OperatorFile
 from molehill.api.sources.roots import AdapterRoots
@@ -26,7 +26,7 @@ class Followed(Watched):
         super().__init__(folder, **more)
         self.path = folder / "adapters.yaml"
         self.sources = Sources(AdapterRoots([self.root]), prefixes=prefixes)
-        self.file = AdaptersFile(
+        self.file = DesiredStateReconciler(
             OperatorFile(place or str(self.path), LABEL), self.sources, self.registry
         )
 

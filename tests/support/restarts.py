@@ -4,10 +4,10 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.sources.fetch import Sources
 from molehill.api.sources.manifest import Entry, Manifest
-from molehill.api.sources.restore import Restart
+from molehill.api.sources.restore import Restore
 from molehill.api.sources.roots import AdapterRoots
 from molehill.engine.formats import native
 from support.world import World, adapter
@@ -23,16 +23,16 @@ class Server:
         self.root = folder / "root"
         self.root.mkdir(exist_ok=True)
         self.sources = Sources(AdapterRoots([self.root]))
-        self.restart = Restart(
+        self.restore = Restore(
             self.world.registry, self.world.store, self.sources, self.world.read, self.manifest
         )
 
-    async def load(self, name: str, seed: int, **terms: Any) -> None:
+    async def load(self, name: str, seed: int, **options: Any) -> None:
         source = str(seed)
         if not (self.root / source).exists():
             native.write(adapter(seed), self.root / source)
         fetch = self.sources.fetch(source)
-        await self.world.registry.load(name, source, fetch, Terms(**terms))
+        await self.world.registry.load(name, source, fetch, LoadOptions(**options))
 
     def restarted(self) -> "Server":
         """The next server on the same folder; this one's is its no more."""

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from vllm.lora.request import LoRARequest
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.chat import ReadChat
 from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.installer import Paused, Probe
-from molehill.api.adapters.load_options import Terms
-from molehill.api.adapters.reading import Reading
+from molehill.api.adapters.load_options import LoadOptions
+from molehill.api.adapters.read_budget import ReadBudget
 from molehill.api.adapters.registry import AdapterRegistry, never_paused
-from molehill.api.adapters.slots import Residency
+from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.vllm.lora_requests import make_request
-from molehill.api.vllm.request_tracking import count_requests
+from molehill.api.vllm.request_tracking import wrap_engine_client
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import AdapterNotFoundError
@@ -34,7 +34,7 @@ from molehill.engine.vllm import protocol
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant
 
-ADMISSION = Admission(adapters=5, loads=4)
+ADMISSION = AdmissionLimits(adapters=5, loads=4)
 
 
 def adapter(seed: int) -> Adapter:
@@ -141,7 +141,7 @@ class World:
         self,
         folder: Path,
         slots: int = 4,
-        admission: Admission = ADMISSION,
+        admission: AdmissionLimits = ADMISSION,
         probe: Probe | None = None,
         read_chat: ReadChat | None = None,
         paused: Paused = never_paused,
@@ -166,7 +166,7 @@ class World:
             read_chat=read_chat,
             paused=paused,
         )
-        count_requests(self.engine, self.registry)
+        wrap_engine_client(self.engine, self.registry)
 
     def read(
         self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
@@ -184,10 +184,10 @@ class World:
         path.write_text(str(seed))
         return Source(path, f"label-{seed}")
 
-    async def load(self, name: str, seed: int | Source, **terms: Any) -> Loaded:
-        """Other weights are refused unless the terms say `replace`."""
+    async def load(self, name: str, seed: int | Source, **options: Any) -> Loaded:
+        """Other weights are refused unless the options say `replace`."""
         source = seed if isinstance(seed, Source) else self.source(seed)
-        wanted = Terms(**{"replace": False, **terms})
+        wanted = LoadOptions(**{"replace": False, **options})
         return await self.registry.load(name, source.label, local(source), wanted)
 
     def in_store(self) -> list[str]:
@@ -209,6 +209,6 @@ async def let_tasks_run() -> None:
         await asyncio.sleep(0.001)
 
 
-def is_reading(reading: Reading) -> bool:
+def is_reading(reading: ReadBudget) -> bool:
     """Whether any adapter is read now."""
     return bool(reading._taken)

@@ -29,9 +29,9 @@ BREACHES = {
         "api/http/errors.py:2: imports vllm.exceptions, expected in engine.vllm and api.vllm only",
     ),
     house.adapters_know_no_server: (
-        {"api/adapters/slots.py": "from molehill.api.sources import roots"},
-        "api/adapters/slots.py:1: imports api.sources.roots, expected neither HTTP, vLLM nor other "
-        "rooms of api",
+        {"api/adapters/residency.py": "from molehill.api.sources import roots"},
+        "api/adapters/residency.py:1: imports api.sources.roots, expected neither HTTP, vLLM nor "
+        "other rooms of api",
     ),
     house.no_circle_of_modules: (
         {

@@ -181,7 +181,7 @@ def test_a_restart_chats_as_before(tmp_path: Path, lost: bool) -> None:
             for file in first.world.store.root.glob("chat-*/*"):
                 file.write_text("half")
         second = first.restarted()
-        await second.restart.run()
+        await second.restore.run()
         if not lost:
             assert templates(second) == {"a": "one", "b": "two"}
             notes = {g.name: g.status.note for g in second.world.registry}
@@ -193,7 +193,7 @@ def test_a_restart_chats_as_before(tmp_path: Path, lost: bool) -> None:
             assert templates(second) == {"b": "two"}
             assert "tokenizer: found" in second.world.registry.failures["a"].message
         third = second.restarted()
-        await third.restart.run()
+        await third.restore.run()
         assert templates(third) == templates(second)
 
     play(scenario())
@@ -206,7 +206,7 @@ def test_a_server_that_wants_none_reads_none(tmp_path: Path) -> None:
         await first.load("a", 1)
         first.more.clear()
         second = first.restarted()
-        await second.restart.run()
+        await second.restore.run()
         assert templates(second) == {"a": None}
         write_template(second, 1, "{% bad")
         await second.load("b", 1)

@@ -62,7 +62,7 @@ def assigned(tree: ast.AST) -> Iterator[str]:
 def test_one_module_writes_what_becomes_of_a_generation() -> None:
     (folder,) = api.__path__
     modules = set(Path(folder).rglob("*.py")) - {Path(str(status.__file__))}
-    assert Path(folder, "adapters", "slots.py") in modules
+    assert Path(folder, "adapters", "residency.py") in modules
     written = {path.name: list(assigned(ast.parse(path.read_text()))) for path in modules}
     assert {name: fields for name, fields in written.items() if fields} == {}
 

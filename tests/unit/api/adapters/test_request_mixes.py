@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.world import ADMISSION, Play, Scenario, World, adapter, let_tasks_run
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import (
     BadMixError,
     NotLoadedError,
@@ -29,7 +29,7 @@ SITE = "layers.0.self_attn.q_proj"
 
 
 def play_with(tmp_path: Path, most: int, scenario: Scenario) -> None:
-    admission = Admission(ADMISSION.adapters, ADMISSION.loads, mixes=most)
+    admission = AdmissionLimits(ADMISSION.adapters, ADMISSION.loads, mixes=most)
     world = World(tmp_path, admission=admission)
     asyncio.run(asyncio.wait_for(scenario(world), 20))
 
@@ -71,7 +71,7 @@ def test_equal_mixes_are_one_generation_that_is_made_once(play: Play) -> None:
         assert generation.lora_int_id == 4
         assert generation.status.in_flight == 9
         for lease in leases:
-            lease.leave()
+            lease.release()
         assert (await w.registry.mixes.lease(wanted[0], object())).generation is generation
 
     play(scenario)
@@ -122,10 +122,10 @@ def test_mixes_that_are_not_in_use_make_room_and_names_never_do(tmp_path: Path) 
         first, second = await ask(0.1), await ask(0.2)
         with pytest.raises(TooManyMixesError, match="found 2 in use"):
             await ask(0.3)
-        first.leave()
-        second.leave()
+        first.release()
+        second.release()
         # The first is now the one that was used last.
-        (await ask(0.1)).leave()
+        (await ask(0.1)).release()
         third = await ask(0.3)
         await let_tasks_run()
         assert list(mixes) == [first.generation, third.generation]
@@ -147,7 +147,7 @@ def test_many_mixes_at_once_stay_within_the_bound(tmp_path: Path) -> None:
                 return False
             assert len(w.registry.mixes) <= 3
             await asyncio.sleep(0.001)
-            lease.leave()
+            lease.release()
             return True
 
         served = await asyncio.gather(*(ask(n) for n in range(20)))
@@ -193,7 +193,7 @@ def test_a_part_that_goes_takes_its_mixes_along_when_they_end(play: Play, way: s
         else:
             with pytest.raises(NotLoadedError, match="found 'a', expected"):
                 await w.registry.mixes.lease(weights, object())
-        running.leave()
+        running.release()
         await let_tasks_run()
         assert running.generation.digest not in w.in_store()
 
@@ -258,7 +258,7 @@ def test_what_does_not_add_up_is_refused_by_name_and_nothing_stays(
                 await asked
         lone = await w.registry.mixes.lease({"bad": 1.0}, object())
         assert lone.generation is w.registry.get("bad")
-        lone.leave()
+        lone.release()
         assert (w.in_store(), len(w.registry.mixes)) == (before, 0)
         assert all(not generation.status.holds for generation in w.registry.alive())
 
@@ -295,6 +295,6 @@ def test_a_part_whose_copy_is_lost_is_named(play: Play) -> None:
         shutil.rmtree(w.store.path(adapter(2).digest))
         with pytest.raises(StoreError, match=r"^b: its copy in the store is damaged"):
             await w.registry.mixes.lease({"a": 1.0, "b": 0.5}, object())
-        (await w.registry.mixes.lease({"a": 1.0, "c": 0.5}, object())).leave()
+        (await w.registry.mixes.lease({"a": 1.0, "c": 0.5}, object())).release()
 
     play(scenario)

@@ -12,13 +12,13 @@ import pytest
 from support.world import World, let_tasks_run
 from vllm.exceptions import GracefulHTTPError
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import EngineRefusedError
 from molehill.api.metrics.prometheus import AdapterCollector
 from molehill.api.metrics.worker_stats import Snapshot
 from molehill.engine.vllm import protocol
 
-MANY = Admission(adapters=2000, loads=4)
+MANY = AdmissionLimits(adapters=2000, loads=4)
 
 
 def play(world: World, scenario: Any) -> None:

@@ -19,9 +19,9 @@ from molehill.api import app as plugin
 from molehill.api.adapters.errors import EngineRefusedError
 from molehill.api.http import vllm_routes
 from molehill.api.sources import watcher
-from molehill.api.sources.restore import Restart
+from molehill.api.sources.restore import Restore
 from molehill.api.sources.roots import AdapterRoots
-from molehill.api.vllm.lifeline import Lifeline
+from molehill.api.vllm.engine_watch import EngineWatch
 
 
 def counted(world: World, name: str) -> dict[str, float]:
@@ -46,10 +46,10 @@ def test_a_restart_that_breaks_off_is_told_and_reports_what_it_did_not_come_to(
         async def fault(*_: Any) -> None:
             raise AssertionError("a fault of ours")
 
-        monkeypatch.setattr(Restart, "_restore", fault)
-        await second.restart.run()
+        monkeypatch.setattr(Restore, "_restore", fault)
+        await second.restore.run()
         # It serves, and says what it does not serve; it is not waited for in vain.
-        assert second.restart.ready
+        assert second.restore.ready
         failures = second.world.registry.failures
         assert {name: failure.kind for name, failure in failures.items()} == {
             "a": "internal_error",
@@ -160,7 +160,7 @@ def test_a_question_that_is_given_up_is_not_cut_short_and_its_failure_is_logged(
             raise RuntimeError("a worker's fault")
 
         engine = SimpleNamespace(collective_rpc=collective_rpc, errored=False)
-        asking = asyncio.create_task(Lifeline(engine).collective_rpc("molehill_stats"))
+        asking = asyncio.create_task(EngineWatch(engine).collective_rpc("molehill_stats"))
         await let_tasks_run()
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -184,7 +184,7 @@ def test_a_server_whose_background_has_failed_says_so_where_readiness_is_asked()
     app = FastAPI()
     app.include_router(vllm_routes.router)
     app.state.engine_client = Engine(dead=False)
-    app.state.molehill = SimpleNamespace(restart=SimpleNamespace(ready=False))
+    app.state.molehill = SimpleNamespace(restore=SimpleNamespace(ready=False))
     app.state.molehill_task = asyncio.run(ended())
     answer = TestClient(app).get("/health/ready")
     # Nobody need ask again: it is not a matter of time.

@@ -9,11 +9,11 @@ import pytest
 from support.world import World, let_tasks_run
 from vllm.exceptions import GracefulHTTPError
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.preparation import Preparation
 from molehill.api.adapters.residents import Residents
 
-MANY = Admission(adapters=100, loads=4)
+MANY = AdmissionLimits(adapters=100, loads=4)
 
 
 def play(world: World, scenario: Any) -> None:

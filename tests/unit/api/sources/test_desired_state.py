@@ -14,16 +14,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.desired import Followed
 from support.world import adapter, let_tasks_run
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import NoEffectError
-from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.adapters.source import Source, local
 from molehill.api.http.schemas import everything, of_adapters_file
 from molehill.api.metrics.desired import DesiredCollector
 from molehill.api.metrics.prometheus import exposition
 from molehill.api.sources import desired_state, operator_file
 from molehill.api.sources.manifest import Manifest
-from molehill.api.sources.restore import Restart
+from molehill.api.sources.restore import Restore
 
 SYNCER = """
 vLLMLoRAConfig:
@@ -137,7 +137,9 @@ def test_a_bad_entry_harms_no_other(tmp_path: Path) -> None:
         await f.until(lambda: f.states() == {"a": "converged", "gone": "converged"})
         assert (f.failures(), of_adapters_file(f.file).converged) == ({}, True)
 
-    play(lambda: Followed(tmp_path / "f", admission=Admission(adapters=20, loads=2)), scenario)
+    play(
+        lambda: Followed(tmp_path / "f", admission=AdmissionLimits(adapters=20, loads=2)), scenario
+    )
 
 
 def test_a_name_in_a_bad_entry_stays_as_it_is(tmp_path: Path) -> None:
@@ -253,7 +255,7 @@ def test_the_syncers_file_takes_away_only_what_it_names(tmp_path: Path) -> None:
 def test_what_comes_by_the_command_line_is_left_to_it(tmp_path: Path) -> None:
     async def scenario(f: Followed) -> None:
         start = replace(f.source(5), remembered=False)
-        await f.registry.load("started", "started", local(start), Terms())
+        await f.registry.load("started", "started", local(start), LoadOptions())
         text = SYNCER % ("", "{id: started, source: x}")
         f.path.write_text(text)
         await f.look()
@@ -278,7 +280,7 @@ def test_a_name_that_has_to_wait_holds_up_no_other(tmp_path: Path) -> None:
             arrives.wait(30)  # Longer than the scenario may take.
             yield f.source(5)
 
-        slow = asyncio.create_task(f.registry.load("a", "slow", slow_source(), Terms()))
+        slow = asyncio.create_task(f.registry.load("a", "slow", slow_source(), LoadOptions()))
         await let_tasks_run()
         f.write(f.entry("b", 2))
         await f.until(lambda: "b" in f.serves())
@@ -321,7 +323,7 @@ def test_the_heaviest_come_first_and_one_pause_lies_between_two_tries(
         # The others wait their pause out, the one that was served does not.
         assert list(f.serves()) == ["b"]
 
-    play(lambda: Followed(tmp_path / "f", admission=Admission(adapters=1, loads=1)), scenario)
+    play(lambda: Followed(tmp_path / "f", admission=AdmissionLimits(adapters=1, loads=1)), scenario)
 
 
 def test_what_turns_out_to_have_no_effect_is_tried_out_the_next_time(tmp_path: Path) -> None:
@@ -348,8 +350,8 @@ def test_what_turns_out_to_have_no_effect_is_tried_out_the_next_time(tmp_path: P
 
 
 def test_a_restarted_server_knows_what_came_from_the_file(tmp_path: Path) -> None:
-    def restart(f: Followed) -> Restart:
-        return Restart(f.registry, f.store, f.sources, f.read, Manifest(f.store.root))
+    def restart(f: Followed) -> Restore:
+        return Restore(f.registry, f.store, f.sources, f.read, Manifest(f.store.root))
 
     async def first(f: Followed) -> None:
         restart(f)

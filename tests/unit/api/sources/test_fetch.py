@@ -12,7 +12,7 @@ from support.api_client import copy_adapter
 from support.file_server import COMMIT, fetch_from_hub, serving, sources
 from support.world import World, let_tasks_run
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import (
     BadPathError,
     FetchError,
@@ -238,7 +238,7 @@ def test_sources_that_keep_loads_waiting_hold_up_no_other_load(tmp_path: Path) -
         result = await asyncio.gather(*stuck, return_exceptions=True)
         assert {type(error) for error in result} == {FetchError}
 
-    admission = Admission(adapters=100, loads=100)
+    admission = AdmissionLimits(adapters=100, loads=100)
     asyncio.run(scenario(World(tmp_path, admission=admission)))
 
 

@@ -12,9 +12,9 @@ import pytest
 from support.restarts import Server, play
 from support.world import adapter, is_reading, let_tasks_run
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import NotLoadedError
-from molehill.api.adapters.load_options import Terms
+from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.sources.manifest import Entry, Manifest
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
@@ -29,13 +29,13 @@ def test_a_restarted_server_is_not_ready_until_all_is_loaded(tmp_path: Path) -> 
         served = first.serves()
         second = first.restarted()
         second.world.engine.proceed.clear()
-        restoring = asyncio.create_task(second.restart.run())
+        restoring = asyncio.create_task(second.restore.run())
         while not second.world.engine.calls:
             await asyncio.sleep(0.001)
-        assert not second.restart.ready
+        assert not second.restore.ready
         second.world.engine.proceed.set()
         await restoring
-        assert second.restart.ready
+        assert second.restore.ready
         assert second.serves() == served
         assert [generation.status.slot.pinned for generation in second.world.registry] == [
             True,
@@ -54,7 +54,7 @@ def test_a_mix_outlives_its_parts_and_a_restart(tmp_path: Path) -> None:
         made = await first.world.registry.load_mix("ab", {"a": 0.5, "b": 2.0})
         await first.world.registry.unload("b")
         second = first.restarted()
-        await second.restart.run()
+        await second.restore.run()
         assert (
             second.serves()
             == first.serves()
@@ -64,7 +64,7 @@ def test_a_mix_outlives_its_parts_and_a_restart(tmp_path: Path) -> None:
         assert second.remembers()["ab"].mix == made.generation.status.source.mix
         third = second.restarted()
         shutil.rmtree(third.world.store.path(made.generation.digest))
-        await third.restart.run()
+        await third.restore.run()
         assert third.serves() == {"a": adapter(1).digest}
         assert "lost the copy of this mix" in third.world.registry.failures["ab"].message
 
@@ -74,8 +74,8 @@ def test_a_mix_outlives_its_parts_and_a_restart(tmp_path: Path) -> None:
 def test_a_server_without_a_manifest_is_ready_at_once(tmp_path: Path) -> None:
     async def scenario() -> None:
         server = Server(tmp_path)
-        await server.restart.run()
-        assert server.restart.ready
+        await server.restore.run()
+        assert server.restore.ready
         assert server.serves() == {}
 
     play(scenario())
@@ -88,7 +88,7 @@ def test_more_adapters_than_slots_are_taken_up_on_disk(tmp_path: Path) -> None:
             await first.load(f"a{n}", n, pinned=n == 3)
         second = first.restarted()
         second.world.engine.more.set()
-        await second.restart.run()
+        await second.restore.run()
         assert second.serves() == first.serves()
         assert sorted(second.world.engine.loaded.values()) == ["a1", "a3"]
         assert [output async for output in second.world.generate("a2")] == ["first", "last"]
@@ -115,7 +115,7 @@ def test_what_a_client_has_loaded_since_is_newer(tmp_path: Path) -> None:
         await first.load("a", 1)
         second = first.restarted()
         await second.load("a", 2)
-        await second.restart.run()
+        await second.restore.run()
         assert second.serves() == {"a": adapter(2).digest}
         assert second.remembers()["a"].generation == adapter(2).digest
 
@@ -133,7 +133,7 @@ def test_a_lost_copy_comes_from_the_source(tmp_path: Path, damage: str) -> None:
         else:
             (copy / native.WEIGHTS).write_bytes(b"half")
         second = first.restarted()
-        await second.restart.run()
+        await second.restore.run()
         assert second.serves() == {"a": adapter(1).digest}
         assert native.read(copy, second.world.limits).digest == adapter(1).digest
 
@@ -150,9 +150,9 @@ def test_a_source_that_changed_does_not_stand_in_for_a_lost_copy(tmp_path: Path)
         server = first
         for _ in range(2):
             server = server.restarted()
-            await server.restart.run()
+            await server.restore.run()
             await let_tasks_run()
-            assert server.restart.ready
+            assert server.restore.ready
             assert server.serves() == {}
             assert "expected" in server.world.registry.failures["a"].message
             # It may come back: the next start tries again.
@@ -172,7 +172,7 @@ def test_a_source_that_changed_is_reported_and_what_was_loaded_is_served(tmp_pat
             shutil.rmtree(first.root / str(n))
         native.write(adapter(9), first.root / "1")
         second = first.restarted()
-        await second.restart.run()
+        await second.restore.run()
         assert second.serves() == first.serves()
         notes = {g.name: g.status.note or "" for g in second.world.registry}
         assert "other content" in notes["a1"]
@@ -204,9 +204,9 @@ def test_a_busy_moment_is_waited_for(tmp_path: Path) -> None:
         second.world.engine.proceed.clear()
         loads = [asyncio.create_task(second.load(f"c{n}", 10 + n)) for n in range(4)]
         await let_tasks_run()
-        restoring = asyncio.create_task(second.restart.run())
+        restoring = asyncio.create_task(second.restore.run())
         await let_tasks_run()
-        assert not second.restart.ready
+        assert not second.restore.ready
         assert "a" in {loading.name for loading in second.world.registry.loading()}
         second.world.engine.proceed.set()
         await asyncio.gather(restoring, *loads)
@@ -227,7 +227,7 @@ def test_what_a_client_is_loading_is_not_overwritten(tmp_path: Path) -> None:
         second.world.engine.proceed.clear()
         loading = asyncio.create_task(second.load("a", 2))
         await let_tasks_run()
-        restoring = asyncio.create_task(second.restart.run())
+        restoring = asyncio.create_task(second.restore.run())
         await let_tasks_run()
         second.world.engine.proceed.set()
         await asyncio.gather(loading, restoring)
@@ -250,7 +250,7 @@ def test_a_name_that_is_deleted_before_its_turn_is_not_loaded_again(tmp_path: Pa
         with pytest.raises(NotLoadedError):
             await registry.unload("b")
         assert set(second.remembers()) == {"c"}
-        await second.restart.run()
+        await second.restore.run()
         assert set(second.serves()) == set(second.remembers()) == {"c"}
         assert await registry.dismiss("c") is None
 
@@ -265,8 +265,8 @@ def test_a_name_that_is_deleted_between_its_copy_and_its_source_is_not_loaded(
         await first.load("a", 1)
         (first.world.store.path(adapter(1).digest) / native.WEIGHTS).write_bytes(b"half")
         second = first.restarted()
-        async with second.world.registry.intake.reading:
-            restoring = asyncio.create_task(second.restart.run())
+        async with second.world.registry.intake.read_budget:
+            restoring = asyncio.create_task(second.restore.run())
             await let_tasks_run()
             dismissing = asyncio.create_task(second.world.registry.dismiss("a"))
             await let_tasks_run()
@@ -292,14 +292,14 @@ def test_a_fault_while_sources_are_looked_at_ends_nothing(
         reading = []
 
         def read(path: Path, _: Layout | None, residual: bool) -> Adapter:
-            reading.append(is_reading(second.world.registry.intake.reading))
+            reading.append(is_reading(second.world.registry.intake.read_budget))
             if path.name == "1":
                 raise RuntimeError("a fault")
             return second.world.read(path)
 
-        monkeypatch.setattr(second.restart, "_read", read)
-        await second.restart.run()
-        assert second.restart.ready
+        monkeypatch.setattr(second.restore, "_read", read)
+        await second.restore.run()
+        assert second.restore.ready
         notes = {generation.name: generation.status.note for generation in second.world.registry}
         assert notes["a1"] is None
         assert "other content" in (notes["a2"] or "")
@@ -327,13 +327,13 @@ def test_what_a_client_said_of_the_files_is_remembered(tmp_path: Path) -> None:
         digest = first.serves()["a"]
         os.utime(first.root / "1" / native.CONFIG)
         second = first.restarted()
-        await second.restart.run()
+        await second.restore.run()
         # The store's copy has the experts in order; the source, looked at again, has not.
         assert second.world.layouts == [None, "grouped_by_expert"]
         assert second.world.residuals == [False, True]
         third = second.restarted()
         shutil.rmtree(third.world.store.path(digest))
-        await third.restart.run()
+        await third.restore.run()
         assert third.serves() == {"a": digest}
         assert third.world.layouts[0] == "grouped_by_expert"
         assert third.world.residuals[0]
@@ -348,10 +348,10 @@ def test_what_becomes_of_prompts_that_activate_nothing_is_remembered(tmp_path: P
         first = Server(tmp_path)
         native.write(replace(adapter(1), invocation_tokens=(5,)), first.root / "1")
         for name, when in (("a", "base"), ("b", None)):
-            terms = Terms(when_not_invoked=when)
-            await first.world.registry.load(name, "1", first.sources.fetch("1"), terms)
+            options = LoadOptions(when_not_invoked=when)
+            await first.world.registry.load(name, "1", first.sources.fetch("1"), options)
         second = first.restarted()
-        await second.restart.run()
+        await second.restore.run()
         result = {g.name: g.status.when_not_invoked for g in second.world.registry}
         assert result == {"a": "base", "b": "refuse"}
 
@@ -365,7 +365,7 @@ def test_a_restart_that_changes_nothing_writes_nothing(tmp_path: Path) -> None:
             await first.load(name, 1)
         written = first.manifest.path.stat().st_ino
         second = first.restarted()
-        await second.restart.run()
+        await second.restore.run()
         assert first.manifest.path.stat().st_ino == written
         await second.world.registry.unload("a")
         assert first.manifest.path.stat().st_ino != written
@@ -391,7 +391,7 @@ def test_changes_that_come_together_are_written_together(
     monkeypatch.setattr("test_restore.Manifest", CountingManifest)
 
     async def scenario() -> None:
-        server = Server(tmp_path, admission=Admission(adapters=100, loads=100))
+        server = Server(tmp_path, admission=AdmissionLimits(adapters=100, loads=100))
         names = [f"a{n}" for n in range(30)]
         await asyncio.gather(*(server.load(name, 1) for name in names))
 
@@ -440,7 +440,7 @@ def test_what_was_never_probed_is_probed_after_the_restart(tmp_path: Path) -> No
         await first.load("b", 2, eager=False)
         second = first.restarted()
         second.world.engine.more.set()
-        await second.restart.run()
+        await second.restore.run()
         assert (list(second.serves()), probed) == (["a", "b"], ["a"])
         for _ in range(2):
             for name in "ba":

@@ -9,7 +9,7 @@ import pytest
 from support.restarts import Server, play
 from support.world import adapter
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import (
     BadPathError,
     BadUploadError,
@@ -102,7 +102,7 @@ def test_a_directory_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_so_many_uploads_at_once(tmp_path: Path) -> None:
-    bounds = Uploads(AdapterStore(tmp_path), Admission(loads=1))
+    bounds = Uploads(AdapterStore(tmp_path), AdmissionLimits(loads=1))
     with bounds.place():
         with pytest.raises(BusyError) as refusal, bounds.place():
             pass
@@ -129,12 +129,12 @@ def test_what_was_sent_is_served_again_and_says_when_it_is_lost(tmp_path: Path) 
         assert first.world.in_store() == [adapter(1).digest, "manifest.json"]
         (first.world.store.root / ".upload-cut-off").mkdir()
         second = first.restarted()
-        await second.restart.run()
+        await second.restore.run()
         assert (second.serves(), second.remembers()) == (first.serves(), first.remembers())
         assert second.world.in_store() == [adapter(1).digest, "manifest.json"]
         third = second.restarted()
         shutil.rmtree(third.world.store.path(adapter(1).digest))
-        await third.restart.run()
+        await third.restore.run()
         assert third.serves() == {}
         assert "send its files again" in third.world.registry.failures["a"].message
 

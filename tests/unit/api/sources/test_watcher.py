@@ -14,7 +14,7 @@ from support.watched import Watched
 from support.world import adapter, let_tasks_run
 from vllm.exceptions import GracefulHTTPError
 
-from molehill.api.adapters.admission import Admission
+from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import NoEffectError
 from molehill.api.adapters.source import local
 from molehill.api.sources import watcher
@@ -128,7 +128,7 @@ def test_names_over_the_limit_are_served_when_one_is_free(tmp_path: Path) -> Non
         await w.watcher.poll()
         assert (w.failures(), list(w.serves())) == ({}, ["a"])
 
-    play(Watched(tmp_path, admission=Admission(adapters=1, loads=4)), scenario)
+    play(Watched(tmp_path, admission=AdmissionLimits(adapters=1, loads=4)), scenario)
 
 
 def test_a_busy_moment_is_no_failure(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from vllm.v1.worker.gpu.lora_utils import (
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from molehill.engine.adapter.errors import AdapterError
-from molehill.engine.vllm.activation import ActivatedRows
 from molehill.engine.vllm.adapter_stats import AdapterStats
+from molehill.engine.vllm.invocation_rows import InvocationRows
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.prefetch import StepPacer
@@ -51,7 +51,7 @@ class Runner(LoRAModelRunnerMixin):
                 stats=AdapterStats(slots.counters, slots.resident_bytes),
                 vocabulary=Vocabulary(),
             ),
-            ActivatedRows(self, {ADAPTER: ()}.get),
+            InvocationRows(self, {ADAPTER: ()}.get),
             RoutingCapture(self, worker.backend, slots.slot),
             LogitsRows(self, nn.Module(), lambda runs: None),
             TokenRows(nn.Module(), slots, self._begin_step),

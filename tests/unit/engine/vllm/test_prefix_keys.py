@@ -117,7 +117,7 @@ def test_the_same_tokens_under_another_offset_are_other_blocks(
     block = [*TEXT[:5], *INVOCATION, *TEXT[5:11], 301, 17]
     assert len(block) == BLOCK
     once, twice = request([*block, 5, 6, *TEXT], alora), request([*block, 302, *TEXT], alora)
-    assert (once.molehill_activation.offset, twice.molehill_activation.offset) == (5, 14)
+    assert (once.molehill_invocation.offset, twice.molehill_invocation.offset) == (5, 14)
     assert common(once, twice) == 0
 
 
@@ -129,10 +129,10 @@ def test_what_was_generated_is_not_searched_until_it_is_a_prompt(
     generated = [*INVOCATION, *TEXT[6:40]]
     first = request(prompt, alora)
     first.append_output_token_ids(generated)
-    assert first.molehill_activation.offset == 2
+    assert first.molehill_invocation.offset == 2
     assert len(first.block_hashes) == 2
     again = request([*prompt, *generated], alora)
-    assert again.molehill_activation.offset == len(prompt)
+    assert again.molehill_invocation.offset == len(prompt)
     assert common(first, again) == 0
     alike = request(prompt, alora)
     alike.append_output_token_ids(generated)

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.golden import Case
 
-from molehill.engine.adapter.activation import activation_offset
+from molehill.engine.adapter.invocation import invocation_offset
 
 # Few enough ids for sequences to occur, overlap and repeat.
 IDS = st.integers(0, 2)
@@ -25,11 +25,11 @@ def test_the_offset_is_pefts(prompt: list[int], invocation: list[int]) -> None:
     ids = torch.tensor([prompt], dtype=torch.long)
     (from_the_end,) = variants.variants.calculate_alora_offsets(config, "own", ids)
     expected = None if from_the_end is None else len(prompt) - from_the_end
-    assert activation_offset(prompt, invocation) == expected
+    assert invocation_offset(prompt, invocation) == expected
 
 
 def test_the_golden_prompts_offsets() -> None:
     oracle = Case("alora").oracle
-    result = [activation_offset(p["prompt_token_ids"], [301, 17, 302]) for p in oracle["prompts"]]
+    result = [invocation_offset(p["prompt_token_ids"], [301, 17, 302]) for p in oracle["prompts"]]
     assert result == [p["invocation_start"] for p in oracle["prompts"]]
     assert {None, 0} < set(result)

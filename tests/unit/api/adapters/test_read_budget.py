@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.world import World, is_reading, let_tasks_run
 
-from molehill.api.adapters.reading import READERS, Reading, most_bytes
+from molehill.api.adapters.read_budget import MOST_AT_ONCE, ReadBudget, most_bytes
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 
@@ -52,7 +52,7 @@ def test_together_they_take_no_more_than_the_largest_may(tmp_path: Path) -> None
     most = 100
 
     async def scenario() -> None:
-        reading = Reading(most)
+        reading = ReadBudget(most)
         inside: list[int] = []
         order: list[int] = []
 
@@ -61,7 +61,7 @@ def test_together_they_take_no_more_than_the_largest_may(tmp_path: Path) -> None
                 order.append(size)
                 inside.append(min(size, most))
                 assert sum(inside) <= most
-                assert len(inside) <= READERS
+                assert len(inside) <= MOST_AT_ONCE
                 assert is_reading(reading)
                 await asyncio.sleep(0.002)
                 inside.remove(min(size, most))
@@ -77,7 +77,7 @@ def test_together_they_take_no_more_than_the_largest_may(tmp_path: Path) -> None
 
 def test_who_does_not_know_how_much_it_takes_is_alone() -> None:
     async def scenario() -> None:
-        reading = Reading(100)
+        reading = ReadBudget(100)
         async with reading:
             other = asyncio.create_task(reading.beside(0).__aenter__())
             large = asyncio.create_task(reading.beside(1).__aenter__())
@@ -91,7 +91,7 @@ def test_who_does_not_know_how_much_it_takes_is_alone() -> None:
 
 def test_one_that_stops_waiting_lets_the_next_in() -> None:
     async def scenario() -> None:
-        reading = Reading(100)
+        reading = ReadBudget(100)
         async with reading:
             gone = asyncio.create_task(reading.beside(100).__aenter__())
             await let_tasks_run()
@@ -127,7 +127,7 @@ def test_pairs_that_are_made_at_load_may_take_the_whole_limit(
     config.write_text(json.dumps({"peft_type": kind.upper()}))
 
     async def scenario() -> None:
-        reading = Reading(1 << 33)
+        reading = ReadBudget(1 << 33)
         async with reading.beside(most_bytes(tmp_path)):
             other = asyncio.create_task(reading.beside(1).__aenter__())
             await let_tasks_run()

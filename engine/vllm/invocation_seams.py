@@ -3,7 +3,7 @@ blocks, a step's rows, and what requests say of themselves."""
 
 from molehill.engine.vllm.seams import Seam
 
-ACTIVATION, KEYS_FILE = "engine/vllm/activation.py", "engine/vllm/prefix_keys.py"
+INVOCATION, KEYS_FILE = "engine/vllm/invocation_rows.py", "engine/vllm/prefix_keys.py"
 FOLLOWING, ROUTING = "engine/vllm/step_following.py", "engine/vllm/routing_capture.py"
 
 PREFIX_KEYS = Seam(
@@ -37,14 +37,14 @@ STEPS = (
     Seam(
         "vllm.v1.core.sched.output",
         "SchedulerOutput",
-        ACTIVATION,
+        INVOCATION,
         "which rows come before an invocation",
         attributes=("finished_req_ids", "scheduled_cached_reqs", "scheduled_new_reqs"),
     ),
     Seam(
         "vllm.v1.core.sched.output",
         "NewRequestData",
-        ACTIVATION,
+        INVOCATION,
         "which rows come before an invocation",
         attributes=(
             "lora_request",

@@ -10,7 +10,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu.lora_utils import LoraState
 
-from molehill.engine.vllm.activation import ActivatedRows, PlainRows
+from molehill.engine.vllm.invocation_rows import InvocationRows, PlainRows
 
 INVOCATION = (301, 17)
 # By the adapter's id; 3 is not here.
@@ -58,7 +58,7 @@ def step(
 class Followed:
     def __init__(self, second: bool = False) -> None:
         self.second, self.runner = second, Runner(second)
-        self.rows = ActivatedRows(self.runner, INVOCATIONS.get)
+        self.rows = InvocationRows(self.runner, INVOCATIONS.get)
 
     def run(self, output: SchedulerOutput, layout: Mapping[str, int]) -> list[PlainRows]:
         """A step whose requests lie as in `layout`, each with so many rows."""

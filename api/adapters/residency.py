@@ -27,7 +27,7 @@ class Residency:
         self.events = events
         self._changed = asyncio.Event()
         self._queue = Queue()
-        self._residents = Residents(slots, events)
+        self._residents = Residents(slots)
         self._transfers = Transfers(workers, self._residents, events, self._changed)
         self._scheduler = Scheduler(
             self._queue, self._residents, self._transfers, self._changed, events

@@ -1,7 +1,7 @@
 """Rows of a step before their request's invocation: there an activated adapter is the base.
 
 vLLM maps rows to adapters by request. Where a request's rows lie in its prompt is in the
-scheduler's output: `ActivatedRows` follows it.
+scheduler's output: `InvocationRows` follows it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
 
-from molehill.engine.adapter.activation import activation_offset
+from molehill.engine.adapter.invocation import invocation_offset
 from molehill.engine.vllm.step_following import computed_tokens, follow_steps
 
 logger = init_logger("vllm.molehill")
@@ -39,7 +39,7 @@ class _Request:
     searched: bool = False
 
 
-class ActivatedRows:
+class InvocationRows:
     """The requests of one worker that have an adapter, and the step that is being prepared."""
 
     def __init__(self, runner: Any, invocation_of: InvocationOf) -> None:
@@ -95,7 +95,7 @@ class ActivatedRows:
                 del self._requests[request_id]
             return False
         request.searched = True
-        request.offset = activation_offset(request.prompt or (), invocation)
+        request.offset = invocation_offset(request.prompt or (), invocation)
         request.prompt = None
         if request.offset is None:
             logger.error(

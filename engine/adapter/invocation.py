@@ -7,7 +7,7 @@ the last occurrence of its invocation tokens in the prompt on. What is generated
 from collections.abc import Sequence
 
 
-def activation_offset(prompt: Sequence[int], invocation: Sequence[int]) -> int | None:
+def invocation_offset(prompt: Sequence[int], invocation: Sequence[int]) -> int | None:
     """The position in `prompt` from which on the adapter acts; None without an occurrence.
 
     prompt, invocation: token ids; of the latter at least one.

@@ -21,7 +21,7 @@ class StragglerError(RuntimeError):
     """Some engines have not answered what others answered long ago."""
 
 
-class Lifeline:
+class EngineWatch:
     """An engine client's `collective_rpc`, which asks the workers of all its engines (of one, or
     with data parallelism of several) and ends when they do.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from molehill.api.vllm.lifeline import Lifeline, StragglerError
+from molehill.api.vllm.engine_watch import EngineWatch, StragglerError
 
 
 class Dead(Exception):
@@ -29,11 +29,11 @@ def test_answers_and_errors_are_passed_on() -> None:
     async def scenario() -> None:
         engine = Engine()
         engine.answer.set_result(["yes"])
-        assert await Lifeline(engine).collective_rpc("ask", args=(1,)) == ["ask", (1,), "yes"]
+        assert await EngineWatch(engine).collective_rpc("ask", args=(1,)) == ["ask", (1,), "yes"]
         engine.answer = asyncio.get_running_loop().create_future()
         engine.answer.set_exception(ValueError("no"))
         with pytest.raises(ValueError, match="no"):
-            await Lifeline(engine).collective_rpc("ask")
+            await EngineWatch(engine).collective_rpc("ask")
 
     asyncio.run(scenario())
 
@@ -41,7 +41,7 @@ def test_answers_and_errors_are_passed_on() -> None:
 def test_who_waits_for_an_engine_that_dies_is_told() -> None:
     async def scenario() -> None:
         engine = Engine()
-        asking = asyncio.create_task(Lifeline(engine).collective_rpc("ask"))
+        asking = asyncio.create_task(EngineWatch(engine).collective_rpc("ask"))
         await asyncio.sleep(0.1)
         engine.errored = True
         with pytest.raises(Dead):
@@ -56,7 +56,7 @@ def test_a_question_outlives_whoever_asked_it() -> None:
     async def scenario() -> None:
         engine = Engine()
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(Lifeline(engine).collective_rpc("ask"), 0.1)
+            await asyncio.wait_for(EngineWatch(engine).collective_rpc("ask"), 0.1)
         assert not engine.answer.cancelled()
 
     asyncio.run(scenario())
@@ -84,7 +84,7 @@ def test_the_workers_of_all_engines_answer_in_the_order_of_their_ranks() -> None
     async def scenario() -> None:
         engines = Engines()
         engines.answers[b"1"].set_result(["c"])
-        asking = asyncio.create_task(Lifeline(engines, 2).collective_rpc("ask", args=(1,)))
+        asking = asyncio.create_task(EngineWatch(engines, 2).collective_rpc("ask", args=(1,)))
         await asyncio.sleep(0.01)
         assert not asking.done()
         engines.answers[b"0"].set_result(["a", "b"])
@@ -97,7 +97,7 @@ def test_a_refusal_of_one_engine_is_raised_once_the_other_has_answered() -> None
     async def scenario() -> None:
         engines = Engines()
         engines.answers[b"1"].set_exception(ValueError("no"))
-        asking = asyncio.create_task(Lifeline(engines, 2).collective_rpc("ask", args=(1,)))
+        asking = asyncio.create_task(EngineWatch(engines, 2).collective_rpc("ask", args=(1,)))
         await asyncio.sleep(0.01)
         assert not asking.done()
         engines.answers[b"0"].set_result(["a"])
@@ -111,7 +111,7 @@ def test_an_engine_that_falls_behind_is_not_waited_for(caplog: pytest.LogCapture
     async def scenario() -> None:
         engines = Engines()
         engines.answers[b"0"].set_result(["a"])
-        asking = Lifeline(engines, 2, straggler_seconds=0.01).collective_rpc("ask", args=(1,))
+        asking = EngineWatch(engines, 2, straggler_seconds=0.01).collective_rpc("ask", args=(1,))
         with pytest.raises(StragglerError, match=r"ask: found no answer of engines \[1\] in 0.01"):
             await asking
         # The question goes on, and its failure is logged.
@@ -127,7 +127,7 @@ def test_several_engines_of_which_one_dies_are_dead() -> None:
     async def scenario() -> None:
         engines = Engines()
         engines.answers[b"0"].set_result(["a"])
-        asking = asyncio.create_task(Lifeline(engines, 2).collective_rpc("ask", args=(1,)))
+        asking = asyncio.create_task(EngineWatch(engines, 2).collective_rpc("ask", args=(1,)))
         await asyncio.sleep(0.01)
         engines.errored = True
         with pytest.raises(Dead):

@@ -12,10 +12,10 @@ from molehill.engine.formats.registry import expands
 
 # Adapters that are read at a time, each in a thread: one that reads slowly holds up no other. They
 # take turns with the event loop, which streams meanwhile: more would hold that up.
-READERS = 2
+MOST_AT_ONCE = 2
 
 
-class Reading:
+class ReadBudget:
     """Lets adapters be read beside each other that together take no more than one may, in the order
     in which they ask. `async with` itself is for whoever does not know how much it will take.
 
@@ -47,7 +47,7 @@ class Reading:
 
     async def _enter(self, taken: int) -> None:
         async with self._next:
-            while len(self._taken) >= READERS or sum(self._taken) + taken > self._limit:
+            while len(self._taken) >= MOST_AT_ONCE or sum(self._taken) + taken > self._limit:
                 self._left.clear()
                 await self._left.wait()
             self._taken.append(taken)
