@@ -9,7 +9,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -204,7 +204,7 @@ class RoutedCall:
         self._ended = output.finished
         replies = of_stages(await protocol.ROUTES.ask(self._engine, asked))
         if usage:
-            self.usage = sum((reply.usage for reply in replies), RoutingUsage())
+            self.usage = usage_of(replies)
         for part in ranges:
             self._taken[part.index] = part.stop
             if self._asked.experts and part.stop > part.start:
@@ -259,11 +259,20 @@ def checked(generation: Generation, asked: RoutingAsked, arguments: Mapping[str,
 
 
 def of_stages(replies: Sequence[RoutesReply]) -> list[RoutesReply]:
-    """One worker's of each pipeline stage: tensor-parallel ranks route alike."""
+    """One worker's of each pipeline stage: tensor-parallel ranks route alike, and of several
+    engines only the one that has the request knows of it."""
     first: dict[int, RoutesReply] = {}
     for reply in replies:
-        first.setdefault(reply.stage, reply)
+        if reply.parts:
+            first.setdefault(reply.stage, reply)
     return list(first.values())
+
+
+def usage_of(replies: Sequence[RoutesReply]) -> RoutingUsage:
+    """Of all stages, each of which reads the same tokens."""
+    usage = sum((reply.usage for reply in replies), RoutingUsage())
+    tokens = max((reply.usage.tokens for reply in replies), default=0)
+    return replace(usage, tokens=tokens)
 
 
 def array(data: bytes, dtype: Any, reply: RoutesReply) -> NDArray[Any]:
