@@ -93,6 +93,7 @@ def container() -> Manifest:
     return dict(only)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "manifest", manifests(), ids=lambda m: f"{m['kind']}-{m['metadata']['name']}"
 )
@@ -250,6 +251,7 @@ def test_keys_come_from_a_secret() -> None:
         assert f"--from-literal={reference['key']}=" in documented
 
 
+@pytest.mark.slow
 def test_kustomize_renders_the_same_objects() -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")

@@ -160,6 +160,7 @@ def refused(served: Served, weights: SlotWeights, message: str) -> None:
     served.backend.store(0, SlotWeights({served.linear: [linear()]}, {served.ffn: ffn()}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", LINEARS)
 def test_a_linears_weights_that_do_not_fit(served, message):
     refused(served, SlotWeights({served.linear: [LINEARS[message]]}, {}), message)

@@ -77,6 +77,7 @@ def blocks(base: Base) -> tuple[MoeBlocks, int]:
     return made, made.register(shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 @pytest.mark.parametrize("top_k", [1, 2, EXPERTS])

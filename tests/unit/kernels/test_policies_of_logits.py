@@ -98,6 +98,7 @@ def plain_sparsegen(u, output):
 floats = st.floats(-6, 6, width=32)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.lists(floats, min_size=1, max_size=9),
@@ -113,6 +114,7 @@ def test_sparsegen_is_the_plain_loop(u, units, offset):
     assert sum(p) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(floats, min_size=1, max_size=9), floats, floats, st.floats(0.0625, 1, width=32))
 def test_adamole_is_the_plain_loop(gate, extra, bias, greatest):
@@ -128,6 +130,7 @@ def test_adamole_is_the_plain_loop(gate, extra, bias, greatest):
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(floats, min_size=1, max_size=9), st.integers(1, 9), st.sampled_from([0.5, 1.0, 3]))
 def test_arrow_is_a_softmax_over_the_best_scores(logits, k, temperature):

@@ -165,6 +165,7 @@ def test_an_ffn_mixture_on_merged_weights(setup, rows, biased):
         assert_near(y[rows:], plain)
 
 
+@pytest.mark.slow
 def test_a_shared_pair_is_no_expert_of_a_gpu_s_capacity(interpreted):
     backend = triton_cases.backend()
     handle = backend.register_linear(LinearShape("linear", 8, 8))

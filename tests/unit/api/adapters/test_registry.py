@@ -286,6 +286,7 @@ def test_a_caller_that_goes_away_does_not_stop_a_load_halfway(play: Play) -> Non
     play(scenario)
 
 
+@pytest.mark.slow
 def test_names_that_were_only_asked_for_take_no_memory(play: Play) -> None:
     async def scenario(w: World) -> None:
         for number in range(100):

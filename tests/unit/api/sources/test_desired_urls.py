@@ -37,6 +37,7 @@ def http_files(folder: Path) -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_two_servers_on_one_url_converge_to_the_same_digests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

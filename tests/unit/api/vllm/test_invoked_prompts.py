@@ -150,7 +150,7 @@ def test_the_probe_activates_what_it_probes() -> None:
         logprob = 0.0 if lora_request is None else -1.0
         yield SimpleNamespace(prompt_logprobs=[{1: SimpleNamespace(logprob=logprob)}])
 
-    content = SimpleNamespace(invocation_tokens=TOKENS)
+    content = SimpleNamespace(invocation_tokens=TOKENS, probe_tokens=())
     generation: Any = SimpleNamespace(name="a", request=object(), content=content)
     asyncio.run(Prober(generate, PROMPT_TOKENS)(generation))
     assert prompts == [[*TOKENS, *range(SHORT_TOKENS)]] * 2

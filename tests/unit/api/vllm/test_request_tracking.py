@@ -347,6 +347,7 @@ def test_a_client_that_stops_reading_does_not_keep_its_slot(
     play_in(1, scenario)
 
 
+@pytest.mark.slow
 def test_a_client_that_stops_reading_and_goes_away_ends_its_request(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def starting(bound, monkeypatch, tmp_path):
     server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/health", "/health/ready", "/ping"])
 def test_probes_are_told_the_stage(bound, starting, path):
     answer = httpx.get(f"{url(bound)}{path}")

@@ -22,6 +22,7 @@ def raw(golden, case):
     return torch.load(golden / "cases" / case / "adapter_model.bin", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_kind_sites_and_policy(golden, case):
     adapter = formats.read(golden / "cases" / case)
@@ -258,6 +259,7 @@ def rewrite(directory, change):
     (directory / "molehill.json").write_text(json.dumps(document))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "error", "where"),
     [

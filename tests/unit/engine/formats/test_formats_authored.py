@@ -105,6 +105,7 @@ def test_a_parameter_is_part_of_the_digest(authored, edited):
     assert formats.read(changed).digest != formats.read(authored["adamole"].path).digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_inspect_shows_it(authored, golden, capsys, name):
     arguments = ["inspect", str(authored[name].path), "--model", str(golden / "tiny-llama")]
@@ -241,6 +242,7 @@ def test_a_width_without_its_mlp_is_refused(authored, edited):
     assert "down_proj" in error.expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "config", "kind", "where"),
     [

@@ -23,6 +23,7 @@ from molehill.engine.adapter.errors import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "name"),
     [
@@ -56,6 +57,7 @@ def test_a_tensor_that_is_not_understood(edited, case, name):
     assert error.where == f"adapter_model.bin: {name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "name"),
     [
@@ -81,6 +83,7 @@ def test_a_missing_tensor_is_named(edited, case, name):
     assert error.found == "no such tensor"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "fragment", "where"),
     [
@@ -105,6 +108,7 @@ def test_missing_experts_projections_and_layers_are_named(golden, edited, case, 
     assert error.found == "no tensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "name", "shape", "message", "expected"),
     [

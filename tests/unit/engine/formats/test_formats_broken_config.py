@@ -100,6 +100,7 @@ UNSUPPORTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "field", "value", "expected"), UNSUPPORTED)
 def test_what_would_be_served_wrong_is_refused(edited, case, field, value, expected):
     error = refusal(UnsupportedError, edited(case, {field: value}))

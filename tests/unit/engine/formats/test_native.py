@@ -304,6 +304,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_is_refused(rewritten, name):
     case, change, kind, where = REFUSALS[name]
@@ -394,6 +395,7 @@ def test_a_changed_field_gives_a_typed_error_or_the_same_adapter(
         assert formats.read(directory).digest == original["digest"]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=examples(150))
 @given(
     file=st.sampled_from([native.CONFIG, native.WEIGHTS]),

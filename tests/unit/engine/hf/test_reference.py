@@ -131,6 +131,7 @@ PEFT_CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
 def test_an_adapter_saved_by_peft_gives_pefts_logits(golden, model, tmp_path, name):

@@ -67,6 +67,7 @@ def test_a_pair_of_lower_rank_never_is(lost):
 exponents = st.lists(st.floats(-9, 0), min_size=3, max_size=3)
 
 
+@pytest.mark.slow
 @given(exponents, exponents, st.integers(0, 9))
 @settings(max_examples=100, deadline=None)
 def test_it_is_never_told_of_a_pair_that_is_not(a_exponents, b_exponents, seed):

@@ -97,6 +97,7 @@ def test_every_activation_gives_the_definition(activation):
     assert_near(y, expected, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 64, 301])
 def test_ffn_on_every_instruction_set_and_thread_count(isa, threads, dtype, rows):

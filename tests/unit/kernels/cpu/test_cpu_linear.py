@@ -142,6 +142,7 @@ def test_rows_of_a_slot_that_holds_nothing_are_zero():
     assert torch.equal(y[:, 0], torch.tensor([1.0, 0.0, 1.0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 13, 700])
 @pytest.mark.parametrize("policy", ROUTED.values(), ids=ROUTED)
 def test_counters_and_traces_are_the_policys_own_figures(policy, threads, rows):

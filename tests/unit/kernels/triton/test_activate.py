@@ -128,6 +128,7 @@ def test_one_piece_may_be_both_halves(policy) -> None:
     assert_close(h, activated(expected, SILU))
 
 
+@pytest.mark.slow
 def test_added_biases_are_added_before_it_is_activated() -> None:
     """With a pair on gate_proj and without one on up_proj."""
     serving, ffn, (linear, _) = setup(torch.float32)
@@ -147,6 +148,7 @@ def test_added_biases_are_added_before_it_is_activated() -> None:
     assert_close(h, activated(expected, SILU))
 
 
+@pytest.mark.slow
 def test_output_scales_change_the_base_before_it_is_activated() -> None:
     """DoRA on up_proj, whose piece is less than its half."""
     width = WIDTH - 8
@@ -165,6 +167,7 @@ def test_output_scales_change_the_base_before_it_is_activated() -> None:
     assert_close(h, activated(added(x, expected, [(WIDTH, routed)]), SILU))
 
 
+@pytest.mark.slow
 def test_long_steps_and_rows_that_nobody_announced_are_activated() -> None:
     tokens = 300
     serving, ffn, (linear, _) = setup(torch.float32, capacity=replace(CAPACITY, tokens=tokens))

@@ -50,6 +50,7 @@ sizes = st.lists(st.integers(0, 12 * ALIGNMENT), min_size=1, max_size=6)
 actions = st.lists(st.one_of(sizes, st.integers(0, 20)), max_size=60)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(actions)
 def test_any_sequence_of_loads_and_unloads_agrees_with_the_model(actions) -> None:

@@ -79,6 +79,7 @@ def serving(dtype: torch.dtype):
     return backend, linears, ffns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_steps_of_any_length_compile_nothing_after_the_warm_up(compiled, dtype) -> None:
     backend, linears, ffns = serving(dtype)

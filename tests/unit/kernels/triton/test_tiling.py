@@ -31,6 +31,7 @@ def tiles(table: list[int], begin: int, end: int) -> list[list[int]]:
     return used
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(steps())
 def test_tiles_cover_every_row_once_and_fit_the_grid(step) -> None:

@@ -106,6 +106,7 @@ def test_a_step_without_adapters_launches_nothing(monkeypatch) -> None:
     assert graph == []
 
 
+@pytest.mark.slow
 def test_rows_of_a_shorter_forward_are_never_written_past_its_end() -> None:
     linear_mixture = mixture(TopK(1), (2, 2), 16, 16)
     serving = backend()

@@ -59,6 +59,7 @@ class Launches:
         return lambda *args, **constants: self.launched.append(constants)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("step", sorted(STEPS))
 def test_what_is_compiled_is_what_is_launched(step, dtype, monkeypatch) -> None:

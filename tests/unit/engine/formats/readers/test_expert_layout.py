@@ -98,6 +98,7 @@ def test_unequal_ranks_are_grouped_each_by_its_own(model, tmp_path):
     check_pefts(model, formats.read(saved.directory), saved.logits)
 
 
+@pytest.mark.slow
 def test_the_golden_case_of_unsloth(model):
     case = Case("experts-unsloth-grouped")
     with attach(model, formats.read(case.path)):

@@ -89,6 +89,7 @@ def test_the_shared_pair_is_what_training_took_from_the_base(edited, weight, nam
     torch.testing.assert_close(shared.b @ shared.a, expected.float(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "scaling"),
     [
@@ -135,6 +136,7 @@ def test_without_the_base_it_is_refused_with_the_command(golden):
 B0 = f"{STEM}.lora_B.0.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "config", "tensors", "message"),
     [

@@ -21,6 +21,7 @@ def test_pefts_activated_lora_is_read(golden):
     assert len(adapter.sites) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lora", *MIXTURES])
 def test_any_adapter_may_be_activated_and_is_another_by_that(golden, edited, case):
     plain = formats.read(golden / "cases" / case)
@@ -36,6 +37,7 @@ def test_none_and_an_empty_list_are_a_plain_adapter_as_in_peft(golden, edited, a
     assert adapter.digest == formats.read(golden / "cases" / "lora").digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", ["<go>", 7, True, [1, "2"], [1, -2], [1.0], [True], {}, [[1]]])
 @pytest.mark.parametrize("case", ["lora", "dynmole-k1"])
 def test_tokens_of_the_wrong_type_are_refused(edited, case, tokens):

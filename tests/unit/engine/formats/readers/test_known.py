@@ -96,6 +96,7 @@ def test_the_defaults_of_peft_give_no_warning(golden, edited):
     assert warnings(edited("lora", {**defaults, **config, "peft_type": "LORA"})) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -136,6 +137,7 @@ def test_what_changes_an_answer_and_is_not_served_is_refused(edited, field, valu
 EMPTY = "but there are no tensors for it: no effect"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lora", "loramoe-official", "mola", "dynmole-k1"])
 @pytest.mark.parametrize("names", [["score"], ["lm_head", "embed_tokens"]], ids=str)
 def test_modules_that_were_not_saved_are_a_warning(golden, edited, case, names):

@@ -353,6 +353,7 @@ def test_a_mix_inside_a_mix_is_refused(copied):
         formats.read(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "document", "kind", "match"),
     [

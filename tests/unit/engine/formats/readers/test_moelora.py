@@ -150,6 +150,7 @@ def test_without_a_task_it_is_refused_with_the_command(authored):
 STEM = f"base_model.model.{NAME}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "config", "tensors", "message"),
     [

@@ -49,6 +49,7 @@ def test_the_base_is_the_oracles(model):
     check_oracle(model, Case("drlora-base"))
 
 
+@pytest.mark.slow
 def test_unequal_ranks_on_experts_are_the_oracles(model):
     case = Case("drlora")
     with attach(model, formats.read(case.path)):
@@ -75,6 +76,7 @@ def test_mixtrals_names_are_the_oracles(oracles):
                 tokens.append(token)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("attention", [[], ["q_proj", "o_proj"]], ids=["alone", "attention"])
 def test_fused_experts_saved_by_peft_give_pefts_logits(model, tiny, tmp_path, name, attention):

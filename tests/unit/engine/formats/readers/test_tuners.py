@@ -158,6 +158,7 @@ def test_limits(saved: Any, name: str, limits: Limits, message: str) -> None:
     assert message in caught.value.found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tensors", "kind", "where"),
     [

@@ -197,6 +197,7 @@ def test_a_tied_head_has_the_rows_of_the_embeddings_tokens(
         formats.read(tmp_path / "tokens")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "where"),
     [

@@ -99,6 +99,7 @@ def test_only_a_backend_that_activates_is_one() -> None:
     assert not isinstance(TorchBackend(), ActivatingBackend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_op_activates_with_mixtures_where_there_are_adapters_and_as_the_base_elsewhere(
     compiled,
