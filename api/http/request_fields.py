@@ -21,8 +21,8 @@ from molehill.engine.adapter.errors import AdapterError
 FIELD = "molehill"
 FIELDS = ("mix", "routing", "usage")
 
-# Bodies are not parsed for the sake of what most of them lack. JSON may escape a letter of the name,
-# and come in UTF-16 or UTF-32, which have zeros in it.
+# Bodies are not parsed for the sake of what most of them lack. JSON may escape a letter of the name
+# and come in UTF-16 or UTF-32, which have zeros.
 MARK = re.compile(json.dumps(FIELD).encode() + rb"|\\u006|\x00")
 
 
