@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from molehill.api.adapters import status
 from molehill.api.adapters.generation import Generation, content_of
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.status import AdapterState, GenerationStatus
+from molehill.api.adapters.traffic import Traffic
 from molehill.engine.adapter.model import Adapter
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant, Soft
@@ -41,7 +43,8 @@ def test_static_sites_are_counted_and_nothing_is_merged() -> None:
 def test_a_generation_never_changes() -> None:
     source = Source(Path("there"), "label")
     content = content_of(Adapter("lora", {}), Path("there"))
-    generation = Generation("a", content, None, GenerationStatus(source))
+    traffic = Traffic("a", lambda _: None, time.monotonic)
+    generation = Generation("a", content, None, GenerationStatus(source, traffic))
     for field in dataclasses.fields(generation):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(generation, field.name, None)
