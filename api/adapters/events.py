@@ -71,7 +71,7 @@ class LifecycleMetrics(Collector):
             registry=self._registry,
         )
         self._limited = Counter(
-            "molehill_adapter_requests_refused",
+            "molehill_adapter_limit_refusals",
             "Requests that were refused for a limit of the adapter's traffic, by the limit.",
             ["adapter", "reason"],
             registry=self._registry,

@@ -15,7 +15,7 @@ from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.status import GenerationStatus
 from molehill.api.adapters.tasks import Tasks
-from molehill.api.adapters.traffic import Traffic
+from molehill.api.adapters.traffic import AdapterTraffic
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -26,7 +26,7 @@ MakeRequest = Callable[[str, int, str], Any]
 
 class Generations:
     """make_request: see MakeRequest. intake: holds their copies in the store. clock: see
-    Traffic."""
+    AdapterTraffic."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Generations:
     def create(self, name: str, content: Content, source: Source) -> Generation:
         """Of content that the intake holds, which is let go when the generation is freed."""
         request = self._make_request(name, next(self._ids), str(content.path))
-        traffic = Traffic(name, partial(self._events.limited, name), self._clock)
+        traffic = AdapterTraffic(name, partial(self._events.limited, name), self._clock)
         generation = Generation(name, content, request, GenerationStatus(source, traffic))
         self._by_id[generation.lora_int_id] = generation
         self._events.begin(name)
@@ -65,7 +65,7 @@ class Generations:
         self,
         generation: Generation,
         request: object | None = None,
-        traffics: Sequence[Traffic] = (),
+        traffics: Sequence[AdapterTraffic] = (),
     ) -> Lease:
         """Holds it until the lease is over, whatever happens to the name. request: see Hold.
         traffics: see Lease."""

@@ -8,7 +8,7 @@ from molehill.api.adapters.events import Tier
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.status import Hold
-from molehill.api.adapters.traffic import Traffic
+from molehill.api.adapters.traffic import AdapterTraffic
 
 
 class Lease(Hold):
@@ -24,7 +24,7 @@ class Lease(Hold):
         generation: Generation,
         ended: Callable[[Generation], None],
         request: object | None = None,
-        traffics: Sequence[Traffic] = (),
+        traffics: Sequence[AdapterTraffic] = (),
     ) -> None:
         super().__init__(request)
         self.generation = generation

@@ -50,7 +50,7 @@ class AdapterRegistry:
 
     read, combine, store, background, memory, read_chat: see Intake. make_request: see Generations.
     probe, paused: see Installer. served: see NameTable. base_models: names that no adapter may
-    have. merged_base: the adapter that is merged into the base weights. clock: see Traffic.
+    have. merged_base: the adapter that is merged into the base weights. clock: see AdapterTraffic.
 
     names, loads: what each name stands for, and what is on its way to them. mixes: those that
     requests ask for.

@@ -21,7 +21,7 @@ from molehill.api.adapters.mix import BY_REQUEST, Key, Mix, MixPart, shown
 from molehill.api.adapters.name_table import NameTable
 from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.tasks import Tasks
-from molehill.api.adapters.traffic import Traffic, admitted
+from molehill.api.adapters.traffic import AdapterTraffic, admitted
 from molehill.engine.adapter.errors import UnsupportedError
 
 logger = logging.getLogger("vllm.molehill")
@@ -121,7 +121,7 @@ class RequestMixes:
         return self._by_key.get(mix.key)
 
     async def _made(
-        self, mix: Mix, parts: list[Lease], request: object, traffics: list[Traffic]
+        self, mix: Mix, parts: list[Lease], request: object, traffics: list[AdapterTraffic]
     ) -> Lease:
         """One of equal mixes is made, and the requests for the others find it."""
         with leaving(parts):

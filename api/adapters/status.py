@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.source import Source
-from molehill.api.adapters.traffic import Traffic
+from molehill.api.adapters.traffic import AdapterTraffic
 
 
 class AdapterState(StrEnum):
@@ -95,7 +95,7 @@ class GenerationStatus:
     """
 
     source: Source
-    traffic: Traffic
+    traffic: AdapterTraffic
     state: AdapterState = AdapterState.LOADING
     note: str | None = None
     holds: set[Hold] = field(default_factory=set)

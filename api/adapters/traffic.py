@@ -19,7 +19,7 @@ LimitKind = Literal["requests_in_flight", "tokens_per_second"]
 IN_FLIGHT_SECONDS = 1
 
 
-class Traffic:
+class AdapterTraffic:
     """refused: called with the limit that refuses a request. clock: seconds, monotonic.
 
     limits: what holds now; changed by `limit`.
@@ -85,7 +85,7 @@ class Traffic:
 
 
 @contextmanager
-def admitted(traffics: Sequence[Traffic], request: object) -> Iterator[None]:
+def admitted(traffics: Sequence[AdapterTraffic], request: object) -> Iterator[None]:
     """Counts the request while what holds it is made. Raises LimitReachedError."""
     for traffic in traffics:
         traffic.check(request)

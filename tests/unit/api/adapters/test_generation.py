@@ -15,7 +15,7 @@ from molehill.api.adapters import status
 from molehill.api.adapters.generation import Generation, content_of
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.status import AdapterState, GenerationStatus
-from molehill.api.adapters.traffic import Traffic
+from molehill.api.adapters.traffic import AdapterTraffic
 from molehill.engine.adapter.model import Adapter
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import Constant, Soft
@@ -43,7 +43,7 @@ def test_static_sites_are_counted_and_nothing_is_merged() -> None:
 def test_a_generation_never_changes() -> None:
     source = Source(Path("there"), "label")
     content = content_of(Adapter("lora", {}), Path("there"))
-    traffic = Traffic("a", lambda _: None, time.monotonic)
+    traffic = AdapterTraffic("a", lambda _: None, time.monotonic)
     generation = Generation("a", content, None, GenerationStatus(source, traffic))
     for field in dataclasses.fields(generation):
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -39,7 +39,7 @@ def refused(w: World) -> dict[tuple[str, str], float]:
     return {
         (sample.labels["adapter"], sample.labels["reason"]): sample.value
         for metric in w.registry.events.collect()
-        if metric.name == "molehill_adapter_requests_refused"
+        if metric.name == "molehill_adapter_limit_refusals"
         for sample in metric.samples
         if sample.value
     }

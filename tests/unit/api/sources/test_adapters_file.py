@@ -72,6 +72,10 @@ def test_what_is_no_such_file_is_told(content: bytes, message: str) -> None:
         ({"name": "x", "source": "s", "revision": "v1"}, "revision: found 'v1' beside"),
         ({"name": "x", "source": "hf://o/n@v1", "revision": "v2"}, "revision: found 'v2' beside"),
         ({"name": "x", "source": "s", "lora_b_layout": "by_row"}, "lora_b_layout: found 'by_row'"),
+        (
+            {"name": "x", "source": "s", "limits": {"requests_in_flight": True}},
+            "limits.requests_in_flight: found True, expected a whole number from 1 to 1000000",
+        ),
         ("x", "found 'x', expected a mapping"),
     ],
 )
