@@ -186,7 +186,7 @@ async def make_services(
     )
     models.lora_requests.registry = registry
     memory = routing_memory(config, options.routing_bytes, options.capture_routing)
-    wrap_engine_client(engine_client, registry, memory)
+    wrap_engine_client(engine_client, registry, workers, memory)
     render_as_adapters_do(online_renderer, models, registry)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)

@@ -14,6 +14,9 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.transform.routers import DecidingRouter, routers
 from molehill.engine.transform.static_gates import gate
 
+# A few hardly lengthen the step of those who are being served.
+MOST_PROBE_TOKENS = 8
+
 
 @dataclass(frozen=True)
 class Content:
@@ -22,7 +25,8 @@ class Content:
     digest: sha256 of the bytes that were read, the generation's identity before clients.
     num_bytes: of the tensors in canonical float32. plan: sites by what they need when they run.
     invocation_tokens: see Adapter. chat: None where its tokenizer is the base's, or not asked for.
-    routers: those that decide by the token.
+    routers: those that decide by the token. probe_tokens: ids of which an answer hangs on at least
+    one if the adapter does something; none where it acts on every token.
     """
 
     digest: str
@@ -34,6 +38,7 @@ class Content:
     invocation_tokens: tuple[int, ...] = ()
     chat: AdapterChat | None = None
     routers: tuple[DecidingRouter, ...] = ()
+    probe_tokens: tuple[int, ...] = ()
 
     @property
     def most_experts(self) -> int:
@@ -57,7 +62,21 @@ def content_of(adapter: Adapter, path: Path, chat: AdapterChat | None = None) ->
         adapter.invocation_tokens,
         chat,
         routers(adapter),
+        probe_tokens(adapter),
     )
+
+
+def probe_tokens(adapter: Adapter) -> tuple[int, ...]:
+    """Of what acts on single ids: rows of the vocabulary, and adapters that tokens have by their
+    ids."""
+    ids = [
+        token for rows in adapter.rows.values() for token in rows.ids[:MOST_PROBE_TOKENS].tolist()
+    ]
+    if adapter.by_token is not None:
+        table = adapter.by_token.adapter_of
+        places = table.unique().tolist()
+        ids += [int((table == place).nonzero()[0]) for place in places if place >= 0]
+    return tuple(dict.fromkeys(ids))[:MOST_PROBE_TOKENS]
 
 
 @dataclass(frozen=True, eq=False)

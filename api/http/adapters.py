@@ -22,7 +22,7 @@ from molehill.api.adapters.load_options import AnyGeneration, Expected, LoadOpti
 from molehill.api.adapters.mix import check_weights
 from molehill.api.adapters.mix import shown as written
 from molehill.api.adapters.source import Source, local
-from molehill.api.adapters.traffic_limits import NO_LIMITS, TrafficLimits, check_limits
+from molehill.api.adapters.traffic_limits import TrafficLimits, check_limits
 from molehill.api.http import schemas
 from molehill.api.http.dependencies import (
     CHANGES,
@@ -68,8 +68,9 @@ def limits_of_text(text: str) -> TrafficLimits:
         raise BadLimitsError(f"limits: found {written(text)}, expected JSON") from None
 
 
+# None where the field is left out.
 Limits = Annotated[
-    TrafficLimits,
+    TrafficLimits | None,
     PlainValidator(check_limits, json_schema_input_type=dict[str, float | None] | None),
 ]
 
@@ -94,7 +95,7 @@ class LoadFields(StrictBody):
     base_is_residual: bool = False
     when_not_invoked: WhenNotInvoked | None = None
     chat_template: ChatTemplate = "adapter"
-    limits: Limits = NO_LIMITS
+    limits: Limits = None
 
     def options(self) -> LoadOptions:
         given = "expected_generation" in self.model_fields_set
@@ -105,7 +106,7 @@ class LoadFields(StrictBody):
             allow_noop=self.allow_noop,
             when_not_invoked=self.when_not_invoked,
             chat_template=self.chat_template,
-            limits=self.limits if "limits" in self.model_fields_set else None,
+            limits=self.limits,
         )
 
 
@@ -123,9 +124,9 @@ class UploadFields(LoadFields):
     """The fields of a form beside an adapter's files, as text; an empty expected_generation is
     null. limits: as JSON."""
 
-    limits: Annotated[TrafficLimits, PlainValidator(limits_of_text, json_schema_input_type=str)] = (
-        NO_LIMITS
-    )
+    limits: Annotated[
+        TrafficLimits | None, PlainValidator(limits_of_text, json_schema_input_type=str)
+    ] = None
 
     @field_validator("expected_generation")
     @classmethod

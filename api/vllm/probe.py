@@ -42,12 +42,14 @@ class Prober:
         """
         for tokens in (SHORT_TOKENS, PROMPT_TOKENS):
             # An activated adapter acts on the prompt from its invocation on.
-            prompt = [*generation.content.invocation_tokens, *self._prompt[:tokens]]
+            content = generation.content
+            special = [*content.invocation_tokens, *content.probe_tokens]
+            prompt = [*special, *self._prompt[:tokens]]
             if await self._differs(generation, prompt):
                 return
         raise NoEffectError(
             f"{generation.name!a}: found the base model's log-probabilities at all of "
-            f"{PROMPT_TOKENS} probe tokens, expected a difference; allow_noop serves it anyway"
+            f"{len(prompt)} probe tokens, expected a difference; allow_noop serves it anyway"
         )
 
     async def _differs(self, generation: Generation, prompt: list[int]) -> bool:

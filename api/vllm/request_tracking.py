@@ -35,6 +35,7 @@ from molehill.api.vllm.request_scope import RequestScope, bring_in, request_scop
 from molehill.api.vllm.routed_calls import RoutedCall, RoutingMemory, check_base, check_plain
 from molehill.api.vllm.stop_tokens import stop_as_adapter_does
 from molehill.api.vllm.token_charges import charged, is_later_beam, prompt_tokens
+from molehill.engine.vllm.protocol import Engine
 
 HEADER = "Molehill-Generation"
 
@@ -128,10 +129,14 @@ def admit(registry: AdapterRegistry, lora_request: Any) -> Generation | None:
 
 
 def wrap_engine_client(
-    engine_client: Any, registry: AdapterRegistry, routing: RoutingMemory | None = None
+    engine_client: Any,
+    registry: AdapterRegistry,
+    workers: Engine | None = None,
+    routing: RoutingMemory | None = None,
 ) -> None:
     """Puts `with_lease` in front of this engine client's `generate` and `encode`.
 
+    workers: of all engines, which know what routers chose; the client's own are those of the first.
     routing: for what requests may ask of their routing; None where they may not ask.
     """
     decode = decoder(engine_client)
@@ -141,7 +146,7 @@ def wrap_engine_client(
         if request.routing is None:
             return None
         memory = routing or RoutingMemory(0, "found a server that keeps none, expected one")
-        return RoutedCall(engine_client, memory, request.routing, generation, given)
+        return RoutedCall(workers or engine_client, memory, request.routing, generation, given)
 
     engine_client.generate = with_lease(engine_client.generate, registry, decode, route)
     engine_client.encode = with_lease(engine_client.encode, registry, decode, route)

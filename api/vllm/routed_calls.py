@@ -9,7 +9,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -54,9 +54,17 @@ class RoutedTokens:
 
 class RoutingMemory:
     """limit: bytes of all that is kept of the routing of running requests, on one worker. refusal:
-    why none can be asked for, if so. splits_heads: whether each worker has other heads."""
+    why none can be asked for, if so. splits_heads: whether each worker has other heads.
+    most_tokens: of a request's prompt and answer, where it sets no max_tokens."""
 
-    def __init__(self, limit: int, refusal: str | None = None, splits_heads: bool = False) -> None:
+    def __init__(
+        self,
+        limit: int,
+        refusal: str | None = None,
+        splits_heads: bool = False,
+        most_tokens: int = 0,
+    ) -> None:
+        self.most_tokens = most_tokens
         self._limit = limit
         self._taken = 0
         self._refusal = refusal
@@ -94,7 +102,8 @@ def routing_memory(config: Any, limit: int, captures: bool) -> RoutingMemory:
         refusal = "found a server on a GPU without --capture-routing, expected one with"
     elif config.scheduler_config.async_scheduling and config.speculative_config is not None:
         refusal = "found speculative decoding with asynchronous scheduling, expected either"
-    return RoutingMemory(limit, refusal, parallel.tensor_parallel_size > 1)
+    most_tokens = config.model_config.max_model_len
+    return RoutingMemory(limit, refusal, parallel.tensor_parallel_size > 1, most_tokens)
 
 
 def refused(message: str) -> VLLMValidationError:
@@ -136,7 +145,9 @@ class RoutedCall:
         parameters = checked(generation, asked, arguments)
         self.samples: int = parameters.n
         prompt = token_ids(arguments["prompt"]) or ()
-        tokens = len(prompt) + (parameters.max_tokens or 0)
+        # vLLM itself sets what was left open, later.
+        most = parameters.max_tokens
+        tokens = memory.most_tokens if most is None else len(prompt) + most
         entries = self.samples * tokens * len(self._routers) * self._most
         size = entries * ENTRY * (2 if asked.weights else 1)
         self._release = memory.reserve(size, self._routers)
@@ -204,7 +215,7 @@ class RoutedCall:
         self._ended = output.finished
         replies = of_stages(await protocol.ROUTES.ask(self._engine, asked))
         if usage:
-            self.usage = sum((reply.usage for reply in replies), RoutingUsage())
+            self.usage = usage_of(replies)
         for part in ranges:
             self._taken[part.index] = part.stop
             if self._asked.experts and part.stop > part.start:
@@ -259,11 +270,20 @@ def checked(generation: Generation, asked: RoutingAsked, arguments: Mapping[str,
 
 
 def of_stages(replies: Sequence[RoutesReply]) -> list[RoutesReply]:
-    """One worker's of each pipeline stage: tensor-parallel ranks route alike."""
+    """One worker's of each pipeline stage: tensor-parallel ranks route alike, and of several
+    engines only the one that has the request knows of it."""
     first: dict[int, RoutesReply] = {}
     for reply in replies:
-        first.setdefault(reply.stage, reply)
+        if reply.parts:
+            first.setdefault(reply.stage, reply)
     return list(first.values())
+
+
+def usage_of(replies: Sequence[RoutesReply]) -> RoutingUsage:
+    """Of all stages, each of which reads the same tokens."""
+    usage = sum((reply.usage for reply in replies), RoutingUsage())
+    tokens = max((reply.usage.tokens for reply in replies), default=0)
+    return replace(usage, tokens=tokens)
 
 
 def array(data: bytes, dtype: Any, reply: RoutesReply) -> NDArray[Any]:

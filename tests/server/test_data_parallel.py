@@ -3,6 +3,7 @@
 What cannot be survived, the death of an engine, comes last.
 """
 
+import base64
 import itertools
 import re
 import resource
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 from support import big_adapter, share
@@ -148,6 +150,29 @@ def test_adapters_are_loaded_into_both_engines_under_traffic_and_answer_there(ap
         assert sum(held) == samples[f"molehill_adapter_resident_bytes{label}"]
     tokens = api.http.get("/v1/adapters/mola/routing").json()["tokens"]
     assert tokens == api.of_adapter("mola", "adapter_tokens_total")
+
+
+def test_the_engine_that_answers_tells_its_routing(api: Api) -> None:
+    assert api.load("soft", "dynmole-soft").status_code == 200
+    body = {
+        "model": "soft",
+        "prompt": [5, 6, 7],
+        "max_tokens": 4,
+        "ignore_eos": True,
+        "temperature": 0,
+        "molehill": {"routing": True, "usage": True},
+    }
+    report, bills = [], []
+    for rank in ENGINES:
+        headers = {"X-data-parallel-rank": str(rank)}
+        answer = api.http.post("/v1/completions", json=body, headers=headers).json()
+        report.append(answer["choices"][0]["molehill"]["routing"])
+        bills.append(answer["usage"]["molehill"])
+    assert report[0] == report[1]
+    experts = np.frombuffer(base64.b64decode(report[0]["experts"]), "<i2")
+    assert (experts.reshape(report[0]["shape"])[..., 0] >= 0).all()
+    assert bills[0] == bills[1]
+    assert bills[0]["tokens"] == 6
 
 
 def test_a_pin_and_an_eviction_hold_in_both_engines(api: Api) -> None:

@@ -95,4 +95,4 @@ def test_the_syncers_file_does_what_the_syncer_does(followed: Api) -> None:
         },
     )
     assert eventually(lambda: "a" in followed.models() and "old" not in followed.models())
-    assert desired(followed)["converged"]
+    assert eventually(lambda: desired(followed)["converged"])

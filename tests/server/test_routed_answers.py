@@ -123,6 +123,12 @@ def test_the_token_route_takes_the_header_and_tells_ids_alone(mixture: Api) -> N
         mixture.http.post("/inference/v1/generate", json=body, headers=headers)
         for headers in ({"Molehill-Routing": "experts"}, {})
     ]
+    # Without max_tokens all that the model can hold is kept room for: more than this server has.
+    unbounded = {**body, "sampling_params": {"max_tokens": None}}
+    asking = {"Molehill-Routing": "experts"}
+    refused = mixture.http.post("/inference/v1/generate", json=unbounded, headers=asking)
+    assert mixture.error(refused)[0] == 400
+    assert "(--routing-bytes)" in mixture.error(refused)[2]
     report, silent = (answer.json()["choices"][0] for answer in answers)
     assert "molehill" not in silent
     decoded = arrays(report["molehill"]["routing"])

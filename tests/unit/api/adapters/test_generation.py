@@ -16,8 +16,8 @@ from molehill.api.adapters.generation import Generation, content_of
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.status import AdapterState, GenerationStatus
 from molehill.api.adapters.traffic import AdapterTraffic
-from molehill.engine.adapter.model import Adapter
-from molehill.kernels.mixture import Experts, LinearMixture
+from molehill.engine.adapter.model import Adapter, TokenAdapters
+from molehill.kernels.mixture import Experts, LinearMixture, VocabularyRows
 from molehill.kernels.policy import Constant, Soft
 
 ROUTER = torch.randn(2, 64)
@@ -38,6 +38,21 @@ def test_static_sites_are_counted_and_nothing_is_merged() -> None:
         content = content_of(Adapter("mola", sites), Path("there"))
     assert content.plan == {"sites": 3, "static": 2, "dynamic": 1}
     assert [name for name in operators.names if "linalg" in name] == []
+
+
+def test_a_probe_asks_the_ids_that_an_adapter_hangs_on() -> None:
+    """A prompt without them would show nothing of it."""
+    lora = Adapter("lora", {"layers.0.self_attn.q_proj": linear(Constant((0.3, 0.7)))})
+    table = torch.full((512,), -1)
+    table[5], table[400:403] = 1, 0
+    by_token = TokenAdapters({"a": lora, "b": lora}, table)
+    rows = {"embed_tokens": VocabularyRows(torch.tensor([77, 78]), torch.zeros(2, 64))}
+    for adapter, expected in (
+        (lora, ()),
+        (Adapter("molora", {}, by_token=by_token), (400, 5)),
+        (Adapter("lora", {}, rows=rows), (77, 78)),
+    ):
+        assert content_of(adapter, Path("there")).probe_tokens == expected
 
 
 def test_a_generation_never_changes() -> None:

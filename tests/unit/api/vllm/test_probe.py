@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +25,12 @@ class Engine:
     base: Answer
     adapted: Answer
     fails: str = ""
+    prompts: list[list[int]] = field(default_factory=list)
 
     async def generate(
         self, prompt: Any, params: Any, request_id: str, *, lora_request: Any = None
     ) -> AsyncGenerator[Any, None]:
+        self.prompts.append(prompt["prompt_token_ids"])
         who = "base" if lora_request is None else "adapted"
         if self.fails == who:
             raise ValueError("a fault of the engine")
@@ -41,9 +43,12 @@ def logprobs(value: float) -> Answer:
 
 def probe(engine: Engine) -> None:
     generation: Any = SimpleNamespace(
-        name="a", request=object(), content=SimpleNamespace(invocation_tokens=())
+        name="a",
+        request=object(),
+        content=SimpleNamespace(invocation_tokens=(3,), probe_tokens=(70, 71)),
     )
     asyncio.run(Prober(engine.generate, PROMPT_TOKENS)(generation))
+    assert all(prompt[:3] == [3, 70, 71] for prompt in engine.prompts)
 
 
 def test_a_difference_passes_and_none_is_refused() -> None:
