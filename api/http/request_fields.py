@@ -1,6 +1,7 @@
 """What a request says to molehill alone: by headers, or by a field of its JSON body."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +21,9 @@ from molehill.engine.adapter.errors import AdapterError
 FIELD = "molehill"
 FIELDS = ("mix", "routing", "usage")
 
-# Bodies are not parsed for the sake of what most of them lack.
-MARK = json.dumps(FIELD).encode()
+# Bodies are not parsed for the sake of what most of them lack. JSON may escape a letter of the name,
+# and come in UTF-16 or UTF-32, which have zeros in it.
+MARK = re.compile(json.dumps(FIELD).encode() + rb"|\\u006|\x00")
 
 
 class RequestFields:
@@ -87,7 +89,7 @@ class Body:
         while not self._messages or self._messages[-1].get("more_body", False):
             self._messages.append(await self._receive())
         text = b"".join(message.get("body", b"") for message in self._messages)
-        if MARK not in text:
+        if MARK.search(text) is None:
             return {}
         try:
             document = json.loads(text)

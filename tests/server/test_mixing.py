@@ -1,5 +1,6 @@
 """Mixes by request and by name, with OpenAI's client, against PEFT's weighted sums."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -153,6 +154,16 @@ def text_of(content: Any) -> str:
     if "content" in first:
         return str(first["content"][0]["text"])
     return str(first["message"]["content"] if "message" in first else first["text"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_the_field_is_found_however_json_writes_it(mixing: Api, encoding: str) -> None:
+    body = {"model": BASE, "prompt": [1, 2], "max_tokens": 1, "molehill": {"mix": SCALES}}
+    text = json.dumps(body).replace('"molehill"', '"mole\\u0068ill"')
+    headers = {"Content-Type": "application/json"}
+    answer = mixing.http.post("/v1/completions", content=text.encode(encoding), headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == "(mix)"
 
 
 def test_openais_client_streams_it_by_a_header(mixing: Api, authored: Any) -> None:
