@@ -277,4 +277,8 @@ def warn_of(unknown: Any, place: str) -> None:
 
 def short(value: Any) -> str:
     """A bounded text of a value, in ASCII."""
-    return "nothing" if value is None else ascii(_short.repr(value))[1:-1]
+    try:
+        return "nothing" if value is None else ascii(_short.repr(value))[1:-1]
+    except ValueError:
+        # Python writes no integer of so many digits; YAML has them in base 16.
+        return "a number of thousands of digits"

@@ -90,6 +90,13 @@ def test_a_bad_entry_is_named_and_the_others_hold(fields: object, message: str) 
     assert bad.name == (name if isinstance(name, str) else None)
 
 
+@pytest.mark.parametrize("entry", [b"%s", b"{name: x, source: s, pinned: %s}"])
+def test_a_number_that_python_does_not_write_is_an_entrys_error(entry: bytes) -> None:
+    desired = parse(b"- {name: good, source: g}\n- " + entry % (b"0x" + b"f" * 5000))
+    assert list(desired.by_name) == ["good"]
+    assert "found a number of thousands of digits" in desired.bad[0].message
+
+
 def test_of_a_name_given_twice_neither_holds() -> None:
     entries = [{"name": name, "source": f"s{n}"} for n, name in enumerate(("a", "b", "a"))]
     desired = parse(json.dumps(entries).encode())
