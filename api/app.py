@@ -26,6 +26,7 @@ from molehill.api.adapters.tasks import failure
 from molehill.api.http import adapters, dashboard, router_stats, vllm_routes
 from molehill.api.http.auth import Guard
 from molehill.api.http.dependencies import Services, answer_http_error, answer_not_found
+from molehill.api.http.limit_refusals import LimitRefusals
 from molehill.api.http.request_fields import RequestFields
 from molehill.api.metrics.worker_stats import WorkerStats
 from molehill.api.sources.adapters_file import LABEL
@@ -79,6 +80,7 @@ class MolehillRoutes:
         app.add_exception_handler(NOT_FOUND, answer_not_found)
         options = options_of(args)
         # The last one added is the outermost.
+        app.add_middleware(LimitRefusals)
         app.add_middleware(RequestFields)
         app.add_middleware(GenerationHeader)
         app.add_middleware(

@@ -23,6 +23,12 @@ class BadMixError(RequestError):
     kind = "invalid_mix"
 
 
+class BadLimitsError(RequestError):
+    """Limits of an adapter's traffic that are none."""
+
+    kind = "invalid_limits"
+
+
 class BadRoutingError(RequestError):
     """What a request asks to be told of its routing, where it cannot be."""
 
@@ -126,6 +132,16 @@ class TooManyMixesError(RequestError):
 
     kind = "too_many_mixes"
     retry_after = 1
+
+
+class LimitReachedError(RequestError):
+    """An adapter is asked for more than its limits allow."""
+
+    kind = "adapter_limit_reached"
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class SourceChangedError(RequestError):

@@ -10,6 +10,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from molehill.api.adapters.errors import RequestError
+from molehill.api.adapters.traffic import LimitKind
 from molehill.engine.adapter.errors import AdapterError
 
 # Seconds. A load reads, checks and copies: milliseconds for small adapters, minutes over a network.
@@ -69,6 +70,12 @@ class LifecycleMetrics(Collector):
             ["adapter", "outcome"],
             registry=self._registry,
         )
+        self._limited = Counter(
+            "molehill_adapter_limit_refusals",
+            "Requests that were refused for a limit of the adapter's traffic, by the limit.",
+            ["adapter", "reason"],
+            registry=self._registry,
+        )
         self._evictions = Counter(
             "molehill_adapter_evictions",
             "How often the adapter made room for others in the tier.",
@@ -125,6 +132,8 @@ class LifecycleMetrics(Collector):
             yield self._evictions, (name, tier)
         for outcome in get_args(NotInvoked):
             yield self._not_invoked, (name, outcome)
+        for reason in get_args(LimitKind):
+            yield self._limited, (name, reason)
 
     def collect(self) -> Iterator[Metric]:
         for metric in self._registry.collect():
@@ -169,6 +178,10 @@ class LifecycleMetrics(Collector):
     def not_invoked(self, name: str, outcome: NotInvoked) -> None:
         if name in self._names:
             self._not_invoked.labels(name, outcome).inc()
+
+    def limited(self, name: str, reason: LimitKind) -> None:
+        if name in self._names:
+            self._limited.labels(name, reason).inc()
 
     def evicted(self, name: str, tier: Tier) -> None:
         if name in self._names:

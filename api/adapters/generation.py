@@ -146,4 +146,4 @@ class Loaded:
     """What a load came to."""
 
     generation: Generation
-    status: Literal["loaded", "replaced", "unchanged"]
+    status: Literal["loaded", "replaced", "unchanged", "limits_changed"]

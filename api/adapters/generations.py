@@ -3,7 +3,8 @@ whatever its name stands for by then."""
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from molehill.api.adapters.events import LifecycleMetrics
@@ -14,6 +15,7 @@ from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.status import GenerationStatus
 from molehill.api.adapters.tasks import Tasks
+from molehill.api.adapters.traffic import AdapterTraffic
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -23,7 +25,8 @@ MakeRequest = Callable[[str, int, str], Any]
 
 
 class Generations:
-    """make_request: see MakeRequest. intake: holds their copies in the store."""
+    """make_request: see MakeRequest. intake: holds their copies in the store. clock: see
+    AdapterTraffic."""
 
     def __init__(
         self,
@@ -32,12 +35,14 @@ class Generations:
         make_request: MakeRequest,
         events: LifecycleMetrics,
         tasks: Tasks,
+        clock: Callable[[], float],
     ) -> None:
         self._residency = residency
         self._intake = intake
         self._make_request = make_request
         self._events = events
         self._tasks = tasks
+        self._clock = clock
         self._by_id: dict[int, Generation] = {}
         self._ids = itertools.count(1)
 
@@ -50,14 +55,21 @@ class Generations:
     def create(self, name: str, content: Content, source: Source) -> Generation:
         """Of content that the intake holds, which is let go when the generation is freed."""
         request = self._make_request(name, next(self._ids), str(content.path))
-        generation = Generation(name, content, request, GenerationStatus(source))
+        traffic = AdapterTraffic(name, partial(self._events.limited, name), self._clock)
+        generation = Generation(name, content, request, GenerationStatus(source, traffic))
         self._by_id[generation.lora_int_id] = generation
         self._events.begin(name)
         return generation
 
-    def lease(self, generation: Generation, request: object | None = None) -> Lease:
-        """Holds it until the lease is over, whatever happens to the name. request: see Hold."""
-        return Lease(self._residency, generation, self._free_if_unused, request)
+    def lease(
+        self,
+        generation: Generation,
+        request: object | None = None,
+        traffics: Sequence[AdapterTraffic] = (),
+    ) -> Lease:
+        """Holds it until the lease is over, whatever happens to the name. request: see Hold.
+        traffics: see Lease."""
+        return Lease(self._residency, generation, self._free_if_unused, request, traffics)
 
     async def retire(self, generation: Generation) -> None:
         """No new request gets it. What runs on it finishes, then its memory goes."""

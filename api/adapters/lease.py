@@ -2,18 +2,20 @@
 or for a load or a pin.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from molehill.api.adapters.events import Tier
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.status import Hold
+from molehill.api.adapters.traffic import AdapterTraffic
 
 
 class Lease(Hold):
     """One hold of a generation. What works for one request has a lease each, all of that request.
 
-    ended: called when it is over.
+    ended: called when it is over. traffics: of the names that the request asked for, for whom it
+    counts as one in flight.
     """
 
     def __init__(
@@ -22,12 +24,16 @@ class Lease(Hold):
         generation: Generation,
         ended: Callable[[Generation], None],
         request: object | None = None,
+        traffics: Sequence[AdapterTraffic] = (),
     ) -> None:
         super().__init__(request)
         self.generation = generation
         self._residency = residency
         self._ended = ended
+        self._traffics = traffics
         generation.status.hold(self)
+        for traffic in traffics:
+            traffic.begin(request)
 
     @property
     def over(self) -> bool:
@@ -35,7 +41,12 @@ class Lease(Hold):
 
     def share(self) -> "Lease":
         """One more of the same generation and request."""
-        return Lease(self._residency, self.generation, self._ended, self.request)
+        return Lease(self._residency, self.generation, self._ended, self.request, self._traffics)
+
+    def charge(self, tokens: int) -> None:
+        """The names that the request asked for."""
+        for traffic in self._traffics:
+            traffic.charge(tokens)
 
     async def acquire_slot(self) -> Tier:
         """See Residency.acquire."""
@@ -50,4 +61,6 @@ class Lease(Hold):
         if not self.over:
             self.release_slot()
             self.generation.status.release(self)
+            for traffic in self._traffics:
+                traffic.end(self.request)
             self._ended(self.generation)

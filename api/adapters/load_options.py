@@ -6,6 +6,7 @@ from molehill.api.adapters.chat import ChatTemplate
 from molehill.api.adapters.errors import GenerationMismatchError, SourceChangedError
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.invocation import WhenNotInvoked
+from molehill.api.adapters.traffic_limits import TrafficLimits
 
 
 class AnyGeneration:
@@ -26,7 +27,7 @@ class LoadOptions:
     bring it into the workers even where another adapter must leave them for it. when_not_invoked:
     of an activated adapter; None leaves it as it is, which for a new name is "refuse".
     chat_template: whose its chat requests get. chat: digest that the source's chat must have, None
-    for any.
+    for any. limits: of its traffic; None leaves them as they are.
     """
 
     replace: bool = True
@@ -38,6 +39,7 @@ class LoadOptions:
     when_not_invoked: WhenNotInvoked | None = None
     chat_template: ChatTemplate = "adapter"
     chat: str | None = None
+    limits: TrafficLimits | None = None
 
 
 def check_expected(name: str, current: Generation | None, expected: Expected) -> None:

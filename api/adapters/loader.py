@@ -53,7 +53,7 @@ class Loader:
                 await self._intake.release(content)
                 return await self._load_again(kept, source, options)
             new = await self._installer.install(loading, content, source, old, options)
-            await self._switch(old, new)
+            await self._switch(old, new, options)
             return Loaded(new, "loaded" if old is None else "replaced")
 
     def _kept(
@@ -88,10 +88,18 @@ class Loader:
             old.status.answer_not_invoked(options.when_not_invoked)
         if options.pinned is not None:
             await self._pins.set(old, options.pinned)
+        traffic = old.status.traffic
+        limits = traffic.limits if options.limits is None else options.limits
+        changed = limits != traffic.limits
+        traffic.limit(limits)
         await self._names.changed()
-        return Loaded(old, "unchanged")
+        return Loaded(old, "limits_changed" if changed else "unchanged")
 
-    async def _switch(self, old: Generation | None, new: Generation) -> None:
+    async def _switch(self, old: Generation | None, new: Generation, options: LoadOptions) -> None:
+        if old is not None:
+            new.status.succeed(old.status)
+        if options.limits is not None:
+            new.status.traffic.limit(options.limits)
         self._names.serve(new)
         logger.info("Loaded adapter %s: %s, %s", new.name, new.content.kind, new.digest)
         await self._names.changed()

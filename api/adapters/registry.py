@@ -6,7 +6,8 @@ memory goes.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from molehill.api.adapters import names
@@ -31,6 +32,8 @@ from molehill.api.adapters.request_mixes import RequestMixes
 from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import Tasks
+from molehill.api.adapters.traffic import admitted
+from molehill.api.adapters.traffic_limits import TrafficLimits
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.transform.weighted_sum import mix
 
@@ -47,7 +50,7 @@ class AdapterRegistry:
 
     read, combine, store, background, memory, read_chat: see Intake. make_request: see Generations.
     probe, paused: see Installer. served: see NameTable. base_models: names that no adapter may
-    have. merged_base: the adapter that is merged into the base weights.
+    have. merged_base: the adapter that is merged into the base weights. clock: see AdapterTraffic.
 
     names, loads: what each name stands for, and what is on its way to them. mixes: those that
     requests ask for.
@@ -69,6 +72,7 @@ class AdapterRegistry:
         combine: Combine = mix,
         read_chat: ReadChat | None = None,
         paused: Paused = never_paused,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.residency = residency
         self.events = residency.events
@@ -86,7 +90,7 @@ class AdapterRegistry:
         self._merged_base = merged_base
         self._tasks = Tasks("registry", self.events)
         self._generations = Generations(
-            residency, self.intake, make_request, self.events, self._tasks
+            residency, self.intake, make_request, self.events, self._tasks, clock
         )
         self.mixes = RequestMixes(
             self.names, self._generations, self.intake, self._tasks, admission.mixes
@@ -171,18 +175,25 @@ class AdapterRegistry:
         """
         return await self._tasks.shield(self._pin(name, pinned))
 
+    async def limit(self, name: str, limits: TrafficLimits) -> Generation:
+        """Holds the name's requests to these limits from the next one on. Raises NotLoadedError."""
+        return await self._tasks.shield(self._limit(name, limits))
+
     def admit(self, lora_request: Any, request: object) -> Lease:
         """On the generation that `lora_request` asks for, the current one of its name if that has
         been retired. request: see Hold.
 
-        Raises UnknownModelError if the name is gone: the base must never answer for it.
+        Raises UnknownModelError if the name is gone: the base must never answer for it, and
+        LimitReachedError.
         """
         generation = self._generations.get(lora_request.lora_int_id)
         if generation is None or generation.status.draining:
             generation = self.names.get(lora_request.lora_name)
         if generation is None:
             raise UnknownModelError(f"The model `{lora_request.lora_name}` does not exist.")
-        return self._generations.lease(generation, request)
+        traffics = (generation.status.traffic,)
+        with admitted(traffics, request):
+            return self._generations.lease(generation, request, traffics)
 
     async def _load_mix(self, name: str, wanted: Mix, options: LoadOptions | None) -> Loaded:
         with self.mixes.hold(wanted):
@@ -224,6 +235,13 @@ class AdapterRegistry:
         async with self.names.lock(name):
             generation = self.names.current(name)
             await self._pins.set(generation, pinned)
+            await self.names.changed()
+            return generation
+
+    async def _limit(self, name: str, limits: TrafficLimits) -> Generation:
+        async with self.names.lock(name):
+            generation = self.names.current(name)
+            generation.status.traffic.limit(limits)
             await self.names.changed()
             return generation
 

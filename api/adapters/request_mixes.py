@@ -21,6 +21,7 @@ from molehill.api.adapters.mix import BY_REQUEST, Key, Mix, MixPart, shown
 from molehill.api.adapters.name_table import NameTable
 from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.tasks import Tasks
+from molehill.api.adapters.traffic import AdapterTraffic, admitted
 from molehill.engine.adapter.errors import UnsupportedError
 
 logger = logging.getLogger("vllm.molehill")
@@ -77,17 +78,20 @@ class RequestMixes:
     async def lease(self, weights: Mapping[str, float], request: object) -> Lease:
         """On the mix for one request, made if it is not there. request: see Hold.
 
-        A mix that is one adapter, or that a load gave a name, is that. Raises what `of` raises,
+        A mix that is one adapter, or that a load gave a name, is that; the limits that hold are
+        those of the names in `weights`. Raises what `of` raises, LimitReachedError,
         TooManyMixesError, AdapterError for parts that do not add up, StoreError, OutOfMemoryError.
         """
         if not self._most:
             raise BadMixError("mix: this server takes none by request (--max-request-mixes 0)")
         mix = self.of(weights)
-        there = self._there(mix)
-        if there is not None:
-            return self._generations.lease(there, request)
-        made = self._made(mix, self._hold(mix), request)
-        return await self._tasks.shield(made, Lease.release)
+        traffics = [self._names.current(name).status.traffic for name in weights]
+        with admitted(traffics, request):
+            there = self._there(mix)
+            if there is not None:
+                return self._generations.lease(there, request, traffics)
+            made = self._made(mix, self._hold(mix), request, traffics)
+            return await self._tasks.shield(made, Lease.release)
 
     def hold(self, mix: Mix) -> AbstractContextManager[None]:
         """Keeps the parts' copies."""
@@ -116,12 +120,14 @@ class RequestMixes:
             self._by_key.move_to_end(mix.key)
         return self._by_key.get(mix.key)
 
-    async def _made(self, mix: Mix, parts: list[Lease], request: object) -> Lease:
+    async def _made(
+        self, mix: Mix, parts: list[Lease], request: object, traffics: list[AdapterTraffic]
+    ) -> Lease:
         """One of equal mixes is made, and the requests for the others find it."""
         with leaving(parts):
             async with self._locks.setdefault(mix.key, asyncio.Lock()):
                 generation = self._by_key.get(mix.key) or await self._make(mix)
-                return self._generations.lease(generation, request)
+                return self._generations.lease(generation, request, traffics)
 
     async def _make(self, mix: Mix) -> Generation:
         self._make_room()

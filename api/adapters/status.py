@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.source import Source
+from molehill.api.adapters.traffic import AdapterTraffic
 
 
 class AdapterState(StrEnum):
@@ -83,7 +84,8 @@ class SlotStatus:
 
 @dataclass(eq=False)
 class GenerationStatus:
-    """source: where it was last loaded from. note: what has become of that since, where known.
+    """source: where it was last loaded from. traffic: of its name, whose generations share one.
+    note: what has become of the source since, where known.
 
     state: loading until its name points at it; draining when no new request may be admitted.
     holds: all that need it; it is freed when there are none and no more can come.
@@ -93,6 +95,7 @@ class GenerationStatus:
     """
 
     source: Source
+    traffic: AdapterTraffic
     state: AdapterState = AdapterState.LOADING
     note: str | None = None
     holds: set[Hold] = field(default_factory=set)
@@ -122,6 +125,10 @@ class GenerationStatus:
 
     def drain(self) -> None:
         self.state = AdapterState.DRAINING
+
+    def succeed(self, old: "GenerationStatus") -> None:
+        """It takes the place of `old`, whose requests count on."""
+        self.traffic = old.traffic
 
     def set_source(self, source: Source, note: str | None = None) -> None:
         """Where the same weights come from now."""

@@ -1,20 +1,28 @@
 """molehill's own routes: adapters by name, with their generation."""
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import ValidationError, field_validator
+from pydantic import PlainValidator, ValidationError, field_validator
 
 from molehill.api.adapters.chat import ChatTemplate
-from molehill.api.adapters.errors import BadMixError, BadPathError, NotLoadedError
+from molehill.api.adapters.errors import (
+    BadLimitsError,
+    BadMixError,
+    BadPathError,
+    NotLoadedError,
+)
 from molehill.api.adapters.generation import Loaded
 from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.load_options import AnyGeneration, Expected, LoadOptions
 from molehill.api.adapters.mix import check_weights
+from molehill.api.adapters.mix import shown as written
 from molehill.api.adapters.source import Source, local
+from molehill.api.adapters.traffic_limits import TrafficLimits, check_limits
 from molehill.api.http import schemas
 from molehill.api.http.dependencies import (
     CHANGES,
@@ -52,6 +60,21 @@ class LoadRoute(StrictRoute):
 loading = APIRouter(prefix="/v1/adapters", tags=["adapters"], route_class=LoadRoute)
 
 
+def limits_of_text(text: str) -> TrafficLimits:
+    """Of a form's field, which is JSON. Raises BadLimitsError."""
+    try:
+        return check_limits(json.loads(text))
+    except ValueError:
+        raise BadLimitsError(f"limits: found {written(text)}, expected JSON") from None
+
+
+# None where the field is left out.
+Limits = Annotated[
+    TrafficLimits | None,
+    PlainValidator(check_limits, json_schema_input_type=dict[str, float | None] | None),
+]
+
+
 class LoadFields(StrictBody):
     """name: what clients ask for. pinned: never take it out of the workers; left out, it stays as
     it is. expected_generation: load only if the name serves this generation now, null: only if it
@@ -60,7 +83,8 @@ class LoadFields(StrictBody):
     base is the one that PiSSA, LoftQ and the like trained the adapter beside. when_not_invoked:
     what becomes of a prompt without an activated adapter's tokens; left out, it stays as it is,
     which is "refuse" at first. chat_template: whose template and special tokens its chats get; the
-    adapter's only where it has files with others.
+    adapter's only where it has files with others. limits: of its traffic, null for none; left out,
+    they stay as they are.
     """
 
     name: str
@@ -71,6 +95,7 @@ class LoadFields(StrictBody):
     base_is_residual: bool = False
     when_not_invoked: WhenNotInvoked | None = None
     chat_template: ChatTemplate = "adapter"
+    limits: Limits = None
 
     def options(self) -> LoadOptions:
         given = "expected_generation" in self.model_fields_set
@@ -81,6 +106,7 @@ class LoadFields(StrictBody):
             allow_noop=self.allow_noop,
             when_not_invoked=self.when_not_invoked,
             chat_template=self.chat_template,
+            limits=self.limits,
         )
 
 
@@ -96,7 +122,11 @@ class LoadBody(LoadFields):
 
 class UploadFields(LoadFields):
     """The fields of a form beside an adapter's files, as text; an empty expected_generation is
-    null."""
+    null. limits: as JSON."""
+
+    limits: Annotated[
+        TrafficLimits | None, PlainValidator(limits_of_text, json_schema_input_type=str)
+    ] = None
 
     @field_validator("expected_generation")
     @classmethod

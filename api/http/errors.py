@@ -5,6 +5,7 @@ from http import HTTPStatus
 from typing import Any
 
 from molehill.api.adapters.errors import (
+    BadLimitsError,
     BusyError,
     CannotPinError,
     EngineRefusedError,
@@ -12,6 +13,7 @@ from molehill.api.adapters.errors import (
     ForbiddenPathError,
     ForbiddenSourceError,
     GenerationMismatchError,
+    LimitReachedError,
     MergedIntoBaseError,
     NoEffectError,
     NotLoadedError,
@@ -32,6 +34,7 @@ from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError
 # Of each refusal and of those that derive from it. Of others, see `status_of`.
 STATUSES: Mapping[type[Exception], HTTPStatus] = {
     UnknownParameterError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    BadLimitsError: HTTPStatus.UNPROCESSABLE_ENTITY,
     UploadStalledError: HTTPStatus.REQUEST_TIMEOUT,
     UploadTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     MergedIntoBaseError: HTTPStatus.CONFLICT,
@@ -43,6 +46,7 @@ STATUSES: Mapping[type[Exception], HTTPStatus] = {
     UnknownModelError: HTTPStatus.NOT_FOUND,
     TooManyAdaptersError: HTTPStatus.INSUFFICIENT_STORAGE,
     BusyError: HTTPStatus.TOO_MANY_REQUESTS,
+    LimitReachedError: HTTPStatus.TOO_MANY_REQUESTS,
     TooManyMixesError: HTTPStatus.TOO_MANY_REQUESTS,
     SourceChangedError: HTTPStatus.CONFLICT,
     StoreError: HTTPStatus.INSUFFICIENT_STORAGE,

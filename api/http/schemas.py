@@ -13,6 +13,7 @@ from molehill.api.adapters.mix import Mix
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.status import AdapterState
+from molehill.api.adapters.traffic_limits import NO_LIMITS, TrafficLimits
 from molehill.api.sources.desired_state import DesiredState, DesiredStateReconciler
 
 
@@ -58,6 +59,14 @@ class RoutingShape(BaseModel):
     sites: list[RouterInfo]
 
 
+class LimitsInfo(BaseModel):
+    """Of an adapter's traffic; null where there is none. tokens_per_second: of prompts and of what
+    is generated."""
+
+    requests_in_flight: int | None
+    tokens_per_second: float | None
+
+
 class AdapterInfo(BaseModel):
     """One adapter. A name that is being replaced appears once for each generation.
 
@@ -71,7 +80,8 @@ class AdapterInfo(BaseModel):
     seconds. loads: how often it came into the workers. source_note: what has become of the source.
     alora_invocation_tokens: what activates it; null of an adapter that acts on every token.
     when_not_invoked: what becomes of a prompt without them. mix: of a mix of others, those.
-    chat: how its chats differ from the base's; null where they do not.
+    chat: how its chats differ from the base's; null where they do not. limits: of its traffic;
+    null where there are none.
     """
 
     name: str
@@ -97,6 +107,7 @@ class AdapterInfo(BaseModel):
     when_not_invoked: WhenNotInvoked | None = None
     mix: list[MixPartInfo] | None = None
     chat: ChatInfo | None = None
+    limits: LimitsInfo | None = None
     warnings: list[str] = []
 
 
@@ -142,9 +153,10 @@ class AdapterList(BaseModel):
 
 
 class LoadedInfo(AdapterInfo):
-    """What a load came to: loaded, replaced (another generation), or unchanged (the same)."""
+    """What a load came to: loaded, replaced (another generation), unchanged (the same), or
+    limits_changed (the same, with other limits)."""
 
-    status: Literal["loaded", "replaced", "unchanged"]
+    status: Literal["loaded", "replaced", "unchanged", "limits_changed"]
 
 
 def of_generation(generation: Generation) -> AdapterInfo:
@@ -169,6 +181,7 @@ def of_generation(generation: Generation) -> AdapterInfo:
         when_not_invoked=status.when_not_invoked,
         mix=None if status.source.mix is None else mix_info(status.source.mix),
         chat=chat_info(content),
+        limits=limits_info(status.traffic.limits),
         warnings=list(content.warnings),
     )
 
@@ -205,6 +218,10 @@ def of_adapters_file(file: DesiredStateReconciler) -> DesiredList:
 def chat_info(content: Content) -> ChatInfo | None:
     shown = None if content.chat is None else content.chat.shown()
     return None if shown is None else ChatInfo(**shown)
+
+
+def limits_info(limits: TrafficLimits) -> LimitsInfo | None:
+    return None if limits == NO_LIMITS else LimitsInfo(**asdict(limits))
 
 
 def of_loading(loading: Loading) -> AdapterInfo:

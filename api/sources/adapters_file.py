@@ -15,11 +15,12 @@ from reprlib import Repr
 from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from molehill.api.adapters import names
-from molehill.api.adapters.errors import BadNameError, RequestError
+from molehill.api.adapters.errors import BadLimitsError, BadNameError, RequestError
 from molehill.api.adapters.invocation import WhenNotInvoked
+from molehill.api.adapters.traffic_limits import NO_LIMITS, TrafficLimits, check_limits
 from molehill.api.sources.fetch import HUB
 from molehill.engine.adapter.layout import Layout
 
@@ -58,7 +59,8 @@ class DesiredAdapter(BaseModel):
     allow_noop: as in the body of a load. revision: of a repository. digest: sha256 of the content
     (the `generation` of GET /v1/adapters) that the source must have, in lower-case hex. pinned:
     whether it is kept in the workers; None leaves that to others. weight: those of a greater one
-    are loaded first. vllm_source: whether `source` is written as vLLM's clients write it.
+    are loaded first. limits: of its traffic; None leaves them to others. vllm_source: whether
+    `source` is written as vLLM's clients write it.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -73,6 +75,7 @@ class DesiredAdapter(BaseModel):
     base_is_residual: bool = False
     when_not_invoked: WhenNotInvoked | None = None
     allow_noop: bool = False
+    limits: Annotated[TrafficLimits | None, PlainValidator(check_limits)] = NO_LIMITS
 
     vllm_source: ClassVar[bool] = False
 
@@ -84,6 +87,8 @@ class DesiredAdapter(BaseModel):
 
 class SyncerAdapter(DesiredAdapter):
     """One that the syncer's configuration names."""
+
+    limits: TrafficLimits | None = None
 
     vllm_source: ClassVar[bool] = True
 
@@ -220,7 +225,7 @@ def read_entry(
     except ValidationError as error:
         problems = "; ".join(shown(detail, kind) for detail in error.errors(include_url=False))
         return BadEntry(place, name, f"{where}: {problems}")
-    except (BadNameError, AdaptersFileError) as error:
+    except (BadLimitsError, BadNameError, AdaptersFileError) as error:
         return BadEntry(place, name, f"{where}: {error}")
 
 
@@ -272,4 +277,8 @@ def warn_of(unknown: Any, place: str) -> None:
 
 def short(value: Any) -> str:
     """A bounded text of a value, in ASCII."""
-    return "nothing" if value is None else ascii(_short.repr(value))[1:-1]
+    try:
+        return "nothing" if value is None else ascii(_short.repr(value))[1:-1]
+    except ValueError:
+        # Python writes no integer of so many digits; YAML has them in base 16.
+        return "a number of thousands of digits"

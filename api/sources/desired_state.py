@@ -263,11 +263,14 @@ class DesiredStateReconciler:
         return not self._is_served(attempt)
 
     def _is_served(self, attempt: Attempt) -> bool:
-        """Whether its name serves what it says, pinned as it says."""
+        """Whether its name serves what it says, pinned and limited as it says."""
         served = self._registry.get(attempt.adapter.name)
-        pinned = attempt.adapter.pinned
-        return self._has_weights(attempt) and (
-            pinned is None or (served is not None and served.status.slot.pinned == pinned)
+        pinned, limits = attempt.adapter.pinned, attempt.adapter.limits
+        return (
+            served is not None
+            and self._has_weights(attempt)
+            and (pinned is None or served.status.slot.pinned == pinned)
+            and (limits is None or served.status.traffic.limits == limits)
         )
 
     def _has_weights(self, attempt: Attempt) -> bool:
@@ -280,15 +283,22 @@ class DesiredStateReconciler:
 
     async def _load(self, attempt: Attempt) -> None:
         try:
-            if self._has_weights(attempt):
-                name, pinned = attempt.adapter.name, bool(attempt.adapter.pinned)
-                attempt.succeed((await self._registry.pin(name, pinned)).digest)
+            digest = attempt.adapter.digest or attempt.digest
+            if digest is not None and self._has_weights(attempt):
+                await self._pin_and_limit(attempt.adapter)
+                attempt.succeed(digest)
             else:
                 await self._load_weights(attempt)
         except OVERTAKEN:
             return
         except Exception as error:
             self._refused(attempt, error)
+
+    async def _pin_and_limit(self, adapter: DesiredAdapter) -> None:
+        if adapter.limits is not None:
+            await self._registry.limit(adapter.name, adapter.limits)
+        if adapter.pinned is not None:
+            await self._registry.pin(adapter.name, adapter.pinned)
 
     async def _load_weights(self, attempt: Attempt) -> None:
         adapter = attempt.adapter
@@ -305,6 +315,7 @@ class DesiredStateReconciler:
             allow_noop=adapter.allow_noop,
             eager=bool(adapter.pinned) or served is not None or attempt.failure is not None,
             when_not_invoked=adapter.when_not_invoked,
+            limits=adapter.limits,
         )
         fetch = wanted_by_file(self._fetch(adapter), lambda: self._wants(adapter))
         loaded = await self._registry.load(adapter.name, adapter.location, fetch, options)

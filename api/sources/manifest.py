@@ -10,6 +10,7 @@ import msgspec
 
 from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.mix import Mix
+from molehill.api.adapters.traffic_limits import NO_LIMITS, TrafficLimits
 from molehill.engine.adapter.layout import Layout
 
 logger = logging.getLogger("vllm.molehill")
@@ -26,7 +27,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout,
     base_is_residual, desired, mix: see Source; the layout empty for none. when_not_invoked: see
     GenerationStatus; empty for None. probed: that it has an effect was seen, or is not asked for.
-    chat: digest of what the store keeps beside its copy; empty for none.
+    chat: digest of what the store keeps beside its copy; empty for none. limits: of its traffic.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mix: Mix | None = None
     desired: bool = False
     chat: str = ""
+    limits: TrafficLimits = NO_LIMITS
 
     @property
     def layout(self) -> Layout | None:

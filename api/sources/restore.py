@@ -127,6 +127,7 @@ class Restore:
             eager=entry.pinned,
             when_not_invoked=entry.not_invoked,
             chat=entry.chat or None,
+            limits=entry.limits,
         )
         if copy.directory.is_dir():
             try:
@@ -222,6 +223,7 @@ class Restore:
                 mix=generation.status.source.mix,
                 desired=generation.status.source.desired,
                 chat=digest_of(generation.content.chat),
+                limits=generation.status.traffic.limits,
             )
             for generation in self._registry
             if generation.status.source.remembered

@@ -9,7 +9,11 @@ from typing import Any, Protocol
 
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
-from molehill.api.adapters.errors import EngineRefusedError, UnknownModelError
+from molehill.api.adapters.errors import (
+    EngineRefusedError,
+    LimitReachedError,
+    UnknownModelError,
+)
 from molehill.api.adapters.events import Tier
 from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.registry import AdapterRegistry
@@ -40,7 +44,8 @@ class RequestScope:
     leases: by adapter, each held until the answer has ended. asked: adapters that the engine was
     asked for. tiers: where those were that were brought in before that. mixed: what it asks for in
     the place of its model. routing: what it asks to be told of its routing. routed: calls of the
-    engine of which that is told. unread: calls of the engine that have not begun.
+    engine of which that is told. unread: calls of the engine that have not begun. refused: why it
+    is not answered, where an adapter's limits say so.
     """
 
     leases: dict[str, Lease] = field(default_factory=dict)
@@ -51,13 +56,15 @@ class RequestScope:
     # Or how many choices another one has, of which nothing is told.
     routed: list[RoutedCall | int] = field(default_factory=list)
     unread: "weakref.WeakSet[Unread]" = field(default_factory=weakref.WeakSet)
+    refused: LimitReachedError | None = None
     ended: bool = False
     # What its leases have in common; not itself, which holds them.
     request: object = field(default_factory=object)
 
     def lease(self, registry: AdapterRegistry, lora_request: Any) -> Lease:
         """One more on the generation that the answer runs on. What goes on after the response is
-        counted while it lasts. Raises VLLMNotFoundError, as vLLM's routes understand it."""
+        counted while it lasts. Raises, as vLLM's routes understand them, VLLMNotFoundError, and
+        GracefulHTTPError where a limit is reached."""
         name = lora_request.lora_name
         if name in self.leases and not self.ended:
             return self.leases[name].share()
@@ -65,6 +72,9 @@ class RequestScope:
             lease = registry.admit(lora_request, self.request)
         except UnknownModelError as error:
             raise VLLMNotFoundError(str(error)) from error
+        except LimitReachedError as error:
+            self.refused = error
+            raise GracefulHTTPError(str(error), HTTPStatus.TOO_MANY_REQUESTS) from error
         if not self.ended:
             self.leases[name] = lease.share()
         return lease

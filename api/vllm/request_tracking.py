@@ -34,6 +34,7 @@ from molehill.api.vllm.read_ahead import ReadAhead
 from molehill.api.vllm.request_scope import RequestScope, bring_in, request_scope
 from molehill.api.vllm.routed_calls import RoutedCall, RoutingMemory, check_base, check_plain
 from molehill.api.vllm.stop_tokens import stop_as_adapter_does
+from molehill.api.vllm.token_charges import charged, is_later_beam, prompt_tokens
 from molehill.engine.vllm.protocol import Engine
 
 HEADER = "Molehill-Generation"
@@ -179,6 +180,8 @@ def with_lease(
         except Exception:
             lease.release()
             raise
+        if not is_later_beam(given.get("request_id", ""), first=name not in request.asked):
+            lease.charge(prompt_tokens(given.get("prompt")))
         request.asked.add(name)
 
         def hit(tier: Tier) -> None:
@@ -186,10 +189,17 @@ def with_lease(
 
         if request.routing is not None:
             request.routed.append(routed or samples_of(given))
+        deltas = gives_deltas(*args, **kwargs)
+
+        def charging(*args: Any, **kwargs: Any) -> Outputs:
+            return charged(call(*args, **kwargs), lease.charge, deltas)
+
         outputs = (
-            run(lease, hit, call, args, kwargs, routed) if invoked else run_base(call, args, kwargs)
+            run(lease, hit, charging, args, kwargs, routed)
+            if invoked
+            else run_base(charging, args, kwargs)
         )
-        leased = LeasedOutputs(lease, outputs, gives_deltas(*args, **kwargs))
+        leased = LeasedOutputs(lease, outputs, deltas)
         request.unread.add(leased)
         return leased
 

@@ -1,5 +1,6 @@
 """Adapters that are sent: whole, in parts, too large, cut off, under names that lead elsewhere."""
 
+import json
 import socket
 import subprocess
 from pathlib import Path
@@ -37,17 +38,24 @@ def loaded(api: Api) -> list[dict[str, Any]]:
 
 
 def test_a_mixture_that_is_sent_serves_as_one_that_is_loaded(clean: Api, mixlora: Path) -> None:
+    limits = {"requests_in_flight": 50, "tokens_per_second": None}
     fields = {"name": "m", "pinned": "true", "expected_generation": ""}
+    fields["limits"] = json.dumps(limits)
     answer = upload(clean, files_of(mixlora), fields)
     assert answer.status_code == 200, answer.text
     sent = answer.json()
     assert (sent["status"], sent["source"], sent["pinned"]) == ("loaded", "upload://m", True)
+    assert sent["limits"] == limits
     assert answer.headers["Molehill-Generation"] == sent["generation"]
     assert clean.greedy("m", PROMPT["prompt_token_ids"]) == PROMPT["greedy_token_ids"]
     by_path = clean.load("by-path", "mixlora").json()
     assert by_path["digest"] == sent["generation"]
     again = upload(clean, files_of(mixlora), {"name": "m", "pinned": "false"}).json()
     assert (again["status"], again["pinned"]) == ("unchanged", False)
+    for text, found in (("{", "limits: found '{'"), ('{"requests_in_flight": 0}', "found 0")):
+        refused = upload(clean, files_of(mixlora), {"name": "m", "limits": text})
+        assert clean.error(refused)[:2] == (422, "invalid_limits")
+        assert found in clean.error(refused)[2]
 
 
 def test_a_version_that_is_sent_replaces_the_one_that_is_expected(

@@ -4,6 +4,7 @@ For orders of events that a real engine cannot be made to run.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ class World:
         probe: Probe | None = None,
         read_chat: ReadChat | None = None,
         paused: Paused = never_paused,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = folder
         self.limits = Limits()
@@ -165,6 +167,7 @@ class World:
             probe=probe,
             read_chat=read_chat,
             paused=paused,
+            clock=clock,
         )
         wrap_engine_client(self.engine, self.registry)
 

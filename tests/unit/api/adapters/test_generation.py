@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from molehill.api.adapters import status
 from molehill.api.adapters.generation import Generation, content_of
 from molehill.api.adapters.source import Source
 from molehill.api.adapters.status import AdapterState, GenerationStatus
+from molehill.api.adapters.traffic import AdapterTraffic
 from molehill.engine.adapter.model import Adapter, TokenAdapters
 from molehill.kernels.mixture import Experts, LinearMixture, VocabularyRows
 from molehill.kernels.policy import Constant, Soft
@@ -56,7 +58,8 @@ def test_a_probe_asks_the_ids_that_an_adapter_hangs_on() -> None:
 def test_a_generation_never_changes() -> None:
     source = Source(Path("there"), "label")
     content = content_of(Adapter("lora", {}), Path("there"))
-    generation = Generation("a", content, None, GenerationStatus(source))
+    traffic = AdapterTraffic("a", lambda _: None, time.monotonic)
+    generation = Generation("a", content, None, GenerationStatus(source, traffic))
     for field in dataclasses.fields(generation):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(generation, field.name, None)

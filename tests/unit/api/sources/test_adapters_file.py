@@ -72,6 +72,10 @@ def test_what_is_no_such_file_is_told(content: bytes, message: str) -> None:
         ({"name": "x", "source": "s", "revision": "v1"}, "revision: found 'v1' beside"),
         ({"name": "x", "source": "hf://o/n@v1", "revision": "v2"}, "revision: found 'v2' beside"),
         ({"name": "x", "source": "s", "lora_b_layout": "by_row"}, "lora_b_layout: found 'by_row'"),
+        (
+            {"name": "x", "source": "s", "limits": {"requests_in_flight": True}},
+            "limits.requests_in_flight: found True, expected a whole number from 1 to 1000000",
+        ),
         ("x", "found 'x', expected a mapping"),
     ],
 )
@@ -84,6 +88,13 @@ def test_a_bad_entry_is_named_and_the_others_hold(fields: object, message: str) 
     assert "entry 2" in bad.message
     name = fields.get("name") if isinstance(fields, dict) else None
     assert bad.name == (name if isinstance(name, str) else None)
+
+
+@pytest.mark.parametrize("entry", [b"%s", b"{name: x, source: s, pinned: %s}"])
+def test_a_number_that_python_does_not_write_is_an_entrys_error(entry: bytes) -> None:
+    desired = parse(b"- {name: good, source: g}\n- " + entry % (b"0x" + b"f" * 5000))
+    assert list(desired.by_name) == ["good"]
+    assert "found a number of thousands of digits" in desired.bad[0].message
 
 
 def test_of_a_name_given_twice_neither_holds() -> None:

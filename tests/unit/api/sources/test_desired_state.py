@@ -18,6 +18,7 @@ from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import NoEffectError
 from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.adapters.source import Source, local
+from molehill.api.adapters.traffic_limits import NO_LIMITS, TrafficLimits
 from molehill.api.http.schemas import everything, of_adapters_file
 from molehill.api.metrics.desired import DesiredCollector
 from molehill.api.metrics.prometheus import exposition
@@ -86,6 +87,37 @@ def test_what_others_do_to_a_wanted_name_is_undone(tmp_path: Path) -> None:
         assert f.states() == {"a": "pending"}
         await f.until(lambda: f.states() == {"a": "converged"})
         assert (f.registry.get("a").status.slot.pinned, f.read_count) == (False, reads)
+
+    play(lambda: Followed(tmp_path / "f"), scenario)
+
+
+def test_limits_are_as_the_file_says(tmp_path: Path) -> None:
+    async def scenario(f: Followed) -> None:
+        limits = {"requests_in_flight": 2, "tokens_per_second": 8.0}
+        f.write(f.entry("a", 1, limits=limits, pinned=None), f.entry("b", 2))
+        await f.until(lambda: f.file.ready)
+        served = f.registry.get("a")
+        assert served.status.traffic.limits == TrafficLimits(2, 8.0)
+        # What clients make of them is undone, and no file is read for it.
+        await f.registry.pin("a", True)
+        reads, calls = f.read_count, list(f.engine.calls)
+        for name in "ab":
+            await f.registry.limit(name, TrafficLimits(9))
+        assert f.states() == {"a": "pending", "b": "pending"}
+        await f.until(lambda: f.states() == {"a": "converged", "b": "converged"})
+        assert served.status.traffic.limits == TrafficLimits(2, 8.0)
+        assert f.registry.get("b").status.traffic.limits == NO_LIMITS
+        assert (f.read_count, f.engine.calls, served.status.slot.pinned) == (reads, calls, True)
+        f.write(f.entry("a", 1, limits=None, pinned=None), f.entry("b", 2, limits={"x": 1}))
+        await f.until(lambda: f.states() == {"a": "converged", "b": "failed"})
+        assert "limits: found an unknown field 'x'" in f.errors()["b"]
+        assert served.status.traffic.limits == NO_LIMITS
+        # The LoRA syncer's file says nothing of them.
+        await f.registry.limit("a", TrafficLimits(4))
+        f.path.write_text(SYNCER % ("{id: a, source: source-1}", ""))
+        await f.until(lambda: f.states() == {"a": "converged"})
+        assert f.registry.get("a") is served
+        assert served.status.traffic.limits == TrafficLimits(4)
 
     play(lambda: Followed(tmp_path / "f"), scenario)
 

@@ -15,6 +15,7 @@ from support.world import adapter, is_reading, let_tasks_run
 from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import NotLoadedError
 from molehill.api.adapters.load_options import LoadOptions
+from molehill.api.adapters.traffic_limits import NO_LIMITS, TrafficLimits
 from molehill.api.sources.manifest import Entry, Manifest
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
@@ -24,7 +25,7 @@ from molehill.engine.formats import native
 def test_a_restarted_server_is_not_ready_until_all_is_loaded(tmp_path: Path) -> None:
     async def scenario() -> None:
         first = Server(tmp_path)
-        await first.load("a", 1, pinned=True)
+        await first.load("a", 1, pinned=True, limits=TrafficLimits(3, 2.5))
         await first.load("b", 2)
         served = first.serves()
         second = first.restarted()
@@ -37,11 +38,10 @@ def test_a_restarted_server_is_not_ready_until_all_is_loaded(tmp_path: Path) -> 
         await restoring
         assert second.restore.ready
         assert second.serves() == served
-        assert [generation.status.slot.pinned for generation in second.world.registry] == [
-            True,
-            False,
-        ]
-        assert [generation.status.note for generation in second.world.registry] == [None, None]
+        statuses = [generation.status for generation in second.world.registry]
+        assert [status.slot.pinned for status in statuses] == [True, False]
+        assert [status.traffic.limits for status in statuses] == [TrafficLimits(3, 2.5), NO_LIMITS]
+        assert [status.note for status in statuses] == [None, None]
 
     play(scenario())
 
