@@ -52,10 +52,10 @@ def test_a_mixture_that_is_sent_serves_as_one_that_is_loaded(clean: Api, mixlora
     assert by_path["digest"] == sent["generation"]
     again = upload(clean, files_of(mixlora), {"name": "m", "pinned": "false"}).json()
     assert (again["status"], again["pinned"]) == ("unchanged", False)
-    for text, found in (("{", "limits: found '{'"), ('{"requests_in_flight": 0}', "found 0")):
+    for text, result in (("{", "limits: found '{'"), ('{"requests_in_flight": 0}', "found 0")):
         refused = upload(clean, files_of(mixlora), {"name": "m", "limits": text})
         assert clean.error(refused)[:2] == (422, "invalid_limits")
-        assert found in clean.error(refused)[2]
+        assert result in clean.error(refused)[2]
 
 
 def test_a_version_that_is_sent_replaces_the_one_that_is_expected(
