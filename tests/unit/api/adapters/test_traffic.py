@@ -232,16 +232,16 @@ def test_limits_as_json() -> None:
     ],
 )
 def test_what_is_no_limit_is_named(field: str, value: Any, message: str) -> None:
-    with pytest.raises(BadLimitsError, match=rf"^limits\.{field}: message {found}, expected a "):
+    with pytest.raises(BadLimitsError, match=rf"^limits\.{field}: found {message}, expected a "):
         check_limits({field: value})
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (3, "limits: message 3, expected requests_in_flight and tokens_per_second"),
-        ({"requests": 3}, "limits: message an unknown field 'requests', expected requests_in_flight"),
-        ({"requests_in_flight": 2.5}, "limits.requests_in_flight: message 2.5, expected a whole"),
+        (3, "limits: found 3, expected requests_in_flight and tokens_per_second"),
+        ({"requests": 3}, "limits: found an unknown field 'requests', expected requests_in_flight"),
+        ({"requests_in_flight": 2.5}, "limits.requests_in_flight: found 2.5, expected a whole"),
     ],
 )
 def test_what_are_no_limits_is_told(value: Any, message: str) -> None:
