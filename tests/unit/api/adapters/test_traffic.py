@@ -218,7 +218,7 @@ def test_limits_as_json() -> None:
 
 @pytest.mark.parametrize("field", ["requests_in_flight", "tokens_per_second"])
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "message"),
     [
         (0, "0"),
         (-1, "-1"),
