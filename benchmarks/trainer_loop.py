@@ -187,10 +187,10 @@ async def measure(
             if not isinstance(ended, asyncio.CancelledError):
                 raise RuntimeError("the streams or the watch on memory broke off") from ended
     pushing = [s for s in samples if spells[1] <= s.at <= spells[2]]
-    return found(streams, trainer, spells, pushing[round(WARM_UP * len(pushing)) :])
+    return summary(streams, trainer, spells, pushing[round(WARM_UP * len(pushing)) :])
 
 
-def found(
+def summary(
     streams: PolicyStreams,
     trainer: Trainer,
     spells: Sequence[float],

@@ -5,12 +5,12 @@ by head of a router that reads heads, the gate weights of its experts as the ker
 for an expert that was not chosen.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from molehill.kernels.interface import SlotWeights
+from molehill.kernels.interface import SlotWeights, Trace
 from molehill.kernels.policy import Policy
 from molehill.kernels.routed_site import RoutedSite
 
@@ -59,3 +59,25 @@ class Capture:
 
 # Takes what the router of one site decided for a segment: probabilities, weights, entropy.
 Record = Callable[[str, Tensor, Tensor, Tensor], None]
+
+
+def recorder(
+    traces: list[Trace] | None,
+    capture: Capture | None,
+    sites: Mapping[str, RoutedSite],
+    rows: slice | Tensor,
+) -> Record | None:
+    """What takes the decisions for the step's `rows`, all of one slot; None if nobody wants them.
+
+    sites: of the slot, by name.
+    """
+    if traces is None and capture is None:
+        return None
+
+    def record(site: str, *decided: Tensor) -> None:
+        if traces is not None:
+            traces.append(Trace(site, *(t.detach().clone() for t in decided)))
+        if capture is not None:
+            capture.keep(rows, sites[site], decided[1].flatten(1))
+
+    return record

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from molehill.kernels import custom_ops
-from molehill.kernels.capture import Capture, Record
+from molehill.kernels.capture import Capture, Record, recorder
 from molehill.kernels.checked import CheckedBackend
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.interface import (
@@ -233,18 +233,7 @@ class TorchBackend(CheckedBackend):
 
     def _recording(self, slot: int, rows: Rows) -> Record | None:
         """What takes the decisions for a segment; None if nobody wants them."""
-        traces, capture = self._traces, self._capture
-        if traces is None and capture is None:
-            return None
-        sites = self._routed.get(slot, {})
-
-        def record(site: str, *decided: Tensor) -> None:
-            if traces is not None:
-                traces.append(Trace(site, *(t.detach().clone() for t in decided)))
-            if capture is not None:
-                capture.keep(rows, sites[site], decided[1].flatten(1))
-
-        return record
+        return recorder(self._traces, self._capture, self._routed.get(slot, {}), rows)
 
     def counters(self, slot: int) -> SlotCounters:
         routers: list[Router] = []

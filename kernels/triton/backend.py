@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from molehill.kernels import custom_ops
-from molehill.kernels.capture import Capture, Record
+from molehill.kernels.capture import Capture, Record, recorder
 from molehill.kernels.checked import CheckedBackend
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.interface import FfnShape, LinearShape, Packed, Run, SlotWeights, Trace
@@ -304,18 +304,7 @@ class TritonBackend(CheckedBackend):
 
     def _recording(self, slot: int, rows: slice) -> Record | None:
         """What takes the decisions for a run; None if nobody wants them."""
-        traces, capture = self._traces, self._capture
-        if traces is None and capture is None:
-            return None
-        sites = self._routed.get(slot, {})
-
-        def record(site: str, *decided: Tensor) -> None:
-            if traces is not None:
-                traces.append(Trace(site, *(t.detach().clone() for t in decided)))
-            if capture is not None:
-                capture.keep(rows, sites[site], decided[1].flatten(1))
-
-        return record
+        return recorder(self._traces, self._capture, self._routed.get(slot, {}), rows)
 
     def _record(self, buffer: Tensor | None, handle: int) -> None:
         """Probabilities and weights are the kernel's; the entropy is worked out from them."""

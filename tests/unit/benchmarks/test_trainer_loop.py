@@ -20,7 +20,7 @@ def results() -> dict[str, Any]:
     streams.outcomes = Counter({"": 40, "ReadError: x": 2})
     trainer: Any = SimpleNamespace(seconds=[0.3, 0.5, 0.4])
     memory = [MemorySample(10.0 + i, 1000.0 + i / 60) for i in range(10)]
-    result = trainer_loop.found(streams, trainer, [0.0, 10.0, 20.0, 30.0], memory)
+    result = trainer_loop.summary(streams, trainer, [0.0, 10.0, 20.0, 30.0], memory)
     return {**result, "adapter_bytes": 10_000_000}
 
 
