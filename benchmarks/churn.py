@@ -269,22 +269,8 @@ def save_adapters(model: Path, root: Path, small: int) -> tuple[list[Path], list
     from molehill.engine.hf.shapes import base_model
 
     base = base_model(model)
-    sizes = dict.fromkeys(base.linears, 1.0)
-    one, two = (synthetic.dynmole(base, 2, rank, 2.0, sizes, 0).num_bytes for rank in (1, 2))
-    rank = max(1, 1 + round((ADAPTER_BYTES - one) / (two - one)))
-    large = [
-        synthetic.save(
-            synthetic.dynmole,
-            root / f"large-{seed}",
-            base=base,
-            number=2,
-            rank=rank,
-            sharpness=2.0,
-            sizes=sizes,
-            seed=seed,
-        )
-        for seed in range(3)
-    ]
+    folders = [root / f"large-{seed}" for seed in range(3)]
+    large = synthetic.save_dynmoles(base, ADAPTER_BYTES, folders)
     return large, synthetic.save_tiny(base, root, small)
 
 

@@ -1,7 +1,7 @@
 """Adapters of random weights for a base model, in molehill's native format or PEFT's."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,27 @@ def save(make: Callable[..., Adapter], directory: Path, **options: object) -> Pa
     """Writes `make(**options)` to `directory` and returns it."""
     native.write(make(**options), directory)
     return directory
+
+
+def save_dynmoles(base: BaseModel, num_bytes: int, directories: Sequence[Path]) -> list[Path]:
+    """Two experts on every linear, with the rank that comes nearest to `num_bytes` each; no two are
+    alike."""
+    sizes = dict.fromkeys(base.linears, 1.0)
+    one, two = (dynmole(base, 2, rank, 2.0, sizes, 0).num_bytes for rank in (1, 2))
+    rank = max(1, 1 + round((num_bytes - one) / (two - one)))
+    return [
+        save(
+            dynmole,
+            directory,
+            base=base,
+            number=2,
+            rank=rank,
+            sharpness=2.0,
+            sizes=sizes,
+            seed=seed,
+        )
+        for seed, directory in enumerate(directories)
+    ]
 
 
 def save_lora(base: BaseModel, rank: int, directory: Path, seed: int = 0) -> Path:

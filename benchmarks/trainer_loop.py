@@ -227,27 +227,12 @@ def save_versions(model: Path, root: Path, kind: str) -> list[Path]:
     from molehill.engine.hf.shapes import base_model
 
     base = base_model(model)
-    sizes = dict.fromkeys(base.linears, 1.0)
+    folders = [root / f"version-{seed}" for seed in range(VERSIONS + 1)]
     if kind == "lora":
         # As PEFT saves it, in bfloat16: half of the float32 in `num_bytes`.
         rank = round(2 * ADAPTER_BYTES / synthetic.lora(base, 1, 0).num_bytes)
-        folders = [root / f"version-{seed}" for seed in range(VERSIONS + 1)]
         return [synthetic.save_lora(base, rank, one, seed) for seed, one in enumerate(folders)]
-    one, two = (synthetic.dynmole(base, 2, rank, 2.0, sizes, 0).num_bytes for rank in (1, 2))
-    rank = max(1, 1 + round((ADAPTER_BYTES - one) / (two - one)))
-    return [
-        synthetic.save(
-            synthetic.dynmole,
-            root / f"version-{seed}",
-            base=base,
-            number=2,
-            rank=rank,
-            sharpness=2.0,
-            sizes=sizes,
-            seed=seed,
-        )
-        for seed in range(VERSIONS + 1)
-    ]
+    return synthetic.save_dynmoles(base, ADAPTER_BYTES, folders)
 
 
 def missed(results: dict[str, Any], *, long_enough: bool) -> list[str]:
