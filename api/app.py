@@ -23,9 +23,9 @@ from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import local
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import failure
-from molehill.api.http import adapters, dashboard, router_stats, vllm_routes
+from molehill.api.http import adapters, dashboard, router_stats, unknown_model, vllm_routes
 from molehill.api.http.auth import Guard
-from molehill.api.http.dependencies import Services, answer_http_error, answer_not_found
+from molehill.api.http.dependencies import Services, answer_http_error
 from molehill.api.http.limit_refusals import LimitRefusals
 from molehill.api.http.request_fields import RequestFields
 from molehill.api.metrics.worker_stats import WorkerStats
@@ -47,7 +47,7 @@ from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, wrap_engine_client
 from molehill.api.vllm.routed_calls import routing_memory
-from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
+from molehill.api.vllm.served_models import ServedModels
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.system import startup
@@ -77,7 +77,8 @@ class MolehillRoutes:
         compat.replace_routes(app, core)
         args = app.state.args
         app.add_exception_handler(HTTPException, answer_http_error)
-        app.add_exception_handler(NOT_FOUND, answer_not_found)
+        for kind in unknown_model.RAISED:
+            app.add_exception_handler(kind, unknown_model.answer_unknown_model)
         options = options_of(args)
         # The last one added is the outermost.
         app.add_middleware(LimitRefusals)

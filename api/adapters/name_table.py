@@ -49,7 +49,7 @@ class NameTable:
         """Raises NotLoadedError."""
         generation = self.get(name)
         if generation is None:
-            raise NotLoadedError(f"The lora adapter {name!a} cannot be found.")
+            raise NotLoadedError.of(name)
         return generation
 
     @property

@@ -190,7 +190,7 @@ class AdapterRegistry:
         if generation is None or generation.status.draining:
             generation = self.names.get(lora_request.lora_name)
         if generation is None:
-            raise UnknownModelError(f"The model `{lora_request.lora_name}` does not exist.")
+            raise UnknownModelError(lora_request.lora_name)
         traffics = (generation.status.traffic,)
         with admitted(traffics, request):
             return self._generations.lease(generation, request, traffics)

@@ -229,7 +229,7 @@ async def show_adapter(name: str, services: Injected) -> Response:
     """What the name serves, or how far its load is, or why it failed."""
     info = schemas.of_name(services.registry, name)
     if info is None:
-        raise NotLoadedError(f"The adapter {name!a} cannot be found.")
+        raise NotLoadedError.of(name)
     serving = services.registry.get(name)
     shape = None if serving is None else schemas.routing_shape(serving.content).model_dump()
     return shown(info, routing=shape)
