@@ -164,7 +164,7 @@ async def load_adapter(body: LoadBody, services: Injected) -> Response:
     """Loads or replaces. 200 means that the adapter serves; the same bytes again change nothing. A
     form (multipart/form-data) brings the adapter's own files in place of a source."""
     loaded = await (load_source(body, services) if body.mix is None else load_mix(body, services))
-    return shown(schemas.of_generation(loaded.generation), status=loaded.status)
+    return shown(schemas.of_generation(services.registry, loaded.generation), status=loaded.status)
 
 
 async def load_uploaded(request: Request) -> Response:
@@ -183,7 +183,7 @@ async def load_uploaded(request: Request) -> Response:
         loaded = await services.registry.load(
             form.name, source.label, local(source), form.options()
         )
-    return shown(schemas.of_generation(loaded.generation), status=loaded.status)
+    return shown(schemas.of_generation(services.registry, loaded.generation), status=loaded.status)
 
 
 def parsed(fields: Mapping[str, str]) -> UploadFields:
@@ -221,7 +221,8 @@ async def load_mix(body: LoadBody, services: Services) -> Loaded:
 )
 async def pin_adapter(name: str, services: Injected, body: PinBody = PinBody()) -> Response:  # noqa: B008
     """Keeps an adapter in the workers, or lets it be taken out when it is idle."""
-    return shown(schemas.of_generation(await services.registry.pin(name, body.pinned)))
+    generation = await services.registry.pin(name, body.pinned)
+    return shown(schemas.of_generation(services.registry, generation))
 
 
 @router.get("/{name:path}", response_model=AdapterDetails, responses=refusals(404))
@@ -245,4 +246,5 @@ async def delete_adapter(
     if absent is not None:
         return shown(schemas.of_absent(absent))
     expected: Expected = AnyGeneration if expected_generation is None else expected_generation
-    return shown(schemas.of_generation(await services.registry.unload(name, expected)))
+    generation = await services.registry.unload(name, expected)
+    return shown(schemas.of_generation(services.registry, generation))

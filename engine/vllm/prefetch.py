@@ -69,12 +69,12 @@ class Prefetcher(Generic[Key, T]):
         self._results: dict[Key, Future[T]] = {}
 
     def start(self, key: Key) -> None:
-        """Returns at once. Drops what was begun first, where there would be too many."""
+        """Returns at once. Discards what was begun first, where there would be too many."""
         if key in self._results and not failed(self._results[key]):
             return
-        self.drop(key)
+        self.discard(key)
         while len(self._results) >= self._most:
-            self.drop(next(iter(self._results)))
+            self.discard(next(iter(self._results)))
         self._results[key] = self._threads.submit(self._prepare, key, True)
 
     def done(self, key: Key) -> bool:
@@ -86,7 +86,7 @@ class Prefetcher(Generic[Key, T]):
         result = self._results.get(key)
         return self._prepare(key, False) if result is None else result.result()
 
-    def drop(self, key: Key) -> None:
+    def discard(self, key: Key) -> None:
         """Lets go of it. What still runs goes on to its end, for nobody."""
         result = self._results.pop(key, None)
         if result is not None:

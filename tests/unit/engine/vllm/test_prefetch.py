@@ -50,7 +50,7 @@ def test_what_was_prepared_is_read_once_however_often_it_is_taken() -> None:
     assert [prefetcher.take("a") for _ in range(3)] == ["content of a"] * 3
     prefetcher.start("a")
     assert reader.read == ["a"]
-    prefetcher.drop("a")
+    prefetcher.discard("a")
     assert prefetcher.take("a") == "content of a"
     assert reader.read == ["a", "a"]
 
