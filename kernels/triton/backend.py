@@ -50,6 +50,7 @@ class TritonBackend(CheckedBackend):
     def __init__(self, device: torch.device, capacity: Capacity) -> None:
         super().__init__()
         self.capacity = capacity
+        self.most_slots_per_step = capacity.adapters
         self._device = device
         self._linears: list[LinearShape] = []
         self._ffns: list[FfnShape] = []
