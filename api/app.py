@@ -42,10 +42,11 @@ from molehill.api.vllm import compat, starting
 from molehill.api.vllm.adapter_chats import base_chat, render_as_adapters_do
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.engine_watch import EngineWatch
+from molehill.api.vllm.generation_header import GenerationHeader
+from molehill.api.vllm.leased_calls import wrap_engine_client
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
 from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
-from molehill.api.vllm.request_tracking import GenerationHeader, wrap_engine_client
 from molehill.api.vllm.routed_calls import routing_memory
 from molehill.api.vllm.served_models import ServedModels
 from molehill.api.vllm.worker_client import WorkerClient

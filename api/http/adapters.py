@@ -38,7 +38,7 @@ from molehill.api.http.dependencies import services as services_of
 from molehill.api.http.schemas import AdapterDetails, AdapterInfo, AdapterList, LoadedInfo
 from molehill.api.http.uploads import document_upload, is_form, received
 from molehill.api.sources.uploads import UPLOAD
-from molehill.api.vllm.request_tracking import HEADER
+from molehill.api.vllm.generation_header import HEADER
 from molehill.api.vllm.routes import json_only
 from molehill.engine.adapter.layout import Layout
 

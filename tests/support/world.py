@@ -23,8 +23,8 @@ from molehill.api.adapters.registry import AdapterRegistry, never_paused
 from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.store import AdapterStore
+from molehill.api.vllm.leased_calls import wrap_engine_client
 from molehill.api.vllm.lora_requests import make_request
-from molehill.api.vllm.request_tracking import wrap_engine_client
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import AdapterNotFoundError

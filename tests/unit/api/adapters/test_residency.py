@@ -74,26 +74,28 @@ def test_evictions_are_counted_where_they_happen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "expected"),
+    ("host", "resident", "reads"),
     [
-        (0, ("disk", "disk", "workers")),
-        (1, ("disk", "host", "workers")),
-        (2, ("host", "host", "workers")),
+        (0, ("disk", "disk", "workers"), 1),
+        # What it takes the slot of takes its place in host memory before.
+        (1, ("disk", "host", "workers"), 1),
+        (2, ("host", "host", "workers"), 0),
     ],
 )
-def test_where_an_adapter_is_told_as_the_workers_say(
-    tmp_path: Path, host: int, expected: tuple[str, ...]
+def test_the_server_says_where_an_adapter_is_as_the_workers_do(
+    tmp_path: Path, host: int, resident: tuple[str, ...], reads: int
 ) -> None:
+    """One slot, and host memory for so many. reads: of the one that is asked for then."""
+
     async def scenario(w: World) -> None:
         w.engine.more.set()
         w.engine.host = host
         for number, name in enumerate("abc"):
             await w.load(name, number)
-        assert tuple(info.resident for info in schemas.everything(w.registry)) == expected
-        # It is read again, or not, as is told.
+        assert tuple(info.resident for info in schemas.everything(w.registry)) == resident
         begun = len(w.engine.begun)
         await ask(w, "b")
-        assert len(w.engine.begun) - begun == (expected[1] == "disk")
+        assert len(w.engine.begun) - begun == reads
 
     play(World(tmp_path, slots=1), scenario)
 
