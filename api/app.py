@@ -161,13 +161,11 @@ async def make_services(
     workers = EngineWatch(engine_client, engines, options.straggler_seconds)
     # The workers check against these too; here a bad adapter gets its own error.
     limits = Settings.from_config(config.additional_config).limits
-    base = replace(await base_model(workers), name=models.base_model_paths[0].name)
-    names = {path.name for path in models.base_model_paths}
+    names = [path.name for path in models.base_model_paths]
+    base = replace(await base_model(workers), name=names[0])
     reader = AdapterReader(base, limits, {config.model_config.model, *names})
-    store, merged_base = AdapterStore(options.store), options.merged_base
+    store = open_store(options)
     cores = await workers_cores(workers)
-    if merged_base is not None:
-        store.hold(merged_base.directory)
     registry = AdapterRegistry(
         residency=Residency(
             WorkerClient(workers), config.lora_config.max_loras, LifecycleMetrics()
@@ -176,10 +174,10 @@ async def make_services(
         store=store,
         make_request=make_request,
         served=models.lora_requests,
-        base_models=names,
+        base_models=set(names),
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
-        merged_base=merged_base,
+        merged_base=options.merged_base,
         background=Background(cores, threads=MOST_AT_ONCE),
         memory=limits.adapter_bytes,
         combine=reader.combine,
@@ -194,17 +192,34 @@ async def make_services(
     roots = AdapterRoots(options.roots)
     sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
     manifest = None if options.store is None else Manifest(store.root)
-    restore = Restore(registry, store, sources, reader, manifest)
-    stats, scraping = WorkerStats(workers, registry), Background(cores, "molehill-metrics")
-    place = options.adapters_file
-    file = (
-        None
-        if place is None
-        else DesiredStateReconciler(OperatorFile(place, LABEL), sources, registry)
+    return Services(
+        registry=registry,
+        sources=sources,
+        uploads=Uploads(store, options.admission),
+        stats=WorkerStats(workers, registry),
+        restore=Restore(registry, store, sources, reader, manifest),
+        models=ServedModels(models, registry),
+        scraping=Background(cores, "molehill-metrics"),
+        adapters_file=reconciler(options, sources, registry),
     )
-    served = ServedModels(models, registry)
-    uploads = Uploads(store, options.admission)
-    return Services(registry, sources, uploads, stats, restore, served, scraping, file)
+
+
+def open_store(options: Options) -> AdapterStore:
+    """Raises LockedError."""
+    store = AdapterStore(options.store)
+    if options.merged_base is not None:
+        store.hold(options.merged_base.directory)
+    return store
+
+
+def reconciler(
+    options: Options, sources: Sources, registry: AdapterRegistry
+) -> DesiredStateReconciler | None:
+    """None for a server that follows no adapters file."""
+    if options.adapters_file is None:
+        return None
+    file = OperatorFile(options.adapters_file, LABEL)
+    return DesiredStateReconciler(file, sources, registry)
 
 
 def chat_reader(online_renderer: Any) -> ChatReader | None:

@@ -136,6 +136,11 @@ def test_what_was_sent_is_served_again_and_says_when_it_is_lost(tmp_path: Path) 
         shutil.rmtree(third.world.store.path(adapter(1).digest))
         await third.restore.run()
         assert third.serves() == {}
-        assert "send its files again" in third.world.registry.failures["a"].message
+        failure = third.world.registry.failures["a"]
+        assert failure.kind == "store_failed"
+        assert "send its files again" in failure.message
+        # It is wanted until somebody sends it again or deletes the name.
+        assert third.restore.ready
+        assert third.remembers().keys() == {"a"}
 
     play(scenario())
