@@ -56,9 +56,9 @@ class StepPacer:
 
 
 class Prefetcher(Generic[Key, T]):
-    """What was prepared and not taken yet: the `most` that were begun last, each in a thread.
+    """What was prepared and not discarded yet: the `most` that were begun last, each in a thread.
 
-    prepare: of a key, and whether it runs in a thread, beside steps. What it raises, `take` raises.
+    prepare: of a key, and whether it runs in a thread, beside steps. What it raises, `result` does.
     """
 
     def __init__(self, prepare: Callable[[Key, bool], T], most: int = 1) -> None:
@@ -78,10 +78,10 @@ class Prefetcher(Generic[Key, T]):
         self._results[key] = self._threads.submit(self._prepare, key, True)
 
     def done(self, key: Key) -> bool:
-        """Whether `take` would answer at once."""
+        """Whether `result` would answer at once."""
         return key not in self._results or self._results[key].done()
 
-    def take(self, key: Key) -> T:
+    def result(self, key: Key) -> T:
         """What was prepared for `key`, or prepares it here and now. Raises what `prepare` does."""
         result = self._results.get(key)
         return self._prepare(key, False) if result is None else result.result()
@@ -98,7 +98,7 @@ def failed(result: Future[T]) -> bool:
 
 
 def log_failure(key: Any, result: Future[Any]) -> None:
-    """Of what nobody takes any more: a fault of it would be seen nowhere else."""
+    """Of what nobody asks for any more: a fault of it would be seen nowhere else."""
     error = result.exception()
     if error is not None:
         logger.warning("molehill: %s was prepared for nobody and failed: %s", key, error)

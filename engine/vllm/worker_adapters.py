@@ -140,7 +140,7 @@ class WorkerAdapters:
         kept = self._host.take(key)
         try:
             with self._ranks.all_or_none():
-                loaded = kept or self._prefetcher.take(key)
+                loaded = kept or self._prefetcher.result(key)
                 ready = loaded if isinstance(loaded, PreparedAdapter) else self._loader.pack(loaded)
             slot = self.slots.store(key.lora_id, ready)
         except Exception:
@@ -249,7 +249,7 @@ class WorkerAdapters:
             self._host.drop(key)
             self._prefetcher.discard(key)
             self.stats.finish(key.lora_id)
-        evicted = tuple(other.lora_id for other in self._host.evicted())
+        evicted = tuple(other.lora_id for other in self._host.take_evicted())
         return UninstallReply(key in self._host, evicted)
 
     def report(self, request: StatsRequest, seconds: StepSeconds | None) -> StatsReply:
