@@ -107,7 +107,7 @@ def test_a_vllm_that_waits_otherwise_is_left_alone_and_named(
     def wait(self: Any, timeout_ms: int | None = None) -> None: ...
 
     monkeypatch.setattr(spinning, "wait", wait)
-    with caplog.at_level(logging.WARNING, shm_wait.__name__):
+    with caplog.at_level(logging.WARNING, "vllm.molehill"):
         shm_wait.install()
     assert spinning.wait is wait
     assert "SpinCondition.wait has no self.last_read + self.busy_loop_s" in caplog.text
