@@ -78,7 +78,7 @@ class Prefetcher(Generic[Key, T]):
         self._results[key] = self._threads.submit(self._prepare, key, True)
 
     def done(self, key: Key) -> bool:
-        """Whether `result` would answer at once."""
+        """Whether no thread is at it: `result` has the answer, or prepares it there and then."""
         return key not in self._results or self._results[key].done()
 
     def result(self, key: Key) -> T:

@@ -208,6 +208,7 @@ class WorkerAdapters:
         return PrepareReply(reads=True)
 
     def prepared(self, request: AdapterRequest) -> PreparedReply:
+        """Whether it has been read, or reading has failed, which `install` tells."""
         key = AdapterKey(request.lora_int_id, request.path)
         return PreparedReply(self._prefetcher.done(key))
 
