@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,9 @@ assert support.share
 
 
 GROUP = pytest.StashKey[str]()
+
+# Tests and what they import stay: to look through them for garbage, again and again, is in vain.
+gc.disable()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -40,6 +44,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     grouped = session.config.getoption("loadgroup", default=False)
     if grouped and session.items and "@" not in session.items[0].nodeid:
         pytest.exit("pytest-xdist does not see the tests' groups: see pyproject.toml", returncode=3)
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
