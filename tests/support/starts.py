@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parents[1]
-FOLDER = f"{TESTS}/"
 # By module and name: what a test that reaches it is marked with.
 STARTERS = {
     ("support.engines", "engine"): "engine",
@@ -81,9 +80,13 @@ def reached(function: Callable[..., Any]) -> frozenset[str]:
             result.add(mark)
             continue
         unwrapped = inspect.unwrap(called)
-        if isinstance(unwrapped, FunctionType) and unwrapped.__code__.co_filename.startswith(FOLDER):
+        if isinstance(unwrapped, FunctionType) and _is_of_the_tests(unwrapped.__code__):
             waiting += _called(unwrapped)
     return frozenset(result)
+
+
+def _is_of_the_tests(code: CodeType) -> bool:
+    return code.co_filename.startswith(f"{TESTS}/")
 
 
 def _called(function: FunctionType) -> Iterator[FunctionType]:
