@@ -8,6 +8,7 @@ import support.share  # Before torch.
 import torch
 from safetensors.torch import load_file, save_file
 from support import starts
+from support.made_once import made_once
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # vLLM's default. Benchmarks that a test imports want to hear less, in all that starts after them.
@@ -63,11 +64,15 @@ def golden() -> Path:
 def authored(tmp_path_factory):
     """By name, the adapters of tests/support (authored, gated, tuners): not to be changed."""
     pytest.importorskip("peft", reason="the dev extra is not installed")
+    return made_once(tmp_path_factory, "authored", _author)
+
+
+def _author(factory):
     from support.authored import author_all
     from support.gated import author_by_token, author_molora
     from support.tuners import author_tuners
 
-    root = tmp_path_factory.mktemp("authored")
+    root = factory.mktemp("authored")
     everything = (
         *author_all(root),
         author_molora(root),
