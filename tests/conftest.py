@@ -7,8 +7,8 @@ import pytest
 import support.share  # Before torch.
 import torch
 from safetensors.torch import load_file, save_file
-from support import starts
-from support.made_once import made_once
+from support import starts, warm
+from support.made_once import made_once, shared_folder
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # vLLM's default. Benchmarks that a test imports want to hear less, in all that starts after them.
@@ -52,6 +52,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_warm_server(tmp_path_factory):
+    warm.shared = shared_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -11,16 +12,21 @@ from filelock import FileLock
 Made = TypeVar("Made")
 
 
+def shared_folder(factory: pytest.TempPathFactory) -> Path | None:
+    """Of all processes that run these tests; None where there is one."""
+    return factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else None
+
+
 def made_once(
     factory: pytest.TempPathFactory, name: str, make: Callable[[pytest.TempPathFactory], Made]
 ) -> Made:
     """What `make` returned in the first process that came here, unpickled in all others.
 
     Its files must stay where they are made, and nobody may change them."""
-    folder = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    folder = shared_folder(factory)
+    if folder is None:
         return make(factory)
-    path = folder.parent / f"{name}.pickle"
+    path = folder / f"{name}.pickle"
     with FileLock(f"{path}.lock"):
         if path.exists():
             made: Made = pickle.loads(path.read_bytes())

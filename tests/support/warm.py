@@ -7,6 +7,7 @@ they do for users.
 """
 
 import gc
+import json
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 from unittest.mock import patch
+
+from filelock import FileLock
 
 PRELOADED = [
     "vllm.v1.engine.core",
@@ -35,6 +38,8 @@ PRELOADED = [
 # the file to which they write, as they would if they were its children.
 GROUP = "MOLEHILL_TEST_GROUP"
 LOG = "MOLEHILL_TEST_LOG"
+# A folder of all processes that run these tests, where there are several.
+shared: Path | None = None
 
 
 @contextmanager
@@ -121,6 +126,35 @@ def _command(arguments: list[str], environment: dict[str, str], address: str) ->
 
 
 def _ensure_running() -> None:
+    """One warm server for all of pytest-xdist's processes: it takes a quarter of a minute."""
+    server: Any = forkserver._forkserver
+    if shared is None or server._forkserver_address is not None:
+        _ensure_own_running()
+        return
+    announced = shared / "warm.json"
+    with FileLock(f"{announced}.lock"):
+        if not (announced.exists() and _join(server, announced)):
+            _ensure_own_running()
+            place = (server._forkserver_address, os.getpid(), server._forkserver_alive_fd)
+            announced.write_text(json.dumps(place))
+
+
+def _join(server: Any, announced: Path) -> bool:
+    """Whether the process that started the warm server is there. The server lives as long as
+    somebody holds the pipe that it was given, and so as long as this process does, too."""
+    address, starter, pipe = json.loads(announced.read_text())
+    try:
+        server._forkserver_alive_fd = os.open(f"/proc/{starter}/fd/{pipe}", os.O_WRONLY)
+    except OSError:
+        return False
+    server._forkserver_address, server.ensure_running = address, lambda: None
+    return True
+
+
+def _ensure_own_running() -> None:
+    server: Any = forkserver._forkserver
+    if server._forkserver_address is not None and server._forkserver_pid is None:
+        return  # Another's.
     multiprocessing.set_forkserver_preload(PRELOADED)
     # OpenMP is set up where it is imported. vLLM would give a worker one core of two. It also reads
     # the interval of a warning then, for which `molehill serve` has this value.
