@@ -6,20 +6,17 @@ Each request names the base or an adapter; one server is killed while they come.
 import itertools
 import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
 import yaml
 from support.api_client import BASE, KEY, Api, eventually, oracle
-from support.proxies import PROXIES, Proxy, program, running
+from support.outcomes import ask, assert_only_begun_streams_were_lost, chat, while_lost
+from support.proxies import PROXIES, Proxy, needs, running
 from support.server import TINY, Server, serve
 
 pytestmark = pytest.mark.skipif(
@@ -30,19 +27,6 @@ pytestmark = pytest.mark.skipif(
 # By what clients ask for. Both servers follow one file.
 ADAPTERS = {"sql": "lora", "team/chat:v2": "dynmole-soft"}
 MODELS = (BASE, *ADAPTERS)
-MESSAGES: Any = [{"role": "user", "content": "The lamp and the map"}]
-CLIENTS, BEFORE, AFTER = 6, 30, 60
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of one request. begun: whether a part of its answer came. after: asked after the kill."""
-
-    model: str
-    streamed: bool
-    after: bool
-    begun: bool
-    text: str | None
 
 
 @pytest.fixture(scope="module")
@@ -84,33 +68,8 @@ def expected(servers: list[Server], adapter_root: Path) -> dict[str, str]:
     return answers
 
 
-def chat(client: openai.OpenAI, model: str) -> str:
-    answer = client.chat.completions.create(
-        model=model, messages=MESSAGES, max_tokens=12, temperature=0
-    )
-    return answer.choices[0].message.content
-
-
 def client_of(proxy: Proxy, url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=proxy.key, max_retries=0, timeout=60)
-
-
-def ask(client: openai.OpenAI, model: str, streamed: bool, killed: threading.Event) -> Outcome:
-    after, begun = killed.is_set(), False
-    try:
-        if not streamed:
-            return Outcome(model, streamed, after, True, chat(client, model))
-        parts, ended = [], False
-        with client.chat.completions.create(
-            model=model, messages=MESSAGES, max_tokens=12, temperature=0, stream=True
-        ) as stream:
-            for chunk in stream:
-                begun = True
-                parts += [choice.delta.content or "" for choice in chunk.choices]
-                ended = any(choice.finish_reason for choice in chunk.choices)
-        return Outcome(model, streamed, after, True, "".join(parts) if ended else None)
-    except (openai.APIError, httpx.TransportError):
-        return Outcome(model, streamed, after, begun, None)
 
 
 def requests_of(server: Server) -> float:
@@ -123,50 +82,25 @@ def requests_of(server: Server) -> float:
     )
 
 
-def under_fire(client: openai.OpenAI, victim: Server) -> list[Outcome]:
-    """Requests of CLIENTS clients, during which the victim is killed, all its processes at once."""
-    numbers, killed = itertools.count(), threading.Event()
-    lock = threading.Lock()
-
-    def work() -> list[Outcome]:
-        outcomes = []
-        while (number := next(numbers)) < BEFORE + AFTER:
-            with lock:
-                if number >= BEFORE and not killed.is_set():
-                    os.killpg(victim.process.pid, signal.SIGKILL)
-                    killed.set()
-            outcomes.append(ask(client, MODELS[number % 3], number % 2 == 0, killed))
-        return outcomes
-
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        workers = [pool.submit(work) for _ in range(CLIENTS)]
-        return [outcome for worker in workers for outcome in worker.result()]
-
-
-@pytest.mark.parametrize("name", PROXIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs(proxy.program)) for name, proxy in PROXIES.items()]
+)
 def test_no_request_that_had_not_begun_is_lost_with_a_server(
     name: str, servers: Sequence[Server], expected: dict[str, str], tmp_path: Path
 ) -> None:
     proxy = PROXIES[name]
-    program(proxy.program)
     staying, victim = servers[0], servers[1 + list(PROXIES).index(name)]
     with running(proxy, [staying.url, victim.url], tmp_path / "log") as url:
         client = client_of(proxy, url)
         counts = [requests_of(server) for server in (staying, victim)]
         for _, model, streamed in itertools.product(range(3), MODELS, (False, True)):
-            outcome = ask(client, model, streamed, threading.Event())
+            outcome = ask(client, model, streamed)
             assert outcome.text == expected[model], outcome
         answered = [requests_of(server) for server in (staying, victim)]
         assert all(now > before for now, before in zip(answered, counts, strict=True))
         with pytest.raises(openai.APIStatusError) as refusal:
             chat(client, "nobody")
         assert 400 <= refusal.value.status_code < 500
-        outcomes = under_fire(client, victim)
-    assert len(outcomes) == BEFORE + AFTER
-    assert sum(outcome.after for outcome in outcomes) > AFTER / 2
-    log = (tmp_path / "log").read_text(errors="replace")[-3000:]
-    for outcome in outcomes:
-        assert outcome.text == expected[outcome.model] or (
-            outcome.text is None and outcome.begun and not outcome.after
-        ), f"{outcome}\n{log}"
+        lose = lambda: os.killpg(victim.process.pid, signal.SIGKILL)  # noqa: E731
+        assert_only_begun_streams_were_lost(while_lost(client, MODELS, lose), expected)
     assert staying.process.poll() is None

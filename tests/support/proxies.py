@@ -69,21 +69,26 @@ PROXIES = {
 }
 
 
-def program(name: str) -> str:
-    """Its path. Skips the test where it is not installed."""
+def found(name: str) -> str | None:
+    """The program's path, if it is installed."""
     folders = os.environ.get(FOLDERS, "").split(os.pathsep)
     folders += [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    found = shutil.which(name, path=os.pathsep.join(folder for folder in folders if folder))
-    if found is None:
-        pytest.skip(f"{name} is not installed, neither in a folder of {FOLDERS} nor on the PATH")
-    return found
+    return shutil.which(name, path=os.pathsep.join(folder for folder in folders if folder))
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    """Skips a test where the program is not installed."""
+    reason = f"{name} is not installed, neither in a folder of {FOLDERS} nor on the PATH"
+    return pytest.mark.skipif(found(name) is None, reason=reason)
 
 
 @contextmanager
 def running(proxy: Proxy, urls: Sequence[str], log: Path) -> Iterator[str]:
     """Its URL, once it serves. Raises RuntimeError with the end of its log if it does not."""
     port = free_port()
-    command = [program(proxy.program), *proxy.command(port, urls)]
+    path = found(proxy.program)
+    assert path is not None
+    command = [path, *proxy.command(port, urls)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
