@@ -40,7 +40,7 @@ def podman(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def container() -> Iterator[tuple[str, str]]:
-    """Its name and its server's URL. Nothing but /tmp, the user's home and /dev/shm can be written."""
+    """Its name and its server's URL. Only /tmp, /dev/shm and the user's home can be written to."""
     name, port = f"molehill-test-{uuid.uuid4().hex[:8]}", free_port()
     adapters = {"numwords": "numwords-mixlora", "uppercase": "uppercase-dynmole"}
     try:
