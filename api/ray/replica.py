@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from urllib.parse import quote
 
 import aiohttp
@@ -39,6 +39,7 @@ class Replica:
         )
         self._register = multiplexed(register)
         self._server = ServerProcess(settings)
+        logger.info("the server is at %s", self._server.url)
         # A replica without its server is none: Ray then gives requests to the others at once.
         self._server.watch(self._end)
 
@@ -58,8 +59,7 @@ class Replica:
                     yield refusal[1]
                     return
             async with self._send(asked) as response:
-                if response.status == NOT_FOUND and adapter is not None and attempt == 0:
-                    self._adapters.pop(adapter, None)
+                if response.status == NOT_FOUND and attempt == 0 and await self._lost(adapter):
                     continue
                 yield head_of(response)
                 async for chunk in response.content.iter_any():
@@ -74,9 +74,8 @@ class Replica:
         """
         if adapter not in self._adapters:
             url = f"{self._server.url}/v1/adapters"
-            key = [(name, value) for name, value in headers if name.lower() == "authorization"]
-            async with self._client().get(f"{url}/{quote(adapter)}", headers=key) as known:
-                status = known.status
+            key = {name: value for name, value in headers if name.lower() == "authorization"}
+            status = await self._status(adapter, key)
             source = self._settings.source_of(adapter)
             if status == NOT_FOUND and source is not None:
                 body = {"name": adapter, "source": source}
@@ -89,6 +88,18 @@ class Replica:
             self._adapters[adapter] = status == NOT_FOUND
         await self._register(adapter)
         return None
+
+    async def _lost(self, adapter: str | None) -> bool:
+        """Whether the server has it no more, so that it has to be loaded again."""
+        if adapter is None or await self._status(adapter, self._server.admin) != NOT_FOUND:
+            return False
+        self._adapters.pop(adapter, None)
+        return True
+
+    async def _status(self, adapter: str, headers: Mapping[str, str]) -> int:
+        url = f"{self._server.url}/v1/adapters/{quote(adapter)}"
+        async with self._client().get(url, headers=headers) as known:
+            return known.status
 
     def unload(self, adapter: str) -> None:
         """Those that the adapters file wants stay; requests that run finish."""
