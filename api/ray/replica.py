@@ -69,8 +69,8 @@ class Replica:
     async def _bring(self, adapter: str, headers: Headers) -> tuple[Head, bytes] | None:
         """Loads an adapter that the server does not have, and tells Ray Serve of it.
 
-        Returns what a client gets whose adapter cannot be loaded. Who gives no key that the server
-        takes has nothing loaded, and his request goes on to be refused.
+        Returns what a client gets whose adapter cannot be loaded. Nothing is loaded for a request
+        without a key that the server takes; it goes on to be refused.
         """
         if adapter not in self._adapters:
             url = f"{self._server.url}/v1/adapters"
@@ -85,7 +85,8 @@ class Replica:
                         return head_of(loaded), await loaded.read()
             elif status != 200:
                 return None
-            self._adapters[adapter] = status == NOT_FOUND
+            # Of requests that come at once, one loads it.
+            self._adapters[adapter] = self._adapters.get(adapter, False) or status == NOT_FOUND
         await self._register(adapter)
         return None
 
