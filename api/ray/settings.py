@@ -44,16 +44,16 @@ class RaySettings(BaseModel):
     served_model_name: str = ""
     adapters: str | None = None
     adapters_file: str | None = None
-    max_adapters_per_replica: int = Field(8, ge=1)
-    min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(1, ge=1)
-    target_ongoing_requests: float = Field(32, gt=0)
-    max_ongoing_requests: int = Field(256, ge=1)
-    cpus_per_replica: float = Field(1, ge=0)
-    gpus_per_replica: float = Field(0, ge=0)
-    health_check_seconds: float = Field(5, gt=0)
-    start_seconds: int = Field(1800, ge=1)
-    drain_seconds: int = Field(90, ge=1)
+    max_adapters_per_replica: int = Field(default=8, ge=1)
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
+    target_ongoing_requests: float = Field(default=32, gt=0)
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    cpus_per_replica: float = Field(default=1, ge=0)
+    gpus_per_replica: float = Field(default=0, ge=0)
+    health_check_seconds: float = Field(default=5, gt=0)
+    start_seconds: int = Field(default=1800, ge=1)
+    drain_seconds: int = Field(default=90, ge=1)
     server_arguments: list[str] = []
 
     @field_validator("server_arguments", mode="before")
