@@ -32,7 +32,7 @@ PROMPT = "### Instruction:\n{}\n\n### Output:\n"
 
 def podman(*arguments: str) -> str:
     result = subprocess.run(
-        [found("podman") or "podman", *arguments], capture_output=True, text=True, check=False
+        [found("podman"), *arguments], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, f"podman {arguments[0]}: {result.stderr[-2000:]}"
     return result.stdout.strip()
@@ -47,7 +47,7 @@ def container() -> Iterator[tuple[str, str]]:
         podman(
             *("run", "--detach", "--name", name, "--network", "host", "--shm-size", "1g"),
             *("--read-only", "--cap-drop", "all", "--security-opt", "no-new-privileges"),
-            *("--tmpfs", "/tmp:rw,exec", "--tmpfs", "/home/molehill:rw,exec,mode=1777"),
+            *("--no-healthcheck", "--tmpfs", "/tmp:rw,exec", "--volume", "/home/molehill"),
             *("--volume", f"{MODEL.resolve()}:/model:ro"),
             *("--volume", f"{REPOSITORY / 'demo' / 'adapters'}:/adapters:ro"),
             *("--env", "VLLM_CPU_KVCACHE_SPACE=1", IMAGE),
@@ -66,7 +66,9 @@ def container() -> Iterator[tuple[str, str]]:
         yield name, url
     finally:
         subprocess.run(
-            [found("podman") or "podman", "rm", "--force", name], capture_output=True, check=False
+            [found("podman"), "rm", "--force", "--volumes", name],
+            capture_output=True,
+            check=False,
         )
 
 

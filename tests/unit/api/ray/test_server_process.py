@@ -42,7 +42,7 @@ def zombie(pid: int) -> bool:
 
 
 def test_a_server_that_ends_at_its_start_is_no_replica() -> None:
-    settings = RaySettings(model="/no/such/model", server_arguments=["--no-such-option"])
+    settings = RaySettings(model="/no/such/model", server_arguments=["--adapter-memory=lots"])
     with pytest.raises(RuntimeError, match="ended with status 2"):
         ServerProcess(settings)
 
