@@ -134,6 +134,9 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     ):
         if refused:
             raise LaunchError(f"cannot be used with molehill serve: {why}")
+    if options.xlora and options.merge_into_base is not None:
+        found = "X-LoRA's classifier reads what the base itself makes"
+        raise LaunchError(f"--xlora cannot be used with --merge-into-base: {found}")
     if options.watch and not options.roots:
         raise LaunchError("--watch-adapter-roots: found no --adapter-root, expected one to watch")
     modules = [module_path(module) for module in args.lora_modules or ()]
@@ -178,6 +181,7 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         "" if merged_base is None else merged_base.digest,
         options.host_memory,
         options.capture_routing,
+        options.xlora,
     )
     args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
     args.molehill = options
