@@ -130,13 +130,11 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         ),
         (args.grpc, "--grpc: molehill serves over HTTP"),
         *parallel_refusals(args),
+        *(xlora_refusals(args, options) if options.xlora else []),
         (args.default_mm_loras, "--default-mm-loras"),
     ):
         if refused:
             raise LaunchError(f"cannot be used with molehill serve: {why}")
-    if options.xlora and options.merge_into_base is not None:
-        found = "X-LoRA's classifier reads what the base itself makes"
-        raise LaunchError(f"--xlora cannot be used with --merge-into-base: {found}")
     if options.watch and not options.roots:
         raise LaunchError("--watch-adapter-roots: found no --adapter-root, expected one to watch")
     modules = [module_path(module) for module in args.lora_modules or ()]
@@ -211,6 +209,18 @@ def parallel_refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
             size > 1 and args.data_parallel_backend != "mp",
             f"--data-parallel-backend {args.data_parallel_backend}: {elsewhere}",
         ),
+    ]
+
+
+def xlora_refusals(args: argparse.Namespace, options: Options) -> list[tuple[bool, str]]:
+    """Of what shows before there is an engine; `engine.vllm.scaling_pass` refuses the rest."""
+    one = "X-LoRA runs its two passes on one worker"
+    merged = "X-LoRA's classifier reads what the base itself makes"
+    return [
+        (args.tensor_parallel_size > 1, f"--tensor-parallel-size with --xlora: {one}"),
+        (args.pipeline_parallel_size > 1, f"--pipeline-parallel-size with --xlora: {one}"),
+        (args.data_parallel_size > 1, f"--data-parallel-size with --xlora: {one}"),
+        (options.merge_into_base is not None, f"--merge-into-base with --xlora: {merged}"),
     ]
 
 
