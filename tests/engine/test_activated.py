@@ -42,7 +42,7 @@ DRAFTS = {
 def llm() -> Iterator[Any]:
     options = {
         "max_num_batched_tokens": CHUNK,
-        "max_num_seqs": 7,
+        "max_num_seqs": 6,
         "num_gpu_blocks_override": BLOCKS,
         "speculative_config": DRAFTS,
         "disable_log_stats": False,
