@@ -241,8 +241,9 @@ def _classifier(config: Fields, weights: Weights) -> Classifier | None:
     if not config.has("classifier"):
         return None
     fields = config.object("classifier")
-    fields.only(*(name for name in Classifier.__dataclass_fields__))
-    names = [classifier_tensor(f"{i}.") for i in range(fields.integer("layers"))]
+    fields.only(*Classifier.__dataclass_fields__)
+    # One by one: a file may say any number of layers.
+    names = (classifier_tensor(f"{i}.") for i in range(fields.integer("layers")))
     return Classifier(
         tuple((weights.tensor(f"{n}weight", 2), weights.tensor(f"{n}bias", 1)) for n in names),
         fields.integer("experts"),

@@ -63,7 +63,8 @@ def attach(
     `[tokens, E]`, entropy `[tokens]`, tokens of all sequences of the batch in a row, with an axis
     of heads after the tokens where a router reads heads. start: the position of each sequence, all
     of them from 0 on in one forward, from which on the adapter acts: an activated one's offset.
-    Raises UnknownTargetError for a site that the model lacks.
+    The classifier of an X-LoRA is none of them. Raises UnknownTargetError for a site that the model
+    lacks.
     """
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     if adapter.by_token is not None:

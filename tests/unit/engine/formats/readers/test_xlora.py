@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from molehill.engine.adapter.errors import (
     ShapeError,
     UnsupportedError,
 )
+from molehill.engine.adapter.validation import check
 from molehill.engine.formats import native
 from molehill.engine.hf.reference import attach
 from molehill.engine.transform.merge import merge_static, subtract
@@ -94,7 +96,7 @@ def test_what_peft_makes_gives_pefts_logits(model, experts, tmp_path, name):
     assert latest.std(0).max() > 0.01
 
 
-def test_the_models_own_format_keeps_it(changed, tmp_path):
+def test_molehills_own_format_keeps_it(changed, tmp_path):
     config = {"enable_softmax_topk": True, "top_k_lora": 2, "softmax_temperature": 0.7}
     adapter = formats.read(changed(**config, global_scaling_weight=2.0))
     native.write(adapter, tmp_path / "native")
@@ -104,6 +106,44 @@ def test_the_models_own_format_keeps_it(changed, tmp_path):
     assert again.classifier.to_json() == adapter.classifier.to_json()
     assert (again.classifier.top_k, again.classifier.temperature) == (2, 0.7)
     assert formats.read(changed(softmax_temperature=0.8)).digest != adapter.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"layers": 10**12}, MissingTensorError),
+        ({"layers": 1}, UnsupportedError),
+        ({"more": 1}, UnsupportedError),
+        ({"temperature": 0}, ConfigError),
+    ],
+)
+def test_a_file_of_molehills_own_format_is_held_against_its_tensors(tmp_path, changes, error):
+    native.write(formats.read(Case("xlora").path), tmp_path / "native")
+    file = tmp_path / "native" / native.CONFIG
+    document = json.loads(file.read_text())
+    document["classifier"] |= changes
+    file.write_text(json.dumps(document))
+    assert "classifier" in refusal(error, tmp_path / "native").where
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"experts": 4}, ShapeError),
+        ({"places": 11}, ShapeError),
+        ({"layerwise": False}, ShapeError),
+        ({"top_k": 5}, UnsupportedError),
+        ({"places": 1 << 20}, LimitError),
+    ],
+)
+def test_a_classifier_that_contradicts_its_adapter_is_refused(changes, error):
+    adapter = formats.read(Case("xlora").path)
+    assert adapter.classifier is not None
+    classifier = replace(adapter.classifier, **changes)
+    with pytest.raises(error):
+        check(replace(adapter, classifier=classifier), Limits())
+    with pytest.raises(UnsupportedError, match="one in the adapter"):
+        check(replace(adapter, classifier=None), Limits())
 
 
 def test_it_is_said_what_softmax_over_the_top_k_normalises(changed, capsys):
