@@ -239,7 +239,7 @@ BOTH = [*TEXT[:66], *INVOCATION, *TEXT[66:70], *OTHER, *TEXT[70:100]]
 FOLLOWERS = {"base": 64, "alora": 64, "dynmole": 64, "mixlora": 64, "plain": 0, "xlora": 0}
 
 
-@pytest.mark.parametrize("first", ["base", "alora", "dynmole", "xlora"])
+@pytest.mark.parametrize("first", ["base", "alora", "dynmole"])
 def test_what_one_has_read_before_its_invocation_serves_all_but_plain_adapters(
     llm: Any, adapters: dict[str, Any], model: Any, first: str
 ) -> None:
@@ -251,6 +251,17 @@ def test_what_one_has_read_before_its_invocation_serves_all_but_plain_adapters(
         # What it has itself computed, from its invocation on, it finds as well.
         assert (name, reply.cached) == (name, 96 if name == first else cached)
         assert_as(reply, expected(model, adapters[name], BOTH))
+
+
+def test_an_x_loras_blocks_are_its_own(llm: Any, adapters: dict[str, Any], model: Any) -> None:
+    """Of others' blocks the second cache is not filled, of its own both are."""
+    assert llm.reset_prefix_cache()
+    cached = []
+    for name in ("base", "xlora", "plain", "xlora", "base"):
+        (reply,) = ask(llm, [BOTH], [adapters[name]])
+        cached.append(reply.cached)
+        assert_as(reply, expected(model, adapters[name], BOTH))
+    assert cached == [0, 0, 0, 96, 96]
 
 
 def test_a_salt_separates_what_is_the_bases_too(llm: Any, adapters: dict[str, Any]) -> None:
