@@ -15,7 +15,13 @@ import torch
 from molehill.benchmarks.workloads import Workload
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import Adapter
-from molehill.kernels.mixture import FfnMixture, LinearMixture, Mixture, Reflection
+from molehill.kernels.mixture import (
+    ClassifierMixture,
+    FfnMixture,
+    LinearMixture,
+    Mixture,
+    Reflection,
+)
 
 # Of the square matrices that are multiplied, and of what is read: larger than any cache.
 WIDTH = {"cpu": 1024, "cuda": 8192}
@@ -113,6 +119,8 @@ def _pairs(mixture: Mixture) -> list[torch.Tensor]:
         stacks = [mixture.experts] + ([mixture.shared] if mixture.shared else [])
     elif isinstance(mixture, FfnMixture):
         stacks = list(mixture.experts.values())
+    elif isinstance(mixture, ClassifierMixture):
+        stacks = [mixture.experts]
     elif isinstance(mixture, Reflection):
         return [mixture.a, mixture.u]
     else:

@@ -15,7 +15,14 @@ from torch import Tensor
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import Adapter
 from molehill.kernels.counters import SiteCounters, SlotCounters
-from molehill.kernels.mixture import Experts, LinearMixture, Mixture, Reflection, ScaleMixture
+from molehill.kernels.mixture import (
+    ClassifierMixture,
+    Experts,
+    LinearMixture,
+    Mixture,
+    Reflection,
+    ScaleMixture,
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,8 @@ def _cost(mixture: Mixture, outputs: int) -> SiteCost:
         if router is not None and mixture.shared is not None:
             router += sum(_expert_costs(mixture.shared))
         return SiteCost(_expert_costs(mixture.experts), router)
+    if isinstance(mixture, ClassifierMixture):
+        return SiteCost(_expert_costs(mixture.experts), None)
     if isinstance(mixture, ScaleMixture):
         return SiteCost((0,) * mixture.num_experts, router)
     if isinstance(mixture, Reflection):

@@ -5,7 +5,7 @@ A that was cut wrongly would be read into another adapter's rows. What only one 
 it refuses itself, with a CapacityError.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from molehill.kernels.activation import ACTIVATIONS
+from molehill.kernels.classifier import ClassifierPieces
 from molehill.kernels.interface import (
     FfnPiece,
     FfnShape,
@@ -117,6 +118,28 @@ def check_vocabulary(
     if piece.rows is not None:
         _check_rows(piece.site, piece.rows, shape)
     return shape
+
+
+def check_classified(
+    pieces: ClassifierPieces, shapes: Mapping[int, LinearShape], hidden: int
+) -> None:
+    """Raises WeightsError if experts do not fit their linears or their classifier, or that the
+    base's hidden states."""
+    classifier = pieces.classifier
+    _expect("classifier: inputs", classifier.layers[0][0].shape[1], hidden)
+    for handle, linear in pieces.linears.items():
+        shape = shapes.get(handle)
+        for piece in linear:
+            if shape is None:
+                raise WeightsError(piece.site, f"handle {handle}", "a registered linear's")
+            out = piece.experts.b.shape[0]
+            if piece.start < 0 or piece.start + out > shape.out_features:
+                columns = f"columns {piece.start} to {piece.start + out}"
+                expected = f"at most {shape.out_features} of {shape.name}"
+                raise WeightsError(piece.site, columns, expected)
+            if not 0 <= piece.place < classifier.places:
+                raise WeightsError(piece.site, f"place {piece.place}", classifier.places)
+            _check_pair(piece.site, piece.experts, classifier.experts, shape.in_features, out)
 
 
 def _check_rows(site: str, table: VocabularyRows, shape: VocabularyShape) -> None:

@@ -1,5 +1,5 @@
-"""The custom ops in front of a Python backend, of MoeBlocks and of Vocabulary, which a model's
-forward calls.
+"""The custom ops in front of a Python backend, of MoeBlocks, of ClassifiedLinears and of
+Vocabulary, which a model's forward calls.
 
 Opaque to torch.compile. `linear` comes after the base's own GEMM, `base_linear` runs that too;
 `ffn` comes after the base's activation, `activation` is in its place. The layer is named by a
@@ -18,17 +18,20 @@ RunExperts = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 RunLinears = Callable[[Tensor, Tensor | None, int], Tensor]
 RunEmbedding = Callable[[Tensor, Tensor], None]
 RunActivation = Callable[[Tensor, int], Tensor]
+RunClassified = Callable[[Tensor, Tensor, int], None]
 
 _active: list[Backend] = []
 _experts: list[RunExperts] = []
 _linears: list[RunLinears] = []
 _embedding: list[RunEmbedding] = []
 _activations: list[RunActivation] = []
+_classified: list[RunClassified] = []
 _library = torch.library.Library("molehill", "DEF")
 _library.define("linear(Tensor(a!) out, Tensor x, Tensor handle) -> ()")
 _library.define("ffn(Tensor(a!) h, Tensor gate_up, Tensor handle) -> ()")
 _library.define("base_linear(Tensor x, Tensor? bias, Tensor handle, SymInt out_features) -> Tensor")
 _library.define("embedding(Tensor(a!) out, Tensor ids) -> ()")
+_library.define("classified(Tensor(a!) out, Tensor x, Tensor handle) -> ()")
 _library.define("activation(Tensor(a!) gate_up, Tensor handle) -> Tensor")
 _library.define("experts(Tensor x, Tensor weights, Tensor chosen, Tensor handle) -> Tensor")
 
@@ -61,6 +64,12 @@ def install_activations(run: RunActivation) -> None:
     _activations[:] = [run]
 
 
+def install_classified(run: RunClassified) -> None:
+    """Makes `run(out, x, handle)` what stands behind the op `classified`: adds to a linear's
+    `out [T, out]` what experts make of x `[T, in]` by gate weights that a classifier gave."""
+    _classified[:] = [run]
+
+
 def _linear(out: Tensor, x: Tensor, handle: Tensor) -> None:
     _active[0].linear(out, x, int(handle))
 
@@ -73,7 +82,11 @@ def _nothing(out: Tensor, x: Tensor, handle: Tensor) -> None:
     """What a traced graph sees: `out` changes, nothing is returned."""
 
 
-for _name, _body in (("linear", _linear), ("ffn", _ffn)):
+def _add_classified(out: Tensor, x: Tensor, handle: Tensor) -> None:
+    _classified[0](out, x, int(handle))
+
+
+for _name, _body in (("linear", _linear), ("ffn", _ffn), ("classified", _add_classified)):
     _library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"molehill::{_name}", _nothing, lib=_library)
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from molehill.kernels.classifier import ClassifierPieces
 from molehill.kernels.counters import SlotCounters
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import Policy
@@ -225,7 +226,8 @@ class SlotWeights:
 
     scales: multiply a linear's output, after its other mixtures. ffn_scales: multiply an FFN's
     intermediate, as one head; under tensor parallelism its router's logits are summed by the down
-    linear's `reduce`. vocabulary: for molehill.kernels.vocabulary.
+    linear's `reduce`. vocabulary: for molehill.kernels.vocabulary. classified: for
+    molehill.kernels.classified_linears.
     """
 
     linears: Mapping[int, Sequence[LinearPiece]]
@@ -234,11 +236,12 @@ class SlotWeights:
     ffn_scales: Mapping[int, ScalePiece] = field(default_factory=dict)
     moes: Mapping[int, MoePiece] = field(default_factory=dict)
     vocabulary: VocabularyPieces = field(default_factory=VocabularyPieces)
+    classified: ClassifierPieces | None = None
 
     @property
     def is_empty(self) -> bool:
         tables = self.linears or self.ffns or self.scales or self.ffn_scales or self.moes
-        return not tables and self.vocabulary.is_empty
+        return not tables and self.vocabulary.is_empty and self.classified is None
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of a serving copy, A and B in `dtype`, tables in float32, padding left out."""
@@ -256,6 +259,10 @@ class SlotWeights:
             tables += [vectors.router, vectors.vectors]
         for moe in self.moes.values():
             pairs += [pair for pair in (moe.gate, moe.up, moe.down) if pair is not None]
+        if self.classified is not None:
+            tables += [tensor for _, tensor in self.classified.classifier.tensors()]
+            classified = self.classified.linears.values()
+            pairs += [piece.experts for pieces in classified for piece in pieces]
         on_vocabulary = (self.vocabulary.embedding, self.vocabulary.head)
         pairs += [piece.pair for piece in on_vocabulary if piece is not None and piece.pair]
         replaced = [piece.rows for piece in on_vocabulary if piece is not None and piece.rows]
@@ -308,7 +315,8 @@ class KernelCompilations(Protocol):
 class Backend(Protocol):
     """Applies the mixtures of all slots to a batch. One instance per worker. What adapters do to
     the experts of MoE blocks (`SlotWeights.moes`) is left to molehill.kernels.moe_blocks, what they
-    do to the vocabulary to molehill.kernels.vocabulary.
+    do to the vocabulary to molehill.kernels.vocabulary, and experts whose gate weights come from a
+    classifier to molehill.kernels.classified_linears.
 
     linear_op(out, x, handle), ffn_op(h, gate_up, handle): what a model's forward calls, torch ops
     that end in `linear` and `ffn`; the handle is a one-element int64 CPU tensor.

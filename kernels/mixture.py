@@ -149,6 +149,26 @@ class Reflection:
 
 
 @dataclass(frozen=True)
+class ClassifierMixture:
+    """y = W x + bias + sum_e c_e B_e A_e x, whose gate weights c come from the adapter's classifier
+    (X-LoRA, arXiv 2402.07148), see molehill.kernels.classifier.
+
+    place: of this linear's gate weights among the classifier's.
+    """
+
+    experts: Experts
+    place: int
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts.ranks)
+
+    @property
+    def router(self) -> None:
+        """None of its own."""
+
+
+@dataclass(frozen=True)
 class VocabularyRows:
     """Rows of the embedding, or of the LM head, in the place of the base's, by token.
 
@@ -182,4 +202,6 @@ class Bias:
         return sum(there[1:], there[0]) if there else None
 
 
-Mixture = LinearMixture | FfnMixture | ScaleMixture | Reflection
+# What has a policy of its own.
+RoutedMixture = LinearMixture | FfnMixture | ScaleMixture | Reflection
+Mixture = RoutedMixture | ClassifierMixture

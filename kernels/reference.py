@@ -15,8 +15,8 @@ from molehill.kernels.mixture import (
     Experts,
     FfnMixture,
     LinearMixture,
-    Mixture,
     Reflection,
+    RoutedMixture,
     ScaleMixture,
 )
 from molehill.kernels.policy import Policy, Routing
@@ -52,7 +52,7 @@ def route(
     return decide(x, router, policy, parameters)[1]
 
 
-def _route(x: Tensor, mixture: Mixture) -> Routing:
+def _route(x: Tensor, mixture: RoutedMixture) -> Routing:
     return route(x, mixture.router, mixture.policy, mixture.num_experts, mixture.parameters)
 
 

@@ -15,9 +15,8 @@ from molehill.kernels import custom_ops
 from molehill.kernels.checks import check_vocabulary
 from molehill.kernels.interface import Run
 from molehill.kernels.mixture import VocabularyRows
+from molehill.kernels.run_rows import run_rows
 from molehill.kernels.vocabulary_pieces import VocabularyPiece, VocabularyPieces, VocabularyShape
-
-Rows = slice | Tensor
 
 
 class RowTable:
@@ -148,7 +147,7 @@ class Vocabulary:
     def embed(self, out: Tensor, ids: Tensor) -> None:
         """Changes the base's lookup `out [T, hidden]` of ids `[T]`."""
         for slot in dict.fromkeys(run.slot for run in self._runs):
-            rows = _rows(self._runs, slot, len(ids), ids.device)
+            rows = run_rows(self._runs, slot, len(ids), ids.device)
             y = out[rows]
             self._embeddings[slot].embed(y, ids[rows])
             if not isinstance(rows, slice):
@@ -158,16 +157,8 @@ class Vocabulary:
         """Changes the base's `logits [T, tokens and padding]` of x `[T, hidden]`, which have its
         bias if it has one."""
         for slot in dict.fromkeys(run.slot for run in self._logits_runs):
-            rows = _rows(self._logits_runs, slot, len(x), x.device)
+            rows = run_rows(self._logits_runs, slot, len(x), x.device)
             y = logits[rows]
             self._heads[slot].project(y, x[rows], bias)
             if not isinstance(rows, slice):
                 logits[rows] = y
-
-
-def _rows(runs: Sequence[Run], slot: int, most: int, device: torch.device) -> Rows:
-    """The rows of one slot, of `most` that there are."""
-    spans = [(min(run.start, most), min(run.stop, most)) for run in runs if run.slot == slot]
-    if len(spans) == 1:
-        return slice(*spans[0])
-    return torch.cat([torch.arange(*ends) for ends in spans]).to(device)

@@ -105,6 +105,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             ON_OR_OFF,
         ),
         Option(
+            "xlora",
+            "--xlora",
+            "serve X-LoRA adapters too, with a second KV cache for the base's own pass: prompts "
+            "have half the room, and steps with such requests run the model twice",
+            SWITCH,
+        ),
+        Option(
             "adapter_chat_templates",
             "--no-adapter-chat-templates",
             "chat with every adapter by the base's template and special tokens (default: by the "

@@ -60,7 +60,10 @@ def summary(adapter: Adapter, sites: Sequence[SitePlan], chat: AdapterChat) -> T
         "base model": adapter.base_model or "not named",
         "acts": _activation(adapter),
         "chat": _chat(chat),
-        "routing": _by_token(adapter) or "; ".join(_routings(sites)) or "none (plain LoRA)",
+        "routing": _by_token(adapter)
+        or _by_classifier(adapter)
+        or "; ".join(_routings(sites))
+        or "none (plain LoRA)",
         "sites": f"{len(sites)}: {static} static, {len(sites) - static} dynamic",
         **({"biases": _biases(adapter)} if adapter.biases else {}),
         "size": f"{_size(adapter.num_bytes)} in float32",
@@ -78,6 +81,25 @@ def _by_token(adapter: Adapter) -> str:
     if adapter.by_token is None:
         return ""
     return f"the token's id chooses one of {', '.join(adapter.by_token.adapters)}, or none"
+
+
+def _by_classifier(adapter: Adapter) -> str:
+    """Of an X-LoRA. PEFT before its pull request 2793 normalised over all tokens."""
+    classifier = adapter.classifier
+    if classifier is None:
+        return ""
+    top_k = [] if classifier.top_k is None else [f"the {classifier.top_k} greatest kept"]
+    parts = [
+        f"a classifier of {len(classifier.layers)} layers on the base's last hidden state",
+        f"{classifier.experts} experts",
+        f"scalings for each of {classifier.places} linears"
+        if classifier.layerwise
+        else "the same scalings for all linears",
+        *([f"softmax at temperature {classifier.temperature:g}"] if classifier.softmax else []),
+        *top_k,
+        *(["normalised by softmax for each token"] if classifier.softmax_top_k else []),
+    ]
+    return ", ".join(parts)
 
 
 def _biases(adapter: Adapter) -> str:

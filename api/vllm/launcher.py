@@ -154,6 +154,7 @@ def check_served(args: argparse.Namespace) -> None:
         ),
         (args.grpc, "--grpc: molehill serves over HTTP"),
         *parallel_refusals(args),
+        *(xlora_refusals(args, options) if options.xlora else []),
         (args.default_mm_loras, "--default-mm-loras"),
     ):
         if refused:
@@ -202,6 +203,7 @@ def settings_of(options: Options) -> Settings:
         "" if merged_base is None else merged_base.digest,
         options.host_memory,
         options.capture_routing,
+        options.xlora,
     )
 
 
@@ -228,6 +230,18 @@ def parallel_refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
             size > 1 and args.data_parallel_backend != "mp",
             f"--data-parallel-backend {args.data_parallel_backend}: {elsewhere}",
         ),
+    ]
+
+
+def xlora_refusals(args: argparse.Namespace, options: Options) -> list[tuple[bool, str]]:
+    """Of what shows before there is an engine; `engine.vllm.scaling_pass` refuses the rest."""
+    one = "X-LoRA runs its two passes on one worker"
+    merged = "X-LoRA's classifier reads what the base itself makes"
+    return [
+        (args.tensor_parallel_size > 1, f"--tensor-parallel-size with --xlora: {one}"),
+        (args.pipeline_parallel_size > 1, f"--pipeline-parallel-size with --xlora: {one}"),
+        (args.data_parallel_size > 1, f"--data-parallel-size with --xlora: {one}"),
+        (options.merge_into_base is not None, f"--merge-into-base with --xlora: {merged}"),
     ]
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molehill.kernels.classifier import Classifier
 from molehill.kernels.mixture import (
     Bias,
+    ClassifierMixture,
     Experts,
     LinearMixture,
     Mixture,
@@ -27,11 +29,11 @@ class Adapter:
 
     kind: the method (`lora`, `dora`, `mixlora`, `mola`, `loramoe`, `hydralora`, `molora`,
         `dynmole`, `mole`, `adamole`, `ldmole`, `goat`, `flylora`, `moelora`, `arrow`, `mov`,
-        `adalora`, `vera`, `loha`, `lokr`, `hra`, `miss`, `bone`, `ia3`), or `mix` for a static mix
-        of others.
+        `adalora`, `vera`, `loha`, `lokr`, `hra`, `miss`, `bone`, `ia3`, `xlora`), or
+        `mix` for a static mix of others.
     sites: mixtures by the base model's module, without its leading `model.`:
-        `layers.3.self_attn.q_proj` is a LinearMixture, ScaleMixture or Reflection, `layers.3.mlp`
-        an FfnMixture.
+        `layers.3.self_attn.q_proj` is a LinearMixture, ScaleMixture, Reflection or
+        ClassifierMixture, `layers.3.mlp` an FfnMixture.
         Tensors are float32 on the CPU; scaling is folded into `b`.
     base_model: what the adapter says it was trained on, or None.
     rows: of the embedding and of the LM head, in the place of the base's, by site (`embed_tokens`,
@@ -42,6 +44,7 @@ class Adapter:
     biases: what is added to linears of the base, with a mixture on them or without, whatever they
         read; by name, as sites are.
     by_token: whole adapters in the place of sites, rows and biases, of which each token has one.
+    classifier: what the gate weights of all ClassifierMixtures come from.
     """
 
     kind: str
@@ -52,6 +55,7 @@ class Adapter:
     rows: Mapping[str, VocabularyRows] = field(default_factory=dict)
     biases: Mapping[str, Bias] = field(default_factory=dict)
     by_token: "TokenAdapters | None" = None
+    classifier: Classifier | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by a canonical name, sites in natural order, then biases; or those of the
@@ -65,6 +69,9 @@ class Adapter:
         for site in sorted(self.biases, key=natural_key):
             for name, tensor in self.biases[site].tensors().items():
                 yield bias_tensor(site, name), tensor
+        if self.classifier is not None:
+            for name, tensor in self.classifier.tensors():
+                yield classifier_tensor(name), tensor
         if self.by_token is not None:
             yield TOKEN_TABLE, self.by_token.adapter_of.float()
             for i, adapter in enumerate(self.by_token.adapters.values()):
@@ -130,6 +137,11 @@ def bias_tensor(site: str, part: str) -> str:
     return f"{site}.bias.{part}"
 
 
+def classifier_tensor(name: str) -> str:
+    """The canonical name of a classifier's tensor, `0.weight` of its first layer."""
+    return f"classifier.{name}"
+
+
 def natural_key(name: str) -> list[str | int]:
     """Sorts `layers.10` after `layers.9`."""
     return [f"{int(part):08d}" if part.isdigit() else part for part in name.split(".")]
@@ -141,6 +153,10 @@ def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
     if isinstance(mixture, Reflection):
         yield "a", mixture.a
         yield "u", mixture.u
+        return
+    if isinstance(mixture, ClassifierMixture):
+        yield "a", mixture.experts.a
+        yield "b", mixture.experts.b
         return
     if mixture.router is not None:
         yield "router", mixture.router
@@ -167,6 +183,9 @@ def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
 
 def describe_mixture(mixture: Mixture) -> dict[str, Any]:
     """All of one site but its tensors, as plain JSON."""
+    if isinstance(mixture, ClassifierMixture):
+        ranks = list(mixture.experts.ranks)
+        return {"shape": "classifier", "place": mixture.place, "ranks": ranks}
     policy = mixture.policy.to_json()
     if isinstance(mixture, Reflection):
         return {"shape": "reflection", "routing": policy}
@@ -174,11 +193,10 @@ def describe_mixture(mixture: Mixture) -> dict[str, Any]:
         return {"shape": "linear", "routing": policy, "ranks": list(mixture.experts.ranks)}
     if isinstance(mixture, ScaleMixture):
         return {"shape": "scale", "routing": policy, "of": mixture.of}
-    ranks = {name: list(experts.ranks) for name, experts in mixture.experts.items()}
     return {
         "shape": "ffn",
         "routing": policy,
-        "ranks": ranks,
+        "ranks": {name: list(experts.ranks) for name, experts in mixture.experts.items()},
         "activation": mixture.activation,
     }
 
@@ -193,6 +211,8 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         described["alora_invocation_tokens"] = list(adapter.invocation_tokens)
     if adapter.biases:
         described["biases"] = {site: list(b.tensors()) for site, b in adapter.biases.items()}
+    if adapter.classifier is not None:
+        described["classifier"] = adapter.classifier.to_json()
     if adapter.by_token is not None:
         members = adapter.by_token.adapters.items()
         described["by_token"] = {
@@ -208,6 +228,7 @@ __all__ = [
     "Experts",
     "TokenAdapters",
     "bias_tensor",
+    "classifier_tensor",
     "describe",
     "describe_mixture",
     "natural_key",

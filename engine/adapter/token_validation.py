@@ -6,7 +6,7 @@ from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import AdapterError, LimitError, UnsupportedError
 from molehill.engine.adapter.model import Adapter, TokenAdapters
 from molehill.engine.adapter.vocabulary_sites import EMBEDDINGS, is_on_vocabulary
-from molehill.kernels.mixture import FfnMixture, LinearMixture, ScaleMixture
+from molehill.kernels.mixture import ClassifierMixture, FfnMixture, LinearMixture, ScaleMixture
 
 # As `molehill_mix.json` calls the table, in errors and among a server's refusals.
 FIELD = "token_adapters"
@@ -57,11 +57,11 @@ def _unservable(member: Adapter) -> Iterator[AdapterError]:
             or (isinstance(mixture, LinearMixture) and mixture.router is not None)
             or (isinstance(mixture, ScaleMixture) and mixture.num_experts > 1)
         )
-        if routed:
+        if routed and not isinstance(mixture, ClassifierMixture):
             found = f"a router ({type(mixture.policy).__name__}) in an adapter by token id"
             yield UnsupportedError(site, found, "one that is the same for every token it gets")
-    if member.by_token is not None or member.invocation_tokens:
-        found = "a table of token ids, or invocation tokens, of an adapter by token id"
+    if member.by_token is not None or member.invocation_tokens or member.classifier is not None:
+        found = "a table of token ids, invocation tokens or a classifier of an adapter by token id"
         yield UnsupportedError(FIELD, found, "none")
 
 

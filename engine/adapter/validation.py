@@ -9,7 +9,11 @@ from functools import partial
 
 from torch import Tensor
 
-from molehill.engine.adapter import token_validation, vocabulary_validation
+from molehill.engine.adapter import (
+    classifier_validation,
+    token_validation,
+    vocabulary_validation,
+)
 from molehill.engine.adapter.base_model import BaseModel, Limits
 from molehill.engine.adapter.errors import (
     AdapterError,
@@ -28,11 +32,13 @@ from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
 from molehill.kernels.activation import ACTIVATIONS
 from molehill.kernels.mixture import (
     Bias,
+    ClassifierMixture,
     Experts,
     FfnMixture,
     LinearMixture,
     Mixture,
     Reflection,
+    RoutedMixture,
     ScaleMixture,
 )
 
@@ -71,6 +77,7 @@ def problems(adapter: Adapter, base: BaseModel, limits: Limits) -> list[AdapterE
         for problem in _misfits(site, adapter.sites[site], base)
     ]
     misfits += vocabulary_validation.misfits(adapter, base)
+    misfits += classifier_validation.misfits(adapter, base)
     for site in sorted(adapter.biases, key=natural_key):
         misfits += _bias_misfits(site, adapter.biases[site], base)
     return [*adapter_problems(adapter, limits), *_mismatch(adapter, base, misfits), *misfits]
@@ -93,6 +100,7 @@ def adapter_problems(adapter: Adapter, limits: Limits) -> list[AdapterError]:
         errors += [*_inconsistent(site, mixture), *_over_limits(site, mixture, limits)]
         errors += _unservable(site, mixture, adapter.sites)
     errors += vocabulary_validation.adapter_problems(adapter)
+    errors += classifier_validation.adapter_problems(adapter)
     for site in sorted(adapter.biases, key=natural_key):
         errors += _unservable_bias(site, adapter.biases[site], adapter)
     for name, tensor in adapter.tensors():
@@ -114,6 +122,8 @@ def _stacks(site: str, mixture: Mixture) -> list[tuple[str, Experts]]:
     if isinstance(mixture, LinearMixture):
         shared = [] if mixture.shared is None else [(f"{site}.shared", mixture.shared)]
         return [(site, mixture.experts), *shared]
+    if isinstance(mixture, ClassifierMixture):
+        return [(site, mixture.experts)]
     if isinstance(mixture, ScaleMixture | Reflection):
         return []
     return [(f"{site}.{name}", experts) for name, experts in sorted(mixture.experts.items())]
@@ -122,6 +132,9 @@ def _stacks(site: str, mixture: Mixture) -> list[tuple[str, Experts]]:
 def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
     if isinstance(mixture, Reflection):
         yield from _expect(f"{site}.u", mixture.u, list(reversed(mixture.a.shape)))
+        return
+    if isinstance(mixture, ClassifierMixture):
+        yield from _inconsistent_pair(site, mixture.experts)
         return
     if isinstance(mixture, ScaleMixture):
         heads, width = mixture.num_heads, mixture.router.shape[-1]
@@ -133,9 +146,7 @@ def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
             yield UnsupportedError(f"{site}.routing", found, "a policy of the probabilities alone")
         return
     for stem, experts in _stacks(site, mixture):
-        rows = sum(experts.ranks)
-        yield from _expect(f"{stem}.a", experts.a, [rows, experts.a.shape[-1]])
-        yield from _expect(f"{stem}.b", experts.b, [experts.b.shape[0], rows])
+        yield from _inconsistent_pair(stem, experts)
         if stem != f"{site}.shared" and len(experts.ranks) != mixture.num_experts:
             found = f"{len(experts.ranks)} experts"
             yield ShapeError(stem, found, f"the router's {mixture.num_experts}")
@@ -156,7 +167,13 @@ def _inconsistent(site: str, mixture: Mixture) -> Iterator[AdapterError]:
         yield from _expect(f"{site}.shared.b", shared_b, [b.shape[0], shared_b.shape[1]])
 
 
-def _inconsistent_parameters(site: str, mixture: Mixture) -> Iterator[AdapterError]:
+def _inconsistent_pair(stem: str, experts: Experts) -> Iterator[AdapterError]:
+    rows = sum(experts.ranks)
+    yield from _expect(f"{stem}.a", experts.a, [rows, experts.a.shape[-1]])
+    yield from _expect(f"{stem}.b", experts.b, [experts.b.shape[0], rows])
+
+
+def _inconsistent_parameters(site: str, mixture: RoutedMixture) -> Iterator[AdapterError]:
     """A policy has all of the parameters that it learned, or none; and a router, unless its weights
     are constant."""
     where, count = f"{site}.parameters", mixture.policy.num_parameters
@@ -291,6 +308,8 @@ def _acts(mixture: Mixture) -> bool:
     if isinstance(mixture, LinearMixture):
         stacks = [experts for _, experts in _stacks("", mixture)]
         return mixture.magnitude is not None or any(map(_nonzero, stacks))
+    if isinstance(mixture, ClassifierMixture):
+        return _nonzero(mixture.experts)
     if isinstance(mixture, Reflection):
         return _reflects(mixture)
     if not mixture.policy.sums_to_one:
@@ -325,7 +344,7 @@ def _misfits(site: str, mixture: Mixture, base: BaseModel) -> Iterator[AdapterEr
     else:
         for stem, experts in _stacks(site, mixture):
             yield from _misfit(stem, experts, shape)
-        if split(site):
+        if split(site) and isinstance(mixture, LinearMixture):
             yield from _expert_misfits(site, mixture)
 
 

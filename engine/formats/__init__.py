@@ -27,8 +27,6 @@ DEFAULT_LIMITS = Limits()
 # What serving them would take.
 _NOT_SERVED = {
     **unserved.REASONS,
-    "XLORA": "XLORA, whose scalings come from a pass of their own: every token would run through "
-    "the base twice, first without adapters and with a KV cache of its own, then with the scalings",
     "LILY": "LILY, whose router averages over all tokens of a batch: an answer would depend on who "
     "shares the step",
     "POLY": "POLY, whose mixture goes by a task that no request names",

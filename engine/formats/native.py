@@ -22,6 +22,7 @@ from molehill.engine.adapter.model import (
     Adapter,
     TokenAdapters,
     bias_tensor,
+    classifier_tensor,
     describe,
     token_prefix,
 )
@@ -33,8 +34,10 @@ from molehill.engine.formats.readers.policies import parse_policy
 from molehill.engine.formats.readers.reader import FileNames, Reader
 from molehill.engine.system.atomic_directory import appearing
 from molehill.engine.system.out_of_memory import raise_if_out_of_memory
+from molehill.kernels.classifier import Classifier
 from molehill.kernels.mixture import (
     Bias,
+    ClassifierMixture,
     Experts,
     FfnMixture,
     LinearMixture,
@@ -60,6 +63,7 @@ _FIELDS = (
     ROWS,
     "biases",
     "by_token",
+    "classifier",
     invocation.FIELD,
 )
 # Of an adapter by token inside another.
@@ -169,6 +173,7 @@ def _content(config: Fields, weights: Weights, kind: str) -> Adapter:
         rows={site: _rows(weights, site) for site in config.texts(ROWS)},
         biases=_biases(config, weights),
         by_token=_by_token(config, weights),
+        classifier=_classifier(config, weights),
     )
 
 
@@ -231,8 +236,31 @@ def _biases(config: Fields, weights: Weights) -> dict[str, Bias]:
     return biases
 
 
+def _classifier(config: Fields, weights: Weights) -> Classifier | None:
+    """Raises ConfigError, MissingTensorError, UnsupportedError."""
+    if not config.has("classifier"):
+        return None
+    fields = config.object("classifier")
+    fields.only(*Classifier.__dataclass_fields__)
+    # One by one: a file may say any number of layers.
+    names = (classifier_tensor(f"{i}.") for i in range(fields.integer("layers")))
+    return Classifier(
+        tuple((weights.tensor(f"{n}weight", 2), weights.tensor(f"{n}bias", 1)) for n in names),
+        fields.integer("experts"),
+        fields.integer("places"),
+        fields.flag("layerwise"),
+        fields.flag("softmax", True),
+        fields.number("temperature", 1.0, above=0),
+        fields.integer("top_k") if fields.has("top_k") else None,
+        fields.flag("softmax_top_k"),
+        fields.number("first_pass", 0.0),
+    )
+
+
 def _mixture(weights: Weights, site: str, fields: Fields) -> Mixture:
-    shape = fields.choice("shape", tuple(_SHAPES))
+    shape = fields.choice("shape", (*_SHAPES, "classifier"))
+    if shape == "classifier":
+        return _classified(weights, site, fields)
     return _SHAPES[shape](weights, site, fields, parse_policy(fields.object("routing")))
 
 
@@ -297,6 +325,14 @@ def _reflection(weights: Weights, site: str, fields: Fields, policy: Policy) -> 
         expected = "Constant with the weight 1, as every token is reflected"
         raise UnsupportedError(f"{fields.where}: routing", type(policy).__name__, expected)
     return reflection
+
+
+def _classified(weights: Weights, site: str, fields: Fields) -> ClassifierMixture:
+    fields.only("shape", "place", "ranks")
+    place = fields.number("place", at_least=0)
+    if place != int(place):
+        raise fields.error("place", "a whole number")
+    return ClassifierMixture(_experts(weights, site, fields, "ranks"), int(place))
 
 
 def _check_routed(fields: Fields, policy: Policy) -> None:

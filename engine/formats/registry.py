@@ -29,6 +29,7 @@ from molehill.engine.formats.readers import (
     mov,
     peft,
     vera,
+    xlora,
 )
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 
@@ -54,6 +55,7 @@ READERS: tuple[Reader, ...] = (
     hra.READER,
     miss.READER,
     ia3.READER,
+    xlora.READER,
 )
 
 

@@ -4,7 +4,7 @@ Every adapted module computes `molehill.kernels.reference` in float32, expert by
 thought of speed. What the engine serves is compared against this.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,16 +17,19 @@ from molehill.engine.adapter import expert_pairs, expert_sites
 from molehill.engine.adapter.errors import UnknownTargetError, UnsupportedError
 from molehill.engine.adapter.model import Adapter, TokenAdapters
 from molehill.engine.adapter.vocabulary_sites import EMBEDDINGS
+from molehill.engine.hf.classified import with_classifier
 from molehill.engine.hf.shapes import activation, canonical_name, fused_experts, is_router
 from molehill.kernels.activation import SWIGLUOAI
 from molehill.kernels.interface import Trace
 from molehill.kernels.mixture import (
     Bias,
+    ClassifierMixture,
     Experts,
     FfnMixture,
     LinearMixture,
     Mixture,
     Reflection,
+    RoutedMixture,
     ScaleMixture,
     VocabularyRows,
 )
@@ -60,18 +63,26 @@ def attach(
     `[tokens, E]`, entropy `[tokens]`, tokens of all sequences of the batch in a row, with an axis
     of heads after the tokens where a router reads heads. start: the position of each sequence, all
     of them from 0 on in one forward, from which on the adapter acts: an activated one's offset.
-    Raises UnknownTargetError for a site that the model lacks.
+    The classifier of an X-LoRA is none of them. Raises UnknownTargetError for a site that the model
+    lacks.
     """
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     if adapter.by_token is not None:
         with _by_token(model, adapter.by_token, modules, start):
             yield model
         return
+    if adapter.classifier is not None:
+        _check_modules(model, adapter.sites, modules)
+        with with_classifier(model, adapter, modules):
+            yield model
+        return
     on_experts = _on_fused_experts(adapter, modules)
-    sites = {site: m for site, m in adapter.sites.items() if site not in on_experts}
-    for site in (*sites, *adapter.rows, *adapter.biases):
-        if site not in modules:
-            raise UnknownTargetError(site, "no such module", f"one of {type(model).__name__}'s")
+    sites = {
+        site: mixture
+        for site, mixture in adapter.sites.items()
+        if site not in on_experts and not isinstance(mixture, ClassifierMixture)
+    }
+    _check_modules(model, (*sites, *adapter.rows, *adapter.biases), modules)
     with ExitStack() as stack:
         for site, table in adapter.rows.items():
             stack.enter_context(_with_rows(modules[site], table))
@@ -92,6 +103,14 @@ def attach(
             module.forward = _from(start, module.forward, applied)
             stack.callback(delattr, module, "forward")
         yield model
+
+
+def _check_modules(
+    model: nn.Module, sites: Iterable[str], modules: Mapping[str, nn.Module]
+) -> None:
+    for site in sites:
+        if site not in modules:
+            raise UnknownTargetError(site, "no such module", f"one of {type(model).__name__}'s")
 
 
 @contextmanager
@@ -157,7 +176,7 @@ def _with_rows(module: nn.Module, table: VocabularyRows) -> Iterator[None]:
 def _adapted_forward(
     site: str,
     module: nn.Module,
-    mixture: Mixture,
+    mixture: RoutedMixture,
     model: nn.Module,
     trace: dict[str, list[Trace]] | None,
 ) -> _Forward:
@@ -168,7 +187,7 @@ def _adapted_forward(
     return _forward(site, mixture, _apply(module, mixture, model), trace)
 
 
-def _embedding_forward(site: str, module: nn.Embedding, mixture: Mixture) -> _Forward:
+def _embedding_forward(site: str, module: nn.Embedding, mixture: RoutedMixture) -> _Forward:
     """W + (B A)^T looked up; by some models times a scale."""
     weights = mixture.policy.constant_weights
     if not isinstance(mixture, LinearMixture) or weights is None or mixture.magnitude is not None:
@@ -210,7 +229,7 @@ def _biased(module: nn.Module) -> _Forward:
     return lambda x: linear(x).to(x.dtype)
 
 
-def _router_forward(site: str, module: nn.Module, mixture: Mixture) -> _Forward:
+def _router_forward(site: str, module: nn.Module, mixture: RoutedMixture) -> _Forward:
     """That of a router of the base's, which does more than multiply, with W + B A inside."""
     weights = mixture.policy.constant_weights
     if not isinstance(mixture, LinearMixture) or weights is None or mixture.magnitude is not None:
@@ -286,7 +305,7 @@ def _gates_first(gate_up: Tensor) -> Tensor:
 
 
 def _forward(
-    site: str, mixture: Mixture, apply: _Apply, trace: dict[str, list[Trace]] | None
+    site: str, mixture: RoutedMixture, apply: _Apply, trace: dict[str, list[Trace]] | None
 ) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -300,7 +319,7 @@ def _forward(
     return forward
 
 
-def _apply(module: nn.Module, mixture: Mixture, model: nn.Module) -> _Apply:
+def _apply(module: nn.Module, mixture: RoutedMixture, model: nn.Module) -> _Apply:
     if isinstance(mixture, LinearMixture):
         return _apply_linear(module, mixture)
     if isinstance(mixture, Reflection):

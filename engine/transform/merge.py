@@ -18,6 +18,7 @@ from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
 from molehill.engine.transform.rank import surely_full
 from molehill.engine.transform.static_gates import gate
 from molehill.kernels.mixture import (
+    ClassifierMixture,
     Experts,
     FfnMixture,
     LinearMixture,
@@ -138,7 +139,7 @@ def merge_site(
 
     activation: the base's, of an FFN.
     """
-    if isinstance(mixture, ScaleMixture | Reflection):
+    if isinstance(mixture, ScaleMixture | Reflection | ClassifierMixture):
         return None
     if isinstance(mixture, LinearMixture) and mixture.magnitude is not None:
         return None
@@ -231,6 +232,9 @@ def check_one(adapter: Adapter, where: str) -> None:
     if adapter.by_token is not None:
         found = "adapters that tokens have by their ids (token_adapters)"
         raise UnsupportedError(where, found, "one that is the same for every token")
+    if adapter.classifier is not None:
+        found = "a classifier that gives each token its gate weights (X-LoRA)"
+        raise UnsupportedError(where, found, "one that is the same for every token")
 
 
 def merged_weight(weight: Tensor, mixture: LinearMixture) -> Tensor:
@@ -248,12 +252,14 @@ def subtract(adapter: Adapter, merged_pairs: Mapping[str, Experts]) -> Adapter:
     """What does on W + B A what `adapter` does on W; merged_pairs: those in the weights, by site.
 
     A site whose pair is the merged one's bits is left out: the weights do that already. Raises
-    UnsupportedError for what a low-rank pair beside it cannot set right: vectors, reflections of
-    what W reads, and magnitudes of experts inside an FFN, whose norms are of W.
+    UnsupportedError for what a low-rank pair beside it cannot set right: X-LoRA, vectors,
+    reflections of what W reads, and magnitudes of experts inside an FFN, whose norms are of W.
     """
     if adapter.by_token is not None:
         members = adapter.by_token.changed(partial(subtract, merged_pairs=merged_pairs))
         return replace(adapter, by_token=members)
+    if adapter.classifier is not None:
+        _refuse("classifier", "X-LoRA, whose classifier reads what the base itself makes")
     sites: dict[str, Mixture] = dict(adapter.sites)
     for site, mixture in sites.items():
         if isinstance(mixture, ScaleMixture) and site in merged_pairs:

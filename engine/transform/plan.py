@@ -15,6 +15,7 @@ from molehill.engine.adapter.model import (
 from molehill.engine.transform.merge import merge_site
 from molehill.engine.transform.static_gates import gate
 from molehill.kernels.mixture import (
+    ClassifierMixture,
     Experts,
     FfnMixture,
     LinearMixture,
@@ -48,11 +49,12 @@ class Cost:
 class SitePlan:
     """One site.
 
-    shape: `linear`, `ffn`, `scale` or `reflection`. ranks: of each expert, by projection; none of
-    vectors. bytes: in canonical float32. static: the gate cannot depend on the token. reason: why
-    it is static or not. error: of the merge, `static_gates.deviation`; 0 if it is exact. merged:
-    the one rank by projection that merging leaves, None where nothing merges. cost: of one token as
-    it is served, at the most. policy: None where the token's id decides.
+    shape: `linear`, `ffn`, `scale`, `reflection` or `classifier`. ranks: of each expert, by
+    projection; none of vectors. bytes: in canonical float32. static: the gate cannot depend on the
+    token. reason: why it is static or not. error: of the merge, `static_gates.deviation`; 0 if it
+    is exact. merged: the one rank by projection that merging leaves, None where nothing merges.
+    cost: of one token as it is served, at the most. policy: None where the token's id or a
+    classifier decides.
     """
 
     site: str
@@ -140,7 +142,7 @@ def _site_plan(site: str, mixture: Mixture, base: BaseModel | None, tolerance: f
     return SitePlan(
         site=site,
         shape=describe_mixture(mixture)["shape"],
-        policy=mixture.policy,
+        policy=None if isinstance(mixture, ClassifierMixture) else mixture.policy,
         experts=mixture.num_experts,
         ranks=_ranks(site, mixture),
         bytes=sum(tensor.nbytes for _, tensor in site_tensors(mixture)),
@@ -158,6 +160,8 @@ def _ranks(site: str, mixture: Mixture) -> dict[str, tuple[int, ...]]:
     if isinstance(mixture, LinearMixture):
         shared = {} if mixture.shared is None else {"shared": mixture.shared.ranks}
         return {_leaf(site): mixture.experts.ranks, **shared}
+    if isinstance(mixture, ClassifierMixture):
+        return {_leaf(site): mixture.experts.ranks}
     if isinstance(mixture, ScaleMixture):
         return {}
     if isinstance(mixture, Reflection):
@@ -183,6 +187,8 @@ def _cost(
         return _vectors_cost(mixture)
     if isinstance(mixture, Reflection):
         return _reflection_cost(mixture, shape)
+    if isinstance(mixture, ClassifierMixture):
+        return _classified_cost(mixture)
     return _low_rank_cost(mixture, merged)
 
 
@@ -199,6 +205,13 @@ def _reflection_cost(mixture: Reflection, shape: tuple[int, int] | None) -> Cost
         return Cost(2 * mixture.a.numel(), SERVED * mixture.a.numel(), None, None)
     inputs, outputs = shape
     elements, weights = mixture.rank * (inputs + outputs), inputs * outputs
+    return Cost(2 * elements, SERVED * elements, 2 * weights, SERVED * weights)
+
+
+def _classified_cost(mixture: ClassifierMixture) -> Cost:
+    """Every expert is computed; neither the classifier nor the base's first pass is counted."""
+    pair = mixture.experts
+    elements, weights = _elements(pair, len(pair.ranks)), pair.a.shape[1] * pair.b.shape[0]
     return Cost(2 * elements, SERVED * elements, 2 * weights, SERVED * weights)
 
 

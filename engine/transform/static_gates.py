@@ -10,10 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from molehill.kernels.mixture import Experts, FfnMixture, Mixture, Reflection, ScaleMixture
+from molehill.kernels.mixture import (
+    ClassifierMixture,
+    Experts,
+    FfnMixture,
+    Mixture,
+    Reflection,
+    RoutedMixture,
+    ScaleMixture,
+)
 
 IDENTICAL = "identical experts with weights summing to 1"
 DYNAMIC = "router reads the token"
+CLASSIFIED = "classifier reads the base's last hidden state"
 
 
 class Gate(NamedTuple):
@@ -37,6 +46,8 @@ def gate(mixture: Mixture, activation: str | None = None, tolerance: float = 0.0
         return _ffn_gate(mixture, activation)
     if isinstance(mixture, Reflection):
         return Gate(torch.ones(1), "no router")
+    if isinstance(mixture, ClassifierMixture):
+        return Gate(None, CLASSIFIED)
     if fixed := _fixed(mixture):
         return fixed
     if mixture.policy.sums_to_one:
@@ -56,7 +67,7 @@ def _vectors_gate(mixture: ScaleMixture) -> Gate:
     return Gate(None, DYNAMIC)
 
 
-def _fixed(mixture: Mixture) -> Gate | None:
+def _fixed(mixture: RoutedMixture) -> Gate | None:
     """The gate that no input of the router can change. Rows beyond the experts' have a say of their
     own, even over one expert."""
     reason = None

@@ -10,6 +10,7 @@ from molehill.engine.adapter.errors import ConfigError, ShapeError, UnsupportedE
 from molehill.engine.adapter.model import Adapter, bias_tensor
 from molehill.kernels.mixture import (
     Bias,
+    ClassifierMixture,
     Experts,
     FfnMixture,
     LinearMixture,
@@ -98,6 +99,8 @@ def low_rank(name: str, site: str, mixture: Mixture) -> Experts:
     where, expected = f"{name}: {site}", "a LoRA's, which is the same for every token"
     if isinstance(mixture, FfnMixture):
         raise UnsupportedError(where, "a mixture of whole FFNs", expected)
+    if isinstance(mixture, ClassifierMixture):
+        raise UnsupportedError(where, "gate weights that a classifier gives (X-LoRA)", expected)
     if isinstance(mixture, Reflection):
         raise UnsupportedError(where, "a reflection (HRA), which does not add up", expected)
     constant = mixture.policy.constant_weights

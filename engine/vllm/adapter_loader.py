@@ -99,6 +99,7 @@ class AdapterLoader:
             weights,
             adapter.invocation_tokens,
             cut.vocabulary,
+            classified=cut.classified,
         )
 
     def _pack_members(

@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from molehill.engine.adapter.model import TokenAdapters
 from molehill.engine.routing_stats import Costs
+from molehill.kernels.classifier import ClassifierPieces
 from molehill.kernels.interface import MoePiece, Packed, SlotWeights
 from molehill.kernels.vocabulary_pieces import VocabularyPieces
 
@@ -44,6 +45,7 @@ class PreparedAdapter:
     vocabulary: VocabularyPieces = field(default_factory=VocabularyPieces)
     by_token: TokenAdapters | None = None
     members: tuple["PreparedAdapter", ...] = ()
+    classified: ClassifierPieces | None = None
 
 
 class HostCache(Generic[Key]):

@@ -1,5 +1,7 @@
-"""What is used of vLLM inside a model: its linears, MoE blocks and loaders, seam by seam."""
+"""What is used of vLLM inside a model: its linears, MoE blocks, attention layers and loaders, seam
+by seam."""
 
+from molehill.engine.vllm import scaling_seams
 from molehill.engine.vllm.seams import Seam
 
 LAYERS = "vllm.model_executor.layers"
@@ -369,4 +371,11 @@ STAGES = (
     ),
 )
 
-SEAMS: tuple[Seam, ...] = (*LINEARS, *EXPERTS, *VOCABULARY, *LOADING, *STAGES)
+SEAMS: tuple[Seam, ...] = (
+    *LINEARS,
+    *EXPERTS,
+    *VOCABULARY,
+    *LOADING,
+    *STAGES,
+    *scaling_seams.SEAMS,
+)

@@ -23,6 +23,7 @@ class Settings:
     merged_base: directory of the adapter that is merged into the base weights; it is served to
     requests for the adapter whose digest is `merged_base_digest`.
     capture_routing: whether a GPU worker keeps gate weights for requests that ask.
+    xlora: whether X-LoRA adapters can be served, for which a worker keeps a second KV cache.
     """
 
     backend: str = "auto"
@@ -34,6 +35,7 @@ class Settings:
     merged_base_digest: str = ""
     host_memory: int = GIB
     capture_routing: bool = False
+    xlora: bool = False
 
     def to_config(self) -> dict[str, Any]:
         """The value for `additional_config`."""

@@ -10,6 +10,7 @@ from molehill.engine.routing_stats import TOKEN_IDS
 from molehill.engine.system.out_of_memory import is_out_of_memory
 from molehill.engine.vllm.host_cache import PreparedAdapter
 from molehill.engine.vllm.rank_agreement import RankAgreement
+from molehill.kernels.classified_linears import ClassifiedLinears
 from molehill.kernels.counters import SiteCounters, SlotCounters
 from molehill.kernels.interface import Backend, CapacityError, Packed
 from molehill.kernels.moe_blocks import MoeBlocks
@@ -38,8 +39,11 @@ class SlotTable:
         vocabulary: Vocabulary,
         memory: int,
         ranks: RankAgreement,
+        classified: ClassifiedLinears | None = None,
     ) -> None:
+        """classified: for adapters with a classifier, where the worker can serve them."""
         self._backend, self._moes, self._vocabulary = backend, moes, vocabulary
+        self._classified = classified
         self._memory = memory
         self._ranks = ranks
         self._slots: dict[int, int] = {}
@@ -102,7 +106,8 @@ class SlotTable:
     def resident_bytes(self, slot: int) -> int:
         holders = (self._backend, self._moes, self._vocabulary)
         slots = (slot, *self._members(slot))
-        return sum(holder.resident_bytes(n) for holder in holders for n in slots)
+        total = sum(holder.resident_bytes(n) for holder in holders for n in slots)
+        return total + (self._classified.resident_bytes(slot) if self._classified else 0)
 
     def _members(self, slot: int) -> tuple[int, ...]:
         return self._by_token[slot][1] if slot in self._by_token else ()
@@ -153,6 +158,8 @@ class SlotTable:
     def _write(self, slot: int, adapter: PreparedAdapter) -> None:
         self._moes.store(slot, adapter.moes)
         self._vocabulary.store(slot, adapter.vocabulary)
+        if self._classified is not None:
+            self._classified.store(slot, adapter.classified)
         self._backend.store(slot, adapter.weights)
 
     def _over_memory(self, needed: int, expected: str) -> LimitError:
@@ -170,4 +177,6 @@ class SlotTable:
             return None
         self._moes.erase(slot)
         self._vocabulary.erase(slot)
+        if self._classified is not None:
+            self._classified.erase(slot)
         return self._backend.erase(slot)

@@ -1,6 +1,7 @@
 """The workers that vLLM runs when it is given `worker_cls="molehill.engine.vllm.worker.Worker"`."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,22 @@ from vllm.platforms import current_platform
 from molehill.engine.system import startup
 from molehill.engine.system.cpu_affinity import affinity
 from molehill.engine.transform.merge import MergedBase
-from molehill.engine.vllm import backends, compat, compilation, precision, protocol, token_ranks
+from molehill.engine.vllm import (
+    backends,
+    compat,
+    compilation,
+    precision,
+    protocol,
+    scaling_pass,
+    token_ranks,
+)
 from molehill.engine.vllm.invocation_rows import InvocationRows
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
 from molehill.engine.vllm.pipeline import make_stage_inputs
 from molehill.engine.vllm.routing_capture import RoutingCapture
+from molehill.engine.vllm.scaling_pass import ScalingPass
 from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.step_timer import StepTimer
 from molehill.engine.vllm.token_rows import TokenRows
@@ -112,7 +122,14 @@ class Worker(PlatformWorker):  # type: ignore[misc]
                 routing.begin_step(runs)
 
         logits = LogitsRows(self.model_runner, model, adapters.vocabulary.begin_logits)
-        tokens = TokenRows(model, adapters.slots, begin_step)
+        announce = begin_step
+        if adapters.classified is not None:
+            caches = scaling_pass.add_caches(vllm_config)
+            announce_base = partial(adapters.model.begin_step, ())
+            announce = ScalingPass(
+                model, caches, adapters.classified, begin_step, announce_base
+            ).begin_step
+        tokens = TokenRows(model, adapters.slots, announce)
         manager = LoRAManager(adapters, activated, routing, logits, tokens)
         self.model_runner.lora_manager = manager
         return model

@@ -13,7 +13,7 @@ from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.system import startup
 from molehill.engine.system.out_of_memory import is_out_of_memory
 from molehill.engine.transform.merge import MergedBase
-from molehill.engine.vllm import backends
+from molehill.engine.vllm import backends, scaling_pass
 from molehill.engine.vllm.adapter_loader import AdapterLoader
 from molehill.engine.vllm.adapter_stats import AdapterStats
 from molehill.engine.vllm.host_cache import AdapterKey, HostCache, PreparedAdapter
@@ -45,6 +45,7 @@ from molehill.engine.vllm.rank_agreement import OtherRankError, RankAgreement
 from molehill.engine.vllm.routing_capture import RoutingCapture
 from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.slot_table import BASE, FullError, SlotTable
+from molehill.kernels.classified_linears import ClassifiedLinears
 from molehill.kernels.interface import KernelCompilations, Packed
 from molehill.kernels.moe_blocks import MoeBlocks
 from molehill.kernels.vocabulary import Vocabulary
@@ -77,9 +78,17 @@ class WorkerAdapters:
         self._engine: int = config.parallel_config.data_parallel_index
         self.moes = MoeBlocks()
         self.vocabulary = Vocabulary()
-        self.model = PatchedModel(config, device, model, self.backend, self.moes, self.vocabulary)
+        self.classified = _classified(config, settings, model, device)
+        self.model = PatchedModel(
+            config, device, model, self.backend, self.moes, self.vocabulary, self.classified
+        )
         self.slots = SlotTable(
-            self.backend, self.moes, self.vocabulary, settings.memory, self._ranks
+            self.backend,
+            self.moes,
+            self.vocabulary,
+            settings.memory,
+            self._ranks,
+            self.classified,
         )
         self.stats = AdapterStats(self.slots.counters, self.slots.resident_bytes)
         self.pacer = StepPacer()
@@ -292,3 +301,14 @@ class WorkerAdapters:
                 for trace in self.backend.trace(request.enabled)
             ]
         )
+
+
+def _classified(
+    config: VllmConfig, settings: Settings, model: nn.Module, device: torch.device
+) -> ClassifiedLinears | None:
+    """For X-LoRA, where the worker is told to serve it. Raises RuntimeError where it cannot."""
+    if not settings.xlora:
+        return None
+    if reason := scaling_pass.refusal(config, model, device.type):
+        raise RuntimeError(f"--xlora: found {reason}, expected an engine that runs two passes")
+    return ClassifiedLinears(config.model_config.get_hidden_size())

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from support import xlora
 from support.activated import INVOCATION, OTHER, activate, activate_head, golden_prompts
-from support.asking import LOGIT_TOLERANCE, Reply, ask_each
+from support.asking import LOGIT_TOLERANCE, Reply, ask_each, ask_worker, assert_golden
 from support.engines import engine
 from support.golden import TINY_LLAMA, Case, Prompt, greatest_difference
 from support.oracle import answer
@@ -22,6 +23,8 @@ from transformers import AutoModelForCausalLM
 from molehill.engine import formats
 from molehill.engine.adapter.invocation import invocation_offset
 from molehill.engine.hf.reference import attach
+from molehill.engine.vllm import protocol
+from molehill.engine.vllm.settings import Settings
 
 CHUNK, BLOCK = 24, 32
 BLOCKS = 14
@@ -44,6 +47,7 @@ def llm() -> Iterator[Any]:
         "speculative_config": DRAFTS,
         "disable_log_stats": False,
         "seed": 0,
+        "additional_config": Settings(xlora=True).to_config(),
     }
     with engine(**options) as llm:
         yield llm
@@ -66,6 +70,7 @@ def adapters(llm: Any, tmp_path_factory: Any) -> dict[str, Any]:
         "dynmole": activate("dynmole-default", folder / "dynmole", OTHER),
         "mixlora": activate("mixlora", folder / "mixlora", OTHER),
         "head": activate_head(folder / "head", INVOCATION),
+        "xlora": Case("xlora").path,
     }
     result = {
         name: LoRARequest(name, i, str(path)) for i, (name, path) in enumerate(paths.items(), 1)
@@ -127,6 +132,53 @@ def pefts_logits(peft_model: Any, prompt: list[int]) -> Tensor:
     return result
 
 
+def test_x_loras_answers_to_the_golden_prompts(llm: Any, adapters: dict[str, Any]) -> None:
+    """Between the base's and a LoRA's: each step runs the model twice, for all of them."""
+    assert llm.reset_prefix_cache()
+    cases = {"xlora": adapters["xlora"], "base": None, "lora": adapters["plain"]}
+    every = [Case(case).prompts for case in cases]
+    prompts = [prompt for alike in zip(*every, strict=True) for prompt in alike]
+    ids = [list(prompt.ids) for prompt in prompts]
+    requests = [cases[prompt.case] for prompt in prompts]
+    of_it = protocol.RoutingRequest(adapters["xlora"].lora_int_id)
+    before = ask_worker(llm, protocol.ROUTING, of_it)
+    assert_golden(ask_each(llm, ids, requests, tokens=12), prompts)
+    after = ask_worker(llm, protocol.ROUTING, of_it)
+    # Each once, whatever ran twice; drafts that were refused count too.
+    read = sum(len(prompt.ids) + 11 for prompt in Case("xlora").prompts)
+    assert read <= after.tokens - before.tokens < 1.5 * read
+    (reply,) = ask_each(llm, ids[:1], requests[:1], tokens=1, prompt_logits=True)
+    expected = Case("xlora").tensors["prompt0.logits"]
+    assert reply.prompt_logits is not None
+    assert greatest_difference(reply.prompt_logits, expected[:-1]) <= LOGIT_TOLERANCE
+
+
+def test_what_peft_makes_of_other_settings(
+    llm: Any, adapters: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of PEFT's own models, in one batch with the base and LoRAs; then out of it again."""
+    pytest.importorskip("peft", reason="the dev extra is not installed")
+    from vllm.lora.request import LoRARequest
+
+    xlora.save_experts(tmp_path / "experts")
+    answers, requests = [], {}
+    for i, (name, config) in enumerate(xlora.VARIANTS.items()):
+        peft_model = xlora.make(tmp_path / "experts", tmp_path / str(i), **config)
+        requests[name] = LoRARequest(name, 60 + i, str(tmp_path / str(i)))
+        assert llm.llm_engine.add_lora(requests[name])
+        answers.append(answer(peft_model, name, TEXT[i : i + 50], 8))
+    requests |= {"base": None, "lora": adapters["plain"]}
+    golden = [Case(name).prompts[1] for name in ("base", "lora")]
+    prompts = [prompt for each in answers for prompt in (each, *golden)]
+    ids, asked = [list(p.ids) for p in prompts], [requests[p.case] for p in prompts]
+    replies = ask_each(llm, ids, asked, tokens=12)
+    for reply, prompt in zip(replies, prompts, strict=True):
+        assert reply.tokens[: len(prompt.greedy)] == prompt.greedy, prompt.case
+        assert greatest_difference(reply.logits, prompt.logits) <= LOGIT_TOLERANCE, prompt.case
+    for name in xlora.VARIANTS:
+        assert llm.llm_engine.remove_lora(requests[name].lora_int_id)
+
+
 SHAPES = {
     "first": invoked(0),
     "last": invoked(77),
@@ -184,7 +236,7 @@ def test_base_plain_and_activated_adapters_in_one_batch(
 
 # Two whole blocks come before the invocation, and one has it.
 BOTH = [*TEXT[:66], *INVOCATION, *TEXT[66:70], *OTHER, *TEXT[70:100]]
-FOLLOWERS = {"base": 64, "alora": 64, "dynmole": 64, "mixlora": 64, "plain": 0}
+FOLLOWERS = {"base": 64, "alora": 64, "dynmole": 64, "mixlora": 64, "plain": 0, "xlora": 0}
 
 
 @pytest.mark.parametrize("first", ["base", "alora", "dynmole"])
@@ -199,6 +251,17 @@ def test_what_one_has_read_before_its_invocation_serves_all_but_plain_adapters(
         # What it has itself computed, from its invocation on, it finds as well.
         assert (name, reply.cached) == (name, 96 if name == first else cached)
         assert_as(reply, expected(model, adapters[name], BOTH))
+
+
+def test_an_x_loras_blocks_are_its_own(llm: Any, adapters: dict[str, Any], model: Any) -> None:
+    """Of others' blocks the second cache is not filled, of its own both are."""
+    assert llm.reset_prefix_cache()
+    cached = []
+    for name in ("base", "xlora", "plain", "xlora", "base"):
+        (reply,) = ask(llm, [BOTH], [adapters[name]])
+        cached.append(reply.cached)
+        assert_as(reply, expected(model, adapters[name], BOTH))
+    assert cached == [0, 0, 0, 96, 96]
 
 
 def test_a_salt_separates_what_is_the_bases_too(llm: Any, adapters: dict[str, Any]) -> None:
@@ -257,13 +320,13 @@ def counter(llm: Any, name: str) -> int:
 
 
 def test_preempted_requests_and_drafts(llm: Any, adapters: dict[str, Any], model: Any) -> None:
-    """Blocks for 416 tokens, of which six requests want 130 each. What routers chose for two of
+    """Blocks for 416 tokens, of which seven requests want 130 each. What routers chose for two of
     them is what the reference's choose for the tokens that were accepted."""
     assert llm.reset_prefix_cache()
     preempted = counter(llm, "vllm:num_preemptions")
     accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
-    names = ["alora", "base", "dynmole", "head", "mixlora", "plain"]
-    prompts = [[*TEXT[i:50], *INVOCATION, *TEXT[i:20], *OTHER, *TEXT[:9]] for i in range(6)]
+    names = ["alora", "base", "dynmole", "head", "mixlora", "plain", "xlora"]
+    prompts = [[*TEXT[i:50], *INVOCATION, *TEXT[i:20], *OTHER, *TEXT[:9]] for i in range(7)]
     requests = [adapters[name] for name in names]
     asked = [names.index(name) for name in ("dynmole", "mixlora")]
     extra = {i: asking(names[i], 200) for i in asked}

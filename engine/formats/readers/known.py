@@ -208,6 +208,22 @@ FIELDS: dict[str, Collection[str]] = {
     "hra": {*_TUNER, "apply_GS"},
     "miss": {*_TUNER, "mini_r", "miss_dropout"},
     "bone": _TUNER,
+    "xlora": {
+        *_COMMON,
+        "adapters",
+        "enable_softmax",
+        "enable_softmax_topk",
+        "global_scaling_weight",
+        "hidden_size",
+        "layerwise_scalings",
+        "scaling_pass_value",
+        "softmax_temperature",
+        "top_k_lora",
+        "use_trainable_adapters",
+        "xlora_depth",
+        "xlora_dropout_p",
+        "xlora_size",
+    },
     "ia3": {*_TUNER, "fan_in_fan_out", "feedforward_modules", "init_ia3_weights"},
 }
 EXPERT_LORA = {"bias", "lora_alpha", "lora_dropout", "r", "use_dora", "use_rslora"}

@@ -4,19 +4,18 @@ the adapters in sub-directories.
 `molehill_mix.json` says how; docs/format.md describes it.
 """
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from molehill.engine.adapter import token_validation
 from molehill.engine.adapter.base_model import Limits
-from molehill.engine.adapter.errors import AdapterError, ConfigError, LimitError, UnsupportedError
+from molehill.engine.adapter.errors import LimitError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.readers import invocation, peft, router_file, token_table
+from molehill.engine.formats.readers.members import check_directory, named
 from molehill.engine.formats.readers.reader import (
     PEFT_FILES,
     AdapterFiles,
@@ -32,8 +31,6 @@ from molehill.engine.transform.weighted_sum import Part, mix
 from molehill.kernels.policy import Arrow, Soft, TopK
 
 CONFIG = "molehill_mix.json"
-
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 _Read = Callable[[Path], Adapter]
 
@@ -129,20 +126,13 @@ class _Members:
             expected = f"at most {self._limits.experts}"
             raise LimitError(where, f"{len(names)} adapters", expected)
         for name in names:
-            if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
-                expected = "a directory beside this file, by letters, digits, `.`, `_` and `-`"
-                raise UnsupportedError(where, ascii(name)[:80], expected)
-            if (self._directory / name).is_symlink():
-                raise UnsupportedError(where, f"{name}, a link", "a directory")
-            if not (self._directory / name).is_dir():
-                expected = "a directory beside this file"
-                raise ConfigError(where, f"{name}, no directory", expected)
+            check_directory(self._directory, name, where)
         if len(set(names)) < len(names):
             raise self._config.error(field, "every adapter once")
 
     def read(self, name: str, read_member: _Read) -> Adapter:
         path = self._directory / name
-        with _named(name):
+        with named(name):
             if (path / CONFIG).exists():
                 expected = "an adapter with tensors of its own"
                 raise UnsupportedError(CONFIG, "a mix inside a mix", expected)
@@ -175,12 +165,3 @@ class _Members:
             return invocation.activated(adapter, config)
 
         return Lora(name, self.read(name, read_member), factors)
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Errors inside say which adapter of the mix they are about."""
-    try:
-        yield
-    except AdapterError as error:
-        raise type(error)(f"{name}/{error.where}", error.found, error.expected) from None

@@ -1,6 +1,6 @@
 """Where adapters act in a loaded vLLM model: finds and hooks the places, cuts adapters to fit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group, get_world_group
 from vllm.logger import init_logger
 
-from molehill.engine.adapter import expert_pairs, token_validation
+from molehill.engine.adapter import classifier_validation, expert_pairs, token_validation
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
@@ -33,6 +33,8 @@ from molehill.engine.vllm.model.hooks import (
     replace_activation,
     replace_linear,
 )
+from molehill.kernels.classified_linears import ClassifiedLinears
+from molehill.kernels.classifier import ClassifierPiece, ClassifierPieces
 from molehill.kernels.interface import (
     ActivatingBackend,
     Backend,
@@ -48,11 +50,22 @@ from molehill.kernels.interface import (
     SlotWeights,
     SplitBackend,
 )
-from molehill.kernels.mixture import FfnMixture, LinearMixture, Reflection, ScaleMixture
+from molehill.kernels.mixture import (
+    ClassifierMixture,
+    FfnMixture,
+    LinearMixture,
+    Reflection,
+    ScaleMixture,
+)
 from molehill.kernels.moe_blocks import MoeBlocks
 from molehill.kernels.vocabulary import Vocabulary
 
 logger = init_logger("vllm.molehill")
+
+NO_SECOND_CACHE = (
+    "X-LoRA, whose classifier needs a first pass of the base with a KV cache of its own, on a "
+    "server without --xlora"
+)
 
 
 class PatchedModel:
@@ -69,8 +82,10 @@ class PatchedModel:
         backend: Backend,
         moes: MoeBlocks,
         tables: Vocabulary,
+        classified: ClassifiedLinears | None = None,
     ) -> None:
         self._backend, self._moes, self._vocabulary = backend, moes, tables
+        self._classified = classified
         self._device = device
         self._tp = get_tp_group()
         self._dtype = config.model_config.dtype
@@ -103,6 +118,8 @@ class PatchedModel:
         self._install(self._dtype, device)
         self._install_experts(config, model, device)
         self._install_vocabulary(config, model, device)
+        if classified is None:
+            self._refusals[classifier_validation.FIELD] = NO_SECOND_CACHE
         self.base = self._describe_base(config)
 
     def _install(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -116,7 +133,7 @@ class PatchedModel:
             self._linear_shapes[handle] = shape
             base_linears = self._base_linears
             if base_linears is None or quantises_inputs(linear.module):
-                hook_linear(linear.module, handle, self._backend.linear_op)
+                hook_linear(linear.module, handle, self._linear_op(handle, shape))
             else:
                 base_linears.add(handle, linear.module)
                 replace_linear(linear.module, handle, base_linears.op, linear.out_features)
@@ -125,6 +142,20 @@ class PatchedModel:
         self._backend.seal()
         hooked = len(self._linears), len(self._ffns)
         logger.info("molehill: %d linears and %d FFNs hooked", *hooked)
+
+    def _linear_op(self, handle: int, shape: LinearShape) -> Callable[..., Any]:
+        """The backend's, and after it what a classifier weighs, where there may be such."""
+        linear = self._backend.linear_op
+        if self._classified is None:
+            return linear
+        self._classified.register(handle, shape)
+        classified = self._classified.op
+
+        def both(out: Tensor, x: Tensor, handle: Tensor) -> None:
+            linear(out, x, handle)
+            classified(out, x, handle)
+
+        return both
 
     def _install_ffn(self, ffn: discovery.Ffn) -> None:
         width = self._by_name[ffn.down].in_features
@@ -268,6 +299,7 @@ class PatchedModel:
         scales: dict[int, list[ScalePiece]] = {}
         ffns: dict[int, FfnPiece] = {}
         ffn_scales: dict[int, ScalePiece] = {}
+        classified: dict[int, list[ClassifierPiece]] = {}
         # In one order on all ranks: DoRA's norms and products with W are summed over them.
         for site in sorted(adapter.sites, key=natural_key):
             mixture = adapter.sites[site]
@@ -276,6 +308,10 @@ class PatchedModel:
                     ffns[self._ffn_handles[site]] = self._cut_ffn(site, mixture)
             elif site not in self._projections or is_on_vocabulary(site):
                 continue
+            elif isinstance(mixture, ClassifierMixture):
+                linear, projection = self._projections[site]
+                pieces = classified.setdefault(self._handles[linear.name], [])
+                pieces.append(sharding.cut_classified(mixture, projection))
             elif isinstance(mixture, ScaleMixture):
                 linear, projection = self._projections[site]
                 if mixture.of == "input":
@@ -290,7 +326,10 @@ class PatchedModel:
         self._cut_biases(adapter, linears)
         on_vocabulary = vocabulary.cut(adapter, self._embedding, self._head)
         moes = self._cut_moes(adapter)
-        return SlotWeights(linears, ffns, scales, ffn_scales, moes, on_vocabulary)
+        weighed = None
+        if adapter.classifier is not None:
+            weighed = ClassifierPieces(adapter.classifier, classified)
+        return SlotWeights(linears, ffns, scales, ffn_scales, moes, on_vocabulary, weighed)
 
     def _cut_biases(self, adapter: Adapter, linears: dict[int, list[LinearPiece]]) -> None:
         """Biases go into the pieces of their sites, or are pieces by themselves."""

@@ -19,9 +19,11 @@ from molehill.engine.adapter.expert_pairs import stack
 from molehill.engine.vllm.model.discovery import Ffn, Linear
 from molehill.engine.vllm.model.moe_blocks import MoeBlock
 from molehill.engine.vllm.model.projections import Projection
+from molehill.kernels.classifier import ClassifierPiece
 from molehill.kernels.interface import ExpertScale, FfnPiece, LinearPiece, MoePiece, ScalePiece
 from molehill.kernels.mixture import (
     Bias,
+    ClassifierMixture,
     Experts,
     FfnMixture,
     LinearMixture,
@@ -63,6 +65,11 @@ def cut_linear(
     if mixture.magnitude is None:
         return piece
     return _with_magnitude(piece, mixture.magnitude, linear, projection, total)
+
+
+def cut_classified(mixture: ClassifierMixture, projection: Projection) -> ClassifierPiece:
+    experts = cut_experts(mixture.experts, projection)
+    return ClassifierPiece(projection.site, projection.start, experts, mixture.place)
 
 
 def _with_magnitude(

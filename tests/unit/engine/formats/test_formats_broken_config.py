@@ -113,11 +113,6 @@ def test_an_unknown_strategy_without_a_type(edited):
     assert (error.found, "dynmole" in error.expected) == ("x", True)
 
 
-@pytest.mark.parametrize(("case", "message"), [("xlora", "XLORA")])
-def test_formats_that_are_not_read_yet_are_named(golden, case, message):
-    assert message in refusal(UnsupportedError, golden / "cases" / case).found
-
-
 @pytest.mark.parametrize(
     ("kind", "why"),
     [

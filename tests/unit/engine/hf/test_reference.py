@@ -33,7 +33,7 @@ def greedy(model, tokens, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["base", *SERVED])
+@pytest.mark.parametrize("case", ["base", *SERVED, "xlora"])
 def test_logits_and_greedy_tokens_are_the_oracles(golden, model, case):
     directory = golden / "cases" / case
     prompts = json.loads((directory / "oracle.json").read_text())["prompts"]

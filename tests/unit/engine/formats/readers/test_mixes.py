@@ -421,14 +421,3 @@ def test_the_documents_examples_are_what_is_read_here(authored, place, name):
     blocks = re.findall(r"```json\n(.*?)```", document.read_text(), re.DOTALL)
     written = json.loads((authored[name].path / "molehill_mix.json").read_text())
     assert json.loads(blocks[place]) == written
-
-
-# X-LoRA
-
-
-def test_x_lora_is_refused_with_what_serving_it_would_take(golden):
-    with pytest.raises(UnsupportedError) as caught:
-        formats.read(golden / "cases" / "xlora")
-    assert caught.value.where == "adapter_config.json: peft_type"
-    assert "XLORA" in caught.value.found
-    assert "twice, first without adapters and with a KV cache of its own" in caught.value.found
