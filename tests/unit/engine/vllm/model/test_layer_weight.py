@@ -17,7 +17,7 @@ from molehill.engine.vllm.model.discovery import Linear
 from molehill.engine.vllm.model.projections import Projection
 
 INPUTS, OUT = 64, 32
-# Of weights in int8. On x86 without VNNI oneDNN adds products in 16 bits, which more would overflow.
+# Of weights in int8: on x86 without VNNI oneDNN adds two products in 16 bits.
 MOST = 63
 # Of the largest weight: float32 products of int8 numbers and their scales.
 ROUNDING = 1e-6
@@ -75,12 +75,10 @@ def test_inputs_rounded_by_the_row(one_rank: None, symmetric: bool) -> None:
     assert_read(layer, fill(layer))
 
 
-# The middle one reaches to 1/3, so that a 1 would be cut off; the steps of the others do not meet 1.
+# The middle one ends at 1/3, where a 1 would be cut off; the steps of the others miss 1.
 @pytest.mark.parametrize("scale", [0.026, 1 / 381, 0.3])
 @pytest.mark.parametrize("zero", [None, 90, -90])
-def test_inputs_rounded_by_a_fixed_scale(
-    one_rank: None, scale: float, zero: int | None
-) -> None:
+def test_inputs_rounded_by_a_fixed_scale(one_rank: None, scale: float, zero: int | None) -> None:
     if not ops._supports_onednn:
         pytest.skip("vLLM has no int8 GEMM on this processor")
     layer: Any = int8(strategy="tensor", dynamic=False, symmetric=zero is None)
