@@ -90,4 +90,4 @@ def test_every_adapter_moves_the_logits_by_more_than_the_bound(asked: Asked, sch
     for prompt in job.prompts:
         if prompt.case != "base":
             moved = (prompt.logits - base[prompt.ids]).std() / base[prompt.ids].std()
-            assert moved > 10 * TOLERANCE[SCHEMES[scheme].dtype], prompt.case
+            assert moved > 5 * TOLERANCE[SCHEMES[scheme].dtype], prompt.case

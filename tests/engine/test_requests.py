@@ -119,15 +119,18 @@ def greedy(names: Sequence[str], prompts: Sequence[Prompt]) -> dict[str, tuple[i
 
 
 def test_who_has_priority_ends_first_whatever_adapter_it_has(llm: Any) -> None:
-    """The last two of eight that wait, of which four run at a time."""
+    """The last two of eight that wait until all are there, of which four run at a time."""
     cases = ("base", "lora", "mola", "base", "lora", "mixlora", MIXTURE, "base")
     prompts = [Case(case).prompts[1] for case in cases]
     urgent = 2
     priorities = [5] * (len(prompts) - urgent) + [0] * urgent
+    # Requests are taken, and none is scheduled.
+    llm.sleep(level=0)
     names = [
         add(llm, i, prompt, priority)
         for i, (prompt, priority) in enumerate(zip(prompts, priorities, strict=True))
     ]
+    llm.wake_up(tags=["scheduling"])
     done = finish(llm)
     assert done == greedy(names, prompts)
     assert set(list(done)[:urgent]) == set(names[-urgent:])

@@ -22,12 +22,10 @@ def test_4_bits_are_what_vllm_has_a_kernel_for() -> None:
 
 @pytest.mark.skipif(not ops._supports_onednn, reason="vLLM has no int8 GEMM on this processor")
 def test_sums_overflow_where_vllms_do() -> None:
-    weight = torch.full((32, 64), 127, dtype=torch.int8)
-    gemm = ops.create_onednn_scaled_mm(
-        weight.t(), torch.ones(32, 1), torch.float32, True, False, 32
-    )
-    y = torch.empty(1, 32)
-    x = torch.full((1, 64), 127, dtype=torch.int8)
+    # What it is made of must live as long as it does.
+    weight, scale = torch.full((32, 64), 127, dtype=torch.int8), torch.ones(32, 1)
+    gemm = ops.create_onednn_scaled_mm(weight.t(), scale, torch.float32, True, False, 32)
+    x, y = torch.full((1, 64), 127, dtype=torch.int8), torch.empty(1, 32)
     ops.onednn_scaled_mm(gemm, x, y, torch.ones(1, 1), None, None, None)
     assert quantisation.int8_sums_overflow() == bool((y != 64 * 127 * 127).any())
 
