@@ -5,7 +5,7 @@ import logging
 import os
 from typing import Any
 
-from molehill.engine.vllm import precision
+from molehill.engine.vllm import precision, quantisation
 
 logger = logging.getLogger("vllm.molehill")
 
@@ -14,7 +14,8 @@ LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 
 def choose_dtype(args: argparse.Namespace) -> None:
-    """Refuses a dtype that the model's kernels do not take, and chooses one where none is given.
+    """Refuses a dtype that the model's kernels do not take, and weights for which there is no
+    kernel, and chooses a dtype where none is given.
 
     args: vLLM's, with the KV cache's size settled; `dtype` changes. Raises ValueError.
     """
@@ -26,6 +27,7 @@ def choose_dtype(args: argparse.Namespace) -> None:
     if config is None:
         return
     precision.check(config, args.dtype)
+    quantisation.check(config)
     if args.dtype != precision.AUTO or args.quantization:
         return
     choice = precision.choose(config, lambda: parameters(args), lambda: room(args, config))

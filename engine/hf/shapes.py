@@ -7,10 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
-from molehill.engine.adapter import module_names
+from molehill.engine.adapter import modalities, module_names
 from molehill.engine.adapter.base_model import BaseModel, Moe
 from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
 from molehill.engine.system.torchvision import check_importable
@@ -29,19 +34,41 @@ def base_model(source: str | Path | PretrainedConfig) -> BaseModel:
     check_importable()
     config = source if isinstance(source, PretrainedConfig) else AutoConfig.from_pretrained(source)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = _empty(config)
+    others = _other_modalities(model)
     return BaseModel(
         name=str(source if isinstance(source, str | Path) else config.name_or_path),
         architecture=(config.architectures or [type(model).__name__])[0],
-        linears=_linears(model),
+        linears={site: shape for site, shape in _linears(model).items() if not _in(site, others)},
         ffns=_ffns(model, activation(config)),
         moes=_moes(model),
         vocabulary=_vocabulary(model),
         tied=bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
-        refused=_refused(model),
-        biased=_biased(model),
+        refused={**_refused(model), **dict.fromkeys(others, modalities.REFUSAL)},
+        biased=frozenset(site for site in _biased(model) if not _in(site, others)),
         ignored=_ignored(model),
     )
+
+
+def _empty(config: Any) -> Any:
+    """The model, on the device that is set; some multimodal ones are no causal LMs by name."""
+    named = type(config) in AutoModelForCausalLM._model_mapping
+    is_multimodal = not named and type(config) in AutoModelForImageTextToText._model_mapping
+    factory = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
+    return factory.from_config(config)
+
+
+def _other_modalities(model: Any) -> set[str]:
+    """Names of the parts of a multimodal model that read no tokens."""
+    text = model.get_decoder()
+    if text is None or model.config.get_text_config() is model.config:
+        return set()
+    names = (canonical_name(name) for name, _ in modalities.apart(model, text))
+    return {name for name in names if not is_head(name)}
+
+
+def _in(site: str, parts: set[str]) -> bool:
+    return any(site.startswith(f"{part}.") for part in parts)
 
 
 def canonical_name(module: str) -> str:

@@ -116,6 +116,20 @@ LINEARS = (
         attributes=("orig_to_new_substr", "orig_to_new_suffix"),
     ),
     Seam(
+        "vllm.model_executor.models.interfaces",
+        "supports_multimodal",
+        APART,
+        "tells multimodal models from others",
+        positional=("model",),
+    ),
+    Seam(
+        "vllm.model_executor.models.interfaces",
+        "SupportsMultiModal.get_language_model",
+        APART,
+        "the part whose rows are tokens",
+        positional=("self",),
+    ),
+    Seam(
         f"{LAYERS}.attention.mla_attention",
         "MLAAttention",
         APART,

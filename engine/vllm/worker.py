@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from molehill.engine.system import startup
@@ -19,6 +20,7 @@ from molehill.engine.vllm import (
     compilation,
     precision,
     protocol,
+    quantisation,
     scaling_pass,
     token_ranks,
 )
@@ -36,6 +38,7 @@ from molehill.engine.vllm.worker_adapters import WorkerAdapters
 from molehill.kernels.interface import UNSERVED, Run
 
 compat.check_version()
+logger = init_logger("vllm.molehill")
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -62,6 +65,9 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         if current_platform.is_cpu():
             model = self.vllm_config.model_config
             precision.check(model.hf_config, str(model.dtype).removeprefix("torch."))
+            quantisation.check(model.hf_config)
+            if inexact := quantisation.warning(model.hf_config):
+                logger.warning("molehill: %s", inexact)
             token_ranks.install()
         else:
             compilation.warn_of_one_graph(self.vllm_config)

@@ -78,8 +78,6 @@ def test_lora_on_every_linear_agrees_with_peft(
     model: Path, llm: Any, adapted: tuple[Path, Any]
 ) -> None:
     """Beside the base in one batch."""
-    if model.name == "qwen3_next":
-        pytest.skip("LoRA on Qwen3-Next's linears has not been held against PEFT yet")
     from vllm.lora.request import LoRARequest
 
     path, oracle = adapted

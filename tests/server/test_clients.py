@@ -2,15 +2,21 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import peft
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
-from support.api_client import BASE, Api, Running, copy_adapter, eventually, oracle
+from support.api_client import BASE, GOLDEN, Api, Running, copy_adapter, eventually, oracle
+from support.golden import TINY_LLAMA, greatest_difference
 from support.server import TINY, serve
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LORA_INFO = "vllm:lora_requests_info"
 LONG = 1500
@@ -115,6 +121,51 @@ def test_no_answer_names_the_directory_of_the_base_model(embedding: Api, model: 
     assert client.embeddings.create(model=str(model), input="x").model == model.name
     assert client.models.retrieve(str(model)).id == str(model)
     assert [result.id for result in client.models.list()] == [model.name, "embeds"]
+
+
+@torch.inference_mode()
+def embedded(model: Any, text: str) -> Tensor:
+    """The state after the last token, of length 1; model: the one below the LM head."""
+    ids = AutoTokenizer.from_pretrained(TINY_LLAMA)(text, return_tensors="pt").input_ids
+    state = model(ids).last_hidden_state[0, -1]
+    vector: Tensor = state / state.norm()
+    return vector
+
+
+def test_embeddings_and_scores_are_the_adapters_beside_the_base(
+    embedding: Api, model: Path
+) -> None:
+    """All of one batch, held against Transformers and PEFT."""
+    texts = ["The lamp and the map", "one hundred and five"]
+    base = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
+    expected = {model.name: [embedded(base.model, text) for text in texts]}
+    adapted = peft.PeftModel.from_pretrained(base, GOLDEN / "cases" / "lora").eval()
+    expected["embeds"] = [embedded(adapted.get_base_model().model, text) for text in texts]
+    jobs = [(name, i) for name in expected for i in range(len(texts))]
+
+    def embed(job: tuple[str, int]) -> Tensor:
+        name, i = job
+        answer = embedding.openai.embeddings.create(
+            model=name, input=texts[i], encoding_format="float"
+        )
+        return torch.tensor(answer.data[0].embedding)
+
+    def score(name: str) -> float:
+        body = {"model": name, "text_1": texts[0], "text_2": texts[1]}
+        answer = embedding.http.post("/v1/score", json=body)
+        assert answer.status_code == 200, answer.text
+        value: float = answer.json()["data"][0]["score"]
+        return value
+
+    with ThreadPoolExecutor(len(jobs) + len(expected)) as pool:
+        scores = {name: pool.submit(score, name) for name in expected}
+        vectors = list(pool.map(embed, jobs))
+    for vector, (name, i) in zip(vectors, jobs, strict=True):
+        assert greatest_difference(vector, expected[name][i]) < 1e-4, name
+    for name, (first, second) in expected.items():
+        assert scores[name].result() == pytest.approx(float(first @ second), abs=1e-4), name
+    moved = greatest_difference(expected["embeds"][0], expected[model.name][0])
+    assert moved > 1e-2
 
 
 class Syncer:

@@ -46,7 +46,11 @@ def test_a_reload_never_meets_the_old_prefix_cache(clean: Api) -> None:
     prompt = old["prompt_token_ids"]
 
     def ask() -> tuple[list[int], int]:
-        response = clean.complete("m", prompt)
+        """The adapter's answer, in one batch with the base's to the same prompt."""
+        with ThreadPoolExecutor(1) as pool:
+            beside = pool.submit(clean.greedy, BASE, prompt)
+            response = clean.complete("m", prompt)
+        assert beside.result() == old["base_greedy_token_ids"]
         details = response.usage.prompt_tokens_details
         return response.choices[0].token_ids, details.cached_tokens if details else 0
 

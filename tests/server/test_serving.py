@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.api_client import BASE, GOLDEN, Api, eventually, oracle
-from support.golden import SERVED
-from transformers import AutoTokenizer
+from support.golden import SERVED, TINY_LLAMA
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from molehill.engine import formats
+from molehill.engine.hf.reference import attach
 
 
 @pytest.mark.parametrize("case", SERVED)
@@ -128,40 +131,125 @@ def test_streamed_responses_name_their_generation_and_are_counted(api: Api) -> N
     assert eventually(lambda: info()["requests_in_flight"] == 0)
 
 
-def structured(api: Api, **constraint: object) -> str:
-    response = api.openai.chat.completions.create(
-        model="started",
-        messages=[{"role": "user", "content": "The lamp and the map"}],
-        max_tokens=200,
-        temperature=0,
-        extra_body={"structured_outputs": constraint},
-    )
-    assert response.choices[0].finish_reason == "stop"
-    return response.choices[0].message.content or ""
+def of_both(api: Api, **more: Any) -> list[Any]:
+    """The messages of the adapter and of the base to one chat, in one batch with a request of the
+    base's that wants nothing special."""
+
+    def ask(model: str) -> Any:
+        response = api.openai.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "The lamp and the map"}],
+            max_tokens=200,
+            temperature=0,
+            **more,
+        )
+        assert response.choices[0].finish_reason in ("stop", "tool_calls"), model
+        return response.choices[0].message
+
+    free = oracle("dynmole-default")["prompts"][0]
+    with ThreadPoolExecutor(3) as pool:
+        beside = pool.submit(api.greedy, BASE, free["prompt_token_ids"])
+        answers = list(pool.map(ask, ("started", BASE)))
+    assert beside.result() == free["base_greedy_token_ids"]
+    return answers
+
+
+def structured(api: Api, **constraint: object) -> list[str]:
+    messages = of_both(api, extra_body={"structured_outputs": constraint})
+    return [message.content for message in messages]
 
 
 def test_structured_output_by_choice(api: Api) -> None:
-    assert structured(api, choice=["red", "green"]) in ("red", "green")
+    assert set(structured(api, choice=["red", "green"])) <= {"red", "green"}
 
 
 def test_structured_output_by_regex(api: Api) -> None:
-    assert re.fullmatch(r"[a-f]{3}-[0-9]{2}", structured(api, regex=r"[a-f]{3}-[0-9]{2}"))
+    for text in structured(api, regex=r"[a-f]{3}-[0-9]{2}"):
+        assert re.fullmatch(r"[a-f]{3}-[0-9]{2}", text)
 
 
-def test_structured_output_by_json_schema(api: Api) -> None:
-    schema = {
-        "type": "object",
-        "properties": {
-            "colour": {"type": "string", "enum": ["red", "green"]},
-            "sure": {"type": "boolean"},
-        },
-        "required": ["colour", "sure"],
-        "additionalProperties": False,
-    }
-    result = json.loads(structured(api, json=schema))
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "colour": {"type": "string", "enum": ["red", "green"]},
+        "sure": {"type": "boolean"},
+    },
+    "required": ["colour", "sure"],
+    "additionalProperties": False,
+}
+
+
+def assert_by_schema(text: str) -> None:
+    result = json.loads(text)
     assert set(result) == {"colour", "sure"}
     assert result["colour"] in ("red", "green")
     assert isinstance(result["sure"], bool)
+
+
+def test_structured_output_by_json_schema(api: Api) -> None:
+    for text in structured(api, json=SCHEMA):
+        assert_by_schema(text)
+
+
+def test_a_tool_that_is_asked_for_is_called_by_the_adapter(api: Api) -> None:
+    function = {"name": "paint", "parameters": SCHEMA}
+    messages = of_both(
+        api,
+        tools=[{"type": "function", "function": function}],
+        tool_choice={"type": "function", "function": {"name": "paint"}},
+    )
+    for message in messages:
+        (call,) = message.tool_calls
+        assert call.function.name == "paint"
+        assert_by_schema(call.function.arguments)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    """The base on Transformers."""
+    return AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def best_beams(model: Any, prompt: list[int], tokens: int) -> list[list[int]]:
+    """Transformers' two, the better one first."""
+    result = model.generate(
+        torch.tensor([prompt]),
+        num_beams=2,
+        num_return_sequences=2,
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    beams: list[list[int]] = result[:, len(prompt) :].tolist()
+    return beams
+
+
+def test_beams_of_an_adapter_and_of_the_base_are_those_of_transformers(api: Api, tiny: Any) -> None:
+    prompt, tokens = oracle("dynmole-default")["prompts"][1]["prompt_token_ids"], 6
+
+    def ask(model: str) -> list[str]:
+        answer = api.openai.completions.create(
+            model=model,
+            prompt=prompt,
+            max_tokens=tokens,
+            n=2,
+            temperature=0,
+            extra_body={"use_beam_search": True, "ignore_eos": True},
+        )
+        return [choice.text for choice in answer.choices]
+
+    with ThreadPoolExecutor(2) as pool:
+        adapted, plain = pool.map(ask, ("started", BASE))
+    adapter = formats.read(GOLDEN / "cases" / "dynmole-default")
+    with attach(tiny, adapter):
+        expected = best_beams(tiny, prompt, tokens)
+    others = best_beams(tiny, prompt, tokens)
+    assert expected != others
+    decode = AutoTokenizer.from_pretrained(TINY_LLAMA).decode
+    assert adapted == [decode(beam) for beam in expected]
+    assert plain == [decode(beam) for beam in others]
 
 
 def test_several_samples_run_on_the_adapter(api: Api) -> None:

@@ -57,14 +57,14 @@ def ask(
 
 def ask_each(
     llm: Any,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[list[int] | dict[str, Any]],
     requests: Sequence[Any],
     tokens: int = 12,
     prompt_logits: bool = False,
     extra: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> list[Reply]:
-    """All prompts in one batch, each with its LoRARequest or None. extra: further sampling
-    parameters, by a prompt's number."""
+    """All prompts in one batch, each with its LoRARequest or None. prompts: ids, or what else vLLM
+    takes. extra: further sampling parameters, by a prompt's number."""
     from vllm import SamplingParams
 
     # The text of every token of the vocabulary, at every step, would take most of the time.
@@ -82,7 +82,10 @@ def ask_each(
         for name, value in parameters.items():
             setattr(every[number], name, value)
     outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [
+            prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt}
+            for prompt in prompts
+        ],
         every,
         lora_request=list(requests),
         use_tqdm=False,

@@ -24,23 +24,26 @@ SECONDS = 900
 @dataclass(frozen=True)
 class Job:
     """What one engine is asked, in one batch. adapters: by name, each loaded before; prompts: their
-    `case` is an adapter's name, or `base`. options: of vLLM's `LLM`."""
+    `case` is an adapter's name, or `base`. options: of vLLM's `LLM`. inputs: what it is given in
+    place of a prompt's ids, by the prompt's number."""
 
     model: Path
     adapters: dict[str, Path]
     prompts: list[Prompt]
     steps: int
     options: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Answers:
     """refused: errors of loading by the adapter's name; its prompts have no reply. failed: what
-    ended the engine."""
+    ended the engine. counters: vLLM's by name, where the engine has `disable_log_stats=False`."""
 
     replies: dict[int, Reply] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     failed: str = ""
+    counters: dict[str, int] = field(default_factory=dict)
 
 
 def answer(jobs: dict[str, Job], directory: Path) -> dict[str, Answers]:
@@ -110,11 +113,16 @@ def _ask(llm: Any, job: Job) -> Answers:
     asked = [i for i, prompt in enumerate(job.prompts) if prompt.case not in refused]
     replies = ask_each(
         llm,
-        [list(job.prompts[i].ids) for i in asked],
+        [job.inputs.get(i, list(job.prompts[i].ids)) for i in asked],
         [requests.get(job.prompts[i].case) for i in asked],
         job.steps,
     )
-    return Answers(dict(zip(asked, replies, strict=True)), refused)
+    counters = {} if job.options.get("disable_log_stats", True) else _counters(llm)
+    return Answers(dict(zip(asked, replies, strict=True)), refused, counters=counters)
+
+
+def _counters(llm: Any) -> dict[str, int]:
+    return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
 
 
 def _load(llm: Any, job: Job) -> tuple[dict[str, Any], dict[str, str]]:

@@ -103,12 +103,14 @@ def fill(model: nn.Module, seed: int) -> None:
     """Matrices keep the scale of what they read, norms and biases have noise, logits are wide."""
     generator = torch.Generator().manual_seed(seed)
     # Gemma's norms add 1 to their weights, and its embeddings are scaled by 8.
-    gemma = model.config.model_type in ("gemma2", "gemma3_text")
+    has_gemma = model.config.model_type in ("gemma2", "gemma3_text", "gemma3")
     for name, parameter in model.named_parameters():
+        gemma = has_gemma and "vision_tower" not in name
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
             centre = 0.0 if gemma or name.endswith("bias") else 1.0
-            centre += 4.0 if gemma and name == "model.norm.weight" else 0.0
+            last = name in ("model.norm.weight", "model.language_model.norm.weight")
+            centre += 4.0 if gemma and last else 0.0
             parameter.copy_(centre + 0.3 * noise)
         elif "embed" in name:
             parameter.copy_(noise * (0.1 if gemma else 1.0))

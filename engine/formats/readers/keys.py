@@ -7,7 +7,8 @@ public files and says the same.
 import re
 from dataclasses import dataclass
 
-from molehill.engine.adapter.errors import CorruptFileError
+from molehill.engine.adapter import modalities
+from molehill.engine.adapter.errors import CorruptFileError, UnsupportedError
 from molehill.engine.formats.io.fields import shortened
 from molehill.engine.formats.io.files import Weights
 
@@ -57,16 +58,26 @@ RULES = (
 )
 
 
+_OTHER_MODALITY = re.compile(
+    rf"^{re.escape(PREFIX)}(?:model\.)*(?P<part>{'|'.join(modalities.NAMES)})\."
+)
+
+
 def canonical(weights: Weights) -> Weights:
     """The tensors by PEFT's names, with a note for each rule that was needed.
 
-    Raises CorruptFileError for two names that come to one, and for tensors of two adapters.
+    Raises CorruptFileError for two names that come to one, and for tensors of two adapters;
+    UnsupportedError for those of a part of a multimodal base that reads no tokens.
     """
     _check_one_adapter(weights)
     originals: dict[str, str] = {}
     notes: dict[str, str] = {}
     for name in weights.tensors:
         new, applied = _renamed(name)
+        if modality := _OTHER_MODALITY.match(new):
+            part = modality["part"]
+            expected = f"an adapter of the language model, whose target_modules leave out {part}"
+            raise UnsupportedError(weights.where(name), modalities.REFUSAL, expected)
         if new in originals:
             where, other = weights.where(name), shortened(originals[new])
             raise CorruptFileError(where, f"the same tensor as {other}", "each once")

@@ -90,7 +90,8 @@ class PatchedModel:
         self._tp = get_tp_group()
         self._dtype = config.model_config.dtype
         model_type = config.model_config.hf_text_config.model_type
-        self._linears = discovery.find_linears(model, self._dtype, model_type)
+        linears = discovery.find_linears(model, self._dtype, model_type)
+        self._linears = linears_apart.of_text(model, linears)
         self._ffns = discovery.find_ffns(self._linears, model)
         self._blocks: dict[str, moe_blocks.MoeBlock] = {}
         self._block_handles: dict[str, int] = {}
@@ -188,7 +189,7 @@ class PatchedModel:
         graphs = device.type != "cpu" and not config.model_config.enforce_eager
         for site, runner in moe_blocks.find_blocks(model):
             if f"{site}.gate" not in self._projections:
-                self._refusals[f"{site}.gate"] = "the base's router, in a kernel of its own,"
+                self._refusals[f"{site}.gate"] = "the base's router, in a kernel of its own"
             if refusal := moe_blocks.refusal(runner, graphs):
                 self._refusals[f"{site}.experts"] = refusal
             block = self._blocks[site] = moe_blocks.describe(site, runner)

@@ -9,13 +9,13 @@ of the one head.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.expert_pairs import stack
+from molehill.engine.vllm.model import layer_weight
 from molehill.engine.vllm.model.discovery import Ffn, Linear
 from molehill.engine.vllm.model.moe_blocks import MoeBlock
 from molehill.engine.vllm.model.projections import Projection
@@ -31,8 +31,6 @@ from molehill.kernels.mixture import (
     ScaleMixture,
 )
 from molehill.kernels.policy import Constant
-
-IDENTITY_ROWS = 1024
 
 
 def cut_experts(experts: Experts, projection: Projection) -> Experts:
@@ -82,7 +80,7 @@ def _with_magnitude(
     """DoRA: the factor m / ||W + B A|| on the base output and on B, computed once, in float32."""
     experts = piece.experts
     columns = slice(piece.start, piece.start + experts.b.shape[0])
-    adapted = _base_weight(linear)[columns] + experts.b @ experts.a
+    adapted = layer_weight.read(linear)[columns] + experts.b @ experts.a
     norm = adapted.square().sum(1)
     norm = (total(norm) if linear.input_is_sharded else norm).sqrt()
     magnitudes = torch.cat([magnitude[part.start : part.stop] for part in projection.outputs])
@@ -111,7 +109,7 @@ def cut_reflection(
     columns = slice(projection.start, projection.start + sum(map(len, projection.outputs)))
     inputs = slice(projection.inputs.start, projection.inputs.stop)
     part = Reflection(mixture.a[:, inputs].contiguous(), mixture.u[inputs])
-    pair = part.pair(_base_weight(linear)[columns])
+    pair = part.pair(layer_weight.read(linear)[columns])
     if linear.input_is_sharded:
         pair = dataclasses.replace(pair, b=total(pair.b))
     return LinearPiece(projection.site, projection.start, pair, mixture.policy, None)
@@ -139,22 +137,6 @@ def only_bias(added: Tensor, linear: Linear, projection: Projection) -> LinearPi
     return LinearPiece(
         projection.site, projection.start, nothing, Constant((1.0,)), added_bias=added
     )
-
-
-def _base_weight(linear: Linear) -> Tensor:
-    """W `[out, in]` float32 on the CPU, read through the layer's own GEMM: vLLM may have packed or
-    quantised the weight, and what the layer multiplies by is what counts."""
-    module = linear.module
-    parameter = next(module.parameters())
-    dtype = module.params_dtype
-    rows = []
-    for start in range(0, linear.in_features, IDENTITY_ROWS):
-        size = min(IDENTITY_ROWS, linear.in_features - start)
-        x = torch.zeros(size, linear.in_features, dtype=dtype, device=parameter.device)
-        x[:, start : start + size] = torch.eye(size, dtype=dtype, device=parameter.device)
-        unhooked: Any = type(module.quant_method).__mro__[1]
-        rows.append(unhooked.apply(module.quant_method, module, x, None).float().cpu())
-    return torch.cat(rows).T
 
 
 def cut_ffn(
@@ -190,7 +172,7 @@ def _expert_scale(
     linear: Linear, columns: slice, experts: Experts, magnitude: Tensor
 ) -> ExpertScale:
     """m_e / ||W + B_e A_e|| of every expert, float32. columns: of the linear, this rank's."""
-    weight = _base_weight(linear)[columns]
+    weight = layer_weight.read(linear)[columns]
     norms = torch.stack([(weight + b @ a).norm(dim=1) for a, b in experts.split()])
     bias = getattr(linear.module, "bias", None)
     bias = None if bias is None else bias.detach().float().cpu()[columns]

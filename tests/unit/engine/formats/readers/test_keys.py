@@ -11,6 +11,7 @@ from support.logits import logits_of
 from transformers import AutoModelForCausalLM
 
 from molehill.engine import formats
+from molehill.engine.adapter import modalities
 from molehill.engine.adapter.errors import (
     CorruptFileError,
     ShapeError,
@@ -127,6 +128,15 @@ def test_pefts_own_names_are_served_as_peft_does_without_a_word(model, saved):
         result = logits_of(model, TOKENS)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
     assert (logits_of(model, TOKENS) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("part", ["vision_tower.encoder", "visual", "audio_tower"])
+def test_parts_that_read_images_or_sounds_are_refused_by_name(saved, tmp_path, part):
+    rename = replaced(r"model\.layers\.2\.", f"model.{part}.layers.2.")
+    error = refusal(UnsupportedError, renamed(saved[0], tmp_path / "a", rename))
+    assert f"model.{part}.layers.2." in error.where
+    assert error.found == modalities.REFUSAL
+    assert part.partition(".")[0] in error.expected
 
 
 def test_full_names_are_those_of_any_surroundings(saved, tmp_path):

@@ -11,13 +11,6 @@ import torch
 from support.backend_cases import assert_near, experts, piece_delta, random, router
 from support.streams import OneStream
 from torch import nn
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    destroy_distributed_environment,
-    destroy_model_parallel,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.deepseek_v2 import DeepSeekV2FusedQkvAProjLinear
 
@@ -99,18 +92,6 @@ def plain(stack: Stack, x: torch.Tensor) -> torch.Tensor:
 def piece(seed: int) -> LinearPiece:
     site_experts = experts(INPUTS, OUT, RANKS, seed)
     return LinearPiece("q", 0, site_experts, TopK(2), router(len(RANKS), INPUTS, seed))
-
-
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    """The group of ranks that vLLM's linears ask for, of this process alone."""
-    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        initialize_model_parallel()
-        yield
-    destroy_model_parallel()
-    destroy_distributed_environment()
 
 
 @pytest.fixture
