@@ -45,6 +45,7 @@ from molehill.api.vllm.engine_watch import EngineWatch
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
 from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
+from molehill.api.vllm.request_engines import Placements
 from molehill.api.vllm.request_tracking import GenerationHeader, wrap_engine_client
 from molehill.api.vllm.routed_calls import routing_memory
 from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
@@ -186,7 +187,7 @@ async def make_services(
     )
     models.lora_requests.registry = registry
     memory = routing_memory(config, options.routing_bytes, options.capture_routing)
-    wrap_engine_client(engine_client, registry, workers, memory)
+    wrap_engine_client(engine_client, registry, Placements(engine_client, workers), memory)
     render_as_adapters_do(online_renderer, models, registry)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)

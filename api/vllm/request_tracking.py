@@ -24,7 +24,7 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
-from molehill.api.adapters.errors import NotInvokedError
+from molehill.api.adapters.errors import NotInvokedError, RoutingBusyError
 from molehill.api.adapters.events import LifecycleMetrics, Tier
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.lease import Lease
@@ -32,10 +32,16 @@ from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.vllm.invocation import Decode, check_invoked, decoder
 from molehill.api.vllm.read_ahead import ReadAhead
 from molehill.api.vllm.request_scope import RequestScope, bring_in, request_scope
-from molehill.api.vllm.routed_calls import RoutedCall, RoutingMemory, check_base, check_plain
+from molehill.api.vllm.request_engines import Placements
+from molehill.api.vllm.routed_calls import (
+    RoutedCall,
+    RoutingMemory,
+    check_base,
+    check_plain,
+    refused,
+)
 from molehill.api.vllm.stop_tokens import stop_as_adapter_does
 from molehill.api.vllm.token_charges import charged, is_later_beam, prompt_tokens
-from molehill.engine.vllm.protocol import Engine
 
 HEADER = "Molehill-Generation"
 
@@ -131,13 +137,13 @@ def admit(registry: AdapterRegistry, lora_request: Any) -> Generation | None:
 def wrap_engine_client(
     engine_client: Any,
     registry: AdapterRegistry,
-    workers: Engine | None = None,
+    placements: Placements | None = None,
     routing: RoutingMemory | None = None,
 ) -> None:
     """Puts `with_lease` in front of this engine client's `generate` and `encode`.
 
-    workers: of all engines, which know what routers chose; the client's own are those of the first.
-    routing: for what requests may ask of their routing; None where they may not ask.
+    placements: in which engines requests run, whose workers know what routers chose.
+    routing: for what requests may ask of their routing. Without the two they may not ask.
     """
     decode = decoder(engine_client)
 
@@ -145,8 +151,9 @@ def wrap_engine_client(
         check_plain(given)
         if request.routing is None:
             return None
-        memory = routing or RoutingMemory(0, "found a server that keeps none, expected one")
-        return RoutedCall(workers or engine_client, memory, request.routing, generation, given)
+        if placements is None or routing is None:
+            raise refused("found a server that keeps none, expected one")
+        return RoutedCall(placements.of, routing, request.routing, generation, given)
 
     engine_client.generate = with_lease(engine_client.generate, registry, decode, route)
     engine_client.encode = with_lease(engine_client.encode, registry, decode, route)
@@ -177,6 +184,10 @@ def with_lease(
             if invoked:
                 stop_as_adapter_does(lease.generation.content.chat, given)
             routed = route(request, lease.generation, given) if invoked else None
+        except RoutingBusyError as error:
+            lease.release()
+            request.refused = error
+            raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
         except Exception:
             lease.release()
             raise

@@ -10,15 +10,15 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from http import HTTPStatus
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+from molehill.api.adapters.errors import RoutingBusyError
 from molehill.api.adapters.generation import Generation
 from molehill.api.vllm.invocation import BEAM, token_ids
 from molehill.engine.transform.routers import DecidingRouter
@@ -72,7 +72,7 @@ class RoutingMemory:
 
     def reserve(self, size: int, routers: Sequence[DecidingRouter] = ()) -> Callable[[], None]:
         """Bytes, until what it returns is called. routers: whose decisions are kept. Raises
-        VLLMValidationError, GracefulHTTPError."""
+        VLLMValidationError, RoutingBusyError."""
         if self._refusal is not None:
             raise refused(self._refusal)
         if self._splits_heads and any(router.head is not None for router in routers):
@@ -84,7 +84,7 @@ class RoutingMemory:
             )
         if self._taken + size > self._limit:
             message = f"routing: found {self._taken} of {self._limit} bytes taken, expected {size}"
-            raise GracefulHTTPError(f"{message} free", HTTPStatus.SERVICE_UNAVAILABLE)
+            raise RoutingBusyError(f"{message} free (--routing-bytes)")
         self._taken += size
         sizes = [size]
 
@@ -132,16 +132,18 @@ class RoutedCall:
 
     def __init__(
         self,
-        engine: Engine,
+        engines: Callable[[str], Engine],
         memory: RoutingMemory,
         asked: RoutingAsked,
         generation: Generation,
         arguments: Mapping[str, Any],
     ) -> None:
-        """arguments: of the call, by name. Raises VLLMValidationError, GracefulHTTPError."""
-        self._engine, self._asked, self._routers = engine, asked, generation.content.routers
+        """engines: those that will run the request of a key. arguments: of the call, by name.
+        Raises VLLMValidationError, RoutingBusyError."""
+        self._asked, self._routers = asked, generation.content.routers
         self._most = generation.content.most_experts
         self._key = uuid.uuid4().hex
+        self._engine = engines(self._key)
         parameters = checked(generation, asked, arguments)
         self.samples: int = parameters.n
         prompt = token_ids(arguments["prompt"]) or ()

@@ -102,7 +102,9 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self.adapters = WorkerAdapters(vllm_config, device, model, self._merged_base)
         activated = InvocationRows(self.model_runner, self.adapters.invocation_of)
         adapters = self.adapters
-        routing = RoutingCapture(self.model_runner, adapters.backend, adapters.slots.slot)
+        routing = RoutingCapture(
+            self.model_runner, adapters.backend, adapters.slots.slot, adapters.slots.members
+        )
         adapters.routing_capture = routing
 
         def begin_step(runs: Sequence[Run]) -> None:
