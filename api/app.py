@@ -48,6 +48,7 @@ from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_engines import Placements
 from molehill.api.vllm.request_tracking import GenerationHeader, wrap_engine_client
 from molehill.api.vllm.routed_calls import routing_memory
+from molehill.api.vllm.routed_experts import RoutedExperts
 from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
@@ -187,7 +188,12 @@ async def make_services(
     )
     models.lora_requests.registry = registry
     memory = routing_memory(config, options.routing_bytes, options.capture_routing)
-    wrap_engine_client(engine_client, registry, Placements(engine_client, workers), memory)
+    routed_experts = None
+    if options.routed_experts:
+        memory.check()
+        routed_experts = RoutedExperts(config.model_config.get_total_num_hidden_layers())
+    placements = Placements(engine_client, workers)
+    wrap_engine_client(engine_client, registry, placements, memory, routed_experts)
     render_as_adapters_do(online_renderer, models, registry)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)
@@ -203,7 +209,9 @@ async def make_services(
     )
     served = ServedModels(models, registry)
     uploads = Uploads(store, options.admission)
-    return Services(registry, sources, uploads, stats, restore, served, scraping, file)
+    return Services(
+        registry, sources, uploads, stats, restore, served, scraping, file, routed_experts
+    )
 
 
 def chat_reader(online_renderer: Any) -> ChatReader | None:

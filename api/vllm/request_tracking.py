@@ -31,15 +31,17 @@ from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.vllm.invocation import Decode, check_invoked, decoder
 from molehill.api.vllm.read_ahead import ReadAhead
-from molehill.api.vllm.request_scope import RequestScope, bring_in, request_scope
 from molehill.api.vllm.request_engines import Placements
+from molehill.api.vllm.request_scope import RequestScope, bring_in, request_scope
 from molehill.api.vllm.routed_calls import (
     RoutedCall,
+    RoutingAsked,
     RoutingMemory,
     check_base,
     check_plain,
     refused,
 )
+from molehill.api.vllm.routed_experts import RoutedExperts
 from molehill.api.vllm.stop_tokens import stop_as_adapter_does
 from molehill.api.vllm.token_charges import charged, is_later_beam, prompt_tokens
 
@@ -68,7 +70,8 @@ class GenerationHeader:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = RequestScope()
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        request = RequestScope(path.removesuffix("/"))
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start" and request.leases:
@@ -139,21 +142,25 @@ def wrap_engine_client(
     registry: AdapterRegistry,
     placements: Placements | None = None,
     routing: RoutingMemory | None = None,
+    routed_experts: RoutedExperts | None = None,
 ) -> None:
     """Puts `with_lease` in front of this engine client's `generate` and `encode`.
 
     placements: in which engines requests run, whose workers know what routers chose.
     routing: for what requests may ask of their routing. Without the two they may not ask.
+    routed_experts: of a server that gives mixtures' choices as vLLM gives a base's.
     """
     decode = decoder(engine_client)
 
     def route(request: RequestScope, generation: Generation, given: Mapping[str, Any]) -> Any:
         check_plain(given)
-        if request.routing is None:
+        choices = routed_experts and routed_experts.of_call(request, generation.content, given)
+        if request.routing is None and choices is None:
             return None
         if placements is None or routing is None:
             raise refused("found a server that keeps none, expected one")
-        return RoutedCall(placements.of, routing, request.routing, generation, given)
+        asked = request.routing or RoutingAsked()
+        return RoutedCall(placements.of, routing, asked, generation, given, choices)
 
     engine_client.generate = with_lease(engine_client.generate, registry, decode, route)
     engine_client.encode = with_lease(engine_client.encode, registry, decode, route)
@@ -198,7 +205,7 @@ def with_lease(
         def hit(tier: Tier) -> None:
             registry.events.hit(name, request.tiers.pop(name, tier))
 
-        if request.routing is not None:
+        if request.routing is not None or routed is not None:
             request.routed.append(routed or samples_of(given))
         deltas = gives_deltas(*args, **kwargs)
 

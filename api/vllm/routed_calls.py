@@ -21,6 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 from molehill.api.adapters.errors import RoutingBusyError
 from molehill.api.adapters.generation import Generation
 from molehill.api.vllm.invocation import BEAM, token_ids
+from molehill.engine.transform.replayed_choices import ReplayedChoices
 from molehill.engine.transform.routers import DecidingRouter
 from molehill.engine.vllm import protocol
 from molehill.engine.vllm.chosen_experts import NOBODY
@@ -69,6 +70,11 @@ class RoutingMemory:
         self._taken = 0
         self._refusal = refusal
         self._splits_heads = splits_heads
+
+    def check(self) -> None:
+        """Raises RuntimeError where no request can be told its routing."""
+        if self._refusal is not None:
+            raise RuntimeError(f"--enable-return-routed-experts: {self._refusal}")
 
     def reserve(self, size: int, routers: Sequence[DecidingRouter] = ()) -> Callable[[], None]:
         """Bytes, until what it returns is called. routers: whose decisions are kept. Raises
@@ -137,10 +143,13 @@ class RoutedCall:
         asked: RoutingAsked,
         generation: Generation,
         arguments: Mapping[str, Any],
+        choices: ReplayedChoices | None = None,
     ) -> None:
         """engines: those that will run the request of a key. arguments: of the call, by name.
-        Raises VLLMValidationError, RoutingBusyError."""
+        choices: how vLLM's `routed_experts` are laid out, if its outputs are to have them. Raises
+        VLLMValidationError, RoutingBusyError."""
         self._asked, self._routers = asked, generation.content.routers
+        self._choices = choices
         self._most = generation.content.most_experts
         self._key = uuid.uuid4().hex
         self._engine = engines(self._key)
@@ -158,6 +167,8 @@ class RoutedCall:
         self._generated = [0] * self.samples
         self._taken = [0] * self.samples
         self._parts: list[list[RoutedTokens]] = [[] for _ in range(self.samples)]
+        self._replayed: list[list[NDArray[Any]]] = [[] for _ in range(self.samples)]
+        self._replayed_from: int = parameters.routed_experts_prompt_start
         self._ended = False
         self.usage: RoutingUsage | None = None
         parameters = parameters.clone()
@@ -180,6 +191,7 @@ class RoutedCall:
             async with aclosing(outputs):
                 async for output in outputs:
                     await self._take(output)
+                    self._fill_in(output)
                     yield output
         finally:
             self.end()
@@ -220,8 +232,22 @@ class RoutedCall:
             self.usage = usage_of(replies)
         for part in ranges:
             self._taken[part.index] = part.stop
-            if self._asked.experts and part.stop > part.start:
-                self._parts[part.index].append(self._assembled(replies, part))
+            if part.stop > part.start:
+                self._keep(part.index, self._assembled(replies, part))
+
+    def _keep(self, sample: int, routed: RoutedTokens) -> None:
+        if self._asked.experts:
+            self._parts[sample].append(routed)
+        if self._choices is not None:
+            self._replayed[sample].append(self._choices.array(routed.experts))
+
+    def _fill_in(self, output: Any) -> None:
+        """vLLM's `routed_experts`, which a sample has once it has ended."""
+        for sample in output.outputs:
+            parts = self._replayed[sample.index]
+            if sample.finish_reason is not None and parts:
+                sample.routed_experts = np.concatenate(parts)[self._replayed_from :]
+                parts.clear()
 
     def _new_ranges(self, output: Any) -> list[TokenRange]:
         """Of tokens that were read since the last output."""

@@ -93,11 +93,9 @@ class ChosenExperts:
         if self.weighted:
             self.weights[there] = weights[:count]
 
-    def put_dealt(
-        self, start: int, slots: Sequence[int], runs: Iterable[Run], rows: range
-    ) -> None:
-        """Of tokens from `start` on, which lie in a step's `rows`, by the slots that its `runs` deal
-        them to: the place among `slots`, nobody for a token of none."""
+    def put_dealt(self, start: int, slots: Sequence[int], runs: Iterable[Run], rows: range) -> None:
+        """Of tokens from `start` on, which lie in a step's `rows`: the place among `slots` of the
+        one that its `runs` deal each to, nobody for a token of none."""
         dealt = np.full((len(rows), 1, 1), NOBODY, dtype=np.int16)
         for run in runs:
             first, stop = max(run.start, rows.start), min(run.stop, rows.stop)

@@ -23,7 +23,7 @@ from molehill.engine.vllm.protocol import (
     RoutingUsage,
 )
 from molehill.engine.vllm.step_following import computed_tokens, follow_steps
-from molehill.kernels.interface import Backend, Run
+from molehill.kernels.interface import UNSERVED, Backend, Run
 from molehill.kernels.routed_site import RoutedSite
 
 logger = init_logger("vllm.molehill")
@@ -99,7 +99,13 @@ class RoutingCapture:
             self._layout = list(zip(request_ids, map(int, num_tokens), strict=False))
 
     def begin_step(self, runs: Sequence[Run]) -> None:
-        """After the backend's: `runs` are the step's that it was given. Never raises."""
+        """After the backend's: `runs` are the step's that it was given. Never raises.
+
+        What waits for ids of tokens is announced as unserved, and once more as the model is called:
+        that counts.
+        """
+        if runs and all(run.slot == UNSERVED for run in runs):
+            return
         layout, self._layout = self._layout, []
         rows: list[int] = []
         start = 0

@@ -23,7 +23,7 @@ from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.step_timer import StepTimer
 from molehill.engine.vllm.token_rows import TokenRows
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
-from molehill.kernels.interface import UNSERVED, Run
+from molehill.kernels.interface import Run
 
 compat.check_version()
 
@@ -109,9 +109,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
 
         def begin_step(runs: Sequence[Run]) -> None:
             adapters.model.begin_step(runs)
-            # What waits for ids of tokens is announced as unserved first.
-            if not runs or any(run.slot != UNSERVED for run in runs):
-                routing.begin_step(runs)
+            routing.begin_step(runs)
 
         logits = LogitsRows(self.model_runner, model, adapters.vocabulary.begin_logits)
         tokens = TokenRows(model, adapters.slots, begin_step)

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+import zmq
 from support.activated import INVOCATION, OTHER, activate, activate_head, golden_prompts
 from support.asking import LOGIT_TOLERANCE, Reply, ask_each
 from support.engines import engine
@@ -36,8 +38,18 @@ DRAFTS = {
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[Any]:
+def events_endpoint(tmp_path_factory: Any) -> str:
+    return f"ipc://{tmp_path_factory.mktemp('events')}/socket"
+
+
+@pytest.fixture(scope="module")
+def llm(events_endpoint: str) -> Iterator[Any]:
+    from vllm.config import KVEventsConfig
+
     options = {
+        "kv_events_config": KVEventsConfig(
+            enable_kv_cache_events=True, publisher="zmq", endpoint=events_endpoint
+        ),
         "max_num_batched_tokens": CHUNK,
         "max_num_seqs": 6,
         "num_gpu_blocks_override": BLOCKS,
@@ -213,6 +225,51 @@ def test_a_salt_separates_what_is_the_bases_too(llm: Any, adapters: dict[str, An
         (output,) = llm.generate([prompt], sampling, lora_request=request, use_tqdm=False)
         cached.append(output.num_cached_tokens)
     assert cached == [0, 64, 0]
+
+
+def test_kv_events_name_an_adapter_from_its_invocation_on(
+    llm: Any, adapters: dict[str, Any], events_endpoint: str
+) -> None:
+    """As subscribers of vLLM's publisher see them. What was the base's is found by it later, so
+    that its own request stores what the adapter's did not."""
+    with zmq.Context() as context, context.socket(zmq.SUB) as events:
+        events.connect(events_endpoint)
+        events.subscribe("")
+        # A subscriber gets nothing that was sent before the publisher knew of it.
+        stored: list[Any] = []
+        for _ in range(100):
+            assert llm.reset_prefix_cache()
+            ask(llm, [BOTH], [None])
+            stored += read_stored(events, 1)
+            if stored:
+                break
+        while read_stored(events, 1, patience=1000):
+            continue
+        for name in ("alora", "plain", "base"):
+            assert llm.reset_prefix_cache() or name == "base"
+            ask_each(llm, [BOTH], [adapters[name]], tokens=1)
+            blocks = [
+                (tuple(event["token_ids"]), event.get("lora_name"))
+                for event in read_stored(events, 3)
+            ]
+            names = {"base": None, "plain": "plain", "alora": "alora"}
+            own = names[name]
+            before = None if name == "alora" else own
+            assert blocks == [
+                (tuple(BOTH[i : i + BLOCK]), before if i < 64 else own) for i in (0, 32, 64)
+            ]
+
+
+def read_stored(events: Any, blocks: int, patience: int = 20_000) -> list[dict[str, Any]]:
+    """Events of stored blocks, as many as it takes. patience: milliseconds."""
+    result: list[dict[str, Any]] = []
+    while sum(len(event["block_hashes"]) for event in result) < blocks:
+        if not events.poll(patience):
+            return result
+        *_, batch = events.recv_multipart()
+        decoded = msgspec.msgpack.decode(batch)[1]
+        result += [event for event in decoded if event["type"] == "BlockStored"]
+    return result
 
 
 def test_other_weights_under_the_name_keep_what_is_the_bases(

@@ -10,6 +10,7 @@ from support import activated, dora_experts
 from support.asking import ask, ask_each, assert_golden, every_prompt
 from support.engines import engine
 from support.golden import SERVED, TINY_LLAMA, Case
+from support.routed import assert_routing_of_golden_cases
 from transformers import AutoModelForCausalLM
 
 
@@ -47,6 +48,12 @@ def dora() -> dora_experts.Oracle:
     return dora_experts.make(source)
 
 
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    """The base on Transformers."""
+    return AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
+
+
 @torch.no_grad()
 def assert_dora(llm: Any, oracle: dora_experts.Oracle, directory: Path) -> None:
     """Magnitudes of experts inside an FFN: the norms are of each rank's own rows."""
@@ -60,7 +67,12 @@ def assert_dora(llm: Any, oracle: dora_experts.Oracle, directory: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_configuration_matches_the_reference(
-    name: str, authored: Any, dora: dora_experts.Oracle, monkeypatch: Any, tmp_path: Path
+    name: str,
+    authored: Any,
+    dora: dora_experts.Oracle,
+    plain: Any,
+    monkeypatch: Any,
+    tmp_path: Path,
 ) -> None:
     configuration = CONFIGURATIONS[name]
     for variable, value in configuration.environment.items():
@@ -79,3 +91,4 @@ def test_configuration_matches_the_reference(
     with engine(**configuration.options, max_loras=47) as llm:
         assert_golden(ask(llm, prompts, others=others), prompts)
         assert_dora(llm, dora, tmp_path / "dora")
+        assert_routing_of_golden_cases(llm, plain)

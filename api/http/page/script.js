@@ -1,5 +1,3 @@
-"use strict";
-
 const PAUSE = 2000, KEPT = 150, STORED = "molehill-key";
 // Cividis (Nuñez, Anderton, Renslow 2018): even to the eye, and the same to colour-blind people.
 const SCALE = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
@@ -21,16 +19,21 @@ const flops = (x) => scaled(x, 1000, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"
 
 class Refused extends Error {}
 
-async function ask(path) {
+async function ask(path, more = {}, patience = 10000) {
   const key = sessionStorage.getItem(STORED);
-  const headers = key ? { Authorization: "Bearer " + key } : {};
-  const answer = await fetch(path, { headers, cache: "no-store", signal: AbortSignal.timeout(10000) });
+  const headers = { ...(key && { Authorization: "Bearer " + key }), ...(more.body && { "Content-Type": "application/json" }) };
+  const answer = await fetch(path, { ...more, headers, cache: "no-store", signal: AbortSignal.timeout(patience) });
   if (answer.status === 401 || answer.status === 403) throw new Refused();
-  if (!answer.ok) { const error = new Error("it answers " + answer.status); error.status = answer.status; throw error; }
+  if (!answer.ok) {
+    const error = new Error("it answers " + answer.status);
+    error.status = answer.status;
+    error.answer = await answer.json().catch(() => null);
+    throw error;
+  }
   return answer.json();
 }
 
-const address = (name) => "v1/adapters/" + name.split("/").map(encodeURIComponent).join("/") + "/routing";
+const address = (name) => "v1/adapters/" + name.split("/").map(encodeURIComponent).join("/");
 
 async function poll() {
   if (running) { again = true; return; }
@@ -55,7 +58,7 @@ async function choose(overview) {
   const name = chosen;
   let answer = null;
   if (name !== null) {
-    try { answer = await ask(address(name)); }
+    try { answer = await ask(address(name) + "/routing"); }
     catch (error) { if (error.status !== 404) throw error; }  // unloaded just now, or draining
   }
   if (name === chosen) routing = answer;
@@ -98,7 +101,7 @@ function push(points, point) {
 
 function wantKey() {
   $("login").hidden = false;
-  $("content").hidden = $("empty").hidden = $("trouble").hidden = true;
+  for (const id of ["content", "empty", "trouble", "views", "prompt-view"]) $(id).hidden = true;
   $("status").textContent = sessionStorage.getItem(STORED) ? "The key was refused" : "Locked";
   if (document.activeElement !== $("key")) $("key").focus();
 }
@@ -112,6 +115,8 @@ function lose(error) {
 
 function show(overview) {
   $("login").hidden = $("trouble").hidden = true;
+  showView();
+  listAsked(overview);
   $("status").textContent = "Live, every " + PAUSE / 1000 + " s";
   const none = overview.adapters.length === 0;
   $("empty").hidden = !none;
@@ -120,6 +125,71 @@ function show(overview) {
   showTiles(overview);
   showRows(overview);
   showDetail(overview);
+}
+
+// The two views: adapters, and a prompt's routing.
+
+let view = "adapters";
+
+function showView() {
+  $("views").hidden = false;
+  $("adapters-view").hidden = view !== "adapters";
+  $("prompt-view").hidden = view !== "prompt";
+  for (const button of $("views").children) button.setAttribute("aria-pressed", String(button.dataset.view === view));
+}
+
+function listAsked(overview) {
+  const names = overview.adapters.filter((adapter) => adapter.state === "serving").map((adapter) => adapter.adapter);
+  if (names.join("\n") === [...$("asked").options].map((option) => option.value).join("\n")) return;
+  const before = $("asked").value || chosen;
+  $("asked").replaceChildren(...names.map((name) => new Option(name, name)));
+  if (names.includes(before)) $("asked").value = before;
+}
+
+async function askRouting(name, text, more) {
+  const info = await ask(address(name)), listed = info.routing;
+  if (!listed || !listed.sites.length) throw new Error(name + ": no router of it decides anything");
+  const body = { model: name, prompt: text, max_tokens: more, temperature: 0, echo: true, logprobs: 0, molehill: { routing: "weights" } };
+  const answer = await ask("v1/completions", { method: "POST", body: JSON.stringify(body) }, 600000);
+  const [choice] = answer.choices, routed = choice.molehill.routing;
+  const sites = listed.sites.map((site) => ({
+    layer: site.layer,
+    projection: site.head === null ? site.projection : `${site.projection} head ${site.head}`,
+    experts: site.experts,
+    soft: info.kind === "dynmole",
+  }));
+  return {
+    tokens: choice.logprobs.tokens,
+    prompt_tokens: answer.usage.prompt_tokens,
+    sites,
+    shape: routed.shape,
+    experts: int16s(routed.experts),
+    weights: float16s(routed.weights),
+  };
+}
+
+async function showRouting() {
+  $("show").disabled = true;
+  $("refusal").hidden = true;
+  $("asking").textContent = "Asking";
+  try {
+    const name = $("asked").value, data = await askRouting(name, $("text").value, Number($("more").value));
+    const root = $("routes").shadowRoot || $("routes").attachShadow({ mode: "open" });
+    root.replaceChildren($("routes-parts").content.cloneNode(true));
+    drawRoutes(root, data);
+    $("asking").textContent = `${data.shape[0]} tokens at ${data.shape[1]} routers of ${name}, as the kernels chose`;
+  } catch (error) {
+    $("asking").textContent = "";
+    if (error instanceof Refused) wantKey();
+    else refuse(error);
+  }
+  $("show").disabled = false;
+}
+
+function refuse(error) {
+  const told = error.answer && error.answer.error && error.answer.error.message;
+  $("refusal").textContent = told || error.message || error.name;
+  $("refusal").hidden = false;
 }
 
 const sum = (adapters, of) => adapters.reduce((total, adapter) => total + of(adapter), 0);
@@ -407,6 +477,16 @@ $("login").addEventListener("submit", (event) => {
   sessionStorage.setItem(STORED, $("key").value);
   $("key").value = "";
   poll();
+});
+$("views").addEventListener("click", (event) => {
+  if (!event.target.dataset.view) return;
+  view = event.target.dataset.view;
+  showView();
+  if (view === "adapters") refresh();
+});
+$("prompt").addEventListener("submit", (event) => {
+  event.preventDefault();
+  showRouting();
 });
 let drawn = null;
 window.addEventListener("resize", () => {
