@@ -226,7 +226,7 @@ def routed_experts_info(given: RoutedExperts, content: Content) -> RoutedExperts
         return RoutedExpertsInfo(refusal=choices)
     return RoutedExpertsInfo(
         shape=(choices.layers, choices.k),
-        dtype=choices.dtype.name,
+        dtype="uint8" if choices.dtype.itemsize == 1 else "uint16",
         columns=[router.column for router in choices.routers],
     )
 

@@ -154,7 +154,9 @@ def wrap_engine_client(
 
     def route(request: RequestScope, generation: Generation, given: Mapping[str, Any]) -> Any:
         check_plain(given)
-        choices = routed_experts and routed_experts.of_call(request, generation.content, given)
+        choices = None
+        if routed_experts is not None:
+            choices = routed_experts.of_call(request, generation.content, given)
         if request.routing is None and choices is None:
             return None
         if placements is None or routing is None:

@@ -69,8 +69,10 @@ def first_named(request: Any, of_blocks: Mapping[str, Any], shared: int) -> int:
     event. vLLM leaves those out that its groups do not keep."""
     size, start = of_blocks["block_size"], of_blocks["start_token_idx"]
     if (of_blocks["end_token_idx"] - start) // size > len(of_blocks["extra_keys_list"]):
-        return int(request.molehill_invocation.offset) // size
-    return int(start) // size + shared
+        border: int = request.molehill_invocation.offset // size
+    else:
+        border = start // size + shared
+    return border
 
 
 def naming_whose_block_is(cache: Callable[..., Any]) -> Callable[..., Any]:
