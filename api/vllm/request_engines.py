@@ -42,8 +42,10 @@ class Placements:
 
         def chosen(request: Any) -> Any:
             engine = choose(request)
-            arguments = getattr(request.sampling_params, "extra_args", None) or {}
-            asking = self._asking.get(arguments.get(ASKED, {}).get("key", ""))
+            asked = (getattr(request.sampling_params, "extra_args", None) or {}).get(ASKED)
+            # Of the base anybody may say anything there.
+            key = asked.get("key") if isinstance(asked, dict) else None
+            asking = self._asking.get(key) if isinstance(key, str) else None
             if asking is not None:
                 asking.ranks.add(client.core_engines.index(engine))
             return engine

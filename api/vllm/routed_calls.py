@@ -167,7 +167,7 @@ class RoutedCall:
         self._generated = [0] * self.samples
         self._taken = [0] * self.samples
         self._parts: list[list[RoutedTokens]] = [[] for _ in range(self.samples)]
-        self._replayed: list[list[NDArray[Any]]] = [[] for _ in range(self.samples)]
+        self._replayed: list[list[NDArray[np.int16]]] = [[] for _ in range(self.samples)]
         self._replayed_from: int = parameters.routed_experts_prompt_start
         self._ended = False
         self.usage: RoutingUsage | None = None
@@ -239,14 +239,15 @@ class RoutedCall:
         if self._asked.experts:
             self._parts[sample].append(routed)
         if self._choices is not None:
-            self._replayed[sample].append(self._choices.array(routed.experts))
+            self._replayed[sample].append(routed.experts)
 
     def _fill_in(self, output: Any) -> None:
         """vLLM's `routed_experts`, which a sample has once it has ended."""
         for sample in output.outputs:
             parts = self._replayed[sample.index]
-            if sample.finish_reason is not None and parts:
-                sample.routed_experts = np.concatenate(parts)[self._replayed_from :]
+            if self._choices is not None and sample.finish_reason is not None and parts:
+                experts = np.concatenate(parts)[self._replayed_from :]
+                sample.routed_experts = self._choices.array(experts)
                 parts.clear()
 
     def _new_ranges(self, output: Any) -> list[TokenRange]:
