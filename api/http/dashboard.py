@@ -31,11 +31,10 @@ async def show_dashboard() -> HTMLResponse:
 def page() -> tuple[str, str]:
     """The page in one piece, and a policy that runs its own script and style and no others, and
     lets it talk to its own server only."""
-    text, style, script = (
-        PARTS.joinpath(name).read_text() for name in ("index.html", "style.css", "script.js")
-    )
+    names = ("index.html", "style.css", "script.js", "prompt.js")
+    text, style, *scripts = (PARTS.joinpath(name).read_text() for name in names)
     view = routes_view()
-    script = view.script + script
+    script = view.script + "".join(scripts)
     text = text.replace("<style></style>", f"<style>{style}</style>")
     # In a template: the page makes it anew for each text, apart from its own names and styles.
     text = text.replace("<!-- routes -->", f"<style>{view.style}</style>{view.html}")

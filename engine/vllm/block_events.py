@@ -12,7 +12,8 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from molehill.engine.vllm import compat
+from molehill.engine.vllm import compat, seams
+from molehill.engine.vllm.invocation_seams import EVENTS
 
 logger = init_logger("vllm.molehill")
 
@@ -25,7 +26,7 @@ def install() -> None:
     """In the engine core, after its keys are the invocation's. Where vLLM's events are not made as
     expected, without effect and with a warning: all of a request's blocks then carry the name."""
     try:
-        compat.check_block_events()
+        seams.check(EVENTS, compat.installed_version())
     except (ImportError, RuntimeError) as error:
         logger.warning("KV events of activated adapters name them for the base's blocks: %s", error)
         return

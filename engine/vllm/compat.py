@@ -445,12 +445,6 @@ def check_prefix_keys() -> None:
     seams.check(invocation.KEYS, installed_version())
 
 
-def check_block_events() -> None:
-    """Raises RuntimeError unless vLLM's events of stored blocks are made as `block_events`
-    expects."""
-    seams.check(invocation.EVENTS, installed_version())
-
-
 def check_waiting() -> None:
     """Raises RuntimeError unless readers of vLLM's shared memory wait as `shm_wait` expects."""
     seams.check((WAITING,), installed_version())
