@@ -253,10 +253,10 @@ def test_kv_events_name_an_adapter_from_its_invocation_on(
                 for event in read_stored(events, 3)
             ]
             names = {"base": None, "plain": "plain", "alora": "alora"}
-            own = names[name]
-            before = None if name == "alora" else own
+            after = names[name]
+            before = None if name == "alora" else after
             assert blocks == [
-                (tuple(BOTH[i : i + BLOCK]), before if i < 64 else own) for i in (0, 32, 64)
+                (tuple(BOTH[i : i + BLOCK]), before if i < 64 else after) for i in (0, 32, 64)
             ]
 
 

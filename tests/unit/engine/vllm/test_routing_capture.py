@@ -213,7 +213,7 @@ def test_rows_by_token_id_beside_those_of_a_request_that_asks(second: bool) -> N
     pair = Experts(torch.randn(4, 8), torch.randn(6, 4), (1,) * 4)
     piece = LinearPiece(SITE, 0, pair, TopK(2), ROUTER)
     mixture = SlotWeights({worker.handle: [piece]}, {})
-    own = worker.slots.store(8, PreparedAdapter(cost_table(()), {}, 0, False, mixture))
+    mixed = worker.slots.store(8, PreparedAdapter(cost_table(()), {}, 0, False, mixture))
     capture = RoutingCapture(runner, worker.backend, worker.slots.slot, worker.slots.members)
 
     def announce(runs: Sequence[Run]) -> None:
@@ -233,7 +233,7 @@ def test_rows_by_token_id_beside_those_of_a_request_that_asks(second: bool) -> N
         runner.execute_model(step)
         runner.lay_out(list(tokens), [3, 2, 1])
         capture.collect()
-        rows.begin_step([Run(dealt, 0, 3), Run(own, 3, 5), Run(dealt, 5, 6)])
+        rows.begin_step([Run(dealt, 0, 3), Run(mixed, 3, 5), Run(dealt, 5, 6)])
         assert worker.backend.captured().numel() == 0
         model(torch.tensor([token for part in tokens.values() for token in part]))
         step.scheduled_new_reqs = []
