@@ -299,20 +299,27 @@ def checked(generation: Generation, asked: RoutingAsked, arguments: Mapping[str,
 
 
 def of_stages(replies: Sequence[RoutesReply]) -> list[RoutesReply]:
-    """One worker's of each pipeline stage: tensor-parallel ranks route alike, and of several
-    engines only the one that has the request knows of it."""
-    first: dict[int, RoutesReply] = {}
+    """One worker's of each pipeline stage: tensor-parallel ranks route alike. Of several engines,
+    each knows of the samples that it has."""
+    first: dict[tuple[int, frozenset[int]], RoutesReply] = {}
     for reply in replies:
         if reply.parts:
-            first.setdefault(reply.stage, reply)
+            first.setdefault((reply.stage, samples_in(reply)), reply)
     return list(first.values())
 
 
+def samples_in(reply: RoutesReply) -> frozenset[int]:
+    return frozenset(part.index for part in reply.parts)
+
+
 def usage_of(replies: Sequence[RoutesReply]) -> RoutingUsage:
-    """Of all stages, each of which reads the same tokens."""
+    """Of all stages, each of which reads the same tokens of its samples."""
     usage = sum((reply.usage for reply in replies), RoutingUsage())
-    tokens = max((reply.usage.tokens for reply in replies), default=0)
-    return replace(usage, tokens=tokens)
+    tokens: dict[frozenset[int], int] = {}
+    for reply in replies:
+        samples = samples_in(reply)
+        tokens[samples] = max(tokens.get(samples, 0), reply.usage.tokens)
+    return replace(usage, tokens=sum(tokens.values()))
 
 
 def array(data: bytes, dtype: Any, reply: RoutesReply) -> NDArray[Any]:
