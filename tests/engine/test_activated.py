@@ -230,45 +230,38 @@ def test_a_salt_separates_what_is_the_bases_too(llm: Any, adapters: dict[str, An
 def test_kv_events_name_an_adapter_from_its_invocation_on(
     llm: Any, adapters: dict[str, Any], events_endpoint: str
 ) -> None:
-    """As subscribers of vLLM's publisher see them. What was the base's is found by it later, so
-    that its own request stores what the adapter's did not."""
+    """As subscribers of vLLM's publisher see them."""
     with zmq.Context() as context, context.socket(zmq.SUB) as events:
         events.connect(events_endpoint)
         events.subscribe("")
         # A subscriber gets nothing that was sent before the publisher knew of it.
-        stored: list[Any] = []
-        for _ in range(100):
-            assert llm.reset_prefix_cache()
-            ask(llm, [BOTH], [None])
-            stored += read_stored(events, 1)
-            if stored:
+        for first in range(5, 105):
+            ask_each(llm, [[first, *TEXT[:40]]], [None], tokens=1)
+            if events.poll(200):
                 break
-        while read_stored(events, 1, patience=1000):
-            continue
-        for name in ("alora", "plain", "base"):
-            assert llm.reset_prefix_cache() or name == "base"
-            ask_each(llm, [BOTH], [adapters[name]], tokens=1)
-            blocks = [
-                (tuple(event["token_ids"]), event.get("lora_name"))
-                for event in read_stored(events, 3)
-            ]
-            names = {"base": None, "plain": "plain", "alora": "alora"}
-            after = names[name]
-            before = None if name == "alora" else after
-            assert blocks == [
-                (tuple(BOTH[i : i + BLOCK]), before if i < 64 else after) for i in (0, 32, 64)
+        for first, name in enumerate(("alora", "plain", "base"), 200):
+            prompt = [first, *BOTH[1:]]
+            ask_each(llm, [prompt], [adapters[name]], tokens=1)
+            before, after = {"base": (None, None), "alora": (None, name)}.get(name, (name, name))
+            assert stored_blocks(events, prompt[:BLOCK], 3) == [
+                (prompt[i : i + BLOCK], before if i < 64 else after) for i in (0, 32, 64)
             ]
 
 
-def read_stored(events: Any, blocks: int, patience: int = 20_000) -> list[dict[str, Any]]:
-    """Events of stored blocks, as many as it takes. patience: milliseconds."""
-    result: list[dict[str, Any]] = []
-    while sum(len(event["block_hashes"]) for event in result) < blocks:
-        if not events.poll(patience):
-            return result
+def stored_blocks(events: Any, first: list[int], number: int) -> list[tuple[list[int], str | None]]:
+    """Tokens and adapter of so many blocks, from the one with the tokens `first` on."""
+    result: list[tuple[list[int], str | None]] = []
+    while len(result) < number:
+        assert events.poll(60_000), result
         *_, batch = events.recv_multipart()
-        decoded = msgspec.msgpack.decode(batch)[1]
-        result += [event for event in decoded if event["type"] == "BlockStored"]
+        for event in msgspec.msgpack.decode(batch)[1]:
+            if event["type"] != "BlockStored":
+                continue
+            tokens = event["token_ids"]
+            blocks = [tokens[i : i + BLOCK] for i in range(0, len(tokens), BLOCK)]
+            for block in blocks:
+                if result or block == first:
+                    result.append((block, event.get("lora_name")))
     return result
 
 
