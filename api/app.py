@@ -23,9 +23,9 @@ from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import local
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import failure
-from molehill.api.http import adapters, dashboard, router_stats, vllm_routes
+from molehill.api.http import adapters, dashboard, router_stats, unknown_model, vllm_routes
 from molehill.api.http.auth import Guard
-from molehill.api.http.dependencies import Services, answer_http_error, answer_not_found
+from molehill.api.http.dependencies import Services, answer_http_error
 from molehill.api.http.limit_refusals import LimitRefusals
 from molehill.api.http.request_fields import RequestFields
 from molehill.api.metrics.worker_stats import WorkerStats
@@ -42,14 +42,15 @@ from molehill.api.vllm import compat, starting
 from molehill.api.vllm.adapter_chats import base_chat, render_as_adapters_do
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.engine_watch import EngineWatch
+from molehill.api.vllm.generation_header import GenerationHeader
+from molehill.api.vllm.leased_calls import wrap_engine_client
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
 from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_engines import Placements
-from molehill.api.vllm.request_tracking import GenerationHeader, wrap_engine_client
 from molehill.api.vllm.routed_calls import routing_memory
 from molehill.api.vllm.routed_experts import RoutedExperts
-from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
+from molehill.api.vllm.served_models import ServedModels
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.system import startup
@@ -79,7 +80,8 @@ class MolehillRoutes:
         compat.replace_routes(app, core)
         args = app.state.args
         app.add_exception_handler(HTTPException, answer_http_error)
-        app.add_exception_handler(NOT_FOUND, answer_not_found)
+        for kind in unknown_model.RAISED:
+            app.add_exception_handler(kind, unknown_model.answer_unknown_model)
         options = options_of(args)
         # The last one added is the outermost.
         app.add_middleware(LimitRefusals)
@@ -161,13 +163,11 @@ async def make_services(
     workers = EngineWatch(engine_client, engines, options.straggler_seconds)
     # The workers check against these too; here a bad adapter gets its own error.
     limits = Settings.from_config(config.additional_config).limits
-    base = replace(await base_model(workers), name=models.base_model_paths[0].name)
-    names = {path.name for path in models.base_model_paths}
+    names = [path.name for path in models.base_model_paths]
+    base = replace(await base_model(workers), name=names[0])
     reader = AdapterReader(base, limits, {config.model_config.model, *names})
-    store, merged_base = AdapterStore(options.store), options.merged_base
+    store = open_store(options)
     cores = await workers_cores(workers)
-    if merged_base is not None:
-        store.hold(merged_base.directory)
     registry = AdapterRegistry(
         residency=Residency(
             WorkerClient(workers), config.lora_config.max_loras, LifecycleMetrics()
@@ -176,10 +176,10 @@ async def make_services(
         store=store,
         make_request=make_request,
         served=models.lora_requests,
-        base_models=names,
+        base_models=set(names),
         admission=options.admission,
         probe=await prober(engine_client) if options.probe else None,
-        merged_base=merged_base,
+        merged_base=options.merged_base,
         background=Background(cores, threads=MOST_AT_ONCE),
         memory=limits.adapter_bytes,
         combine=reader.combine,
@@ -199,19 +199,35 @@ async def make_services(
     roots = AdapterRoots(options.roots)
     sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
     manifest = None if options.store is None else Manifest(store.root)
-    restore = Restore(registry, store, sources, reader, manifest)
-    stats, scraping = WorkerStats(workers, registry), Background(cores, "molehill-metrics")
-    place = options.adapters_file
-    file = (
-        None
-        if place is None
-        else DesiredStateReconciler(OperatorFile(place, LABEL), sources, registry)
-    )
-    served = ServedModels(models, registry)
-    uploads = Uploads(store, options.admission)
     return Services(
-        registry, sources, uploads, stats, restore, served, scraping, file, routed_experts
+        registry=registry,
+        sources=sources,
+        uploads=Uploads(store, options.admission),
+        stats=WorkerStats(workers, registry),
+        restore=Restore(registry, store, sources, reader, manifest),
+        models=ServedModels(models, registry),
+        scraping=Background(cores, "molehill-metrics"),
+        adapters_file=reconciler(options, sources, registry),
+        routed_experts=routed_experts,
     )
+
+
+def open_store(options: Options) -> AdapterStore:
+    """Raises LockedError."""
+    store = AdapterStore(options.store)
+    if options.merged_base is not None:
+        store.hold(options.merged_base.directory)
+    return store
+
+
+def reconciler(
+    options: Options, sources: Sources, registry: AdapterRegistry
+) -> DesiredStateReconciler | None:
+    """None for a server that follows no adapters file."""
+    if options.adapters_file is None:
+        return None
+    file = OperatorFile(options.adapters_file, LABEL)
+    return DesiredStateReconciler(file, sources, registry)
 
 
 def chat_reader(online_renderer: Any) -> ChatReader | None:

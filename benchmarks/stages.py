@@ -137,7 +137,7 @@ def in_api(source: Path, store: Path, base: BaseModel, stages: Stages) -> tuple[
 
 def in_worker(base: BaseModel, slots: Slots, stages: Stages, path: str, beside: bool) -> None:
     with stages.measured("read copy"):
-        adapter = native.read_own(Path(path))
+        adapter = native.read_stored(Path(path))
     with stages.measured("merge"):
         merged, _ = merge_static(adapter, base)
     with stages.measured("cut"):
@@ -164,7 +164,7 @@ def measure(kind: str, model: str, repetitions: int) -> None:
             path, num_bytes = asyncio.run(api)
             prefetcher = Prefetcher(partial(in_worker, base, slots, stages))
             prefetcher.start(str(path))
-            prefetcher.take(str(path))
+            prefetcher.result(str(path))
             for name, taken in stages.taken.items():
                 best[name] = min(taken, best.get(name, taken))
     megabytes, total = num_bytes / 1e6, sum(best.values())

@@ -21,6 +21,8 @@ class CheckedBackend(ABC):
     A backend brings the methods with an underscore, which see nothing unchecked.
     """
 
+    most_slots_per_step: int | None = None
+
     def __init__(self) -> None:
         self._layers = Layers()
         # By slot and name.

@@ -312,9 +312,12 @@ class Backend(Protocol):
 
     linear_op(out, x, handle), ffn_op(h, gate_up, handle): what a model's forward calls, torch ops
     that end in `linear` and `ffn`; the handle is a one-element int64 CPU tensor.
+
+    most_slots_per_step: how many different slots a step may have; None for any number.
     """
 
     name: str
+    most_slots_per_step: int | None
     linear_op: Callable[..., Any]
     ffn_op: Callable[..., Any]
 

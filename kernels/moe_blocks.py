@@ -76,15 +76,12 @@ class MoeBlocks:
 
         Raises WeightsError, MemoryError.
         """
-        for handle, piece in pieces.items():
-            check_moe(piece, self._blocks[handle].shape)
-        tables = {
-            handle: MoeTable(piece, shape.dtype, shape.device)
-            for handle, piece in pieces.items()
-            if (shape := self._blocks[handle].shape)
-        }
-        for handle, table in tables.items():
-            self._blocks[handle].tables[slot] = table
+        blocks = [(self._blocks[handle], piece) for handle, piece in pieces.items()]
+        for block, piece in blocks:
+            check_moe(piece, block.shape)
+        tables = [MoeTable(piece, b.shape.dtype, b.shape.device) for b, piece in blocks]
+        for (block, _), table in zip(blocks, tables, strict=True):
+            block.tables[slot] = table
 
     def erase(self, slot: int) -> None:
         """Frees a slot."""
@@ -103,12 +100,12 @@ class MoeBlocks:
         """y `[T, hidden]` of x `[T, hidden]`; weights, chosen `[T, k]`: the base router's."""
         block = self._blocks[handle]
         adapted = [run for run in self._runs if run.slot in block.tables]
-        void = [run for run in self._runs if run.slot == UNSERVED]
-        if not adapted and not void:
+        unserved = [run for run in self._runs if run.slot == UNSERVED]
+        if not adapted and not unserved:
             return block.shape.run(x, weights, chosen)
         out = torch.zeros_like(x)
         base = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        for run in [*adapted, *void]:
+        for run in [*adapted, *unserved]:
             base[run.start : run.stop] = False
         for slot in dict.fromkeys(run.slot for run in adapted):
             rows = torch.cat([torch.arange(r.start, r.stop) for r in adapted if r.slot == slot])

@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ import support.share  # Before torch.
 import torch
 from safetensors.torch import load_file, save_file
 from support import starts
+from support.made_once import made_once
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # vLLM's default. Benchmarks that a test imports want to hear less, in all that starts after them.
@@ -15,6 +17,9 @@ assert support.share
 
 
 GROUP = pytest.StashKey[str]()
+
+# Tests and what they import stay: to look through them for garbage, again and again, is in vain.
+gc.disable()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -40,6 +45,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     grouped = session.config.getoption("loadgroup", default=False)
     if grouped and session.items and "@" not in session.items[0].nodeid:
         pytest.exit("pytest-xdist does not see the tests' groups: see pyproject.toml", returncode=3)
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +64,15 @@ def golden() -> Path:
 def authored(tmp_path_factory):
     """By name, the adapters of tests/support (authored, gated, tuners): not to be changed."""
     pytest.importorskip("peft", reason="the dev extra is not installed")
+    return made_once(tmp_path_factory, "authored", _author)
+
+
+def _author(factory):
     from support.authored import author_all
     from support.gated import author_by_token, author_molora
     from support.tuners import author_tuners
 
-    root = tmp_path_factory.mktemp("authored")
+    root = factory.mktemp("authored")
     everything = (
         *author_all(root),
         author_molora(root),

@@ -109,16 +109,24 @@ class FetchError(RequestError):
 
 
 class NotLoadedError(RequestError):
-    """No adapter of that name is served."""
+    """No adapter of that name is served. The 404 of routes that change or show adapters."""
 
     kind = "adapter_not_loaded"
 
+    @classmethod
+    def of(cls, name: str) -> "NotLoadedError":
+        return cls(f"The lora adapter {name!a} cannot be found.")
+
 
 class UnknownModelError(RequestError):
-    """No base model and no adapter of that name is served."""
+    """No base model and no adapter of that name is served. The 404 of routes that ask a model for
+    something, see molehill.api.http.unknown_model."""
 
-    # As vLLM calls it.
+    # As vLLM calls it, and says it.
     kind = "NotFoundError"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The model `{name}` does not exist.")
 
 
 class TooManyAdaptersError(RequestError):

@@ -1,9 +1,9 @@
 """Counts what happens to adapters as they come and go."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from prometheus_client.core import Metric
@@ -30,6 +30,57 @@ NotInvoked = Literal["base", "refused"]
 ScrapeFailure = Literal["error", "late"]
 
 
+class CounterOf(NamedTuple):
+    """What prometheus_client makes a counter of; exposed, its name ends in `_total`."""
+
+    name: str
+    documentation: str
+    labelnames: tuple[str, ...] = ()
+
+
+REFUSED = CounterOf(
+    "molehill_adapter_loads_refused", "Loads that were refused, by the error's type.", ("kind",)
+)
+HITS = CounterOf(
+    "molehill_adapter_cache_hits",
+    "Requests by the tier where they found their adapter; from `host` and `disk` it had to "
+    "be brought in.",
+    ("adapter", "tier"),
+)
+NOT_INVOKED = CounterOf(
+    "molehill_requests_not_invoked",
+    "Prompts without the tokens that activate the adapter, by what became of them.",
+    ("adapter", "outcome"),
+)
+LIMITED = CounterOf(
+    "molehill_adapter_limit_refusals",
+    "Requests that were refused for a limit of the adapter's traffic, by the limit.",
+    ("adapter", "reason"),
+)
+EVICTIONS = CounterOf(
+    "molehill_adapter_evictions",
+    "How often the adapter made room for others in the tier.",
+    ("adapter", "tier"),
+)
+UNFREED = CounterOf(
+    "molehill_adapter_free_failures", "Adapters that the workers did not give back."
+)
+UNWRITTEN = CounterOf(
+    "molehill_manifest_write_failures",
+    "Changes of the adapters that a restart would not know, as the disk did not take them.",
+)
+SCRAPES = CounterOf(
+    "molehill_worker_scrape_failures",
+    "Scrapes without new figures of the workers: by an error, or as they were too busy.",
+    ("kind",),
+)
+TASKS = CounterOf(
+    "molehill_task_failures",
+    "Faults of what goes on in the background, by whose work it was.",
+    ("task",),
+)
+
+
 class LifecycleMetrics(Collector):
     """Loads, refusals, cache hits, evictions and faults since the start of the process.
 
@@ -51,64 +102,22 @@ class LifecycleMetrics(Collector):
             ["adapter"],
             registry=self._registry,
         )
-        self._refused = Counter(
-            "molehill_adapter_loads_refused",
-            "Loads that were refused, by the error's type.",
-            ["kind"],
-            registry=self._registry,
-        )
-        self._hits = Counter(
-            "molehill_adapter_cache_hits",
-            "Requests by the tier where they found their adapter; from `host` and `disk` it had to "
-            "be brought in.",
-            ["adapter", "tier"],
-            registry=self._registry,
-        )
-        self._not_invoked = Counter(
-            "molehill_requests_not_invoked",
-            "Prompts without the tokens that activate the adapter, by what became of them.",
-            ["adapter", "outcome"],
-            registry=self._registry,
-        )
-        self._limited = Counter(
-            "molehill_adapter_limit_refusals",
-            "Requests that were refused for a limit of the adapter's traffic, by the limit.",
-            ["adapter", "reason"],
-            registry=self._registry,
-        )
-        self._evictions = Counter(
-            "molehill_adapter_evictions",
-            "How often the adapter made room for others in the tier.",
-            ["adapter", "tier"],
-            registry=self._registry,
-        )
-        self._unfreed = Counter(
-            "molehill_adapter_free_failures",
-            "Adapters that the workers did not give back.",
-            registry=self._registry,
-        )
-        self._unwritten = Counter(
-            "molehill_manifest_write_failures",
-            "Changes of the adapters that a restart would not know, as the disk did not take them.",
-            registry=self._registry,
-        )
+        self._refused = self._counter(REFUSED)
+        self._hits = self._counter(HITS)
+        self._not_invoked = self._counter(NOT_INVOKED)
+        self._limited = self._counter(LIMITED)
+        self._evictions = self._counter(EVICTIONS)
+        self._unfreed = self._counter(UNFREED)
+        self._unwritten = self._counter(UNWRITTEN)
+        self._scrapes = self._counter(SCRAPES, get_args(ScrapeFailure))
+        self._tasks = self._counter(TASKS, get_args(TaskKind))
 
-        self._scrapes = Counter(
-            "molehill_worker_scrape_failures",
-            "Scrapes without new figures of the workers: by an error, or as they were too busy.",
-            ["kind"],
-            registry=self._registry,
-        )
-        for kind in get_args(ScrapeFailure):
-            self._scrapes.labels(kind)
-        self._tasks = Counter(
-            "molehill_task_failures",
-            "Faults of what goes on in the background, by whose work it was.",
-            ["task"],
-            registry=self._registry,
-        )
-        for task in get_args(TaskKind):
-            self._tasks.labels(task)
+    def _counter(self, counter: CounterOf, known: Iterable[str] = ()) -> Counter:
+        """known: values of its label, whose series start at zero."""
+        made = Counter(*counter, registry=self._registry)
+        for value in known:
+            made.labels(value)
+        return made
 
     def begin(self, name: str) -> None:
         """The name has weights: its series start, at zero."""

@@ -88,7 +88,7 @@ class Generations:
             return
         if not any(other.name == generation.name for other in self):
             self._events.end(generation.name)
-        await self._residency.forget(generation)
+        await self._residency.free(generation)
         try:
             await self._intake.release(generation.content)
         except Exception:

@@ -42,7 +42,7 @@ class Intake:
     background: where they run. memory: bytes that the largest adapter may take. read_chat: see
     ReadChat; None where all chat as the base does.
 
-    reading: held by whoever reads an adapter there. What is not read waits, and says so.
+    read_budget: bounds what is read at a time. What waits for it is still `fetching`.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Intake:
     def _part(self, mix: Mix, digest: str, weight: float) -> Part:
         name = mix.name_of(digest)
         try:
-            return Part(name, native.read_own(self.copy(digest)), weight)
+            return Part(name, native.read_stored(self.copy(digest)), weight)
         except CorruptFileError as error:
             raise StoreError(f"{name}: its copy in the store is damaged; load it again") from error
 

@@ -49,7 +49,7 @@ class NameTable:
         """Raises NotLoadedError."""
         generation = self.get(name)
         if generation is None:
-            raise NotLoadedError(f"The lora adapter {name!a} cannot be found.")
+            raise NotLoadedError.of(name)
         return generation
 
     @property
@@ -62,7 +62,7 @@ class NameTable:
 
     def serve(self, generation: Generation) -> None:
         """The name points at it from here on."""
-        self.forget(generation.name)
+        self.dismiss(generation.name)
         self._entries[generation.name] = generation
         self._served[generation.name] = generation.request
         generation.status.serve()
@@ -85,8 +85,9 @@ class NameTable:
         if self.get(name) is None:
             self._entries[name] = failure_of(name, source, error, desired)
 
-    def forget(self, name: str) -> Absent | None:
-        """That the name should serve and does not; None if it is no such name."""
+    def dismiss(self, name: str) -> Absent | None:
+        """Of a name that should serve and does not: it need not any more. None if it is no such
+        name."""
         absent = self._entries.get(name)
         if absent is None or isinstance(absent, Generation):
             return None

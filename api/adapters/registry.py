@@ -190,7 +190,7 @@ class AdapterRegistry:
         if generation is None or generation.status.draining:
             generation = self.names.get(lora_request.lora_name)
         if generation is None:
-            raise UnknownModelError(f"The model `{lora_request.lora_name}` does not exist.")
+            raise UnknownModelError(lora_request.lora_name)
         traffics = (generation.status.traffic,)
         with admitted(traffics, request):
             return self._generations.lease(generation, request, traffics)
@@ -206,11 +206,11 @@ class AdapterRegistry:
                 return await self._loader.load(loading, fetch, options)
             finally:
                 self.loads.end(loading)
-                self.mixes.drop_unreachable()
+                self.mixes.retire_unreachable()
 
     async def _unload(self, name: str, expected: Expected) -> Generation:
         async with self.names.lock(name):
-            if self.names.forget(name) is not None:
+            if self.names.dismiss(name) is not None:
                 await self.names.changed()
             generation = self.names.current(name)
             check_expected(name, generation, expected)
@@ -218,7 +218,7 @@ class AdapterRegistry:
                 self._merged_base.check_unload(name)
             self.names.withdraw(generation)
             logger.info("Unloaded adapter %s: %s", name, generation.digest)
-            self.mixes.drop_unreachable()
+            self.mixes.retire_unreachable()
             await self.names.changed()
             await self._generations.retire(generation)
             return generation
@@ -226,7 +226,7 @@ class AdapterRegistry:
     async def _dismiss(self, name: str) -> Absent | None:
         # Behind a load that may be on its way: what comes of it is then unloaded, not dismissed.
         async with self.names.lock(name):
-            absent = self.names.forget(name)
+            absent = self.names.dismiss(name)
             if absent is not None:
                 await self.names.changed()
             return absent
@@ -251,6 +251,6 @@ class AdapterRegistry:
         if self.names.withdraw(generation):
             source = generation.status.source
             self.names.fail(generation.name, source.public, error, source.desired)
-            self.mixes.drop_unreachable()
+            self.mixes.retire_unreachable()
             logger.error("Adapter %s is not served any more: %s", generation.name, error)
             self._tasks.start(self.names.changed())

@@ -101,7 +101,7 @@ class RequestMixes:
         """For a load of it by name."""
         return local(self._source(mix))
 
-    def drop_unreachable(self) -> None:
+    def retire_unreachable(self) -> None:
         """Those with a part that no name serves any more. What runs on them finishes."""
         served = {generation.digest for generation in self._names}
         for key in [key for key in self._by_key if any(part not in served for part, _ in key)]:

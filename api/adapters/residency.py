@@ -1,4 +1,5 @@
-"""Which adapters are in the workers. The others lie on disk and come when a request asks for them.
+"""Which adapters are in the workers' slots. The others come when a request asks for them, from the
+workers' host memory or from the store.
 
 Every adapter that waits has one place in the queue, so a busy adapter cannot keep a quiet one out.
 
@@ -42,6 +43,13 @@ class Residency:
         """Whether one more pin leaves a slot for those that come and go."""
         return self._residents.pinnable
 
+    def tier(self, generation: Generation) -> Tier:
+        """Where the generation is: in a slot of the workers, in their host memory, or in the store
+        alone."""
+        if generation.status.slot.resident:
+            return "worker"
+        return "host" if generation in self._transfers.host else "disk"
+
     def waiting(self) -> list[Generation]:
         """Those that have requests, or a load, waiting for a slot."""
         return [waiting.generation for waiting in self._queue if not waiting.abandoned]
@@ -76,9 +84,9 @@ class Residency:
         generation.status.slot.pin(pinned)
         self._changed.set()
 
-    async def forget(self, generation: Generation) -> None:
-        """Takes out a generation that has no requests and gets no more."""
+    async def free(self, generation: Generation) -> None:
+        """What the workers have of a generation that has no requests and gets no more."""
         self._changed.set()
         if generation.status.slot.loads:
             # Also from where it waits to come back.
-            await self._transfers.take_out(generation)
+            await self._transfers.uninstall(generation)

@@ -114,7 +114,7 @@ class Scheduler:
             self._residents.make_one_yield()
             return False
         self._events.evicted(victim.name, "worker")
-        await self._transfers.take_out(victim, keep=True)
+        await self._transfers.uninstall(victim, keep=True)
         return True
 
     async def _install(self, waiting: Waiting) -> None:

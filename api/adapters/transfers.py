@@ -1,4 +1,4 @@
-"""Moves adapters into the workers and out of them, and notes where they are then."""
+"""Installs adapters in the workers and uninstalls them, and notes where they are then."""
 
 import asyncio
 import logging
@@ -74,7 +74,7 @@ class Transfers:
         except EngineRefusedError as error:
             # Some of several workers may have taken it. What only waits for room stays prepared.
             crowded = isinstance(error, NoRoomError)
-            await self._remove(generation, keep=crowded)
+            await self._uninstall(generation, keep=crowded)
             if crowded and len(self._residents):
                 return Installed.CROWDED
             raise
@@ -82,22 +82,25 @@ class Transfers:
         self.host.drop(generation)
         return Installed.IN_SLOT
 
-    async def take_out(self, generation: Generation, keep: bool = False) -> None:
-        """Out of its slot, or of where it waits to come back. keep: it may."""
+    async def uninstall(self, generation: Generation, keep: bool = False) -> None:
+        """Out of its slot, or of where it waits to come back. keep: in host memory, for it may."""
         # Before the engine is asked: a request that comes now waits for its next turn.
         generation.status.slot.leave()
         self._residents.leave(generation)
-        if keep:
-            self.host.keep(generation)
-        else:
-            self.host.drop(generation)
-        await self._remove(generation, keep)
+        await self._uninstall(generation, keep)
         self.departures += 1
         self._changed.set()
 
-    async def _remove(self, generation: Generation, keep: bool) -> None:
+    async def _uninstall(self, generation: Generation, keep: bool) -> None:
+        # Until the workers say that they have it.
+        self.host.drop(generation)
         try:
-            self.host.record_evictions(await self._workers.remove(generation.request, keep))
+            uninstalled = await self._workers.uninstall(generation.request, keep)
         except Exception:
             logger.exception("The engine could not free adapter %s", generation.name)
             self._events.free_failed()
+            return
+        self.host.record_evictions(uninstalled.evicted)
+        # One that is retired may have been freed meanwhile.
+        if uninstalled.kept and not generation.status.draining:
+            self.host.keep(generation)

@@ -47,7 +47,7 @@ class Turns:
             status.check_with(None)
         except Exception as error:
             self._queue.refuse(waiting, error)
-            await self._transfers.take_out(waiting.generation, keep=not status.draining)
+            await self._transfers.uninstall(waiting.generation, keep=not status.draining)
         else:
             await self._admit_all(waiting, tier)
         finally:
@@ -67,4 +67,4 @@ class Turns:
         self._residents.use(generation)
         waiting.admit(tier)
         if generation.status.draining and not generation.status.holds:
-            await self._transfers.take_out(generation)
+            await self._transfers.uninstall(generation)

@@ -1,8 +1,18 @@
 """What the slots need of the engine's workers; what asks a real engine is elsewhere."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from molehill.api.adapters.events import Tier
+
+
+@dataclass(frozen=True)
+class Uninstalled:
+    """kept: whether every worker has the adapter in host memory. evicted: ids of those that had to
+    leave it for others, in any worker."""
+
+    kept: bool
+    evicted: set[int]
 
 
 class Workers(Protocol):
@@ -32,11 +42,9 @@ class Workers(Protocol):
         """Copies what was prepared into a slot of every worker.
 
         Raises NoRoomError if it would fit beside fewer adapters, EngineRefusedError if it never
-        will. Some of several workers may have taken it then; `remove` makes sure.
+        will. Some of several workers may have taken it then; `uninstall` makes sure.
         """
 
-    async def remove(self, request: Any, keep: bool) -> set[int]:
-        """Frees the adapter's slots. keep: it may come back.
-
-        Returns the ids of what had to leave host memory for it. Raises EngineRefusedError.
-        """
+    async def uninstall(self, request: Any, keep: bool) -> Uninstalled:
+        """Frees the adapter's slots. keep: in host memory, where that is possible, for it may come
+        back; else all that is prepared of it goes too. Raises EngineRefusedError."""

@@ -5,12 +5,20 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from molehill.api.cli.routing_page import ExplainedSite, ExplainedText
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from molehill.engine.adapter.model import Adapter
+    from molehill.engine.transform.routers import DecidingRouter
+    from molehill.kernels.interface import Trace
 
 # The policy that may fall back to all experts, by the name of its method.
 SOFT_KIND = "dynmole"
@@ -96,60 +104,27 @@ def of_reference(model: str, path: Path, text: str, max_tokens: int) -> Explaine
     """What the definition chooses, by Transformers in float32, slowly. path: the adapter's
     directory. Raises SourceError, AdapterError."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    from molehill.engine import formats
-    from molehill.engine.adapter.invocation import invocation_offset
     from molehill.engine.hf.reference import attach
-    from molehill.engine.hf.shapes import base_model
     from molehill.engine.transform.routers import routers
-    from molehill.engine.vllm.chosen_experts import strongest
     from molehill.kernels.interface import Trace
 
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        adapter = formats.read(path, base=base_model(model))
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    except (ImportError, OSError, ValueError) as error:
-        raise SourceError(f"{model}: {error}") from error
+    tokenizer, adapter, base = _load(model, path)
     listed = routers(adapter)
     if not listed:
         raise SourceError(f"{path}: found no router that decides anything, expected a mixture")
     prompt: list[int] = tokenizer(text)["input_ids"]
     if not prompt:
         raise SourceError("text: found no tokens, expected some")
-    start, invocation = 0, adapter.invocation_tokens
-    if invocation:
-        offset = invocation_offset(prompt, invocation)
-        if offset is None:
-            raise SourceError(f"text: found no {list(invocation)}, which activate {path}")
-        start = offset
+    start = _start(prompt, adapter.invocation_tokens, path)
     ids, traces = torch.tensor([prompt]), dict[str, list[Trace]]()
-    with torch.inference_mode(), attach(base, adapter, start=start):
-        # With a KV cache a step has no positions by which an adapter could be activated.
-        cached = start == 0
+    with torch.inference_mode():
         if max_tokens > 0:
-            ids = base.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                use_cache=cached,
-            )
-    with torch.inference_mode(), attach(base, adapter, traces, start):
-        base(ids[:, : max(len(prompt), ids.shape[1] - 1)])
-    most = max(router.most for router in listed)
-    shape = len(traces[listed[0].site][0].weights), len(listed), most
-    experts, weights = np.full(shape, -1, np.int16), np.zeros(shape, np.float32)
-    for i, router in enumerate(listed):
-        decided = traces[router.site][0].weights
-        if router.head is not None:
-            decided = decided[:, router.head]
-        chosen, gates = strongest(decided, router.most)
-        experts[start:, i, : router.most] = chosen[start:]
-        weights[start:, i, : router.most] = gates[start:]
+            with attach(base, adapter, start=start):
+                ids = _generate(base, ids, max_tokens, activated=start > 0)
+        with attach(base, adapter, traces, start):
+            base(ids[:, : max(len(prompt), ids.shape[1] - 1)])
+    experts, weights = _choices(listed, traces, start)
     soft = adapter.kind == SOFT_KIND
     return ExplainedText(
         Path(model).name,
@@ -161,3 +136,67 @@ def of_reference(model: str, path: Path, text: str, max_tokens: int) -> Explaine
         experts,
         weights,
     )
+
+
+def _load(model: str, path: Path) -> tuple[Any, "Adapter", Any]:
+    """The tokenizer, the adapter and the base. Raises SourceError, AdapterError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from molehill.engine import formats
+    from molehill.engine.hf.shapes import base_model
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        adapter = formats.read(path, base=base_model(model))
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    except (ImportError, OSError, ValueError) as error:
+        raise SourceError(f"{model}: {error}") from error
+    return tokenizer, adapter, base
+
+
+def _start(prompt: list[int], invocation: tuple[int, ...], path: Path) -> int:
+    """The position from which on the adapter acts. Raises SourceError."""
+    from molehill.engine.adapter.invocation import invocation_offset
+
+    offset = invocation_offset(prompt, invocation) if invocation else 0
+    if offset is None:
+        raise SourceError(f"text: found no {list(invocation)}, which activate {path}")
+    return offset
+
+
+def _generate(base: Any, ids: "Tensor", max_tokens: int, activated: bool) -> "Tensor":
+    """ids `[1, tokens]`, with those of the answer behind them."""
+    import torch
+
+    answered: Tensor = base.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        # With a KV cache a step has no positions by which an adapter could be activated.
+        use_cache=not activated,
+    )
+    return answered
+
+
+def _choices(
+    listed: "Sequence[DecidingRouter]", traces: "Mapping[str, list[Trace]]", start: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Experts int16 and weights float32 `[tokens, routers, k]`, strongest first: -1 and 0 before
+    `start`, and where a router chooses fewer than k."""
+    from molehill.engine.vllm.chosen_experts import strongest
+
+    most = max(router.most for router in listed)
+    shape = len(traces[listed[0].site][0].weights), len(listed), most
+    experts, weights = np.full(shape, -1, np.int16), np.zeros(shape, np.float32)
+    for i, router in enumerate(listed):
+        decided = traces[router.site][0].weights
+        if router.head is not None:
+            decided = decided[:, router.head]
+        chosen, gates = strongest(decided, router.most)
+        experts[start:, i, : router.most] = chosen[start:]
+        weights[start:, i, : router.most] = gates[start:]
+    return experts, weights

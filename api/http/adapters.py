@@ -38,7 +38,7 @@ from molehill.api.http.dependencies import services as services_of
 from molehill.api.http.schemas import AdapterDetails, AdapterInfo, AdapterList, LoadedInfo
 from molehill.api.http.uploads import document_upload, is_form, received
 from molehill.api.sources.uploads import UPLOAD
-from molehill.api.vllm.request_tracking import HEADER
+from molehill.api.vllm.generation_header import HEADER
 from molehill.api.vllm.routes import json_only
 from molehill.engine.adapter.layout import Layout
 
@@ -164,7 +164,7 @@ async def load_adapter(body: LoadBody, services: Injected) -> Response:
     """Loads or replaces. 200 means that the adapter serves; the same bytes again change nothing. A
     form (multipart/form-data) brings the adapter's own files in place of a source."""
     loaded = await (load_source(body, services) if body.mix is None else load_mix(body, services))
-    return shown(schemas.of_generation(loaded.generation), status=loaded.status)
+    return shown(schemas.of_generation(services.registry, loaded.generation), status=loaded.status)
 
 
 async def load_uploaded(request: Request) -> Response:
@@ -183,7 +183,7 @@ async def load_uploaded(request: Request) -> Response:
         loaded = await services.registry.load(
             form.name, source.label, local(source), form.options()
         )
-    return shown(schemas.of_generation(loaded.generation), status=loaded.status)
+    return shown(schemas.of_generation(services.registry, loaded.generation), status=loaded.status)
 
 
 def parsed(fields: Mapping[str, str]) -> UploadFields:
@@ -221,7 +221,8 @@ async def load_mix(body: LoadBody, services: Services) -> Loaded:
 )
 async def pin_adapter(name: str, services: Injected, body: PinBody = PinBody()) -> Response:  # noqa: B008
     """Keeps an adapter in the workers, or lets it be taken out when it is idle."""
-    return shown(schemas.of_generation(await services.registry.pin(name, body.pinned)))
+    generation = await services.registry.pin(name, body.pinned)
+    return shown(schemas.of_generation(services.registry, generation))
 
 
 @router.get("/{name:path}", response_model=AdapterDetails, responses=refusals(404))
@@ -229,7 +230,7 @@ async def show_adapter(name: str, services: Injected) -> Response:
     """What the name serves, or how far its load is, or why it failed."""
     info = schemas.of_name(services.registry, name)
     if info is None:
-        raise NotLoadedError(f"The adapter {name!a} cannot be found.")
+        raise NotLoadedError.of(name)
     serving = services.registry.get(name)
     if serving is None:
         return shown(info, routing=None)
@@ -247,4 +248,5 @@ async def delete_adapter(
     if absent is not None:
         return shown(schemas.of_absent(absent))
     expected: Expected = AnyGeneration if expected_generation is None else expected_generation
-    return shown(schemas.of_generation(await services.registry.unload(name, expected)))
+    generation = await services.registry.unload(name, expected)
+    return shown(schemas.of_generation(services.registry, generation))

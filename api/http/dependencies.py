@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
 from molehill.api.adapters.background import Background
-from molehill.api.adapters.errors import RequestError, UnknownModelError, UnknownParameterError
+from molehill.api.adapters.errors import RequestError, UnknownParameterError
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.http import errors
 from molehill.api.metrics.worker_stats import WorkerStats
@@ -126,18 +126,6 @@ async def answer_http_error(_: Request, error: Exception) -> Response:
     status = HTTPStatus(error.status_code)
     body = errors.body(str(error.detail), status.name.lower(), status)
     return JSONResponse(body, status.value, error.headers)
-
-
-async def answer_not_found(request: Request, error: Exception) -> Response:
-    """Of the routes whose own check of the model's name vLLM raises."""
-    served = services(request).models
-    return answer_unknown_model(served.names.unknown(str(error)))
-
-
-def answer_unknown_model(error: UnknownModelError) -> Response:
-    status = errors.status_of(error)
-    body = errors.body(str(error), error.kind, status, param="model")
-    return JSONResponse(body, status.value)
 
 
 class ErrorDetails(BaseModel):

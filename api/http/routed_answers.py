@@ -7,8 +7,8 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
+from molehill.api.vllm.generation_header import begins_events
 from molehill.api.vllm.request_scope import RequestScope
-from molehill.api.vllm.request_tracking import begins_events
 from molehill.api.vllm.routed_calls import RoutedTokens
 
 # What ends an event of a stream, and what begins its data.

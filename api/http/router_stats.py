@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from molehill.api.adapters.errors import NotLoadedError
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.adapters.status import AdapterState
@@ -115,9 +114,7 @@ async def show_overview(services: Injected) -> Overview:
 )
 async def show_routing(name: str, services: Injected) -> AdapterRouting:
     """One adapter's routing by layer and projection. 404 if it is not loaded."""
-    generation = services.registry.get(name)
-    if generation is None:
-        raise NotLoadedError(f"The adapter {name!a} cannot be found.")
+    generation = services.registry.names.current(name)
     tokens, sites = await services.stats.routing(generation.lora_int_id)
     return adapter_routing(generation, tokens, sites)
 

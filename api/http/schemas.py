@@ -3,10 +3,12 @@
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Literal
 
 from pydantic import BaseModel
 
+from molehill.api.adapters.events import Tier
 from molehill.api.adapters.generation import Content, Failure, Generation, Loading
 from molehill.api.adapters.invocation import WhenNotInvoked
 from molehill.api.adapters.mix import Mix
@@ -17,6 +19,9 @@ from molehill.api.adapters.traffic_limits import NO_LIMITS, TrafficLimits
 from molehill.api.sources.desired_state import DesiredState, DesiredStateReconciler
 from molehill.api.vllm.routed_experts import RoutedExperts
 from molehill.engine.adapter.model import layer_of, projection_of
+
+Resident = Literal["workers", "host", "disk"]
+RESIDENT: dict[Tier, Resident] = {"worker": "workers", "host": "host", "disk": "disk"}
 
 
 class Plan(BaseModel):
@@ -94,7 +99,8 @@ class AdapterInfo(BaseModel):
     wanted_by: adapters_file, command_line (--adapter), or null of what somebody loaded by a request
     or put into a watched root.
     generation: sha256 of the content. bytes: of its tensors in float32. resident: where it is: in
-    the workers (ready at once), or on disk (the next request waits for it). last_used: Unix
+    the workers' slots (ready at once), in their host memory, or on disk (the next request waits for
+    it, from disk for longer). last_used: Unix
     seconds. loads: how often it came into the workers. source_note: what has become of the source.
     alora_invocation_tokens: what activates it; null of an adapter that acts on every token.
     when_not_invoked: what becomes of a prompt without them. mix: of a mix of others, those.
@@ -113,7 +119,7 @@ class AdapterInfo(BaseModel):
     source: str
     source_note: str | None = None
     bytes: int | None = None
-    resident: Literal["workers", "disk"] | None = None
+    resident: Resident | None = None
     pinned: bool = False
     requests_in_flight: int = 0
     created: int | None = None
@@ -177,7 +183,7 @@ class LoadedInfo(AdapterInfo):
     status: Literal["loaded", "replaced", "unchanged", "limits_changed"]
 
 
-def of_generation(generation: Generation) -> AdapterInfo:
+def of_generation(registry: AdapterRegistry, generation: Generation) -> AdapterInfo:
     content, status = generation.content, generation.status
     return AdapterInfo(
         name=generation.name,
@@ -188,7 +194,7 @@ def of_generation(generation: Generation) -> AdapterInfo:
         source=status.source.public,
         source_note=status.note,
         bytes=content.num_bytes,
-        resident="workers" if status.slot.resident else "disk",
+        resident=RESIDENT[registry.residency.tier(generation)],
         pinned=status.slot.pinned,
         requests_in_flight=status.in_flight,
         created=generation.created,
@@ -292,10 +298,11 @@ def of_absent(absent: Failure | Loading) -> AdapterInfo:
 
 def everything(registry: AdapterRegistry) -> Iterator[AdapterInfo]:
     """Served names first, then mixes by request, and what is on its way in, out, or nowhere."""
-    yield from map(of_generation, registry)
-    yield from map(of_generation, registry.mixes)
+    show = partial(of_generation, registry)
+    yield from map(show, registry)
+    yield from map(show, registry.mixes)
     yield from map(of_loading, registry.loading())
-    yield from (of_generation(other) for other in registry.alive() if other.status.draining)
+    yield from (show(other) for other in registry.alive() if other.status.draining)
     yield from map(of_failure, registry.failures.values())
 
 
@@ -303,5 +310,5 @@ def of_name(registry: AdapterRegistry, name: str) -> AdapterInfo | None:
     """What the name serves, else what is known of it."""
     current = registry.get(name)
     if current is not None:
-        return of_generation(current)
+        return of_generation(registry, current)
     return next((info for info in everything(registry) if info.name == name), None)

@@ -8,7 +8,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from molehill.api.adapters.errors import UnknownModelError
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.adapters.tasks import failure
@@ -20,7 +19,6 @@ from molehill.api.http.dependencies import (
     Injected,
     StrictRoute,
     VllmBody,
-    answer_unknown_model,
     refusals,
 )
 from molehill.api.metrics import prometheus
@@ -94,10 +92,7 @@ async def list_models(services: Injected) -> Response:
 @router.get("/v1/models/{name:path}", responses={404: {"model": ErrorBody}})
 async def show_model(name: str, services: Injected) -> Response:
     """One of the list's entries, or the base model by a name that is not listed."""
-    try:
-        return JSONResponse(await services.models.card(name))
-    except UnknownModelError as error:
-        return answer_unknown_model(error)
+    return JSONResponse(await services.models.card(name))
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -11,11 +11,12 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, TypeVarTuple
 
 from molehill.api.adapters import tasks
+from molehill.api.adapters.backoff import Backoff
 from molehill.api.adapters.errors import (
     BadNameError,
     BusyError,
@@ -66,25 +67,24 @@ class DesiredState(StrEnum):
 @dataclass
 class Attempt:
     """What has become of one adapter. digest: of what was loaded for it, None before. failure: why
-    the last try failed; passing: whether it may be otherwise soon. later: when it is tried again,
-    seconds of the monotonic clock; pause: seconds until the time after that.
+    the last try failed; passing: whether it may be otherwise soon. backoff: when it is tried again.
     """
 
     adapter: DesiredAdapter
     digest: str | None = None
     failure: Failure | None = None
     passing: bool = False
-    pause: float = FIRST_PAUSE_SECONDS
-    later: float = 0.0
+    backoff: Backoff = field(
+        default_factory=lambda: Backoff(FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS)
+    )
 
     def fail(self, failure: Failure, passing: bool) -> None:
         self.failure, self.passing = failure, passing
-        self.later = time.monotonic() + self.pause
-        self.pause = min(2 * self.pause, LAST_PAUSE_SECONDS)
+        self.backoff.postpone()
 
     def succeed(self, digest: str) -> None:
         self.digest, self.failure = digest, None
-        self.pause, self.later = FIRST_PAUSE_SECONDS, 0.0
+        self.backoff.reset()
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class DesiredStateReconciler:
             self._next_look = time.monotonic() + self._file.period
         if self._desired is None:
             return
-        self._remove(self._desired)
+        self._unload_unwanted(self._desired)
         for adapter in self._desired.adapters:
             if self._registry.loads.busy:
                 break
@@ -222,7 +222,7 @@ class DesiredStateReconciler:
 
     # What it wants no more
 
-    def _remove(self, desired: DesiredSet) -> None:
+    def _unload_unwanted(self, desired: DesiredSet) -> None:
         """Begins to unload it: a name may have to wait for a client's load of it."""
         unwanted = [g for g in self._registry if self._is_unwanted(g, desired)]
         names = {generation.name for generation in unwanted}
@@ -252,7 +252,7 @@ class DesiredStateReconciler:
 
     def _is_due(self, adapter: DesiredAdapter) -> bool:
         attempt = self._attempts.setdefault(adapter.name, Attempt(adapter))
-        if adapter.name in self._tasks or time.monotonic() < attempt.later:
+        if adapter.name in self._tasks or not attempt.backoff.is_due:
             return False
         withdrawn = self._registry.failures.get(adapter.name)
         if attempt.digest is not None and withdrawn is not None:
@@ -365,7 +365,7 @@ class DesiredStateReconciler:
             state = DesiredState.CONVERGED
         elif attempt is not None and attempt.failure is not None:
             state, failure = DesiredState.FAILED, attempt.failure
-            retry = max(0.0, attempt.later - time.monotonic())
+            retry = attempt.backoff.seconds_left
         return DesiredStatus(
             adapter.name,
             state,

@@ -27,6 +27,7 @@ from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.store import AdapterStore, chat_name
 from molehill.api.sources.fetch import Sources
 from molehill.api.sources.manifest import Entry, Manifest
+from molehill.api.sources.uploads import UPLOAD
 from molehill.engine.adapter.errors import AdapterError
 
 logger = logging.getLogger("vllm.molehill")
@@ -134,8 +135,13 @@ class Restore:
                 return await self._load(entry, local(copy), options)
             except (AdapterError, SourceChangedError):
                 logger.warning("Adapter %s: its copy is damaged", entry.name)
+        # Of what nobody can be asked for again.
         if entry.mix is not None:
             raise StoreError(f"{entry.name}: the store lost the copy of this mix; make it again")
+        if entry.source.startswith(UPLOAD):
+            raise StoreError(
+                f"{entry.name}: the store lost the copy of what was sent; send its files again"
+            )
         fetch = self._sources.fetch(entry.source, entry.layout, entry.base_is_residual)
         return await self._load(entry, fetch, options)
 

@@ -11,10 +11,11 @@ that has become free, or a root that has come back; roots on network file system
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from molehill.api.adapters import names
+from molehill.api.adapters.backoff import Backoff
 from molehill.api.adapters.errors import (
     BadNameError,
     ForbiddenPathError,
@@ -50,15 +51,16 @@ FINAL = (AdapterError, BadNameError, ForbiddenPathError, MergedIntoBaseError, No
 
 @dataclass
 class WatchedDirectory:
-    """A directory as it was last. mark: its fingerprint, and `since` when it has been that. later:
-    when it is tried again (both: seconds of the monotonic clock), and pause: seconds until the time
-    after that; unless it is done: it serves, or never will.
+    """A directory as it was last. mark: its fingerprint, and `since` when it has been that, seconds
+    of the monotonic clock. backoff: when it is tried again, unless it is done: it serves, or never
+    will.
     """
 
     mark: str
     since: float
-    pause: float
-    later: float = 0.0
+    backoff: Backoff = field(
+        default_factory=lambda: Backoff(FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS)
+    )
     done: bool = False
 
 
@@ -87,12 +89,12 @@ class Watcher:
         marks = await asyncio.to_thread(self._marks)
         now = time.monotonic()
         for name in self._seen.keys() - marks.keys():
-            await self._forget(name)
+            await self._dismiss(name)
         for name, mark in marks.items():
             seen = self._seen.get(name)
             if seen is None or seen.mark != mark:
-                seen = self._seen[name] = WatchedDirectory(mark, now, FIRST_PAUSE_SECONDS)
-            is_quiet = now - seen.since >= QUIET_SECONDS and now >= seen.later
+                seen = self._seen[name] = WatchedDirectory(mark, now)
+            is_quiet = now - seen.since >= QUIET_SECONDS and seen.backoff.is_due
             if is_quiet and not seen.done and self._is_free(name) and not self._registry.loads.busy:
                 await self._load(name, seen)
 
@@ -114,7 +116,7 @@ class Watcher:
         self._errors = errors
         return marks
 
-    async def _forget(self, name: str) -> None:
+    async def _dismiss(self, name: str) -> None:
         """Of a directory that is gone. What it served goes on; what it was refused for is over."""
         del self._seen[name]
         failure = self._registry.failures.get(name)
@@ -153,6 +155,5 @@ class Watcher:
             seen.done = isinstance(error, FINAL)
         else:
             logger.exception("Adapter root: %s could not be loaded", name)
-        seen.later = time.monotonic() + seen.pause
-        seen.pause = min(2 * seen.pause, LAST_PAUSE_SECONDS)
+        seen.backoff.postpone()
         self._registry.names.fail(name, name, error)

@@ -9,7 +9,7 @@ from vllm.renderers.hf import HfRenderer, resolve_chat_template
 
 from molehill.api.adapters.chat import AdapterChat, BaseChat
 from molehill.api.adapters.registry import AdapterRegistry
-from molehill.api.vllm.request_tracking import admit
+from molehill.api.vllm.model_lookup import admit
 from molehill.engine.formats.io.tokenizer_files import DEFAULT, TOOL_USE
 
 

@@ -23,7 +23,7 @@ from molehill.engine.vllm import compat as engine
 from molehill.engine.vllm import seams
 from molehill.engine.vllm.seams import Seam
 
-TRACKING, MODELS = "api/vllm/request_tracking.py", "api/vllm/served_models.py"
+CALLS, MODELS = "api/vllm/leased_calls.py", "api/vllm/served_models.py"
 METRICS, ENGINE_WATCH, APP = "api/vllm/engine_metrics.py", "api/vllm/engine_watch.py", "api/app.py"
 
 
@@ -93,7 +93,7 @@ SERVER = (
     Seam(
         "vllm.exceptions",
         "VLLMValidationError",
-        TRACKING,
+        CALLS,
         "a request that is wrong",
         positional=("message",),
         keywords=("parameter",),
@@ -111,21 +111,21 @@ SERVER = (
     Seam(
         "vllm.exceptions",
         "GracefulHTTPError",
-        TRACKING,
+        "api/vllm/request_scope.py",
         "a refusal with a status",
         positional=("message", "http_status"),
     ),
     Seam(
         "vllm.entrypoints.serve.exception_handling.error_response",
         "create_error_response",
-        TRACKING,
+        "api/vllm/generation_header.py",
         "a refusal as vLLM's routes write it",
         positional=("message",),
     ),
     Seam(
         "vllm.sampling_params",
         "RequestOutputKind",
-        TRACKING,
+        CALLS,
         "whether outputs hold only what is new",
         attributes=("DELTA",),
     ),
@@ -145,7 +145,7 @@ SERVER = (
         "what the engine answers",
         attributes=("finished", "prompt_logprobs"),
     ),
-    Seam("vllm.outputs", "PoolingRequestOutput", TRACKING, "an answer", attributes=("finished",)),
+    Seam("vllm.outputs", "PoolingRequestOutput", CALLS, "an answer", attributes=("finished",)),
     Seam(
         "vllm.outputs",
         "RequestOutput.add",
@@ -181,7 +181,7 @@ SERVER = (
     Seam(
         "vllm.v1.engine.async_llm",
         "AsyncLLM.generate",
-        TRACKING,
+        CALLS,
         "is replaced on the engine's client, which counts requests",
         positional=("self", "prompt", "sampling_params", "request_id"),
         keywords=("lora_request",),
@@ -189,7 +189,7 @@ SERVER = (
     Seam(
         "vllm.v1.engine.async_llm",
         "AsyncLLM.encode",
-        TRACKING,
+        CALLS,
         "is replaced on the engine's client, which counts requests",
         positional=("self", "prompt", "pooling_params", "request_id"),
         keywords=("lora_request",),

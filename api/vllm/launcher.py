@@ -120,7 +120,36 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
-    """Refuses what molehill cannot serve, and puts `options` where the plugin finds them."""
+    """Refuses what molehill cannot serve, and puts `options` where the plugin finds them. Raises
+    LaunchError, LockedError, and of what is merged into the base AdapterError."""
+    check_served(args)
+    if options.watch and not options.roots:
+        raise LaunchError("--watch-adapter-roots: found no --adapter-root, expected one to watch")
+    options = replace(options, adapters=start_adapters(args, options))
+    args.lora_modules = None
+    args.api_server_count = None
+    hide_directory(args)
+    if not args.headless:
+        # Again when the store is opened; but this is before anything is written there.
+        check_free(options.store)
+    if options.merge_into_base is not None:
+        options = replace(options, merged_base=_merged_base(options.merge_into_base, args, options))
+    if take_over(args):
+        if options.merge_tolerance:
+            why = "found --merge-tolerance, which merges routers away, expected none"
+            raise LaunchError(f"--enable-return-routed-experts: {why}")
+        options = replace(options, routed_experts=True)
+    keys = api_keys(args.api_key)
+    # Who may change the server may also ask it; vLLM's own check stands before ours.
+    args.api_key = [*keys, *options.admin_keys] if keys else None
+    config = settings_of(options).to_config()
+    args.additional_config = {**(args.additional_config or {}), **config}
+    args.molehill = options
+    return args
+
+
+def check_served(args: argparse.Namespace) -> None:
+    """Raises LaunchError for options of vLLM's that molehill does not serve."""
     for refused, why in (
         (args.worker_cls != WORKER, "--worker-cls: molehill brings its own worker"),
         (not args.enable_lora, "--no-enable-lora: adapters need it"),
@@ -135,46 +164,41 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     ):
         if refused:
             raise LaunchError(f"cannot be used with molehill serve: {why}")
-    if options.watch and not options.roots:
-        raise LaunchError("--watch-adapter-roots: found no --adapter-root, expected one to watch")
+
+
+def start_adapters(args: argparse.Namespace, options: Options) -> tuple[tuple[str, Path], ...]:
+    """Names and directories of what is loaded at start, vLLM's --lora-modules too.
+
+    Raises LaunchError for a name that is there twice, or that another option has and none of these.
+    """
     modules = [module_path(module) for module in args.lora_modules or ()]
     adapters = (*options.adapters, *modules)
-    twice = [name for name, count in Counter(name for name, _ in adapters).items() if count > 1]
-    if twice:
-        raise LaunchError(f"--adapter {twice[0]}: the name is given twice")
-    for name, layout in options.layouts:
-        if name not in dict(adapters):
-            found = f"{name}={layout}"
-            raise LaunchError(
-                f"--adapter-lora-b-layout: found {found}, expected an --adapter's name"
-            )
-    for name in options.residuals:
-        if name not in dict(adapters):
-            raise LaunchError(
-                f"--adapter-base-is-residual: found {name}, expected an --adapter's name"
-            )
+    names = Counter(name for name, _ in adapters)
+    for name, count in names.items():
+        if count > 1:
+            raise LaunchError(f"--adapter {name}: the name is given twice")
+    for option, named in (
+        ("--adapter-lora-b-layout", {name: f"{name}={layout}" for name, layout in options.layouts}),
+        ("--adapter-base-is-residual", {name: name for name in options.residuals}),
+    ):
+        for name, given in named.items():
+            if name not in names:
+                raise LaunchError(f"{option}: found {given}, expected an --adapter's name")
+    return adapters
+
+
+def hide_directory(args: argparse.Namespace) -> None:
+    """Of a model without a name: clients need not know where it lies; those that do may go on using
+    the path."""
     if args.served_model_name is None and Path(args.model).is_dir():
-        # Clients need not know where the model lies; those that do may go on using the path.
         names = (Path(args.model).resolve().name, args.model)
         args.served_model_name = list(dict.fromkeys(names))
-    args.lora_modules = None
-    args.api_server_count = None
-    options = replace(options, adapters=adapters)
-    if not args.headless:
-        # Again when the store is opened; but this is before anything is written there.
-        check_free(options.store)
-    if options.merge_into_base is not None:
-        options = replace(options, merged_base=_merged_base(options.merge_into_base, args, options))
-    if take_over(args):
-        if options.merge_tolerance:
-            why = "found --merge-tolerance, which merges routers away, expected none"
-            raise LaunchError(f"--enable-return-routed-experts: {why}")
-        options = replace(options, routed_experts=True)
-    keys = api_keys(args.api_key)
-    # Who may change the server may also ask it; vLLM's own check stands before ours.
-    args.api_key = [*keys, *options.admin_keys] if keys else None
+
+
+def settings_of(options: Options) -> Settings:
+    """What the workers are told."""
     merged_base = options.merged_base
-    settings = Settings(
+    return Settings(
         options.backend,
         options.memory,
         options.limits,
@@ -185,9 +209,6 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         options.host_memory,
         options.capture_routing,
     )
-    args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
-    args.molehill = options
-    return args
 
 
 def parallel_refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:

@@ -5,7 +5,7 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 
 from molehill.api.adapters.registry import AdapterRegistry
-from molehill.api.vllm import request_tracking
+from molehill.api.vllm import model_lookup
 
 
 def make_request(name: str, number: int, path: str) -> LoRARequest:
@@ -24,13 +24,13 @@ class ServedRequests(dict[str, Any]):
     registry: AdapterRegistry | None = None
 
     def __contains__(self, name: object) -> bool:
-        return request_tracking.mix_for(name) is not None or super().__contains__(name)
+        return model_lookup.mix_for(name) is not None or super().__contains__(name)
 
     def __getitem__(self, name: str) -> Any:
-        request = request_tracking.mix_for(name) or super().__getitem__(name)
-        request_tracking.check_model(name)
+        request = model_lookup.mix_for(name) or super().__getitem__(name)
+        model_lookup.check_model(name)
         if self.registry is not None:
-            request_tracking.admit(self.registry, request)
+            model_lookup.admit(self.registry, request)
         return request
 
     def values(self) -> Any:

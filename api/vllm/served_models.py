@@ -14,7 +14,7 @@ from molehill.api.adapters.errors import UnknownModelError
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.registry import AdapterRegistry
 
-# Raised by those of vLLM's routes that check a model's name themselves.
+# What those of vLLM's routes raise that check a model's name themselves.
 NOT_FOUND: type[Exception] = VLLMNotFoundError
 
 # Names in the answer to a request for a model that is not served.
@@ -46,10 +46,6 @@ class ServedPaths(list[BaseModelPath]):
         more = len(self._public) + len(self._registry) - len(names)
         return [*names, f"and {more} more"] if more else names
 
-    def unknown(self, message: str) -> UnknownModelError:
-        """The refusal that vLLM writes itself where it knows which names there are."""
-        return UnknownModelError(f"{message} Valid aliases: {', '.join(self.shown())}.")
-
 
 class ServedModels:
     """models: vLLM's OpenAIServingModels."""
@@ -72,7 +68,7 @@ class ServedModels:
             return adapter_card(base[0], generation)
         if self._models.is_base_model(name):
             return {**base[0], "id": name, "root": name}
-        raise self.names.unknown(f"The model `{name}` does not exist.")
+        raise UnknownModelError(name)
 
     async def _base_cards(self) -> list[Card]:
         listed = await self._models.registry.show_available_models()

@@ -3,14 +3,15 @@
 import asyncio
 from typing import Any
 
+from molehill.api.adapters.backoff import Backoff
 from molehill.api.adapters.errors import EngineRefusedError, NoRoomError
 from molehill.api.adapters.events import Tier
+from molehill.api.adapters.workers import Uninstalled
 from molehill.engine.vllm import protocol
 from molehill.engine.vllm.prefetch import AT_ONCE
 from molehill.engine.vllm.protocol import Engine, ReplyT, RequestT, Rpc
 
-# Seconds between questions to the workers, which answer between two steps. The same
-# pauses take more lines with tenacity.
+# Seconds between questions to the workers, which answer between two steps.
 FIRST_PAUSE = 0.005
 LAST_PAUSE = 0.1
 
@@ -32,10 +33,9 @@ class WorkerClient:
         """See Workers."""
         if not await self.start_prepare(request):
             return "host"
-        pause = FIRST_PAUSE
+        backoff = Backoff(FIRST_PAUSE, LAST_PAUSE)
         while not await self._is_prepared(request):
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LAST_PAUSE)
+            await asyncio.sleep(backoff.postpone())
         return "disk"
 
     async def discard(self, request: Any) -> None:
@@ -54,11 +54,12 @@ class WorkerClient:
             raise EngineRefusedError(final[0])
         raise NoRoomError(refusals[0].refusal)
 
-    async def remove(self, request: Any, keep: bool) -> set[int]:
+    async def uninstall(self, request: Any, keep: bool) -> Uninstalled:
         """See Workers."""
-        asked = protocol.RemoveRequest(request.lora_int_id, request.lora_path, keep)
-        replies = await self._ask(protocol.REMOVE, asked)
-        return {lora_int_id for reply in replies for lora_int_id in reply.evicted}
+        asked = protocol.UninstallRequest(request.lora_int_id, request.lora_path, keep)
+        replies = await self._ask(protocol.UNINSTALL, asked)
+        evicted = {lora_int_id for reply in replies for lora_int_id in reply.evicted}
+        return Uninstalled(all(reply.kept for reply in replies), evicted)
 
     async def _is_prepared(self, request: Any) -> bool:
         replies = await self._ask(protocol.PREPARED, adapter_request(request))

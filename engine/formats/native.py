@@ -132,7 +132,7 @@ READER = Reader(
 )
 
 
-def read_own(directory: Path, pause: Callable[[], None] = lambda: None) -> Adapter:
+def read_stored(directory: Path, pause: Callable[[], None] = lambda: None) -> Adapter:
     """What `write` wrote where nobody else writes, for a worker that has steps to run meanwhile.
 
     It was checked as it was written; what is checked again is its digest. Raises CorruptFileError,

@@ -63,7 +63,7 @@ class AdapterLoader:
         weights through the layers that the step is using.
         """
         if beside:
-            adapter = native.read_own(Path(key.path), self._pacer.wait_for_step)
+            adapter = native.read_stored(Path(key.path), self._pacer.wait_for_step)
             self._pacer.wait_for_step()
         else:
             adapter = formats.read(Path(key.path), self._settings.limits, base=self._model.base)

@@ -74,7 +74,7 @@ class HostCache(Generic[Key]):
             self._evicted.append(self._adapters.popitem(last=False)[0])
         self._adapters[key] = adapter
 
-    def evicted(self) -> list[Key]:
+    def take_evicted(self) -> list[Key]:
         """Keys of what made room for others since the last call."""
         result, self._evicted = self._evicted, []
         return result

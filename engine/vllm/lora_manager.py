@@ -75,7 +75,7 @@ class LoRAManager:
         return self._slots.adapters()
 
     def pin_adapter(self, lora_id: int) -> bool:
-        """Stored adapters are never evicted, so every one is pinned."""
+        """A worker evicts nothing from its slots on its own, so every one is pinned."""
         return lora_id in self._slots
 
     # Steps

@@ -56,9 +56,9 @@ class StepPacer:
 
 
 class Prefetcher(Generic[Key, T]):
-    """What was prepared and not taken yet: the `most` that were begun last, each in a thread.
+    """What was prepared and not discarded yet: the `most` that were begun last, each in a thread.
 
-    prepare: of a key, and whether it runs in a thread, beside steps. What it raises, `take` raises.
+    prepare: of a key, and whether it runs in a thread, beside steps. What it raises, `result` does.
     """
 
     def __init__(self, prepare: Callable[[Key, bool], T], most: int = 1) -> None:
@@ -69,24 +69,24 @@ class Prefetcher(Generic[Key, T]):
         self._results: dict[Key, Future[T]] = {}
 
     def start(self, key: Key) -> None:
-        """Returns at once. Drops what was begun first, where there would be too many."""
+        """Returns at once. Discards what was begun first, where there would be too many."""
         if key in self._results and not failed(self._results[key]):
             return
-        self.drop(key)
+        self.discard(key)
         while len(self._results) >= self._most:
-            self.drop(next(iter(self._results)))
+            self.discard(next(iter(self._results)))
         self._results[key] = self._threads.submit(self._prepare, key, True)
 
     def done(self, key: Key) -> bool:
-        """Whether `take` would answer at once."""
+        """Whether no thread is at it: `result` has the answer, or prepares it there and then."""
         return key not in self._results or self._results[key].done()
 
-    def take(self, key: Key) -> T:
+    def result(self, key: Key) -> T:
         """What was prepared for `key`, or prepares it here and now. Raises what `prepare` does."""
         result = self._results.get(key)
         return self._prepare(key, False) if result is None else result.result()
 
-    def drop(self, key: Key) -> None:
+    def discard(self, key: Key) -> None:
         """Lets go of it. What still runs goes on to its end, for nobody."""
         result = self._results.pop(key, None)
         if result is not None:
@@ -98,7 +98,7 @@ def failed(result: Future[T]) -> bool:
 
 
 def log_failure(key: Any, result: Future[Any]) -> None:
-    """Of what nobody takes any more: a fault of it would be seen nowhere else."""
+    """Of what nobody asks for any more: a fault of it would be seen nowhere else."""
     error = result.exception()
     if error is not None:
         logger.warning("molehill: %s was prepared for nobody and failed: %s", key, error)

@@ -132,7 +132,7 @@ class InstallReply:
 
 
 @dataclass(frozen=True)
-class RemoveRequest:
+class UninstallRequest:
     """keep: the adapter may come back, from host memory. For the rest see AdapterRequest."""
 
     lora_int_id: int
@@ -141,9 +141,11 @@ class RemoveRequest:
 
 
 @dataclass(frozen=True)
-class RemoveReply:
-    """evicted: ids of what had to leave host memory since the last reply."""
+class UninstallReply:
+    """kept: whether the adapter is in host memory now. evicted: ids of what had to leave it since
+    the last reply."""
 
+    kept: bool
     evicted: tuple[int, ...]
 
 
@@ -318,7 +320,7 @@ PREPARE = Rpc("molehill_prepare", AdapterRequest, PrepareReply)
 PREPARED = Rpc("molehill_prepared", AdapterRequest, PreparedReply)
 DISCARD = Rpc("molehill_discard", AdapterRequest, Empty)
 INSTALL = Rpc("molehill_install", InstallRequest, InstallReply)
-REMOVE = Rpc("molehill_remove", RemoveRequest, RemoveReply)
+UNINSTALL = Rpc("molehill_uninstall", UninstallRequest, UninstallReply)
 STATS = Rpc("molehill_stats", StatsRequest, StatsReply)
 ROUTING = Rpc("molehill_routing", RoutingRequest, RoutingReply)
 TRACE = Rpc("molehill_trace", TraceRequest, TraceReply)

@@ -20,7 +20,8 @@ from molehill.engine.vllm import compat
 # wake-ups nor what is waited too long matter beside it.
 SHORTEST, LONGEST, PART = 50e-6, 0.5e-3, 1 / 64
 
-logger = logging.getLogger(__name__)
+# Below vLLM's logger, whose handlers are the only ones that a server has.
+logger = logging.getLogger("vllm.molehill")
 
 
 def install() -> None:

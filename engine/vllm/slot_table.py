@@ -137,11 +137,11 @@ class SlotTable:
             raise self._over_memory(needed, f"at most {free} of {self._memory}")
         try:
             if adapter.by_token is None:
-                self._hold(slot, adapter)
+                self._write(slot, adapter)
             else:
                 self._by_token[slot] = adapter.by_token, members
                 for member, part in zip(members, adapter.members, strict=True):
-                    self._hold(member, part)
+                    self._write(member, part)
         except Exception as error:
             self._erase(slot)
             if isinstance(error, CapacityError):
@@ -151,7 +151,7 @@ class SlotTable:
                 raise self._over_memory(needed, "memory to be had") from error
             raise
 
-    def _hold(self, slot: int, adapter: PreparedAdapter) -> None:
+    def _write(self, slot: int, adapter: PreparedAdapter) -> None:
         self._moes.store(slot, adapter.moes)
         self._vocabulary.store(slot, adapter.vocabulary)
         self._backend.store(slot, adapter.weights)

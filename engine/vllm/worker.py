@@ -139,8 +139,8 @@ class Worker(PlatformWorker):  # type: ignore[misc]
     def molehill_install(self, request: object) -> object:
         return protocol.INSTALL.serve(request, self.adapters.install)
 
-    def molehill_remove(self, request: object) -> object:
-        return protocol.REMOVE.serve(request, self.adapters.uninstall)
+    def molehill_uninstall(self, request: object) -> object:
+        return protocol.UNINSTALL.serve(request, self.adapters.uninstall)
 
     def molehill_stats(self, request: object) -> object:
         timer = self.step_timer

@@ -28,8 +28,6 @@ from molehill.engine.vllm.protocol import (
     PlainTensor,
     PreparedReply,
     PrepareReply,
-    RemoveReply,
-    RemoveRequest,
     RoutesReply,
     RoutesRequest,
     RoutingReply,
@@ -40,6 +38,8 @@ from molehill.engine.vllm.protocol import (
     StepSeconds,
     TraceReply,
     TraceRequest,
+    UninstallReply,
+    UninstallRequest,
 )
 from molehill.engine.vllm.rank_agreement import OtherRankError, RankAgreement
 from molehill.engine.vllm.routing_capture import RoutingCapture
@@ -140,7 +140,7 @@ class WorkerAdapters:
         kept = self._host.take(key)
         try:
             with self._ranks.all_or_none():
-                loaded = kept or self._prefetcher.take(key)
+                loaded = kept or self._prefetcher.result(key)
                 ready = loaded if isinstance(loaded, PreparedAdapter) else self._loader.pack(loaded)
             slot = self.slots.store(key.lora_id, ready)
         except Exception:
@@ -150,7 +150,7 @@ class WorkerAdapters:
         self._entered[key.lora_id] = key, replace(ready, weights=Packed(None), members=())
         self.stats.enter_slot(key.lora_id, name, slot, ready.costs)
         self._refused.discard(key.lora_id)
-        self._prefetcher.drop(key)
+        self._prefetcher.discard(key)
         logger.info("molehill: adapter %s stored in slot %d", name, slot)
 
     def add_late(self, name: str, key: AdapterKey) -> None:
@@ -208,12 +208,13 @@ class WorkerAdapters:
         return PrepareReply(reads=True)
 
     def prepared(self, request: AdapterRequest) -> PreparedReply:
+        """Whether it has been read, or reading has failed, which `install` tells."""
         key = AdapterKey(request.lora_int_id, request.path)
         return PreparedReply(self._prefetcher.done(key))
 
     def discard(self, request: AdapterRequest) -> Empty:
         """Lets go of an adapter that was prepared and is not waited for any more."""
-        self._prefetcher.drop(AdapterKey(request.lora_int_id, request.path))
+        self._prefetcher.discard(AdapterKey(request.lora_int_id, request.path))
         return Empty()
 
     def install(self, request: InstallRequest) -> InstallReply:
@@ -232,24 +233,25 @@ class WorkerAdapters:
         except (FullError, OtherRankError) as error:
             return InstallReply(str(error), full=True)
         except AdapterError as error:
-            self._prefetcher.drop(key)
+            self._prefetcher.discard(key)
             return InstallReply(str(error))
         except Exception as error:
-            self._prefetcher.drop(key)
+            self._prefetcher.discard(key)
             if not is_out_of_memory(error):
                 raise
             return InstallReply("adapter memory: a worker ran out of memory while installing it")
         return InstallReply()
 
-    def uninstall(self, request: RemoveRequest) -> RemoveReply:
+    def uninstall(self, request: UninstallRequest) -> UninstallReply:
         """`remove`, and where it will not come back, of all that is kept of it."""
         key = AdapterKey(request.lora_int_id, request.path)
         self.remove(key.lora_id, request.keep)
         if not request.keep:
             self._host.drop(key)
-            self._prefetcher.drop(key)
+            self._prefetcher.discard(key)
             self.stats.finish(key.lora_id)
-        return RemoveReply(tuple(evicted.lora_id for evicted in self._host.evicted()))
+        evicted = tuple(other.lora_id for other in self._host.take_evicted())
+        return UninstallReply(key in self._host, evicted)
 
     def report(self, request: StatsRequest, seconds: StepSeconds | None) -> StatsReply:
         """seconds: since the start, where they are measured."""

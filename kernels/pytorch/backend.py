@@ -92,14 +92,12 @@ class TorchBackend(CheckedBackend):
 
     def _pack(self, weights: SlotWeights) -> Packed:
         linears = {
-            handle: LinearTable(pieces, shape.dtype, shape.device)
+            handle: LinearTable(pieces, *self._placement(handle))
             for handle, pieces in weights.linears.items()
-            if (shape := self._linears[handle].shape)
         }
         ffns = {
-            handle: FfnTable(piece, shape.dtype, shape.device)
+            handle: FfnTable(piece, *self._placement(self._ffns[handle].shape.gate_up))
             for handle, piece in weights.ffns.items()
-            if (shape := self._linears[self._ffns[handle].shape.gate_up].shape)
         }
         scales = {
             handle: [
@@ -113,6 +111,11 @@ class TorchBackend(CheckedBackend):
             for handle, piece in weights.ffn_scales.items()
         }
         return Packed((linears, ffns, scales, ffn_scales))
+
+    def _placement(self, handle: int) -> tuple[torch.dtype, torch.device]:
+        """Of a linear's serving copies."""
+        shape = self._linears[handle].shape
+        return shape.dtype, shape.device
 
     def _put(self, slot: int, packed: Packed) -> None:
         if slot in self._tokens:

@@ -37,7 +37,7 @@ from molehill.kernels.triton.launch_config import (
 from molehill.kernels.triton.packing import ACTIVATION_CODES
 from molehill.kernels.triton.shrink import shrink
 from molehill.kernels.triton.slot_records import SlotRecords
-from molehill.kernels.triton.tiling import StepLayout, table
+from molehill.kernels.triton.tiling import StepLayout, step_table
 from molehill.kernels.triton.vector_folding import fold_vectors
 from molehill.kernels.triton.vectors import Vectors
 
@@ -50,6 +50,7 @@ class TritonBackend(CheckedBackend):
     def __init__(self, device: torch.device, capacity: Capacity) -> None:
         super().__init__()
         self.capacity = capacity
+        self.most_slots_per_step = capacity.adapters
         self._device = device
         self._linears: list[LinearShape] = []
         self._ffns: list[FfnShape] = []
@@ -136,7 +137,7 @@ class TritonBackend(CheckedBackend):
         for run in runs:
             if run.slot in stored:
                 self._tokens[run.slot] += run.stop - run.start
-        steps = table(runs, stored, self.capacity.adapters, self.capacity.tokens)
+        steps = step_table(runs, stored, self.capacity.adapters, self.capacity.tokens)
         if self._steps.is_cuda:
             steps = steps.pin_memory()
         self._steps[: len(steps)].copy_(steps, non_blocking=True)

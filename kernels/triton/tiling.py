@@ -68,7 +68,7 @@ class StepLayout:
         return self.order + self.tokens
 
 
-def table(runs: Sequence[Run], stored: Container[int], adapters: int, tokens: int) -> Tensor:
+def step_table(runs: Sequence[Run], stored: Container[int], adapters: int, tokens: int) -> Tensor:
     """The steps buffer of molehill.kernels.triton.layout, int32, on the CPU.
 
     Rows of a slot that holds nothing, and of adapters beyond the first `adapters` different ones,

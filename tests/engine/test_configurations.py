@@ -1,5 +1,6 @@
 """The golden cases under other engine configurations give what the plain one gives."""
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ CONFIGURATIONS = {
     "tensor parallel": Configuration(TWO_RANKS, A_CORE_EACH),
     "tensor parallel, torch backend": Configuration({**TWO_RANKS, **TORCH}, A_CORE_EACH),
 }
+# Each half of it is in another test; test_residence has both, with fewer adapters.
+LONG = {"tensor parallel, torch backend"}
 
 
 DORA_PROMPT = [303, 316, 288, 262, 352, 17, 5]
@@ -74,6 +77,8 @@ def test_configuration_matches_the_reference(
     monkeypatch: Any,
     tmp_path: Path,
 ) -> None:
+    if name in LONG and os.environ.get("MOLEHILL_LONG_TESTS") != "1":
+        pytest.skip("a long test; MOLEHILL_LONG_TESTS=1 runs it")
     configuration = CONFIGURATIONS[name]
     for variable, value in configuration.environment.items():
         monkeypatch.setenv(variable, value)

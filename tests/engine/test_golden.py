@@ -238,7 +238,7 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
     install()
     assert_golden(ask_each(llm, ids, requests), prompts)
     before = ask_worker(llm, protocol.ROUTING, protocol.RoutingRequest(93))
-    ask_worker(llm, protocol.REMOVE, protocol.RemoveRequest(93, path, True))
+    ask_worker(llm, protocol.UNINSTALL, protocol.UninstallRequest(93, path, True))
     assert host()[93] > 0
     assert not prepare()
     install()
@@ -249,7 +249,7 @@ def test_an_adapter_comes_back_from_host_memory_as_it_was(
     assert after.tokens == 2 * before.tokens
     for site, stats in before.sites.items():
         assert after.sites[site].decisions == 2 * stats.decisions, site
-    ask_worker(llm, protocol.REMOVE, protocol.RemoveRequest(93, path, False))
+    ask_worker(llm, protocol.UNINSTALL, protocol.UninstallRequest(93, path, False))
     assert 93 not in host()
 
 
@@ -276,9 +276,9 @@ def test_names_of_the_same_bytes_have_a_host_copy_each(llm: Any, tmp_path: Any) 
         named = protocol.InstallRequest(f"m-{lora_id}", lora_id, path)
         return ask_worker(llm, protocol.INSTALL, named).refusal
 
-    def remove(lora_id: int, keep: bool) -> tuple[int, ...]:
-        request = protocol.RemoveRequest(lora_id, path, keep)
-        return ask_worker(llm, protocol.REMOVE, request).evicted
+    def uninstall(lora_id: int, keep: bool) -> protocol.UninstallReply:
+        request = protocol.UninstallRequest(lora_id, path, keep)
+        return ask_worker(llm, protocol.UNINSTALL, request)
 
     # Both are prepared at a time.
     assert all(prepare(lora_id) for lora_id in ids)
@@ -287,15 +287,15 @@ def test_names_of_the_same_bytes_have_a_host_copy_each(llm: Any, tmp_path: Any) 
     for lora_id in ids:
         assert install(lora_id) == ""
     for lora_id in ids:
-        assert remove(lora_id, True) == ()
+        assert uninstall(lora_id, True) == protocol.UninstallReply(True, ())
     sizes = host()
     assert sizes.keys() == set(ids)
     assert sizes[94] == sizes[95] > 0
-    remove(94, False)
+    assert uninstall(94, False) == protocol.UninstallReply(False, ())
     assert host() == {95: sizes[95]}
     assert not prepare(95)
     assert install(95) == ""
-    remove(95, False)
+    uninstall(95, False)
     assert host() == {}
 
 

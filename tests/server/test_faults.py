@@ -39,7 +39,7 @@ PROMPTS = {case: oracle(case)["prompts"][0] for case in CASES} | {
 MEGABYTE = 1 << 20
 # Of one adapter, and of all of them in the worker.
 LARGEST, MEMORY = 256 * MEGABYTE, 64 * MEGABYTE
-SEATS, SLOTS = 8, 2
+SEATS, SLOTS = 4, 2
 LONGEST = 16384
 # Tokens of a request that a test does not wait for: they take a minute. Of one that it does.
 ENDLESS, STREAMED = LONGEST - 100, 400

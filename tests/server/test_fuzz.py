@@ -15,7 +15,7 @@ from support.examples import examples
 
 schemathesis = pytest.importorskip("schemathesis", reason="the dev extra is not installed")
 GenerationMode = schemathesis.GenerationMode
-EXAMPLES = 50
+EXAMPLES = 30
 FUZZ = settings(
     derandomize=True,
     deadline=None,

@@ -209,7 +209,7 @@ def test_figures_survive_that_an_adapter_is_taken_out(api: Operated) -> None:
     api.greedy("a", prompt, 1)
     for case in ("lora", "mixlora"):
         assert api.post(case, f"group/{case}").status_code == 200
-    assert api.info("a")["resident"] == "disk"
+    assert api.info("a")["resident"] == "host"
     samples = api.metrics()
     assert samples['molehill_adapter_resident_bytes{adapter="a",tier="worker"}'] == 0
     for tier in ("host", "disk"):
@@ -240,7 +240,7 @@ def test_an_adapter_comes_back_as_it_was_checked_whatever_became_of_its_files(
     copy_adapter("lora", source)
     for case in ("dynmole-soft", "mixlora"):
         assert api.post(case, f"group/{case}").status_code == 200
-    assert api.info("a")["resident"] == "disk"
+    assert api.info("a")["resident"] == "host"
     assert api.right("a", "mola")
     assert api.info("a")["loads"] == 2
 

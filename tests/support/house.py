@@ -76,6 +76,8 @@ HTTP = {"aiohttp", "fastapi", "httpx", "requests", "starlette", "uvicorn"}
 VAGUE = {"dice", "figures", "go_on", "mine", "own", "settle", "stay", "told"}
 
 MOST_LINES = 450
+# A kernel of Triton, and what launches it, name each of many arguments.
+MOST_FUNCTION_LINES, LONG_FUNCTIONS_IN = 60, ("kernels.triton",)
 SOURCES = ("*.py", "*.cpp", "*.h", "*.js", "*.css", "*.html")
 
 
@@ -252,6 +254,22 @@ def no_long_file(house: House) -> Iterator[str]:
                     yield f"{place}: found {lines} lines, expected at most {MOST_LINES}"
 
 
+def no_long_function(house: House) -> Iterator[str]:
+    """Of what is installed, but for LONG_FUNCTIONS_IN."""
+    for module, path in house.modules.items():
+        if not any(is_in(module, room) for room in FLOORS):
+            continue
+        if any(is_in(module, room) for room in LONG_FUNCTIONS_IN):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MOST_FUNCTION_LINES:
+                    place = f"{path.relative_to(house.root)}:{node.lineno}"
+                    most = MOST_FUNCTION_LINES
+                    yield f"{place}: {node.name}: found {lines} lines, expected at most {most}"
+
+
 def one_class_of_a_name(house: House) -> Iterator[str]:
     """Public classes, of all packages together."""
     places: dict[str, str] = {}
@@ -286,6 +304,7 @@ RULES: tuple[Callable[[House], Iterator[str]], ...] = (
     no_circle_of_rooms,
     packages_are_installed,
     no_long_file,
+    no_long_function,
     one_class_of_a_name,
     no_vague_name,
 )

@@ -5,6 +5,7 @@ A mark that is written by hand is forgotten by hand, and then the fast run start
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -63,7 +64,8 @@ def _functions(item: pytest.Function) -> Iterator[Callable[..., Any]]:
         yield definitions[-1].func
 
 
-def reached(function: Callable[..., Any]) -> set[str]:
+@cache
+def reached(function: Callable[..., Any]) -> frozenset[str]:
     """What a function of the tests starts, itself or through others of the tests."""
     result: set[str] = set()
     seen: set[Any] = set()
@@ -78,12 +80,13 @@ def reached(function: Callable[..., Any]) -> set[str]:
             result.add(mark)
             continue
         unwrapped = inspect.unwrap(called)
-        if (
-            isinstance(unwrapped, FunctionType)
-            and TESTS in Path(unwrapped.__code__.co_filename).parents
-        ):
+        if isinstance(unwrapped, FunctionType) and _is_of_the_tests(unwrapped.__code__):
             waiting += _called(unwrapped)
-    return result
+    return frozenset(result)
+
+
+def _is_of_the_tests(code: CodeType) -> bool:
+    return code.co_filename.startswith(f"{TESTS}/")
 
 
 def _called(function: FunctionType) -> Iterator[FunctionType]:

@@ -23,8 +23,8 @@ from molehill.api.adapters.registry import AdapterRegistry, never_paused
 from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.store import AdapterStore
+from molehill.api.vllm.leased_calls import wrap_engine_client
 from molehill.api.vllm.lora_requests import make_request
-from molehill.api.vllm.request_tracking import wrap_engine_client
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import AdapterNotFoundError
@@ -78,7 +78,7 @@ class FakeEngine:
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
         """One worker's answer, on the wire."""
         handlers: list[tuple[protocol.Rpc[Any, Any], Callable[[Any], Any]]] = [
-            (protocol.REMOVE, self._remove),
+            (protocol.UNINSTALL, self._uninstall),
             (protocol.PREPARE, self._prepare),
             (protocol.PREPARED, self._prepared),
             (protocol.DISCARD, self._discard),
@@ -91,15 +91,16 @@ class FakeEngine:
         (answer,) = (rpc.serve(args[0], run) for rpc, run in handlers if rpc.method == method)
         return [answer]
 
-    def _remove(self, request: protocol.RemoveRequest) -> protocol.RemoveReply:
+    def _uninstall(self, request: protocol.UninstallRequest) -> protocol.UninstallReply:
         lora_int_id = request.lora_int_id
         installed = lora_int_id in self.loaded
         self.kept = [other for other in self.kept if other != lora_int_id or request.keep]
         self.kept += [lora_int_id] * (request.keep and installed)
-        evicted, self.kept = self.kept[: -self.host], self.kept[-self.host :]
-        self.calls.append(("remove", lora_int_id))
+        over = max(0, len(self.kept) - self.host)
+        evicted, self.kept = self.kept[:over], self.kept[over:]
+        self.calls.append(("uninstall", lora_int_id))
         self.loaded.pop(lora_int_id, None)
-        return protocol.RemoveReply(tuple(evicted))
+        return protocol.UninstallReply(lora_int_id in self.kept, tuple(evicted))
 
     def _prepare(self, request: protocol.AdapterRequest) -> protocol.PrepareReply:
         assert (Path(request.path) / "molehill.json").exists()

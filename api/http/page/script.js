@@ -169,7 +169,7 @@ function showRows(overview) {
 }
 
 function what(adapter) {
-  const away = adapter.state === "serving" && !adapter.resident_bytes ? "on disk" : "";
+  const away = adapter.state === "serving" && !adapter.resident_bytes ? "in no slot" : "";
   return [adapter.kind, adapter.state, away, adapter.note].filter((part) => part).join(", ");
 }
 

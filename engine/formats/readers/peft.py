@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import (
     CorruptFileError,
@@ -134,13 +136,8 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
         _check_magnitudes(weights, modules)
     _check_lora_bias(config, weights, modules)
     sites = _fused_experts(config, weights, grouped, scalings, base)
-    added = {}
-    for name, module in modules.items():
-        pattern_name = f"{name}.weight" if name in by_weight else name
-        scaling = _scaling(weights, pattern_name, module, scalings)
-        sites[canonical(name)] = _mixture(weights, name, module, scaling, dora)
-        if module.bias is not None:
-            added[canonical(name)] = weights.tensor(module.bias, 1) * scaling.factor
+    linears, added = _linears(weights, modules, by_weight, scalings, dora)
+    sites |= linears
     rows = vocabulary.read_rows(config, whole, on_vocabulary, base)
     sites |= vocabulary.read(config, whole, on_vocabulary, targeting, scalings.of, base)
     magnitudes = any(mixture.magnitude is not None for mixture in sites.values())
@@ -160,6 +157,25 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
         ),
         biases=biases.with_added(trained, added),
     )
+
+
+def _linears(
+    weights: Weights,
+    modules: Mapping[str, _Module],
+    by_weight: Collection[str],
+    scalings: _Scalings,
+    dora: bool,
+) -> tuple[dict[str, LinearMixture], dict[str, Tensor]]:
+    """By site, the pair of each linear, and the bias that its B adds. by_weight: linears that
+    `target_parameters` names by their weight."""
+    sites, added = {}, {}
+    for name, module in modules.items():
+        pattern_name = f"{name}.weight" if name in by_weight else name
+        scaling = _scaling(weights, pattern_name, module, scalings)
+        sites[canonical(name)] = _mixture(weights, name, module, scaling, dora)
+        if module.bias is not None:
+            added[canonical(name)] = weights.tensor(module.bias, 1) * scaling.factor
+    return sites, added
 
 
 READER = Reader(

@@ -197,7 +197,7 @@ class PatchedModel:
             self._refusals[self._head.name] = refusal
             self._head = None
         vocabulary.register(self._vocabulary, self._embedding, self._head, self._dtype, device)
-        refusal = vocabulary.by_token_refusal(config, model, self._backend.name, graphs)
+        refusal = vocabulary.by_token_refusal(config, model, self._backend, graphs)
         if refusal:
             self._refusals[token_validation.FIELD] = refusal
 

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
 from molehill.engine.vllm.model.discovery import named_modules
+from molehill.kernels.interface import Backend
 from molehill.kernels.mixture import Experts, LinearMixture, Mixture, VocabularyRows
 from molehill.kernels.vocabulary import Vocabulary
 from molehill.kernels.vocabulary_pieces import VocabularyPiece, VocabularyPieces, VocabularyShape
@@ -105,15 +106,18 @@ def embedding_refusal(config: VllmConfig, cuda_graphs: bool) -> str | None:
 
 
 def by_token_refusal(
-    config: VllmConfig, model: nn.Module, backend: str, cuda_graphs: bool
+    config: VllmConfig, model: nn.Module, backend: Backend, cuda_graphs: bool
 ) -> str | None:
     """Why no adapter can go by the ids of tokens, which are read as the model is called; None if
     one can."""
+    bounded = f"the {backend.name} backend, whose steps have few slots"
     return embedding_refusal(config, cuda_graphs) or _refusal(
         {
             "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
-            # It serves as many different slots in a step as there may be adapters.
-            "the Triton backend (start with --adapter-backend torch)": backend == "triton",
+            # Each adapter that a token may have takes one of them.
+            f"{bounded} (start with --adapter-backend torch)": (
+                backend.most_slots_per_step is not None
+            ),
             # Its call goes round hooks.
             "a model that is compiled whole": type(model).__call__ is not nn.Module.__call__,
         }

@@ -55,7 +55,7 @@ def test_replacing_swaps_before_it_frees(play: Play) -> None:
     async def scenario(w: World) -> None:
         await w.load("a", 1)
         assert (await w.load("a", 2, replace=True)).status == "replaced"
-        assert w.engine.calls == [("install", 1), ("install", 2), ("remove", 1)]
+        assert w.engine.calls == [("install", 1), ("install", 2), ("uninstall", 1)]
         assert w.served["a"].lora_int_id == 2
         assert w.in_store() == [adapter(2).digest]
 
@@ -123,7 +123,7 @@ def test_an_engine_that_refuses_leaves_nothing_behind(play: Play) -> None:
         with pytest.raises(EngineRefusedError, match=r"^label-1: no room$"):
             await w.load("a", 1)
         assert (w.served, w.registry.alive(), w.in_store()) == ({}, [], [])
-        assert w.engine.calls == [("install", 1), ("remove", 1)]
+        assert w.engine.calls == [("install", 1), ("uninstall", 1)]
         w.engine.refusal = ""
         assert (await w.load("a", 1)).status == "loaded"
 

@@ -14,6 +14,7 @@ from vllm.exceptions import GracefulHTTPError
 
 from molehill.api.adapters.admission import AdmissionLimits
 from molehill.api.adapters.errors import EngineRefusedError
+from molehill.api.http import schemas
 from molehill.api.metrics.prometheus import AdapterCollector
 from molehill.api.metrics.worker_stats import Snapshot
 from molehill.engine.vllm import protocol
@@ -68,6 +69,33 @@ def test_evictions_are_counted_where_they_happen(tmp_path: Path) -> None:
         assert evictions(w)["c", "worker"] == evictions(w)["b", "host"] == 1
         await w.registry.unload("a")
         assert "a" not in {name for name, _ in evictions(w)}
+
+    play(World(tmp_path, slots=1), scenario)
+
+
+@pytest.mark.parametrize(
+    ("host", "resident", "reads"),
+    [
+        (0, ("disk", "disk", "workers"), 1),
+        # What it takes the slot of takes its place in host memory before.
+        (1, ("disk", "host", "workers"), 1),
+        (2, ("host", "host", "workers"), 0),
+    ],
+)
+def test_the_server_says_where_an_adapter_is_as_the_workers_do(
+    tmp_path: Path, host: int, resident: tuple[str, ...], reads: int
+) -> None:
+    """One slot, and host memory for so many. reads: of the one that is asked for then."""
+
+    async def scenario(w: World) -> None:
+        w.engine.more.set()
+        w.engine.host = host
+        for number, name in enumerate("abc"):
+            await w.load(name, number)
+        assert tuple(info.resident for info in schemas.everything(w.registry)) == resident
+        begun = len(w.engine.begun)
+        await ask(w, "b")
+        assert len(w.engine.begun) - begun == reads
 
     play(World(tmp_path, slots=1), scenario)
 
@@ -149,7 +177,7 @@ def test_what_the_workers_do_not_give_back_is_counted(
         answer = w.engine.collective_rpc
 
         async def stuck(method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-            if method == protocol.REMOVE.method:
+            if method == protocol.UNINSTALL.method:
                 raise RuntimeError("a worker is gone")
             return await answer(method, args=args)
 

@@ -60,6 +60,19 @@ def test_bytes_are_the_same_however_they_are_cut(tmp_path: Path) -> None:
         assert form.fields == {"name": "m\u00e9"}
 
 
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (b"a preamble\r\n" + PART % b"a", "Expected boundary"),
+        (PART.replace(b"filename=", b"filename*=utf-8''") % b"a", "no filename"),
+        (PART % b"\xff", "expected UTF-8"),
+    ],
+)
+def test_forms_that_no_client_writes_are_refused(tmp_path: Path, body: bytes, found: str) -> None:
+    with pytest.raises(BadUploadError, match=found):
+        Form(b"b", UploadedFiles(tmp_path)).feed(body + b"x\r\n--b--\r\n")
+
+
 def test_so_many_files_and_no_more(tmp_path: Path) -> None:
     files = UploadedFiles(tmp_path)
     for number in range(MOST_FILES):
@@ -136,6 +149,11 @@ def test_what_was_sent_is_served_again_and_says_when_it_is_lost(tmp_path: Path) 
         shutil.rmtree(third.world.store.path(adapter(1).digest))
         await third.restore.run()
         assert third.serves() == {}
-        assert "send its files again" in third.world.registry.failures["a"].message
+        failure = third.world.registry.failures["a"]
+        assert failure.kind == "store_failed"
+        assert "send its files again" in failure.message
+        # It is wanted until somebody sends it again or deletes the name.
+        assert third.restore.ready
+        assert third.remembers().keys() == {"a"}
 
     play(scenario())

@@ -110,8 +110,8 @@ def test_the_same_bytes_again_change_what_becomes_of_such_prompts(play: Play) ->
     async def scenario(w: World) -> None:
         source = activated(w)
         first = (await w.load("a", source)).generation
-        assert schemas.of_generation(first).when_not_invoked == "refuse"
-        assert schemas.of_generation(first).alora_invocation_tokens == list(TOKENS)
+        assert schemas.of_generation(w.registry, first).when_not_invoked == "refuse"
+        assert schemas.of_generation(w.registry, first).alora_invocation_tokens == list(TOKENS)
         again = await w.load("a", source, when_not_invoked="base")
         assert (again.status, again.generation) == ("unchanged", first)
         assert (await w.load("a", source)).generation.status.when_not_invoked == "base"
@@ -127,7 +127,7 @@ def test_an_adapter_that_acts_on_every_token_has_nothing_to_say_of_it(play: Play
         with pytest.raises(NotActivatedError, match="no alora_invocation_tokens"):
             await w.load("a", 1, when_not_invoked="base")
         assert (w.served, w.in_store()) == ({}, [])
-        info = schemas.of_generation((await w.load("a", 1)).generation)
+        info = schemas.of_generation(w.registry, (await w.load("a", 1)).generation)
         assert (info.when_not_invoked, info.alora_invocation_tokens) == (None, None)
 
     play(scenario)

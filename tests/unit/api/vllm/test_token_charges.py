@@ -21,7 +21,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from molehill.api.adapters.traffic_limits import TrafficLimits
 from molehill.api.http.limit_refusals import LimitRefusals
-from molehill.api.vllm.request_tracking import GenerationHeader, wrap_engine_client
+from molehill.api.vllm.generation_header import GenerationHeader
+from molehill.api.vllm.leased_calls import wrap_engine_client
 from molehill.api.vllm.token_charges import charged, is_later_beam, prompt_tokens
 
 PROMPT = {"type": "token", "prompt_token_ids": list(range(30))}

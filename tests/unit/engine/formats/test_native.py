@@ -63,7 +63,7 @@ def rewritten(stored, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_worker_reads_its_own_copy_as_everybody_reads_it(stored, case):
-    adapter, read = native.read_own(stored / case), formats.read(stored / case)
+    adapter, read = native.read_stored(stored / case), formats.read(stored / case)
     assert adapter == dataclasses.replace(read, sites=adapter.sites)
     assert adapter.digest == read.digest
     assert [name for name, _ in adapter.tensors()] == [name for name, _ in read.tensors()]
@@ -98,7 +98,7 @@ def test_a_copy_that_somebody_touched_is_refused_by_the_worker_too(stored, tmp_p
 
     for change in (flip, cut, empty, remove, lie):
         with pytest.raises(CorruptFileError):
-            native.read_own(touched(change))
+            native.read_stored(touched(change))
 
 
 def test_the_worker_says_which_file_is_too_short(stored, tmp_path):
@@ -107,7 +107,7 @@ def test_the_worker_says_which_file_is_too_short(stored, tmp_path):
     size = weights.stat().st_size
     os.truncate(weights, size - 4)
     with pytest.raises(CorruptFileError) as caught:
-        native.read_own(tmp_path / "copy")
+        native.read_stored(tmp_path / "copy")
     assert (
         str(caught.value) == f"{native.WEIGHTS}: found {size - 4} bytes, expected at least {size}"
     )

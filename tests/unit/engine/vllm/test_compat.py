@@ -276,7 +276,7 @@ def test_an_argument_that_is_gone_is_named(monkeypatch: Any) -> None:
     def generate(self: Any, prompt: Any, sampling_params: Any, request_id: str) -> None: ...
 
     monkeypatch.setattr(AsyncLLM, "generate", generate)
-    with pytest.raises(RuntimeError, match=r"AsyncLLM\.generate takes .*lora_request.*request_tr"):
+    with pytest.raises(RuntimeError, match=r"AsyncLLM\.generate takes .*lora_request.*leased_ca"):
         api.check_server()
 
 

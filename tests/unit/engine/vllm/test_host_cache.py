@@ -17,13 +17,13 @@ def test_those_that_left_first_make_room() -> None:
     assert host.sizes() == {"first": 40, "second": 50}
     host.put("third", third)
     assert host.sizes() == {"second": 50, "third": 30}
-    assert host.evicted() == ["first"]
+    assert host.take_evicted() == ["first"]
     assert host.take("first") is None
     assert host.take("second") is second
     assert "second" not in host
     host.drop("third")
     assert host.sizes() == {}
-    assert host.evicted() == []
+    assert host.take_evicted() == []
 
 
 def test_one_that_left_again_is_the_last_to_go() -> None:

@@ -37,7 +37,7 @@ def test_starting_does_not_wait_and_taking_does() -> None:
     assert not prefetcher.done("a")
     assert reader.read == []
     reader.proceed.set()
-    assert prefetcher.take("a") == "content of a"
+    assert prefetcher.result("a") == "content of a"
     assert prefetcher.done("a")
     assert reader.read == ["a"]
 
@@ -47,11 +47,11 @@ def test_what_was_prepared_is_read_once_however_often_it_is_taken() -> None:
     reader.proceed.set()
     prefetcher = Prefetcher(reader)
     prefetcher.start("a")
-    assert [prefetcher.take("a") for _ in range(3)] == ["content of a"] * 3
+    assert [prefetcher.result("a") for _ in range(3)] == ["content of a"] * 3
     prefetcher.start("a")
     assert reader.read == ["a"]
-    prefetcher.drop("a")
-    assert prefetcher.take("a") == "content of a"
+    prefetcher.discard("a")
+    assert prefetcher.result("a") == "content of a"
     assert reader.read == ["a", "a"]
 
 
@@ -60,8 +60,8 @@ def test_what_nobody_prepared_is_read_when_it_is_taken() -> None:
     reader.proceed.set()
     prefetcher = Prefetcher(reader)
     prefetcher.start("a")
-    assert prefetcher.take("b") == "content of b"
-    assert prefetcher.take("a") == "content of a"
+    assert prefetcher.result("b") == "content of b"
+    assert prefetcher.result("a") == "content of a"
 
 
 def test_the_last_one_replaces_the_one_before() -> None:
@@ -70,8 +70,8 @@ def test_the_last_one_replaces_the_one_before() -> None:
     prefetcher = Prefetcher(reader)
     prefetcher.start("a")
     prefetcher.start("b")
-    assert prefetcher.take("b") == "content of b"
-    assert prefetcher.take("a") == "content of a"
+    assert prefetcher.result("b") == "content of b"
+    assert prefetcher.result("a") == "content of a"
     assert reader.read == ["a", "b", "a"]
 
 
@@ -82,11 +82,11 @@ def test_an_error_is_raised_where_it_is_taken_and_the_next_start_reads_again() -
     prefetcher = Prefetcher(reader)
     prefetcher.start("a")
     with pytest.raises(CorruptFileError, match="half a file"):
-        prefetcher.take("a")
+        prefetcher.result("a")
     assert prefetcher.done("a")
     reader.broken = False
     prefetcher.start("a")
-    assert prefetcher.take("a") == "content of a"
+    assert prefetcher.result("a") == "content of a"
 
 
 def test_a_thread_waits_for_the_next_step_and_not_at_all_without_steps(
@@ -146,7 +146,7 @@ def prepare(path, beside):
 
 prefetcher = Prefetcher(prepare)
 prefetcher.start("a")
-print([prefetcher.take("a"), prepare("b", False)])
+print([prefetcher.result("a"), prepare("b", False)])
 """
 
 

@@ -26,8 +26,8 @@ MESSAGES: list[Any] = [
     protocol.PreparedReply(False),
     protocol.InstallRequest("name", 7, "store/digest"),
     protocol.InstallReply("why", full=True),
-    protocol.RemoveRequest(7, "store/digest", True),
-    protocol.RemoveReply((8, 9)),
+    protocol.UninstallRequest(7, "store/digest", True),
+    protocol.UninstallReply(True, (8, 9)),
     protocol.StatsRequest((7, 8)),
     protocol.StatsReply(
         1,

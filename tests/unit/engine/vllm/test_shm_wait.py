@@ -5,10 +5,13 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support import warm
 
 from molehill.engine.vllm import compat, shm_wait
 
@@ -39,22 +42,20 @@ def read(handle: Any, answer: Connection) -> None:
 
 
 @pytest.mark.slow
-def test_who_waits_for_a_step_looks_now_and_then() -> None:
+def test_who_waits_for_a_step_looks_now_and_then(tmp_path: Path) -> None:
     """In a process of its own, where vLLM loads the plugin as it does in its engine core."""
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
-    context = multiprocessing.get_context("spawn")
     queue = MessageQueue(1, 1)
-    here, there = context.Pipe()
-    reader = context.Process(target=read, args=(queue.export_handle(), there))
-    reader.start()
+    here, there = multiprocessing.Pipe()
+    reader = warm.run(partial(read, queue.export_handle(), there), tmp_path / "log")
     queue.wait_until_ready()
     for step in range(STEPS):
         time.sleep(STEP_SECONDS)
         queue.enqueue(step)
     assert here.poll(60)
     result, looks = here.recv()
-    reader.join()
+    reader.wait()
     assert result == list(range(STEPS))
     assert STEPS < looks < STEPS * LOOKS
 
@@ -107,7 +108,7 @@ def test_a_vllm_that_waits_otherwise_is_left_alone_and_named(
     def wait(self: Any, timeout_ms: int | None = None) -> None: ...
 
     monkeypatch.setattr(spinning, "wait", wait)
-    with caplog.at_level(logging.WARNING, shm_wait.__name__):
+    with caplog.at_level(logging.WARNING, "vllm.molehill"):
         shm_wait.install()
     assert spinning.wait is wait
     assert "SpinCondition.wait has no self.last_read + self.busy_loop_s" in caplog.text

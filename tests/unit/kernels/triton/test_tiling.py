@@ -39,7 +39,7 @@ def test_tiles_cover_every_row_once_and_fit_the_grid(step) -> None:
     runs, tokens = step
     adapters, stored = 3, {0, 1, 2}
     layout = tiling.StepLayout(max(tokens, 1), adapters + 1)
-    table = tiling.table(runs, stored, adapters, max(tokens, 1)).tolist()
+    table = tiling.step_table(runs, stored, adapters, max(tokens, 1)).tolist()
     assert len(table) <= layout.size
     wanted = {
         row: run.slot if run.slot in stored else UNSERVED
@@ -80,7 +80,7 @@ def test_a_short_step_as_long_as_it_may_be_fits_the_small_tiles() -> None:
     """Of 200 adapters in 256 rows, 200 have few rows."""
     runs = [Run(slot, slot, slot + 1) for slot in range(200)] + [Run(200, 200, 256)]
     layout = tiling.StepLayout(8192, 257)
-    table = tiling.table(runs, set(range(201)), 256, 8192).tolist()
+    table = tiling.step_table(runs, set(range(201)), 256, 8192).tolist()
     assert table[0] == 1
     assert len(tiles(table, layout.small, layout.large)) == 204
 
@@ -88,7 +88,7 @@ def test_a_short_step_as_long_as_it_may_be_fits_the_small_tiles() -> None:
 def test_the_worked_example_of_the_tiles_holds(monkeypatch) -> None:
     monkeypatch.setattr(tiling, "SMALL_TILE", 4)
     runs = [Run(2, 0, 5), Run(0, 5, 6), Run(2, 9, 11)]
-    table = tiling.table(runs, {0, 2}, 3, 11).tolist()
+    table = tiling.step_table(runs, {0, 2}, 3, 11).tolist()
     layout = tiling.StepLayout(11, 4)
     assert table[layout.order :] == [0, 1, 2, 3, 4, 9, 10, 5, 6, 7, 8]
     assert table[1:3] == [8, 11]
@@ -97,7 +97,7 @@ def test_the_worked_example_of_the_tiles_holds(monkeypatch) -> None:
 
 def test_adapters_of_a_row_or_two_get_tiles_of_one_row() -> None:
     runs = [Run(0, 0, 1), Run(1, 1, 3), Run(2, 3, 6), Run(3, 6, 7)]
-    table = tiling.table(runs, {0, 1, 2, 3}, 4, 7).tolist()
+    table = tiling.step_table(runs, {0, 1, 2, 3}, 4, 7).tolist()
     layout = tiling.StepLayout(7, 5)
     result = [
         (slot, rows, first) for slot, _, rows, first in tiles(table, layout.small, layout.large)

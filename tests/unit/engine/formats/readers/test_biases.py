@@ -96,7 +96,7 @@ def test_the_reference_answers_as_peft_does(bases, tmp_path, name):
     native.write(adapter, tmp_path / "native")
     copy = formats.read(tmp_path / "native")
     assert copy.digest == adapter.digest != replace(adapter, biases={}).digest
-    assert native.read_own(tmp_path / "native").digest == adapter.digest
+    assert native.read_stored(tmp_path / "native").digest == adapter.digest
     if name in ("hra", "vera"):
         return
     merged, _ = merge_static(adapter)

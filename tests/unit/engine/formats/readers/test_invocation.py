@@ -75,14 +75,14 @@ def test_the_native_format_keeps_them_under_the_digest(golden, tmp_path, case):
     document = json.loads((tmp_path / "a" / native.CONFIG).read_text())
     expected = {"alora": [301, 17, 302], "mixlora": None}[case]
     assert document.get(FIELD) == expected
-    for read in (formats.read, native.read_own):
+    for read in (formats.read, native.read_stored):
         adapter = read(tmp_path / "a")
         assert adapter.digest == source.digest
         assert adapter.invocation_tokens == tuple(expected or ())
     document[FIELD] = [301, 17]
     (tmp_path / "a" / native.CONFIG).write_text(json.dumps(document))
     with pytest.raises(CorruptFileError, match="the digest"):
-        native.read_own(tmp_path / "a")
+        native.read_stored(tmp_path / "a")
 
 
 def test_the_config_alone_tells_them(golden, tmp_path):

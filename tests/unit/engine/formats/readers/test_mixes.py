@@ -67,7 +67,7 @@ def test_native_round_trip_keeps_the_digest(authored, tmp_path, name):
     adapter = formats.read(authored[name].path)
     native.write(adapter, tmp_path / "native")
     assert formats.read(tmp_path / "native").digest == adapter.digest
-    assert native.read_own(tmp_path / "native").digest == adapter.digest
+    assert native.read_stored(tmp_path / "native").digest == adapter.digest
     assert formats.read(authored[name].path).digest == adapter.digest
 
 

@@ -13,9 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from support.world import Play, World, adapter, let_tasks_run
 from vllm.exceptions import VLLMNotFoundError
 
-from molehill.api.vllm import request_tracking
+from molehill.api.vllm import leased_outputs, model_lookup
+from molehill.api.vllm.generation_header import HEADER, GenerationHeader
 from molehill.api.vllm.request_scope import RequestScope, request_scope
-from molehill.api.vllm.request_tracking import HEADER, GenerationHeader
 
 
 def test_an_unloaded_generation_is_freed_after_its_last_request(play: Play) -> None:
@@ -271,7 +271,7 @@ def streamed_late(w: World, name: str) -> Callable[[], Any]:
             yield output
 
     async def route() -> Response:
-        request_tracking.admit(w.registry, w.served[name])
+        model_lookup.admit(w.registry, w.served[name])
         return StreamingResponse(events(), media_type="text/event-stream")
 
     return route
@@ -306,7 +306,7 @@ def test_a_route_that_only_looks_the_model_up_leaves_nothing(play: Play) -> None
 
         async def route() -> Response:
             for _ in range(2):
-                request_tracking.admit(w.registry, w.served["a"])
+                model_lookup.admit(w.registry, w.served["a"])
             assert w.registry.get("a").status.in_flight == 1
             return PlainTextResponse("bad request", 400)
 
@@ -320,7 +320,7 @@ def test_a_route_that_only_looks_the_model_up_leaves_nothing(play: Play) -> None
 def test_a_client_that_stops_reading_does_not_keep_its_slot(
     play_in: Callable[[int, Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request_tracking, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(leased_outputs, "PATIENCE_SECONDS", 0.01)
 
     async def scenario(w: World) -> None:
         await w.load("a", 1)
@@ -351,7 +351,7 @@ def test_a_client_that_stops_reading_does_not_keep_its_slot(
 def test_a_client_that_stops_reading_and_goes_away_ends_its_request(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request_tracking, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(leased_outputs, "PATIENCE_SECONDS", 0.01)
 
     async def scenario(w: World) -> None:
         await w.load("a", 1)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.golden import TINY_LLAMA, Case
 
-from molehill.engine.vllm import vision
+from molehill.engine.vllm import absent_torchvision
 
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 absent = pytest.mark.skipif(HAS_TORCHVISION, reason="torchvision is installed here")
@@ -55,11 +55,11 @@ def test_what_stands_in_has_nothing_in_it(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("torchvision.transforms.v2", "torchvision.transforms.v2.functional"):
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.delitem(sys.modules, name)
-    vision.install()
-    vision.install()
+    absent_torchvision.install()
+    absent_torchvision.install()
     from torchvision.transforms.v2 import functional
 
-    assert isinstance(functional, vision.Missing)
+    assert isinstance(functional, absent_torchvision.Missing)
     assert not hasattr(functional, "__file__")
     with pytest.raises(ImportError, match=r"v2\.InterpolationMode: torchvision is not installed"):
         from torchvision.transforms.v2 import InterpolationMode  # noqa: F401
@@ -83,9 +83,9 @@ def test_a_torchvision_that_works_is_left_alone(tmp_path: Path) -> None:
     code = """
 import sys
 from molehill.engine.system.torchvision import check_importable
-from molehill.engine.vllm import vision
+from molehill.engine.vllm import absent_torchvision
 check_importable()
-vision.install()
+absent_torchvision.install()
 import torchvision
 assert "torchvision.transforms.v2" not in sys.modules
 print(torchvision.__name__)
