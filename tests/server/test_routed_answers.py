@@ -154,7 +154,7 @@ def test_explain_draws_what_a_servers_kernels_chose(
     page = tmp_path / "page.html"
     asked = [BASE, "soft", prompt["text"], "--url", mixture.url, "--max-tokens", "4"]
     assert explain.main(asked) == 2
-    assert "a key is missing or wrong" in capsys.readouterr().err
+    assert "401: Unauthorized" in capsys.readouterr().err
     monkeypatch.setenv(explain.KEY_VARIABLE, KEY)
     assert explain.main([*asked, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
