@@ -75,8 +75,6 @@ def filled(chosen: NDArray[np.int16], router: ReplayedRouter) -> NDArray[np.int1
 
 def replayed_choices(routers: Sequence[DecidingRouter], layers: int) -> ReplayedChoices | str:
     """Of a mixture on a base of so many layers; why there are none, where there are none."""
-    if all(router.most == router.experts for router in routers):
-        return "no router chooses some of its experts"
     taken: Counter[int] = Counter()
     placed = []
     for router in routers:
@@ -89,4 +87,6 @@ def replayed_choices(routers: Sequence[DecidingRouter], layers: int) -> Replayed
             return f"how many experts {router.site} chooses hangs on the token"
         placed.append(ReplayedRouter(layer, taken[layer], router.most, router.experts))
         taken[layer] += router.most
+    if all(router.most == router.experts for router in routers):
+        return "no router chooses some of its experts"
     return ReplayedChoices(layers, max(taken.values()), tuple(placed))
