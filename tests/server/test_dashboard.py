@@ -252,7 +252,8 @@ def test_a_prompts_routing_is_drawn_as_explain_draws_it(clean: Api, chrome: Any)
     count = len(wanted.experts)
     assert text(chrome, "asking").startswith(f"{count} tokens at {len(wanted.sites)} routers")
     tokens = part(chrome, "#tokens button")
-    assert [token.get_attribute("textContent") for token in tokens] == list(wanted.tokens[:count])
+    drawn = [said.replace("\n", "⏎").replace("\t", "⇥") or "∅" for said in wanted.tokens]
+    assert [token.get_attribute("textContent") for token in tokens] == drawn[:count]
     assert len(part(chrome, "#tokens .generated")) == count - wanted.prompt_tokens == 5
     softly = (wanted.soft().mean(1) >= 0.5).tolist()
     marked = [" softly " in f" {token.get_attribute('class')} " for token in tokens]
