@@ -2,6 +2,7 @@
 
 import base64
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +253,15 @@ def test_who_finds_the_memory_taken_is_told_when_to_come_back(mixture: Api) -> N
         "ignore_eos": True,
         "molehill": {"routing": "weights"},
     }
-    with mixture.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-        next(answer.iter_bytes())
+    with ExitStack() as running:
+
+        def begins() -> bool:
+            """Once what earlier tests' clients left is freed."""
+            streamed = mixture.http.stream("POST", "/v1/completions", json={**body, "stream": True})
+            answer = running.enter_context(streamed)
+            return answer.status_code == 200 and bool(next(answer.iter_bytes()))
+
+        assert eventually(begins)
         for stream in (False, True):
             refused = mixture.http.post("/v1/completions", json={**body, "stream": stream})
             status, kind, message = mixture.error(refused)
