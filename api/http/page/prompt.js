@@ -41,12 +41,13 @@ async function askRouting(name, text, more) {
 
 async function showRouting() {
   $("show").disabled = true;
-  $("refusal").hidden = true;
+  $("refusal").hidden = $("routes").hidden = true;
   $("asking").textContent = "Asking";
   try {
     const name = $("asked").value, data = await askRouting(name, $("text").value, Number($("more").value));
     const root = $("routes").shadowRoot || $("routes").attachShadow({ mode: "open" });
     root.replaceChildren($("routes-parts").content.cloneNode(true));
+    $("routes").hidden = false;
     drawRoutes(root, data);
     $("asking").textContent = `${data.shape[0]} tokens at ${data.shape[1]} routers of ${name}, as the kernels chose`;
   } catch (error) {
