@@ -47,7 +47,9 @@ from molehill.api.vllm.leased_calls import wrap_engine_client
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
 from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
+from molehill.api.vllm.request_engines import Placements
 from molehill.api.vllm.routed_calls import routing_memory
+from molehill.api.vllm.routed_experts import RoutedExperts
 from molehill.api.vllm.served_models import ServedModels
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
@@ -186,7 +188,12 @@ async def make_services(
     )
     models.lora_requests.registry = registry
     memory = routing_memory(config, options.routing_bytes, options.capture_routing)
-    wrap_engine_client(engine_client, registry, workers, memory)
+    routed_experts = None
+    if options.routed_experts:
+        memory.check()
+        routed_experts = RoutedExperts(config.model_config.get_total_num_hidden_layers())
+    placements = Placements(engine_client, workers)
+    wrap_engine_client(engine_client, registry, placements, memory, routed_experts)
     render_as_adapters_do(online_renderer, models, registry)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)
@@ -201,6 +208,7 @@ async def make_services(
         models=ServedModels(models, registry),
         scraping=Background(cores, "molehill-metrics"),
         adapters_file=reconciler(options, sources, registry),
+        routed_experts=routed_experts,
     )
 
 

@@ -35,6 +35,13 @@ class BadRoutingError(RequestError):
     kind = "invalid_routing"
 
 
+class RoutingBusyError(RequestError):
+    """No memory, for now, to keep what routers choose for one more request."""
+
+    kind = "routing_memory_taken"
+    retry_after = 1
+
+
 class BadPathError(RequestError):
     """A path, repository or URL that is none."""
 

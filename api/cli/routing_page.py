@@ -2,13 +2,15 @@
 
 import base64
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from molehill.api.http.routes_view import routes_view
+from molehill.engine.adapter.model import layer_of, projection_of
 
 PARTS = Path(__file__).with_name("page")
 
@@ -26,12 +28,11 @@ class ExplainedSite:
     @property
     def layer(self) -> int | None:
         """None outside of the numbered layers."""
-        numbered = re.match(r"layers\.(\d+)\.", self.site)
-        return int(numbered[1]) if numbered else None
+        return layer_of(self.site)
 
     @property
     def projection(self) -> str:
-        name = self.site.rpartition(".")[2]
+        name = projection_of(self.site)
         return name if self.head is None else f"{name} head {self.head}"
 
 
@@ -113,7 +114,6 @@ class ExplainedText:
             "tokens": list(self.tokens),
             "prompt_tokens": self.prompt_tokens,
             "shape": list(self.experts.shape),
-            "plain": (~self.routed).tolist(),
             "sites": [
                 {
                     "layer": site.layer,
@@ -131,9 +131,11 @@ class ExplainedText:
         page, style, script = (
             PARTS.joinpath(name).read_text() for name in ("index.html", "style.css", "script.js")
         )
-        page = page.replace("<style></style>", f"<style>{style}</style>")
-        page = page.replace('id="routing"></script>', f'id="routing">{text}</script>')
-        return page.replace("<script></script>", f"<script>{script}</script>")
+        view = routes_view()
+        page = page.replace("<!-- routes -->", view.html)
+        page = page.replace("<style></style>", f"<style>{style}{view.style}</style>")
+        page = page.replace("<script></script>", f"<script>{view.script}{script}</script>")
+        return page.replace('id="routing"></script>', f'id="routing">{text}</script>')
 
 
 def _encoded(array: NDArray[Any], kind: str) -> str:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from molehill.api.adapters.chat import AdapterChat
-from molehill.engine.adapter.model import Adapter
+from molehill.engine.adapter.model import Adapter, layer_of
 from molehill.engine.transform.plan import SitePlan, share
 from molehill.kernels.policy import Policy
 
@@ -160,14 +160,14 @@ def groups(sites: Iterable[SitePlan]) -> list[Group]:
     """Sites of the same plan in different layers, `layers.*.mlp`, in the order they come."""
     result: dict[tuple[Any, ...], Group] = {}
     for site in sites:
-        match = re.match(r"layers\.(\d+)\.", site.site)
+        layer = layer_of(site.site)
         pattern = re.sub(r"^layers\.\d+\.", "layers.*.", site.site)
         ranks, merged = tuple(site.ranks.items()), tuple((site.merged or {}).items())
         key = (pattern, site.policy, site.experts, ranks, merged, site.static, site.reason)
         group = result.setdefault(key, Group(pattern, site))
         group.bytes += site.bytes
-        if match:
-            group.layers.append(int(match[1]))
+        if layer is not None:
+            group.layers.append(layer)
     return list(result.values())
 
 

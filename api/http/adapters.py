@@ -232,8 +232,10 @@ async def show_adapter(name: str, services: Injected) -> Response:
     if info is None:
         raise NotLoadedError.of(name)
     serving = services.registry.get(name)
-    shape = None if serving is None else schemas.routing_shape(serving.content).model_dump()
-    return shown(info, routing=shape)
+    if serving is None:
+        return shown(info, routing=None)
+    shape = schemas.routing_shape(serving.content, services.routed_experts)
+    return shown(info, routing=shape.model_dump())
 
 
 @router.delete("/{name:path}", response_model=AdapterInfo, responses=refusals(*CHANGES, 404, 409))

@@ -3,12 +3,11 @@
 import base64
 import hashlib
 from functools import cache
-from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-PARTS = Path(__file__).with_name("page")
+from molehill.api.http.routes_view import PARTS, routes_view
 
 router = APIRouter()
 
@@ -32,14 +31,18 @@ async def show_dashboard() -> HTMLResponse:
 def page() -> tuple[str, str]:
     """The page in one piece, and a policy that runs its own script and style and no others, and
     lets it talk to its own server only."""
-    style, script = (PARTS.joinpath(name).read_text() for name in ("style.css", "script.js"))
-    text = PARTS.joinpath("index.html").read_text()
+    names = ("index.html", "style.css", "script.js", "prompt.js")
+    text, style, *scripts = (PARTS.joinpath(name).read_text() for name in names)
+    view = routes_view()
+    script = view.script + "".join(scripts)
     text = text.replace("<style></style>", f"<style>{style}</style>")
+    # In a template: the page makes it anew for each text, apart from its own names and styles.
+    text = text.replace("<!-- routes -->", f"<style>{view.style}</style>{view.html}")
     text = text.replace("<script></script>", f"<script>{script}</script>")
     rules = {
         "default-src": "'none'",
         "script-src": source_of(script),
-        "style-src": source_of(style),
+        "style-src": f"{source_of(style)} {source_of(view.style)}",
         "connect-src": "'self'",
         "img-src": "data:",
         "base-uri": "'none'",

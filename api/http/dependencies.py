@@ -21,6 +21,7 @@ from molehill.api.sources.desired_state import DesiredStateReconciler
 from molehill.api.sources.fetch import Sources
 from molehill.api.sources.restore import Restore
 from molehill.api.sources.uploads import Uploads
+from molehill.api.vllm.routed_experts import RoutedExperts
 from molehill.api.vllm.served_models import ServedModels
 from molehill.engine.adapter.errors import AdapterError
 
@@ -35,7 +36,7 @@ LOGGED_FIELDS, LOGGED_LETTERS = 5, 40
 class Services:
     """scraping: where metrics are put into text: of a thousand adapters that takes as long as some
     steps do, and the event loop streams meanwhile. adapters_file: None for a server that follows
-    none."""
+    none. routed_experts: None for one that gives no mixture's choices as vLLM's field."""
 
     registry: AdapterRegistry
     sources: Sources
@@ -45,6 +46,7 @@ class Services:
     models: ServedModels
     scraping: Background
     adapters_file: DesiredStateReconciler | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 def services(request: Request) -> Services:

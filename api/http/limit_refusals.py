@@ -1,10 +1,12 @@
-"""Answers of requests that an adapter's limits refuse, whatever their route makes of it."""
+"""Answers of requests that a limit refuses, an adapter's or the routing memory's, whatever their
+route makes of it."""
 
 from http import HTTPStatus
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from molehill.api.adapters.errors import LimitReachedError
 from molehill.api.http import errors
 from molehill.api.vllm.request_scope import request_scope
 
@@ -32,7 +34,8 @@ class LimitRefusals:
             if error is not None and begins and message["status"] >= HTTPStatus.BAD_REQUEST:
                 replaced = True
                 status = errors.status_of(error)
-                body = errors.body(str(error), error.kind, status, param="model")
+                param = "model" if isinstance(error, LimitReachedError) else "molehill"
+                body = errors.body(str(error), error.kind, status, param)
                 response = JSONResponse(body, status.value, errors.headers_of(error))
                 await response(scope, receive, send)
                 return

@@ -1,6 +1,5 @@
 """What routing does and costs, as JSON: all adapters, and one by layer and projection."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 
@@ -14,7 +13,7 @@ from molehill.api.http import schemas
 from molehill.api.http.dependencies import Injected, StrictRoute, refusals
 from molehill.api.http.schemas import AdapterInfo
 from molehill.api.metrics.worker_stats import EngineStats, Snapshot
-from molehill.engine.adapter.model import natural_key
+from molehill.engine.adapter.model import layer_of, natural_key, projection_of
 from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
 
 router = APIRouter(tags=["adapters"], route_class=StrictRoute)
@@ -194,14 +193,13 @@ def adapter_routing(
 
 
 def site_routing(site: str, stats: SiteRoutingStats) -> SiteRouting:
-    numbered = re.match(r"layers\.(\d+)\.(.+)", site)
     chosen = stats.expert_tokens
     decisions = stats.decisions
     return SiteRouting(
         **vars(_routing(stats, sum(chosen), stats.imbalance)),
         site=site,
-        layer=int(numbered[1]) if numbered else None,
-        projection=numbered[2].rpartition(".")[2] if numbered else site,
+        layer=layer_of(site),
+        projection=projection_of(site),
         experts=stats.experts,
         expert_tokens=list(chosen),
         expert_shares=[tokens / decisions for tokens in chosen] if decisions else None,

@@ -17,6 +17,8 @@ from molehill.api.adapters.source import Source
 from molehill.api.adapters.status import AdapterState
 from molehill.api.adapters.traffic_limits import NO_LIMITS, TrafficLimits
 from molehill.api.sources.desired_state import DesiredState, DesiredStateReconciler
+from molehill.api.vllm.routed_experts import RoutedExperts
+from molehill.engine.adapter.model import layer_of, projection_of
 
 Resident = Literal["workers", "host", "disk"]
 RESIDENT: dict[Tier, Resident] = {"worker": "workers", "host": "host", "disk": "disk"}
@@ -49,19 +51,35 @@ class ChatInfo(BaseModel):
 
 
 class RouterInfo(BaseModel):
-    """One router. head: of one that decides head by head, else null."""
+    """One router. layer: null outside of the numbered ones. head: of one that decides head by head,
+    else null. k: of its experts that one decision has at most."""
 
     site: str
+    layer: int | None
+    projection: str
     head: int | None
     experts: int
+    k: int
+
+
+class RoutedExpertsInfo(BaseModel):
+    """What vLLM's `routed_experts` gives of each token: `dtype` `[layers, k]`. columns: of each
+    router the first of its own k, in its layer's row. All null where `refusal` says why an answer
+    has no such array."""
+
+    shape: tuple[int, int] | None = None
+    dtype: Literal["uint8", "uint16"] | None = None
+    columns: list[int] | None = None
+    refusal: str | None = None
 
 
 class RoutingShape(BaseModel):
     """What `"molehill": {"routing": true}` gives of each token: int16 `[sites, k]`. sites: in that
-    order."""
+    order. routed_experts: null on servers whose field is not the mixtures'."""
 
     k: int
     sites: list[RouterInfo]
+    routed_experts: RoutedExpertsInfo | None = None
 
 
 class LimitsInfo(BaseModel):
@@ -192,9 +210,31 @@ def of_generation(registry: AdapterRegistry, generation: Generation) -> AdapterI
     )
 
 
-def routing_shape(content: Content) -> RoutingShape:
-    sites = [RouterInfo(site=r.site, head=r.head, experts=r.experts) for r in content.routers]
-    return RoutingShape(k=content.most_experts, sites=sites)
+def routing_shape(content: Content, routed_experts: RoutedExperts | None) -> RoutingShape:
+    sites = [
+        RouterInfo(
+            site=router.site,
+            layer=layer_of(router.site),
+            projection=projection_of(router.site),
+            head=router.head,
+            experts=router.experts,
+            k=router.most,
+        )
+        for router in content.routers
+    ]
+    given = None if routed_experts is None else routed_experts_info(routed_experts, content)
+    return RoutingShape(k=content.most_experts, sites=sites, routed_experts=given)
+
+
+def routed_experts_info(given: RoutedExperts, content: Content) -> RoutedExpertsInfo:
+    choices = given.choices(content)
+    if isinstance(choices, str):
+        return RoutedExpertsInfo(refusal=choices)
+    return RoutedExpertsInfo(
+        shape=(choices.layers, choices.k),
+        dtype="uint8" if choices.dtype.itemsize == 1 else "uint16",
+        columns=[router.column for router in choices.routers],
+    )
 
 
 def mix_info(mix: Mix) -> list[MixPartInfo]:

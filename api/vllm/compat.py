@@ -18,6 +18,7 @@ from molehill.api.vllm.launch_seams import (
     VALIDATE_ARGUMENTS,
 )
 from molehill.api.vllm.render_seams import RENDERING
+from molehill.api.vllm.routed_seams import ROUTED_EXPERTS
 from molehill.engine.vllm import compat as engine
 from molehill.engine.vllm import seams
 from molehill.engine.vllm.seams import Seam
@@ -240,6 +241,7 @@ SERVER = (
     ),
     *RENDERING,
     *ENGINES,
+    *ROUTED_EXPERTS,
 )
 
 SEAMS: tuple[Seam, ...] = (*LAUNCHER, *SERVER)

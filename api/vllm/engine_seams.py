@@ -57,8 +57,9 @@ ENGINES: tuple[Seam, ...] = (
     Seam(
         "vllm.v1.engine.core_client",
         "DPLBAsyncMPClient.get_core_engine_for_request",
-        LIFELINE,
-        "engines in the order of their ranks",
-        markers=("self.core_engines[eng_index]",),
+        "api/vllm/request_engines.py",
+        "is extended: engines in the order of their ranks, and which of them a request is given to",
+        overrides=("self", "request"),
+        markers=("self.core_engines[eng_index]", "return chosen_engine"),
     ),
 )

@@ -41,14 +41,17 @@ class EngineWatch:
         self._ranks = range(engines)
         self._straggler_seconds = straggler_seconds
 
-    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
-        """One answer per worker, engine after engine.
+    async def collective_rpc(
+        self, method: str, *, args: tuple[Any, ...] = (), ranks: Collection[int] = ()
+    ) -> list[Any]:
+        """One answer per worker, engine after engine. ranks: of the engines to ask, if not all.
 
         Raises with a worker's message once all engines have answered, StragglerError, or that the
         engine is dead.
         """
         answers: dict[int, asyncio.Future[Any]] = {
-            rank: asyncio.ensure_future(self._ask(rank, method, args)) for rank in self._ranks
+            rank: asyncio.ensure_future(self._ask(rank, method, args))
+            for rank in sorted(ranks) or self._ranks
         }
         await self._all_answered(answers, method)
         replies: list[Any] = []

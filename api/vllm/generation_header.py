@@ -30,7 +30,8 @@ class GenerationHeader:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = RequestScope()
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        request = RequestScope(path.removesuffix("/"))
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start" and request.leases:

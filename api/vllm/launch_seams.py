@@ -1,6 +1,7 @@
 """What `molehill serve` uses of vLLM before the engine starts, seam by seam."""
 
 from molehill.api.vllm.engine_seams import OPTIONS
+from molehill.api.vllm.routed_seams import ROUTED_OPTION
 from molehill.engine.vllm.seams import Seam
 
 LAUNCH, STARTING = "api/vllm/launcher.py", "api/vllm/starting.py"
@@ -167,4 +168,5 @@ LAUNCHER = (
         keywords=("skip_if_decorated",),
     ),
     *OPTIONS,
+    *ROUTED_OPTION,
 )

@@ -13,6 +13,7 @@ from molehill.api.adapters.merged_base import MergedBaseAdapter
 from molehill.api.adapters.store_lock import check_free
 from molehill.api.vllm import compat, precision
 from molehill.api.vllm.options import Options, api_keys
+from molehill.api.vllm.routed_experts_option import take_over
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.system.torchvision import check_importable
 from molehill.engine.vllm.compilation import WORKER
@@ -133,6 +134,11 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         check_free(options.store)
     if options.merge_into_base is not None:
         options = replace(options, merged_base=_merged_base(options.merge_into_base, args, options))
+    if take_over(args):
+        if options.merge_tolerance:
+            why = "found --merge-tolerance, which merges routers away, expected none"
+            raise LaunchError(f"--enable-return-routed-experts: {why}")
+        options = replace(options, routed_experts=True)
     keys = api_keys(args.api_key)
     # Who may change the server may also ask it; vLLM's own check stands before ours.
     args.api_key = [*keys, *options.admin_keys] if keys else None

@@ -13,23 +13,32 @@ client reads that.
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
+from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
-from molehill.api.adapters.errors import NotInvokedError
+from molehill.api.adapters.errors import NotInvokedError, RoutingBusyError
 from molehill.api.adapters.events import LifecycleMetrics, Tier
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.vllm.invocation import Decode, check_invoked, decoder
 from molehill.api.vllm.leased_outputs import LeasedOutputs, Outputs
+from molehill.api.vllm.request_engines import Placements
 from molehill.api.vllm.request_scope import RequestScope, bring_in, request_scope
-from molehill.api.vllm.routed_calls import RoutedCall, RoutingMemory, check_base, check_plain
+from molehill.api.vllm.routed_calls import (
+    RoutedCall,
+    RoutingAsked,
+    RoutingMemory,
+    check_base,
+    check_plain,
+    refused,
+)
+from molehill.api.vllm.routed_experts import RoutedExperts
 from molehill.api.vllm.stop_tokens import stop_as_adapter_does
 from molehill.api.vllm.token_charges import charged, is_later_beam, prompt_tokens
-from molehill.engine.vllm.protocol import Engine
 
 # A call's arguments by name.
 Arguments = Mapping[str, Any]
@@ -41,22 +50,29 @@ Route = Callable[[RequestScope, Generation, Arguments], RoutedCall | None]
 def wrap_engine_client(
     engine_client: Any,
     registry: AdapterRegistry,
-    workers: Engine | None = None,
+    placements: Placements | None = None,
     routing: RoutingMemory | None = None,
+    routed_experts: RoutedExperts | None = None,
 ) -> None:
     """Puts `with_lease` in front of this engine client's `generate` and `encode`.
 
-    workers: of all engines, which know what routers chose; the client's own are those of the first.
-    routing: for what requests may ask of their routing; None where they may not ask.
+    placements: in which engines requests run, whose workers know what routers chose.
+    routing: for what requests may ask of their routing. Without the two they may not ask.
+    routed_experts: of a server that gives mixtures' choices as vLLM gives a base's.
     """
     decode = decoder(engine_client)
 
     def route(request: RequestScope, generation: Generation, given: Arguments) -> Any:
         check_plain(given)
-        if request.routing is None:
+        choices = None
+        if routed_experts is not None:
+            choices = routed_experts.of_call(request, generation.content, given)
+        if request.routing is None and choices is None:
             return None
-        memory = routing or RoutingMemory(0, "found a server that keeps none, expected one")
-        return RoutedCall(workers or engine_client, memory, request.routing, generation, given)
+        if placements is None or routing is None:
+            raise refused("found a server that keeps none, expected one")
+        asked = request.routing or RoutingAsked()
+        return RoutedCall(placements.of, routing, asked, generation, given, choices)
 
     engine_client.generate = with_lease(engine_client.generate, registry, decode, route)
     engine_client.encode = with_lease(engine_client.encode, registry, decode, route)
@@ -82,6 +98,10 @@ def with_lease(
             if invoked:
                 stop_as_adapter_does(lease.generation.content.chat, given)
             routed = route(request, lease.generation, given) if invoked else None
+        except RoutingBusyError as error:
+            lease.release()
+            request.refused = error
+            raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
         except Exception:
             lease.release()
             raise
@@ -111,7 +131,7 @@ def note_call(
     if not is_later_beam(given.get("request_id", ""), first=name not in request.asked):
         lease.charge(prompt_tokens(given.get("prompt")))
     request.asked.add(name)
-    if request.routing is not None:
+    if request.routing is not None or routed is not None:
         request.routed.append(routed or samples_of(given))
 
 

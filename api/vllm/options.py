@@ -41,6 +41,7 @@ class Options:
     special tokens go before the base's in its chats. routing_bytes: for what requests ask of their
     routing, on each worker, while they run. capture_routing: whether GPU workers can tell it.
     xlora: whether X-LoRA adapters can be served.
+    routed_experts: whether vLLM's `routed_experts` are mixtures' choices.
     admin_keys: for all that changes the server. trainer_control: whether who may load adapters may
     stop and resume the engine, too.
     """
@@ -69,6 +70,7 @@ class Options:
     routing_bytes: int = 512 << 20
     capture_routing: bool = False
     xlora: bool = False
+    routed_experts: bool = False
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
     trainer_control: bool = False
 

@@ -12,6 +12,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 from molehill.api.adapters.errors import (
     EngineRefusedError,
     LimitReachedError,
+    RoutingBusyError,
     UnknownModelError,
 )
 from molehill.api.adapters.events import Tier
@@ -41,13 +42,14 @@ class Mixed:
 class RequestScope:
     """The HTTP request that is being answered, or a call of the engine outside of one.
 
-    leases: by adapter, each held until the answer has ended. asked: adapters that the engine was
-    asked for. tiers: where those were that were brought in before that. mixed: what it asks for in
-    the place of its model. routing: what it asks to be told of its routing. routed: calls of the
-    engine of which that is told. unread: calls of the engine that have not begun. refused: why it
-    is not answered, where an adapter's limits say so.
+    path: of the route, None outside of a request. leases: by adapter, each held until the answer
+    has ended. asked: adapters that the engine was asked for. tiers: where those were that were
+    brought in before that. mixed: what it asks for in the place of its model. routing: what it asks
+    to be told of its routing. routed: calls of the engine whose routing is kept. unread: calls of
+    the engine that have not begun. refused: why it is not answered, where a limit says so.
     """
 
+    path: str | None = None
     leases: dict[str, Lease] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
     tiers: dict[str, Tier] = field(default_factory=dict)
@@ -56,7 +58,7 @@ class RequestScope:
     # Or how many choices another one has, of which nothing is told.
     routed: list[RoutedCall | int] = field(default_factory=list)
     unread: "weakref.WeakSet[Unread]" = field(default_factory=weakref.WeakSet)
-    refused: LimitReachedError | None = None
+    refused: LimitReachedError | RoutingBusyError | None = None
     ended: bool = False
     # What its leases have in common; not itself, which holds them.
     request: object = field(default_factory=object)

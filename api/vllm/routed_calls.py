@@ -10,17 +10,18 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from http import HTTPStatus
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+from molehill.api.adapters.errors import RoutingBusyError
 from molehill.api.adapters.generation import Generation
 from molehill.api.vllm.invocation import BEAM, token_ids
+from molehill.engine.transform.replayed_choices import ReplayedChoices
 from molehill.engine.transform.routers import DecidingRouter
 from molehill.engine.vllm import protocol
 from molehill.engine.vllm.chosen_experts import NOBODY
@@ -70,9 +71,14 @@ class RoutingMemory:
         self._refusal = refusal
         self._splits_heads = splits_heads
 
+    def check(self) -> None:
+        """Raises RuntimeError where no request can be told its routing."""
+        if self._refusal is not None:
+            raise RuntimeError(f"--enable-return-routed-experts: {self._refusal}")
+
     def reserve(self, size: int, routers: Sequence[DecidingRouter] = ()) -> Callable[[], None]:
         """Bytes, until what it returns is called. routers: whose decisions are kept. Raises
-        VLLMValidationError, GracefulHTTPError."""
+        VLLMValidationError, RoutingBusyError."""
         if self._refusal is not None:
             raise refused(self._refusal)
         if self._splits_heads and any(router.head is not None for router in routers):
@@ -84,7 +90,7 @@ class RoutingMemory:
             )
         if self._taken + size > self._limit:
             message = f"routing: found {self._taken} of {self._limit} bytes taken, expected {size}"
-            raise GracefulHTTPError(f"{message} free", HTTPStatus.SERVICE_UNAVAILABLE)
+            raise RoutingBusyError(f"{message} free (--routing-bytes)")
         self._taken += size
         sizes = [size]
 
@@ -132,16 +138,21 @@ class RoutedCall:
 
     def __init__(
         self,
-        engine: Engine,
+        engines: Callable[[str], Engine],
         memory: RoutingMemory,
         asked: RoutingAsked,
         generation: Generation,
         arguments: Mapping[str, Any],
+        choices: ReplayedChoices | None = None,
     ) -> None:
-        """arguments: of the call, by name. Raises VLLMValidationError, GracefulHTTPError."""
-        self._engine, self._asked, self._routers = engine, asked, generation.content.routers
+        """engines: those that will run the request of a key. arguments: of the call, by name.
+        choices: how vLLM's `routed_experts` are laid out, if its outputs are to have them. Raises
+        VLLMValidationError, RoutingBusyError."""
+        self._asked, self._routers = asked, generation.content.routers
+        self._choices = choices
         self._most = generation.content.most_experts
         self._key = uuid.uuid4().hex
+        self._engine = engines(self._key)
         parameters = checked(generation, asked, arguments)
         self.samples: int = parameters.n
         prompt = token_ids(arguments["prompt"]) or ()
@@ -156,6 +167,8 @@ class RoutedCall:
         self._generated = [0] * self.samples
         self._taken = [0] * self.samples
         self._parts: list[list[RoutedTokens]] = [[] for _ in range(self.samples)]
+        self._replayed: list[list[NDArray[np.int16]]] = [[] for _ in range(self.samples)]
+        self._replayed_from: int = parameters.routed_experts_prompt_start
         self._ended = False
         self.usage: RoutingUsage | None = None
         parameters = parameters.clone()
@@ -178,6 +191,7 @@ class RoutedCall:
             async with aclosing(outputs):
                 async for output in outputs:
                     await self._take(output)
+                    self._fill_in(output)
                     yield output
         finally:
             self.end()
@@ -218,8 +232,23 @@ class RoutedCall:
             self.usage = usage_of(replies)
         for part in ranges:
             self._taken[part.index] = part.stop
-            if self._asked.experts and part.stop > part.start:
-                self._parts[part.index].append(self._assembled(replies, part))
+            if part.stop > part.start:
+                self._keep(part.index, self._assembled(replies, part))
+
+    def _keep(self, sample: int, routed: RoutedTokens) -> None:
+        if self._asked.experts:
+            self._parts[sample].append(routed)
+        if self._choices is not None:
+            self._replayed[sample].append(routed.experts)
+
+    def _fill_in(self, output: Any) -> None:
+        """vLLM's `routed_experts`, which a sample has once it has ended."""
+        for sample in output.outputs:
+            parts = self._replayed[sample.index]
+            if self._choices is not None and sample.finish_reason is not None and parts:
+                experts = np.concatenate(parts)[self._replayed_from :]
+                sample.routed_experts = self._choices.array(experts)
+                parts.clear()
 
     def _new_ranges(self, output: Any) -> list[TokenRange]:
         """Of tokens that were read since the last output."""
@@ -270,20 +299,27 @@ def checked(generation: Generation, asked: RoutingAsked, arguments: Mapping[str,
 
 
 def of_stages(replies: Sequence[RoutesReply]) -> list[RoutesReply]:
-    """One worker's of each pipeline stage: tensor-parallel ranks route alike, and of several
-    engines only the one that has the request knows of it."""
-    first: dict[int, RoutesReply] = {}
+    """One worker's of each pipeline stage: tensor-parallel ranks route alike. Of several engines,
+    each knows of the samples that it has."""
+    first: dict[tuple[int, frozenset[int]], RoutesReply] = {}
     for reply in replies:
         if reply.parts:
-            first.setdefault(reply.stage, reply)
+            first.setdefault((reply.stage, samples_in(reply)), reply)
     return list(first.values())
 
 
+def samples_in(reply: RoutesReply) -> frozenset[int]:
+    return frozenset(part.index for part in reply.parts)
+
+
 def usage_of(replies: Sequence[RoutesReply]) -> RoutingUsage:
-    """Of all stages, each of which reads the same tokens."""
+    """Of all stages, each of which reads the same tokens of its samples."""
     usage = sum((reply.usage for reply in replies), RoutingUsage())
-    tokens = max((reply.usage.tokens for reply in replies), default=0)
-    return replace(usage, tokens=tokens)
+    tokens: dict[frozenset[int], int] = {}
+    for reply in replies:
+        samples = samples_in(reply)
+        tokens[samples] = max(tokens.get(samples, 0), reply.usage.tokens)
+    return replace(usage, tokens=sum(tokens.values()))
 
 
 def array(data: bytes, dtype: Any, reply: RoutesReply) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -145,6 +146,17 @@ def classifier_tensor(name: str) -> str:
 def natural_key(name: str) -> list[str | int]:
     """Sorts `layers.10` after `layers.9`."""
     return [f"{int(part):08d}" if part.isdigit() else part for part in name.split(".")]
+
+
+def layer_of(site: str) -> int | None:
+    """The number of a site's layer; None outside of the numbered layers."""
+    numbered = re.match(r"layers\.(\d+)\.", site)
+    return int(numbered[1]) if numbered else None
+
+
+def projection_of(site: str) -> str:
+    """The last part of a site's name: `q_proj`, `mlp`; outside of the numbered layers all of it."""
+    return site if layer_of(site) is None else site.rpartition(".")[2]
 
 
 def site_tensors(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:

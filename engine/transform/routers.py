@@ -11,12 +11,13 @@ from molehill.kernels.mixture import ScaleMixture
 @dataclass(frozen=True)
 class DecidingRouter:
     """head: of a router that decides head by head, else None. most: of `experts` that one decision
-    has."""
+    has. is_fixed: whether every decision has as many."""
 
     site: str
     head: int | None
     experts: int
     most: int
+    is_fixed: bool = False
 
 
 def routers(adapter: Adapter) -> tuple[DecidingRouter, ...]:
@@ -35,4 +36,5 @@ def _routers(adapter: Adapter) -> Iterator[DecidingRouter]:
         heads: Iterable[int | None] = (None,)
         if isinstance(mixture, ScaleMixture) and mixture.of == "output":
             heads = range(mixture.num_heads)
-        yield from (DecidingRouter(site, head, experts, most) for head in heads)
+        is_fixed = mixture.policy.fewest_experts(experts) == most
+        yield from (DecidingRouter(site, head, experts, most, is_fixed) for head in heads)

@@ -1,6 +1,6 @@
 """What routers chose for the tokens of one request: int16 ids and float16 gate weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from molehill.kernels.interface import Run
 from molehill.kernels.routed_site import RoutedSite
 
 # Where fewer experts were chosen than there is room for, and where no router ran.
@@ -91,6 +92,16 @@ class ChosenExperts:
         self.experts[there] = experts[:count]
         if self.weighted:
             self.weights[there] = weights[:count]
+
+    def put_dealt(self, start: int, slots: Sequence[int], runs: Iterable[Run], rows: range) -> None:
+        """Of tokens from `start` on, which lie in a step's `rows`: the place among `slots` of the
+        one that its `runs` deal each to, nobody for a token of none."""
+        dealt = np.full((len(rows), 1, 1), NOBODY, dtype=np.int16)
+        for run in runs:
+            first, stop = max(run.start, rows.start), min(run.stop, rows.stop)
+            if first < stop and run.slot in slots:
+                dealt[first - rows.start : stop - rows.start] = slots.index(run.slot)
+        self.put(start, dealt, (dealt >= 0).astype(np.float16))
 
     def expert_counts(self, stop: int, experts: int) -> NDArray[np.int64]:
         """Up to a token, how often each router chose each of so many experts: `[routers, E]`."""

@@ -4,6 +4,7 @@ blocks, a step's rows, and what requests say of themselves."""
 from molehill.engine.vllm.seams import Seam
 
 INVOCATION, KEYS_FILE = "engine/vllm/invocation_rows.py", "engine/vllm/prefix_keys.py"
+EVENTS_FILE = "engine/vllm/block_events.py"
 FOLLOWING, ROUTING = "engine/vllm/step_following.py", "engine/vllm/routing_capture.py"
 
 PREFIX_KEYS = Seam(
@@ -31,6 +32,61 @@ EVENT_KEYS = Seam(
 )
 
 KEYS = (PREFIX_KEYS, LORA_KEY, EVENT_KEYS)
+
+# Events of stored blocks, which name the adapter of the request.
+EVENTS = (
+    Seam(
+        "vllm.v1.core.block_pool",
+        "BlockPool._build_block_stored_event",
+        EVENTS_FILE,
+        "is extended: blocks before an invocation carry no adapter's name",
+        markers=("to_event_extra_keys(extra_keys_list)", "lora_name=request.lora_request.name"),
+    ),
+    Seam(
+        "vllm.v1.core.block_pool",
+        "BlockPool.cache_full_blocks",
+        EVENTS_FILE,
+        "queues the event of the blocks from the invocation on, whose lists are by block",
+        markers=(
+            "self.kv_event_queue.append(\n                self._build_block_stored_event(",
+            *("request,", "block_hashes=new_hashes,", "parent_block_hash=parent_block_hash,"),
+            *("start_token_idx=start_token_idx,", "end_token_idx=end_token_idx,"),
+            *("block_size=block_size,", "extra_keys_list=extra_keys_list,"),
+        ),
+    ),
+    Seam(
+        "vllm.v1.core.block_pool",
+        "BlockPool.cache_partial_block",
+        EVENTS_FILE,
+        "is extended: blocks before an invocation carry no adapter's name",
+        overrides=(
+            *("self", "request", "block", "num_tokens", "kv_cache_group_id", "block_size"),
+            "replace_existing_hashes",
+        ),
+        markers=("extra_keys=to_event_extra_keys([extra_keys])",),
+    ),
+    Seam(
+        "vllm.v1.core.block_pool",
+        "BlockPool",
+        EVENTS_FILE,
+        "where events wait",
+        attributes=("hash_block_size", "kv_event_queue"),
+    ),
+    Seam(
+        PREFIX_KEYS.module,
+        "resolve_block_hashes",
+        EVENTS_FILE,
+        "the block before the invocation's",
+        positional=("block_hashes", "hash_block_size", "block_size"),
+    ),
+    Seam(
+        PREFIX_KEYS.module,
+        "maybe_convert_block_hash",
+        EVENTS_FILE,
+        "the block before the invocation's",
+        positional=("hash_bytes",),
+    ),
+)
 
 # What the requests of a step are, and how far they are computed.
 STEPS = (
@@ -133,4 +189,4 @@ REQUESTS = (
     ),
 )
 
-SEAMS: tuple[Seam, ...] = (*KEYS, *STEPS, *REQUESTS)
+SEAMS: tuple[Seam, ...] = (*KEYS, *EVENTS, *STEPS, *REQUESTS)

@@ -22,7 +22,7 @@ from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.invocation import invocation_offset
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.readers import invocation
-from molehill.engine.vllm import compat
+from molehill.engine.vllm import block_events, compat
 from molehill.engine.vllm.invocation_seams import PREFIX_KEYS
 
 logger = init_logger("vllm.molehill")
@@ -65,6 +65,7 @@ def install() -> None:
         imported = getattr(module, "__dict__", {}).get(PREFIX_KEYS.name)
         if name.startswith("vllm.") and imported is original:
             setattr(module, PREFIX_KEYS.name, replacement)
+    block_events.install()
 
 
 def are_installed() -> bool:

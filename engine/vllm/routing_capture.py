@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
-from molehill.engine.routing_stats import Costs
+from molehill.engine.routing_stats import TOKEN_IDS, Costs
 from molehill.engine.vllm.chosen_experts import ChosenExperts, RouterTable
 from molehill.engine.vllm.protocol import (
     ForgetRoutesRequest,
@@ -23,7 +23,8 @@ from molehill.engine.vllm.protocol import (
     RoutingUsage,
 )
 from molehill.engine.vllm.step_following import computed_tokens, follow_steps
-from molehill.kernels.interface import Backend, Run
+from molehill.kernels.interface import UNSERVED, Backend, Run
+from molehill.kernels.routed_site import RoutedSite
 
 logger = init_logger("vllm.molehill")
 
@@ -57,10 +58,18 @@ class _Block:
 class RoutingCapture:
     """Of one worker. Costs a step without such requests nothing but a look at its new requests."""
 
-    def __init__(self, runner: Any, backend: Backend, slot: Callable[[int], int | None]) -> None:
-        """runner: vLLM's model runner. slot: of an adapter's id, None where it is in none."""
+    def __init__(
+        self,
+        runner: Any,
+        backend: Backend,
+        slot: Callable[[int], int | None],
+        members: Callable[[int], Sequence[int]] = lambda slot: (),
+    ) -> None:
+        """runner: vLLM's model runner. slot: of an adapter's id, None where it is in none. members:
+        the slots of an adapter by token's adapters, by its own slot."""
         self._backend = backend
         self._slot = slot
+        self._members = members
         self._running: dict[str, _Request] = {}
         self._kept: dict[str, dict[int, _Request]] = {}
         self._tables: dict[int, RouterTable] = {}
@@ -90,7 +99,13 @@ class RoutingCapture:
             self._layout = list(zip(request_ids, map(int, num_tokens), strict=False))
 
     def begin_step(self, runs: Sequence[Run]) -> None:
-        """After the backend's: `runs` are the step's that it was given. Never raises."""
+        """After the backend's: `runs` are the step's that it was given. Never raises.
+
+        What waits for ids of tokens is announced as unserved, and once more as the model is called:
+        that counts.
+        """
+        if runs and all(run.slot == UNSERVED for run in runs):
+            return
         layout, self._layout = self._layout, []
         rows: list[int] = []
         start = 0
@@ -115,6 +130,10 @@ class RoutingCapture:
             table = self._table(request.lora_id, slot)
             request.chosen = ChosenExperts(table, request.tokens, request.weighted)
         request.chosen.extend(position + len(rows))
+        members = self._members(slot)
+        if members:
+            request.chosen.put_dealt(position, members, runs, rows)
+            return []
         taken: list[int] = []
         for run in runs:
             there = range(max(run.start, rows.start), min(run.stop, rows.stop))
@@ -127,7 +146,9 @@ class RoutingCapture:
 
     def _table(self, lora_id: int, slot: int) -> RouterTable:
         if lora_id not in self._tables:
-            self._tables[lora_id] = RouterTable(self._backend.routed_sites(slot))
+            members = len(self._members(slot))
+            by_token = (RoutedSite(TOKEN_IDS, members, 1, 1, 0),) if members else ()
+            self._tables[lora_id] = RouterTable(by_token or self._backend.routed_sites(slot))
         return self._tables[lora_id]
 
     def collect(self) -> None:

@@ -105,11 +105,17 @@ class SlotTable:
 
     def resident_bytes(self, slot: int) -> int:
         holders = (self._backend, self._moes, self._vocabulary)
+<<<<<<< HEAD
         slots = (slot, *self._members(slot))
         total = sum(holder.resident_bytes(n) for holder in holders for n in slots)
         return total + (self._classified.resident_bytes(slot) if self._classified else 0)
+=======
+        slots = (slot, *self.members(slot))
+        return sum(holder.resident_bytes(n) for holder in holders for n in slots)
+>>>>>>> seen-merged
 
-    def _members(self, slot: int) -> tuple[int, ...]:
+    def members(self, slot: int) -> tuple[int, ...]:
+        """The slots of an adapter by token's adapters; none of others."""
         return self._by_token[slot][1] if slot in self._by_token else ()
 
     def is_idle(self, slot: int) -> bool:
@@ -129,7 +135,7 @@ class SlotTable:
 
     def _counters_by_token(self, slot: int) -> SlotCounters:
         """Tokens of none of its adapters are decisions that chose none."""
-        chosen = [self._backend.counters(member).tokens for member in self._members(slot)]
+        chosen = [self._backend.counters(member).tokens for member in self.members(slot)]
         tokens = sum(chosen) + self._idle_tokens[slot]
         return SlotCounters.of(tokens, {TOKEN_IDS: SiteCounters(tokens, 0, 0.0, chosen)})
 

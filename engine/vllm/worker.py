@@ -35,7 +35,7 @@ from molehill.engine.vllm.settings import Settings
 from molehill.engine.vllm.step_timer import StepTimer
 from molehill.engine.vllm.token_rows import TokenRows
 from molehill.engine.vllm.worker_adapters import WorkerAdapters
-from molehill.kernels.interface import UNSERVED, Run
+from molehill.kernels.interface import Run
 
 compat.check_version()
 logger = init_logger("vllm.molehill")
@@ -118,14 +118,14 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self.adapters = WorkerAdapters(vllm_config, device, model, self._merged_base)
         activated = InvocationRows(self.model_runner, self.adapters.invocation_of)
         adapters = self.adapters
-        routing = RoutingCapture(self.model_runner, adapters.backend, adapters.slots.slot)
+        routing = RoutingCapture(
+            self.model_runner, adapters.backend, adapters.slots.slot, adapters.slots.members
+        )
         adapters.routing_capture = routing
 
         def begin_step(runs: Sequence[Run]) -> None:
             adapters.model.begin_step(runs)
-            # What waits for ids of tokens is announced as unserved first.
-            if not runs or any(run.slot != UNSERVED for run in runs):
-                routing.begin_step(runs)
+            routing.begin_step(runs)
 
         logits = LogitsRows(self.model_runner, model, adapters.vocabulary.begin_logits)
         announce = begin_step

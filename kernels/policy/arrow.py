@@ -28,6 +28,9 @@ class Arrow(Policy):
     def most_experts(self, experts: int) -> int:
         return min(self.k, experts)
 
+    def fewest_experts(self, experts: int) -> int:
+        return min(self.k, experts)
+
     def decide(self, logits: Tensor, parameters: Tensor | None = None) -> tuple[Tensor, Routing]:
         return super().decide(logits.abs() / self.temperature)
 

@@ -104,6 +104,11 @@ class Policy(ABC):
         """The most experts, of so many, that one token can have."""
         return experts
 
+    def fewest_experts(self, experts: int) -> int:
+        """The fewest experts, of so many, that one token can have, but for weights that are too
+        small for float32; 0 where it hangs on the token."""
+        return 0
+
     @property
     def constant_weights(self) -> tuple[float, ...] | None:
         """Gate weights `[E]` that no token changes; None where a router decides. A router and

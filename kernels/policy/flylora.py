@@ -41,6 +41,9 @@ class FlyLoRA(Policy):
     def most_experts(self, experts: int) -> int:
         return min(self.k, experts)
 
+    def fewest_experts(self, experts: int) -> int:
+        return min(self.k, experts)
+
     @property
     def only_experts(self) -> int:
         return self.experts

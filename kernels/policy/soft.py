@@ -20,5 +20,8 @@ class Soft(Policy):
     def sums_to_one(self) -> bool:
         return True
 
+    def fewest_experts(self, experts: int) -> int:
+        return experts
+
     def route(self, probabilities: Tensor) -> Routing:
         return Routing(probabilities, shannon(probabilities), never_soft(probabilities))

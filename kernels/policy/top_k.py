@@ -37,6 +37,9 @@ class TopK(Policy):
     def most_experts(self, experts: int) -> int:
         return min(self.k, experts)
 
+    def fewest_experts(self, experts: int) -> int:
+        return min(self.k, experts)
+
     def route(self, probabilities: Tensor) -> Routing:
         values, order = ranked(probabilities)
         kept = values.clone()

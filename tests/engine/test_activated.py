@@ -8,9 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+<<<<<<< HEAD
 from support import xlora
+=======
+import zmq
+>>>>>>> seen-merged
 from support.activated import INVOCATION, OTHER, activate, activate_head, golden_prompts
 from support.asking import LOGIT_TOLERANCE, Reply, ask_each, ask_worker, assert_golden
 from support.engines import engine
@@ -39,8 +44,18 @@ DRAFTS = {
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[Any]:
+def events_endpoint(tmp_path_factory: Any) -> str:
+    return f"ipc://{tmp_path_factory.mktemp('events')}/socket"
+
+
+@pytest.fixture(scope="module")
+def llm(events_endpoint: str) -> Iterator[Any]:
+    from vllm.config import KVEventsConfig
+
     options = {
+        "kv_events_config": KVEventsConfig(
+            enable_kv_cache_events=True, publisher="zmq", endpoint=events_endpoint
+        ),
         "max_num_batched_tokens": CHUNK,
         "max_num_seqs": 6,
         "num_gpu_blocks_override": BLOCKS,
@@ -276,6 +291,44 @@ def test_a_salt_separates_what_is_the_bases_too(llm: Any, adapters: dict[str, An
         (output,) = llm.generate([prompt], sampling, lora_request=request, use_tqdm=False)
         cached.append(output.num_cached_tokens)
     assert cached == [0, 64, 0]
+
+
+def test_kv_events_name_an_adapter_from_its_invocation_on(
+    llm: Any, adapters: dict[str, Any], events_endpoint: str
+) -> None:
+    """As subscribers of vLLM's publisher see them."""
+    with zmq.Context() as context, context.socket(zmq.SUB) as events:
+        events.connect(events_endpoint)
+        events.subscribe("")
+        # A subscriber gets nothing that was sent before the publisher knew of it.
+        for first in range(5, 105):
+            ask_each(llm, [[first, *TEXT[:40]]], [None], tokens=1)
+            if events.poll(200):
+                break
+        for first, name in enumerate(("alora", "plain", "base"), 200):
+            prompt = [first, *BOTH[1:]]
+            ask_each(llm, [prompt], [adapters[name]], tokens=1)
+            before, after = {"base": (None, None), "alora": (None, name)}.get(name, (name, name))
+            assert stored_blocks(events, prompt[:BLOCK], 3) == [
+                (prompt[i : i + BLOCK], before if i < 64 else after) for i in (0, 32, 64)
+            ]
+
+
+def stored_blocks(events: Any, first: list[int], number: int) -> list[tuple[list[int], str | None]]:
+    """Tokens and adapter of so many blocks, from the one with the tokens `first` on."""
+    result: list[tuple[list[int], str | None]] = []
+    while len(result) < number:
+        assert events.poll(60_000), result
+        *_, batch = events.recv_multipart()
+        for event in msgspec.msgpack.decode(batch)[1]:
+            if event["type"] != "BlockStored":
+                continue
+            tokens = event["token_ids"]
+            blocks = [tokens[i : i + BLOCK] for i in range(0, len(tokens), BLOCK)]
+            for block in blocks:
+                if result or block == first:
+                    result.append((block, event.get("lora_name")))
+    return result
 
 
 def test_other_weights_under_the_name_keep_what_is_the_bases(

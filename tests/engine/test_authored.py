@@ -3,9 +3,12 @@
 from typing import Any
 
 import pytest
-from support.asking import Reply, ask, ask_worker, assert_golden, request
+import torch
+from support.asking import Reply, ask, ask_each, ask_worker, assert_golden, request
 from support.golden import TINY_LLAMA, Case, greatest_difference
+from support.routed import asking, assert_chosen, chosen, gate_weights
 from support.tuners import SERVED
+from transformers import AutoModelForCausalLM
 
 from molehill.engine import formats
 from molehill.engine.formats import native
@@ -71,6 +74,30 @@ def test_gate_weights_match_the_authors(llm: Any, authored: Any, paths: Any, nam
     tolerance = 1e-4 if name == "ldmole" else 1e-5
     for site, weights in authored[name].routes.items():
         assert greatest_difference(result[site], weights) < tolerance, site
+
+
+def test_rows_by_token_id_beside_a_mixture_that_tells_its_routing(
+    llm: Any, authored: Any, paths: Any
+) -> None:
+    """Both in the same steps; the other has a bill of the adapters that its tokens had."""
+    name, case = "molora-by-token", "dynmole-default"
+    prompts = [*Case(case).prompts[:2], *authored[name].prompts[:2]]
+    requests = [request(case)] * 2 + [request(name, paths)] * 2
+    ids = [list(prompt.ids) for prompt in prompts]
+    extra = {i: asking(f"{i}", 100) for i in (1, 3)}
+    assert_golden(ask_each(llm, ids, requests, extra=extra), prompts)
+    model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
+    read = [*prompts[1].ids, *prompts[1].greedy[:-1]]
+    assert_chosen(chosen(llm, "1", len(read)), gate_weights(model, Case(case).path, read))
+    read = [*prompts[3].ids, *prompts[3].greedy[:-1]]
+    part = protocol.TokenRange(0, len(read), len(read))
+    asked = protocol.RoutesRequest("3", (part,), usage=True, forget=True)
+    usage = ask_worker(llm, protocol.ROUTES, asked).usage
+    by_token = formats.read(paths[name], base=base_model(TINY_LLAMA)).by_token
+    assert by_token is not None
+    had = int((by_token.of(torch.tensor(read)) >= 0).sum())
+    assert (usage.tokens, usage.decisions, usage.activated) == (len(read), len(read), had)
+    assert usage.flops > 0 < had
 
 
 @pytest.mark.parametrize("name", MADE)

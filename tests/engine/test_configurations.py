@@ -11,6 +11,7 @@ from support import activated, dora_experts
 from support.asking import ask, ask_each, assert_golden, every_prompt
 from support.engines import engine
 from support.golden import SERVED, TINY_LLAMA, Case
+from support.routed import assert_routing_of_golden_cases
 from transformers import AutoModelForCausalLM
 
 
@@ -50,6 +51,12 @@ def dora() -> dora_experts.Oracle:
     return dora_experts.make(source)
 
 
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    """The base on Transformers."""
+    return AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
+
+
 @torch.no_grad()
 def assert_dora(llm: Any, oracle: dora_experts.Oracle, directory: Path) -> None:
     """Magnitudes of experts inside an FFN: the norms are of each rank's own rows."""
@@ -63,7 +70,12 @@ def assert_dora(llm: Any, oracle: dora_experts.Oracle, directory: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_configuration_matches_the_reference(
-    name: str, authored: Any, dora: dora_experts.Oracle, monkeypatch: Any, tmp_path: Path
+    name: str,
+    authored: Any,
+    dora: dora_experts.Oracle,
+    plain: Any,
+    monkeypatch: Any,
+    tmp_path: Path,
 ) -> None:
     if name in LONG and os.environ.get("MOLEHILL_LONG_TESTS") != "1":
         pytest.skip("a long test; MOLEHILL_LONG_TESTS=1 runs it")
@@ -84,3 +96,4 @@ def test_configuration_matches_the_reference(
     with engine(**configuration.options, max_loras=47) as llm:
         assert_golden(ask(llm, prompts, others=others), prompts)
         assert_dora(llm, dora, tmp_path / "dora")
+        assert_routing_of_golden_cases(llm, plain)

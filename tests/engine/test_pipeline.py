@@ -11,6 +11,7 @@ from support import big_adapter
 from support.asking import IDS, LOGIT_TOLERANCE, ask, ask_each, assert_golden, every_prompt, request
 from support.engines import engine
 from support.golden import SERVED, TINY_LLAMA, Case, greatest_difference
+from support.routed import assert_routing_of_golden_cases
 from transformers import AutoModelForCausalLM
 
 from molehill.api.metrics.worker_stats import by_generation
@@ -81,6 +82,11 @@ def test_adapters_that_are_loaded_beside_running_requests_match_the_reference(ll
         # Of 12 tokens the last is never read, and those in the prefix cache are not read again.
         read = sum(len(prompt.ids) + 11 for prompt in Case(case).prompts)
         assert stats[IDS[case]].stats.tokens == read, case
+
+
+def test_each_stage_tells_what_its_routers_chose(llm: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float32).eval()
+    assert_routing_of_golden_cases(llm, model)
 
 
 def stages(llm: Any) -> list[protocol.StatsReply]:

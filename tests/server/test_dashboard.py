@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
-from support.api_client import KEY, Api
+from support.api_client import BASE, KEY, Api
 from support.pages import EXPERTS, LAYERS, Canned, browser, complaints, serving, until
+
+from molehill.api.cli.routing_sources import of_server
 
 LONG = "x" * 128
 
@@ -229,6 +232,75 @@ def test_a_real_servers_routing_is_drawn(clean: Api, chrome: Any) -> None:
     expected = [cell for row in rows for cell in row]
     until(lambda: texts(chrome, "#table td") == expected, f"the table {rows}")
     assert [text for text in complaints(chrome) if "401" not in text] == []
+
+
+TEXT = "The lamp <b> and the map"
+
+
+def test_a_prompts_routing_is_drawn_as_explain_draws_it(clean: Api, chrome: Any) -> None:
+    for name, case in (("seen/soft", "dynmole-soft"), ("seen/plain", "lora")):
+        assert clean.load(name, case).status_code == 200
+    opened(chrome, clean.url, "login")
+    assert not shown(chrome, "views")
+    chrome.find_element("id", "key").send_keys(f"{KEY}\n")
+    until(lambda: shown(chrome, "content"), "the figures")
+    chrome.find_element("css selector", "[data-view=prompt]").click()
+    assert not shown(chrome, "content")
+    asked(chrome, "seen/soft", TEXT, 6)
+    until(lambda: "as the kernels chose" in text(chrome, "asking"), "the routing")
+    wanted = of_server(clean.url, KEY, BASE, "seen/soft", TEXT, 6)
+    count = len(wanted.experts)
+    assert text(chrome, "asking").startswith(f"{count} tokens at {len(wanted.sites)} routers")
+    tokens = part(chrome, "#tokens button")
+    drawn = [said.replace("\n", "⏎").replace("\t", "⇥") or "∅" for said in wanted.tokens]
+    assert [token.get_attribute("textContent") for token in tokens] == drawn[:count]
+    assert len(part(chrome, "#tokens .generated")) == count - wanted.prompt_tokens == 5
+    softly = (wanted.soft().mean(1) >= 0.5).tolist()
+    marked = [" softly " in f" {token.get_attribute('class')} " for token in tokens]
+    assert marked == softly
+    assert any(softly)
+    assert len(part(chrome, "#entropy circle")) == 4
+    decisions = count * len(wanted.sites)
+    cells = [cell.text for cell in part(chrome, "#pairs td")]
+    shares = wanted.pairs().flatten() / decisions
+    assert [float(cell.removesuffix(" %")) for cell in cells] == pytest.approx(
+        (100 * shares).tolist(), abs=0.51
+    )
+    for name, value in (("projection", "q_proj"), ("layer", "2")):
+        part(chrome, f"#{name} option[value='{value}']")[0].click()
+    names = [site.site for site in wanted.sites]
+    site = names.index("layers.2.self_attn.q_proj")
+    strongest = wanted.weights[:, site] == wanted.weights[:, site].max(1, keepdims=True)
+    best = np.where(strongest, wanted.experts[:, site], 99).min(1).tolist()
+    titles = [token.get_attribute("title") for token in part(chrome, "#tokens button")]
+    assert [title.partition(",")[0] for title in titles] == [f"expert {e}" for e in best]
+    assert [said for said in complaints(chrome) if "401" not in said] == []
+    assert overflow(chrome) <= 0
+    for name, more, why in (
+        ("seen/plain", 6, "seen/plain: no router of it decides anything"),
+        ("seen/soft", 1024, "(--routing-bytes)"),
+    ):
+        asked(chrome, name, TEXT, more)
+        until(lambda why=why: why in text(chrome, "refusal"), why)
+    chrome.find_element("css selector", "[data-view=adapters]").click()
+    until(lambda: shown(chrome, "content"), "the figures")
+
+
+def asked(chrome: Any, name: str, prompt: str, more: int) -> None:
+    """In the form of the page."""
+    chrome.find_element("css selector", f"#asked option[value='{name}']").click()
+    for field, value in (("text", prompt), ("more", more)):
+        box = chrome.find_element("id", field)
+        box.clear()
+        box.send_keys(str(value))
+    chrome.find_element("id", "show").click()
+
+
+def part(chrome: Any, selector: str) -> list[Any]:
+    """Elements of what is drawn of a prompt."""
+    root = chrome.find_element("id", "routes").shadow_root
+    result: list[Any] = root.find_elements("css selector", selector)
+    return result
 
 
 def texts(chrome: Any, selector: str) -> list[str]:

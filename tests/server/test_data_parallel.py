@@ -4,7 +4,9 @@ What cannot be survived, the death of an engine, comes last.
 """
 
 import base64
+import io
 import itertools
+import json
 import re
 import resource
 import signal
@@ -12,15 +14,20 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+from numpy.typing import NDArray
 from support import big_adapter, share
 from support.api_client import BASE, KEY, Api, copy_adapter, eventually, oracle
+from support.golden import Case
 from support.limits import limited
 from support.server import TINY, Server, serve
+
+from molehill.engine.adapter.model import layer_of
 
 CASES = ("lora", "mola", "mixlora", "dynmole-soft", "loramoe", "dynmole-default")
 ENGINES = (0, 1)
@@ -42,6 +49,7 @@ def server(model: Path, folder: Path) -> Iterator[Server]:
         *("--adapter-root", str(folder / "root"), "--adapter-store", str(folder / "store")),
         *("--data-parallel-size", str(len(ENGINES)), "--max-loras", "8"),
         *("--straggler-timeout", str(STRAGGLER_SECONDS)),
+        *("--enable-return-routed-experts", "--enable-scale-out"),
     ]
     # vLLM binds the engines of a machine to its memory's nodes, of which there may be one.
     cores = share.cores()
@@ -173,6 +181,88 @@ def test_the_engine_that_answers_tells_its_routing(api: Api) -> None:
     assert (experts.reshape(report[0]["shape"])[..., 0] >= 0).all()
     assert bills[0] == bills[1]
     assert bills[0]["tokens"] == 6
+
+
+def test_a_request_that_asks_for_its_routing_waits_for_its_own_engine_alone(
+    api: Api, server: Server
+) -> None:
+    assert api.load("soft", "dynmole-soft").status_code == 200
+    body = {"model": "soft", "prompt": [5, 6, 7], "max_tokens": 4, "molehill": {"routing": True}}
+    second = workers_of(server)[1]
+    second.suspend()
+    try:
+        headers = {"X-data-parallel-rank": "0"}
+        answer = api.http.post("/v1/completions", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["molehill"]["routing"]["shape"][0] >= 3
+    finally:
+        second.resume()
+
+
+def test_a_mixtures_choices_are_vllms_routed_experts(api: Api) -> None:
+    """On every route that has the field, in vLLM's encoding, whichever engine answers."""
+    prompt = oracle("mixlora")["prompts"][0]
+    ids, tokens = prompt["prompt_token_ids"], 5
+    for case in ("mixlora", "mola", "dynmole-soft"):
+        assert api.load(case, case).status_code == 200
+    body = {"model": "mixlora", "prompt": ids, "max_tokens": tokens, "temperature": 0}
+    body |= {"ignore_eos": True}
+    sampled = {**body, "temperature": 1.0, "n": 2}
+    choices = [
+        choice
+        for asked in (sampled, body)
+        for choice in api.http.post(
+            "/v1/completions", json={**asked, "molehill": {"routing": True}}
+        ).json()["choices"]
+    ]
+    assert len(choices) == 3
+    for choice in choices:
+        given = routed_experts(choice)
+        assert (given.dtype, given.shape) == (np.uint8, (len(ids) + tokens - 1, 4, 2))
+        routing = choice["molehill"]["routing"]
+        chosen = np.frombuffer(base64.b64decode(routing["experts"]), "<i2")
+        assert (given == chosen.reshape(routing["shape"])).all()
+    for site, route in Case("mixlora").routes().items():
+        assert len(route["w"]) == len(ids)
+        for row, wanted in zip(given[:, layer_of(site)], route["w"], strict=False):
+            assert set(row.tolist()) == set(wanted.nonzero().flatten().tolist())
+    later = api.http.post("/v1/completions", json={**body, "routed_experts_prompt_start": 3})
+    assert (routed_experts(later.json()["choices"][0]) == given[3:]).all()
+    sampling = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    asked = {"model": "mixlora", "token_ids": ids, "sampling_params": sampling}
+    answer = api.http.post("/inference/v1/generate", json=asked).json()
+    assert (routed_experts(answer["choices"][0]) == given).all()
+    stream = api.http.post("/inference/v1/generate", json={**asked, "stream": True}).text
+    lines = [line.removeprefix("data: ") for line in stream.splitlines() if "choices" in line]
+    parts = [choice for line in lines for choice in json.loads(line)["choices"]]
+    with_field = [choice for choice in parts if choice["routed_experts"] is not None]
+    assert with_field == parts[-1:]
+    assert (routed_experts(parts[-1]) == given).all()
+    chat = {"model": "mixlora", "messages": [{"role": "user", "content": "The lamp"}]}
+    chat |= {"max_tokens": tokens, "ignore_eos": True}
+    answer = api.http.post("/v1/chat/completions", json=chat).json()
+    read = answer["usage"]["total_tokens"] - 1
+    assert routed_experts(answer["choices"][0]).shape == (read, 4, 2)
+    # The routers of a layer side by side; nothing of what has no such shape, and of the base.
+    answer = api.http.post("/v1/completions", json={**body, "model": "mola"}).json()
+    assert routed_experts(answer["choices"][0]).shape == (len(ids) + tokens - 1, 4, 6)
+    for model in ("dynmole-soft", BASE):
+        answer = api.http.post("/v1/completions", json={**body, "model": model}).json()
+        assert answer["choices"][0]["routed_experts"] is None
+    laid_out = {
+        name: api.http.get(f"/v1/adapters/{name}").json()["routing"]["routed_experts"]
+        for name in ("mixlora", "mola", "dynmole-soft")
+    }
+    assert laid_out["mixlora"]["columns"] == [0] * 4
+    assert (laid_out["mola"]["shape"], laid_out["mola"]["dtype"]) == ([4, 6], "uint8")
+    assert laid_out["mola"]["columns"] == [0, 2, 4] * 4
+    assert "hangs on the token" in laid_out["dynmole-soft"]["refusal"]
+
+
+def routed_experts(choice: dict[str, Any]) -> NDArray[Any]:
+    """As vLLM's protocol says that it is decoded."""
+    array: NDArray[Any] = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
+    return array
 
 
 def test_a_pin_and_an_eviction_hold_in_both_engines(api: Api) -> None:

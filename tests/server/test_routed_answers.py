@@ -1,16 +1,21 @@
 """What routers chose, in the answers of the routes, with OpenAI's client, against the reference."""
 
 import base64
+import json
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import torch
-from support.api_client import BASE, Api, eventually, oracle
+from support.api_client import BASE, KEY, Api, eventually, oracle
 from support.golden import TINY_LLAMA, Case
 from support.routed import Chosen, assert_chosen, gate_weights
 from transformers import AutoModelForCausalLM
+
+from molehill.api.cli import explain
 
 CASE = "dynmole-soft"
 
@@ -142,6 +147,34 @@ def test_the_token_route_takes_the_header_and_tells_ids_alone(mixture: Api) -> N
             assert set(row[row >= 0]) == set(weights.nonzero().flatten().tolist())
 
 
+def test_explain_draws_what_a_servers_kernels_chose(
+    mixture: Api, tiny: Any, capsys: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(explain.KEY_VARIABLE, raising=False)
+    prompt = oracle(CASE)["prompts"][0]
+    page = tmp_path / "page.html"
+    asked = [BASE, "soft", prompt["text"], "--url", mixture.url, "--max-tokens", "4"]
+    assert explain.main(asked) == 2
+    assert "401: Unauthorized" in capsys.readouterr().err
+    monkeypatch.setenv(explain.KEY_VARIABLE, KEY)
+    assert explain.main([*asked, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    ids = [*prompt["prompt_token_ids"], *prompt["greedy_token_ids"][:3]]
+    assert (len(result["tokens"]), result["prompt_tokens"]) == (len(ids) + 1, len(ids) - 3)
+    experts, weights = np.array(result["experts"], np.int16), np.array(result["weights"])
+    routers = [(site["site"], site["head"] or 0) for site in result["sites"]]
+    there = {r: (experts[:, i], weights[:, i]) for i, r in enumerate(routers)}
+    wanted = gate_weights(tiny, Case(CASE).path, ids)
+    assert_chosen(Chosen(there), wanted)
+    for i, router in enumerate(routers):
+        soft = [row[i] for row in result["soft"]]
+        assert soft == (wanted[router] > 0).all(1).tolist()
+    assert explain.main([*asked, "--output", str(page)]) == 0
+    assert f"What the kernels of {mixture.url} chose" in page.read_text()
+    assert explain.main([BASE, "plain", "x", "--url", mixture.url]) == 2
+    assert "plain: found no router that decides anything" in capsys.readouterr().err
+
+
 def test_a_bill_is_shapes_times_choices(mixture: Api) -> None:
     """Of a plain LoRA too, where nothing is decided; the base has none to pay."""
     prompt = [5, 6, 7]
@@ -210,3 +243,29 @@ def test_a_client_that_leaves_frees_what_was_kept(mixture: Api) -> None:
 
     for _ in range(3):
         assert eventually(lambda: ask().status_code == 200)
+
+
+def test_who_finds_the_memory_taken_is_told_when_to_come_back(mixture: Api) -> None:
+    body = {
+        "model": "soft",
+        "prompt": "x",
+        "max_tokens": 400,
+        "ignore_eos": True,
+        "molehill": {"routing": "weights"},
+    }
+    with ExitStack() as running:
+
+        def begins() -> bool:
+            """Once what earlier tests' clients left is freed."""
+            streamed = mixture.http.stream("POST", "/v1/completions", json={**body, "stream": True})
+            answer = running.enter_context(streamed)
+            return answer.status_code == 200 and bool(next(answer.iter_bytes()))
+
+        assert eventually(begins)
+        for stream in (False, True):
+            refused = mixture.http.post("/v1/completions", json={**body, "stream": stream})
+            status, kind, message = mixture.error(refused)
+            assert (status, kind) == (503, "routing_memory_taken")
+            assert "(--routing-bytes)" in message
+            assert refused.headers["Retry-After"] == "1"
+            assert refused.json()["error"]["param"] == "molehill"

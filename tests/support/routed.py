@@ -15,8 +15,8 @@ from molehill.engine.hf.reference import attach
 from molehill.engine.vllm import protocol
 from molehill.engine.vllm.routing_capture import ASKED
 from molehill.kernels.interface import Trace
-from support.asking import ask_worker
-from support.golden import greatest_difference
+from support.asking import ask_each, assert_golden, request
+from support.golden import Case, greatest_difference
 
 Router = tuple[str, int]
 
@@ -42,16 +42,41 @@ def asking(key: str, tokens: int, n: int = 1) -> dict[str, Any]:
 
 
 def chosen(llm: Any, key: str, tokens: int, index: int = 0) -> Chosen:
-    """Of a request's first tokens; the worker then forgets it."""
+    """Of a request's first tokens, from all workers, which then forget it. The tensor-parallel
+    ranks of a stage say the same, and each stage has other routers."""
     part = protocol.TokenRange(index, 0, tokens)
-    reply = ask_worker(llm, protocol.ROUTES, protocol.RoutesRequest(key, (part,), forget=True))
-    (routes,) = reply.parts
-    shape = -1, len(reply.routers), reply.most
-    experts = np.frombuffer(routes.experts, np.int16).reshape(shape)
-    weights = np.frombuffer(routes.weights, np.float16).reshape(shape)
-    return Chosen(
-        {router: (experts[:, i], weights[:, i]) for i, router in enumerate(reply.routers)}
-    )
+    asked = protocol.to_wire(protocol.RoutesRequest(key, (part,), forget=True))
+    replies = protocol.ROUTES.replies(llm.collective_rpc(protocol.ROUTES.method, args=(asked,)))
+    of_stages = {reply.stage: reply for reply in replies}
+    assert all(reply == of_stages[reply.stage] for reply in replies)
+    routers: dict[Router, tuple[NDArray[np.int16], NDArray[np.float16]]] = {}
+    for reply in of_stages.values():
+        (routes,) = reply.parts
+        shape = -1, len(reply.routers), reply.most
+        experts = np.frombuffer(routes.experts, np.int16).reshape(shape)
+        weights = np.frombuffer(routes.weights, np.float16).reshape(shape)
+        assert not routers.keys() & set(reply.routers)
+        routers |= {
+            router: (experts[:, i], weights[:, i]) for i, router in enumerate(reply.routers)
+        }
+    return Chosen(routers)
+
+
+ROUTED_CASES = ("dynmole-soft", "mixlora", "mola")
+
+
+def assert_routing_of_golden_cases(llm: Any, model: Any) -> None:
+    """What one batch of mixtures, and of others that do not ask, is told of its routing. model: the
+    base on Transformers."""
+    cases = [*ROUTED_CASES, "base", *ROUTED_CASES]
+    prompts = [Case(case).prompts[0] for case in cases]
+    ids, requests = [list(prompt.ids) for prompt in prompts], [request(case) for case in cases]
+    extra = {i: asking(case, 100) for i, case in enumerate(ROUTED_CASES)}
+    assert_golden(ask_each(llm, ids, requests, extra=extra), prompts)
+    for case, prompt in zip(ROUTED_CASES, prompts, strict=False):
+        read = [*prompt.ids, *prompt.greedy[:-1]]
+        result = chosen(llm, case, len(read))
+        assert_chosen(result, gate_weights(model, Case(case).path, read))
 
 
 def gate_weights(

@@ -1,5 +1,3 @@
-"use strict";
-
 const PAUSE = 2000, KEPT = 150, STORED = "molehill-key";
 // Cividis (Nuñez, Anderton, Renslow 2018): even to the eye, and the same to colour-blind people.
 const SCALE = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
@@ -21,16 +19,21 @@ const flops = (x) => scaled(x, 1000, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"
 
 class Refused extends Error {}
 
-async function ask(path) {
+async function ask(path, more = {}, patience = 10000) {
   const key = sessionStorage.getItem(STORED);
-  const headers = key ? { Authorization: "Bearer " + key } : {};
-  const answer = await fetch(path, { headers, cache: "no-store", signal: AbortSignal.timeout(10000) });
+  const headers = { ...(key && { Authorization: "Bearer " + key }), ...(more.body && { "Content-Type": "application/json" }) };
+  const answer = await fetch(path, { ...more, headers, cache: "no-store", signal: AbortSignal.timeout(patience) });
   if (answer.status === 401 || answer.status === 403) throw new Refused();
-  if (!answer.ok) { const error = new Error("it answers " + answer.status); error.status = answer.status; throw error; }
+  if (!answer.ok) {
+    const error = new Error("it answers " + answer.status);
+    error.status = answer.status;
+    error.answer = await answer.json().catch(() => null);
+    throw error;
+  }
   return answer.json();
 }
 
-const address = (name) => "v1/adapters/" + name.split("/").map(encodeURIComponent).join("/") + "/routing";
+const address = (name) => "v1/adapters/" + name.split("/").map(encodeURIComponent).join("/");
 
 async function poll() {
   if (running) { again = true; return; }
@@ -55,7 +58,7 @@ async function choose(overview) {
   const name = chosen;
   let answer = null;
   if (name !== null) {
-    try { answer = await ask(address(name)); }
+    try { answer = await ask(address(name) + "/routing"); }
     catch (error) { if (error.status !== 404) throw error; }  // unloaded just now, or draining
   }
   if (name === chosen) routing = answer;
@@ -98,7 +101,7 @@ function push(points, point) {
 
 function wantKey() {
   $("login").hidden = false;
-  $("content").hidden = $("empty").hidden = $("trouble").hidden = true;
+  for (const id of ["content", "empty", "trouble", "views", "prompt-view"]) $(id).hidden = true;
   $("status").textContent = sessionStorage.getItem(STORED) ? "The key was refused" : "Locked";
   if (document.activeElement !== $("key")) $("key").focus();
 }
@@ -112,6 +115,8 @@ function lose(error) {
 
 function show(overview) {
   $("login").hidden = $("trouble").hidden = true;
+  showView();
+  listAsked(overview);
   $("status").textContent = "Live, every " + PAUSE / 1000 + " s";
   const none = overview.adapters.length === 0;
   $("empty").hidden = !none;

@@ -84,6 +84,14 @@ def test_no_token_has_more_experts_than_is_said(policy):
     assert (decided(policy) != 0).sum(-1).max() <= policy.most_experts(EXPERTS) <= EXPERTS
 
 
+@pytest.mark.parametrize("policy", ROUTED, ids=str)
+def test_no_token_has_fewer_experts_than_is_said(policy):
+    counts = (decided(policy) != 0).sum(-1)
+    fewest = policy.fewest_experts(EXPERTS)
+    assert counts.min() >= fewest
+    assert (counts.min() == counts.max()) == (fewest == policy.most_experts(EXPERTS))
+
+
 @pytest.mark.parametrize("policy", [TopK(2), Arrow(2), FlyLoRA(2, experts=4)], ids=str)
 def test_the_most_experts_are_k(policy):
     assert (policy.most_experts(4), policy.most_experts(1)) == (2, 1)

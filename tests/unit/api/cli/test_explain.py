@@ -133,7 +133,7 @@ def test_the_page_shows_it_in_a_browser(capsys: pytest.CaptureFixture[str], tmp_
         # One decision for each token: the diagonal is the experts' shares.
         shares = chrome.execute_script(
             "return data.tokens.slice(0, data.shape[0])"
-            ".map((_, token) => decided(token, sitesOf('q_proj', '2')).sets.length)"
+            ".map((_, token) => routes.decided(token, routes.sitesOf('q_proj', '2')).sets.length)"
         )
         assert shares == [1] * count
         chrome.find_elements("css selector", "#tokens button")[3].click()

@@ -176,7 +176,7 @@ class Client:
         self._route = route
 
     async def __call__(self) -> "Client":
-        await self._app({"type": "http", "headers": []}, self._receive, self._send)
+        await self._app({"type": "http", "path": "/", "headers": []}, self._receive, self._send)
         return self
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:

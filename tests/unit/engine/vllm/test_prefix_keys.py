@@ -172,6 +172,77 @@ def test_events_show_the_bases_blocks_as_the_bases(adapters: dict[str, LoRAReque
     assert kv_cache_utils.to_event_extra_keys(keys) == [None, None, ("alora",), ("alora",)]
 
 
+def stored(request: Request, *steps: int, kept: list[bool] | None = None) -> list[Any]:
+    """Events of a request's blocks, which are full after as many tokens as each step says. kept:
+    blocks of the first step that the cache keeps."""
+    pool = block_pool.BlockPool(20, True, BLOCK, enable_kv_cache_events=True)
+    blocks, done = pool.get_new_blocks(len(request.block_hashes)), 0
+    for step in steps:
+        mask = kept if done == 0 else None
+        pool.cache_full_blocks(request, blocks, done, step // BLOCK, BLOCK, 0, block_mask=mask)
+        done = step // BLOCK
+    return pool.take_events()
+
+
+def by_block(events: list[Any]) -> list[tuple[Any, ...]]:
+    """Each block's hash, the one before it, its tokens, and whose it is."""
+    result = []
+    for event in events:
+        parents = [event.parent_block_hash, *event.block_hashes]
+        for i, block_hash in enumerate(event.block_hashes):
+            tokens = list(event.token_ids[i * BLOCK : (i + 1) * BLOCK])
+            result.append((block_hash, parents[i], tokens, event.lora_name, event.lora_id))
+    return result
+
+
+@pytest.mark.parametrize("steps", [(80,), (16, 80), (32, 80), (48, 64, 80)])
+def test_events_name_the_adapter_from_its_invocation_on(
+    adapters: dict[str, LoRARequest], steps: tuple[int, ...]
+) -> None:
+    prompt = at(40)
+    base, plain, alora = (
+        by_block(stored(request(prompt, adapters.get(name)), *steps))
+        for name in ("base", "plain", "alora")
+    )
+    assert {block[3:] for block in base} == {(None, None)}
+    assert {block[3:] for block in plain} == {("plain", 1)}
+    assert alora[:2] == base[:2]
+    assert [block[3:] for block in alora[2:]] == [("alora", 2)] * 3
+    assert [block[1] for block in alora[1:]] == [block[0] for block in alora[:-1]]
+    assert [block[2] for block in alora] == [block[2] for block in base]
+
+
+def test_events_of_blocks_that_are_not_all_kept(adapters: dict[str, LoRARequest]) -> None:
+    """As a group with a sliding window keeps them: the second of two before the invocation."""
+    alora = request(at(40), adapters["alora"])
+    first, second = stored(alora, 80, kept=[False, True, True, False, True])
+    hashes = [kv_cache_utils.maybe_convert_block_hash(key) for key in alora.block_hashes]
+    assert (first.lora_name, first.block_hashes) == (None, [hashes[1]])
+    assert list(first.token_ids) == at(40)[:32]
+    assert (second.lora_name, second.block_hashes) == ("alora", [hashes[2], hashes[4]])
+    assert second.parent_block_hash == hashes[1]
+    assert list(second.token_ids) == at(40)[32:]
+    assert second.extra_keys == [("alora",)] * 2
+
+
+def test_events_of_reused_and_of_partial_blocks(adapters: dict[str, LoRARequest]) -> None:
+    names = []
+    for name, salt in (("base", None), ("plain", None), ("alora", None), ("alora", "mine")):
+        asked = request(at(40), adapters.get(name), salt)
+        pool = block_pool.BlockPool(20, True, BLOCK, enable_kv_cache_events=True)
+        pool.emit_cached_block_events(asked, 5, BLOCK, 0)
+        (block,) = pool.get_new_blocks(1)
+        for tokens in (16, 48):
+            pool.cache_partial_block(asked, block, tokens, 0, 4 * BLOCK)
+        names.append([event.lora_name for event in pool.take_events() if is_stored(event)])
+    activated = [None, "alora", None, "alora"]
+    assert names == [[None] * 3, ["plain"] * 3, activated, activated]
+
+
+def is_stored(event: Any) -> bool:
+    return type(event).__name__ == "BlockStored"
+
+
 def test_a_second_installation_changes_nothing() -> None:
     before = kv_cache_utils.generate_block_hash_extra_keys
     prefix_keys.install()

@@ -1,20 +1,26 @@
 """What routers chose for requests that ask, by position: chunks, preemption, drafts, samples."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.slot_worker import Worker
+from torch import Tensor, nn
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu.lora_utils import LoraState
 
-from molehill.engine.routing_stats import SiteCost, cost_table
+from molehill.engine.adapter.model import TokenAdapters
+from molehill.engine.routing_stats import SiteCost, cost_table, token_costs
+from molehill.engine.vllm.host_cache import PreparedAdapter
 from molehill.engine.vllm.protocol import ForgetRoutesRequest, RoutesRequest, TokenRange
 from molehill.engine.vllm.routing_capture import ASKED, RoutingCapture
+from molehill.engine.vllm.token_rows import TokenRows
 from molehill.kernels.interface import LinearPiece, LinearShape, Run, SlotWeights
 from molehill.kernels.mixture import Experts
 from molehill.kernels.policy import TopK
@@ -37,6 +43,14 @@ class Runner:
 
     def execute_model(self, scheduler_output: Any) -> None:
         """Steps are run below."""
+
+    def lay_out(self, names: Sequence[str], sizes: Sequence[int]) -> None:
+        """Asks for the mapping of rows as either runner does."""
+        counts = np.array(sizes, dtype=np.int32)
+        if hasattr(self, "lora_state"):
+            self.lora_state.make_lora_inputs(list(names), np.arange(len(names)), counts)
+        else:
+            self.set_active_loras(SimpleNamespace(req_ids=list(names)), counts)
 
     def set_active_loras(self, input_batch: Any, num_scheduled_tokens: Any) -> None:
         """The order of rows is all that is followed."""
@@ -69,11 +83,7 @@ class Captured:
         running.num_computed_tokens = list((cached or {}).values())
         step.scheduled_cached_reqs = running
         self.runner.execute_model(step)
-        sizes = np.array([len(tokens) for tokens in layout.values()], dtype=np.int32)
-        if self.second:
-            self.runner.lora_state.make_lora_inputs(list(layout), np.arange(len(layout)), sizes)
-        else:
-            self.runner.set_active_loras(SimpleNamespace(req_ids=list(layout)), sizes)
+        self.runner.lay_out(list(layout), [len(tokens) for tokens in layout.values()])
         runs, row = [], 0
         for name, tokens in layout.items():
             if name not in plain:
@@ -100,11 +110,18 @@ def captured(request: Any) -> Captured:
     return Captured(request.param)
 
 
-def new(name: str, key: str | None, n: int = 1, computed: int = 0, **more: Any) -> NewRequestData:
+def new(
+    name: str,
+    key: str | None,
+    n: int = 1,
+    computed: int = 0,
+    lora_id: int = ADAPTER,
+    **more: Any,
+) -> NewRequestData:
     asked = {"key": key, "tokens": 12, "weights": False, "n": n, **more}
     parameters = SamplingParams()
     parameters.extra_args = None if key is None else {ASKED: asked}
-    lora = LoRARequest("own", ADAPTER, "path")
+    lora = LoRARequest("own", lora_id, "path")
     return NewRequestData(name, [0] * 5, [], parameters, None, ([],), computed, lora)
 
 
@@ -164,6 +181,73 @@ def test_a_request_that_asks_in_no_known_way_is_one_that_does_not_ask(captured: 
         wrong.sampling_params.extra_args = {ASKED: asked}
         captured.run({"own": [1]}, [wrong])
     assert captured.take("k", 1) == []
+
+
+class Model(nn.Module):
+    """A linear that is called with the ids of its rows' tokens."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__()
+        self.worker = worker
+
+    def forward(self, input_ids: Tensor) -> None:
+        x = HIDDEN[input_ids]
+        self.worker.backend.linear(torch.zeros(len(x), 6), x, self.worker.handle)
+
+
+TABLE = TokenAdapters({}, torch.tensor([-1, 1, -1, 0, 0]), 1)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first runner", "second runner"])
+def test_rows_by_token_id_beside_those_of_a_request_that_asks(second: bool) -> None:
+    """Such a step is announced twice: rows by token id are dealt out as the model is called."""
+    worker = Worker()
+    runner, model = Runner(second), Model(worker)
+    prices = (cost_table((("q", SiteCost((flops,), None)),)) for flops in (10, 100))
+    parts = tuple(replace(worker.adapter(), costs=price) for price in prices)
+    costs = token_costs([part.costs for part in parts])
+    empty = SlotWeights({}, {})
+    worker.slots.store(
+        ADAPTER, PreparedAdapter(costs, {}, 0, False, empty, by_token=TABLE, members=parts)
+    )
+    pair = Experts(torch.randn(4, 8), torch.randn(6, 4), (1,) * 4)
+    piece = LinearPiece(SITE, 0, pair, TopK(2), ROUTER)
+    mixture = SlotWeights({worker.handle: [piece]}, {})
+    mixed = worker.slots.store(8, PreparedAdapter(cost_table(()), {}, 0, False, mixture))
+    capture = RoutingCapture(runner, worker.backend, worker.slots.slot, worker.slots.members)
+
+    def announce(runs: Sequence[Run]) -> None:
+        worker.backend.begin_step(runs)
+        capture.begin_step(runs)
+
+    rows = TokenRows(model, worker.slots, announce)
+    dealt = worker.slots.slot(ADAPTER)
+    assert dealt is not None
+    tokens = {"table": [3, 0, 9], "own": [1, 4], "other": [2]}
+    step = SchedulerOutput.make_empty()
+    step.scheduled_new_reqs = [new("table", "t"), new("own", "k", lora_id=8), new("other", None)]
+    for start in (0, 2):
+        step.scheduled_cached_reqs = CachedRequestData.make_empty()
+        step.scheduled_cached_reqs.req_ids = ["table", "own"] if start else []
+        step.scheduled_cached_reqs.num_computed_tokens = [3, 2] if start else []
+        runner.execute_model(step)
+        runner.lay_out(list(tokens), [3, 2, 1])
+        capture.collect()
+        rows.begin_step([Run(dealt, 0, 3), Run(mixed, 3, 5), Run(dealt, 5, 6)])
+        assert worker.backend.captured().numel() == 0
+        model(torch.tensor([token for part in tokens.values() for token in part]))
+        step.scheduled_new_reqs = []
+    capture.collect()
+    asked = RoutesRequest("k", (TokenRange(0, 0, 4),))
+    (routes,) = capture.take(asked, 0, lambda _: None).parts
+    assert np.frombuffer(routes.experts, np.int16).reshape(-1, 2).tolist() == [
+        CHOICES[token] for token in (1, 4, 1, 4)
+    ]
+    # The bill of the other: of tokens 3, 0 and 9, one has the first, one none, one the second.
+    bill = RoutesRequest("t", (TokenRange(0, 6, 6),), usage=True)
+    usage = capture.take(bill, 0, {ADAPTER: costs}.get).usage
+    assert (usage.tokens, usage.decisions, usage.activated) == (6, 6, 4)
+    assert usage.flops == 2 * (10 + 100)
 
 
 def test_usage_is_choices_times_costs(captured: Captured) -> None:
