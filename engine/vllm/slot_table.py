@@ -105,14 +105,9 @@ class SlotTable:
 
     def resident_bytes(self, slot: int) -> int:
         holders = (self._backend, self._moes, self._vocabulary)
-<<<<<<< HEAD
-        slots = (slot, *self._members(slot))
+        slots = (slot, *self.members(slot))
         total = sum(holder.resident_bytes(n) for holder in holders for n in slots)
         return total + (self._classified.resident_bytes(slot) if self._classified else 0)
-=======
-        slots = (slot, *self.members(slot))
-        return sum(holder.resident_bytes(n) for holder in holders for n in slots)
->>>>>>> seen-merged
 
     def members(self, slot: int) -> tuple[int, ...]:
         """The slots of an adapter by token's adapters; none of others."""

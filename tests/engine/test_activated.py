@@ -11,11 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-<<<<<<< HEAD
-from support import xlora
-=======
 import zmq
->>>>>>> seen-merged
+from support import xlora
 from support.activated import INVOCATION, OTHER, activate, activate_head, golden_prompts
 from support.asking import LOGIT_TOLERANCE, Reply, ask_each, ask_worker, assert_golden
 from support.engines import engine
