@@ -25,13 +25,13 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
 from molehill.api.adapters.errors import NotInvokedError
-from molehill.api.adapters.events import LifecycleMetrics, Tier
+from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.vllm.invocation import Decode, check_invoked, decoder
 from molehill.api.vllm.read_ahead import ReadAhead
-from molehill.api.vllm.request_scope import RequestScope, bring_in, request_scope
+from molehill.api.vllm.request_scope import RequestScope, SlotWait, bring_in, request_scope
 from molehill.api.vllm.routed_calls import RoutedCall, RoutingMemory, check_base, check_plain
 from molehill.api.vllm.stop_tokens import stop_as_adapter_does
 from molehill.api.vllm.token_charges import charged, is_later_beam, prompt_tokens
@@ -184,8 +184,8 @@ def with_lease(
             lease.charge(prompt_tokens(given.get("prompt")))
         request.asked.add(name)
 
-        def hit(tier: Tier) -> None:
-            registry.events.hit(name, request.tiers.pop(name, tier))
+        def hit(wait: SlotWait) -> None:
+            registry.events.hit(name, *request.waits.pop(name, wait))
 
         if request.routing is not None:
             request.routed.append(routed or samples_of(given))
@@ -237,7 +237,7 @@ def gives_deltas(_: Any = None, sampling_params: Any = None, *__: Any, **___: An
 
 async def run(
     lease: Lease,
-    hit: Callable[[Tier], None],
+    hit: Callable[[SlotWait], None],
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -245,7 +245,7 @@ async def run(
 ) -> Outputs:
     """None when the generation is in the workers, then the engine's outputs.
 
-    hit: told where the generation was before. routed: has the call's arguments, and follows its
+    hit: called with the wait for it. routed: has the call's arguments, and follows its
     outputs, if its routing is asked for.
     """
     # The engine may be at work for longer than whoever reads the outputs, or be done before.
