@@ -42,12 +42,14 @@ from molehill.api.vllm import compat, starting
 from molehill.api.vllm.adapter_chats import base_chat, render_as_adapters_do
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.engine_watch import EngineWatch
+from molehill.api.vllm.log_records import name_requests
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
 from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, wrap_engine_client
 from molehill.api.vllm.routed_calls import routing_memory
 from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
+from molehill.api.vllm.spans import Spans, spans_of
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.system import startup
@@ -66,6 +68,7 @@ class MolehillRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Replaces vLLM's routes of the same path and method, and guards all of them."""
+        name_requests()
         core = list(app.router.routes)
         # First: an adapter's name may have slashes, so that its own route would match too.
         app.include_router(router_stats.router)
@@ -163,6 +166,7 @@ async def make_services(
     names = {path.name for path in models.base_model_paths}
     reader = AdapterReader(base, limits, {config.model_config.model, *names})
     store, merged_base = AdapterStore(options.store), options.merged_base
+    spans = await spans_of(engine_client)
     cores = await workers_cores(workers)
     if merged_base is not None:
         store.hold(merged_base.directory)
@@ -176,7 +180,7 @@ async def make_services(
         served=models.lora_requests,
         base_models=names,
         admission=options.admission,
-        probe=await prober(engine_client) if options.probe else None,
+        probe=await prober(engine_client, spans) if options.probe else None,
         merged_base=merged_base,
         background=Background(cores, threads=MOST_AT_ONCE),
         memory=limits.adapter_bytes,
@@ -186,7 +190,7 @@ async def make_services(
     )
     models.lora_requests.registry = registry
     memory = routing_memory(config, options.routing_bytes, options.capture_routing)
-    wrap_engine_client(engine_client, registry, workers, memory)
+    wrap_engine_client(engine_client, registry, workers, memory, spans)
     render_as_adapters_do(online_renderer, models, registry)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)
@@ -211,7 +215,7 @@ def chat_reader(online_renderer: Any) -> ChatReader | None:
     return None if base is None else ChatReader(base)
 
 
-async def prober(engine_client: Any) -> Prober | None:
+async def prober(engine_client: Any, spans: Spans | None) -> Prober | None:
     """None for a model that does not generate, or may not show its log-probabilities."""
     tasks = await engine_client.get_supported_tasks()
     if "generate" not in tasks or engine_client.model_config.max_logprobs == 0:
@@ -220,7 +224,7 @@ async def prober(engine_client: Any) -> Prober | None:
     if engine_client.vllm_config.parallel_config.data_parallel_size > 1:
         # The base and the adapter are compared on one engine: others may round otherwise.
         generate = partial(generate, data_parallel_rank=0)
-    return Prober(generate, engine_client.model_config.get_vocab_size())
+    return Prober(generate, engine_client.model_config.get_vocab_size(), spans)
 
 
 async def workers_cores(workers: EngineWatch) -> set[int]:

@@ -23,6 +23,7 @@ from molehill.engine.vllm import seams
 from molehill.engine.vllm.seams import Seam
 
 TRACKING, MODELS = "api/vllm/request_tracking.py", "api/vllm/served_models.py"
+SPANS = "api/vllm/spans.py"
 METRICS, ENGINE_WATCH, APP = "api/vllm/engine_metrics.py", "api/vllm/engine_watch.py", "api/app.py"
 
 
@@ -171,6 +172,7 @@ SERVER = (
             "errored",
             "get_supported_tasks",
             "is_paused",
+            "is_tracing_enabled",
             "logger_manager",
             "model_config",
             "tokenizer",
@@ -183,7 +185,7 @@ SERVER = (
         TRACKING,
         "is replaced on the engine's client, which counts requests",
         positional=("self", "prompt", "sampling_params", "request_id"),
-        keywords=("lora_request",),
+        keywords=("lora_request", "trace_headers"),
     ),
     Seam(
         "vllm.v1.engine.async_llm",
@@ -191,7 +193,28 @@ SERVER = (
         TRACKING,
         "is replaced on the engine's client, which counts requests",
         positional=("self", "prompt", "pooling_params", "request_id"),
-        keywords=("lora_request",),
+        keywords=("lora_request", "trace_headers"),
+    ),
+    Seam(
+        "vllm.tracing",
+        "extract_trace_context",
+        SPANS,
+        "the trace that a client names",
+        positional=("headers",),
+    ),
+    Seam(
+        "vllm.tracing",
+        "extract_trace_headers",
+        TRACKING,
+        "the trace that a client names",
+        positional=("headers",),
+    ),
+    Seam(
+        "vllm.tracing",
+        "SpanAttributes",
+        SPANS,
+        "how vLLM's span names its request",
+        attributes=("GEN_AI_REQUEST_ID",),
     ),
     Seam(
         "vllm.v1.engine.async_llm",

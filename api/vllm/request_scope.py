@@ -1,7 +1,7 @@
 """The HTTP request that is being answered: what it holds and asks for, until its answer ends."""
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -23,10 +23,12 @@ from molehill.engine.vllm.protocol import RoutingUsage
 
 
 class SlotWait(NamedTuple):
-    """tier: where an adapter was that is now in a slot. seconds: until it was there."""
+    """tier: where an adapter was that is now in a slot. seconds: until it was there. probed: it was
+    meanwhile."""
 
     tier: Tier
     seconds: float
+    probed: bool = False
 
 
 class Unread(Protocol):
@@ -53,7 +55,8 @@ class RequestScope:
     asked for. waits: of those that were brought in before that. mixed: what it asks for in
     the place of its model. routing: what it asks to be told of its routing. routed: calls of the
     engine of which that is told. unread: calls of the engine that have not begun. refused: why it
-    is not answered, where an adapter's limits say so.
+    is not answered, where an adapter's limits say so. request_id: the client's, or else the first
+    that the engine was asked with. trace_headers: W3C's trace context, as the client sent it.
     """
 
     leases: dict[str, Lease] = field(default_factory=dict)
@@ -65,6 +68,8 @@ class RequestScope:
     routed: list[RoutedCall | int] = field(default_factory=list)
     unread: "weakref.WeakSet[Unread]" = field(default_factory=weakref.WeakSet)
     refused: LimitReachedError | None = None
+    request_id: str = ""
+    trace_headers: Mapping[str, str] | None = None
     ended: bool = False
     # What its leases have in common; not itself, which holds them.
     request: object = field(default_factory=object)
@@ -139,9 +144,10 @@ request_scope: ContextVar[RequestScope | None] = ContextVar("request_scope", def
 async def bring_in(lease: Lease) -> SlotWait:
     """Takes the generation's slot. Raises GracefulHTTPError, as vLLM's routes understand it."""
     generation, start = lease.generation, perf_counter()
+    unprobed = generation.status.check is not None
     try:
         tier = await lease.acquire_slot()
-        return SlotWait(tier, perf_counter() - start)
+        return SlotWait(tier, perf_counter() - start, unprobed)
     except EngineRefusedError as error:
         message = str(error).replace(generation.request.lora_path, generation.name)
         raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE) from error

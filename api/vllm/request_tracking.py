@@ -12,7 +12,7 @@ client reads that.
 import asyncio
 import inspect
 import weakref
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
+from vllm.tracing import extract_trace_headers
 
 from molehill.api.adapters.errors import NotInvokedError
 from molehill.api.adapters.events import LifecycleMetrics
@@ -33,6 +34,7 @@ from molehill.api.vllm.invocation import Decode, check_invoked, decoder
 from molehill.api.vllm.read_ahead import ReadAhead
 from molehill.api.vllm.request_scope import RequestScope, SlotWait, bring_in, request_scope
 from molehill.api.vllm.routed_calls import RoutedCall, RoutingMemory, check_base, check_plain
+from molehill.api.vllm.spans import Spans
 from molehill.api.vllm.stop_tokens import stop_as_adapter_does
 from molehill.api.vllm.token_charges import charged, is_later_beam, prompt_tokens
 from molehill.engine.vllm.protocol import Engine
@@ -62,7 +64,11 @@ class GenerationHeader:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = RequestScope()
+        headers = Headers(scope=scope)
+        request = RequestScope(
+            request_id=headers.get("x-request-id", ""),
+            trace_headers=extract_trace_headers(headers) or None,
+        )
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start" and request.leases:
@@ -133,11 +139,13 @@ def wrap_engine_client(
     registry: AdapterRegistry,
     workers: Engine | None = None,
     routing: RoutingMemory | None = None,
+    spans: Spans | None = None,
 ) -> None:
     """Puts `with_lease` in front of this engine client's `generate` and `encode`.
 
     workers: of all engines, which know what routers chose; the client's own are those of the first.
-    routing: for what requests may ask of their routing; None where they may not ask.
+    routing: for what requests may ask of their routing; None where they may not ask. spans: None
+    where nothing is traced.
     """
     decode = decoder(engine_client)
 
@@ -148,8 +156,8 @@ def wrap_engine_client(
         memory = routing or RoutingMemory(0, "found a server that keeps none, expected one")
         return RoutedCall(workers or engine_client, memory, request.routing, generation, given)
 
-    engine_client.generate = with_lease(engine_client.generate, registry, decode, route)
-    engine_client.encode = with_lease(engine_client.encode, registry, decode, route)
+    engine_client.generate = with_lease(engine_client.generate, registry, decode, route, spans)
+    engine_client.encode = with_lease(engine_client.encode, registry, decode, route, spans)
 
 
 # Raises what vLLM's routes understand; None where a request asks nothing of its routing.
@@ -157,7 +165,11 @@ Route = Callable[[RequestScope, Generation, Mapping[str, Any]], RoutedCall | Non
 
 
 def with_lease(
-    call: Callable[..., Any], registry: AdapterRegistry, decode: Decode, route: Route
+    call: Callable[..., Any],
+    registry: AdapterRegistry,
+    decode: Decode,
+    route: Route,
+    spans: Spans | None,
 ) -> Callable[..., Any]:
     """`call` with its `lora_request` (a keyword on all of vLLM's routes) admitted, and leased
     until its outputs end."""
@@ -165,6 +177,8 @@ def with_lease(
 
     def start(*args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
         request = request_scope.get() or RequestScope(ended=True)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        request.request_id = request.request_id or given.get("request_id", "")
         if lora_request is None:
             check_base(request.routing)
             return call(*args, **kwargs)
@@ -172,7 +186,6 @@ def with_lease(
         lease = request.lease(registry, lora_request)
         name = lease.generation.name
         try:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
             invoked = is_invoked(lease.generation, registry.events, given, decode)
             if invoked:
                 stop_as_adapter_does(lease.generation.content.chat, given)
@@ -180,12 +193,23 @@ def with_lease(
         except Exception:
             lease.release()
             raise
-        if not is_later_beam(given.get("request_id", ""), first=name not in request.asked):
+        later_beam = is_later_beam(given.get("request_id", ""), first=name not in request.asked)
+        if not later_beam:
             lease.charge(prompt_tokens(given.get("prompt")))
         request.asked.add(name)
 
-        def hit(wait: SlotWait) -> None:
-            registry.events.hit(name, *request.waits.pop(name, wait))
+        async def wait(slot: Lease) -> SlotWait:
+            waited = await bring_in(slot)
+            waited = request.waits.pop(name, waited)
+            registry.events.hit(name, waited.tier, waited.seconds)
+            return waited
+
+        async def enter(slot: Lease) -> Mapping[str, Any]:
+            if spans is None or later_beam:
+                await wait(slot)
+                return {}
+            with spans.residency(slot.generation, given) as entered:
+                return {"trace_headers": entered(await wait(slot))}
 
         if request.routing is not None:
             request.routed.append(routed or samples_of(given))
@@ -195,7 +219,7 @@ def with_lease(
             return charged(call(*args, **kwargs), lease.charge, deltas)
 
         outputs = (
-            run(lease, hit, charging, args, kwargs, routed)
+            run(lease, enter, charging, args, kwargs, routed)
             if invoked
             else run_base(charging, args, kwargs)
         )
@@ -237,7 +261,7 @@ def gives_deltas(_: Any = None, sampling_params: Any = None, *__: Any, **___: An
 
 async def run(
     lease: Lease,
-    hit: Callable[[SlotWait], None],
+    enter: Callable[[Lease], Awaitable[Mapping[str, Any]]],
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -245,19 +269,19 @@ async def run(
 ) -> Outputs:
     """None when the generation is in the workers, then the engine's outputs.
 
-    hit: called with the wait for it. routed: has the call's arguments, and follows its
-    outputs, if its routing is asked for.
+    enter: takes the slot; what the engine is to be asked besides. routed: has the call's arguments,
+    and follows its outputs, if its routing is asked for.
     """
     # The engine may be at work for longer than whoever reads the outputs, or be done before.
     slot = lease.share()
     try:
-        hit(await bring_in(slot))
+        more = await enter(slot)
         yield None
         request = lease.generation.request
         called = (
-            call(*args, lora_request=request, **kwargs)
+            call(*args, lora_request=request, **{**kwargs, **more})
             if routed is None
-            else routed.follow(call(lora_request=request, **routed.arguments))
+            else routed.follow(call(lora_request=request, **{**routed.arguments, **more}))
         )
         async with aclosing(called) as outputs:
             async for output in outputs:

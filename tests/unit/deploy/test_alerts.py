@@ -239,6 +239,7 @@ def test_every_alert_has_a_case() -> None:
         assert metrics == {series.partition("{")[0] for series in case.calm}, alert
 
 
+@pytest.mark.slow
 def test_alerts_fire_when_they_should_and_not_before(tmp_path: Path) -> None:
     done = run(tmp_path, CASES)
     assert done.returncode == 0, done.stdout + done.stderr
