@@ -47,6 +47,7 @@ def test_an_adapter_gets_no_more_than_its_limits(clean: Api) -> None:
             return error
 
     limits = {"requests_in_flight": 2, "tokens_per_second": None}
+    limits |= {"tenant": "streams", "tenant_slots": 3}
     assert load(limits).json()["status"] == "loaded"
     assert info()["limits"] == limits
     with ThreadPoolExecutor(3) as pool:
