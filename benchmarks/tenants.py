@@ -127,7 +127,7 @@ def compared(alone: Spell, beside: Spell) -> dict[str, Any]:
 
 
 def ratio(rows: Sequence[Any], what: str) -> float:
-    return statistics.median(row["ratios"][what] for row in rows)
+    return float(statistics.median(row["ratios"][what] for row in rows))
 
 
 def missed(results: Any) -> list[str]:
