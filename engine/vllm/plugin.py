@@ -4,10 +4,11 @@ vLLM calls it in the API server, the engine core, the workers, and in the proces
 model's file; in some of them more than once.
 """
 
-from molehill.engine.vllm import prefix_keys, shm_wait, vision
+from molehill.engine.vllm import json_logs, prefix_keys, shm_wait, vision
 
 
 def install() -> None:
+    json_logs.install()
     vision.install()
     shm_wait.install()
     prefix_keys.install()

@@ -15,7 +15,7 @@ def lines(api: Api) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
-            assert not records, f"not JSON: {line}"
+            assert not records, f"not JSON: {line}, after {records[-1]}"
             continue
         records.append(record)
     return records
