@@ -77,6 +77,6 @@ def test_an_adapter_gets_no_more_than_its_limits(clean: Api) -> None:
     assert load(None).json()["status"] == "limits_changed"
     assert clean.greedy("limited", prompt["prompt_token_ids"]) == prompt["greedy_token_ids"]
     metrics = clean.metrics()
-    for reason in limits:
+    for reason in ("requests_in_flight", "tokens_per_second"):
         labels = f'{{adapter="limited",reason="{reason}"}}'
         assert metrics[f"molehill_adapter_limit_refusals_total{labels}"] == 1
