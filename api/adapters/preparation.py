@@ -37,12 +37,13 @@ class Preparation:
         taken = [other for other in self._queue if other.reading or other.prepared]
         held = sum(self._residents.tenant_full(other.generation) for other in taken)
         reading = len(taken) - held
+        most = self._transfers.at_once
+        most_held = max(1, most - 1)
         for waiting in self._queue:
             if waiting.reading or waiting.abandoned or self.is_ready(waiting):
                 continue
             full = self._residents.tenant_full(waiting.generation)
-            most = self._transfers.at_once
-            if reading + min(held, most - 1) >= most or (full and held >= most - 1):
+            if reading + min(held, most_held) >= most or (full and held >= most_held):
                 continue
             waiting.reading = True
             held, reading = held + full, reading + (not full)

@@ -81,6 +81,7 @@ class Scheduler:
             if tenant in tenants_waiting:
                 continue
             if self._waits_for_tenant(waiting.generation):
+                waiting.overtakes = None
                 if await self._try(waiting):
                     return True
                 tenants_waiting.add(tenant)
