@@ -46,7 +46,7 @@ def test_an_adapter_gets_no_more_than_its_limits(clean: Api) -> None:
         except openai.RateLimitError as error:
             return error
 
-    limits = {"requests_in_flight": 2, "tokens_per_second": None}
+    limits: dict[str, Any] = {"requests_in_flight": 2, "tokens_per_second": None}
     limits |= {"tenant": "streams", "tenant_slots": 3}
     assert load(limits).json()["status"] == "loaded"
     assert info()["limits"] == limits
