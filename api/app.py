@@ -44,6 +44,7 @@ from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.engine_watch import EngineWatch
 from molehill.api.vllm.generation_header import GenerationHeader
 from molehill.api.vllm.leased_calls import wrap_engine_client
+from molehill.api.vllm.log_records import name_requests
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
 from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
@@ -51,6 +52,7 @@ from molehill.api.vllm.request_engines import Placements
 from molehill.api.vllm.routed_calls import routing_memory
 from molehill.api.vllm.routed_experts import RoutedExperts
 from molehill.api.vllm.served_models import ServedModels
+from molehill.api.vllm.spans import Spans, spans_of
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.system import startup
@@ -69,6 +71,7 @@ class MolehillRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Replaces vLLM's routes of the same path and method, and guards all of them."""
+        name_requests()
         core = list(app.router.routes)
         # First: an adapter's name may have slashes, so that its own route would match too.
         app.include_router(router_stats.router)
@@ -167,6 +170,7 @@ async def make_services(
     base = replace(await base_model(workers), name=names[0])
     reader = AdapterReader(base, limits, {config.model_config.model, *names})
     store = open_store(options)
+    spans = await spans_of(engine_client)
     cores = await workers_cores(workers)
     registry = AdapterRegistry(
         residency=Residency(
@@ -178,7 +182,7 @@ async def make_services(
         served=models.lora_requests,
         base_models=set(names),
         admission=options.admission,
-        probe=await prober(engine_client) if options.probe else None,
+        probe=await prober(engine_client, spans) if options.probe else None,
         merged_base=options.merged_base,
         background=Background(cores, threads=MOST_AT_ONCE),
         memory=limits.adapter_bytes,
@@ -193,7 +197,7 @@ async def make_services(
         memory.check()
         routed_experts = RoutedExperts(config.model_config.get_total_num_hidden_layers())
     placements = Placements(engine_client, workers)
-    wrap_engine_client(engine_client, registry, placements, memory, routed_experts)
+    wrap_engine_client(engine_client, registry, placements, memory, routed_experts, spans)
     render_as_adapters_do(online_renderer, models, registry)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)
@@ -236,7 +240,7 @@ def chat_reader(online_renderer: Any) -> ChatReader | None:
     return None if base is None else ChatReader(base)
 
 
-async def prober(engine_client: Any) -> Prober | None:
+async def prober(engine_client: Any, spans: Spans | None) -> Prober | None:
     """None for a model that does not generate, or may not show its log-probabilities."""
     tasks = await engine_client.get_supported_tasks()
     if "generate" not in tasks or engine_client.model_config.max_logprobs == 0:
@@ -245,7 +249,7 @@ async def prober(engine_client: Any) -> Prober | None:
     if engine_client.vllm_config.parallel_config.data_parallel_size > 1:
         # The base and the adapter are compared on one engine: others may round otherwise.
         generate = partial(generate, data_parallel_rank=0)
-    return Prober(generate, engine_client.model_config.get_vocab_size())
+    return Prober(generate, engine_client.model_config.get_vocab_size(), spans)
 
 
 async def workers_cores(workers: EngineWatch) -> set[int]:

@@ -57,7 +57,7 @@ class Client:
         number = next(self.seeds)
         return [3 + (number * 7919 + 31 * i) % 400 for i in range(PROMPT)]
 
-    async def load(self, name: str, source: Path, **more: Any) -> None:
+    async def load(self, name: str, source: Path | str, **more: Any) -> None:
         body = {"name": name, "source": str(source), **more}
         (await self.http.post("/v1/adapters", json=body)).raise_for_status()
 

@@ -15,6 +15,8 @@ from molehill.engine.adapter.errors import AdapterError
 
 # Seconds. A load reads, checks and copies: milliseconds for small adapters, minutes over a network.
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+# Of a request that waits for its adapter: to copy it takes milliseconds, a queue seconds.
+WAIT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 Tier = Literal["worker", "host", "disk"]
 # Nothing leaves the disk to make room.
@@ -104,6 +106,15 @@ class LifecycleMetrics(Collector):
         )
         self._refused = self._counter(REFUSED)
         self._hits = self._counter(HITS)
+        self._waits = Histogram(
+            "molehill_adapter_wait_seconds",
+            "What requests waited for a slot of their adapter, by the tier where they found it.",
+            ["tier"],
+            buckets=WAIT_BUCKETS,
+            registry=self._registry,
+        )
+        for tier in get_args(Tier):
+            self._waits.labels(tier)
         self._not_invoked = self._counter(NOT_INVOKED)
         self._limited = self._counter(LIMITED)
         self._evictions = self._counter(EVICTIONS)
@@ -180,7 +191,9 @@ class LifecycleMetrics(Collector):
     def refused(self, kind: str) -> None:
         self._refused.labels(kind).inc()
 
-    def hit(self, name: str, tier: Tier) -> None:
+    def hit(self, name: str, tier: Tier, seconds: float) -> None:
+        """seconds: until the adapter was in a slot for the request."""
+        self._waits.labels(tier).observe(seconds)
         if name in self._names:
             self._hits.labels(name, tier).inc()
 

@@ -12,6 +12,7 @@ from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.adapters.pins import Pins, relabelled
 from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import Source
+from molehill.api.adapters.traffic_limits import NO_LIMITS
 
 Probe = Callable[[Generation], Awaitable[None]]
 Paused = Callable[[], Awaitable[bool]]
@@ -53,6 +54,9 @@ class Installer:
         Raises EngineRefusedError, CannotPinError and what the probe raises.
         """
         generation = self._generations.create(loading.name, content, source)
+        # Its tenant's slots are counted from the try-out on.
+        limits = NO_LIMITS if old is None else old.status.traffic.limits
+        generation.status.traffic.limit(limits if options.limits is None else options.limits)
         if content.invocation_tokens:
             before = None if old is None else old.status.when_not_invoked
             generation.status.answer_not_invoked(options.when_not_invoked or before or "refuse")

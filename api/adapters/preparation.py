@@ -32,15 +32,22 @@ class Preparation:
         return waiting.prepared or in_workers
 
     def begin(self) -> None:
-        """Of those that wait longest, as many as the workers read at a time."""
-        reading = sum(other.reading or other.prepared for other in self._queue)
+        """Of those that wait longest, as many as the workers read at a time. Those whose tenant has
+        all its slots leave one place to the others."""
+        taken = [other for other in self._queue if other.reading or other.prepared]
+        held = sum(self._residents.tenant_full(other.generation) for other in taken)
+        reading = len(taken) - held
+        most = self._transfers.at_once
+        most_held = max(1, most - 1)
         for waiting in self._queue:
-            if reading >= self._transfers.at_once:
-                return
-            if not (waiting.reading or waiting.abandoned or self.is_ready(waiting)):
-                waiting.reading = True
-                reading += 1
-                self._tasks.start(self._read(waiting))
+            if waiting.reading or waiting.abandoned or self.is_ready(waiting):
+                continue
+            full = self._residents.tenant_full(waiting.generation)
+            if reading + min(held, most_held) >= most or (full and held >= most_held):
+                continue
+            waiting.reading = True
+            held, reading = held + full, reading + (not full)
+            self._tasks.start(self._read(waiting))
 
     async def discard(self, waiting: Waiting) -> None:
         """Of what does not come in."""

@@ -22,6 +22,7 @@ from molehill.api.adapters.name_table import NameTable
 from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.tasks import Tasks
 from molehill.api.adapters.traffic import AdapterTraffic, admitted
+from molehill.api.adapters.traffic_limits import NO_LIMITS
 from molehill.engine.adapter.errors import UnsupportedError
 
 logger = logging.getLogger("vllm.molehill")
@@ -139,6 +140,9 @@ class RequestMixes:
             generation = self._generations.create(BY_REQUEST, content, source)
         finally:
             self._begun -= 1
+        parts = (self._names.current(part.name).status.traffic.limits for part in mix.parts)
+        tenants = (limits.of_tenant for limits in parts if limits.tenant is not None)
+        generation.status.traffic.limit(next(tenants, NO_LIMITS))
         generation.status.serve()
         self._by_key[mix.key] = generation
         logger.info("Made the mix %s: %s", mix.label, generation.digest)

@@ -9,6 +9,7 @@ waits, `cold` yields in its turn, after the requests that it came in for.
 """
 
 import asyncio
+from collections import Counter
 
 from molehill.api.adapters.events import LifecycleMetrics, Tier
 from molehill.api.adapters.generation import Generation
@@ -49,6 +50,13 @@ class Residency:
         if generation.status.slot.resident:
             return "worker"
         return "host" if generation in self._transfers.host else "disk"
+
+    def requests_waiting(self) -> Counter[str]:
+        """Requests that wait for a slot, by the adapter's name."""
+        requests = Counter[str]()
+        for waiting in self._queue:
+            requests[waiting.generation.name] += waiting.requests
+        return requests
 
     def waiting(self) -> list[Generation]:
         """Those that have requests, or a load, waiting for a slot."""

@@ -2,10 +2,10 @@
 
 Room is made by taking out what was used least recently, has no request in the engine and is not
 pinned. If all are busy, the one that came in first yields: its running requests finish, its next
-ones wait until others have had their turn.
+ones wait until others have had their turn. A tenant that has all its slots makes room with its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from molehill.api.adapters.errors import EngineRefusedError
 from molehill.api.adapters.generation import Generation
@@ -50,25 +50,46 @@ class Residents:
         """Out of its slot, if it has one."""
         self._in_slots.pop(generation.lora_int_id, None)
 
-    def pick_victim(self) -> Generation | None:
-        """Who is to leave a slot now, the one used least recently; None where all are busy.
+    def tenant_full(self, generation: Generation) -> bool:
+        """Whether its tenant has all the slots that are the tenant's."""
+        slots = generation.status.traffic.limits.tenant_slots
+        return slots is not None and len(self._of_tenant(generation)) >= slots
+
+    def pick_victim(self, incoming: Generation) -> Generation | None:
+        """Who is to leave a slot now for `incoming`, the one used least recently; None where all
+        are busy. Of its tenant, where that is full.
 
         Raises EngineRefusedError where all are pinned.
         """
-        if all(resident.status.slot.pinned for resident in self):
+        candidates = self._candidates(incoming)
+        if all(resident.status.slot.pinned for resident in candidates):
+            of_tenant = candidates and self.tenant_full(incoming)
+            where = f"slots of {self._tenant(incoming)!a}" if of_tenant else "adapter memory"
             raise EngineRefusedError(
-                f"adapter memory: found {len(self)} pinned adapters, expected room"
+                f"{where}: found {len(candidates)} pinned adapters, expected room"
             )
-        idle = (resident for resident in self._movable() if not resident.status.running)
+        idle = (resident for resident in movable(candidates) if not resident.status.running)
         return next(idle, None)
 
-    def make_one_yield(self) -> None:
-        """The one that came in first, unless another yields already."""
-        movable = self._movable()
-        if movable and not any(resident.status.slot.yielding for resident in movable):
-            min(movable, key=lambda resident: resident.status.slot.turn).status.slot.give_way()
+    def make_one_yield(self, incoming: Generation) -> None:
+        """The one that came in first, unless another yields already; of `incoming`'s tenant, where
+        that is full."""
+        movable_ones = movable(self._candidates(incoming))
+        if movable_ones and not any(resident.status.slot.yielding for resident in movable_ones):
+            min(movable_ones, key=lambda resident: resident.status.slot.turn).status.slot.give_way()
 
-    def _movable(self) -> list[Generation]:
-        """What is still checked has a slot and is not resident yet: it stays."""
-        slots = ((resident, resident.status.slot) for resident in self)
-        return [resident for resident, slot in slots if slot.resident and not slot.pinned]
+    def _candidates(self, incoming: Generation) -> list[Generation]:
+        return self._of_tenant(incoming) if self.tenant_full(incoming) else list(self)
+
+    def _of_tenant(self, generation: Generation) -> list[Generation]:
+        tenant = self._tenant(generation)
+        return [resident for resident in self if tenant and self._tenant(resident) == tenant]
+
+    def _tenant(self, generation: Generation) -> str | None:
+        return generation.status.traffic.limits.tenant
+
+
+def movable(residents: Iterable[Generation]) -> list[Generation]:
+    """What is still checked has a slot and is not resident yet: it stays."""
+    slots = ((resident, resident.status.slot) for resident in residents)
+    return [resident for resident, slot in slots if slot.resident and not slot.pinned]

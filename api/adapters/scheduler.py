@@ -2,14 +2,16 @@
 
 The workers read several adapters at a time, those that wait longest first, while others run and
 while others wait for room. The first in the queue that is read has the next turn: one that reads
-slowly holds up nobody. What is too large for the memory that is left keeps its turn; what fits
-beside it may go before it, once each, and yields after the requests that it came in for.
+slowly holds up nobody, nor does one that waits for a slot of its tenant's. What is too large for
+the memory that is left keeps its turn; what fits beside it may go before it, once each, and yields
+after the requests that it came in for.
 """
 
 import asyncio
 
 from molehill.api.adapters.errors import EngineRefusedError, NoRoomError
 from molehill.api.adapters.events import LifecycleMetrics, Tier
+from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.preparation import Preparation
 from molehill.api.adapters.residents import Residents
 from molehill.api.adapters.tasks import Tasks
@@ -65,6 +67,7 @@ class Scheduler:
     async def _advance(self) -> bool:
         """Takes the queue one step further; False if all of it waits for something to change."""
         first: Waiting | None = None
+        tenants_waiting: set[str | None] = set()
         for waiting in self._queue:
             if waiting.checking or waiting.reading:
                 continue
@@ -74,12 +77,25 @@ class Scheduler:
                 return True
             if not self._preparation.is_ready(waiting):
                 continue
+            tenant = waiting.generation.status.traffic.limits.tenant
+            if tenant in tenants_waiting:
+                continue
+            if self._waits_for_tenant(waiting.generation):
+                waiting.overtakes = None
+                if await self._try(waiting):
+                    return True
+                tenants_waiting.add(tenant)
+                continue
             if first is None or self._fits_before(first, waiting):
                 waiting.overtakes = first
                 if await self._try(waiting):
                     return True
                 first = first or waiting
         return False
+
+    def _waits_for_tenant(self, generation: Generation) -> bool:
+        """Whether it takes the place of another of its tenant, and so of nobody else."""
+        return not generation.status.slot.resident and self._residents.tenant_full(generation)
 
     def _fits_before(self, first: Waiting, other: Waiting) -> bool:
         """Whether `other` may be tried while `first` waits for room. What yields to `first` may
@@ -90,7 +106,8 @@ class Scheduler:
 
     def _needs_room(self, waiting: Waiting) -> bool:
         """Whether there is no slot, or memory had no room for it and nobody has left since."""
-        return self._residents.full or waiting.crowded == self._transfers.departures
+        full = self._residents.full or self._residents.tenant_full(waiting.generation)
+        return full or waiting.crowded == self._transfers.departures
 
     async def _try(self, waiting: Waiting) -> bool:
         """Brings an adapter in that is read, makes room for it, or refuses it; False if it waits
@@ -100,18 +117,18 @@ class Scheduler:
                 await self._turns.admit(waiting, "worker")
                 return True
             if self._needs_room(waiting):
-                return await self._make_room()
+                return await self._make_room(waiting.generation)
             await self._install(waiting)
         except Exception as error:
             self._queue.refuse(waiting, error)
             await self._preparation.discard(waiting)
         return True
 
-    async def _make_room(self) -> bool:
+    async def _make_room(self, incoming: Generation) -> bool:
         """Takes one adapter out; False if all are busy, of which one then yields."""
-        victim = self._residents.pick_victim()
+        victim = self._residents.pick_victim(incoming)
         if victim is None:
-            self._residents.make_one_yield()
+            self._residents.make_one_yield(incoming)
             return False
         self._events.evicted(victim.name, "worker")
         await self._transfers.uninstall(victim, keep=True)

@@ -48,6 +48,11 @@ class Waiting:
         """Of the requests that still wait."""
         return [turn for turn in self.turns if not turn.tier.done()]
 
+    @property
+    def requests(self) -> int:
+        """That still wait, each once; a load is none."""
+        return len({turn.hold.request for turn in self.open()} - {None})
+
     def refuse(self, error: Exception) -> None:
         for turn in self.open():
             turn.tier.set_exception(error)

@@ -71,7 +71,7 @@ def limits_of_text(text: str) -> TrafficLimits:
 # None where the field is left out.
 Limits = Annotated[
     TrafficLimits | None,
-    PlainValidator(check_limits, json_schema_input_type=dict[str, float | None] | None),
+    PlainValidator(check_limits, json_schema_input_type=dict[str, float | str | None] | None),
 ]
 
 

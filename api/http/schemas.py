@@ -84,10 +84,12 @@ class RoutingShape(BaseModel):
 
 class LimitsInfo(BaseModel):
     """Of an adapter's traffic; null where there is none. tokens_per_second: of prompts and of what
-    is generated."""
+    is generated. tenant_slots: of the workers, that the tenant's adapters may take."""
 
     requests_in_flight: int | None
     tokens_per_second: float | None
+    tenant: str | None
+    tenant_slots: int | None
 
 
 class AdapterInfo(BaseModel):

@@ -63,6 +63,7 @@ class AdapterCollector(Collector):
         for generation in registry.alive():
             self._in_flight[generation.name] += generation.status.in_flight
             self._stored[generation.name] += generation.content.num_bytes
+        self._waiting = registry.residency.requests_waiting()
         self._lora_labels = {
             "max_lora": str(registry.residency.slots),
             "waiting_lora_adapters": joined(registry.residency.waiting()),
@@ -82,7 +83,7 @@ class AdapterCollector(Collector):
         )
         yield self._by_state()
         yield self._lora_requests()
-        yield self._requests()
+        yield from self._requests()
         yield self._bytes()
         yield from self._counters()
         yield self._activated()
@@ -112,7 +113,7 @@ class AdapterCollector(Collector):
         info.add_metric(list(self._lora_labels.values()), self._time)
         return info
 
-    def _requests(self) -> Metric:
+    def _requests(self) -> Iterator[Metric]:
         in_flight = GaugeMetricFamily(
             "molehill_adapter_requests_in_flight",
             "Requests that run on the adapter, on replaced weights too.",
@@ -120,7 +121,15 @@ class AdapterCollector(Collector):
         )
         for name, running in self._in_flight.items():
             in_flight.add_metric([name], running)
-        return in_flight
+        yield in_flight
+        waiting = GaugeMetricFamily(
+            "molehill_adapter_requests_waiting",
+            "Of them, requests that wait for a slot of the adapter.",
+            labels=["adapter"],
+        )
+        for name in self._in_flight:
+            waiting.add_metric([name], self._waiting[name])
+        yield waiting
 
     def _bytes(self) -> Metric:
         resident = GaugeMetricFamily(

@@ -24,6 +24,7 @@ from molehill.engine.vllm import seams
 from molehill.engine.vllm.seams import Seam
 
 CALLS, MODELS = "api/vllm/leased_calls.py", "api/vllm/served_models.py"
+SPANS = "api/vllm/spans.py"
 METRICS, ENGINE_WATCH, APP = "api/vllm/engine_metrics.py", "api/vllm/engine_watch.py", "api/app.py"
 
 
@@ -172,6 +173,7 @@ SERVER = (
             "errored",
             "get_supported_tasks",
             "is_paused",
+            "is_tracing_enabled",
             "logger_manager",
             "model_config",
             "tokenizer",
@@ -184,7 +186,7 @@ SERVER = (
         CALLS,
         "is replaced on the engine's client, which counts requests",
         positional=("self", "prompt", "sampling_params", "request_id"),
-        keywords=("lora_request",),
+        keywords=("lora_request", "trace_headers"),
     ),
     Seam(
         "vllm.v1.engine.async_llm",
@@ -192,7 +194,28 @@ SERVER = (
         CALLS,
         "is replaced on the engine's client, which counts requests",
         positional=("self", "prompt", "pooling_params", "request_id"),
-        keywords=("lora_request",),
+        keywords=("lora_request", "trace_headers"),
+    ),
+    Seam(
+        "vllm.tracing",
+        "extract_trace_context",
+        SPANS,
+        "the trace that a client names",
+        positional=("headers",),
+    ),
+    Seam(
+        "vllm.tracing",
+        "extract_trace_headers",
+        "api/vllm/generation_header.py",
+        "the trace that a client names",
+        positional=("headers",),
+    ),
+    Seam(
+        "vllm.tracing",
+        "SpanAttributes",
+        SPANS,
+        "how vLLM's span names its request",
+        attributes=("GEN_AI_REQUEST_ID",),
     ),
     Seam(
         "vllm.v1.engine.async_llm",

@@ -7,6 +7,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GracefulHTTPError
+from vllm.tracing import extract_trace_headers
 
 from molehill.api.vllm.request_scope import RequestScope, request_scope
 
@@ -31,7 +32,12 @@ class GenerationHeader:
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        request = RequestScope(path.removesuffix("/"))
+        headers = Headers(scope=scope)
+        request = RequestScope(
+            path.removesuffix("/"),
+            request_id=headers.get("x-request-id", ""),
+            trace_headers=extract_trace_headers(headers) or None,
+        )
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start" and request.leases:

@@ -122,7 +122,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     """Refuses what molehill cannot serve, and puts `options` where the plugin finds them. Raises
     LaunchError, LockedError, and of what is merged into the base AdapterError."""
-    check_served(args)
+    check_served(args, options)
     if options.watch and not options.roots:
         raise LaunchError("--watch-adapter-roots: found no --adapter-root, expected one to watch")
     options = replace(options, adapters=start_adapters(args, options))
@@ -148,8 +148,9 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     return args
 
 
-def check_served(args: argparse.Namespace) -> None:
-    """Raises LaunchError for options of vLLM's that molehill does not serve."""
+def check_served(args: argparse.Namespace, options: Options) -> None:
+    """Raises LaunchError for options of vLLM's that molehill, or molehill with `options`, does not
+    serve."""
     for refused, why in (
         (args.worker_cls != WORKER, "--worker-cls: molehill brings its own worker"),
         (not args.enable_lora, "--no-enable-lora: adapters need it"),

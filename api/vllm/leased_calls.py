@@ -11,7 +11,7 @@ client reads that.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
@@ -20,14 +20,14 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
 from molehill.api.adapters.errors import NotInvokedError, RoutingBusyError
-from molehill.api.adapters.events import LifecycleMetrics, Tier
+from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.vllm.invocation import Decode, check_invoked, decoder
 from molehill.api.vllm.leased_outputs import LeasedOutputs, Outputs
 from molehill.api.vllm.request_engines import Placements
-from molehill.api.vllm.request_scope import RequestScope, bring_in, request_scope
+from molehill.api.vllm.request_scope import RequestScope, SlotWait, bring_in, request_scope
 from molehill.api.vllm.routed_calls import (
     RoutedCall,
     RoutingAsked,
@@ -37,11 +37,15 @@ from molehill.api.vllm.routed_calls import (
     refused,
 )
 from molehill.api.vllm.routed_experts import RoutedExperts
+from molehill.api.vllm.spans import Spans
 from molehill.api.vllm.stop_tokens import stop_as_adapter_does
 from molehill.api.vllm.token_charges import charged, is_later_beam, prompt_tokens
 
 # A call's arguments by name.
 Arguments = Mapping[str, Any]
+
+# Takes the slot; what the engine is to be asked besides.
+Enter = Callable[[Lease], Awaitable[Arguments]]
 
 # Raises what vLLM's routes understand; None where a request asks nothing of its routing.
 Route = Callable[[RequestScope, Generation, Arguments], RoutedCall | None]
@@ -53,12 +57,14 @@ def wrap_engine_client(
     placements: Placements | None = None,
     routing: RoutingMemory | None = None,
     routed_experts: RoutedExperts | None = None,
+    spans: Spans | None = None,
 ) -> None:
     """Puts `with_lease` in front of this engine client's `generate` and `encode`.
 
     placements: in which engines requests run, whose workers know what routers chose.
     routing: for what requests may ask of their routing. Without the two they may not ask.
-    routed_experts: of a server that gives mixtures' choices as vLLM gives a base's.
+    routed_experts: of a server that gives mixtures' choices as vLLM gives a base's. spans: None
+    where nothing is traced.
     """
     decode = decoder(engine_client)
 
@@ -74,12 +80,16 @@ def wrap_engine_client(
         asked = request.routing or RoutingAsked()
         return RoutedCall(placements.of, routing, asked, generation, given, choices)
 
-    engine_client.generate = with_lease(engine_client.generate, registry, decode, route)
-    engine_client.encode = with_lease(engine_client.encode, registry, decode, route)
+    engine_client.generate = with_lease(engine_client.generate, registry, decode, route, spans)
+    engine_client.encode = with_lease(engine_client.encode, registry, decode, route, spans)
 
 
 def with_lease(
-    call: Callable[..., Any], registry: AdapterRegistry, decode: Decode, route: Route
+    call: Callable[..., Any],
+    registry: AdapterRegistry,
+    decode: Decode,
+    route: Route,
+    spans: Spans | None,
 ) -> Callable[..., Any]:
     """`call` with its `lora_request` (a keyword on all of vLLM's routes) admitted, and leased
     until its outputs end."""
@@ -87,12 +97,13 @@ def with_lease(
 
     def start(*args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
         request = request_scope.get() or RequestScope(ended=True)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        request.request_id = request.request_id or given.get("request_id", "")
         if lora_request is None:
             check_base(request.routing)
             return call(*args, **kwargs)
         # A refusal must come before a streaming response has begun.
         lease = request.lease(registry, lora_request)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
         try:
             invoked = is_invoked(lease.generation, registry.events, given, decode)
             if invoked:
@@ -105,15 +116,16 @@ def with_lease(
         except Exception:
             lease.release()
             raise
-        note_call(request, lease, given, routed)
+        later_beam = note_call(request, lease, given, routed)
         deltas = gives_deltas(*args, **kwargs)
 
         def charging(*args: Any, **kwargs: Any) -> Outputs:
             return charged(call(*args, **kwargs), lease.charge, deltas)
 
         if invoked:
-            hit = hit_by(request, registry.events, lease.generation.name)
-            outputs = run(lease, hit, charging, args, kwargs, routed)
+            traced = None if later_beam else spans
+            enter = entering(request, registry.events, given, traced)
+            outputs = run(lease, enter, charging, args, kwargs, routed)
         else:
             outputs = run_base(charging, args, kwargs)
         leased = LeasedOutputs(lease, outputs, deltas)
@@ -125,19 +137,41 @@ def with_lease(
 
 def note_call(
     request: RequestScope, lease: Lease, given: Arguments, routed: RoutedCall | None
-) -> None:
-    """Charges the prompt, and keeps what the request's answer will be asked for."""
+) -> bool:
+    """Charges the prompt, and keeps what the request's answer will be asked for.
+
+    Whether it is a later beam of a search, which was charged."""
     name = lease.generation.name
-    if not is_later_beam(given.get("request_id", ""), first=name not in request.asked):
+    later_beam = is_later_beam(given.get("request_id", ""), first=name not in request.asked)
+    if not later_beam:
         lease.charge(prompt_tokens(given.get("prompt")))
     request.asked.add(name)
     if request.routing is not None or routed is not None:
         request.routed.append(routed or samples_of(given))
+    return later_beam
 
 
-def hit_by(request: RequestScope, events: LifecycleMetrics, name: str) -> Callable[[Tier], None]:
-    """Counts the tier where the request found the adapter, before a stream had it brought in."""
-    return lambda tier: events.hit(name, request.tiers.pop(name, tier))
+def entering(
+    request: RequestScope, events: LifecycleMetrics, given: Arguments, spans: Spans | None
+) -> Enter:
+    """Counts the tier where the request found the adapter, before a stream had it brought in, and
+    traces the wait."""
+
+    async def wait(slot: Lease) -> SlotWait:
+        name = slot.generation.name
+        waited = await bring_in(slot)
+        waited = request.waits.pop(name, waited)
+        events.hit(name, waited.tier, waited.seconds)
+        return waited
+
+    async def enter(slot: Lease) -> Arguments:
+        if spans is None:
+            await wait(slot)
+            return {}
+        with spans.residency(slot.generation, given) as entered:
+            return {"trace_headers": entered(await wait(slot))}
+
+    return enter
 
 
 def is_invoked(
@@ -171,7 +205,7 @@ def gives_deltas(_: Any = None, sampling_params: Any = None, *__: Any, **___: An
 
 async def run(
     lease: Lease,
-    hit: Callable[[Tier], None],
+    enter: Enter,
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -179,19 +213,18 @@ async def run(
 ) -> Outputs:
     """None when the generation is in the workers, then the engine's outputs.
 
-    hit: told where the generation was before. routed: has the call's arguments, and follows its
-    outputs, if its routing is asked for.
+    routed: has the call's arguments, and follows its outputs, if its routing is asked for.
     """
     # The engine may be at work for longer than whoever reads the outputs, or be done before.
     slot = lease.share()
     try:
-        hit(await bring_in(slot))
+        more = await enter(slot)
         yield None
         request = lease.generation.request
         called = (
-            call(*args, lora_request=request, **kwargs)
+            call(*args, lora_request=request, **{**kwargs, **more})
             if routed is None
-            else routed.follow(call(lora_request=request, **routed.arguments))
+            else routed.follow(call(lora_request=request, **{**routed.arguments, **more}))
         )
         async with aclosing(called) as outputs:
             async for output in outputs:

@@ -1,11 +1,12 @@
 """The HTTP request that is being answered: what it holds and asks for, until its answer ends."""
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, Protocol
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
 
 from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError
 
@@ -20,6 +21,15 @@ from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.registry import AdapterRegistry
 from molehill.api.vllm.routed_calls import RoutedCall, RoutedTokens, RoutingAsked
 from molehill.engine.vllm.protocol import RoutingUsage
+
+
+class SlotWait(NamedTuple):
+    """tier: where an adapter was that is now in a slot. seconds: until it was there. probed: it was
+    meanwhile."""
+
+    tier: Tier
+    seconds: float
+    probed: bool = False
 
 
 class Unread(Protocol):
@@ -43,22 +53,26 @@ class RequestScope:
     """The HTTP request that is being answered, or a call of the engine outside of one.
 
     path: of the route, None outside of a request. leases: by adapter, each held until the answer
-    has ended. asked: adapters that the engine was asked for. tiers: where those were that were
-    brought in before that. mixed: what it asks for in the place of its model. routing: what it asks
-    to be told of its routing. routed: calls of the engine whose routing is kept. unread: calls of
-    the engine that have not begun. refused: why it is not answered, where a limit says so.
+    has ended. asked: adapters that the engine was asked for. waits: of those that were brought in
+    before that. mixed: what it asks for in the place of its model. routing: what it asks to be told
+    of its routing. routed: calls of the engine whose routing is kept. unread: calls of the engine
+    that have not begun. refused: why it is not answered, where a limit says so. request_id: the
+    client's, or else the first that the engine was asked with. trace_headers: W3C's trace context,
+    as the client sent it.
     """
 
     path: str | None = None
     leases: dict[str, Lease] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
-    tiers: dict[str, Tier] = field(default_factory=dict)
+    waits: dict[str, SlotWait] = field(default_factory=dict)
     mixed: Mixed | None = None
     routing: RoutingAsked | None = None
     # Or how many choices another one has, of which nothing is told.
     routed: list[RoutedCall | int] = field(default_factory=list)
     unread: "weakref.WeakSet[Unread]" = field(default_factory=weakref.WeakSet)
     refused: LimitReachedError | RoutingBusyError | None = None
+    request_id: str = ""
+    trace_headers: Mapping[str, str] | None = None
     ended: bool = False
     # What its leases have in common; not itself, which holds them.
     request: object = field(default_factory=object)
@@ -96,7 +110,7 @@ class RequestScope:
             await call.begin()
         for name, lease in self.leases.items():
             if events and name not in self.asked:
-                self.tiers[name] = await bring_in(lease)
+                self.waits[name] = await bring_in(lease)
                 lease.release_slot()
 
     def routed_tokens(self, choice: int) -> RoutedTokens | None:
@@ -130,12 +144,13 @@ class RequestScope:
 request_scope: ContextVar[RequestScope | None] = ContextVar("request_scope", default=None)
 
 
-async def bring_in(lease: Lease) -> Tier:
-    """Takes the generation's slot; where it was before. Raises GracefulHTTPError, as vLLM's routes
-    understand it."""
-    generation = lease.generation
+async def bring_in(lease: Lease) -> SlotWait:
+    """Takes the generation's slot. Raises GracefulHTTPError, as vLLM's routes understand it."""
+    generation, start = lease.generation, perf_counter()
+    unprobed = generation.status.check is not None
     try:
-        return await lease.acquire_slot()
+        tier = await lease.acquire_slot()
+        return SlotWait(tier, perf_counter() - start, unprobed)
     except EngineRefusedError as error:
         message = str(error).replace(generation.request.lora_path, generation.name)
         raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE) from error

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.api_client import BASE, GOLDEN, KEY, Api, copy_adapter
+from support.collector import ENVIRONMENT as TRACED
+from support.collector import Collector, collecting
 from support.server import TINY, serve
 
 
@@ -31,9 +33,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+def collector() -> Iterator[Collector]:
+    """What the shared server sends its spans to."""
+    with collecting() as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def api(
+    model: Path,
+    adapter_root: Path,
+    collector: Collector,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Api]:
     """One server for all: tiny-llama with an API key, an adapter root, a start adapter and an
-    adapters file that wants nothing."""
+    adapters file that wants nothing. It is traced, and logs JSON."""
     folder = tmp_path_factory.mktemp("server")
     store, file = folder / "store", folder / "adapters.yaml"
     file.write_text("[]")
@@ -55,9 +69,11 @@ def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactor
         *("--max-upload-bytes", str(1 << 20), "--allow-trainer-control"),
         # Needed where a tool is asked for by name; this one wants no tokens of its own.
         *("--tool-call-parser", "pythonic"),
+        *("--otlp-traces-endpoint", collector.url, "--logging-config.formatter", "json"),
     ]
-    with serve(model, folder / "log", arguments, warm=True) as server:
-        yield Api(server.url, adapter_root, store, file)
+    log = folder / "log"
+    with serve(model, log, arguments, TRACED, warm=True) as server:
+        yield Api(server.url, adapter_root, store, file, log)
         assert server.process.poll() is None, server.tail()
 
 

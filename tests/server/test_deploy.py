@@ -1,4 +1,4 @@
-"""The Grafana dashboard and the Prometheus rules against a real server's metrics."""
+"""The Grafana dashboards and the Prometheus rules against a real server's metrics."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from support.api_client import TESTS, Api
 
 DEPLOY = TESTS.parent / "deploy"
 RULES = DEPLOY / "prometheus-alerts.yml"
-BOARD = DEPLOY / "grafana-dashboard.json"
+BOARDS = {name: DEPLOY / "grafana" / f"{name}.json" for name in ("server", "fleet")}
 # What Prometheus itself puts on every series.
 TARGET_LABELS = {"job", "instance"}
 
@@ -22,20 +22,22 @@ def rules() -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
-def board() -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(BOARD.read_text())
+def board(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(BOARDS[name].read_text())
     return result
 
 
-def board_expressions() -> list[str]:
-    panels = [target["expr"] for panel in board()["panels"] for target in panel.get("targets", ())]
-    queries = [entry["definition"] for entry in board()["templating"]["list"][1:]]
+def board_expressions(name: str) -> list[str]:
+    shown = board(name)
+    panels = [target["expr"] for panel in shown["panels"] for target in panel.get("targets", ())]
+    queries = [entry["definition"] for entry in shown["templating"]["list"][1:]]
     selectors = [re.fullmatch(r"label_values\((.+), \w+\)", query)[1] for query in queries]
     return [*panels, *selectors]
 
 
 def expressions() -> list[str]:
-    return [rule["expr"] for rule in rules()] + board_expressions()
+    shown = [text for name in BOARDS for text in board_expressions(name)]
+    return [rule["expr"] for rule in rules()] + list(dict.fromkeys(shown))
 
 
 def parse(expression: str) -> Any:
@@ -90,10 +92,14 @@ def test_an_expression_is_promql_on_real_series(
         assert selector.name in labels
         matched = {matcher.name for matcher in selector.matchers.matchers}
         assert matched <= labels[selector.name] | TARGET_LABELS
+    for aggregated in re.findall(r"by \(([^)]*)\)", expression):
+        kept = {label.strip() for label in aggregated.split(",")}
+        assert kept <= {"le"} | TARGET_LABELS | set.union(*(labels[one.name] for one in result))
 
 
-def test_every_metric_of_molehill_is_on_the_board(labels: dict[str, set[str]]) -> None:
-    shown = {selector.name for text in board_expressions() for selector in selectors(parse(text))}
+def test_every_metric_of_molehill_is_on_a_servers_board(labels: dict[str, set[str]]) -> None:
+    texts = board_expressions("server")
+    shown = {selector.name for text in texts for selector in selectors(parse(text))}
     families = {re.sub(r"_(total|sum|count|bucket)$", "", name) for name in shown}
     served = {
         re.sub(r"_(total|sum|count|bucket)$", "", name)
@@ -111,12 +117,19 @@ def test_alerts_say_what_and_whom() -> None:
         assert rule["labels"]["severity"] in ("info", "warning", "critical")
         assert rule["annotations"].keys() == {"summary", "description"}
         named = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
-        assert named <= {"adapter", "instance", "kind"}
+        assert named <= {"adapter", "instance", "job", "kind"}
 
 
-def test_panels_do_not_overlap_and_all_have_a_meaning() -> None:
+def test_the_boards_are_two() -> None:
+    assert len({board(name)["uid"] for name in BOARDS}) == len(BOARDS)
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_panels_do_not_overlap_and_all_have_a_meaning(name: str) -> None:
     taken: set[tuple[int, int]] = set()
-    for panel in board()["panels"]:
+    panels = board(name)["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
         place = panel["gridPos"]
         cells = {
             (x, y)

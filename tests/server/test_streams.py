@@ -46,7 +46,8 @@ def test_an_adapter_gets_no_more_than_its_limits(clean: Api) -> None:
         except openai.RateLimitError as error:
             return error
 
-    limits = {"requests_in_flight": 2, "tokens_per_second": None}
+    limits: dict[str, Any] = {"requests_in_flight": 2, "tokens_per_second": None}
+    limits |= {"tenant": "streams", "tenant_slots": 3}
     assert load(limits).json()["status"] == "loaded"
     assert info()["limits"] == limits
     with ThreadPoolExecutor(3) as pool:
@@ -76,6 +77,6 @@ def test_an_adapter_gets_no_more_than_its_limits(clean: Api) -> None:
     assert load(None).json()["status"] == "limits_changed"
     assert clean.greedy("limited", prompt["prompt_token_ids"]) == prompt["greedy_token_ids"]
     metrics = clean.metrics()
-    for reason in limits:
+    for reason in ("requests_in_flight", "tokens_per_second"):
         labels = f'{{adapter="limited",reason="{reason}"}}'
         assert metrics[f"molehill_adapter_limit_refusals_total{labels}"] == 1

@@ -38,7 +38,8 @@ def loaded(api: Api) -> list[dict[str, Any]]:
 
 
 def test_a_mixture_that_is_sent_serves_as_one_that_is_loaded(clean: Api, mixlora: Path) -> None:
-    limits = {"requests_in_flight": 50, "tokens_per_second": None}
+    limits: dict[str, Any] = {"requests_in_flight": 50, "tokens_per_second": None}
+    limits |= {"tenant": "sender", "tenant_slots": 7}
     fields = {"name": "m", "pinned": "true", "expected_generation": ""}
     fields["limits"] = json.dumps(limits)
     answer = upload(clean, files_of(mixlora), fields)

@@ -52,12 +52,13 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> N
 @dataclass
 class Api:
     """A client of the shared server. root: its adapter root. store: its adapter store.
-    adapters_file: what it follows, if it does."""
+    adapters_file: what it follows, if it does. log: its output."""
 
     url: str
     root: Path
     store: Path
     adapters_file: Path | None = None
+    log: Path | None = None
 
     def __post_init__(self) -> None:
         self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)

@@ -5,7 +5,7 @@ For orders of events that a real engine cannot be made to run.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.vllm.leased_calls import wrap_engine_client
 from molehill.api.vllm.lora_requests import make_request
+from molehill.api.vllm.spans import Spans
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import AdapterNotFoundError
@@ -67,6 +68,7 @@ class FakeEngine:
         self.proceed.set()
         self.more = asyncio.Event()
         self.served: list[int] = []
+        self.traced: list[Mapping[str, str] | None] = []
         self.kept: list[int] = []
         self.host = 100
         # Ids of adapters that the workers are not done with reading.
@@ -125,8 +127,15 @@ class FakeEngine:
         return protocol.InstallReply(self.refusal)
 
     async def generate(
-        self, prompt: str, params: Any, request_id: str, *, lora_request: Any = None
+        self,
+        prompt: str,
+        params: Any,
+        request_id: str,
+        *,
+        lora_request: Any = None,
+        trace_headers: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[str, None]:
+        self.traced.append(trace_headers)
         self.served.append(lora_request.lora_int_id if lora_request else 0)
         yield Output("first")
         await self.more.wait()
@@ -148,6 +157,7 @@ class World:
         read_chat: ReadChat | None = None,
         paused: Paused = never_paused,
         clock: Callable[[], float] = time.monotonic,
+        spans: Spans | None = None,
     ) -> None:
         self.folder = folder
         self.limits = Limits()
@@ -170,7 +180,7 @@ class World:
             paused=paused,
             clock=clock,
         )
-        wrap_engine_client(self.engine, self.registry)
+        wrap_engine_client(self.engine, self.registry, spans=spans)
 
     def read(
         self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False

@@ -39,9 +39,9 @@ def test_hits_and_evictions_are_counted_by_adapter_and_tier() -> None:
     events = LifecycleMetrics()
     for name in ("a", "b"):
         events.begin(name)
-    events.hit("a", "worker")
-    events.hit("a", "worker")
-    events.hit("b", "disk")
+    events.hit("a", "worker", 0.0)
+    events.hit("a", "worker", 0.0)
+    events.hit("b", "disk", 0.3)
     events.evicted("b", "worker")
     result = samples(events)
     assert result["cache_hits_total", "a", "worker"] == 2
@@ -49,19 +49,21 @@ def test_hits_and_evictions_are_counted_by_adapter_and_tier() -> None:
     assert result["cache_hits_total", "b", "disk"] == 1
     assert result["evictions_total", "b", "worker"] == 1
     assert result["evictions_total", "b", "host"] == 0
+    assert result["wait_seconds_sum", "disk"] == 0.3
+    assert (result["wait_seconds_count", "worker"], result["wait_seconds_count", "host"]) == (2, 0)
 
 
 def test_a_names_series_end_with_it_and_start_anew() -> None:
     events = LifecycleMetrics()
     events.begin("a")
-    events.hit("a", "worker")
+    events.hit("a", "worker", 0.0)
     events.evicted("a", "host")
     events.loaded("a", 1.0)
     events.begin("a")
     assert samples(events)["cache_hits_total", "a", "worker"] == 1
     for _ in range(2):
         events.end("a")
-    events.hit("a", "worker")
+    events.hit("a", "worker", 0.0)
     events.evicted("a", "host")
     events.loaded("a", 1.0)
     assert not [key for key in samples(events) if "a" in key]

@@ -227,6 +227,7 @@ def test_who_runs_and_who_waits_is_told_in_one_series(tmp_path: Path) -> None:
             waiting.append(asyncio.create_task(anext(w.generate(name))))
             await let_tasks_run()
             assert at_work(w) == ("1", "a", names)
+        assert requests_waiting(w) == {"idle": 0, "a": 1, "b": 2}
         w.engine.more.set()
         for stream in streams:
             assert [output async for output in stream] == ["last"]
@@ -242,6 +243,15 @@ def at_work(w: World) -> tuple[str, ...]:
     names = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
     assert set(sample.labels) == set(names)
     return tuple(sample.labels[name] for name in names)
+
+
+def requests_waiting(w: World) -> dict[str, float]:
+    (family,) = [
+        family
+        for family in AdapterCollector(w.registry, Snapshot()).collect()
+        if family.name == "molehill_adapter_requests_waiting"
+    ]
+    return {sample.labels["adapter"]: sample.value for sample in family.samples}
 
 
 def test_a_client_that_stops_waiting_gives_its_turn_up(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_what_is_no_limit_is_named(field: str, value: Any, message: str) -> None
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (3, "limits: found 3, expected requests_in_flight and tokens_per_second"),
+        (3, "limits: found 3, expected requests_in_flight, tokens_per_second, tenant and"),
         ({"requests": 3}, "limits: found an unknown field 'requests', expected requests_in_flight"),
         ({"requests_in_flight": 2.5}, "limits.requests_in_flight: found 2.5, expected a whole"),
     ],

@@ -1,6 +1,7 @@
 """What workers tell, summed: over workers, generations and time."""
 
 import asyncio
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -115,7 +116,7 @@ class NoAdapters:
 
     def __init__(self) -> None:
         self.events = LifecycleMetrics()
-        self.residency = SimpleNamespace(slots=4, waiting=lambda: [])
+        self.residency = SimpleNamespace(slots=4, waiting=list, requests_waiting=Counter)
 
         self.failures: dict[str, Any] = {}
 
