@@ -34,6 +34,8 @@ from molehill.engine.formats.readers import (
     saved_modules,
     targets,
     vocabulary,
+    vocabulary_rows,
+    vocabulary_tensors,
 )
 from molehill.engine.formats.readers.lowrank import PairNames, Scaling, build_experts
 from molehill.engine.formats.readers.patterns import Patterns
@@ -115,7 +117,7 @@ class _Scalings:
 def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly. base: what it is read for."""
     beside = _refuse(config)
-    on_vocabulary, whole = vocabulary.find(weights), weights
+    on_vocabulary, whole = vocabulary_tensors.find(weights), weights
     weights = on_vocabulary.rest
     scalings = _read_scalings(config)
     target_modules, targeting = targets.read_targets(config), Targeting(config)
@@ -141,7 +143,7 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
         sites[canonical(name)] = _mixture(weights, name, module, scaling, dora)
         if module.bias is not None:
             added[canonical(name)] = weights.tensor(module.bias, 1) * scaling.factor
-    rows = vocabulary.read_rows(config, whole, on_vocabulary, base)
+    rows = vocabulary_rows.read_rows(config, whole, on_vocabulary, base)
     sites |= vocabulary.read(config, whole, on_vocabulary, targeting, scalings.of, base)
     magnitudes = any(mixture.magnitude is not None for mixture in sites.values())
     adapted = [*modules, *on_vocabulary.pairs]

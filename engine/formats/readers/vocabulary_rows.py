@@ -1,0 +1,140 @@
+"""Rows of the embedding and of the LM head that a file of PEFT's has in the place of the base's."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.adapter.base_weights import vocabulary_tensor
+from molehill.engine.adapter.errors import ShapeError, UnsupportedError
+from molehill.engine.adapter.module_names import canonical
+from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
+from molehill.engine.formats.io.fields import Fields
+from molehill.engine.formats.io.files import Weights
+from molehill.engine.formats.readers.vocabulary_tensors import (
+    ROWS_OF_TOKENS,
+    WHOLE,
+    VocabularyTensors,
+)
+from molehill.kernels.mixture import VocabularyRows
+
+_SAVED = "modules_to_save"
+_INDICES = "trainable_token_indices"
+# Rows compared at a time.
+_ROWS = 1 << 14
+# That a weight may have been saved in.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def read_rows(
+    config: Fields, weights: Weights, on_vocabulary: VocabularyTensors, base: BaseModel | None
+) -> dict[str, VocabularyRows]:
+    """The rows by site that are not the base's: of whole modules (`modules_to_save`), which are
+    compared with the base's, and of single tokens (`trainable_token_indices`).
+
+    Raises an AdapterError.
+    """
+    tables = {}
+    for module, key in on_vocabulary.having(WHOLE).items():
+        site = canonical(module)
+        _check_saved(config, module, base)
+        ids = changed_rows(weights, key, site, base)
+        if len(ids):
+            tables[site] = VocabularyRows(ids, weights.tensors[key][ids])
+    tables |= _rows_of_tokens(config, weights, on_vocabulary, base)
+    return tables
+
+
+def _check_saved(config: Fields, module: str, base: BaseModel | None) -> None:
+    """Raises UnsupportedError for a whole module that PEFT would not take out of the file, and
+    where there is no base to compare it with."""
+    where, leaf = f"{config.where}: {_SAVED}", module.rpartition(".")[2]
+    if not any(module == name or module.endswith(f".{name}") for name in config.texts(_SAVED)):
+        tied = config.flag("ensure_weight_tying") and bool(config.texts(_SAVED))
+        if not tied:
+            expected = "the module among modules_to_save, or no tensors for it"
+            found = f"a whole module that it does not name ({leaf})"
+            raise UnsupportedError(where, found, expected)
+    if base is None:
+        expected = "no tensors for it, or the base model, to compare it with (--model, --base)"
+        raise UnsupportedError(where, f"whole modules ({leaf})", expected)
+
+
+def _rows_of_tokens(
+    config: Fields, weights: Weights, on_vocabulary: VocabularyTensors, base: BaseModel | None
+) -> dict[str, VocabularyRows]:
+    keys = on_vocabulary.having(ROWS_OF_TOKENS)
+    indices = config.values.get(_INDICES)
+    if not keys and indices in (None, [], {}):
+        return {}
+    where = f"{config.where}: {_INDICES}"
+    if not keys or indices in (None, [], {}):
+        expected = f"the field absent and no {ROWS_OF_TOKENS}, or both"
+        raise UnsupportedError(where, "trained token embeddings", expected)
+    if base is None:
+        expected = "the base model, to know whether its head is tied (--model, --base)"
+        raise UnsupportedError(where, "trained token embeddings", expected)
+    tables = {}
+    by_site = {}
+    for module, key in keys.items():
+        site = canonical(module)
+        ids = by_site[site] = _token_ids(config, indices, module)
+        rows = weights.tensor(key, 2)
+        if len(rows) != len(ids):
+            raise ShapeError(weights.where(key), list(rows.shape), [len(ids), rows.shape[1]])
+        order = ids.argsort()
+        tables[site] = VocabularyRows(ids[order], rows[order])
+    for site in [site for site in tables if is_embedding(site)]:
+        heads = [name for name in base.vocabulary if is_head(name)]
+        if base.tied and not any(head in tables for head in heads):
+            # PEFT then has the tied head use the embedding's rows.
+            tables |= dict.fromkeys(heads, tables[site])
+    return tables
+
+
+def _token_ids(config: Fields, indices: Any, module: str) -> Tensor:
+    """int64, as the rows lie. Raises ConfigError."""
+    if isinstance(indices, Mapping):
+        names = [name for name in indices if module == name or module.endswith(f".{name}")]
+        indices = indices[names[0]] if len(names) == 1 else None
+    if (
+        not isinstance(indices, list)
+        or not all(type(i) is int and 0 <= i < 1 << 24 for i in indices)
+        or len(set(indices)) < len(indices)
+    ):
+        raise config.error(_INDICES, f"a list of token ids, each once, for {module}")
+    return torch.tensor(indices, dtype=torch.int64)
+
+
+def of_base(
+    weights: Weights, key: str, site: str, base: BaseModel | None, part: Literal["weight", "bias"]
+) -> Tensor:
+    if base is None:
+        expected = "the base model, to compare it with (--model, --base)"
+        raise UnsupportedError(weights.where(key), f"the whole {part} of {site}", expected)
+    return vocabulary_tensor(base.name, site, base.tied, part)
+
+
+def changed_rows(weights: Weights, key: str, site: str, base: BaseModel | None) -> Tensor:
+    """The ids int64 `[n]` of the rows in which a whole weight of the file differs from the base's
+    own, in the base's dtype and in those that it may have been saved in.
+
+    Raises UnsupportedError where there is no base to compare with, ShapeError.
+    """
+    saved = weights.tensor(key, 2)
+    weight = of_base(weights, key, site, base, "weight")
+    if len(saved) > len(weight):
+        found = f"{len(saved)} tokens, some of them added to the base's vocabulary"
+        raise UnsupportedError(weights.where(key), found, f"the base's {len(weight)}")
+    if saved.shape != weight.shape:
+        raise ShapeError(weights.where(key), list(saved.shape), list(weight.shape))
+    changed = []
+    for start in range(0, len(saved), _ROWS):
+        rows, before = saved[start : start + _ROWS], weight[start : start + _ROWS]
+        same = torch.zeros(len(rows), dtype=torch.bool)
+        for dtype in DTYPES:
+            same |= (before.to(dtype).float() == rows).all(1)
+        changed.append(start + (~same).nonzero().squeeze(1))
+    return torch.cat(changed)
