@@ -18,7 +18,7 @@ from molehill.engine.formats import native
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.transform.merge import check_mergeable, merge_static, mergeable_sites
 
-# vLLM's formats that `molehill.engine.vllm.model.merged_base_loader` can change weights in.
+# vLLM's formats that `molehill.engine.vllm.model.checkpoint_loader` can change weights in.
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 

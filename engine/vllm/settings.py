@@ -23,6 +23,8 @@ class Settings:
     merged_base: directory of the adapter that is merged into the base weights; it is served to
     requests for the adapter whose digest is `merged_base_digest`.
     capture_routing: whether a GPU worker keeps gate weights for requests that ask.
+    extra_vocab: ids after the base's own for tokens that adapters add; the config's `vocab_size`
+    has them already.
     """
 
     backend: str = "auto"
@@ -34,6 +36,7 @@ class Settings:
     merged_base_digest: str = ""
     host_memory: int = GIB
     capture_routing: bool = False
+    extra_vocab: int = 0
 
     def to_config(self) -> dict[str, Any]:
         """The value for `additional_config`."""

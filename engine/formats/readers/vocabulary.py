@@ -12,9 +12,12 @@ from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers.lowrank import PairNames, Scaling, build_experts
 from molehill.engine.formats.readers.targeting import Targeting
-from molehill.engine.formats.readers.vocabulary_rows import DTYPES, changed_rows, of_base
+from molehill.engine.formats.readers.vocabulary_rows import DTYPES, of_base
 from molehill.engine.formats.readers.vocabulary_tensors import (
     ROWS_OF_TOKENS,
+    UNDER_PAIR,
+    UNDER_ROWS,
+    UNUSED,
     WHOLE,
     VocabularyTensors,
 )
@@ -41,12 +44,11 @@ def read(
         site = canonical(module)
         a, b = PARTS[is_embedding(site)]
         for part, key in keys.items():
-            if part not in (a, b, "base_layer.weight", "base_layer.bias", WHOLE, ROWS_OF_TOKENS):
+            others = (UNDER_PAIR, "base_layer.bias", WHOLE, ROWS_OF_TOKENS, UNDER_ROWS, *UNUSED)
+            if part not in (a, b, *others):
                 noun = "the embedding" if is_embedding(site) else "the LM head"
                 what = "DoRA" if "magnitude" in part else f"an unknown tensor of {noun}"
                 raise UnsupportedError(weights.where(key), what, f"plain LoRA on {noun}: {a}, {b}")
-        if "base_layer.weight" in keys:
-            _check_whole(weights, keys["base_layer.weight"], site, base)
         if "base_layer.bias" in keys:
             _check_bias(weights, keys["base_layer.bias"], site, base)
         if module in on_vocabulary.pairs:
@@ -69,14 +71,6 @@ def _check_targets(
             key = min(on_vocabulary.keys[module].values())
             expected = f"none, as {name} does not adapt it"
             raise UnsupportedError(weights.where(key), "tensors of an untargeted module", expected)
-
-
-def _check_whole(weights: Weights, key: str, site: str, base: BaseModel | None) -> None:
-    """A whole weight in the file must be the base's. Raises UnsupportedError, ShapeError."""
-    changed = changed_rows(weights, key, site, base)
-    if len(changed):
-        found = f"{len(changed)} rows that are not the base's"
-        raise UnsupportedError(weights.where(key), found, "the base's own")
 
 
 def _check_bias(weights: Weights, key: str, site: str, base: BaseModel | None) -> None:

@@ -8,6 +8,12 @@ base's.
 
 Whole modules (`modules_to_save`) are `.weight`, rows of `trainable_token_indices`
 `.token_adapter.trainable_tokens_delta` `[n, hidden]`, which are the rows themselves and no deltas.
+
+Where tokens were added to the vocabulary, PEFT saves the whole embedding and the whole head beside
+all that, and loads them: `.weight` of one that is not trained, `.base_layer.weight` under a pair,
+`.token_adapter.base_layer.weight` under rows. Of one in `modules_to_save` it also saves
+`.modules_to_save.weight`, the same as `.weight`, and `.original_module.weight`, the weight before
+training; neither changes an answer.
 """
 
 import re
@@ -19,10 +25,14 @@ from molehill.engine.adapter.vocabulary_sites import EMBEDDINGS, HEADS
 from molehill.engine.formats.io.files import Weights
 
 WHOLE, ROWS_OF_TOKENS = "weight", "token_adapter.trainable_tokens_delta"
+# Under a pair, and under rows of tokens.
+UNDER_PAIR, UNDER_ROWS = "base_layer.weight", "token_adapter.base_layer.weight"
+UNUSED = ("modules_to_save.weight", "original_module.weight")
 _KEY = re.compile(
     rf"base_model\.model\.(?P<module>{AROUND_LAYERS}(?:{'|'.join((*EMBEDDINGS, *HEADS))}))"
     r"\.(?P<part>lora_embedding_[AB]|lora_[AB]\.weight|lora_magnitude_vector(?:\.weight)?"
-    r"|base_layer\.weight|base_layer\.bias|weight|token_adapter\.trainable_tokens_delta)"
+    r"|base_layer\.weight|base_layer\.bias|weight|token_adapter\.trainable_tokens_delta"
+    r"|token_adapter\.base_layer\.weight|modules_to_save\.weight|original_module\.weight)"
 )
 
 
@@ -36,7 +46,7 @@ class VocabularyTensors:
     @property
     def pairs(self) -> list[str]:
         """The modules that have a pair, or parts of one."""
-        others = {"base_layer.weight", "base_layer.bias", WHOLE, ROWS_OF_TOKENS}
+        others = {UNDER_PAIR, "base_layer.bias", WHOLE, ROWS_OF_TOKENS, UNDER_ROWS, *UNUSED}
         return [module for module, keys in self.keys.items() if set(keys) - others]
 
     def having(self, part: str) -> dict[str, str]:
