@@ -39,7 +39,12 @@ from molehill.api.sources.roots import AdapterRoots, operator_source
 from molehill.api.sources.uploads import Uploads
 from molehill.api.sources.watcher import Watcher
 from molehill.api.vllm import compat, starting
-from molehill.api.vllm.adapter_chats import base_chat, render_as_adapters_do
+from molehill.api.vllm.adapter_chats import (
+    answer_as_adapters_do,
+    base_chat,
+    render_as_adapters_do,
+)
+from molehill.api.vllm.adapter_tokenizers import AdapterTokenizers
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.engine_watch import EngineWatch
 from molehill.api.vllm.lora_requests import ServedRequests, make_request
@@ -48,6 +53,7 @@ from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_tracking import GenerationHeader, wrap_engine_client
 from molehill.api.vllm.routed_calls import routing_memory
 from molehill.api.vllm.served_models import NOT_FOUND, ServedModels
+from molehill.api.vllm.token_bounds import TokenBounds
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.system import startup
@@ -105,7 +111,9 @@ class MolehillRoutes:
         if models.lora_requests:
             raise RuntimeError("adapters were loaded past molehill; use molehill serve --adapter")
         models.lora_requests = ServedRequests()
-        services = await make_services(engine_client, models, options, state.online_renderer)
+        services = await make_services(
+            engine_client, models, options, state.online_renderer, state.serving_tokenization
+        )
         state.molehill = services
         layouts = dict(options.layouts)
         for name, path in options.adapters:
@@ -151,7 +159,7 @@ def options_of(args: Namespace) -> Options:
 
 
 async def make_services(
-    engine_client: Any, models: Any, options: Options, online_renderer: Any
+    engine_client: Any, models: Any, options: Options, online_renderer: Any, tokenization: Any
 ) -> Services:
     """All that the routes need, on this engine. Raises RuntimeError, ManifestError, LockedError."""
     config = engine_client.vllm_config
@@ -164,6 +172,8 @@ async def make_services(
     reader = AdapterReader(base, limits, {config.model_config.model, *names})
     store, merged_base = AdapterStore(options.store), options.merged_base
     cores = await workers_cores(workers)
+    tokenizers = AdapterTokenizers(online_renderer.renderer.tokenizer)
+    read_chat = chat_reader(online_renderer, tokenizers)
     if merged_base is not None:
         store.hold(merged_base.directory)
     registry = AdapterRegistry(
@@ -176,18 +186,21 @@ async def make_services(
         served=models.lora_requests,
         base_models=names,
         admission=options.admission,
-        probe=await prober(engine_client) if options.probe else None,
+        probe=await prober(engine_client, base.num_tokens) if options.probe else None,
         merged_base=merged_base,
         background=Background(cores, threads=MOST_AT_ONCE),
         memory=limits.adapter_bytes,
         combine=reader.combine,
-        read_chat=chat_reader(online_renderer) if options.adapter_chat_templates else None,
+        read_chat=read_chat if options.adapter_chat_templates else None,
+        num_tokens=base.num_tokens,
         paused=engine_client.is_paused,
     )
     models.lora_requests.registry = registry
     memory = routing_memory(config, options.routing_bytes, options.capture_routing)
-    wrap_engine_client(engine_client, registry, workers, memory)
-    render_as_adapters_do(online_renderer, models, registry)
+    bounds = TokenBounds(base.num_tokens, base.extra_tokens)
+    wrap_engine_client(engine_client, registry, workers, memory, bounds)
+    render_as_adapters_do(online_renderer, models, registry, tokenizers, tokenization)
+    answer_as_adapters_do(engine_client.output_processor, registry, tokenizers)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)
     sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
@@ -205,14 +218,15 @@ async def make_services(
     return Services(registry, sources, uploads, stats, restore, served, scraping, file)
 
 
-def chat_reader(online_renderer: Any) -> ChatReader | None:
+def chat_reader(online_renderer: Any, tokenizers: AdapterTokenizers) -> ChatReader | None:
     """None for a model whose chats are not rendered by templates."""
-    base = base_chat(online_renderer)
+    base = base_chat(online_renderer, tokenizers)
     return None if base is None else ChatReader(base)
 
 
-async def prober(engine_client: Any) -> Prober | None:
-    """None for a model that does not generate, or may not show its log-probabilities."""
+async def prober(engine_client: Any, num_tokens: int | None) -> Prober | None:
+    """None for a model that does not generate, or may not show its log-probabilities. num_tokens:
+    of its own vocabulary, where that is known."""
     tasks = await engine_client.get_supported_tasks()
     if "generate" not in tasks or engine_client.model_config.max_logprobs == 0:
         return None
@@ -220,7 +234,7 @@ async def prober(engine_client: Any) -> Prober | None:
     if engine_client.vllm_config.parallel_config.data_parallel_size > 1:
         # The base and the adapter are compared on one engine: others may round otherwise.
         generate = partial(generate, data_parallel_rank=0)
-    return Prober(generate, engine_client.model_config.get_vocab_size())
+    return Prober(generate, num_tokens or engine_client.model_config.get_vocab_size())
 
 
 async def workers_cores(workers: EngineWatch) -> set[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from molehill.api.adapters.merged_base import MergedBaseAdapter
 from molehill.api.adapters.store_lock import check_free
-from molehill.api.vllm import compat, precision
+from molehill.api.vllm import compat, extra_vocabulary, precision
 from molehill.api.vllm.options import Options, api_keys
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.system.torchvision import check_importable
@@ -164,6 +164,7 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         check_free(options.store)
     if options.merge_into_base is not None:
         options = replace(options, merged_base=_merged_base(options.merge_into_base, args, options))
+    _make_room(args, options.extra_vocab)
     keys = api_keys(args.api_key)
     # Who may change the server may also ask it; vLLM's own check stands before ours.
     args.api_key = [*keys, *options.admin_keys] if keys else None
@@ -178,6 +179,7 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         "" if merged_base is None else merged_base.digest,
         options.host_memory,
         options.capture_routing,
+        options.extra_vocab,
     )
     args.additional_config = {**(args.additional_config or {}), **settings.to_config()}
     args.molehill = options
@@ -218,6 +220,13 @@ def _merged_base(name: str, args: argparse.Namespace, options: Options) -> Merge
         return write_merged_base(name, args, options)
     except AdapterError:
         raise
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+
+
+def _make_room(args: argparse.Namespace, extra_tokens: int) -> None:
+    try:
+        extra_vocabulary.make_room(args, extra_tokens)
     except ValueError as error:
         raise LaunchError(str(error)) from error
 

@@ -34,7 +34,9 @@ from molehill.api.vllm.read_ahead import ReadAhead
 from molehill.api.vllm.request_scope import RequestScope, bring_in, request_scope
 from molehill.api.vllm.routed_calls import RoutedCall, RoutingMemory, check_base, check_plain
 from molehill.api.vllm.stop_tokens import stop_as_adapter_does
+from molehill.api.vllm.token_bounds import TokenBounds
 from molehill.api.vllm.token_charges import charged, is_later_beam, prompt_tokens
+from molehill.engine.adapter.added_tokens import AddedTokens
 from molehill.engine.vllm.protocol import Engine
 
 HEADER = "Molehill-Generation"
@@ -133,11 +135,13 @@ def wrap_engine_client(
     registry: AdapterRegistry,
     workers: Engine | None = None,
     routing: RoutingMemory | None = None,
+    bounds: TokenBounds | None = None,
 ) -> None:
     """Puts `with_lease` in front of this engine client's `generate` and `encode`.
 
     workers: of all engines, which know what routers chose; the client's own are those of the first.
-    routing: for what requests may ask of their routing; None where they may not ask.
+    routing: for what requests may ask of their routing; None where they may not ask. bounds: ids
+    that they may name; None for all that vLLM lets them.
     """
     decode = decoder(engine_client)
 
@@ -148,16 +152,24 @@ def wrap_engine_client(
         memory = routing or RoutingMemory(0, "found a server that keeps none, expected one")
         return RoutedCall(workers or engine_client, memory, request.routing, generation, given)
 
-    engine_client.generate = with_lease(engine_client.generate, registry, decode, route)
-    engine_client.encode = with_lease(engine_client.encode, registry, decode, route)
+    check = (bounds or TokenBounds()).check
+    engine_client.generate = with_lease(engine_client.generate, registry, decode, route, check)
+    engine_client.encode = with_lease(engine_client.encode, registry, decode, route, check)
 
 
+# Of a call's arguments by name, and the tokens that its adapter adds. Raises what vLLM's routes
+# understand.
+CheckTokens = Callable[[Mapping[str, Any], AddedTokens | None], None]
 # Raises what vLLM's routes understand; None where a request asks nothing of its routing.
 Route = Callable[[RequestScope, Generation, Mapping[str, Any]], RoutedCall | None]
 
 
 def with_lease(
-    call: Callable[..., Any], registry: AdapterRegistry, decode: Decode, route: Route
+    call: Callable[..., Any],
+    registry: AdapterRegistry,
+    decode: Decode,
+    route: Route,
+    check_tokens: CheckTokens,
 ) -> Callable[..., Any]:
     """`call` with its `lora_request` (a keyword on all of vLLM's routes) admitted, and leased
     until its outputs end."""
@@ -165,14 +177,16 @@ def with_lease(
 
     def start(*args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
         request = request_scope.get() or RequestScope(ended=True)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         if lora_request is None:
             check_base(request.routing)
+            check_tokens(given, None)
             return call(*args, **kwargs)
         # A refusal must come before a streaming response has begun.
         lease = request.lease(registry, lora_request)
         name = lease.generation.name
         try:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            check_tokens(given, lease.generation.content.added)
             invoked = is_invoked(lease.generation, registry.events, given, decode)
             if invoked:
                 stop_as_adapter_does(lease.generation.content.chat, given)

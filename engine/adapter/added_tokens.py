@@ -36,11 +36,13 @@ class AddedTokens:
         return tuple(sorted({*self.read, *self.answered}))
 
 
-def added_tokens(adapter: Adapter, base: BaseModel) -> AddedTokens:
-    """Those of an adapter that fits this base."""
-    first = base.num_tokens
+NO_TOKENS = AddedTokens()
+
+
+def added_tokens(adapter: Adapter, first: int | None) -> AddedTokens:
+    """Those of an adapter that fits its base. first: the base's number of tokens."""
     if first is None:
-        return AddedTokens()
+        return NO_TOKENS
     ids: dict[bool, tuple[int, ...]] = {True: (), False: ()}
     for site, table in adapter.rows.items():
         ids[is_embedding(site)] = tuple(table.ids[table.ids >= first].tolist())
@@ -58,7 +60,7 @@ def no_room(where: str, tokens: int, of_base: int, extra: int) -> UnsupportedErr
 
 def misfits(adapter: Adapter, base: BaseModel) -> Iterator[AdapterError]:
     """What is inconsistent in an adapter's added tokens, whose rows are within the base's room."""
-    tokens = added_tokens(adapter, base)
+    tokens = added_tokens(adapter, base.num_tokens)
     unread = sorted({*tokens.answered} - {*tokens.read})
     if unread:
         found = f"a row for the added token {unread[0]}, and none of the embedding"

@@ -291,7 +291,7 @@ class PatchedModel:
                 linears.setdefault(handle, []).append(piece)
         self._cut_biases(adapter, linears)
         on_vocabulary = vocabulary.cut(
-            adapter, self._embedding, self._head, added_tokens(adapter, self.base)
+            adapter, self._embedding, self._head, added_tokens(adapter, self.base.num_tokens)
         )
         moes = self._cut_moes(adapter)
         return SlotWeights(linears, ffns, scales, ffn_scales, moes, on_vocabulary)
