@@ -44,9 +44,9 @@ class ChatInfo(BaseModel):
 
 
 class VocabularyInfo(BaseModel):
-    """What an adapter has of its own on the vocabulary. rows: of the embedding and of the LM head,
-    in the base's place or added, by site. added_tokens: ids after the base's own that its prompts or
-    answers may hold. texts: of them and of others that its tokenizer has beside the base's, by id.
+    """What an adapter has of its own on the vocabulary. rows: how many of the embedding and of the
+    LM head, in the base's place or added, by site. added_tokens: ids after the base's own that its
+    prompts or answers may hold. texts: of tokens that its tokenizer has beside the base's, by id.
     """
 
     rows: dict[str, int]

@@ -49,7 +49,7 @@ TIED: Mapping[str, Mapping[str, Any]] = {
 
 # That leave no doubt about greedy tokens, where it is not 0.
 SEEDS: Mapping[tuple[str, str], int] = {("qwen2", "tokens-apart"): 1}
-HEADS = ("on-head", "on-both", "tying", *ROWS)
+HEADS = ("on-head", "on-both", "tying", *ROWS, *GROWN)
 
 
 def author(base: Path, directory: Path, name: str, seed: int | None = None) -> nn.Module:
@@ -76,7 +76,7 @@ def save(
     torch.manual_seed(seed)
     source = tiny_models.load(base)
     if added:
-        source.resize_token_embeddings(source.config.vocab_size + added)
+        _grow(source, added, seed)
     model = peft.get_peft_model(source, config)
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
@@ -93,6 +93,15 @@ def save(
             parameter.data[rows] += 0.5 * noise[rows]
     model.eval().save_pretrained(directory)
     return model
+
+
+def _grow(model: Any, added: int, seed: int) -> None:
+    """Rows of added tokens that are large enough to be answered now and then."""
+    model.resize_token_embeddings(model.config.vocab_size + added)
+    generator = torch.Generator().manual_seed(seed)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        rows = module.weight.data[-added:]
+        rows.copy_(4 * module.weight.std() * torch.randn(rows.shape, generator=generator))
 
 
 def names(tied: bool) -> dict[str, Mapping[str, Any]]:
