@@ -65,10 +65,8 @@ def test_more_tokens_than_there_is_room_for(extra: int, expected: str) -> None:
 
 def test_an_answer_is_read_again() -> None:
     (error,) = refusals(3, {"embed_tokens": rows(10), "lm_head": rows(10, 12)})
-    assert (error.where, error.found[:32]) == (
-        "lm_head.row_ids",
-        "a row for the added token 12, an",
-    )
+    assert error.where == "lm_head.row_ids"
+    assert error.found == "a row for the added token 12, and none of the embedding"
 
 
 @pytest.mark.parametrize("site", ["embed_tokens", "lm_head"])
