@@ -47,7 +47,8 @@ RENDERING: tuple[Seam, ...] = (
         "OnlineRenderer.preprocess_completion",
         TOKENIZERS,
         "runs on a copy, whose renderer has the adapter's tokenizer",
-        positional=("self", "request"),
+        positional=("self", "request", "prompt_input", "prompt_embeds"),
+        keywords=("skip_mm_cache",),
         markers=("self.preprocess_cmpl(request, ",),
     ),
     *(
@@ -56,7 +57,7 @@ RENDERING: tuple[Seam, ...] = (
             f"ServingTokenization.{method}",
             TOKENIZERS,
             "runs on a copy, whose renderer has the adapter's tokenizer",
-            positional=("self", "request"),
+            positional=("self", "request", "raw_request"),
             markers=("self.renderer.",),
         )
         for method in ("create_tokenize", "create_detokenize")
@@ -73,7 +74,7 @@ RENDERING: tuple[Seam, ...] = (
         "OutputProcessor.add_request",
         TOKENIZERS,
         "runs on a copy with the adapter's tokenizer",
-        positional=("self", "request"),
+        positional=("self", "request", "prompt", "parent_req", "request_index", "queue"),
         markers=("tokenizer=self.tokenizer,", "self.request_states[request_id] = req_state"),
     ),
     Seam(
