@@ -27,7 +27,7 @@ class TokenBounds:
 
     def check(self, call: Mapping[str, Any], added: AddedTokens | None = None) -> None:
         """Raises VLLMValidationError for the first id that the request's model does not have, and
-        has all log-probabilities be those of the tokens that it has.
+        has the most log-probabilities be those of the tokens that it has.
 
         call: `prompt` and `sampling_params` of a call of vLLM's engine client. added: the adapter's
         tokens.
@@ -42,9 +42,11 @@ class TokenBounds:
         for name in _LISTS:
             self._expect(name, getattr(params, name, None) or (), added.answered)
         self._expect("logit_bias", map(int, params.logit_bias or ()), added.answered)
+        most = self._num_tokens + len(added.answered)
         for name in _COUNTS:
-            if getattr(params, name) == _ALL:
-                setattr(params, name, self._num_tokens + len(added.answered))
+            count = getattr(params, name)
+            if count is not None and (count == _ALL or count > most):
+                setattr(params, name, most)
 
     def _expect(self, parameter: str, ids: Iterable[int], added: Collection[int]) -> None:
         assert self._num_tokens is not None

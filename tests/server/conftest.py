@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.api_client import BASE, GOLDEN, KEY, Api, copy_adapter
+from support.api_client import BASE, EXTRA_VOCAB, GOLDEN, KEY, Api, copy_adapter
 from support.server import TINY, serve
 
 
@@ -53,6 +53,7 @@ def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactor
         *("--adapter", f"started={GOLDEN / 'cases' / 'dynmole-default'}"),
         *("--max-adapter-rank", "64", "--enable-scale-out", "--routing-bytes", "60000"),
         *("--max-upload-bytes", str(1 << 20), "--allow-trainer-control"),
+        *("--extra-vocab", str(EXTRA_VOCAB)),
     ]
     with serve(model, folder / "log", arguments, warm=True) as server:
         yield Api(server.url, adapter_root, store, file)

@@ -53,9 +53,10 @@ def test_all_log_probabilities_are_those_of_tokens_that_there_are() -> None:
         101,
         101,
     )
-    given = call([1], logprobs=-1, prompt_logprobs=3)
-    TokenBounds(TOKENS, 5).check(given)
-    assert (given["sampling_params"].logprobs, given["sampling_params"].prompt_logprobs) == (100, 3)
+    for count, expected in ((-1, 100), (104, 100), (3, 3), (None, None)):
+        given = call([1], logprobs=count)
+        TokenBounds(TOKENS, 5).check(given)
+        assert given["sampling_params"].logprobs == expected
 
 
 def test_what_has_no_ids_is_not_looked_at() -> None:
