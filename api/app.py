@@ -167,7 +167,8 @@ async def make_services(
     workers = EngineWatch(engine_client, engines, options.straggler_seconds)
     # The workers check against these too; here a bad adapter gets its own error.
     limits = Settings.from_config(config.additional_config).limits
-    base = replace(await base_model(workers), name=models.base_model_paths[0].name)
+    described = await base_model(workers)
+    base = replace(described, name=models.base_model_paths[0].name, source=described.name)
     names = {path.name for path in models.base_model_paths}
     reader = AdapterReader(base, limits, {config.model_config.model, *names})
     store, merged_base = AdapterStore(options.store), options.merged_base

@@ -28,7 +28,8 @@ class Moe:
 class BaseModel:
     """Shapes of a base model, no weights.
 
-    name: as served. architecture: the config's first `architectures` entry.
+    name: as served. source: its checkpoint, a directory or a name in the local cache; None where
+        `name` is. architecture: the config's first `architectures` entry.
     linears: (in_features, out_features) by canonical name, `layers.3.self_attn.q_proj`.
     ffns: the activation's Transformers name by canonical name of each gated FFN, `layers.3.mlp`,
         whose projections are `gate_proj` and `up_proj`, or both fused in `gate_up_proj`, and
@@ -53,6 +54,7 @@ class BaseModel:
     biased: frozenset[str] = frozenset()
     vocabulary: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     extra_tokens: int = 0
+    source: str | None = None
     tied: bool = False
     ignored: frozenset[str] = frozenset()
 

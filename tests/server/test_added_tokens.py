@@ -35,7 +35,7 @@ def train(api: Api, name: str, settings: str, words: tuple[str, str]) -> Trained
     folder = api.root / name
     model = vocabulary.author(TINY_LLAMA, folder, settings)
     tokenizer: Any = AutoTokenizer.from_pretrained(TINY_LLAMA)
-    tokenizer.add_tokens(words[:1])
+    tokenizer.add_tokens([words[0]])
     tokenizer.add_special_tokens({"eos_token": words[1]})
     tokenizer.save_pretrained(folder)
     prompt = TEXT.format(*words)

@@ -142,7 +142,7 @@ def of_base(
     if base is None:
         expected = "the base model, to compare it with (--model, --base)"
         raise UnsupportedError(weights.where(key), f"the whole {part} of {site}", expected)
-    return vocabulary_tensor(base.name, site, base.tied, part)
+    return vocabulary_tensor(base.source or base.name, site, base.tied, part)
 
 
 def _added_rows(weights: Weights, key: str, site: str, base: BaseModel | None) -> Tensor:
