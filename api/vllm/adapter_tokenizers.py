@@ -4,6 +4,7 @@ They read what a request gives as text, and write what its adapter answers. All 
 tokenizer is taken for the base's.
 """
 
+import asyncio
 import copy
 import inspect
 import logging
@@ -113,7 +114,9 @@ def with_adapter_tokenizers(
         view = owner
         if texts:
             view = copy.copy(owner)
-            view.renderer = renderer_with(owner.renderer, tokenizers.of(texts))
+            # One that is not kept any more takes a second to make.
+            tokenizer = await asyncio.to_thread(tokenizers.of, texts)
+            view.renderer = renderer_with(owner.renderer, tokenizer)
         return await call(view, *args, **kwargs)
 
     return run
