@@ -6,6 +6,7 @@ tokenizer is taken for the base's.
 
 import asyncio
 import copy
+import functools
 import inspect
 import logging
 from collections import OrderedDict
@@ -108,6 +109,7 @@ def with_adapter_tokenizers(
     call = getattr(type(owner), method)
     signature = inspect.signature(call)
 
+    @functools.wraps(getattr(owner, method))
     async def run(*args: Any, **kwargs: Any) -> Any:
         request = signature.bind(owner, *args, **kwargs).arguments["request"]
         texts = texts_of(getattr(request, "model", None))

@@ -1,6 +1,7 @@
 """Tokenizers of adapters that add tokens, against what Transformers saved and reads."""
 
 import asyncio
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +132,8 @@ def test_a_request_has_the_tokenizer_of_its_adapter(
     for model, expected in (("a", of_adapter), ("b", "base's"), (None, "base's")):
         request = SimpleNamespace(model=model)
         assert asyncio.run(render(request, more=3)) == (expected, 3)
+    # Whoever wraps it in turn finds its parameters.
+    assert list(inspect.signature(render).parameters) == ["request", "more"]
     add = with_adapter_texts(owner, tokenizers, lambda request: texts if request == "a" else ())
     for lora_request in ("a", "b", None):
         add(SimpleNamespace(lora_request=lora_request), "prompt")
