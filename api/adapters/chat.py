@@ -154,8 +154,11 @@ def without_rows(chat: AdapterChat | None, served: Sequence[TokenText]) -> tuple
     texts = () if chat is None else chat.token_texts[len(served) :]
     if not texts:
         return ()
-    found = f"added tokens without a row: {_shown([text.text for text in texts])}"
-    return (f"tokenizer: found {found}; in prompts they are read as the text that they are",)
+    lacking = _shown([text.text for text in texts])
+    return (
+        f"tokenizer: found added tokens that the base's lacks: {lacking}; without rows, they are "
+        "read in prompts as the text that they are",
+    )
 
 
 def _warnings(adapter: TokenizerFiles, base: BaseChat, added: Container[str]) -> list[str]:

@@ -134,7 +134,7 @@ def test_rows_and_what_added_tokens_need_are_shown(golden, tmp_path, capsys):
     assert report["rows"] == {"embed_tokens": 3, "lm_head": 3}
     assert report["added_tokens"] == [512, 513]
     (warning,) = report["warnings"]
-    assert "added tokens without a row: '<c>';" in warning
+    assert "added tokens that the base's lacks: '<c>'; without rows" in warning
     assert run(directory, "--model", base) == 0
     text = flat(capsys.readouterr().out)
     assert "3 rows of embed_tokens, 3 rows of lm_head, 2 added tokens (--extra-vocab 2)" in text

@@ -84,7 +84,7 @@ def test_what_is_served_goes_by_the_rows(chat: AdapterChat) -> None:
     assert served_texts(chat, AddedTokens(), 600) == both
     assert served_texts(chat, AddedTokens(512, (512,)), 512) == both[:1]
     (warning,) = without_rows(chat, both[:1])
-    assert "found added tokens without a row: '<|end|>'; in prompts" in warning
+    assert "found added tokens that the base's lacks: '<|end|>'; without rows" in warning
     assert without_rows(chat, both) == ()
 
 
