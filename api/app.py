@@ -39,7 +39,12 @@ from molehill.api.sources.roots import AdapterRoots, operator_source
 from molehill.api.sources.uploads import Uploads
 from molehill.api.sources.watcher import Watcher
 from molehill.api.vllm import compat, starting
-from molehill.api.vllm.adapter_chats import base_chat, render_as_adapters_do
+from molehill.api.vllm.adapter_chats import (
+    answer_as_adapters_do,
+    base_chat,
+    render_as_adapters_do,
+)
+from molehill.api.vllm.adapter_tokenizers import AdapterTokenizers
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.engine_watch import EngineWatch
 from molehill.api.vllm.generation_header import GenerationHeader
@@ -53,6 +58,7 @@ from molehill.api.vllm.routed_calls import routing_memory
 from molehill.api.vllm.routed_experts import RoutedExperts
 from molehill.api.vllm.served_models import ServedModels
 from molehill.api.vllm.spans import Spans, spans_of
+from molehill.api.vllm.token_bounds import TokenBounds
 from molehill.api.vllm.worker_client import WorkerClient
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.system import startup
@@ -112,7 +118,9 @@ class MolehillRoutes:
         if models.lora_requests:
             raise RuntimeError("adapters were loaded past molehill; use molehill serve --adapter")
         models.lora_requests = ServedRequests()
-        services = await make_services(engine_client, models, options, state.online_renderer)
+        services = await make_services(
+            engine_client, models, options, state.online_renderer, state.serving_tokenization
+        )
         state.molehill = services
         layouts = dict(options.layouts)
         for name, path in options.adapters:
@@ -158,7 +166,7 @@ def options_of(args: Namespace) -> Options:
 
 
 async def make_services(
-    engine_client: Any, models: Any, options: Options, online_renderer: Any
+    engine_client: Any, models: Any, options: Options, online_renderer: Any, tokenization: Any
 ) -> Services:
     """All that the routes need, on this engine. Raises RuntimeError, ManifestError, LockedError."""
     config = engine_client.vllm_config
@@ -166,12 +174,15 @@ async def make_services(
     workers = EngineWatch(engine_client, engines, options.straggler_seconds)
     # The workers check against these too; here a bad adapter gets its own error.
     limits = Settings.from_config(config.additional_config).limits
+    described = await base_model(workers)
     names = [path.name for path in models.base_model_paths]
-    base = replace(await base_model(workers), name=names[0])
+    base = replace(described, name=names[0], source=described.name)
     reader = AdapterReader(base, limits, {config.model_config.model, *names})
     store = open_store(options)
     spans = await spans_of(engine_client)
     cores = await workers_cores(workers)
+    tokenizers = AdapterTokenizers(online_renderer.renderer.tokenizer)
+    read_chat = chat_reader(online_renderer, tokenizers)
     registry = AdapterRegistry(
         residency=Residency(
             WorkerClient(workers), config.lora_config.max_loras, LifecycleMetrics()
@@ -182,12 +193,13 @@ async def make_services(
         served=models.lora_requests,
         base_models=set(names),
         admission=options.admission,
-        probe=await prober(engine_client, spans) if options.probe else None,
+        probe=await prober(engine_client, base.num_tokens, spans) if options.probe else None,
         merged_base=options.merged_base,
         background=Background(cores, threads=MOST_AT_ONCE),
         memory=limits.adapter_bytes,
         combine=reader.combine,
-        read_chat=chat_reader(online_renderer) if options.adapter_chat_templates else None,
+        read_chat=read_chat if options.adapter_chat_templates else None,
+        num_tokens=base.num_tokens,
         paused=engine_client.is_paused,
     )
     models.lora_requests.registry = registry
@@ -197,8 +209,10 @@ async def make_services(
         memory.check()
         routed_experts = RoutedExperts(config.model_config.get_total_num_hidden_layers())
     placements = Placements(engine_client, workers)
-    wrap_engine_client(engine_client, registry, placements, memory, routed_experts, spans)
-    render_as_adapters_do(online_renderer, models, registry)
+    bounds = TokenBounds(base.num_tokens, base.extra_tokens)
+    wrap_engine_client(engine_client, registry, placements, memory, routed_experts, spans, bounds)
+    render_as_adapters_do(online_renderer, models, registry, tokenizers, tokenization)
+    answer_as_adapters_do(engine_client.output_processor, registry, tokenizers)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)
     sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
@@ -234,14 +248,15 @@ def reconciler(
     return DesiredStateReconciler(file, sources, registry)
 
 
-def chat_reader(online_renderer: Any) -> ChatReader | None:
+def chat_reader(online_renderer: Any, tokenizers: AdapterTokenizers) -> ChatReader | None:
     """None for a model whose chats are not rendered by templates."""
-    base = base_chat(online_renderer)
+    base = base_chat(online_renderer, tokenizers)
     return None if base is None else ChatReader(base)
 
 
-async def prober(engine_client: Any, spans: Spans | None) -> Prober | None:
-    """None for a model that does not generate, or may not show its log-probabilities."""
+async def prober(engine_client: Any, num_tokens: int | None, spans: Spans | None) -> Prober | None:
+    """None for a model that does not generate, or may not show its log-probabilities. num_tokens:
+    of its own vocabulary, where that is known."""
     tasks = await engine_client.get_supported_tasks()
     if "generate" not in tasks or engine_client.model_config.max_logprobs == 0:
         return None
@@ -249,7 +264,7 @@ async def prober(engine_client: Any, spans: Spans | None) -> Prober | None:
     if engine_client.vllm_config.parallel_config.data_parallel_size > 1:
         # The base and the adapter are compared on one engine: others may round otherwise.
         generate = partial(generate, data_parallel_rank=0)
-    return Prober(generate, engine_client.model_config.get_vocab_size(), spans)
+    return Prober(generate, num_tokens or engine_client.model_config.get_vocab_size(), spans)
 
 
 async def workers_cores(workers: EngineWatch) -> set[int]:

@@ -83,10 +83,13 @@ class VocabularyTable:
 class Vocabulary:
     """The embedding and the LM head of one worker, and what the slots do to them.
 
-    `embedding_op(out, ids)` is what a model's forward calls after its lookup.
+    `embedding_op(out, ids)` is what a model's forward calls after its lookup. extra_tokens: ids
+    after the base's own, each of which only the adapters see that have a row for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, extra_tokens: int = 0) -> None:
+        self.extra_tokens = extra_tokens
+        self._answered: dict[int, Tensor] = {}
         self._embedding: VocabularyShape | None = None
         self._head: VocabularyShape | None = None
         self._embeddings: dict[int, VocabularyTable] = {}
@@ -120,11 +123,14 @@ class Vocabulary:
             self._embeddings[slot] = embedding
         if head is not None:
             self._heads[slot] = head
+            if pieces.answered is not None:
+                self._answered[slot] = pieces.answered.to(shape.device)
 
     def erase(self, slot: int) -> None:
         """Frees a slot."""
         self._embeddings.pop(slot, None)
         self._heads.pop(slot, None)
+        self._answered.pop(slot, None)
 
     def resident_bytes(self, slot: int) -> int:
         """Bytes that the slot's serving copy takes."""
@@ -162,3 +168,20 @@ class Vocabulary:
             self._heads[slot].project(y, x[rows], bias)
             if not isinstance(rows, slice):
                 logits[rows] = y
+
+    def hide_added(self, logits: Tensor) -> None:
+        """-inf in the place of added tokens, but those of the adapter of each row. logits `[T,
+        tokens]`: of the rows that were announced, with those of all ranks, the last `extra_tokens`
+        of them added."""
+        added = logits[:, logits.shape[1] - self.extra_tokens :]
+        kept = []
+        for slot in dict.fromkeys(run.slot for run in self._logits_runs):
+            if slot in self._answered:
+                rows = run_rows(self._logits_runs, slot, len(logits), logits.device)
+                kept.append((rows, self._answered[slot], added[rows][:, self._answered[slot]]))
+        added.fill_(-torch.inf)
+        for rows, ids, values in kept:
+            y = added[rows]
+            y[:, ids] = values
+            if not isinstance(rows, slice):
+                added[rows] = y

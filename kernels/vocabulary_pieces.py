@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from molehill.kernels.mixture import Experts, VocabularyRows
 
@@ -35,10 +36,15 @@ class VocabularyPiece:
 
 @dataclass(frozen=True)
 class VocabularyPieces:
-    """What one adapter has on the vocabulary."""
+    """What one adapter has on the vocabulary.
+
+    answered: int64 `[n]`, the added tokens that its answers may have, on every rank all of them;
+    counted from the first id that the base does not have. None for none.
+    """
 
     embedding: VocabularyPiece | None = None
     head: VocabularyPiece | None = None
+    answered: Tensor | None = None
 
     @property
     def is_empty(self) -> bool:

@@ -1,17 +1,19 @@
 """How an adapter is talked to, where its own tokenizer files differ from its base's."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from molehill.engine.adapter.added_tokens import AddedTokens
 from molehill.engine.adapter.errors import AdapterError, CorruptFileError
 from molehill.engine.formats.io import files, tokenizer_files
-from molehill.engine.formats.io.tokenizer_files import DEFAULT, TOOL_USE, TokenizerFiles
+from molehill.engine.formats.io.tokenizer_files import DEFAULT, TOOL_USE, TokenizerFiles, TokenText
 
 # Whose template chat requests get: the adapter's, where it has one, or the base's.
 ChatTemplate = Literal["adapter", "base"]
@@ -24,12 +26,16 @@ _KEPT_BYTES = 8 << 20
 @dataclass(frozen=True)
 class BaseChat:
     """The base's: templates by DEFAULT and TOOL_USE, special tokens, ids by token, and the id that
-    ends its answers, if any."""
+    ends its answers, if any.
+
+    takes: whether its tokenizer can have these tokens added, at their ids; None if it takes none.
+    """
 
     templates: Mapping[str, str | None] = field(default_factory=dict)
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     vocabulary: Mapping[str, int] = field(default_factory=dict)
     eos_token_id: int | None = None
+    takes: Callable[[tuple[TokenText, ...]], bool] | None = None
 
 
 class AdapterChat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
@@ -37,18 +43,25 @@ class AdapterChat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=
 
     templates: Jinja by DEFAULT and TOOL_USE. special_tokens: those that templates see, by what they
     are for. stop_token_ids: those that end its answers beside the base's. warnings: what of the
-    tokenizer is not served.
+    tokenizer is not served. token_texts: that the adapter's tokenizer has and the base's lacks, at
+    the ids that follow the base's; which of them are served goes by the adapter's rows.
     """
 
     templates: dict[str, str] = {}
     special_tokens: dict[str, str] = {}
     stop_token_ids: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    token_texts: tuple[TokenText, ...] = ()
 
     def template(self, with_tools: bool) -> str | None:
         """As Transformers chooses; None for the base's."""
         chosen = self.templates.get(TOOL_USE) if with_tools else None
         return chosen or self.templates.get(DEFAULT)
+
+    @property
+    def tokens_alone(self) -> "AdapterChat | None":
+        """What is left of it where the adapter is chatted with as the base is."""
+        return AdapterChat(token_texts=self.token_texts) if self.token_texts else None
 
     @cached_property
     def digest(self) -> str:
@@ -91,6 +104,7 @@ def differences(adapter: TokenizerFiles, base: BaseChat | None) -> AdapterChat:
     served = AdapterChat(dict(adapter.templates))
     if base is None:
         return AdapterChat(served.templates, dict(adapter.special_tokens), adapter.stop_token_ids)
+    texts = _following(adapter.token_texts, base)
     same = all(
         served.template(name == TOOL_USE) in (None, base.templates.get(name))
         for name in (DEFAULT, TOOL_USE)
@@ -100,28 +114,74 @@ def differences(adapter: TokenizerFiles, base: BaseChat | None) -> AdapterChat:
         for name, token in adapter.special_tokens.items()
         if token != base.special_tokens.get(name)
     }
-    eos = base.vocabulary.get(adapter.special_tokens.get("eos_token", ""))
+    added = {text.text: text.id for text in texts}
+    token = adapter.special_tokens.get("eos_token", "")
+    eos = base.vocabulary.get(token, added.get(token))
     stops = {eos, *adapter.stop_token_ids} - {None, base.eos_token_id}
-    ids = set(base.vocabulary.values()) if stops else set()
+    ids = {*base.vocabulary.values(), *added.values()} if stops else set()
     return AdapterChat(
         {} if same else dict(served.templates),
         special_tokens,
         tuple(sorted(token for token in stops if token is not None and token in ids)),
-        tuple(_warnings(adapter, base)),
+        tuple(_warnings(adapter, base, added)),
+        texts,
     )
 
 
-def _warnings(adapter: TokenizerFiles, base: BaseChat) -> list[str]:
+def _following(texts: Sequence[TokenText], base: BaseChat) -> tuple[TokenText, ...]:
+    """Those that the base lacks, from its next id on without a gap, as tokenizers number them."""
+    lacking = [text for text in texts if text.text not in base.vocabulary]
+    first = max(base.vocabulary.values(), default=-1) + 1
+    following = tuple(text for i, text in enumerate(lacking, first) if text.id == i)
+    if not following or base.takes is None or following != tuple(lacking[: len(following)]):
+        return ()
+    return following if base.takes(following) else ()
+
+
+def served_texts(
+    chat: AdapterChat | None, added: AddedTokens, num_tokens: int | None
+) -> tuple[TokenText, ...]:
+    """Those that prompts may hold: at ids of the base's own vocabulary, and of added tokens that
+    have a row. num_tokens: of that vocabulary."""
+    if chat is None or num_tokens is None:
+        return ()
+    read = {*added.read}
+    return tuple(takewhile(lambda t: t.id < num_tokens or t.id in read, chat.token_texts))
+
+
+def without_rows(chat: AdapterChat | None, served: Sequence[TokenText]) -> tuple[str, ...]:
+    """Warnings of those that are not served."""
+    texts = () if chat is None else chat.token_texts[len(served) :]
+    if not texts:
+        return ()
+    lacking = _shown([text.text for text in texts])
+    return (
+        f"tokenizer: found added tokens that the base's lacks: {lacking}; without rows, they are "
+        "read in prompts as the text that they are",
+    )
+
+
+def _warnings(adapter: TokenizerFiles, base: BaseChat, added: Container[str]) -> list[str]:
     tokens = dict.fromkeys((*adapter.added_tokens, *adapter.special_tokens.values()))
-    lacking = [token for token in tokens if token not in base.vocabulary]
-    if not lacking:
-        return []
-    shown = ", ".join(repr(token[:80]) for token in lacking[:_SHOWN_TOKENS])
-    more = f" and {len(lacking) - _SHOWN_TOKENS} more" if len(lacking) > _SHOWN_TOKENS else ""
-    return [
-        f"tokenizer: found added tokens that the base's lacks: {shown}{more}; in prompts they are "
-        "read as the text that they are"
+    lacking = [token for token in tokens if token not in base.vocabulary and token not in added]
+    warnings = [
+        f"tokenizer: found {text.text!r} at id {text.id}, expected {base.vocabulary[text.text]} as "
+        "in the base's, which is used"
+        for text in adapter.token_texts
+        if base.vocabulary.get(text.text, text.id) != text.id
     ]
+    if lacking:
+        warnings.append(
+            f"tokenizer: found added tokens that the base's lacks: {_shown(lacking)}; in prompts "
+            "they are read as the text that they are"
+        )
+    return warnings
+
+
+def _shown(tokens: Sequence[str]) -> str:
+    shown = ", ".join(repr(token[:80]) for token in tokens[:_SHOWN_TOKENS])
+    more = f" and {len(tokens) - _SHOWN_TOKENS} more" if len(tokens) > _SHOWN_TOKENS else ""
+    return shown + more
 
 
 def digest_of(chat: AdapterChat | None) -> str:
@@ -130,8 +190,11 @@ def digest_of(chat: AdapterChat | None) -> str:
 
 
 def encode(chat: AdapterChat) -> bytes:
-    """As it is kept."""
-    return msgspec.json.encode(chat, order="sorted")
+    """As it is kept; one without added tokens as earlier releases kept it."""
+    fields = msgspec.to_builtins(chat)
+    if not chat.token_texts:
+        del fields["token_texts"]
+    return msgspec.json.encode(fields, order="sorted")
 
 
 def read_kept(path: Path, digest: str) -> AdapterChat:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from molehill.api.adapters.chat import AdapterChat
+from molehill.api.adapters.chat import AdapterChat, served_texts, without_rows
 from molehill.api.adapters.errors import RequestError, encodable
 from molehill.api.adapters.status import AdapterState, GenerationStatus
+from molehill.engine.adapter.added_tokens import AddedTokens, added_tokens
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.model import Adapter
+from molehill.engine.formats.io.tokenizer_files import TokenText
 from molehill.engine.transform.routers import DecidingRouter, routers
 from molehill.engine.transform.static_gates import gate
 
@@ -26,7 +28,9 @@ class Content:
     num_bytes: of the tensors in canonical float32. plan: sites by what they need when they run.
     invocation_tokens: see Adapter. chat: None where its tokenizer is the base's, or not asked for.
     routers: those that decide by the token. probe_tokens: ids of which an answer hangs on at least
-    one if the adapter does something; none where it acts on every token.
+    one if the adapter does something; none where it acts on every token. rows: of its own, on
+    the embedding and on the head, by site. added: see AddedTokens. token_texts: that its tokenizer
+    has beside the base's.
     """
 
     digest: str
@@ -39,6 +43,9 @@ class Content:
     chat: AdapterChat | None = None
     routers: tuple[DecidingRouter, ...] = ()
     probe_tokens: tuple[int, ...] = ()
+    rows: Mapping[str, int] = field(default_factory=dict)
+    added: AddedTokens = field(default_factory=AddedTokens)
+    token_texts: tuple[TokenText, ...] = ()
 
     @property
     def most_experts(self) -> int:
@@ -46,9 +53,17 @@ class Content:
         return max((router.most for router in self.routers), default=0)
 
 
-def content_of(adapter: Adapter, path: Path, chat: AdapterChat | None = None) -> Content:
+def content_of(
+    adapter: Adapter,
+    path: Path,
+    chat: AdapterChat | None = None,
+    num_tokens: int | None = None,
+) -> Content:
     """Counts static sites; merging them is up to the workers. None is where the token's id chooses
-    the adapter."""
+    the adapter. num_tokens: of the base's own vocabulary."""
+    added = added_tokens(adapter, num_tokens)
+    texts = served_texts(chat, added, num_tokens)
+    warnings = () if chat is None else (*chat.warnings, *without_rows(chat, texts))
     static = sum(gate(mixture).weights is not None for mixture in adapter.sites.values())
     sites = adapter.num_sites
     summary = {"sites": sites, "static": static, "dynamic": sites - static}
@@ -56,13 +71,16 @@ def content_of(adapter: Adapter, path: Path, chat: AdapterChat | None = None) ->
         adapter.digest,
         adapter.kind,
         adapter.num_bytes,
-        adapter.warnings if chat is None else (*adapter.warnings, *chat.warnings),
+        (*adapter.warnings, *warnings),
         summary,
         path,
         adapter.invocation_tokens,
         chat,
         routers(adapter),
         probe_tokens(adapter),
+        {site: len(table.ids) for site, table in adapter.rows.items()},
+        added,
+        texts,
     )
 
 

@@ -40,7 +40,7 @@ class Intake:
     """read: parses and validates a directory, in any thread, with the layout that a source names
     and what it says of the base; raises AdapterError. combine: sums up and validates; likewise.
     background: where they run. memory: bytes that the largest adapter may take. read_chat: see
-    ReadChat; None where all chat as the base does.
+    ReadChat; None where all chat as the base does. num_tokens: of the base's own vocabulary.
 
     read_budget: bounds what is read at a time. What waits for it is still `fetching`.
     """
@@ -53,10 +53,12 @@ class Intake:
         background: Background,
         memory: int,
         read_chat: ReadChat | None = None,
+        num_tokens: int | None = None,
     ) -> None:
         self._read = read
         self._combine = combine
         self._read_chat = read_chat
+        self._num_tokens = num_tokens
         self._store = store
         self._background = background
         self.read_budget = ReadBudget(memory)
@@ -114,12 +116,15 @@ class Intake:
                 adapter, chat = self._sum_up(source), None
             else:
                 adapter, chat = self._read_untouched(source)
+            if chat is not None and (
+                options.chat_template == "base" or digest_of(chat.tokens_alone) == options.chat
+            ):
+                chat = chat.tokens_alone
             check_content(source.label, adapter.digest, options.content)
             if self._read_chat is not None:
                 check_content(f"{source.label}: tokenizer", digest_of(chat), options.chat)
-            if options.chat_template == "base":
-                chat = None
-            content = content_of(adapter, self._store.acquire(adapter, source.directory), chat)
+            path = self._store.acquire(adapter, source.directory)
+            content = content_of(adapter, path, chat, self._num_tokens)
             if chat is not None:
                 self._acquire_chat(chat, content)
             return content

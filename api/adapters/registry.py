@@ -48,9 +48,10 @@ async def never_paused() -> bool:
 class AdapterRegistry:
     """Loads, replaces and unloads adapters by name. All methods run on the event loop's thread.
 
-    read, combine, store, background, memory, read_chat: see Intake. make_request: see Generations.
-    probe, paused: see Installer. served: see NameTable. base_models: names that no adapter may
-    have. merged_base: the adapter that is merged into the base weights. clock: see AdapterTraffic.
+    read, combine, store, background, memory, read_chat, num_tokens: see Intake. make_request: see
+    Generations. probe, paused: see Installer. served: see NameTable. base_models: names that no
+    adapter may have. merged_base: the adapter that is merged into the base weights. clock: see
+    AdapterTraffic.
 
     names, loads: what each name stands for, and what is on its way to them. mixes: those that
     requests ask for.
@@ -71,6 +72,7 @@ class AdapterRegistry:
         memory: int = Limits().adapter_bytes,
         combine: Combine = mix,
         read_chat: ReadChat | None = None,
+        num_tokens: int | None = None,
         paused: Paused = never_paused,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -83,6 +85,7 @@ class AdapterRegistry:
             background or Background(threads=MOST_AT_ONCE),
             memory,
             read_chat,
+            num_tokens,
         )
         self.names = NameTable(served)
         self.loads = Loads(admission, self.names)
@@ -114,6 +117,10 @@ class AdapterRegistry:
 
     def get(self, name: str) -> Generation | None:
         return self.names.get(name)
+
+    def generation(self, lora_int_id: int) -> Generation | None:
+        """By the id of its request, whatever its name serves now."""
+        return self._generations.get(lora_int_id)
 
     @property
     def failures(self) -> dict[str, Failure]:

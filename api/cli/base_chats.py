@@ -28,4 +28,5 @@ def of_model(model: str | None) -> BaseChat | None:
         dict(tokenizer.special_tokens_map),
         tokenizer.get_vocab(),
         tokenizer.eos_token_id,
+        (lambda _: True) if tokenizer.is_fast else None,
     )

@@ -12,10 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 
-from molehill.api.adapters.chat import AdapterChat, differences
+from molehill.api.adapters.chat import AdapterChat, differences, served_texts, without_rows
 from molehill.api.cli import base_chats, probe_prompts, tables
 from molehill.api.cli.arguments import JSON, LAYOUT, RESIDUAL, TOLERANCE
 from molehill.engine import formats
+from molehill.engine.adapter.added_tokens import (
+    ANY_NUMBER,
+    NO_TOKENS,
+    AddedTokens,
+    added_tokens,
+)
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import AdapterError
 from molehill.engine.adapter.model import Adapter
@@ -52,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     base, change = None, None
     try:
         base = base_model(args.model) if args.model else None
+        if base is not None:
+            base = replace(base, extra_tokens=ANY_NUMBER)
     except (ImportError, OSError, ValueError) as error:
         return _unusable_model(args.model, error)
     try:
@@ -71,12 +79,15 @@ def run(args: argparse.Namespace) -> int:
         except (ImportError, OSError, ValueError) as error:
             return _unusable_model(args.model, error)
     chat = differences(tokenizer, base_chats.of_model(args.model))
-    adapter = replace(adapter, warnings=(*adapter.warnings, *chat.warnings))
+    num_tokens = None if base is None else base.num_tokens
+    added = added_tokens(adapter, num_tokens)
+    unserved = without_rows(chat, served_texts(chat, added, num_tokens)) if base else ()
+    adapter = replace(adapter, warnings=(*adapter.warnings, *chat.warnings, *unserved))
     sites = plan(adapter, base, args.merge_tolerance)
     if args.json:
-        print(json.dumps(report(adapter, sites, errors, change, chat), indent=2))
+        print(json.dumps(report(adapter, sites, errors, change, chat, added), indent=2))
     else:
-        _print(adapter, sites, errors, args.model, change, chat)
+        _print(adapter, sites, errors, args.model, change, chat, added)
     return 1 if errors else 0
 
 
@@ -101,6 +112,7 @@ def report(
     errors: Sequence[AdapterError],
     change: probe_prompts.LogitChange | None = None,
     chat: AdapterChat | None = None,
+    added: AddedTokens = NO_TOKENS,
 ) -> dict[str, Any]:
     """All that is known of an adapter, as plain JSON."""
     return {
@@ -115,6 +127,8 @@ def report(
         "per_token": asdict(tables.totals(sites)),
         "logit_change": None if change is None else change.as_json(),
         "sites": [site.as_json() for site in sites],
+        "rows": {site: len(table.ids) for site, table in adapter.rows.items()},
+        "added_tokens": list(added.needed),
         "biases": {site: list(bias.tensors()) for site, bias in adapter.biases.items()},
     }
 
@@ -143,12 +157,13 @@ def _print(
     model: str | None,
     change: probe_prompts.LogitChange | None,
     chat: AdapterChat,
+    added: AddedTokens,
 ) -> None:
     console = Console()
     table = tables.site_table(sites)
     wide = console.options.update(max_width=_WIDEST)
     console.width = max(console.width, Measurement.get(console, wide, table).maximum)
-    console.print(tables.summary(adapter, sites, chat))
+    console.print(tables.summary(adapter, sites, chat, added))
     console.print(table)
     if change is not None:
         console.print(f"[yellow]merged[/] logits {change}", highlight=False, soft_wrap=True)

@@ -112,10 +112,17 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             SWITCH,
         ),
         Option(
+            "extra_vocab",
+            "--extra-vocab",
+            "take adapters that add up to N tokens to the base's vocabulary; each of them has its "
+            "own tokens at these ids, and nobody else has any (default: %(default)s)",
+            {"metavar": "N", "type": values.amount},
+        ),
+        Option(
             "adapter_chat_templates",
             "--no-adapter-chat-templates",
-            "chat with every adapter by the base's template and special tokens (default: by the "
-            "adapter's, where files beside it have others)",
+            "chat with every adapter by the base's template, special tokens and tokenizer, without "
+            "texts of tokens that it adds (default: by its own, where files beside it have others)",
             SWITCH_OFF,
         ),
     ),

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from molehill.api.adapters.chat import AdapterChat
+from molehill.engine.adapter.added_tokens import NO_TOKENS, AddedTokens
 from molehill.engine.adapter.model import Adapter, layer_of
 from molehill.engine.transform.plan import SitePlan, share
 from molehill.kernels.policy import Policy
@@ -48,7 +49,9 @@ def totals(sites: Iterable[SitePlan]) -> CostTotals:
     return CostTotals(flops, read, share(flops, base_flops), share(read, base_read))
 
 
-def summary(adapter: Adapter, sites: Sequence[SitePlan], chat: AdapterChat) -> Table:
+def summary(
+    adapter: Adapter, sites: Sequence[SitePlan], chat: AdapterChat, added: AddedTokens = NO_TOKENS
+) -> Table:
     """Everything that is said once."""
     static = sum(site.static for site in sites)
     merged = [site for site in sites if site.merged is not None]
@@ -65,6 +68,7 @@ def summary(adapter: Adapter, sites: Sequence[SitePlan], chat: AdapterChat) -> T
         or "; ".join(_routings(sites))
         or "none (plain LoRA)",
         "sites": f"{len(sites)}: {static} static, {len(sites) - static} dynamic",
+        **({"vocabulary": _rows(adapter, added)} if adapter.rows else {}),
         **({"biases": _biases(adapter)} if adapter.biases else {}),
         "size": f"{_size(adapter.num_bytes)} in float32",
         "merging": _merging(merged),
@@ -100,6 +104,15 @@ def _by_classifier(adapter: Adapter) -> str:
         *(["normalised by softmax for each token"] if classifier.softmax_top_k else []),
     ]
     return ", ".join(parts)
+
+
+def _rows(adapter: Adapter, added: AddedTokens) -> str:
+    """Rows of its own, and what a server needs for added tokens."""
+    rows = [f"{len(table.ids)} rows of {site}" for site, table in sorted(adapter.rows.items())]
+    ids = added.needed
+    if ids:
+        rows.append(f"{len(ids)} added tokens (--extra-vocab {ids[-1] + 1 - added.first})")
+    return ", ".join(rows)
 
 
 def _biases(adapter: Adapter) -> str:

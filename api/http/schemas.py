@@ -50,6 +50,17 @@ class ChatInfo(BaseModel):
     stop_token_ids: list[int]
 
 
+class VocabularyInfo(BaseModel):
+    """What an adapter has of its own on the vocabulary. rows: how many of the embedding and of the
+    LM head, in the base's place or added, by site. added_tokens: ids after the base's own that its
+    prompts or answers may hold. texts: of tokens that its tokenizer has beside the base's, by id.
+    """
+
+    rows: dict[str, int]
+    added_tokens: list[int]
+    texts: dict[int, str]
+
+
 class RouterInfo(BaseModel):
     """One router. layer: null outside of the numbered ones. head: of one that decides head by head,
     else null. k: of its experts that one decision has at most."""
@@ -107,7 +118,7 @@ class AdapterInfo(BaseModel):
     alora_invocation_tokens: what activates it; null of an adapter that acts on every token.
     when_not_invoked: what becomes of a prompt without them. mix: of a mix of others, those.
     chat: how its chats differ from the base's; null where they do not. limits: of its traffic;
-    null where there are none.
+    null where there are none. vocabulary: rows and tokens of its own; null where it has none.
     """
 
     name: str
@@ -134,6 +145,7 @@ class AdapterInfo(BaseModel):
     mix: list[MixPartInfo] | None = None
     chat: ChatInfo | None = None
     limits: LimitsInfo | None = None
+    vocabulary: VocabularyInfo | None = None
     warnings: list[str] = []
 
 
@@ -208,6 +220,7 @@ def of_generation(registry: AdapterRegistry, generation: Generation) -> AdapterI
         mix=None if status.source.mix is None else mix_info(status.source.mix),
         chat=chat_info(content),
         limits=limits_info(status.traffic.limits),
+        vocabulary=vocabulary_info(content),
         warnings=list(content.warnings),
     )
 
@@ -266,6 +279,16 @@ def of_adapters_file(file: DesiredStateReconciler) -> DesiredList:
 def chat_info(content: Content) -> ChatInfo | None:
     shown = None if content.chat is None else content.chat.shown()
     return None if shown is None else ChatInfo(**shown)
+
+
+def vocabulary_info(content: Content) -> VocabularyInfo | None:
+    if not content.rows and not content.token_texts:
+        return None
+    return VocabularyInfo(
+        rows=dict(content.rows),
+        added_tokens=list(content.added.needed),
+        texts={text.id: text.text for text in content.token_texts},
+    )
 
 
 def limits_info(limits: TrafficLimits) -> LimitsInfo | None:

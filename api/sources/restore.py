@@ -184,10 +184,17 @@ class Restore:
                 if source.fingerprint == entry.fingerprint:
                     return None
                 digest = self._read(source.directory, entry.layout, entry.base_is_residual).digest
-                chat = digest_of(self._registry.intake.chat_of(source)) if entry.chat else ""
-                return None if (digest, chat) == (entry.generation, entry.chat) else CHANGED
+                same = digest == entry.generation and self._has_chat(source, entry.chat)
+                return None if same else CHANGED
         except (AdapterError, RequestError, OSError):
             return GONE
+
+    def _has_chat(self, source: Source, digest: str) -> bool:
+        """Whether the source's adapter is talked to so, or may be. Raises AdapterError, OSError."""
+        if not digest:
+            return True
+        chat = self._registry.intake.chat_of(source)
+        return chat is not None and digest in (chat.digest, digest_of(chat.tokens_alone))
 
     async def _remember(self) -> None:
         """Returns when what holds now is on disk, or could not be written."""

@@ -1,5 +1,5 @@
-"""Chat templates of adapters, where all of vLLM's routes that render chats come together: chat
-completions, responses, messages, tokenize and render."""
+"""Chat templates and tokenizers of adapters, where vLLM's routes that render come together: chat
+completions, responses, messages, completions, tokenize, detokenize and render."""
 
 import inspect
 from collections.abc import Callable
@@ -8,14 +8,22 @@ from typing import Any
 from vllm.renderers.hf import HfRenderer, resolve_chat_template
 
 from molehill.api.adapters.chat import AdapterChat, BaseChat
+from molehill.api.adapters.generation import Content
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.vllm.adapter_tokenizers import (
+    AdapterTokenizers,
+    Texts,
+    with_adapter_texts,
+    with_adapter_tokenizers,
+)
 from molehill.api.vllm.model_lookup import admit
 from molehill.engine.formats.io.tokenizer_files import DEFAULT, TOOL_USE
 
 
-def base_chat(online_renderer: Any) -> BaseChat | None:
+def base_chat(online_renderer: Any, tokenizers: AdapterTokenizers | None = None) -> BaseChat | None:
     """Of the model that vLLM renders for; None where that is not by Jinja templates: with
-    tokenizers or encodings of a model's own, and without a tokenizer."""
+    tokenizers or encodings of a model's own, and without a tokenizer. tokenizers: of adapters that
+    add tokens; None where none may."""
     renderer = online_renderer.renderer
     tokenizer = renderer.tokenizer
     if not isinstance(renderer, HfRenderer) or tokenizer is None or online_renderer.use_harmony:
@@ -35,21 +43,59 @@ def base_chat(online_renderer: Any) -> BaseChat | None:
         dict(tokenizer.special_tokens_map),
         tokenizer.get_vocab(),
         tokenizer.eos_token_id,
+        tokenizers.takes if tokenizers is not None and tokenizers.can_add else None,
     )
 
 
-def render_as_adapters_do(online_renderer: Any, models: Any, registry: AdapterRegistry) -> None:
-    """Puts adapters' templates in front of this renderer's `preprocess_chat`. models: vLLM's."""
+def render_as_adapters_do(
+    online_renderer: Any,
+    models: Any,
+    registry: AdapterRegistry,
+    tokenizers: AdapterTokenizers | None = None,
+    tokenization: Any = None,
+) -> None:
+    """Puts adapters' templates in front of this renderer's `preprocess_chat`, and their tokenizers
+    in the place of the base's. models, tokenization: vLLM's."""
 
-    def chat_of(name: str | None) -> AdapterChat | None:
+    def content_of(name: str | None) -> Content | None:
         request = dict.get(models.lora_requests, name) if name else None
         if request is None:
             return None
         # From here on the answer is this generation's, whatever becomes of the name.
         generation = admit(registry, request)
-        return None if generation is None else generation.content.chat
+        return None if generation is None else generation.content
 
+    def chat_of(name: str | None) -> AdapterChat | None:
+        content = content_of(name)
+        return None if content is None else content.chat
+
+    def texts_of(name: str | None) -> Texts:
+        content = content_of(name)
+        return () if content is None else content.token_texts
+
+    for owner, methods in (
+        (online_renderer, ("preprocess_chat", "preprocess_completion")),
+        (tokenization, ("create_tokenize", "create_detokenize")),
+    ):
+        if owner is None or tokenizers is None:
+            continue
+        for method in methods:
+            setattr(owner, method, with_adapter_tokenizers(owner, method, tokenizers, texts_of))
     online_renderer.preprocess_chat = with_adapter_chats(online_renderer.preprocess_chat, chat_of)
+
+
+def answer_as_adapters_do(
+    output_processor: Any, registry: AdapterRegistry, tokenizers: AdapterTokenizers
+) -> None:
+    """Has the texts of answers written by the tokenizers of their adapters. output_processor:
+    vLLM's."""
+
+    def texts_of(lora_request: Any) -> Texts:
+        generation = registry.generation(lora_request.lora_int_id)
+        return () if generation is None else generation.content.token_texts
+
+    adapted = with_adapter_texts(output_processor, tokenizers, texts_of)
+    output_processor.add_request = adapted
 
 
 def with_adapter_chats(

@@ -11,7 +11,7 @@ from typing import Any
 
 from molehill.api.adapters.merged_base import MergedBaseAdapter
 from molehill.api.adapters.store_lock import check_free
-from molehill.api.vllm import compat, precision
+from molehill.api.vllm import compat, extra_vocabulary, precision
 from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.routed_experts_option import take_over
 from molehill.engine.adapter.errors import AdapterError
@@ -139,6 +139,7 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
             why = "found --merge-tolerance, which merges routers away, expected none"
             raise LaunchError(f"--enable-return-routed-experts: {why}")
         options = replace(options, routed_experts=True)
+    _make_room(args, options.extra_vocab)
     keys = api_keys(args.api_key)
     # Who may change the server may also ask it; vLLM's own check stands before ours.
     args.api_key = [*keys, *options.admin_keys] if keys else None
@@ -211,6 +212,7 @@ def settings_of(options: Options) -> Settings:
         options.host_memory,
         options.capture_routing,
         options.xlora,
+        options.extra_vocab,
     )
 
 
@@ -260,6 +262,13 @@ def _merged_base(name: str, args: argparse.Namespace, options: Options) -> Merge
         return write_merged_base(name, args, options)
     except AdapterError:
         raise
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
+
+
+def _make_room(args: argparse.Namespace, extra_tokens: int) -> None:
+    try:
+        extra_vocabulary.make_room(args, extra_tokens)
     except ValueError as error:
         raise LaunchError(str(error)) from error
 

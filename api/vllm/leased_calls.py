@@ -39,10 +39,15 @@ from molehill.api.vllm.routed_calls import (
 from molehill.api.vllm.routed_experts import RoutedExperts
 from molehill.api.vllm.spans import Spans
 from molehill.api.vllm.stop_tokens import stop_as_adapter_does
+from molehill.api.vllm.token_bounds import TokenBounds
 from molehill.api.vllm.token_charges import charged, is_later_beam, prompt_tokens
+from molehill.engine.adapter.added_tokens import AddedTokens
 
 # A call's arguments by name.
 Arguments = Mapping[str, Any]
+
+# Of a call's arguments, and the tokens that its adapter adds. Raises what vLLM's routes understand.
+CheckTokens = Callable[[Arguments, AddedTokens | None], None]
 
 # Takes the slot; what the engine is to be asked besides.
 Enter = Callable[[Lease], Awaitable[Arguments]]
@@ -58,13 +63,14 @@ def wrap_engine_client(
     routing: RoutingMemory | None = None,
     routed_experts: RoutedExperts | None = None,
     spans: Spans | None = None,
+    bounds: TokenBounds | None = None,
 ) -> None:
     """Puts `with_lease` in front of this engine client's `generate` and `encode`.
 
     placements: in which engines requests run, whose workers know what routers chose.
     routing: for what requests may ask of their routing. Without the two they may not ask.
     routed_experts: of a server that gives mixtures' choices as vLLM gives a base's. spans: None
-    where nothing is traced.
+    where nothing is traced. bounds: ids that requests may name; None for all that vLLM lets them.
     """
     decode = decoder(engine_client)
 
@@ -80,8 +86,10 @@ def wrap_engine_client(
         asked = request.routing or RoutingAsked()
         return RoutedCall(placements.of, routing, asked, generation, given, choices)
 
-    engine_client.generate = with_lease(engine_client.generate, registry, decode, route, spans)
-    engine_client.encode = with_lease(engine_client.encode, registry, decode, route, spans)
+    check = (bounds or TokenBounds()).check
+    for name in ("generate", "encode"):
+        call = getattr(engine_client, name)
+        setattr(engine_client, name, with_lease(call, registry, decode, route, spans, check))
 
 
 def with_lease(
@@ -90,6 +98,7 @@ def with_lease(
     decode: Decode,
     route: Route,
     spans: Spans | None,
+    check_tokens: CheckTokens,
 ) -> Callable[..., Any]:
     """`call` with its `lora_request` (a keyword on all of vLLM's routes) admitted, and leased
     until its outputs end."""
@@ -101,10 +110,12 @@ def with_lease(
         request.request_id = request.request_id or given.get("request_id", "")
         if lora_request is None:
             check_base(request.routing)
+            check_tokens(given, None)
             return call(*args, **kwargs)
         # A refusal must come before a streaming response has begun.
         lease = request.lease(registry, lora_request)
         try:
+            check_tokens(given, lease.generation.content.added)
             invoked = is_invoked(lease.generation, registry.events, given, decode)
             if invoked:
                 stop_as_adapter_does(lease.generation.content.chat, given)

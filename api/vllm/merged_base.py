@@ -4,6 +4,7 @@ import argparse
 import shutil
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -18,7 +19,7 @@ from molehill.engine.formats import native
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.transform.merge import check_mergeable, merge_static, mergeable_sites
 
-# vLLM's formats that `molehill.engine.vllm.model.merged_base_loader` can change weights in.
+# vLLM's formats that `molehill.engine.vllm.model.checkpoint_loader` can change weights in.
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 
 
@@ -33,7 +34,7 @@ def write_merged_base(name: str, args: argparse.Namespace, options: Options) -> 
     if name not in paths:
         known = ", ".join(paths) or "no adapter"
         raise ValueError(f"--merge-into-base: found {name!r}, expected a start adapter ({known})")
-    base = _base(args)
+    base = replace(_base(args), extra_tokens=options.extra_vocab)
     adapter = formats.read(
         paths[name],
         options.limits,

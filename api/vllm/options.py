@@ -38,8 +38,9 @@ class Options:
     watch: whether what appears in a root is served. adapters_file: path or URL (which may be
     signed) of what is to be served, see `molehill.api.sources.desired_state`. probe: whether an
     adapter without effect is refused. adapter_chat_templates: whether an adapter's template and
-    special tokens go before the base's in its chats. routing_bytes: for what requests ask of their
-    routing, on each worker, while they run. capture_routing: whether GPU workers can tell it.
+    special tokens go before the base's in its chats. extra_vocab: ids after the base's own for
+    tokens that adapters add. routing_bytes: for what requests ask of their routing, on each worker,
+    while they run. capture_routing: whether GPU workers can tell it.
     xlora: whether X-LoRA adapters can be served.
     routed_experts: whether vLLM's `routed_experts` are mixtures' choices.
     admin_keys: for all that changes the server. trainer_control: whether who may load adapters may
@@ -67,6 +68,7 @@ class Options:
     adapters_file: str | None = field(default=None, repr=False)
     probe: bool = True
     adapter_chat_templates: bool = True
+    extra_vocab: int = 0
     routing_bytes: int = 512 << 20
     capture_routing: bool = False
     xlora: bool = False

@@ -2,7 +2,7 @@
 
 from molehill.engine.vllm.seams import Seam
 
-CHATS = "api/vllm/adapter_chats.py"
+CHATS, TOKENIZERS = "api/vllm/adapter_chats.py", "api/vllm/adapter_tokenizers.py"
 
 RENDERING: tuple[Seam, ...] = (
     Seam(
@@ -41,6 +41,64 @@ RENDERING: tuple[Seam, ...] = (
         "the base's template",
         positional=("tokenizer", "chat_template", "tools"),
         keywords=("model_config",),
+    ),
+    Seam(
+        "vllm.renderers.online_renderer",
+        "OnlineRenderer.preprocess_completion",
+        TOKENIZERS,
+        "runs on a copy, whose renderer has the adapter's tokenizer",
+        positional=("self", "request", "prompt_input", "prompt_embeds"),
+        keywords=("skip_mm_cache",),
+        markers=("self.preprocess_cmpl(request, ",),
+    ),
+    *(
+        Seam(
+            "vllm.entrypoints.serve.tokenize.serving",
+            f"ServingTokenization.{method}",
+            TOKENIZERS,
+            "runs on a copy, whose renderer has the adapter's tokenizer",
+            positional=("self", "request", "raw_request"),
+            markers=("self.renderer.",),
+        )
+        for method in ("create_tokenize", "create_detokenize")
+    ),
+    Seam(
+        "vllm.renderers.base",
+        "BaseRenderer",
+        TOKENIZERS,
+        "is copied: its tokenizer, and what is bound to it",
+        attributes=("_async_tokenizer_decode", "_executor", "_tokenize_prompt_async", "tokenizer"),
+    ),
+    Seam(
+        "vllm.v1.engine.output_processor",
+        "OutputProcessor.add_request",
+        TOKENIZERS,
+        "runs on a copy with the adapter's tokenizer",
+        positional=("self", "request", "prompt", "parent_req", "request_index", "queue"),
+        markers=("tokenizer=self.tokenizer,", "self.request_states[request_id] = req_state"),
+    ),
+    Seam(
+        "vllm.tokenizers.hf",
+        "maybe_make_thread_pool",
+        TOKENIZERS,
+        "wraps a tokenizer, and pickles as a call of itself",
+        positional=("tokenizer", "copies"),
+        markers=("return maybe_make_thread_pool, (og_tokenizer, copies)",),
+    ),
+    Seam(
+        "vllm.tokenizers.hf",
+        "get_cached_tokenizer",
+        TOKENIZERS,
+        "wraps a tokenizer, and pickles as a call of itself",
+        positional=("tokenizer",),
+        markers=("return get_cached_tokenizer, (tokenizer,)",),
+    ),
+    Seam(
+        "vllm.utils.async_utils",
+        "make_async",
+        TOKENIZERS,
+        "has a method run in the renderer's threads",
+        positional=("func", "executor"),
     ),
     Seam("vllm.renderers.hf", "HfRenderer", CHATS, "whether chats are rendered by templates"),
     Seam(

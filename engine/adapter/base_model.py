@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from molehill.engine.adapter import expert_sites
+from molehill.engine.adapter.vocabulary_sites import is_embedding
 
 # Model types whose files keep linears' weights as [in, out] (Transformers' Conv1D).
 TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
@@ -27,7 +28,8 @@ class Moe:
 class BaseModel:
     """Shapes of a base model, no weights.
 
-    name: as served. architecture: the config's first `architectures` entry.
+    name: as served. source: its checkpoint, a directory or a name in the local cache; None where
+        `name` is. architecture: the config's first `architectures` entry.
     linears: (in_features, out_features) by canonical name, `layers.3.self_attn.q_proj`.
     ffns: the activation's Transformers name by canonical name of each gated FFN, `layers.3.mlp`,
         whose projections are `gate_proj` and `up_proj`, or both fused in `gate_up_proj`, and
@@ -38,6 +40,8 @@ class BaseModel:
         Transformers does not: k and v of layers that share another's KV cache.
     refused: why what lies below a module cannot be adapted on this base, by the module's name.
     vocabulary: (in, out) of `embed_tokens`, (tokens, hidden), and of `lm_head`, (hidden, tokens).
+    extra_tokens: ids after the base's own that adapters may have tokens at, without which the sizes
+        in `vocabulary` are (`--extra-vocab`).
     tied: whether these two have one weight.
     """
 
@@ -49,6 +53,8 @@ class BaseModel:
     refused: Mapping[str, str] = field(default_factory=dict)
     biased: frozenset[str] = frozenset()
     vocabulary: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    extra_tokens: int = 0
+    source: str | None = None
     tied: bool = False
     ignored: frozenset[str] = frozenset()
 
@@ -69,6 +75,14 @@ class BaseModel:
         """(in_features, out_features) of `gate_proj`, `up_proj` or `down_proj` of one of `ffns`."""
         intermediate, hidden = self.linears[f"{ffn}.down_proj"]
         return (intermediate, hidden) if projection == "down_proj" else (hidden, intermediate)
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Of the base's own vocabulary, without `extra_tokens`; None where nobody knows."""
+        sizes = [
+            shape[0] if is_embedding(site) else shape[1] for site, shape in self.vocabulary.items()
+        ]
+        return min(sizes, default=None)
 
     def refusal(self, site: str) -> str | None:
         """Why the site cannot be adapted although the base has it."""

@@ -342,6 +342,8 @@ def _misfits(site: str, mixture: Mixture, base: BaseModel) -> Iterator[AdapterEr
     elif (shape := base.linear(site)) is None:
         yield _unknown(site, "linear", _linear_names(base))
     else:
+        if is_on_vocabulary(site) and isinstance(mixture, LinearMixture):
+            shape = vocabulary_validation.with_added_tokens(site, mixture, base) or shape
         for stem, experts in _stacks(site, mixture):
             yield from _misfit(stem, experts, shape)
         if split(site) and isinstance(mixture, LinearMixture):

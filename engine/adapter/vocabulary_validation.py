@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from molehill.engine.adapter import added_tokens
+from molehill.engine.adapter.added_tokens import no_room
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import (
     AdapterError,
@@ -27,8 +29,25 @@ def adapter_problems(adapter: Adapter) -> Iterator[AdapterError]:
 
 def misfits(adapter: Adapter, base: BaseModel) -> Iterator[AdapterError]:
     """Where rows do not fit the base; pairs are held against it as those of linears are."""
+    fitting = True
     for site, table in adapter.rows.items():
-        yield from _misfit_rows(site, table, base)
+        for problem in _misfit_rows(site, table, base):
+            fitting = False
+            yield problem
+    if fitting:
+        yield from added_tokens.misfits(adapter, base)
+
+
+def with_added_tokens(site: str, mixture: LinearMixture, base: BaseModel) -> tuple[int, int] | None:
+    """(in, out) of what a pair is for that has added tokens, and the base room for them; None
+    for another."""
+    inputs, outputs = base.vocabulary[site]
+    on_embedding = is_embedding(site)
+    tokens, hidden = (inputs, outputs) if on_embedding else (outputs, inputs)
+    width = added_tokens.pair_tokens(site, mixture)
+    if not tokens < width <= tokens + base.extra_tokens:
+        return None
+    return (width, hidden) if on_embedding else (hidden, width)
 
 
 def _unservable(site: str, mixture: Mixture) -> Iterator[AdapterError]:
@@ -69,5 +88,5 @@ def _misfit_rows(site: str, table: VocabularyRows, base: BaseModel) -> Iterator[
     tokens, hidden = (inputs, outputs) if is_embedding(site) else (outputs, inputs)
     if table.rows.shape[-1] != hidden:
         yield ShapeError(f"{site}.rows", list(table.rows.shape), [len(table.ids), hidden])
-    if len(table.ids) and int(table.ids[-1]) >= tokens:
-        yield UnsupportedError(f"{site}.row_ids", int(table.ids[-1]), f"tokens below {tokens}")
+    if len(table.ids) and int(table.ids[-1]) >= tokens + base.extra_tokens:
+        yield no_room(f"{site}.row_ids", int(table.ids[-1]) + 1, tokens, base.extra_tokens)

@@ -162,9 +162,11 @@ def _chosen(
 
 @contextmanager
 def _with_rows(module: nn.Module, table: VocabularyRows) -> Iterator[None]:
-    """The embedding or the head with rows of the adapter's; what is tied to it stays as it is."""
+    """The embedding or the head with rows of the adapter's, of added tokens too; what is tied to it
+    stays as it is."""
     before = module.get_parameter("weight")
-    after = before.detach().clone()
+    added = max(0, int(table.ids.max()) + 1 - len(before))
+    after = F.pad(before.detach(), (0, 0, 0, added)).clone()
     after[table.ids] = table.rows.to(before.dtype)
     module.weight = nn.Parameter(after, requires_grad=False)
     try:

@@ -42,7 +42,7 @@ RUNNER = "vllm.v1.worker.lora_model_runner_mixin"
 
 WORKER, MANAGER_FILE = "engine/vllm/worker.py", "engine/vllm/lora_manager.py"
 COMPILATION, PRECISION = "engine/vllm/compilation.py", "engine/vllm/precision.py"
-MERGED, PATCHED = "engine/vllm/model/merged_base_loader.py", "engine/vllm/model/patched_model.py"
+MERGED, PATCHED = "engine/vllm/model/checkpoint_loader.py", "engine/vllm/model/patched_model.py"
 SHM_WAIT = "engine/vllm/shm_wait.py"
 
 # How vLLM's SpinCondition.wait decides to spin.

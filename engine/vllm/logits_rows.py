@@ -27,12 +27,20 @@ Announce = Callable[[Sequence[Run]], None]
 class LogitsRows:
     """The logits of one worker's steps.
 
-    announce: gets the runs of the rows that the head computes next, and none after it.
+    announce: gets the runs of the rows that the head computes next, and none after it. hide: gets
+    the logits of all rows, the announced ones and the base's, before that; None if there is nothing
+    to hide.
     """
 
-    def __init__(self, runner: Any, model: nn.Module, announce: Announce) -> None:
+    def __init__(
+        self,
+        runner: Any,
+        model: nn.Module,
+        announce: Announce,
+        hide: Callable[[Tensor], None] | None = None,
+    ) -> None:
         """runner: vLLM's model runner. model: its model, whose logits are followed from now on."""
-        self._announce = announce
+        self._announce, self._hide = announce, hide
         # Slots by row, of the step: all rows that have an adapter, and those that are sampled from.
         self._runs: list[Run] = []
         self._sampled: list[int | None] = []
@@ -56,20 +64,26 @@ class LogitsRows:
         @functools.wraps(compute)
         def following(hidden_states: Tensor, *args: Any, **more: Any) -> Any:
             if not self._runs:
-                return compute(hidden_states, *args, **more)
+                return self._hidden_from(compute(hidden_states, *args, **more))
             runs = self._of(hidden_states)
             if runs is None:
                 # The base's answer in an adapter's name would be worse than none.
                 logger.error("molehill: logits of unknown rows are zeroed")
                 logits = compute(hidden_states, *args, **more)
-                return None if logits is None else logits.zero_()
+                return self._hidden_from(None if logits is None else logits.zero_())
             self._announce(runs)
             try:
-                return compute(hidden_states, *args, **more)
+                return self._hidden_from(compute(hidden_states, *args, **more))
             finally:
                 self._announce(())
 
         return following
+
+    def _hidden_from(self, logits: Tensor | None) -> Tensor | None:
+        """None on ranks that do not have them."""
+        if logits is not None and self._hide is not None:
+            self._hide(logits)
+        return logits
 
     def _of(self, x: Tensor) -> list[Run] | None:
         """The runs of rows `x [n, hidden]`; None where nobody knows them."""

@@ -15,7 +15,7 @@ PROJECTIONS, APART = "engine/vllm/model/projections.py", "engine/vllm/model/line
 BASE_LINEARS = "engine/vllm/model/base_linears.py"
 ON_VOCABULARY, LOGITS = "engine/vllm/model/vocabulary.py", "engine/vllm/logits_rows.py"
 BASE_ACTIVATIONS = "engine/vllm/model/base_activations.py"
-BLOCKS, MERGED = "engine/vllm/model/moe_blocks.py", "engine/vllm/model/merged_base_loader.py"
+BLOCKS, MERGED = "engine/vllm/model/moe_blocks.py", "engine/vllm/model/checkpoint_loader.py"
 
 LINEARS = (
     Seam(

@@ -17,7 +17,7 @@ from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.routing_stats import RoutingStats, SiteRoutingStats
 
 # One more whenever a message below, or a type in it, gets other fields.
-VERSION = 2
+VERSION = 3
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")

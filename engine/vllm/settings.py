@@ -24,6 +24,8 @@ class Settings:
     requests for the adapter whose digest is `merged_base_digest`.
     capture_routing: whether a GPU worker keeps gate weights for requests that ask.
     xlora: whether X-LoRA adapters can be served, for which a worker keeps a second KV cache.
+    extra_vocab: ids after the base's own for tokens that adapters add; the config's `vocab_size`
+    has them already.
     """
 
     backend: str = "auto"
@@ -36,6 +38,7 @@ class Settings:
     host_memory: int = GIB
     capture_routing: bool = False
     xlora: bool = False
+    extra_vocab: int = 0
 
     def to_config(self) -> dict[str, Any]:
         """The value for `additional_config`."""

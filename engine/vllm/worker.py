@@ -75,7 +75,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
 
     def load_model(self, **kwargs: Any) -> None:
         startup.enter("loading the base model")
-        self._merged_base = self._install_merged_base()
+        self._merged_base = self._change_checkpoint()
         with moe_blocks.on_cpu_kernels(self.vllm_config):
             super().load_model(**kwargs)
         if not isinstance(getattr(self.model_runner, "lora_manager", None), LoRAManager):
@@ -83,15 +83,22 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         if self.adapters.backend.seconds() is not None:
             self.step_timer = StepTimer(self.model_runner, self.adapters.backend.seconds)
 
-    def _install_merged_base(self) -> MergedBase | None:
+    def _change_checkpoint(self) -> MergedBase | None:
         # Imports vLLM's loaders, which must not be before the platform's worker is set up.
-        from molehill.engine.vllm.model import merged_base_loader
+        from molehill.engine.vllm.model import (
+            checkpoint_loader,
+            extra_vocabulary,
+            merged_base_loader,
+        )
 
         settings = Settings.from_config(self.vllm_config.additional_config)
+        checkpoint_loader.begin()
         directory = None if settings.merged_base is None else Path(settings.merged_base)
-        return merged_base_loader.install(
+        merged_base = merged_base_loader.install(
             self.vllm_config, directory, settings.merged_base_digest, settings.limits
         )
+        extra_vocabulary.install(self.vllm_config, settings.extra_vocab)
+        return merged_base
 
     def determine_available_memory(self) -> int:
         """Runs the model for the first time, which compiles it. Our kernels are compiled before,
@@ -127,7 +134,13 @@ class Worker(PlatformWorker):  # type: ignore[misc]
             adapters.model.begin_step(runs)
             routing.begin_step(runs)
 
-        logits = LogitsRows(self.model_runner, model, adapters.vocabulary.begin_logits)
+        vocabulary = adapters.vocabulary
+        logits = LogitsRows(
+            self.model_runner,
+            model,
+            vocabulary.begin_logits,
+            vocabulary.hide_added if vocabulary.extra_tokens else None,
+        )
         announce = begin_step
         if adapters.classified is not None:
             caches = scaling_pass.add_caches(vllm_config)

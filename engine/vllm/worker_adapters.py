@@ -77,7 +77,7 @@ class WorkerAdapters:
         self.answers_last = pp.is_last_rank and tp.rank_in_group == tp.world_size - 1
         self._engine: int = config.parallel_config.data_parallel_index
         self.moes = MoeBlocks()
-        self.vocabulary = Vocabulary()
+        self.vocabulary = Vocabulary(settings.extra_vocab)
         self.classified = _classified(config, settings, model, device)
         self.model = PatchedModel(
             config, device, model, self.backend, self.moes, self.vocabulary, self.classified

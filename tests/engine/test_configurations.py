@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from support import activated, dora_experts
+from support import activated, dora_experts, vocabulary
+from support.architectures import EXTRA_VOCAB, ids_of_prompts
 from support.asking import ask, ask_each, assert_golden, every_prompt
 from support.engines import engine
-from support.golden import SERVED, TINY_LLAMA, Case
+from support.golden import SERVED, TINY_LLAMA, VOCABULARY, Case, Prompt, greatest_difference
+from support.oracle import answer
 from support.routed import assert_routing_of_golden_cases
 from transformers import AutoModelForCausalLM
+
+from molehill.engine.vllm.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,9 @@ class Configuration:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-TORCH = {"additional_config": {"molehill": {"backend": "torch"}}}
+# Of which the second rank has the tokens that an adapter adds.
+ROOM = {"hf_overrides": {"vocab_size": VOCABULARY + EXTRA_VOCAB}}
+TORCH = {"additional_config": Settings("torch", extra_vocab=EXTRA_VOCAB).to_config()}
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 A_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
@@ -65,7 +71,27 @@ def assert_dora(llm: Any, oracle: dora_experts.Oracle, directory: Path) -> None:
     request = LoRARequest("dora-experts", 90, str(oracle.save(directory)))
     (reply,) = ask_each(llm, [DORA_PROMPT], [request], tokens=1)
     logits = oracle.model(torch.tensor([DORA_PROMPT])).logits[0, -1]
-    assert (reply.logits - logits).abs().max() <= 2e-4 * logits.abs().max()
+    assert greatest_difference(reply.logits, logits) <= 2e-4 * logits.abs().max()
+
+
+@dataclass(frozen=True)
+class OnVocabulary:
+    """Adapters of support.vocabulary by name, and what PEFT answers."""
+
+    adapters: dict[str, Path]
+    prompts: list[Prompt]
+
+
+@pytest.fixture(scope="module")
+def on_vocabulary(tmp_path_factory: Any) -> OnVocabulary:
+    folder = tmp_path_factory.mktemp("vocabulary")
+    adapters = {name: folder / name for name in ("on-both", "saved", "grown-saved")}
+    prompts = []
+    for name, path in adapters.items():
+        oracle = vocabulary.author(TINY_LLAMA, path, name)
+        added = [VOCABULARY, VOCABULARY + 1] if name in vocabulary.GROWN else []
+        prompts += [answer(oracle, name, [*added, *ids], 12) for ids in ids_of_prompts(5)[:2]]
+    return OnVocabulary(adapters, prompts)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -74,6 +100,7 @@ def test_configuration_matches_the_reference(
     authored: Any,
     dora: dora_experts.Oracle,
     plain: Any,
+    on_vocabulary: OnVocabulary,
     monkeypatch: Any,
     tmp_path: Path,
 ) -> None:
@@ -93,7 +120,11 @@ def test_configuration_matches_the_reference(
         for name, made in authored.items()
         for prompt in made.prompts
     ]
-    with engine(**configuration.options, max_loras=47) as llm:
+    others |= on_vocabulary.adapters
+    prompts += on_vocabulary.prompts
+    settings = {"additional_config": Settings(extra_vocab=EXTRA_VOCAB).to_config()}
+    options = {**settings, **ROOM, **configuration.options}
+    with engine(**options, max_loras=50) as llm:
         assert_golden(ask(llm, prompts, others=others), prompts)
         assert_dora(llm, dora, tmp_path / "dora")
         assert_routing_of_golden_cases(llm, plain)

@@ -157,7 +157,7 @@ def test_a_weight_that_cannot_be_merged_into_ends_the_load() -> None:
         ([("model.layers.0.y.weight", torch.ones(3, 4))], "layers.0.x: found no weight"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            list(merged_base_loader.with_merged_base(iter(weights), resident, torch.float32))
+            list(merged_base_loader.with_merged_base(resident, iter(weights), torch.float32))
 
 
 def test_other_weights_and_biases_are_left_alone() -> None:
@@ -167,7 +167,7 @@ def test_other_weights_and_biases_are_left_alone() -> None:
         ("lm_head.weight", torch.ones(2, 4)),
     ]
     result = list(
-        merged_base_loader.with_merged_base(iter(given), {"layers.0.x": PAIR}, torch.float32)
+        merged_base_loader.with_merged_base({"layers.0.x": PAIR}, iter(given), torch.float32)
     )
     assert torch.equal(result[0][1], torch.full((3, 4), 2.0))
     assert result[0][1].dtype == torch.float32

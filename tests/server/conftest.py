@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.api_client import BASE, GOLDEN, KEY, Api, copy_adapter
+from support.api_client import BASE, EXTRA_VOCAB, GOLDEN, KEY, Api, copy_adapter
 from support.collector import ENVIRONMENT as TRACED
 from support.collector import Collector, collecting
 from support.server import TINY, serve
@@ -70,6 +70,7 @@ def api(
         # Needed where a tool is asked for by name; this one wants no tokens of its own.
         *("--tool-call-parser", "pythonic"),
         *("--otlp-traces-endpoint", collector.url, "--logging-config.formatter", "json"),
+        *("--extra-vocab", str(EXTRA_VOCAB)),
     ]
     log = folder / "log"
     with serve(model, log, arguments, TRACED, warm=True) as server:

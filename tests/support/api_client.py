@@ -21,6 +21,8 @@ TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = TESTS / "data" / "golden"
 BASE = "tiny"
 KEY = "a-test-key"
+# Room of the shared server for tokens that adapters add.
+EXTRA_VOCAB = 3
 
 PATIENCE_SECONDS = 60
 

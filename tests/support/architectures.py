@@ -18,6 +18,8 @@ from support.golden import VOCABULARY, Prompt
 from support.oracle import answer, peft_lora
 
 STEPS = 8
+# Room for tokens that adapters of support.vocabulary.GROWN add, and for more.
+EXTRA_VOCAB = vocabulary.ADDED + 3
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 
@@ -43,9 +45,14 @@ class Architecture:
 
 ARCHITECTURES = {
     "mistral": Architecture(),
-    "qwen2": Architecture(bias="all", on_vocabulary=tuple(vocabulary.names(tied=True))),
-    "qwen3": Architecture(on_vocabulary=tuple(vocabulary.names(tied=False))),
-    "gemma2": Architecture(act_fn="gelu_pytorch_tanh", on_vocabulary=("on-both",)),
+    "qwen2": Architecture(
+        bias="all",
+        on_vocabulary=(*vocabulary.names(tied=True), "grown-saved", "grown-tokens"),
+    ),
+    "qwen3": Architecture(
+        on_vocabulary=(*vocabulary.names(tied=False), "grown", "grown-both"),
+    ),
+    "gemma2": Architecture(act_fn="gelu_pytorch_tanh", on_vocabulary=("on-both", "grown-saved")),
     "phi3": Architecture(
         ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "qkv_proj", prompts=4
     ),
@@ -92,9 +99,12 @@ def make(model_type: str, directory: Path) -> tuple[Path, dict[str, Path], list[
 
     def ask_oracle(name: str, attached: AbstractContextManager[nn.Module]) -> None:
         with attached as oracle:
-            prompts.extend(
-                answer(oracle, name, ids, STEPS) for ids in ids_of_prompts(architecture.prompts)
-            )
+            prompts.extend(answer(oracle, name, ids, STEPS) for ids in prompts_of(name))
+
+    def prompts_of(name: str) -> list[list[int]]:
+        """Of an adapter that adds tokens, with these."""
+        added = [VOCABULARY + 1, VOCABULARY] if name in vocabulary.GROWN else []
+        return [[*ids[:3], *added, *ids[3:]] for ids in ids_of_prompts(architecture.prompts)]
 
     ask_oracle("base", nullcontext(model))
     for name, recipe in recipes.items():

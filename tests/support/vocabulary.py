@@ -30,7 +30,18 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "saved-head": {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]},
 }
 # The rows of whole modules that are changed; of one that is not here, all of them.
-CHANGED = {"saved": slice(3, 40)}
+CHANGED = {"saved": slice(3, 40), "grown-saved": slice(500, None)}
+# With two tokens added to the vocabulary.
+GROWN: Mapping[str, Mapping[str, Any]] = {
+    "grown": {"target_modules": ["q_proj"]},
+    "grown-saved": {
+        "target_modules": ["down_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    },
+    "grown-tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 513, 512]},
+    "grown-both": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+}
+ADDED = 2
 # Those that need a base whose embedding and head are one weight.
 TIED: Mapping[str, Mapping[str, Any]] = {
     "tying": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
@@ -38,15 +49,16 @@ TIED: Mapping[str, Mapping[str, Any]] = {
 
 # That leave no doubt about greedy tokens, where it is not 0.
 SEEDS: Mapping[tuple[str, str], int] = {("qwen2", "tokens-apart"): 1}
-HEADS = ("on-head", "on-both", "tying", *ROWS)
+HEADS = ("on-head", "on-both", "tying", *ROWS, *GROWN)
 
 
 def author(base: Path, directory: Path, name: str, seed: int | None = None) -> nn.Module:
     """Saves a random adapter of one of these names; the model that answers with it."""
-    settings = {**LORAS, **TIED, **ROWS}[name]
+    settings = {**LORAS, **TIED, **ROWS, **GROWN}[name]
     if seed is None:
         seed = SEEDS.get((tiny_models.model_type(base), name), 0)
-    return save(base, directory, settings, seed, CHANGED.get(name, slice(None)))
+    added = ADDED if name in GROWN else 0
+    return save(base, directory, settings, seed, CHANGED.get(name, slice(None)), added)
 
 
 def save(
@@ -55,13 +67,17 @@ def save(
     settings: Mapping[str, Any],
     seed: int = 0,
     rows: slice = slice(None),
+    added: int = 0,
 ) -> nn.Module:
-    """The same with these settings. rows: of whole modules, that are changed."""
+    """The same with these settings. rows: of whole modules, that are changed. added: tokens."""
     import peft
 
     config = peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **settings)
     torch.manual_seed(seed)
-    model = peft.get_peft_model(tiny_models.load(base), config)
+    source = tiny_models.load(base)
+    if added:
+        _grow(source, added, seed)
+    model = peft.get_peft_model(source, config)
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
     for name, parameter in model.named_parameters():
@@ -77,6 +93,15 @@ def save(
             parameter.data[rows] += 0.5 * noise[rows]
     model.eval().save_pretrained(directory)
     return model
+
+
+def _grow(model: Any, added: int, seed: int) -> None:
+    """Rows of added tokens that are large enough to be answered now and then."""
+    model.resize_token_embeddings(model.config.vocab_size + added)
+    generator = torch.Generator().manual_seed(seed)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        rows = module.weight.data[-added:]
+        rows.copy_(4 * module.weight.std() * torch.randn(rows.shape, generator=generator))
 
 
 def names(tied: bool) -> dict[str, Mapping[str, Any]]:

@@ -5,10 +5,10 @@ tokenizer_config.json.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from molehill.engine.adapter.errors import ConfigError, LimitError
 from molehill.engine.formats.io import files
@@ -37,6 +37,9 @@ SMALL_FILES: Mapping[str, int] = {
 
 # Added tokens stand before the vocabulary, which is far longer and not read.
 _TOKENIZER_BYTES = 4 << 20
+# Of an added token: ids below, and characters at most.
+_MOST_TOKENS, _TOKEN_LENGTH = 1 << 24, 512
+_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _SPECIAL_TOKENS = (
     "bos_token",
     "eos_token",
@@ -48,6 +51,20 @@ _SPECIAL_TOKENS = (
 )
 
 
+class TokenText(NamedTuple):
+    """An added token as a tokenizer's files have it. special: left out of answers' text. lstrip,
+    rstrip: whether it takes the spaces before or after it. single_word: only as a word of its own.
+    normalized: found after the tokenizer has normalised the text."""
+
+    text: str
+    id: int
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
 @dataclass(frozen=True)
 class TokenizerFiles:
     """What they say; empty where they do not.
@@ -55,22 +72,27 @@ class TokenizerFiles:
     templates: Jinja by DEFAULT and TOOL_USE, each of which compiles. special_tokens: by what they
     are for, `eos_token` and the like. added_tokens: beyond the vocabulary that the tokenizer was
     trained with, special or not. stop_token_ids: what ends an answer by generation_config.json.
+    token_texts: those of added_tokens whose entries are complete, with their ids.
     """
 
     templates: Mapping[str, str] = field(default_factory=dict)
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     added_tokens: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    token_texts: tuple[TokenText, ...] = ()
 
 
 def read(directory: Path) -> TokenizerFiles:
     """Those of an adapter's directory. Raises ConfigError, CorruptFileError, LimitError."""
     config = _config(directory, TOKENIZER_CONFIG)
+    entries = _added_entries(directory, config)
+    tokens = (entry.get("content") for entry in entries)
     return TokenizerFiles(
         _templates(directory, config),
         dict(_special_tokens(config)),
-        _added_tokens(directory, config),
+        tuple(dict.fromkeys(token for token in tokens if isinstance(token, str))),
         _stop_token_ids(_config(directory, GENERATION_CONFIG)),
+        _token_texts(entries),
     )
 
 
@@ -155,13 +177,31 @@ def _special_tokens(config: Fields) -> Iterator[tuple[str, str]]:
         yield name, token
 
 
-def _added_tokens(directory: Path, config: Fields) -> tuple[str, ...]:
+def _added_entries(directory: Path, config: Fields) -> list[dict[str, Any]]:
     """By tokenizer_config.json, or by tokenizer.json, where Transformers 5 has them alone."""
     listed = config.values.get("added_tokens_decoder")
-    entries = list(listed.values()) if isinstance(listed, dict) else []
+    entries: list[Any] = []
+    if isinstance(listed, dict):
+        entries = [
+            {**entry, "id": int(number)}
+            for number, entry in listed.items()
+            if isinstance(entry, dict) and number.isascii() and number.isdecimal()
+        ]
     entries += _listed_in_tokenizer(directory / TOKENIZER)
-    tokens = (entry.get("content") for entry in entries if isinstance(entry, dict))
-    return tuple(dict.fromkeys(token for token in tokens if isinstance(token, str)))
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def _token_texts(entries: Sequence[Mapping[str, Any]]) -> tuple[TokenText, ...]:
+    """By id, the first of two for one id; less what tokenizers would not take."""
+    by_id: dict[int, TokenText] = {}
+    for entry in entries:
+        text, number = entry.get("content"), entry.get("id")
+        if not isinstance(text, str) or not text or not _is_encodable(text):
+            continue
+        if type(number) is int and 0 <= number < _MOST_TOKENS and len(text) <= _TOKEN_LENGTH:
+            flags = {name: bool(entry.get(name, False)) for name in _FLAGS}
+            by_id.setdefault(number, TokenText(text, number, **flags))
+    return tuple(by_id[number] for number in sorted(by_id))
 
 
 def _listed_in_tokenizer(path: Path) -> list[Any]:

@@ -36,6 +36,8 @@ from molehill.engine.formats.readers import (
     saved_modules,
     targets,
     vocabulary,
+    vocabulary_rows,
+    vocabulary_tensors,
 )
 from molehill.engine.formats.readers.lowrank import PairNames, Scaling, build_experts
 from molehill.engine.formats.readers.patterns import Patterns
@@ -117,7 +119,7 @@ class _Scalings:
 def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly. base: what it is read for."""
     beside = _refuse(config)
-    on_vocabulary, whole = vocabulary.find(weights), weights
+    on_vocabulary, whole = vocabulary_tensors.find(weights), weights
     weights = on_vocabulary.rest
     scalings = _read_scalings(config)
     target_modules, targeting = targets.read_targets(config), Targeting(config)
@@ -138,7 +140,7 @@ def read(config: Fields, weights: Weights, base: BaseModel | None = None) -> Ada
     sites = _fused_experts(config, weights, grouped, scalings, base)
     linears, added = _linears(weights, modules, by_weight, scalings, dora)
     sites |= linears
-    rows = vocabulary.read_rows(config, whole, on_vocabulary, base)
+    rows = vocabulary_rows.read_rows(config, whole, on_vocabulary, base)
     sites |= vocabulary.read(config, whole, on_vocabulary, targeting, scalings.of, base)
     magnitudes = any(mixture.magnitude is not None for mixture in sites.values())
     adapted = [*modules, *on_vocabulary.pairs]

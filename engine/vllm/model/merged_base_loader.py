@@ -1,35 +1,26 @@
 """Loads a base model with an adapter merged into its weights (`--merge-into-base`).
 
-(name, tensor) pairs are changed as they come from the checkpoint, before vLLM shards, fuses and
-packs them, and so whatever it does with them. The adapter is a directory in the native format whose
-plain low-rank pairs are merged; the rest of it is served as any adapter is.
+The adapter is a directory in the native format whose plain low-rank pairs are merged; the rest of
+it is served as any adapter is.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader import register_model_loader
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import TRANSPOSED, Limits
 from molehill.engine.transform.merge import PLAIN, MergedBase, check_mergeable, merged_weight
+from molehill.engine.vllm.model import checkpoint_loader
 from molehill.engine.vllm.model.projections import canonical
 from molehill.kernels.mixture import Experts, LinearMixture
 
 logger = init_logger("vllm.molehill")
-
-# vLLM's formats whose loader yields a checkpoint's tensors one by one and under their own names.
-FORMATS = ("auto", "hf", "safetensors")
-_PREFIX = "molehill-"
-
-_merged_pairs: dict[str, Experts] = {}
 
 
 def install(
@@ -41,7 +32,6 @@ def install(
     directory: of the adapter's merged copy. digest: of the adapter that it was made of. Raises
     RuntimeError for a base that cannot be merged into, AdapterError for the adapter.
     """
-    _merged_pairs.clear()
     if directory is None:
         return None
     for refused, what in (
@@ -51,37 +41,22 @@ def install(
             config.model_config.hf_config.model_type in TRANSPOSED,
             "a base whose weights are stored as [in, out]",
         ),
-        (config.load_config.load_format not in FORMATS, f"another load format than {FORMATS}"),
+        (
+            config.load_config.load_format not in checkpoint_loader.FORMATS,
+            f"another load format than {checkpoint_loader.FORMATS}",
+        ),
     ):
         if refused:
             raise RuntimeError(f"merging an adapter into the base weights: found {what}")
     adapter = formats.read(directory, limits)
     check_mergeable(adapter, "merged_base")
     merged_base = MergedBase(adapter, digest)
-    _merged_pairs.update(merged_base.pairs)
-    config.load_config.load_format = _PREFIX + config.load_config.load_format
+    checkpoint_loader.add(config, partial(with_merged_base, merged_base.pairs))
     return merged_base
 
 
-class MergingLoader(DefaultModelLoader):  # type: ignore[misc]
-    """vLLM's loader for a checkpoint, with the merged adapter's B A added to what it yields."""
-
-    def __init__(self, load_config: Any) -> None:
-        plain = copy.copy(load_config)
-        plain.load_format = load_config.load_format.removeprefix(_PREFIX)
-        super().__init__(plain)
-
-    def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
-        weights = super().get_all_weights(model_config, model)
-        yield from with_merged_base(weights, _merged_pairs, model_config.dtype)
-
-
-for _format in FORMATS:
-    register_model_loader(_PREFIX + _format)(MergingLoader)
-
-
 def with_merged_base(
-    weights: Iterator[tuple[str, Tensor]], pairs: Mapping[str, Experts], dtype: torch.dtype
+    pairs: Mapping[str, Experts], weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """`weights` with W + B A in the place of each merged W, rounded once, to `dtype`: the served
     one, for a wider one than the checkpoint's would round twice or lose what it can hold.

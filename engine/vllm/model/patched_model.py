@@ -11,6 +11,7 @@ from vllm.distributed import get_tp_group, get_world_group
 from vllm.logger import init_logger
 
 from molehill.engine.adapter import classifier_validation, expert_pairs, token_validation
+from molehill.engine.adapter.added_tokens import added_tokens
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.adapter.vocabulary_sites import is_on_vocabulary
@@ -217,9 +218,9 @@ class PatchedModel:
         self._tied = bool(getattr(text, "tie_word_embeddings", False))
         self._embedding = vocabulary.find_embedding(model)
         self._head = vocabulary.find_head(model, self._tied)
-        self._on_vocabulary = {
-            site.name: site.shape for site in (self._embedding, self._head) if site is not None
-        }
+        extra = self._vocabulary.extra_tokens
+        sites = (self._embedding, self._head)
+        self._on_vocabulary = {site.name: site.shape(extra) for site in sites if site is not None}
         refusal = vocabulary.embedding_refusal(config, graphs)
         if self._embedding is not None and refusal:
             self._refusals[self._embedding.name] = refusal
@@ -263,6 +264,7 @@ class PatchedModel:
             moes={site: sizes for stage in everyone for site, sizes in stage[2].items()},
             refused={site: why for stage in everyone for site, why in stage[3].items()},
             vocabulary={site: shape for stage in everyone for site, shape in stage[4].items()},
+            extra_tokens=self._vocabulary.extra_tokens,
             tied=self._tied,
             biased=frozenset().union(*(stage[5] for stage in everyone)),
             ignored=frozenset().union(*(stage[6] for stage in everyone)),
@@ -325,7 +327,9 @@ class PatchedModel:
                 handle, piece = self._cut_linear(site, mixture)
                 linears.setdefault(handle, []).append(piece)
         self._cut_biases(adapter, linears)
-        on_vocabulary = vocabulary.cut(adapter, self._embedding, self._head)
+        on_vocabulary = vocabulary.cut(
+            adapter, self._embedding, self._head, added_tokens(adapter, self.base.num_tokens)
+        )
         moes = self._cut_moes(adapter)
         weighed = None
         if adapter.classifier is not None:

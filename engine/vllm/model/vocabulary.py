@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -21,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from molehill.engine.adapter.added_tokens import AddedTokens
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.adapter.vocabulary_sites import is_embedding, is_head
 from molehill.engine.vllm.model.discovery import named_modules
@@ -35,8 +37,8 @@ _WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix")
 
 @dataclass(frozen=True)
 class Site:
-    """The embedding or the head. tokens, hidden: of the whole model. part: this rank's range of the
-    tokens."""
+    """The embedding or the head. tokens, hidden: of the whole model, with added tokens. part: this
+    rank's range of the tokens."""
 
     name: str
     module: VocabParallelEmbedding
@@ -44,10 +46,10 @@ class Site:
     hidden: int
     part: range
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(in, out), the embedding taken as a linear."""
-        return (self.tokens, self.hidden) if is_embedding(self.name) else (self.hidden, self.tokens)
+    def shape(self, extra_tokens: int) -> tuple[int, int]:
+        """(in, out), the embedding taken as a linear, without as many tokens at the end."""
+        tokens = self.tokens - extra_tokens
+        return (tokens, self.hidden) if is_embedding(self.name) else (self.hidden, tokens)
 
 
 def find_embedding(model: nn.Module) -> Site | None:
@@ -88,7 +90,6 @@ def _site(name: str, module: VocabParallelEmbedding) -> Site:
 
 def embedding_refusal(config: VllmConfig, cuda_graphs: bool) -> str | None:
     """Why adapters cannot change the embedding; None if they can."""
-    drafts = config.speculative_config
     return _refusal(
         {
             "CUDA graphs (start with --enforce-eager)": cuda_graphs,
@@ -98,11 +99,15 @@ def embedding_refusal(config: VllmConfig, cuda_graphs: bool) -> str | None:
             "prompts of embeddings (--enable-prompt-embeds)": (
                 config.model_config.enable_prompt_embeds
             ),
-            "a draft model, which may share the embedding": (
-                drafts is not None and drafts.method not in _WITHOUT_MODEL
-            ),
+            "a draft model, which may share the embedding": draft_model(config),
         }
     )
+
+
+def draft_model(config: VllmConfig) -> bool:
+    """Whether a model speculates, and not a method without one."""
+    drafts = config.speculative_config
+    return drafts is not None and drafts.method not in _WITHOUT_MODEL
 
 
 def by_token_refusal(
@@ -194,11 +199,18 @@ def _hook(module: Any) -> None:
     module.quant_method = hooked
 
 
-def cut(adapter: Adapter, embedding: Site | None, head: Site | None) -> VocabularyPieces:
-    """This rank's share of what an adapter has on the vocabulary."""
+def cut(
+    adapter: Adapter, embedding: Site | None, head: Site | None, added: AddedTokens
+) -> VocabularyPieces:
+    """This rank's share of what an adapter has on the vocabulary. added: its tokens that the base
+    lacks."""
+    answered = None
+    if head is not None and added.answered:
+        answered = torch.tensor(added.answered) - added.first
     return VocabularyPieces(
         None if embedding is None else _cut(adapter, embedding, _cut_inputs),
         None if head is None else _cut(adapter, head, _cut_outputs),
+        answered,
     )
 
 
@@ -227,8 +239,14 @@ def _cut_rows(table: VocabularyRows, part: range) -> VocabularyRows:
 
 
 def _cut_inputs(pair: Experts, part: range) -> Experts:
-    return Experts(pair.a[:, part.start : part.stop], pair.b, pair.ranks)
+    """Of tokens that it was not made for, zeros."""
+    a = pair.a[:, part.start : part.stop]
+    lacking = len(part) - a.shape[1]
+    return Experts(F.pad(a, (0, lacking)) if lacking else a, pair.b, pair.ranks)
 
 
 def _cut_outputs(pair: Experts, part: range) -> Experts:
-    return Experts(pair.a, pair.b[part.start : part.stop], pair.ranks)
+    """Of tokens that it was not made for, zeros."""
+    b = pair.b[part.start : part.stop]
+    lacking = len(part) - len(b)
+    return Experts(pair.a, F.pad(b, (0, 0, 0, lacking)) if lacking else b, pair.ranks)

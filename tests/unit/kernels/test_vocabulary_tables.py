@@ -124,6 +124,32 @@ def test_slots_are_freed_and_nothing_is_left_of_a_bad_piece() -> None:
         Vocabulary().store(0, VocabularyPieces(head=stored.head))
 
 
+def test_added_tokens_are_seen_by_the_rows_of_their_adapters_alone() -> None:
+    extra, tokens = 3, TOKENS + 3
+    made = Vocabulary(extra)
+    made.register_head(VocabularyShape(tokens, HIDDEN))
+    for slot, answered in ((0, [0, 2]), (1, []), (2, [1])):
+        ids = torch.tensor([TOKENS + token for token in answered] or [0])
+        table = VocabularyRows(ids, torch.ones(len(ids), HIDDEN))
+        tokens_of_all_ranks = torch.tensor(answered) if answered else None
+        piece = VocabularyPiece("lm_head", None, table)
+        made.store(slot, VocabularyPieces(head=piece, answered=tokens_of_all_ranks))
+    logits = torch.randn(8, tokens)
+    before = logits.clone()
+    made.begin_logits([*RUNS, Run(1, 5, 6)])
+    made.hide_added(logits)
+    seen = torch.zeros(8, extra, dtype=torch.bool)
+    seen[[1, 2, 3, 6]] = torch.tensor([True, False, True])
+    seen[4, 1] = True
+    assert torch.equal(logits[:, :TOKENS], before[:, :TOKENS])
+    assert torch.equal(logits[:, TOKENS:][seen], before[:, TOKENS:][seen])
+    assert bool((logits[:, TOKENS:][~seen] == -torch.inf).all())
+    made.begin_logits([])
+    made.erase(0)
+    made.hide_added(before)
+    assert bool((before[:, TOKENS:] == -torch.inf).all())
+
+
 def test_rows_beyond_a_lookup_are_left_out() -> None:
     """A draft model that shares the embedding looks up fewer."""
     made = vocabulary()

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from support import vocabulary
 from support.api_client import copy_adapter
 from support.inspecting import run
+from transformers import AutoTokenizer
 
 from molehill.engine import formats
 
@@ -119,6 +121,23 @@ def test_biases_are_shown(golden, edited, capsys):
     assert run(directory, "--model", golden / "tiny-llama") == 1
     text = flat(capsys.readouterr().out)
     assert "expected the base that it was trained from" in text
+
+
+def test_rows_and_what_added_tokens_need_are_shown(golden, tmp_path, capsys):
+    base, directory = golden / "tiny-llama", tmp_path / "grown"
+    vocabulary.author(base, directory, "grown-tokens")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<a>", "<b>", "<c>"])
+    tokenizer.save_pretrained(directory)
+    assert run(directory, "--model", base, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows"] == {"embed_tokens": 3, "lm_head": 3}
+    assert report["added_tokens"] == [512, 513]
+    (warning,) = report["warnings"]
+    assert "added tokens that the base's lacks: '<c>'; without rows" in warning
+    assert run(directory, "--model", base) == 0
+    text = flat(capsys.readouterr().out)
+    assert "3 rows of embed_tokens, 3 rows of lm_head, 2 added tokens (--extra-vocab 2)" in text
 
 
 def test_an_adapter_of_another_base(golden, tmp_path, capsys):

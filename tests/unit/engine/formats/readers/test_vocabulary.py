@@ -1,6 +1,7 @@
 """What PEFT adapts on the vocabulary, read and run by the reference, against what PEFT answers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from support import tiny_models, vocabulary
 from support.tuners import logits
 
 from molehill.engine import formats
+from molehill.engine.adapter.added_tokens import AddedTokens, added_tokens
 from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import AdapterError, UnsupportedError
 from molehill.engine.adapter.validation import validate
@@ -229,6 +231,38 @@ def test_a_grown_vocabulary_is_refused(bases: dict[str, Path], tmp_path: Path) -
     save_file(tensors, tmp_path / "saved" / "adapter_model.safetensors")
     with pytest.raises(UnsupportedError, match=r"lm_head\.weight: found 514 tokens.*512"):
         formats.read(tmp_path / "saved", base=base_model(bases["untied"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("tied", "grown-saved"),
+        ("tied", "grown-tokens"),
+        ("untied", "grown"),
+        ("untied", "grown-both"),
+    ],
+)
+def test_added_tokens_are_read_and_answered_as_in_peft(
+    bases: dict[str, Path], tmp_path: Path, kind: str, name: str
+) -> None:
+    base = replace(base_model(bases[kind]), extra_tokens=vocabulary.ADDED + 1)
+    oracle = vocabulary.author(bases[kind], tmp_path / name, name)
+    adapter = formats.read(tmp_path / name, base=base)
+    validate(adapter, base, LIMITS)
+    native.write(adapter, tmp_path / "native")
+    again = formats.read(tmp_path / "native")
+    assert again.digest == adapter.digest
+    assert not adapter.warnings
+    added = (512, 513)
+    assert added_tokens(again, base.num_tokens) == AddedTokens(512, added, added)
+    ids = torch.tensor([[5, *added, 300]])
+    with attach(tiny_models.load(bases[kind]), again) as model, torch.no_grad():
+        result = model(ids, use_cache=False).logits
+        expected = oracle(ids, use_cache=False).logits
+    assert (result - expected).abs().max() < 1e-4
+    with pytest.raises(UnsupportedError, match=r"514 tokens, 2 of them.*--extra-vocab 2 takes it"):
+        formats.read(tmp_path / name, base=base_model(bases[kind]))
 
 
 def test_rows_are_in_no_mix_and_no_merge(bases: dict[str, Path], tmp_path: Path) -> None:
