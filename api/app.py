@@ -54,7 +54,7 @@ from molehill.api.vllm.lora_requests import ServedRequests, make_request
 from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_engines import Placements
-from molehill.api.vllm.routed_calls import routing_memory
+from molehill.api.vllm.routed_calls import RoutingMemory, routing_memory
 from molehill.api.vllm.routed_experts import RoutedExperts
 from molehill.api.vllm.served_models import ServedModels
 from molehill.api.vllm.spans import Spans, spans_of
@@ -204,10 +204,7 @@ async def make_services(
     )
     models.lora_requests.registry = registry
     memory = routing_memory(config, options.routing_bytes, options.capture_routing)
-    routed_experts = None
-    if options.routed_experts:
-        memory.check()
-        routed_experts = RoutedExperts(config.model_config.get_total_num_hidden_layers())
+    routed_experts = experts_of_mixtures(config, memory) if options.routed_experts else None
     placements = Placements(engine_client, workers)
     bounds = TokenBounds(base.num_tokens, base.extra_tokens)
     wrap_engine_client(engine_client, registry, placements, memory, routed_experts, spans, bounds)
@@ -228,6 +225,12 @@ async def make_services(
         adapters_file=reconciler(options, sources, registry),
         routed_experts=routed_experts,
     )
+
+
+def experts_of_mixtures(config: Any, memory: RoutingMemory) -> RoutedExperts:
+    """Raises RuntimeError where nothing can be told of routing."""
+    memory.check()
+    return RoutedExperts(config.model_config.get_total_num_hidden_layers())
 
 
 def open_store(options: Options) -> AdapterStore:

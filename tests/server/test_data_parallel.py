@@ -238,7 +238,10 @@ def test_a_mixtures_choices_are_vllms_routed_experts(api: Api) -> None:
     with_field = [choice for choice in parts if choice["routed_experts"] is not None]
     assert with_field == parts[-1:]
     assert (routed_experts(parts[-1]) == given).all()
-    chat = {"model": "mixlora", "messages": [{"role": "user", "content": "The lamp"}]}
+    chat: dict[str, Any] = {
+        "model": "mixlora",
+        "messages": [{"role": "user", "content": "The lamp"}],
+    }
     chat |= {"max_tokens": tokens, "ignore_eos": True}
     answer = api.http.post("/v1/chat/completions", json=chat).json()
     read = answer["usage"]["total_tokens"] - 1

@@ -212,7 +212,7 @@ def adapters(model: nn.Module, directory: Path) -> Iterator[tuple[str, nn.Module
         wrapped.eval().save_pretrained(directory / name)
         for module in wrapped.modules():
             if isinstance(module, HRALinear):
-                module.forward = _reflected(module)
+                module.forward = _reflected(module)  # type: ignore[method-assign, assignment]
         yield name, wrapped
         wrapped.unload()
 
