@@ -253,13 +253,16 @@ def test_who_finds_the_memory_taken_is_told_when_to_come_back(mixture: Api) -> N
         "ignore_eos": True,
         "molehill": {"routing": "weights"},
     }
+    # Whoever drops an iterator of a stream hangs up.
+    reading: list[Any] = []
     with ExitStack() as running:
 
         def begins() -> bool:
             """Once what earlier tests' clients left is freed."""
             streamed = mixture.http.stream("POST", "/v1/completions", json={**body, "stream": True})
             answer = running.enter_context(streamed)
-            return answer.status_code == 200 and bool(next(answer.iter_bytes()))
+            reading.append(answer.iter_bytes())
+            return answer.status_code == 200 and bool(next(reading[-1]))
 
         assert eventually(begins)
         for stream in (False, True):
