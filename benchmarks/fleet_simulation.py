@@ -24,8 +24,6 @@ from molehill.benchmarks.simulated_time import simulate
 from molehill.benchmarks.workloads import percentile
 
 SLOTS = (16, 32, 64, 128, 256, 512)
-SKEWS = (0.8, 1.0, 1.2)
-REPLICAS = (1, 2, 4, 8)
 RATE_STEPS = (0.5, 1.0, 1.5, 2.0, 3.0)
 # Of the visits, those that find the slots and host memory still filling.
 WARM_UP = 0.5
@@ -141,9 +139,9 @@ def table(
 
 
 def by_slots(
-    traffic: FleetTraffic, sizing: Sizing
+    traffic: FleetTraffic, sizing: Sizing, skews: Sequence[float]
 ) -> Iterator[tuple[list[str], FleetTraffic, Sizing]]:
-    for skew, slots in itertools.product(SKEWS, SLOTS):
+    for skew, slots in itertools.product(skews, SLOTS):
         cells = [f"{skew:g}", str(slots)]
         yield cells, replace(traffic, skew=skew), replace(sizing, slots=slots)
 
@@ -158,10 +156,10 @@ def by_rate(
 
 
 def by_routing(
-    traffic: FleetTraffic, sizing: Sizing, hot: int
+    traffic: FleetTraffic, sizing: Sizing, fleets: Sequence[int], hot: int
 ) -> Iterator[tuple[list[str], FleetTraffic, Sizing]]:
     ways = {"any": None, "its adapter's": 0, f"its adapter's, but of the first {hot} any": hot}
-    for replicas in REPLICAS:
+    for replicas in fleets:
         for way, kept in ways.items():
             if replicas > 1 or kept is None:
                 yield [str(replicas), way], replace(traffic, replicas=replicas, hot=kept), sizing
@@ -179,12 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, default=64, help="where the table is not of them")
     parser.add_argument("--host-copies", type=int, default=1000, help="adapters in host memory")
     parser.add_argument("--adapters", type=int, default=10_000)
-    parser.add_argument("--skew", type=float, default=1.0, help="where the table is not of it")
+    parser.add_argument(
+        "--skew", type=float, default=[1.0], nargs="+", help="of the table of slots"
+    )
+    parser.add_argument("--replicas", type=int, default=[1, 2, 4, 8], nargs="+")
     parser.add_argument("--rate", type=float, default=10.0, help="requests per second and replica")
     parser.add_argument("--requests", type=int, default=20_000, help="of each replica")
     parser.add_argument("--hot", type=int, default=32, help="adapters that any replica serves")
     args = parser.parse_args(arguments)
-    traffic = FleetTraffic(args.adapters, args.skew, args.rate, args.requests)
+    traffic = FleetTraffic(args.adapters, args.skew[0], args.rate, args.requests)
     sizing = Sizing(
         args.slots,
         args.host_copies,
@@ -194,9 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.sequences,
     )
     tables = {
-        "slots": (("skew", "slots"), by_slots(traffic, sizing)),
+        "slots": (("skew", "slots"), by_slots(traffic, sizing, args.skew)),
         "reads": (("requests/s", "host copies"), by_rate(traffic, sizing)),
-        "routing": (("replicas", "served by"), by_routing(traffic, sizing, args.hot)),
+        "routing": (
+            ("replicas", "served by"),
+            by_routing(traffic, sizing, args.replicas, args.hot),
+        ),
     }
     for name in args.table or tables:
         heads, rows = tables[name]
