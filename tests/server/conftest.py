@@ -54,7 +54,7 @@ def api(model: Path, adapter_root: Path, tmp_path_factory: pytest.TempPathFactor
         *("--max-adapter-rank", "64", "--enable-scale-out", "--routing-bytes", "60000"),
         *("--max-upload-bytes", str(1 << 20), "--allow-trainer-control"),
         # Needed where a tool is asked for by name; this one wants no tokens of its own.
-        *("--tool-call-parser", "pythonic"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "pythonic"),
     ]
     with serve(model, folder / "log", arguments, warm=True) as server:
         yield Api(server.url, adapter_root, store, file)
