@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 from support import bases, in_process
-from support.asking import LOGIT_TOLERANCE, assert_golden
+from support.asking import assert_golden
 from support.bases import Base
-from support.golden import greatest_difference
 from support.in_process import Answers, Job
 
 from molehill.engine import formats
@@ -44,8 +43,6 @@ def asked(tmp_path_factory: Any, request: Any) -> Asked:
     wanted = {test.callspec.params["name"] for test in tests}
     names = [name for name in (bases.BASES if LONG else ALWAYS) if name in wanted]
     jobs = {name: bases.make(name, directory) for name in names}
-    merged = {name: job for name, job in jobs.items() if bases.BASES[name].merged}
-    jobs |= {f"{name}-merged": bases.merged_job(job) for name, job in merged.items()}
     answers = in_process.answer(jobs, directory)
     return {name: (job, answers[name]) for name, job in jobs.items()}
 
@@ -76,18 +73,3 @@ def test_adapters_fit_the_shapes_of_the_config(asked: Asked, name: str) -> None:
 def test_a_refusal_says_why(asked: Asked, name: str) -> None:
     _, answers = asked[name]
     assert re.search(bases.BASES[name].refused, answers.refused["refused"])
-
-
-@pytest.mark.parametrize("name", parameters(lambda base: bool(base.merged)))
-def test_an_adapter_is_what_it_makes_of_the_base_when_it_is_merged(asked: Asked, name: str) -> None:
-    """All by vLLM, beside the base."""
-    job, answers = asked[name]
-    other, of_merged = asked[f"{name}-merged"]
-    replies = zip(job.prompts, in_process.replies_of(answers, job.prompts), strict=True)
-    by_case = {(prompt.case, prompt.ids): reply for prompt, reply in replies}
-    expected = in_process.replies_of(of_merged, other.prompts)
-    for prompt, merged in zip(other.prompts, expected, strict=True):
-        adapted, base = by_case["lora", prompt.ids], by_case["base", prompt.ids]
-        assert adapted.tokens == merged.tokens
-        assert greatest_difference(adapted.logits, merged.logits) < LOGIT_TOLERANCE
-        assert greatest_difference(adapted.logits, base.logits) > 1

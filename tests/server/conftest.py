@@ -68,7 +68,7 @@ def api(
         *("--max-adapter-rank", "64", "--enable-scale-out", "--routing-bytes", "60000"),
         *("--max-upload-bytes", str(1 << 20), "--allow-trainer-control"),
         # Needed where a tool is asked for by name; this one wants no tokens of its own.
-        *("--tool-call-parser", "pythonic"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "pythonic"),
         *("--otlp-traces-endpoint", collector.url, "--logging-config.formatter", "json"),
         *("--extra-vocab", str(EXTRA_VOCAB)),
     ]

@@ -1,17 +1,13 @@
 """Tiny bases of many architectures, each with PEFT's LoRA on every linear, and what Transformers
 and PEFT answer."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from support import mixtures, tiny_models
 from support.architectures import ids_of_prompts
-from support.golden import Prompt
 from support.in_process import Job
 from support.oracle import answer, peft_lora
 
@@ -23,16 +19,14 @@ ALL_LINEAR = "all-linear"
 class Base:
     """linears: what PEFT adapts; none where the base itself has no oracle on CPU. dynmole: linears
     with a mixture in one more adapter. prompts: a seed whose greedy tokens are sure. refused: a
-    pattern of what is said of LoRA on every linear, where that is more than `linears`. merged: what
-    PEFT adapts where plain vLLM answers otherwise than Transformers; the oracle is vLLM, with the
-    base that PEFT has merged the adapter into. options: of vLLM's `LLM`.
+    pattern of what is said of LoRA on every linear, where that is more than `linears`. options: of
+    vLLM's `LLM`.
     """
 
     linears: Sequence[str] | str = ALL_LINEAR
     dynmole: Sequence[str] = ()
     prompts: int = 3
     refused: str = ""
-    merged: Sequence[str] | str = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -61,13 +55,9 @@ BASES: Mapping[str, Base] = {
     "granitemoehybrid": Base(),
     "falcon_h1": Base(linears=("in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj")),
     "nemotron_h": Base(linears=("in_proj", "q_proj", "k_proj", "v_proj", "o_proj")),
-    "lfm2": Base(linears=(), merged=ALL_LINEAR),
+    # vLLM's MLA on CPU answers otherwise than Transformers here.
     "deepseek_v3": Base(
         linears=(),
-        merged=(
-            *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"),
-            *("gate_proj", "up_proj", "down_proj"),
-        ),
         refused=r"self_attn\.kv_b_proj: found a linear that vLLM multiplies into the queries",
         options={"block_size": 16},
     ),
@@ -83,8 +73,7 @@ def make(name: str, directory: Path) -> Job:
     path = tiny_models.build(name, directory)
     model = tiny_models.load(path)
     ids = ids_of_prompts(base.prompts)
-    prompts = [] if base.merged else [answer(model, "base", token_ids, STEPS) for token_ids in ids]
-    prompts += _unanswered("base", ids) if base.merged else []
+    prompts = [answer(model, "base", token_ids, STEPS) for token_ids in ids]
     adapters = {}
     if base.dynmole:
         recipe = mixtures.dynmole(model, base.dynmole, seed=5)
@@ -95,29 +84,8 @@ def make(name: str, directory: Path) -> Job:
         adapters["lora"] = directory / f"{name}-lora"
         adapted = peft_lora(model, base.linears, (), adapters["lora"])
         prompts += [answer(adapted, "lora", token_ids, STEPS) for token_ids in ids]
-    if base.merged:
-        adapters["lora"] = directory / f"{name}-lora"
-        peft_lora(tiny_models.load(path), base.merged, (), adapters["lora"])
-        prompts += _unanswered("lora", ids)
     if base.refused:
         adapters["refused"] = directory / f"{name}-refused"
         peft_lora(tiny_models.load(path), ALL_LINEAR, (), adapters["refused"])
     prompts.sort(key=lambda prompt: len(prompt.ids))
     return Job(path, adapters, prompts, STEPS, dict(base.options))
-
-
-def merged_job(job: Job) -> Job:
-    """The base of `job` with its adapter in it, as PEFT merges it, asked what the adapter is."""
-    import peft
-
-    target = job.model.with_name(f"{job.model.name}-merged")
-    shutil.copytree(job.model, target)
-    wrapped: Any = peft.PeftModel.from_pretrained(tiny_models.load(job.model), job.adapters["lora"])
-    wrapped.merge_and_unload().save_pretrained(target)
-    ids = [list(prompt.ids) for prompt in job.prompts if prompt.case == "lora"]
-    return Job(target, {}, _unanswered("base", ids), job.steps, job.options)
-
-
-def _unanswered(name: str, prompts: Sequence[Sequence[int]]) -> list[Prompt]:
-    """What Transformers need not be asked."""
-    return [Prompt(name, tuple(ids), (), torch.empty(0)) for ids in prompts]

@@ -210,9 +210,9 @@ def adapters(model: nn.Module, directory: Path) -> Iterator[tuple[str, nn.Module
             elif "hra_u" in key:
                 parameter.data += 0.3 * torch.randn(parameter.shape)
         wrapped.eval().save_pretrained(directory / name)
-        for module in wrapped.modules():
-            if isinstance(module, HRALinear):
-                module.forward = _reflected(module)  # type: ignore[method-assign, assignment]
+        layers: list[Any] = [m for m in wrapped.modules() if isinstance(m, HRALinear)]
+        for layer in layers:
+            layer.forward = _reflected(layer)
         yield name, wrapped
         wrapped.unload()
 
