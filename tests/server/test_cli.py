@@ -300,17 +300,17 @@ def test_limits_reach_the_workers_beside_other_settings() -> None:
 
 
 def test_x_lora_is_an_option_of_one_worker() -> None:
-    def told(*arguments: str, **ours: Any) -> Any:
+    def settings(*arguments: str, **ours: Any) -> Any:
         return vars(prepared(*arguments, ours=options.Options(**ours)))["additional_config"]
 
     assert parsed("--xlora").xlora is True
-    assert told(xlora=True)["molehill"]["xlora"] is True
-    assert told()["molehill"]["xlora"] is False
+    assert settings(xlora=True)["molehill"]["xlora"] is True
+    assert settings()["molehill"]["xlora"] is False
     for kind in ("tensor", "pipeline", "data"):
         with pytest.raises(LaunchError, match=f"--{kind}-parallel-size with --xlora"):
-            told(f"--{kind}-parallel-size", "2", xlora=True)
+            settings(f"--{kind}-parallel-size", "2", xlora=True)
     with pytest.raises(LaunchError, match="--merge-into-base with --xlora"):
-        told(xlora=True, merge_into_base="a")
+        settings(xlora=True, merge_into_base="a")
 
 
 def test_lora_modules_become_start_adapters() -> None:
