@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import tiny_models
+from support import tiny_models, vocabulary
 from support.architectures import ARCHITECTURES, make
 from support.golden import Prompt, greatest_difference
 
@@ -52,7 +52,8 @@ def test_every_adapter_changes_the_answer(made: Made) -> None:
     *_, prompts = made
     base = {prompt.ids: prompt.logits for prompt in prompts if prompt.case == "base"}
     for prompt in prompts:
-        if prompt.case != "base":
+        # The base cannot be asked about tokens that an adapter adds.
+        if prompt.case not in ("base", *vocabulary.GROWN):
             assert greatest_difference(prompt.logits, base[prompt.ids]) > 0.5
 
 
