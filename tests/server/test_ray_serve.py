@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -135,7 +136,7 @@ def client(url: str) -> openai.OpenAI:
 
 
 def greedy(client: openai.OpenAI, model: str, prompt: list[int]) -> list[int]:
-    answer = client.completions.create(
+    answer: Any = client.completions.create(
         model=model,
         prompt=prompt,
         max_tokens=12,
