@@ -38,6 +38,18 @@ def podman(*arguments: str) -> str:
     return result.stdout.strip()
 
 
+def logs(name: str) -> str:
+    """Both of its streams, which podman writes to its own."""
+    result = subprocess.run(
+        [found("podman"), "logs", "--tail", "60", name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return result.stdout
+
+
 @pytest.fixture(scope="module")
 def container() -> Iterator[tuple[str, str]]:
     """Its name and its server's URL. Only /tmp, /dev/shm and the user's home can be written to."""
@@ -60,8 +72,8 @@ def container() -> Iterator[tuple[str, str]]:
         deadline = time.monotonic() + START_SECONDS
         while not is_ready(url):
             state = podman("inspect", "--format", "{{.State.Status}}", name)
-            assert state == "running", podman("logs", "--tail", "40", name)
-            assert time.monotonic() < deadline, podman("logs", "--tail", "40", name)
+            assert state == "running", logs(name)
+            assert time.monotonic() < deadline, logs(name)
             time.sleep(1)
         yield name, url
     finally:
