@@ -144,7 +144,8 @@ class DesiredStateReconciler:
         if self._desired is None:
             return
         self._unload_unwanted(self._desired)
-        for adapter in self._desired.adapters:
+        # What failed before does not hold up what was never tried.
+        for adapter in sorted(self._desired.adapters, key=self._has_failed):
             if self._registry.loads.busy:
                 break
             if self._is_due(adapter):
@@ -249,6 +250,10 @@ class DesiredStateReconciler:
         return source.desired and not may_name(generation.name, desired)
 
     # What it wants
+
+    def _has_failed(self, adapter: DesiredAdapter) -> bool:
+        attempt = self._attempts.get(adapter.name)
+        return attempt is not None and attempt.failure is not None
 
     def _is_due(self, adapter: DesiredAdapter) -> bool:
         attempt = self._attempts.setdefault(adapter.name, Attempt(adapter))

@@ -7,7 +7,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GracefulHTTPError
-from vllm.tracing import extract_trace_headers
+from vllm.tracing.utils import extract_trace_headers
 
 from molehill.api.vllm.request_scope import RequestScope, request_scope
 

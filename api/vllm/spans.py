@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm.tracing import SpanAttributes, extract_trace_context
+from vllm.tracing.otel import extract_trace_context
+from vllm.tracing.utils import SpanAttributes
 
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.status import AdapterState

@@ -85,7 +85,7 @@ def test_the_worker_names_blocks_and_experts(llm: Any) -> None:
     base = ask_worker(llm, protocol.DESCRIBE, protocol.Empty())
     sizes = Moe(experts=4, hidden=64, intermediate=48)
     assert base.moes == {f"layers.{i}.mlp": sizes for i in range(2)}
-    assert base.refused == {}
+    assert base.refused.keys() == {"classifier"}
     assert base.linears["layers.1.mlp.gate"] == (64, 4)
     assert base.ffns == {}
 

@@ -1,5 +1,8 @@
-"""What researchers measure with: lm-eval and `vllm bench serve`, a mixture's name as the model."""
+"""What researchers measure with: lm-eval, `vllm bench serve` and GuideLLM, a mixture's name as the
+model."""
 
+import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from support.evaluation import (
     of_server,
     on_transformers,
 )
+from support.proxies import found, needs
 
 # The adapter that the shared server starts with, and the base model.
 ADAPTERS = {"started": GOLDEN / "cases" / "dynmole-default", BASE: None}
@@ -113,3 +117,28 @@ def test_vllm_bench_serve_asks_adapters(clean: Api, model: Path) -> None:
     assert (result["completed"], result["failed"]) == (8, 0)
     for name in LOADED:
         assert tokens_read(clean, name) >= before[name] + 4 * (16 + 3)
+
+
+@needs("guidellm")
+def test_guidellm_asks_an_adapter(api: Api, model: Path, tmp_path: Path) -> None:
+    before = tokens_read(api, "started")
+    report = tmp_path / "report.json"
+    target = f"kind=openai_http,target={api.url},model=started,api_key={KEY}"
+    program = found("guidellm")
+    assert program is not None
+    options = {
+        "backend": f"{target},request_format=/v1/completions",
+        "tokenizer": f"kind=hf_auto,model={model}",
+        "data": "kind=synthetic_text,prompt_tokens=16,output_tokens=4",
+        "profile": "kind=synchronous",
+        "constraint": "kind=max_requests,count=3",
+        "output": f"kind=json,path={report}",
+    }
+    given = [part for name, value in options.items() for part in (f"--{name}", value)]
+    command = [program, "run", *given, "--disable-console"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    answered = benchmark["metrics"]["request_totals"]
+    assert (answered["successful"], answered["errored"]) == (3, 0)
+    assert tokens_read(api, "started") >= before + 3 * (16 + 3)

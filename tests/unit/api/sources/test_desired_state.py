@@ -167,7 +167,9 @@ def test_a_bad_entry_harms_no_other(tmp_path: Path) -> None:
         f.put("nowhere", 7)
         f.write(f.entry("a", 1), {"name": "gone", "source": "nowhere"})
         await f.until(lambda: f.states() == {"a": "converged", "gone": "converged"})
-        assert (f.failures(), of_adapters_file(f.file).converged) == ({}, True)
+        # A try of what it wants no more may have to end first.
+        await f.until(lambda: not f.failures())
+        assert of_adapters_file(f.file).converged
 
     play(
         lambda: Followed(tmp_path / "f", admission=AdmissionLimits(adapters=20, loads=2)), scenario
@@ -335,7 +337,8 @@ def test_a_new_server_waits_for_what_may_pass_and_not_for_what_is_wrong(tmp_path
         assert not f.file.ready
         f.engine.refusal = ""
         await f.until(lambda: f.file.ready)
-        assert f.states() == {"a": "converged", "gone": "failed"}
+        assert "a" in f.serves()
+        await f.until(lambda: f.states() == {"a": "converged", "gone": "failed"})
 
     play(lambda: Followed(tmp_path / "f"), scenario)
 

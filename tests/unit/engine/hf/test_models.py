@@ -1,12 +1,13 @@
 """The reference and the base model's shapes, for many architectures."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import tiny_models, vocabulary
-from support.architectures import ARCHITECTURES, make
+from support.architectures import ARCHITECTURES, EXTRA_VOCAB, make
 from support.golden import Prompt, greatest_difference
 
 from molehill.engine import formats
@@ -25,7 +26,8 @@ Made = tuple[Any, BaseModel, dict[str, Path], list[Prompt]]
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def made(request: Any, tmp_path_factory: Any) -> Made:
     path, adapters, prompts = make(request.param, tmp_path_factory.mktemp(request.param))
-    return tiny_models.load(path), base_model(path), adapters, prompts
+    shapes = replace(base_model(path), extra_tokens=EXTRA_VOCAB)
+    return tiny_models.load(path), shapes, adapters, prompts
 
 
 @pytest.mark.slow
