@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import distributions
+from importlib.metadata import distributions, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from molehill.engine.vllm.compilation import WORKER
 from molehill.engine.vllm.settings import Settings
 
 PLUGIN = "molehill"
+# Of entry points, by which vLLM finds what every process loads, and our routes.
+GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 
 # Engine slots are bookkeeping: an adapter's memory is taken when it loads, not per slot.
 MAX_LORAS = 32
@@ -60,6 +62,7 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
     if options.trainer_control:
         # vLLM offers them to developers; `Guard` lets through no other of those.
         os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")
+    check_installed()
     os.environ["VLLM_PLUGINS"] = allow_plugin(os.environ.get("VLLM_PLUGINS"))
 
     from molehill.engine.vllm import compilation
@@ -74,6 +77,17 @@ def launch(options: Options, vllm_arguments: Sequence[str]) -> None:
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise LaunchError(str(error)) from error
     run(prepare(args, options))
+
+
+def check_installed() -> None:
+    """Raises LaunchError where vLLM would not find molehill's plugins, and so serve without its
+    routes: a package that lies on the path, but was not installed there."""
+    for group in GROUPS:
+        if PLUGIN not in entry_points(group=group).names:
+            raise LaunchError(
+                f"found no entry point {PLUGIN!r} in {group!r}, expected molehill to be installed "
+                "by pip in this environment: its files alone are not enough"
+            )
 
 
 def allow_plugin(allowed: str | None) -> str:

@@ -300,6 +300,15 @@ def test_limits_reach_the_workers_beside_other_settings() -> None:
     assert args["additional_config"]["molehill"]["limits"]["rank"] == 16
 
 
+def test_files_without_an_installation_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would serve without molehill's routes, and say nothing."""
+    launcher.check_installed()
+    elsewhere = [path for path in sys.path if not list(Path(path).glob("molehill*-info"))]
+    monkeypatch.setattr(sys, "path", elsewhere)
+    with pytest.raises(LaunchError, match=r"vllm\.general_plugins.*installed by pip"):
+        launcher.check_installed()
+
+
 def test_x_lora_is_an_option_of_one_worker() -> None:
     def config(*arguments: str, **ours: Any) -> Any:
         return vars(prepared(*arguments, ours=options.Options(**ours)))["additional_config"]
