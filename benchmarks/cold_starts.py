@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from molehill.benchmarks.arguments import server_parser
 from molehill.benchmarks.client import Client
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
@@ -154,16 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from molehill.benchmarks.host import host
     from molehill.engine.hf.shapes import base_model
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path)
+    parser = server_parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--streams", type=int, default=4, help="of the base model, beside it")
-    parser.add_argument("--eager", action="store_true", help="without compiling the base")
-    parser.add_argument(
-        "--warm", action="store_true", help="start from a process that has imported vLLM: sooner"
-    )
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "root"

@@ -13,7 +13,6 @@ Run it on a machine that does nothing else. It ends with 1 if a ratio under limi
 a request of the quiet tenant failed.
 """
 
-import argparse
 import asyncio
 import itertools
 import json
@@ -29,6 +28,7 @@ from typing import Any
 
 import httpx
 
+from molehill.benchmarks.arguments import server_parser
 from molehill.benchmarks.client import Client
 from molehill.benchmarks.workloads import percentile
 
@@ -160,16 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from molehill.benchmarks.host import host
     from molehill.engine.hf.shapes import base_model
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path)
+    parser = server_parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=60.0, help="of a spell")
-    parser.add_argument("--eager", action="store_true", help="without compiling the base")
-    parser.add_argument(
-        "--warm", action="store_true", help="start from a process that has imported vLLM: sooner"
-    )
     parser.add_argument("--json", type=Path, help="where to write all figures (default: nowhere)")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,7 +14,6 @@ out: they then ask an adapter that stays. Run it on a machine that does nothing 
 if a limit is missed; a run of less than a minute of pushes is held to no failure alone.
 """
 
-import argparse
 import asyncio
 import itertools
 import json
@@ -32,6 +31,7 @@ from typing import Any
 import httpx
 import psutil
 
+from molehill.benchmarks.arguments import server_parser
 from molehill.benchmarks.churn import ADAPTER_BYTES, STREAMS, percentile
 from molehill.benchmarks.client import Client
 
@@ -263,19 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     from molehill.benchmarks.host import host
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path)
+    parser = server_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=600.0, help="of pushes")
     parser.add_argument("--quiet", type=float, default=60.0, help="seconds before and after them")
     parser.add_argument("--by", choices=("upload", "path"), default="upload")
     parser.add_argument("--ask", choices=(POLICY, "steady"), default=POLICY)
     parser.add_argument("--kind", choices=("dynmole", "lora"), default="dynmole")
-    parser.add_argument("--eager", action="store_true", help="without compiling the base")
-    parser.add_argument(
-        "--warm", action="store_true", help="start from a process that has imported vLLM: sooner"
-    )
     parser.add_argument("--json", type=Path, help="where to write all figures (default: nowhere)")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
