@@ -1,6 +1,5 @@
 """An OpenTelemetry collector: takes spans over OTLP's HTTP, as protobuf."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
+
+from support.http_servers import running
 
 # For a server: its exporter's protocol, and milliseconds between two exports.
 ENVIRONMENT = {
@@ -92,10 +93,6 @@ def collecting() -> Iterator[Collector]:
             return
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     collector.url = f"http://127.0.0.1:{server.server_address[1]}/v1/traces"
-    try:
+    with running(server):
         yield collector
-    finally:
-        server.shutdown()
-        server.server_close()

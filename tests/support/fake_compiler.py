@@ -6,18 +6,20 @@ import pytest
 
 from molehill.kernels.cpu import build
 
-# In a third of a second a file; fails for the one that is named.
+# In as many seconds a file as is said; fails for the one that is named.
 COMPILER = """#!/bin/sh
 case "$*" in *{fails}*) echo "no such instruction" >&2; exit 1;; esac
 while [ "$1" != -o ]; do shift; done
-sleep 0.3
+sleep {seconds}
 echo "$2" > "$2"
 """
 
 
-def compiler(monkeypatch: pytest.MonkeyPatch, folder: Path, fails: str = "nothing") -> None:
+def compiler(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, fails: str = "nothing", seconds: float = 0
+) -> None:
     script = folder / "compiler"
-    script.write_text(COMPILER.format(fails=fails))
+    script.write_text(COMPILER.format(fails=fails, seconds=seconds))
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
 

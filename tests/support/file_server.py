@@ -13,6 +13,7 @@ from typing import Any
 
 from molehill.api.sources.fetch import Sources
 from molehill.api.sources.roots import AdapterRoots
+from support.http_servers import running
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -86,10 +87,8 @@ def serving(folder: Path) -> Iterator[tuple[str, list[str]]]:
     asked: list[str] = []
     handler = type("Handler", (Files,), {"folder": folder, "asked": asked})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    server.shutdown()
-    server.server_close()
+    with running(server):
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
 
 
 def sources(url: str, **more: Any) -> Sources:

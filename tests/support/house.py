@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
@@ -120,7 +121,7 @@ class House:
 
     def _imports(self, module: str) -> Iterator[Import]:
         path = self.modules[module]
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(_parsed(path.read_text())):
             for name in dict.fromkeys(self._imported(module, node)):
                 place = f"{path.relative_to(self.root)}:{getattr(node, 'lineno', 0)}"
                 yield Import(module, name, place)
@@ -137,6 +138,12 @@ class House:
             for alias in node.names:
                 part = alias.name if source == "molehill" else f"{source}.{alias.name}"
                 yield part if part in self.modules else source
+
+
+@cache
+def _parsed(text: str) -> ast.Module:
+    """Every rule reads every file."""
+    return ast.parse(text)
 
 
 def is_in(module: str, package: str) -> bool:
@@ -262,7 +269,7 @@ def no_long_function(house: House) -> Iterator[str]:
             continue
         if any(is_in(module, room) for room in LONG_FUNCTIONS_IN):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(_parsed(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if lines > MOST_FUNCTION_LINES:
@@ -275,7 +282,7 @@ def one_class_of_a_name(house: House) -> Iterator[str]:
     """Public classes, of all packages together."""
     places: dict[str, str] = {}
     for path in house.modules.values():
-        for node in ast.parse(path.read_text()).body:
+        for node in _parsed(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 place = f"{path.relative_to(house.root)}:{node.lineno}"
                 if node.name in places:
@@ -286,7 +293,7 @@ def one_class_of_a_name(house: House) -> Iterator[str]:
 def no_vague_name(house: House) -> Iterator[str]:
     """In tests too."""
     for path in (*house.modules.values(), *sorted((house.root / "tests").rglob("*.py"))):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(_parsed(path.read_text())):
             name = getattr(node, "id", None) or getattr(node, "arg", None)
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 name = node.name

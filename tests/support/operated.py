@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from support.api_client import BASE, Api, copy_adapter, oracle
+from support.http_servers import running
 
 ADMIN = "an-admin-key"
 SETTLED_SECONDS = 30
@@ -79,11 +80,8 @@ def serving_files(folder: Path) -> Iterator[str]:
 
     handler = partial(Handler, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with running(server):
         yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
 
 
 def until(condition: Any, seconds: float = SETTLED_SECONDS) -> bool:

@@ -38,7 +38,7 @@ def places(tmp_path, monkeypatch):
 def test_a_compilation_is_told_at_once_and_while_it_goes_on(
     build_records, places, tmp_path, monkeypatch
 ):
-    compiler(monkeypatch, tmp_path)
+    compiler(monkeypatch, tmp_path, seconds=0.3)
     _, cache = places
     library = build._find_or_compile()
     assert library == build.Library(cache / build.library_name(), compiled=True)
