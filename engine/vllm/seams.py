@@ -4,14 +4,16 @@ Seams are data, in the tables of `engine.vllm.compat` and `api.vllm.compat`. One
 what a process has imported, here, or with vLLM's source files, see `seam_sources`.
 """
 
+import ast
 import dis
 import inspect
+import linecache
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cache
 from importlib import import_module
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, Literal
 
 
@@ -146,7 +148,7 @@ def inspected(seam: Seam) -> Definition | None:
     if seam.overrides is not None or seam.positional is not None:
         parameters, takes_more = _signature(value)
     attributes = frozenset(name for name in seam.attributes if _has(value, name))
-    source = inspect.getsource(value) if seam.markers or seam.calls else ""
+    source = _source(value) if seam.markers or seam.calls else ""
     return Definition(parameters, takes_more, attributes, source)
 
 
@@ -168,23 +170,48 @@ def _has(value: Any, name: str) -> bool:
     """Of a class, also what only its instances have: fields, and what a method assigns."""
     if isinstance(value, ModuleType) or not isinstance(value, type):
         return hasattr(value, name)
+    parents = value.__mro__
     return any(
-        name in vars(parent) or name in vars(parent).get("__annotations__", ()) or name in assigned
-        for parent in value.__mro__
-        for assigned in [_assigned(parent)]
-    )
+        name in vars(parent) or name in vars(parent).get("__annotations__", ())
+        for parent in parents
+    ) or any(_assigns(code, name) for parent in parents for code in _methods(parent))
 
 
 @cache
-def _assigned(owner: type) -> frozenset[str]:
-    """The attributes that the methods of a class assign to; none of a dataclass, whose annotations
-    say what it has."""
-    names: set[str] = set()
+def _methods(owner: type) -> tuple[CodeType, ...]:
+    """What may assign to attributes of an instance; of a dataclass nothing, whose annotations say
+    what it has."""
     if is_dataclass(owner):
-        return frozenset()
-    for member in vars(owner).values():
-        code = getattr(inspect.unwrap(member) if callable(member) else member, "__code__", None)
-        if code is not None:
-            instructions = dis.get_instructions(code)
-            names.update(item.argval for item in instructions if item.opname == "STORE_ATTR")
-    return frozenset(names)
+        return ()
+    members = (inspect.unwrap(item) if callable(item) else item for item in vars(owner).values())
+    codes = (getattr(member, "__code__", None) for member in members)
+    return tuple(code for code in codes if code is not None)
+
+
+def _assigns(code: CodeType, name: str) -> bool:
+    # Few have the name at all: every process of vLLM checks at its start, and reading all of a
+    # model runner's instructions took it half a second.
+    return name in code.co_names and any(
+        item.opname == "STORE_ATTR" and item.argval == name for item in dis.get_instructions(code)
+    )
+
+
+def _source(value: Any) -> str:
+    """Like `inspect.getsource`, which looks for the end of a function or class by its tokens."""
+    if isinstance(value, type):
+        path = inspect.getsourcefile(value)
+        lines = linecache.getlines(path or "")
+        for node in ast.walk(ast.parse("".join(lines))):
+            if isinstance(node, ast.ClassDef) and node.name == value.__name__:
+                first = min(item.lineno for item in (node, *node.decorator_list))
+                return "".join(lines[first - 1 : node.end_lineno])
+    if not isinstance(value, FunctionType):
+        return inspect.getsource(value)
+    code = inspect.unwrap(value).__code__
+    lines = linecache.getlines(code.co_filename)
+    return "".join(lines[code.co_firstlineno - 1 : _last_line(code)])
+
+
+def _last_line(code: CodeType) -> int:
+    within = (_last_line(item) for item in code.co_consts if isinstance(item, CodeType))
+    return max(*(end or 0 for _, end, _, _ in code.co_positions()), *within, 0)

@@ -28,11 +28,31 @@ PRELOADED = [
     "vllm.v1.executor.multiproc_executor",
     "vllm.model_executor.models.llama",
     "vllm.model_executor.models.mixtral",
+    # What these import in their functions.
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.engine.async_llm",
+    "vllm.entrypoints.generate.api_router",
+    "vllm.entrypoints.generate.generative_scoring.api_router",
+    "vllm.entrypoints.generate.structured_decisions.api_router",
+    "vllm.entrypoints.anthropic.api_router",
+    "vllm.entrypoints.cohere.api_router",
+    "vllm.entrypoints.openai.chat_completion.api_router",
+    "vllm.entrypoints.openai.completion.api_router",
+    "vllm.entrypoints.openai.responses.api_router",
+    "vllm.entrypoints.scale_out.derender.api_router",
+    "vllm.entrypoints.scale_out.render.api_router",
+    "vllm.entrypoints.scale_out.token_in_token_out.api_router",
+    "vllm.entrypoints.serve.tokenize.api_router",
+    "vllm.collect_env",
     "molehill.engine.vllm.worker",
     "vllm.entrypoints.cli.serve",
     "molehill.api.app",
     "molehill.api.vllm.launcher",
     "molehill.api.vllm.starting",
+    "support.kernel_overrides",
 ]
 # For the processes of a server: the group that they join, so that they can be ended with it, and
 # the file to which they write, as they would if they were its children.
@@ -200,8 +220,10 @@ def _run(environment: dict[str, str], target: Callable[..., Any], kwargs: dict[s
 
 def _take(environment: dict[str, str]) -> None:
     """The environment is the starting process's, not the warm server's. What is imported is left
-    out of garbage collections, which would write into, and so copy, every page of it."""
+    out of garbage collections, which would write into, and so copy, every page of it; vLLM takes
+    that back as its processes end, for one more collection."""
     gc.freeze()
+    gc.unfreeze = lambda: None  # type: ignore[assignment]
     os.environ.clear()
     os.environ.update(environment)
     if LOG in environment:
