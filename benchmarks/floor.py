@@ -22,6 +22,8 @@ from molehill.kernels.policy import Policy
 SECONDS = 0.05
 # A matrix multiplication's width; bytes of the smallest read, larger than a second-level cache.
 WIDTH, SMALLEST = 1024, 1 << 22
+# A type that multiplies so many times as slowly as the other is not observed again.
+HOPELESS = 10
 
 
 class ObservedMachine:
@@ -39,10 +41,17 @@ class ObservedMachine:
 
     def observe(self, size: int) -> None:
         """Multiplies, and reads `size` bytes."""
-        products = [torch.empty_like(matrix) for matrix in self._matrices]
-        for matrix, product in zip(self._matrices, products, strict=True):
-            seconds = _best(partial(torch.mm, matrix, matrix, out=product))
-            self.rate = max(self.rate, WIDTH**3 / seconds)
+        rates = []
+        for matrix in self._matrices:
+            multiply = partial(torch.mm, matrix, matrix, out=torch.empty_like(matrix))
+            rates.append(WIDTH**3 / _best(multiply))
+        self.rate = max(self.rate, *rates)
+        # bfloat16 without instructions for it takes seconds, and noise hides no tenfold.
+        self._matrices = [
+            matrix
+            for matrix, rate in zip(self._matrices, rates, strict=True)
+            if rate > self.rate / HOPELESS
+        ]
         size = _rounded(size)
         # Ones: the pages of fresh zeros all lie in one page of memory, until written to.
         data, total = torch.ones(size // 4), torch.zeros(())
