@@ -30,22 +30,21 @@ class Configuration:
 # Of which the second rank has the tokens that an adapter adds.
 ROOM = {"hf_overrides": {"vocab_size": VOCABULARY + EXTRA_VOCAB}}
 TORCH = {"additional_config": Settings("torch", extra_vocab=EXTRA_VOCAB).to_config()}
+CHUNKS = {"enable_chunked_prefill": True, "max_num_batched_tokens": 24}
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 A_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 CONFIGURATIONS = {
     "chunked prefill, C++ without vector instructions": Configuration(
-        {"enable_chunked_prefill": True, "max_num_batched_tokens": 24},
-        {"MOLEHILL_CPU_ISA": "portable"},
+        CHUNKS, {"MOLEHILL_CPU_ISA": "portable"}
     ),
-    "chunked prefill, torch backend": Configuration(
-        {"enable_chunked_prefill": True, "max_num_batched_tokens": 24, **TORCH}
-    ),
+    "chunked prefill, torch backend": Configuration({**CHUNKS, **TORCH}),
     "tensor parallel": Configuration(TWO_RANKS, A_CORE_EACH),
     "tensor parallel, torch backend": Configuration({**TWO_RANKS, **TORCH}, A_CORE_EACH),
 }
-# Each half of it is in another test; test_residence has both, with fewer adapters.
-LONG = {"tensor parallel, torch backend"}
+# Each half of the first is in another test; test_residence has both, with fewer adapters. The
+# other's kernels have tests of their own.
+LONG = {"tensor parallel, torch backend", "chunked prefill, C++ without vector instructions"}
 
 
 DORA_PROMPT = [303, 316, 288, 262, 352, 17, 5]

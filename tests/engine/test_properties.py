@@ -98,7 +98,7 @@ def effective(adapter: Adapter) -> bool:
 
 
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     database=None,

@@ -95,7 +95,7 @@ def test_a_part_of_an_adapter_with_tensor_parallelism(tmp_path: Path, monkeypatc
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     torch_backend = {"molehill": {"backend": "torch"}}
-    prompts = low_rank(every_prompt()[: 2 * (1 + len(SERVED))])
+    prompts = low_rank(every_prompt()[: 1 + len(SERVED)])
     with merged_engine("mixlora-expert-lora", tmp_path, **options, **torch_backend) as llm:
         assert_golden(ask(llm, prompts), prompts)
 

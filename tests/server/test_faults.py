@@ -228,7 +228,7 @@ def test_a_client_that_hangs_up_in_the_middle_of_its_load_leaves_it_whole(api: A
 
 # Saturation
 
-TOKENS = 24
+TOKENS = 12
 # (samples, streamed)
 WAYS = ((1, False), (2, False), (1, True), (2, True))
 
@@ -302,15 +302,15 @@ def in_flight(api: Api, name: str) -> float:
 # Memory over time
 
 LONG = os.environ.get("MOLEHILL_LONG_TESTS") == "1"
-WARM = 20
+WARM = 12
 # Bytes by which a process may have grown after so many cycles.
-LEFT = {25: 3 * MEGABYTE, 1000: 6 * MEGABYTE}
+LEFT = {15: 3 * MEGABYTE, 1000: 6 * MEGABYTE}
 
 
 @pytest.mark.parametrize(
     "cycles",
     [
-        25,
+        15,
         pytest.param(
             1000,
             marks=pytest.mark.skipif(not LONG, reason="minutes; MOLEHILL_LONG_TESTS=1 runs it"),

@@ -10,7 +10,7 @@ import pytest
 from support.api_client import BASE, Api, Running, eventually, oracle
 
 # Enough for a request to run on for seconds while a test does something else.
-MANY_TOKENS = 700
+MANY_TOKENS = 400
 MANY_PROMPTS = 64
 
 

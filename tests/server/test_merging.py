@@ -1,8 +1,10 @@
 """Merging on a real server: static adapters as they load, and one adapter in the base weights."""
 
 import argparse
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,15 +23,14 @@ TINY_LLAMA = GOLDEN / "tiny-llama"
 LORA, MOLA = GOLDEN / "cases" / "lora", GOLDEN / "cases" / "mola"
 
 
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    """A server with the golden LoRA in its weights, compiled as servers are by default."""
-    folder = tmp_path_factory.mktemp("merged")
+@contextmanager
+def merged_server(folder: Path, options: Sequence[str]) -> Iterator[Api]:
+    """A server with the golden LoRA in its weights."""
     root = folder / "adapters"
     for case in ("lora", "rslora", "mola", "mixlora"):
         copy_adapter(case, root / case)
     arguments = [
-        *(option for option in TINY if option != "--enforce-eager"),
+        *options,
         *("--served-model-name", BASE, "--api-key", KEY),
         *("--adapter-root", str(root), "--adapter-store", str(folder / "store")),
         *("--adapter", f"resident={LORA}", "--merge-into-base", "resident"),
@@ -39,13 +40,27 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         assert server.process.poll() is None, server.tail()
 
 
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with merged_server(tmp_path_factory.mktemp("merged"), TINY) as api:
+        yield api
+
+
 def assert_oracle(api: Api, model: str, case: str) -> None:
     for prompt in oracle(case)["prompts"]:
         assert api.greedy(model, prompt["prompt_token_ids"]) == prompt["greedy_token_ids"]
 
 
-def test_the_log_tells_that_the_base_is_compiled_and_where_it_is_kept(merged: Api) -> None:
-    text = (merged.store.parent / "log").read_text(errors="replace")
+@pytest.mark.skipif(
+    os.environ.get("MOLEHILL_LONG_TESTS") != "1",
+    reason="compiles for a minute of processor time; MOLEHILL_LONG_TESTS=1 runs it",
+)
+def test_a_compiled_base_is_told_of_in_the_log_and_gives_the_oracles(tmp_path: Path) -> None:
+    """Compiled as servers are by default."""
+    options = [option for option in TINY if option != "--enforce-eager"]
+    with merged_server(tmp_path, options) as api:
+        assert_merged(api)
+        text = (tmp_path / "log").read_text(errors="replace")
     assert "molehill: compiling the base model: one to five minutes on a CPU" in text
     end = (
         r"molehill: base model (compiled in \d+ s|read from the cache of compiled models in \d+ s)"
@@ -55,14 +70,16 @@ def test_the_log_tells_that_the_base_is_compiled_and_where_it_is_kept(merged: Ap
 
 
 def test_the_resident_the_base_and_another_adapter_give_their_oracles(merged: Api) -> None:
-    assert merged.load("m", "mixlora").status_code == 200
+    assert_merged(merged)
+
+
+def assert_merged(api: Api) -> None:
+    assert api.load("m", "mixlora").status_code == 200
     for model, case in (("resident", "lora"), (BASE, "base"), ("m", "mixlora")):
-        assert_oracle(merged, model, case)
-    assert (
-        merged.metrics()['molehill_adapter_resident_bytes{adapter="resident",tier="worker"}'] == 0
-    )
-    assert merged.of_adapter("resident", "adapter_tokens_total") > 4 * 11
-    assert merged.unload("m").status_code == 200
+        assert_oracle(api, model, case)
+    assert api.metrics()['molehill_adapter_resident_bytes{adapter="resident",tier="worker"}'] == 0
+    assert api.of_adapter("resident", "adapter_tokens_total") > 4 * 11
+    assert api.unload("m").status_code == 200
 
 
 def test_the_resident_is_neither_replaced_nor_unloaded(merged: Api) -> None:

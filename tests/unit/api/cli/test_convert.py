@@ -55,8 +55,8 @@ def test_any_format_becomes_the_native_one(golden, tmp_path, capsys, case):
 
 
 @pytest.mark.slow
-def test_json(golden, tmp_path, capsys):
-    assert run(golden / "cases" / "mola-official", tmp_path / "a", "--json") == 0
+def test_json(edited, tmp_path, capsys):
+    assert run(edited("mola-official", safetensors=True), tmp_path / "a", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     document = json.loads((tmp_path / "a" / native.CONFIG).read_text())
     assert report["digest"] == document["digest"]

@@ -36,6 +36,12 @@ def zeroed(edited):
     return edited("mola", tensors=routers, safetensors=True)
 
 
+@pytest.fixture
+def unpickled(edited):
+    """A golden case, whose oracles are those of the case."""
+    return lambda case: edited(case, safetensors=True)
+
+
 def weights_of(case):
     return torch.load(Case(case).path / "adapter_model.bin", weights_only=True)
 
@@ -102,8 +108,8 @@ def test_sites_of_other_ranks_are_exceptions_that_peft_reads(wide, edited, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["lora", "rslora", "dora"])
-def test_a_merged_base_gives_the_oracles_logits(wide, tmp_path, case):
-    assert run(Case(case).path, tmp_path / "base", "--into-base", "--model", wide) == 0
+def test_a_merged_base_gives_the_oracles_logits(wide, unpickled, tmp_path, case):
+    assert run(unpickled(case), tmp_path / "base", "--into-base", "--model", wide) == 0
     model = load(tmp_path / "base")
     for prompt in Case(case).prompts:
         with torch.no_grad():
@@ -113,9 +119,9 @@ def test_a_merged_base_gives_the_oracles_logits(wide, tmp_path, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["lora", "dora"])
-def test_a_merged_base_has_the_weights_that_peft_merges(wide, tmp_path, case):
+def test_a_merged_base_has_the_weights_that_peft_merges(wide, unpickled, tmp_path, case):
     peft = pytest.importorskip("peft", reason=NO_PEFT)
-    assert run(Case(case).path, tmp_path / "base", "--into-base", "--model", wide) == 0
+    assert run(unpickled(case), tmp_path / "base", "--into-base", "--model", wide) == 0
     theirs = peft.PeftModel.from_pretrained(load(wide), Case(case).path).merge_and_unload()
     ours = load(tmp_path / "base").state_dict()
     changed = 0
@@ -167,9 +173,9 @@ def test_an_activated_adapter_stays_one_and_does_not_go_into_a_base(wide, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_bfloat16_base_is_rounded_once(golden, tmp_path):
+def test_a_bfloat16_base_is_rounded_once(golden, unpickled, tmp_path):
     base = golden / "tiny-llama"
-    assert run(Case("lora").path, tmp_path / "base", "--into-base", "--model", base) == 0
+    assert run(unpickled("lora"), tmp_path / "base", "--into-base", "--model", base) == 0
     before = load_file(base / "model.safetensors")
     after = load_file(tmp_path / "base" / "model.safetensors")
     for site, mixture in formats.read(Case("lora").path).sites.items():
@@ -190,13 +196,13 @@ def test_a_bfloat16_base_is_rounded_once(golden, tmp_path):
     ],
 )
 def test_what_is_not_exact_is_refused_by_its_first_site(
-    golden, tmp_path, capsys, case, into, message
+    golden, unpickled, tmp_path, capsys, case, into, message
 ):
     more = ["--into-base"] if into else []
-    model = golden / "tiny-llama"
-    assert run(Case(case).path, tmp_path / "out", "--model", model, *more) == 1
+    model, source = golden / "tiny-llama", unpickled(case)
+    assert run(source, tmp_path / "out", "--model", model, *more) == 1
     assert f"UnsupportedError: {message}" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_other_mistakes_are_one_line_and_leave_nothing(golden, zeroed, tmp_path, capsys):

@@ -146,7 +146,7 @@ FUZZ = settings(deadline=None, derandomize=True)
 
 
 @pytest.mark.slow
-@settings(FUZZ, max_examples=examples(150))
+@settings(FUZZ, max_examples=examples(100))
 @given(
     case=st.sampled_from(SERVED),
     changes=st.lists(st.tuples(st.integers(0, 2**16), VALUES), min_size=1, max_size=2),
@@ -160,7 +160,7 @@ def test_a_config_with_other_fields(originals, base, case, changes):
 
 
 @pytest.mark.slow
-@settings(FUZZ, max_examples=examples(150))
+@settings(FUZZ, max_examples=examples(100))
 @given(case=st.sampled_from(SERVED), changes=st.lists(TENSOR_CHANGE, min_size=1, max_size=2))
 def test_other_tensors(originals, base, case, changes):
     """of_all: every tensor that has the same name in its place, not just one."""

@@ -373,7 +373,7 @@ def places(value, path=()):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=examples(150))
+@settings(deadline=None, max_examples=examples(100))
 @given(case=st.sampled_from(CASES), where=st.integers(0, 10**6), value=VALUES, remove=st.booleans())
 def test_a_changed_field_gives_a_typed_error_or_the_same_adapter(
     stored, case, where, value, remove
@@ -396,7 +396,7 @@ def test_a_changed_field_gives_a_typed_error_or_the_same_adapter(
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=examples(150))
+@settings(deadline=None, max_examples=examples(100))
 @given(
     file=st.sampled_from([native.CONFIG, native.WEIGHTS]),
     damage=st.lists(

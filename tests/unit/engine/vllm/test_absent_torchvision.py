@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import warm
 from support.golden import TINY_LLAMA, Case
 
 from molehill.engine.vllm import absent_torchvision
@@ -27,25 +29,33 @@ def python(code: str, *path: Path) -> str:
     return result.stdout.splitlines()[-1]
 
 
+def import_qwens_file() -> None:
+    """As a worker does; prints what is said of what torchvision would do."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    import_module("vllm.model_executor.models.qwen3_5")
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import tvF
+    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_v2_available
+
+    assert importlib.util.find_spec("torchvision") is None
+    assert not is_torchvision_available()
+    assert not is_torchvision_v2_available()
+    try:
+        assert tvF.resize
+    except ImportError as error:
+        print(error, flush=True)
+
+
 @pytest.mark.slow
 @absent
-def test_qwens_file_imports_and_torchvision_is_known_to_be_absent() -> None:
-    code = """
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-import importlib.util
-import vllm.model_executor.models.qwen3_5
-from transformers.utils import is_torchvision_available
-from transformers.utils.import_utils import is_torchvision_v2_available
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import tvF
-assert importlib.util.find_spec("torchvision") is None
-assert not is_torchvision_available() and not is_torchvision_v2_available()
-try:
-    tvF.resize
-except ImportError as error:
-    print(error)
-"""
-    message = python(code)
+def test_qwens_file_imports_and_torchvision_is_known_to_be_absent(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = warm.run(import_qwens_file, log)
+    process.wait(60)
+    assert process.returncode == 0, log.read_text()[-2000:]
+    message = log.read_text().splitlines()[-1]
     assert message.startswith("torchvision.transforms.v2.functional.resize: torchvision is not")
     assert "its build for torch 2." in message
 
