@@ -8,7 +8,7 @@ one generation. A part that is replaced or unloaded makes the mixes of it unreac
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from weakref import WeakValueDictionary
 
@@ -127,10 +127,14 @@ class RequestMixes:
         """One of equal mixes is made, and the requests for the others find it."""
         with leaving(parts):
             async with self._locks.setdefault(mix.key, asyncio.Lock()):
-                generation = self._by_key.get(mix.key) or await self._make(mix)
-                return self._generations.lease(generation, request, traffics)
+                generation = self._by_key.get(mix.key) or await self._make(mix, parts)
+                lease = self._generations.lease(generation, request, traffics)
+                # What was unloaded while it was made did not see it.
+                self.retire_unreachable()
+                return lease
 
-    async def _make(self, mix: Mix) -> Generation:
+    async def _make(self, mix: Mix, parts: Sequence[Lease]) -> Generation:
+        """parts: of the mix, in its order."""
         self._make_room()
         self._begun += 1
         try:
@@ -140,8 +144,8 @@ class RequestMixes:
             generation = self._generations.create(BY_REQUEST, content, source)
         finally:
             self._begun -= 1
-        parts = (self._names.current(part.name).status.traffic.limits for part in mix.parts)
-        tenants = (limits.of_tenant for limits in parts if limits.tenant is not None)
+        limits = (part.generation.status.traffic.limits for part in parts)
+        tenants = (each.of_tenant for each in limits if each.tenant is not None)
         generation.status.traffic.limit(next(tenants, NO_LIMITS))
         generation.status.serve()
         self._by_key[mix.key] = generation
