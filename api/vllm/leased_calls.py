@@ -153,7 +153,7 @@ def note_call(
 
     Whether it is a later beam of a search, which was charged."""
     name = lease.generation.name
-    later_beam = is_later_beam(given.get("request_id", ""), first=name not in request.asked)
+    later_beam = is_later_beam(given, first=name not in request.asked)
     if not later_beam:
         lease.charge(prompt_tokens(given.get("prompt")))
     request.asked.add(name)

@@ -17,10 +17,14 @@ def prompt_tokens(prompt: Any) -> int:
     return 0 if tokens is None else len(tokens)
 
 
-def is_later_beam(request_id: str, first: bool) -> bool:
+def is_later_beam(call: Mapping[str, Any], first: bool) -> bool:
     """Whether a call is a step of vLLM's beam search, whose prompt is what it generated, and not
-    the `first` of its request."""
-    return not first and BEAM.search(request_id) is not None
+    the `first` of its request.
+
+    call: its arguments by name. Clients choose ids; of their other requests all have text.
+    """
+    is_text = getattr(call.get("sampling_params"), "detokenize", True)
+    return not (first or is_text) and BEAM.search(call.get("request_id", "")) is not None
 
 
 async def charged(
