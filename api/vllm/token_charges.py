@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.outputs import RequestOutput
 
-from molehill.api.vllm.invocation import BEAM, token_ids
+from molehill.api.vllm.invocation import is_beam, token_ids
 
 
 def prompt_tokens(prompt: Any) -> int:
@@ -18,13 +18,9 @@ def prompt_tokens(prompt: Any) -> int:
 
 
 def is_later_beam(call: Mapping[str, Any], first: bool) -> bool:
-    """Whether a call is a step of vLLM's beam search, whose prompt is what it generated, and not
-    the `first` of its request.
-
-    call: its arguments by name. Clients choose ids; of their other requests all have text.
-    """
-    is_text = getattr(call.get("sampling_params"), "detokenize", True)
-    return not (first or is_text) and BEAM.search(call.get("request_id", "")) is not None
+    """Whether a call, its arguments by name, is a step of vLLM's beam search, whose prompt is what
+    it generated, and not the `first` of its request."""
+    return not first and is_beam(call)
 
 
 async def charged(
