@@ -68,7 +68,7 @@ def most_bytes(directory: Path) -> int:
             return sys.maxsize
         for name in files:
             try:
-                stored += os.lstat(os.path.join(folder, name)).st_size
+                stored += os.stat(os.path.join(folder, name)).st_size
             except OSError:
                 continue
     return 3 * stored

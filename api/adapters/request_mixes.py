@@ -8,7 +8,7 @@ one generation. A part that is replaced or unloaded makes the mixes of it unreac
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from weakref import WeakValueDictionary
 
@@ -22,7 +22,7 @@ from molehill.api.adapters.name_table import NameTable
 from molehill.api.adapters.source import Source, local
 from molehill.api.adapters.tasks import Tasks
 from molehill.api.adapters.traffic import AdapterTraffic, admitted
-from molehill.api.adapters.traffic_limits import NO_LIMITS
+from molehill.api.adapters.traffic_limits import NO_LIMITS, TrafficLimits
 from molehill.engine.adapter.errors import UnsupportedError
 
 logger = logging.getLogger("vllm.molehill")
@@ -117,9 +117,13 @@ class RequestMixes:
             named = generation.status.source.mix
             if named is not None and named.key == mix.key:
                 return generation
-        if mix.key in self._by_key:
+        made = self._by_key.get(mix.key)
+        if made is not None:
             self._by_key.move_to_end(mix.key)
-        return self._by_key.get(mix.key)
+            # Which a load of a part may have changed.
+            parts = (self._names.current(part.name) for part in mix.parts)
+            made.status.traffic.limit(of_tenant(parts))
+        return made
 
     async def _made(
         self, mix: Mix, parts: list[Lease], request: object, traffics: list[AdapterTraffic]
@@ -127,10 +131,14 @@ class RequestMixes:
         """One of equal mixes is made, and the requests for the others find it."""
         with leaving(parts):
             async with self._locks.setdefault(mix.key, asyncio.Lock()):
-                generation = self._by_key.get(mix.key) or await self._make(mix)
-                return self._generations.lease(generation, request, traffics)
+                generation = self._by_key.get(mix.key) or await self._make(mix, parts)
+                lease = self._generations.lease(generation, request, traffics)
+                # What was unloaded while it was made did not see it.
+                self.retire_unreachable()
+                return lease
 
-    async def _make(self, mix: Mix) -> Generation:
+    async def _make(self, mix: Mix, parts: Sequence[Lease]) -> Generation:
+        """parts: of the mix, in its order."""
         self._make_room()
         self._begun += 1
         try:
@@ -140,9 +148,7 @@ class RequestMixes:
             generation = self._generations.create(BY_REQUEST, content, source)
         finally:
             self._begun -= 1
-        parts = (self._names.current(part.name).status.traffic.limits for part in mix.parts)
-        tenants = (limits.of_tenant for limits in parts if limits.tenant is not None)
-        generation.status.traffic.limit(next(tenants, NO_LIMITS))
+        generation.status.traffic.limit(of_tenant(part.generation for part in parts))
         generation.status.serve()
         self._by_key[mix.key] = generation
         logger.info("Made the mix %s: %s", mix.label, generation.digest)
@@ -170,6 +176,12 @@ class RequestMixes:
         """The part itself where the mix is that."""
         directory = self._intake.copy(mix.key[0][0])
         return Source(directory, mix.label, mix=mix, canonical=mix.lone is not None)
+
+
+def of_tenant(parts: Iterable[Generation]) -> TrafficLimits:
+    """The slots that a mix of them may take: those of the first that has a tenant."""
+    limits = (part.status.traffic.limits for part in parts)
+    return next((each.of_tenant for each in limits if each.tenant is not None), NO_LIMITS)
 
 
 @contextmanager

@@ -60,11 +60,13 @@ class AdapterStore:
     def acquire(self, adapter: Adapter, source: Path | None = None) -> Path:
         """The adapter's directory, written if nobody holds it yet. Raises OSError.
 
-        source: where the adapter was read from; if that is the directory itself, it stays.
+        source: where the adapter was read from; if that is the directory itself, it stays, unless
+        its last holder has deleted it since.
         """
         directory = self.path(adapter.digest)
         with self._lock:
-            if not self._holders[adapter.digest] and source != directory:
+            is_copy = source == directory and directory.is_dir()
+            if not self._holders[adapter.digest] and not is_copy:
                 # Of an earlier server that was killed.
                 shutil.rmtree(directory, ignore_errors=True)
                 native.write(adapter, directory)

@@ -64,7 +64,7 @@ def limits_of_text(text: str) -> TrafficLimits:
     """Of a form's field, which is JSON. Raises BadLimitsError."""
     try:
         return check_limits(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadLimitsError(f"limits: found {written(text)}, expected JSON") from None
 
 

@@ -90,14 +90,15 @@ class AdapterRoots:
 
 
 def check_entries(source: Source, root: Path) -> None:
-    """Raises ForbiddenPathError for a link that leaves `root`, or for a pipe, socket or device."""
-    for folder, directories, files in os.walk(source.directory):
-        for name in (*directories, *files):
-            path = Path(folder, name)
-            target = Path(os.path.realpath(path))
+    """Raises ForbiddenPathError for a link that leaves `root`, also below a directory that a link
+    leads to, or for a pipe, socket or device."""
+    folders, seen = [source.directory], {source.directory}
+    while folders:
+        for entry in _entries(folders.pop()):
+            target = Path(os.path.realpath(entry))
             if not target.is_relative_to(root):
                 raise ForbiddenPathError(
-                    f"{source.relabel(str(path))}: a link that leads out of the adapter root"
+                    f"{source.relabel(str(entry))}: a link that leads out of the adapter root"
                 )
             try:
                 mode = target.stat().st_mode
@@ -105,4 +106,15 @@ def check_entries(source: Source, root: Path) -> None:
                 # A link to nothing, or a file that has just gone: its reader says so.
                 continue
             if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-                raise ForbiddenPathError(f"{source.relabel(str(path))}: not a regular file")
+                raise ForbiddenPathError(f"{source.relabel(str(entry))}: not a regular file")
+            if stat.S_ISDIR(mode) and target not in seen:
+                seen.add(target)
+                folders.append(entry)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """None of one that cannot be looked at: its reader says so."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []

@@ -16,7 +16,7 @@ from molehill.api.vllm.adapter_tokenizers import (
     with_adapter_texts,
     with_adapter_tokenizers,
 )
-from molehill.api.vllm.model_lookup import admit
+from molehill.api.vllm.model_lookup import admit, mix_for
 from molehill.engine.formats.io.tokenizer_files import DEFAULT, TOOL_USE
 
 
@@ -58,7 +58,8 @@ def render_as_adapters_do(
     in the place of the base's. models, tokenization: vLLM's."""
 
     def content_of(name: str | None) -> Content | None:
-        request = dict.get(models.lora_requests, name) if name else None
+        # A mix has none of what its parts have, whichever of them the request names.
+        request = mix_for(name) or (dict.get(models.lora_requests, name) if name else None)
         if request is None:
             return None
         # From here on the answer is this generation's, whatever becomes of the name.

@@ -10,15 +10,17 @@ import functools
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import Lock
 from typing import Any
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
+from vllm.exceptions import VLLMValidationError
 from vllm.tokenizers.hf import get_cached_tokenizer, maybe_make_thread_pool
 from vllm.utils.async_utils import make_async
 
+from molehill.api.vllm.invocation import is_beam
 from molehill.engine.formats.io.tokenizer_files import TokenText
 
 logger = logging.getLogger("vllm.molehill")
@@ -122,6 +124,14 @@ def with_adapter_tokenizers(
         return await call(view, *args, **kwargs)
 
     return run
+
+
+def check_written(texts: Texts, call: Mapping[str, Any]) -> None:
+    """Raises VLLMValidationError for a beam search, whose answers vLLM writes by the base's
+    tokenizer: it leaves such tokens out. texts: of the adapter. call: of vLLM's engine client."""
+    if texts and is_beam(call):
+        found = f"beam search with an adapter that adds tokens ({texts[0].text!a})"
+        raise VLLMValidationError(f"{found}, expected none", parameter="use_beam_search")
 
 
 def with_adapter_texts(

@@ -107,6 +107,7 @@ SERVER = (
         markers=(
             'request_id_batch = f"{request_id}-{random_uuid()}"',
             'request_id_item = f"{request_id_batch}-beam-{i}"',
+            "detokenize=False,",
         ),
     ),
     Seam(

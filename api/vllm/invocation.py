@@ -15,6 +15,13 @@ BEAM = re.compile(r"-[0-9a-f]{16}-beam-\d+")
 Decode = Callable[[Sequence[int]], str]
 
 
+def is_beam(call: Mapping[str, Any]) -> bool:
+    """Whether a call of vLLM's engine client is one step of its beam search. Clients choose how an
+    id begins; of their other requests all have text."""
+    is_text = getattr(call.get("sampling_params"), "detokenize", True)
+    return not is_text and BEAM.search(call.get("request_id", "")) is not None
+
+
 def decoder(engine_client: Any) -> Decode:
     """By the tokenizer of the engine's client."""
 
@@ -34,11 +41,11 @@ def check_invoked(
 ) -> None:
     """Raises NotInvokedError unless the prompt activates an adapter that has such tokens.
 
-    call: `prompt` and `request_id` of a call of vLLM's engine client.
+    call: of vLLM's engine client, by name.
     """
     if not tokens:
         return
-    if BEAM.search(call["request_id"]):
+    if is_beam(call):
         found = "beam search, which takes what it generated for a prompt"
         raise NotInvokedError(f"{found}, expected none with {name!a}, an activated adapter")
     prompt = token_ids(call["prompt"])

@@ -15,6 +15,7 @@ from molehill.api.vllm import compat, extra_vocabulary, precision
 from molehill.api.vllm.options import Options, api_keys
 from molehill.api.vllm.routed_experts_option import take_over
 from molehill.engine.adapter.errors import AdapterError
+from molehill.engine.system.ending import end_with_status
 from molehill.engine.system.torchvision import check_importable
 from molehill.engine.vllm.compilation import WORKER
 from molehill.engine.vllm.settings import Settings
@@ -306,4 +307,9 @@ def run(args: argparse.Namespace) -> None:
         # vLLM's app, which is heavy to import, has no part in what these do before it.
         from molehill.api.vllm import starting
 
-        uvloop.run(starting.run_server(args))
+        status = 1
+        try:
+            uvloop.run(starting.run_server(args))
+            status = 0
+        finally:
+            end_with_status(status)

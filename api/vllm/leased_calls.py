@@ -24,6 +24,7 @@ from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.generation import Generation
 from molehill.api.adapters.lease import Lease
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.vllm.adapter_tokenizers import check_written
 from molehill.api.vllm.invocation import Decode, check_invoked, decoder
 from molehill.api.vllm.leased_outputs import LeasedOutputs, Outputs
 from molehill.api.vllm.request_engines import Placements
@@ -116,6 +117,7 @@ def with_lease(
         lease = request.lease(registry, lora_request)
         try:
             check_tokens(given, lease.generation.content.added)
+            check_written(lease.generation.content.token_texts, given)
             invoked = is_invoked(lease.generation, registry.events, given, decode)
             if invoked:
                 stop_as_adapter_does(lease.generation.content.chat, given)
@@ -153,7 +155,7 @@ def note_call(
 
     Whether it is a later beam of a search, which was charged."""
     name = lease.generation.name
-    later_beam = is_later_beam(given.get("request_id", ""), first=name not in request.asked)
+    later_beam = is_later_beam(given, first=name not in request.asked)
     if not later_beam:
         lease.charge(prompt_tokens(given.get("prompt")))
     request.asked.add(name)

@@ -20,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from molehill.api.adapters.errors import RoutingBusyError
 from molehill.api.adapters.generation import Generation
-from molehill.api.vllm.invocation import BEAM, token_ids
+from molehill.api.vllm.invocation import is_beam, token_ids
 from molehill.engine.transform.replayed_choices import ReplayedChoices
 from molehill.engine.transform.routers import DecidingRouter
 from molehill.engine.vllm import protocol
@@ -287,7 +287,7 @@ def checked(generation: Generation, asked: RoutingAsked, arguments: Mapping[str,
     parameters = arguments.get("sampling_params")
     if parameters is None:
         raise refused("found a request without generated tokens, expected one with")
-    if BEAM.search(arguments["request_id"]):
+    if is_beam(arguments):
         raise refused("found beam search, expected none")
     if token_ids(arguments["prompt"]) is None:
         raise refused("found a prompt without token ids, expected one with")

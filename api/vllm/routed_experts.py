@@ -12,7 +12,7 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind
 
 from molehill.api.adapters.generation import Content
-from molehill.api.vllm.invocation import BEAM, token_ids
+from molehill.api.vllm.invocation import is_beam, token_ids
 from molehill.api.vllm.request_scope import RequestScope
 from molehill.engine.transform.replayed_choices import ReplayedChoices, replayed_choices
 
@@ -35,7 +35,7 @@ class RoutedExperts:
     ) -> ReplayedChoices | None:
         """None of a call whose answer has no such array. arguments: of the call, by name."""
         parameters = arguments.get("sampling_params")
-        if parameters is None or BEAM.search(arguments["request_id"]):
+        if parameters is None or is_beam(arguments):
             return None
         streams = parameters.output_kind is RequestOutputKind.DELTA
         if request.path is None or (streams and request.path != STREAMED):

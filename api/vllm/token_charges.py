@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.outputs import RequestOutput
 
-from molehill.api.vllm.invocation import BEAM, token_ids
+from molehill.api.vllm.invocation import is_beam, token_ids
 
 
 def prompt_tokens(prompt: Any) -> int:
@@ -17,10 +17,10 @@ def prompt_tokens(prompt: Any) -> int:
     return 0 if tokens is None else len(tokens)
 
 
-def is_later_beam(request_id: str, first: bool) -> bool:
-    """Whether a call is a step of vLLM's beam search, whose prompt is what it generated, and not
-    the `first` of its request."""
-    return not first and BEAM.search(request_id) is not None
+def is_later_beam(call: Mapping[str, Any], first: bool) -> bool:
+    """Whether a call, its arguments by name, is a step of vLLM's beam search, whose prompt is what
+    it generated, and not the `first` of its request."""
+    return not first and is_beam(call)
 
 
 async def charged(

@@ -4,7 +4,11 @@ As PEFT 0.21 has it (`calculate_alora_offsets` in tuners/lora/variants.py): from
 the last occurrence of its invocation tokens in the prompt on. What is generated is not searched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from molehill.engine.adapter.base_model import BaseModel
+from molehill.engine.adapter.errors import AdapterError, UnsupportedError
+from molehill.engine.adapter.model import Adapter
 
 
 def invocation_offset(prompt: Sequence[int], invocation: Sequence[int]) -> int | None:
@@ -18,3 +22,11 @@ def invocation_offset(prompt: Sequence[int], invocation: Sequence[int]) -> int |
         if prompt[start] == first and list(prompt[start : start + length]) == tokens:
             return start
     return None
+
+
+def misfits(adapter: Adapter, base: BaseModel) -> Iterator[AdapterError]:
+    """Tokens that no prompt can hold. (An activated adapter adds none of its own.)"""
+    last, tokens = max(adapter.invocation_tokens, default=-1), base.num_tokens
+    if tokens is not None and last >= tokens:
+        expected = f"tokens below {tokens}, as the base has"
+        yield UnsupportedError("alora_invocation_tokens", f"token {last}", expected)

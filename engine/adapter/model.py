@@ -144,8 +144,8 @@ def classifier_tensor(name: str) -> str:
 
 
 def natural_key(name: str) -> list[str | int]:
-    """Sorts `layers.10` after `layers.9`."""
-    return [f"{int(part):08d}" if part.isdigit() else part for part in name.split(".")]
+    """Sorts `layers.10` after `layers.9`. Of any text: superscripts are digits, and no numbers."""
+    return [f"{int(part):08d}" if part.isdecimal() else part for part in name.split(".")]
 
 
 def layer_of(site: str) -> int | None:

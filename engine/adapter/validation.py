@@ -11,6 +11,7 @@ from torch import Tensor
 
 from molehill.engine.adapter import (
     classifier_validation,
+    invocation,
     token_validation,
     vocabulary_validation,
 )
@@ -78,6 +79,7 @@ def problems(adapter: Adapter, base: BaseModel, limits: Limits) -> list[AdapterE
     ]
     misfits += vocabulary_validation.misfits(adapter, base)
     misfits += classifier_validation.misfits(adapter, base)
+    misfits += invocation.misfits(adapter, base)
     for site in sorted(adapter.biases, key=natural_key):
         misfits += _bias_misfits(site, adapter.biases[site], base)
     return [*adapter_problems(adapter, limits), *_mismatch(adapter, base, misfits), *misfits]

@@ -130,6 +130,13 @@ LINEARS = (
         positional=("self",),
     ),
     Seam(
+        f"{LAYERS}.attention.attention",
+        "Attention.forward",
+        "engine/vllm/model/finite_cache.py",
+        "is given the keys and values that it caches",
+        positional=("self", "query", "key", "value"),
+    ),
+    Seam(
         f"{LAYERS}.attention.mla_attention",
         "MLAAttention",
         APART,

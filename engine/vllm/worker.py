@@ -123,6 +123,11 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         self, model: nn.Module, vllm_config: VllmConfig, device: torch.device
     ) -> nn.Module:
         self.adapters = WorkerAdapters(vllm_config, device, model, self._merged_base)
+        if device.type == "cpu":
+            # Imports vLLM's layers, which must not be before the platform's worker is set up.
+            from molehill.engine.vllm.model.finite_cache import keep_finite
+
+            keep_finite(model)
         activated = InvocationRows(self.model_runner, self.adapters.invocation_of)
         adapters = self.adapters
         routing = RoutingCapture(

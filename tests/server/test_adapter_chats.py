@@ -127,6 +127,17 @@ def test_every_way_to_render_takes_the_template(clean: Api) -> None:
             chat(clean, model, extra_body={"chat_template": SHOUTED})
 
 
+def test_a_mix_is_talked_to_as_the_base_is(clean: Api) -> None:
+    folder = adapter(clean, "lora", "of-a-mix", CHATML)
+    load(clean, "m", "of-a-mix")
+    assert rendered(folder) != rendered(TINY_LLAMA)
+    answers = [
+        chat(clean, model, extra_body={"molehill": {"mix": {"m": 0.5}}}) for model in ("m", BASE)
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0][0] == rendered(TINY_LLAMA)
+
+
 def test_another_template_is_taken_up_in_place(clean: Api) -> None:
     folder = adapter(clean, "lora", "replaced", CHATML)
     first = load(clean, "m", "replaced")

@@ -144,3 +144,22 @@ def test_files_that_are_swapped_while_they_are_read_never_become_a_hybrid(clean:
             assert clean.error(answer)[1] in ("source_changed", "adapter_not_found")
     assert any(answer.status_code == 409 for answer in answers)
     assert clean.load("m", "swapped", load_inplace=True).status_code == 200
+
+
+@pytest.mark.parametrize(("case", "value"), [("lora", 1e18), ("mola", 1e25)])
+def test_weights_that_overflow_spoil_no_answer_but_their_own(
+    clean: Api, case: str, value: float
+) -> None:
+    """Every block of the KV cache has been theirs when the others are asked again."""
+    folder = copy_adapter(case, clean.root / f"overflows-{case}")
+    tensors = torch.load(folder / files.PICKLE, weights_only=True)
+    (folder / files.PICKLE).unlink()
+    huge = {name: torch.full(tensor.shape, value) for name, tensor in tensors.items()}
+    save_file(huge, folder / files.SAFETENSORS)
+    prompt = list(range(3, 90))
+    before = [clean.greedy(name, prompt) for name in ("tiny", "started")]
+    assert clean.load("m", folder.name).status_code == 200
+    prompts = [[(7 + j) * i % 500 + 3 for i in range(1900)] for j in range(24)]
+    clean.complete("m", prompts, 1)
+    for name, answer in zip(("tiny", "started"), before, strict=True):
+        assert clean.greedy(name, prompt) == answer

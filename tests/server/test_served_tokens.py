@@ -147,6 +147,15 @@ def test_nobody_else_has_these_ids(
         complete(api, trained[0].name, beyond)
 
 
+def test_beams_that_would_be_written_without_them_are_refused(
+    api: Api, trained: list[Trained]
+) -> None:
+    beams: Any = {"use_beam_search": True}
+    assert complete(api, "started", "the", n=2, extra_body=beams).choices
+    with pytest.raises(openai.BadRequestError, match="beam search with an adapter that adds"):
+        complete(api, trained[0].name, "the", n=2, extra_body=beams)
+
+
 def test_more_tokens_than_there_is_room_for(api: Api) -> None:
     added = EXTRA_VOCAB + 1
     folder = api.root / "too-many"

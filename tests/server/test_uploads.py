@@ -53,7 +53,11 @@ def test_a_mixture_that_is_sent_serves_as_one_that_is_loaded(clean: Api, mixlora
     assert by_path["digest"] == sent["generation"]
     again = upload(clean, files_of(mixlora), {"name": "m", "pinned": "false"}).json()
     assert (again["status"], again["pinned"]) == ("unchanged", False)
-    for text, result in (("{", "limits: found '{'"), ('{"requests_in_flight": 0}', "found 0")):
+    for text, result in (
+        ("{", "limits: found '{'"),
+        ("[" * 5000, "limits: found '[[["),
+        ('{"requests_in_flight": 0}', "found 0"),
+    ):
         refused = upload(clean, files_of(mixlora), {"name": "m", "limits": text})
         assert clean.error(refused)[:2] == (422, "invalid_limits")
         assert result in clean.error(refused)[2]

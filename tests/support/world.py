@@ -129,7 +129,7 @@ class FakeEngine:
     async def generate(
         self,
         prompt: str,
-        params: Any,
+        sampling_params: Any,
         request_id: str,
         *,
         lora_request: Any = None,

@@ -37,8 +37,8 @@ SMALL_FILES: Mapping[str, int] = {
 
 # Added tokens stand before the vocabulary, which is far longer and not read.
 _TOKENIZER_BYTES = 4 << 20
-# Of an added token: ids below, and characters at most.
-_MOST_TOKENS, _TOKEN_LENGTH = 1 << 24, 512
+# Of a token: ids below, as many digits, and characters at most.
+_MOST_TOKENS, _DIGITS, _TOKEN_LENGTH = 1 << 24, 8, 512
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _SPECIAL_TOKENS = (
     "bos_token",
@@ -172,8 +172,8 @@ def _special_tokens(config: Fields) -> Iterator[tuple[str, str]]:
         token = value.get("content") if isinstance(value, dict) else value
         if token is None:
             continue
-        if not isinstance(token, str) or not _is_encodable(token):
-            raise config.error(name, "a token")
+        if not isinstance(token, str) or not _is_encodable(token) or len(token) > _TOKEN_LENGTH:
+            raise config.error(name, f"a token of at most {_TOKEN_LENGTH} characters")
         yield name, token
 
 
@@ -183,7 +183,8 @@ def _added_entries(directory: Path, config: Fields) -> list[dict[str, Any]]:
     entries: list[Any] = []
     if isinstance(listed, dict):
         entries = [
-            {**entry, "id": int(number)}
+            # Python reads no number of thousands of digits.
+            {**entry, "id": int(number) if len(number) <= _DIGITS else None}
             for number, entry in listed.items()
             if isinstance(entry, dict) and number.isascii() and number.isdecimal()
         ]

@@ -113,6 +113,16 @@ def test_what_a_directory_may_take_is_more_than_its_files(tmp_path: Path) -> Non
     assert most_bytes(tmp_path / "missing") == 0
 
 
+def test_files_behind_links_count_as_what_is_read_of_them(tmp_path: Path) -> None:
+    """As in a snapshot of Hugging Face's cache."""
+    (tmp_path / "blob").write_bytes(bytes(10_000))
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "weights").symlink_to(tmp_path / "blob")
+    (snapshot / "gone").symlink_to(tmp_path / "nothing")
+    assert most_bytes(snapshot) == 30_000
+
+
 @pytest.mark.parametrize("place", [".", "member-of-a-mix"])
 @pytest.mark.parametrize("kind", ["vera", "loha", "lokr", "miss", "hra"])
 def test_pairs_that_are_made_at_load_may_take_the_whole_limit(

@@ -298,3 +298,31 @@ def test_a_part_whose_copy_is_lost_is_named(play: Play) -> None:
         (await w.registry.mixes.lease({"a": 1.0, "c": 0.5}, object())).release()
 
     play(scenario)
+
+
+@pytest.mark.parametrize("way", ["replace", "unload"])
+def test_a_part_that_goes_while_its_mix_is_made_takes_it_along(play: Play, way: str) -> None:
+    """Whoever asked before has its answer from it; then nothing of it is left."""
+
+    async def scenario(w: World) -> None:
+        await three(w)
+        async with w.registry.intake.read_budget:
+            asking = asyncio.create_task(w.registry.mixes.lease({"a": 0.5, "b": 0.5}, object()))
+            await let_tasks_run()
+            if way == "unload":
+                await w.registry.unload("a")
+            else:
+                replacing = asyncio.create_task(w.load("a", 4, replace=True))
+                await let_tasks_run()
+        lease = await asking
+        if way == "replace":
+            await replacing
+        await let_tasks_run()
+        assert lease.generation.status.draining
+        assert (list(w.registry.mixes), lease.generation.digest in w.in_store()) == ([], True)
+        lease.release()
+        await let_tasks_run()
+        assert set(w.registry.alive()) == set(w.registry)
+        assert set(w.in_store()) == {generation.digest for generation in w.registry}
+
+    play(scenario)

@@ -37,6 +37,18 @@ def test_the_last_holder_deletes_it(tmp_path: Path, adapter: Adapter) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_copy_that_was_deleted_after_it_was_read_is_written_again(
+    tmp_path: Path, adapter: Adapter
+) -> None:
+    """By the last of its names, while a restart reads it for another."""
+    store = AdapterStore(tmp_path)
+    path = store.acquire(adapter)
+    read = native.read(path, Limits())
+    store.release(adapter.digest)
+    assert store.acquire(read, source=path) == path
+    assert native.read(path, Limits()).digest == adapter.digest
+
+
 def test_a_sweep_leaves_what_is_held_and_what_is_not_the_stores(
     tmp_path: Path, adapter: Adapter
 ) -> None:

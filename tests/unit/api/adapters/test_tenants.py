@@ -164,6 +164,12 @@ def test_a_mix_by_request_is_its_tenants(tmp_path: Path) -> None:
         await asyncio.wait_for(lease.acquire_slot(), 5)
         assert resident(w) == ["(mix)", "mine"]
         lease.release()
+        # A mix that is there already has those of now.
+        await w.registry.limit("a", of("u", 2))
+        again = await w.registry.mixes.lease({"a": 0.5, "b": 0.5}, object())
+        assert again.generation is lease.generation
+        assert again.generation.status.traffic.limits == of("u", 2)
+        again.release()
 
     play(World(tmp_path, slots=3), scenario)
 

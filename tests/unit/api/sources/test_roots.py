@@ -80,6 +80,19 @@ def test_entries_below_may_not_lead_out(tree: Path) -> None:
         resolve(tree, "a")
 
 
+def test_links_below_a_linked_directory_may_not_lead_out(tree: Path) -> None:
+    """As that of chat templates may be one."""
+    shared = tree / "one" / "shared"
+    shared.mkdir()
+    (tree / "one" / "a" / "templates").symlink_to(shared)
+    (shared / "template").symlink_to(tree / "one" / "a" / "file")
+    (shared / "back").symlink_to(tree / "one" / "a")
+    assert resolve(tree, "a") == tree / "one" / "a"
+    (shared / "secret").symlink_to(tree / "outside" / "a" / "file")
+    with pytest.raises(ForbiddenPathError, match=r"^a/templates/secret: "):
+        resolve(tree, "a")
+
+
 def test_links_in_a_circle_are_no_trap(tree: Path) -> None:
     (tree / "one" / "a" / "x").symlink_to(tree / "one" / "a" / "y")
     (tree / "one" / "a" / "y").symlink_to(tree / "one" / "a" / "x")

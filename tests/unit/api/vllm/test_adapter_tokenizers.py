@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 from support.golden import TINY_LLAMA
 from transformers import AutoTokenizer
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 from vllm.tokenizers.hf import get_cached_tokenizer, maybe_make_thread_pool
 
 from molehill.api.adapters.chat import AdapterChat, BaseChat, ChatReader, served_texts, without_rows
 from molehill.api.vllm.adapter_tokenizers import (
     AdapterTokenizers,
+    check_written,
     with_adapter_texts,
     with_adapter_tokenizers,
 )
@@ -139,3 +142,12 @@ def test_a_request_has_the_tokenizer_of_its_adapter(
         add(SimpleNamespace(lora_request=lora_request), "prompt")
     assert owner.seen == [(of_adapter, "prompt"), ("base's", "prompt"), ("base's", "prompt")]
     assert owner.tokenizer == owner.renderer.tokenizer == "base's"
+
+
+def test_beams_are_not_written_by_it(chat: AdapterChat) -> None:
+    beam = SamplingParams(max_tokens=1, detokenize=False)
+    step = {"request_id": "cmpl-0-0123456789abcdef-beam-1", "sampling_params": beam}
+    check_written((), step)
+    check_written(chat.token_texts, {**step, "sampling_params": SamplingParams()})
+    with pytest.raises(VLLMValidationError, match=r"beam search with .* adds tokens .'<think>'"):
+        check_written(chat.token_texts, step)

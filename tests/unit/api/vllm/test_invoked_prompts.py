@@ -14,6 +14,7 @@ from support.world import Play, World, adapter
 from transformers import AutoTokenizer
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import embeds_input, tokens_input
+from vllm.sampling_params import SamplingParams
 
 from molehill.api.adapters.errors import NotActivatedError
 from molehill.api.adapters.source import Source
@@ -33,8 +34,8 @@ def activated(w: World, seed: int = 1) -> Source:
     return Source(directory, f"label-{seed}")
 
 
-def ask(w: World, prompt: Any, request_id: str = "id") -> Any:
-    return w.engine.generate(prompt, None, request_id, lora_request=w.served["a"])
+def ask(w: World, prompt: Any, request_id: str = "id", params: Any = None) -> Any:
+    return w.engine.generate(prompt, params, request_id, lora_request=w.served["a"])
 
 
 def outcomes(w: World) -> dict[str, int]:
@@ -84,8 +85,11 @@ def test_a_beam_search_is_refused(play: Play) -> None:
 
     async def scenario(w: World) -> None:
         await w.load("a", activated(w))
+        beam = SamplingParams(max_tokens=1, detokenize=False)
         with pytest.raises(VLLMValidationError, match="beam search"):
-            ask(w, tokens_input(WITH), "cmpl-1-0123456789abcdef-beam-0")
+            ask(w, tokens_input(WITH), "cmpl-1-0123456789abcdef-beam-0", beam)
+        # A client chooses ids, and no beams by them.
+        ask(w, tokens_input(WITH), "cmpl-1-0123456789abcdef-beam-0", SamplingParams())
 
     play(scenario)
 

@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from support.world import World
 from vllm.exceptions import GracefulHTTPError
+from vllm.sampling_params import SamplingParams
 
 from molehill.api.adapters.errors import NoEffectError
 from molehill.api.adapters.generation import Generation
@@ -37,8 +38,8 @@ def play(world: World, scenario: Any) -> None:
     asyncio.run(asyncio.wait_for(scenario(world), 60))
 
 
-async def ask(w: World, name: str, request_id: str = "id", **more: Any) -> None:
-    outputs = w.engine.generate("p", None, request_id, lora_request=w.served[name], **more)
+async def ask(w: World, name: str, request_id: str = "id", params: Any = None, **more: Any) -> None:
+    outputs = w.engine.generate("p", params, request_id, lora_request=w.served[name], **more)
     assert [output async for output in outputs] == ["first", "last"]
 
 
@@ -97,7 +98,8 @@ def test_steps_of_a_beam_search_are_one_span(
         await w.load("a", 1)
         token = request_scope.set(RequestScope())
         for step in range(3):
-            await ask(w, "a", f"x-{step:016x}-beam-0")
+            beam = SamplingParams(max_tokens=1, detokenize=False)
+            await ask(w, "a", f"x-{step:016x}-beam-0", beam)
         request_scope.reset(token)
 
     play(World(tmp_path, spans=spans), scenario)

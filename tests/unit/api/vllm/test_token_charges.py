@@ -68,9 +68,17 @@ def test_tokens_of_prompts() -> None:
 
 
 def test_of_a_beam_search_one_prompt_counts() -> None:
-    step = "cmpl-0-0123456789abcdef-beam-1"
+    beam = SamplingParams(max_tokens=1, detokenize=False)
+    step = {"request_id": "cmpl-0-0123456789abcdef-beam-1", "sampling_params": beam}
     assert [is_later_beam(step, first=first) for first in (True, False)] == [False, True]
-    assert not is_later_beam("cmpl-0", first=False)
+    assert not is_later_beam({**step, "request_id": "cmpl-0"}, first=False)
+
+
+def test_prompts_under_an_id_like_that_of_a_beam_are_charged() -> None:
+    """A client's X-Request-Id begins the ids of all prompts of its request."""
+    for n in range(2):
+        call = {"request_id": f"cmpl-0-0123456789abcdef-beam-{n}"}
+        assert not is_later_beam({**call, "sampling_params": SamplingParams()}, first=False)
 
 
 class Engine:

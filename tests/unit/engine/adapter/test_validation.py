@@ -137,6 +137,19 @@ def test_an_unknown_linear_is_named_with_examples(tiny):
     assert "layers.1.self_attn.q_proj" in error.expected
 
 
+def test_a_layer_of_a_digit_that_is_no_number_is_unknown(tiny):
+    site = "layers.\N{SUPERSCRIPT TWO}.self_attn.q_proj"
+    assert refusal(UnknownTargetError, adapter(**{site: lora()}), tiny).where == site
+
+
+def test_an_invocation_that_no_prompt_can_hold(tiny):
+    activated = dataclasses.replace(adapter(), invocation_tokens=(3, 511))
+    validate(activated, tiny, Limits())
+    unreadable = dataclasses.replace(activated, invocation_tokens=(3, 512))
+    error = refusal(UnsupportedError, unreadable, tiny)
+    assert (error.where, error.found) == ("alora_invocation_tokens", "token 512")
+
+
 def test_a_module_that_no_layer_has_is_unknown_not_a_mismatch(tiny):
     sites = {f"layers.{i}.mlp.w1": lora() for i in range(4)}
     assert refusal(UnknownTargetError, Adapter("lora", sites), tiny).where == "layers.0.mlp.w1"

@@ -107,6 +107,7 @@ BAD_LINE = "{{ bos_token }}\n{% for m in messages %}\n{% endif %}"
             "at most 262144 bytes",
         ),
         (TOKENIZER_CONFIG, '{"eos_token": 3}', ConfigError, "eos_token: found 3"),
+        (TOKENIZER_CONFIG, json.dumps({"eos_token": "x" * 513}), ConfigError, "at most 512 char"),
         (TOKENIZER_CONFIG, "[", ConfigError, "malformed JSON"),
         (GENERATION_CONFIG, '{"eos_token_id": [1, -2]}', ConfigError, "eos_token_id"),
         (GENERATION_CONFIG, '{"eos_token_id": true}', ConfigError, "eos_token_id"),
@@ -126,6 +127,13 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / TEMPLATES[DEFAULT])
     with pytest.raises(CorruptFileError, match="expected a regular file"):
         read(tmp_path)
+
+
+def test_an_id_of_thousands_of_digits_is_that_of_no_token(tmp_path: Path) -> None:
+    listed = {"9" * 5000: {"content": "<far>"}, "7": {"content": "<near>"}}
+    (tmp_path / TOKENIZER_CONFIG).write_text(json.dumps({"added_tokens_decoder": listed}))
+    assert [text.id for text in read(tmp_path).token_texts] == [7]
+    assert read(tmp_path).added_tokens == ("<far>", "<near>")
 
 
 def test_a_tokenizer_that_is_none_says_nothing_of_added_tokens(tmp_path: Path) -> None:

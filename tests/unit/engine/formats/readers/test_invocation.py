@@ -7,7 +7,12 @@ import pytest
 from support.broken import refusal
 
 from molehill.engine import formats
-from molehill.engine.adapter.errors import ConfigError, CorruptFileError, UnsupportedError
+from molehill.engine.adapter.errors import (
+    ConfigError,
+    CorruptFileError,
+    LimitError,
+    UnsupportedError,
+)
 from molehill.engine.formats import native
 
 FIELD = "alora_invocation_tokens"
@@ -44,6 +49,12 @@ def test_tokens_of_the_wrong_type_are_refused(edited, case, tokens):
     error = refusal(ConfigError, edited(case, {FIELD: tokens}))
     assert error.where == f"adapter_config.json: {FIELD}"
     assert error.expected == "a list of token ids"
+
+
+def test_more_tokens_than_prompts_are_searched_for_are_refused(edited):
+    """To look for n of them at each place of a prompt takes n times its length."""
+    error = refusal(LimitError, edited("lora", {FIELD: [5] * 257}))
+    assert (error.where, error.found) == (f"adapter_config.json: {FIELD}", "257 tokens")
 
 
 @pytest.mark.parametrize("case", ["lora", "dora"])
