@@ -18,6 +18,8 @@ logger = logging.getLogger("ray.serve")
 OK, NOT_FOUND, BUSY, UNAVAILABLE = 200, 404, 429, 503
 # Between two looks at a load that somebody else began, and two tries where others take all places.
 PAUSE_SECONDS = 0.2
+# In which a server has looked at a file of its machine again.
+FILE_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,14 @@ class ReplicaAdapters:
         adapter.serving = state == "serving"
         if status not in (OK, NOT_FOUND) or adapter.serving:
             return None
-        if self._follows_file and await self._is_wanted(name):
-            return unavailable(f"the adapter {name!a} is not loaded yet, or failed to load")
+        if await self._is_wanted(name):
+            return unavailable(name)
         source = self._source_of(name)
-        if source is None:
-            return None
-        refusal = await self._load(name, source)
-        adapter.serving = adapter.loaded = refusal is None
+        refusal = None if source is None else await self._load(name, source)
+        adapter.serving = adapter.loaded = source is not None and refusal is None
+        if not adapter.serving and await self._is_wanted(name, FILE_SECONDS):
+            # Another server may have looked before.
+            return unavailable(name)
         return refusal
 
     async def _look(self, name: str, headers: Mapping[str, str]) -> tuple[int, str | None]:
@@ -141,8 +144,11 @@ class ReplicaAdapters:
             shown: dict[str, Any] = await answer.json() if answer.status == OK else {}
             return answer.status, shown.get("state")
 
-    async def _is_wanted(self, name: str) -> bool:
-        """By the adapters file."""
+    async def _is_wanted(self, name: str, seconds: float = 0) -> bool:
+        """By the adapters file, in so many seconds."""
+        if not self._follows_file:
+            return False
+        await asyncio.sleep(seconds)
         async with self._client().get(self._url, headers=self._admin) as answer:
             shown: dict[str, Any] = await answer.json() if answer.status == OK else {}
         entries = (shown.get("desired") or {}).get("data", ())
@@ -185,12 +191,12 @@ class ReplicaAdapters:
         self._let_go(name, adapter)
 
 
-def unavailable(message: str) -> Refusal:
+def unavailable(name: str) -> Refusal:
     """Another replica may have it."""
+    message = f"the adapter {name!a} is not loaded yet, or failed to load"
     body = json.dumps(error_body(message, "ServiceUnavailableError", UNAVAILABLE)).encode()
-    return Refusal(
-        Head(UNAVAILABLE, (("Content-Type", "application/json"), ("Retry-After", "1"))), body
-    )
+    headers = (("Content-Type", "application/json"), ("Retry-After", "1"))
+    return Refusal(Head(UNAVAILABLE, headers), body)
 
 
 def head_of(response: aiohttp.ClientResponse) -> Head:

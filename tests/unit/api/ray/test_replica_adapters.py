@@ -16,9 +16,11 @@ from support.server import free_port
 from support.world import let_tasks_run
 
 from molehill.api.http import adapters as routes
+from molehill.api.ray import adapters
 from molehill.api.ray.adapters import Refusal, ReplicaAdapters
 
 NAME = "team/chat"
+SECONDS = adapters.FILE_SECONDS
 
 
 class Server:
@@ -78,7 +80,9 @@ async def running(world: Followed) -> AsyncIterator[Server]:
 
 
 @pytest.fixture
-def play(tmp_path: Path) -> Play:
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
+    monkeypatch.setattr(adapters, "FILE_SECONDS", 0)
+
     async def run(scenario: Scenario) -> None:
         world = Followed(tmp_path / "world")
         world.put_as(1)
@@ -157,6 +161,29 @@ def test_what_the_adapters_file_wants_is_the_servers_to_load(play: Play) -> None
         await let_tasks_run()
         # Nothing that a request had loaded: it stays.
         assert [generation.digest for generation in world.registry] == [digest]
+
+    play(scenario)
+
+
+def test_a_name_that_was_just_put_into_the_file_is_waited_for(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other servers may have looked already, so that a client knows it."""
+    monkeypatch.setattr(adapters, "FILE_SECONDS", SECONDS)
+
+    async def scenario(server: Server) -> None:
+        world = server.world
+        world.write(world.entry("new", 4))
+        world.engine.proceed.clear()
+        asked = asyncio.create_task(server.ask("new"))
+        await let_tasks_run()
+        await world.until(lambda: world.states() == {"new": "pending"})
+        refusal = await asked
+        assert refusal is not None
+        assert refusal.head.status == 503
+        world.engine.proceed.set()
+        assert await server.ask("new") is None
+        assert server.serving() == {"new"}
 
     play(scenario)
 
