@@ -1,44 +1,43 @@
 """A replica: a server, and the adapters that requests had it load."""
 
-import json
+import asyncio
 import logging
 import os
-import urllib.request
-from collections.abc import AsyncIterator, Mapping
-from urllib.parse import quote
+from collections.abc import AsyncIterator
 
 import aiohttp
 from ray import serve
 
-from molehill.api.ray.requests import Asked, Head, Headers, end_to_end
+from molehill.api.ray.adapters import NOT_FOUND, Refusal, ReplicaAdapters, head_of
+from molehill.api.ray.requests import Asked, Head
 from molehill.api.ray.server_process import ServerProcess
 from molehill.api.ray.settings import RaySettings
 
 logger = logging.getLogger("ray.serve")
-
-NOT_FOUND = 404
-# An adapter may be unloaded between its load and its first request.
-ATTEMPTS = 2
-UNLOAD_SECONDS = 10
 
 
 class Replica:
     """Ray Serve prefers a replica of which `serve.multiplexed` knows that it has an adapter."""
 
     def __init__(self, settings: RaySettings) -> None:
-        self._settings = settings
-        # By name, of those that requests have named: whether the replica loaded it.
-        self._adapters: dict[str, bool] = {}
         self._session: aiohttp.ClientSession | None = None
 
         async def register(name: str) -> RegisteredAdapter:
-            return RegisteredAdapter(self, name)
+            self._adapters.registered(name)
+            return RegisteredAdapter(self._adapters, name)
 
         multiplexed = serve.multiplexed(
             max_num_models_per_replica=settings.max_adapters_per_replica
         )
-        self._register = multiplexed(register)
         self._server = ServerProcess(settings)
+        self._adapters = ReplicaAdapters(
+            self._server.url,
+            self._server.admin,
+            settings.source_of,
+            self._client,
+            multiplexed(register),
+            follows_file=settings.adapters_file is not None,
+        )
         logger.info("the server is at %s", self._server.url)
         # A replica without its server is none: Ray then gives requests to the others at once.
         self._server.watch(self._end)
@@ -51,73 +50,32 @@ class Replica:
 
     async def answer(self, asked: Asked, adapter: str | None) -> AsyncIterator[Head | bytes]:
         """The head, then the body as it comes. Raises aiohttp.ClientError."""
-        for attempt in range(ATTEMPTS):
-            if adapter is not None:
-                refusal = await self._bring(adapter, asked.headers)
-                if refusal is not None:
-                    yield refusal[0]
-                    yield refusal[1]
-                    return
-            async with self._send(asked) as response:
-                if response.status == NOT_FOUND and attempt == 0 and await self._lost(adapter):
-                    continue
-                yield head_of(response)
-                async for chunk in response.content.iter_any():
-                    yield chunk
+        begun = await (self._send(asked) if adapter is None else self._ask(asked, adapter))
+        if isinstance(begun, Refusal):
+            yield begun.head
+            yield begun.body
             return
+        async with begun as response:
+            yield head_of(response)
+            async for chunk in response.content.iter_any():
+                yield chunk
 
-    async def _bring(self, adapter: str, headers: Headers) -> tuple[Head, bytes] | None:
-        """Loads an adapter that the server does not have, and tells Ray Serve of it.
+    async def _ask(self, asked: Asked, adapter: str) -> aiohttp.ClientResponse | Refusal:
+        begun = await self._ask_once(asked, adapter)
+        if isinstance(begun, Refusal) or begun.status != NOT_FOUND:
+            return begun
+        # The adapters file may have taken away what the replica knew.
+        begun.release()
+        self._adapters.look_again(adapter)
+        return await self._ask_once(asked, adapter)
 
-        Returns what a client gets whose adapter cannot be loaded. Nothing is loaded for a request
-        without a key that the server takes; it goes on to be refused.
-        """
-        if adapter not in self._adapters:
-            url = f"{self._server.url}/v1/adapters"
-            key = {name: value for name, value in headers if name.lower() == "authorization"}
-            status = await self._status(adapter, key)
-            source = self._settings.source_of(adapter)
-            if status == NOT_FOUND and source is not None:
-                body = {"name": adapter, "source": source}
-                post = self._client().post(url, json=body, headers=self._server.admin)
-                async with post as loaded:
-                    if loaded.status >= 400:
-                        return head_of(loaded), await loaded.read()
-            elif status != 200:
-                return None
-            # Of requests that come at once, one loads it.
-            self._adapters[adapter] = self._adapters.get(adapter, False) or status == NOT_FOUND
-        await self._register(adapter)
-        return None
+    async def _ask_once(self, asked: Asked, adapter: str) -> aiohttp.ClientResponse | Refusal:
+        """Held until the answer begins: then the server has admitted the request to the adapter."""
+        async with self._adapters.held(adapter, asked.headers) as refusal:
+            return await self._send(asked) if refusal is None else refusal
 
-    async def _lost(self, adapter: str | None) -> bool:
-        """Whether the server has it no more, so that it has to be loaded again."""
-        if adapter is None or await self._status(adapter, self._server.admin) != NOT_FOUND:
-            return False
-        self._adapters.pop(adapter, None)
-        return True
-
-    async def _status(self, adapter: str, headers: Mapping[str, str]) -> int:
-        url = f"{self._server.url}/v1/adapters/{quote(adapter)}"
-        async with self._client().get(url, headers=headers) as known:
-            return known.status
-
-    def unload(self, adapter: str) -> None:
-        """Those that the adapters file wants stay; requests that run finish."""
-        if not self._adapters.pop(adapter, False):
-            return
-        request = urllib.request.Request(
-            f"{self._server.url}/v1/adapters/{quote(adapter)}",
-            method="DELETE",
-            headers=self._server.admin,
-        )
-        try:
-            urllib.request.urlopen(request, timeout=UNLOAD_SECONDS).close()
-        except OSError as error:
-            logger.warning("adapter %s was not unloaded: %s", json.dumps(adapter), error)
-
-    def _send(self, asked: Asked) -> "aiohttp.client._RequestContextManager":
-        return self._client().request(
+    async def _send(self, asked: Asked) -> aiohttp.ClientResponse:
+        return await self._client().request(
             asked.method,
             f"{self._server.url}{asked.path}",
             data=asked.body or None,
@@ -147,16 +105,14 @@ class Replica:
 class RegisteredAdapter:
     """What `serve.multiplexed` holds of an adapter; it calls `__del__` when there are too many."""
 
-    def __init__(self, replica: Replica, name: str) -> None:
-        self._replica: Replica | None = replica
+    def __init__(self, adapters: ReplicaAdapters, name: str) -> None:
+        """In the loop of the replica's requests."""
+        self._adapters: ReplicaAdapters | None = adapters
         self._name = name
+        self._loop = asyncio.get_running_loop()
 
     def __del__(self) -> None:
-        """Called by Ray Serve, and then by Python."""
-        replica, self._replica = self._replica, None
-        if replica is not None:
-            replica.unload(self._name)
-
-
-def head_of(response: aiohttp.ClientResponse) -> Head:
-    return Head(response.status, end_to_end(response.headers.items()))
+        """Called by Ray Serve, in another thread, and then by Python."""
+        adapters, self._adapters = self._adapters, None
+        if adapters is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(adapters.evict, self._name)

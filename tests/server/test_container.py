@@ -1,11 +1,13 @@
 """The image that the Dockerfile makes: the demo's request as an ordinary user, and its end."""
 
 import os
+import shutil
 import subprocess
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -51,7 +53,18 @@ def logs(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def container() -> Iterator[tuple[str, str]]:
+def readable_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """safetensors saves files for their owner alone, who is not the container's user."""
+    folder: Path = tmp_path_factory.mktemp("model") / "model"
+    shutil.copytree(MODEL, folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def container(readable_model: Path) -> Iterator[tuple[str, str]]:
     """Its name and its server's URL. Only /tmp, /dev/shm and the user's home can be written to."""
     name, port = f"molehill-test-{uuid.uuid4().hex[:8]}", free_port()
     adapters = {"numwords": "numwords-mixlora", "uppercase": "uppercase-dynmole"}
@@ -60,7 +73,7 @@ def container() -> Iterator[tuple[str, str]]:
             *("run", "--detach", "--name", name, "--network", "host", "--shm-size", "1g"),
             *("--read-only", "--cap-drop", "all", "--security-opt", "no-new-privileges"),
             *("--no-healthcheck", "--tmpfs", "/tmp:rw,exec", "--volume", "/home/molehill"),
-            *("--volume", f"{MODEL.resolve()}:/model:ro"),
+            *("--volume", f"{readable_model}:/model:ro"),
             *("--volume", f"{REPOSITORY / 'demo' / 'adapters'}:/adapters:ro"),
             *("--env", "VLLM_CPU_KVCACHE_SPACE=1", IMAGE),
             *("serve", "/model", "--host=127.0.0.1", f"--port={port}", "--enforce-eager"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.api_client import KEY, TESTS
+from support.api_client import BASE, KEY, TESTS
 from support.server import free_port, stop
 
 # Folders of programs that are looked into before PATH. Their packages need other versions than
@@ -46,6 +46,7 @@ def litellm_environment(urls: Sequence[str]) -> dict[str, str]:
     return {
         **{f"MOLEHILL_URL_{number}": f"{url}/v1" for number, url in enumerate(urls, 1)},
         "MOLEHILL_API_KEY": KEY,
+        "MOLEHILL_PROBED": f"hosted_vllm/{BASE}",
         "LITELLM_MASTER_KEY": MASTER_KEY,
         # It would fetch its list of prices at every start.
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
