@@ -30,6 +30,7 @@ from molehill.engine.formats.readers import (
     peft,
     vera,
     xlora,
+    xlora_package,
 )
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 
@@ -56,6 +57,7 @@ READERS: tuple[Reader, ...] = (
     miss.READER,
     ia3.READER,
     xlora.READER,
+    xlora_package.READER,
 )
 
 

@@ -1,15 +1,18 @@
 """X-LoRAs that PEFT makes, on the tiny model, and PEFT's model that answers with them."""
 
+import json
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from support.golden import TINY_LLAMA
+from support.golden import TINY_LLAMA, Case
 
 # Of each expert; the last leaves out what others have.
 EXPERTS: tuple[dict[str, Any], ...] = (
@@ -82,3 +85,48 @@ def make(experts: Path, directory: Path, seed: int = 5, **config: Any) -> nn.Mod
     save_file(tensors, directory / "adapter_model.safetensors")
     whole.save_pretrained(directory)
     return model
+
+
+def non_granular(directory: Path, tokens: int | None) -> Path:
+    """The golden X-LoRA in `directory`, with as many tokens of an answer with scalings of their
+    own; None: all."""
+    return keep_after(Case("xlora").path, directory, tokens)
+
+
+def keep_after(source: Path, directory: Path, tokens: int | None) -> Path:
+    """A copy of an X-LoRA of PEFT's with that number in its config."""
+    shutil.copytree(source, directory)
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"non_granular_after": tokens}))
+    return directory
+
+
+@torch.no_grad()
+def kept_answer(
+    model: Any, prompt: Sequence[int], tokens: int, steps: int
+) -> tuple[tuple[int, ...], Tensor]:
+    """What PEFT's model answers where it keeps the scalings after so many tokens: greedy tokens,
+    and the logits that each was chosen of, `[steps, vocabulary]`."""
+    ids, logits = list(prompt), []
+    with keeping(model, len(prompt), tokens):
+        for _ in range(steps):
+            logits.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
+            ids.append(int(logits[-1].argmax()))
+    return tuple(ids[len(prompt) :]), torch.stack(logits)
+
+
+@contextmanager
+def keeping(model: nn.Module, prompt: int, tokens: int) -> Iterator[None]:
+    """PEFT's model, whose classifier gives every token after the first `tokens` of an answer to
+    `prompt` tokens the scalings of the last of these."""
+    last = prompt + tokens - 1
+
+    def keep(module: nn.Module, args: Any, scalings: Tensor) -> Tensor:
+        positions = torch.arange(scalings.shape[1]).clamp(max=last)
+        return scalings[:, positions]
+
+    hook = model.base_model.internal_xlora_classifier.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        hook.remove()
