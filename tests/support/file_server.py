@@ -34,7 +34,7 @@ class Files(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         self.asked.append(self.path)
-        path, name = self.path.split("?")[0], self.path.split("?")[0].rpartition("/")[2]
+        path = self.path.split("?")[0]
         if path.startswith("/api/models/org/nobody"):
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")
@@ -54,18 +54,29 @@ class Files(http.server.BaseHTTPRequestHandler):
         elif path.startswith(("/api/models/org/adapter", "/api/models/org/sizeless")):
             sized = "sizeless" not in path
             listed_files = [
-                {"rfilename": file.name, **({"size": file.stat().st_size} if sized else {})}
-                for file in self.folder.iterdir()
+                {
+                    "rfilename": str(file.relative_to(self.folder)),
+                    **({"size": file.stat().st_size} if sized else {}),
+                }
+                for file in self.folder.rglob("*")
+                if file.is_file()
             ]
             listed = {"id": "org/adapter", "sha": COMMIT, "siblings": listed_files}
             self.send(json.dumps(listed).encode(), body)
         elif path.startswith(("/files/", f"/org/adapter/resolve/{COMMIT}/")):
-            if (self.folder / name).exists():
-                self.send((self.folder / name).read_bytes(), body)
+            file = self.file_of(path)
+            if file is not None:
+                self.send(file.read_bytes(), body)
             else:
                 self.send_error(404)
         else:
             self.send_error(404)
+
+    def file_of(self, path: str) -> Path | None:
+        """What comes after `/files/NAME/` or the commit."""
+        below = path.split("/", 3 if path.startswith("/files/") else 5)[-1]
+        file = self.folder / below
+        return file if file.is_file() else None
 
     def send(self, content: bytes, body: bool) -> None:
         self.send_response(200)

@@ -131,7 +131,12 @@ def assembled(
     )
 
 
-READER = Reader(PEFT_FILES, read, peft_types=("XLORA",))
+READER = Reader(
+    PEFT_FILES,
+    read,
+    peft_types=("XLORA",),
+    members=lambda config: named_places(config, _candidates),
+)
 
 
 def _candidates(name: str, path: str) -> list[str]:

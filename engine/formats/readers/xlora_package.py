@@ -29,6 +29,7 @@ from molehill.engine.formats.readers.xlora import (
     assembled,
     expert_directories,
     general_warnings,
+    named_places,
 )
 
 CONFIG = "xlora_config.json"
@@ -66,7 +67,12 @@ def read(files: AdapterFiles) -> Adapter:
     )
 
 
-READER = Reader(FILES, read, no_layout="an X-LoRA has no LoRA on fused experts")
+def _places(config: Fields) -> dict[str, list[str]]:
+    trained = config.flag("use_trainable_adapters")
+    return named_places(config, lambda name, path: candidates(name, path, trained))
+
+
+READER = Reader(FILES, read, no_layout="an X-LoRA has no LoRA on fused experts", members=_places)
 
 
 def candidates(name: str, path: str, trained: bool) -> list[str]:
