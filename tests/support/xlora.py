@@ -12,7 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from molehill.engine import formats
+from molehill.engine.formats.readers.non_granular import with_given
+from molehill.engine.hf.reference import attach
 from support.golden import TINY_LLAMA, Case
+from support.oracle import answer
 
 # Of each expert; the last leaves out what others have.
 EXPERTS: tuple[dict[str, Any], ...] = (
@@ -99,6 +103,14 @@ def keep_after(source: Path, directory: Path, tokens: int | None) -> Path:
     file = directory / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"non_granular_after": tokens}))
     return directory
+
+
+@torch.no_grad()
+def golden_answer(prompt: Sequence[int], tokens: int, steps: int) -> list[int]:
+    """Greedy tokens of the golden X-LoRA by the definition, with so many tokens' own scalings."""
+    adapter, model = formats.read(Case("xlora").path), base()
+    with attach(model, with_given(adapter, tokens), prompt=len(prompt)):
+        return list(answer(model, f"xlora after {tokens}", prompt, steps).greedy)
 
 
 @torch.no_grad()
