@@ -14,9 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support import xlora
-from support.api_client import BASE, KEY, Running, copy_adapter, edit_tensors, oracle
-from support.golden import Case
+from support.api_client import BASE, KEY, copy_adapter, edit_tensors, oracle
 from support.operated import (
     ADMIN,
     SENDING,
@@ -27,7 +25,6 @@ from support.operated import (
     until,
 )
 from support.server import TINY, Server, serve
-from support.uploads import files_of, upload
 
 from molehill.engine import formats
 from molehill.engine.adapter.base_model import Limits
@@ -46,7 +43,6 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     other = formats.read(copy_adapter("rslora", folder / "other" / "pickled"))
     native.write(other, folder / "allowed" / "held")
     shutil.copytree(folder / "pickled", folder / "allowed" / "pickled")
-    shutil.copytree(Case("xlora").path, folder / "allowed" / "xlora")
     with serving_files(folder) as url:
         yield url
 
@@ -55,7 +51,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result: Path = tmp_path_factory.mktemp("operated")
     (result / "root").mkdir()
-    for case in ("lora", "mola", "mixlora", "dynmole-soft", "loramoe", "xlora"):
+    for case in ("lora", "mola", "mixlora", "dynmole-soft", "loramoe"):
         copy_adapter(case, result / "root" / "group" / case)
     return result
 
@@ -67,7 +63,7 @@ def start(model: Path, folder: Path, remote: str, log: str) -> Any:
         *("--adapter-root", str(folder / "root"), "--watch-adapter-roots"),
         *("--adapter-store", str(folder / "store"), "--allow-url-prefix", f"{remote}/allowed"),
         *("--allow-url-prefix", f"{remote}/moved", "--max-adapters", "12"),
-        *("--max-adapter-loads", "2", "--max-request-mixes", "2", "--xlora"),
+        *("--max-adapter-loads", "2", "--max-request-mixes", "2"),
     ]
     return serve(model, folder / log, arguments, warm=True)
 
@@ -295,83 +291,6 @@ def test_a_url_below_the_prefix_is_fetched(api: Operated, remote: str) -> None:
     assert api.post("b", "group/mola").json()["generation"] == loaded.json()["generation"]
 
 
-PROMPT = [303, 316, 288, 262, 352, 17, 40, 41, 42]
-LONG = 48
-
-
-@pytest.fixture(scope="module")
-def x_lora_answers() -> dict[int, list[int]]:
-    """Of the golden X-LoRA by the definition, by how many tokens have scalings of their own."""
-    return {tokens: xlora.golden_answer(PROMPT, tokens, LONG) for tokens in (0, 2, LONG)}
-
-
-def test_an_x_lora_comes_by_path_url_and_form_and_keeps_scalings_where_it_is_told_to(
-    api: Operated, remote: str, x_lora_answers: dict[int, list[int]]
-) -> None:
-    """Two of four names have a slot; each answers as itself, in one batch with others."""
-    assert api.post("lora", "group/lora").status_code == 200
-    exact = api.post("exact", "group/xlora").json()
-    assert api.post("by-url", f"{remote}/allowed/xlora").json()["generation"] == exact["generation"]
-    kept = api.post("kept", "group/xlora", non_granular_after=2).json()
-    files = files_of(Case("xlora").path)
-    sent = upload(api, files, {"name": "sent", "non_granular_after": "0"}).json()
-    assert len({exact["generation"], kept["generation"], sent["generation"]}) == 3
-    for name, tokens in (("exact", None), ("by-url", None), ("kept", 2), ("sent", 0)):
-        said = [text for text in api.info(name)["warnings"] if "non_granular_after" in text]
-        assert [f"is {tokens}: later tokens" in text for text in said] == [True] * (
-            tokens is not None
-        )
-    names = {"exact": LONG, "kept": 2, "sent": 0, "by-url": LONG}
-    asked = [*names, *names]
-    with ThreadPoolExecutor(len(asked) + 1) as pool:
-        of_lora = pool.submit(api.right, "lora", "lora")
-        replies = list(pool.map(lambda name: api.greedy(name, PROMPT, LONG), asked))
-    assert of_lora.result()
-    for name, reply in zip(asked, replies, strict=True):
-        assert reply == x_lora_answers[names[name]], name
-
-
-@pytest.mark.parametrize("value", [-1, "2", 1.5, True, [2]])
-def test_a_number_of_tokens_that_is_none_is_refused(api: Operated, value: Any) -> None:
-    assert api.post("x", "group/xlora", non_granular_after=value).status_code == 422
-    assert "x" not in api.listed()
-
-
-def test_scalings_are_kept_of_x_loras_alone(api: Operated) -> None:
-    status, kind, message = api.error(api.post("x", "group/lora", non_granular_after=2))
-    assert (status, kind) == (422, "unsupported")
-    assert "non_granular_after: found 2, expected none, as scalings are X-LoRA's" in message
-    assert api.post("a", "group/lora").status_code == 200
-    body = {"name": "x", "mix": {"a": 0.5}, "non_granular_after": 2}
-    assert api.error(api.http.post("/v1/adapters", json=body))[0] == 422
-    assert "x" not in api.listed()
-
-
-def test_an_x_lora_is_replaced_and_given_up_in_the_middle_of_answers(
-    api: Operated, x_lora_answers: dict[int, list[int]]
-) -> None:
-    """By another number of tokens under its name; who began before goes on as it began."""
-    first = api.post("x", "group/xlora", non_granular_after=2)
-    assert first.json()["status"] == "loaded"
-    given_up = [Running(api, "x", PROMPT, 1500) for _ in range(2)]
-    before = Running(api, "x", PROMPT, LONG)
-    replaced = api.post("x", "group/xlora", non_granular_after=0)
-    assert replaced.json()["status"] == "replaced"
-    after = Running(api, "x", PROMPT, LONG)
-    for stream in given_up:
-        stream.disconnect()
-    assert api.greedy("x", PROMPT, LONG) == x_lora_answers[0]
-    assert before.rest() == x_lora_answers[2]
-    assert after.rest() == x_lora_answers[0]
-    back = api.post("x", "group/xlora")
-    assert back.json()["status"] == "replaced"
-    assert back.json()["generation"] not in (
-        first.json()["generation"],
-        replaced.json()["generation"],
-    )
-    assert api.greedy("x", PROMPT, LONG) == x_lora_answers[LONG]
-
-
 @pytest.mark.parametrize(
     ("path", "status", "kind"),
     [
@@ -475,7 +394,6 @@ def test_a_killed_server_serves_again_what_it_served(
         "gone": copy_and_load(shared, "gone", "lora"),
         "held": shared.post("held", f"{remote}/allowed/held").json()["generation"],
         "unwanted": copy_and_load(shared, "unwanted", "dynmole-soft"),
-        "x": shared.post("x", "group/xlora", non_granular_after=2).json()["generation"],
     }
     running.process.kill()
     running.process.wait(60)
@@ -507,7 +425,6 @@ def test_a_killed_server_serves_again_what_it_served(
         assert api.right("held", "rslora")
         for name in ("kept", "changed", "gone"):
             assert api.info(name)["generation"] == served[name]
-        assert api.info("x")["generation"] == served["x"]
         assert api.right("kept", "mixlora")
         assert api.right("changed", "mola")
         assert api.right("gone", "lora")

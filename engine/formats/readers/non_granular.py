@@ -6,19 +6,21 @@ No trainer writes it, for it says how the adapter is served: mistral.rs has it a
 
 from dataclasses import replace
 
-from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.adapter.errors import LimitError, UnsupportedError
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats.io.fields import Fields
 
 FIELD = "non_granular_after"
 OPTION = "--non-granular-after"
+# More than any answer has.
+MOST = (1 << 31) - 1
 
 
 def read(config: Fields) -> int | None:
     """None where every token has its own. Raises ConfigError."""
     if not config.has(FIELD):
         return None
-    tokens = config.number(FIELD, at_least=0)
+    tokens = config.number(FIELD, at_least=0, at_most=MOST)
     if tokens != int(tokens):
         raise config.error(FIELD, "a whole number of at least 0")
     return int(tokens)
@@ -30,10 +32,12 @@ def of_config(config: Fields) -> int | None:
 
 
 def with_given(adapter: Adapter, tokens: int | None) -> Adapter:
-    """The adapter as whoever loads it wants it. Raises UnsupportedError of one without a
-    classifier, and where its config says another number."""
+    """The adapter as whoever loads it wants it. Raises LimitError, and UnsupportedError of one
+    without a classifier, and where its config says another number."""
     if tokens is None:
         return adapter
+    if tokens > MOST:
+        raise LimitError(FIELD, tokens, f"at most {MOST}")
     if adapter.classifier is None:
         expected = f"none, as scalings are X-LoRA's and this is {adapter.kind}"
         raise UnsupportedError(FIELD, tokens, expected)

@@ -136,7 +136,7 @@ def test_the_tokens_with_scalings_of_their_own_are_the_adapters(changed, tmp_pat
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, True, "3", [3], 1e400])
+@pytest.mark.parametrize("value", [-1, 1.5, True, "3", [3], 1e400, 1 << 31])
 def test_a_number_of_tokens_that_is_none_is_refused(changed, value):
     error = refusal(ConfigError, changed(non_granular_after=value))
     assert error.where.endswith("non_granular_after")
