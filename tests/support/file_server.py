@@ -1,4 +1,4 @@
-"""A server of adapters' files on this machine: plain HTTP, and the hub's API for one repository."""
+"""A server of adapters' files on this machine: plain HTTP, and the hub's API."""
 
 import http.server
 import json
@@ -16,12 +16,16 @@ from molehill.api.sources.roots import AdapterRoots
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+X_LORA = "x-lora"
+LISTED = ("adapter", "sizeless", X_LORA)
+
 # Set by nobody.
 SILENCE = threading.Event()
 
 
 class Files(http.server.BaseHTTPRequestHandler):
-    """One repository as the hub's API shows it, and its files below `/files/`."""
+    """A repository as the hub's API shows it, and its files below `/files/`; and one of an X-LoRA
+    in a directory beside."""
 
     folder: Path
     asked: list[str]
@@ -51,19 +55,21 @@ class Files(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", path.replace("/moved", "/adapter"))
             self.send_header("Content-Length", "0")
             self.end_headers()
-        elif path.startswith(("/api/models/org/adapter", "/api/models/org/sizeless")):
+        elif path.startswith(tuple(f"/api/models/org/{name}" for name in LISTED)):
             sized = "sizeless" not in path
             listed_files = [
                 {
-                    "rfilename": str(file.relative_to(self.folder)),
+                    "rfilename": str(file.relative_to(self.folder_of(path))),
                     **({"size": file.stat().st_size} if sized else {}),
                 }
-                for file in self.folder.rglob("*")
+                for file in self.folder_of(path).rglob("*")
                 if file.is_file()
             ]
             listed = {"id": "org/adapter", "sha": COMMIT, "siblings": listed_files}
             self.send(json.dumps(listed).encode(), body)
-        elif path.startswith(("/files/", f"/org/adapter/resolve/{COMMIT}/")):
+        elif path.startswith(
+            ("/files/", *(f"/org/{name}/resolve/{COMMIT}/" for name in ("adapter", X_LORA)))
+        ):
             file = self.file_of(path)
             if file is not None:
                 self.send(file.read_bytes(), body)
@@ -72,10 +78,13 @@ class Files(http.server.BaseHTTPRequestHandler):
         else:
             self.send_error(404)
 
+    def folder_of(self, path: str) -> Path:
+        return self.folder.parent / X_LORA if f"/org/{X_LORA}" in path else self.folder
+
     def file_of(self, path: str) -> Path | None:
         """What comes after `/files/NAME/` or the commit."""
         below = path.split("/", 3 if path.startswith("/files/") else 5)[-1]
-        file = self.folder / below
+        file = self.folder_of(path) / below
         return file if file.is_file() else None
 
     def send(self, content: bytes, body: bool) -> None:

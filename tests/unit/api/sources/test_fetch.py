@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.api_client import copy_adapter
-from support.file_server import COMMIT, fetch_from_hub, serving, sources
+from support.file_server import COMMIT, X_LORA, fetch_from_hub, serving, sources
 from support.golden import Case
 from support.uploads import split
 from support.world import World, let_tasks_run
@@ -119,17 +119,21 @@ def test_a_url_brings_the_templates_that_are_there(
         pass
 
 
-@pytest.fixture
-def x_lora(folder: Path) -> Path:
-    """An X-LoRA in the native adapter's place, its experts below, one of them in shards, beside
-    directories that nobody should fetch."""
-    for path in folder.iterdir():
-        path.unlink()
+def publish_x_lora(folder: Path) -> Path:
+    """Its experts below, one of them in shards, beside directories that nobody should fetch."""
     shutil.copytree(Case("xlora").path, folder, dirs_exist_ok=True)
     split(folder / "1")
     shutil.copytree(folder / "0", folder / "checkpoint-1")
     (folder / "2" / "adapter_model.bin").write_bytes(b"a pickle")
     return folder
+
+
+@pytest.fixture
+def x_lora(folder: Path) -> Path:
+    """An X-LoRA in the native adapter's place."""
+    for path in folder.iterdir():
+        path.unlink()
+    return publish_x_lora(folder)
 
 
 FETCHED = {
@@ -359,6 +363,7 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
     the whole process."""
     url, asked = remote
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    publish_x_lora(tmp_path / X_LORA)
     much, little = "10000000", "1000"
     wanted = [
         ("hf://org/adapter@main", much, much),
@@ -370,6 +375,8 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
         (f"{url}/files/adapter", much, little),
         ("org/adapter", much, much),
         ("org/nobody", much, much),
+        (f"hf://org/{X_LORA}", much, much),
+        (f"hf://org/{X_LORA}", "20000", much),
     ]
     result = fetch_from_hub(url, tmp_path, wanted)
     assert result[0] == f"hf://org/adapter@{COMMIT} {formats.read(folder).digest}"
@@ -382,8 +389,12 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
     assert result[6] == f"StoreError {url}/files/adapter: no room to download it: File too large"
     # As vLLM's clients name a repository.
     assert (result[7], result[8]) == (result[0], result[2])
+    x_lora = formats.read(Case("xlora").path).digest
+    assert result[9] == f"hf://org/{X_LORA}@{COMMIT} {x_lora}"
+    assert result[10].startswith("LimitError org/x-lora")
     assert not [line for line in result if "molehill-fetch" in line]
     fetched = {path for path in asked if "/resolve/" in path}
     assert any(path.endswith("/chat_template.jinja") for path in fetched)
     assert all(f"/resolve/{COMMIT}/" in path for path in fetched)
-    assert not [path for path in fetched if path.endswith(".bin")]
+    assert not [path for path in fetched if path.endswith((".bin", "oracle.json"))]
+    assert not [path for path in fetched if "/checkpoint-1/" in path]
