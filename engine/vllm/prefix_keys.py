@@ -46,7 +46,7 @@ class Invocation(NamedTuple):
     mark: int | str
 
 
-class OwnBlocks(NamedTuple):
+class UnsharedBlocks(NamedTuple):
     """Of one request: blocks that hold tokens from `start` on, which carry `mark`."""
 
     start: int
@@ -109,9 +109,9 @@ def with_invocation(original: Callable[..., ExtraKeys]) -> Callable[..., ExtraKe
         keys, mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
         if request.lora_request is None or keys is None:
             return keys, mm_idx
-        own = own_blocks_in(request)
-        if own is not None and end_token_idx > own.start:
-            return tuple((*key, own.mark) if key[0] == "lora" else key for key in keys), mm_idx
+        unshared = unshared_blocks_in(request)
+        if unshared is not None and end_token_idx > unshared.start:
+            return tuple((*key, unshared.mark) if key[0] == "lora" else key for key in keys), mm_idx
         invoked = invocation_in(request)
         if invoked is None:
             return keys, mm_idx
@@ -147,16 +147,16 @@ def _invocation_in(request: Any) -> Invocation | None:
     return Invocation(-1, -1) if offset is None else Invocation(offset, offset)
 
 
-def own_blocks_in(request: Any) -> OwnBlocks | None:
+def unshared_blocks_in(request: Any) -> UnsharedBlocks | None:
     """Of vLLM's Request, which keeps it; None if it shares all its blocks. Never raises."""
     try:
-        own: OwnBlocks | None = request.molehill_own_blocks
+        unshared: UnsharedBlocks | None = request.molehill_unshared
     except AttributeError:
-        own = request.molehill_own_blocks = _own_blocks_in(request)
-    return own
+        unshared = request.molehill_unshared = _unshared_blocks_in(request)
+    return unshared
 
 
-def _own_blocks_in(request: Any) -> OwnBlocks | None:
+def _unshared_blocks_in(request: Any) -> UnsharedBlocks | None:
     try:
         tokens = non_granular_after(request.lora_request.lora_path)
     except Exception:
@@ -165,7 +165,7 @@ def _own_blocks_in(request: Any) -> OwnBlocks | None:
     if tokens is None:
         return None
     # Ids of requests may come again.
-    return OwnBlocks(request.num_prompt_tokens + tokens, uuid.uuid4().hex)
+    return UnsharedBlocks(request.num_prompt_tokens + tokens, uuid.uuid4().hex)
 
 
 @lru_cache(MOST)

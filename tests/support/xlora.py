@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from molehill.engine import formats
 from molehill.engine.formats.readers.non_granular import with_given
 from molehill.engine.hf.reference import attach
-from support.golden import TINY_LLAMA, Case
+from support.asking import LOGIT_TOLERANCE, Reply
+from support.golden import TINY_LLAMA, Case, greatest_difference
 from support.oracle import answer
 
 # Of each expert; the last leaves out what others have.
@@ -45,6 +47,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "layerwise_scalings": True,
         "scaling_pass_value": 0.5,
     },
+}
+# Of these, after how many tokens of an answer scalings are kept.
+KEPT = {
+    "layerwise, deep": (0, 1, 4, 7, 10**9),
+    "top 2, not normalised": (2,),
+    "shared scalings": (0,),
+    "a first pass with experts": (1,),
 }
 
 
@@ -113,18 +122,50 @@ def golden_answer(prompt: Sequence[int], tokens: int, steps: int) -> list[int]:
         return list(answer(model, f"xlora after {tokens}", prompt, steps).greedy)
 
 
+@dataclass(frozen=True)
+class KeptAnswer:
+    """What PEFT's model answers where it keeps the scalings after `tokens` tokens of the answer:
+    greedy tokens, and the logits that each was chosen of, `[steps, vocabulary]`."""
+
+    case: str
+    ids: tuple[int, ...]
+    tokens: int
+    greedy: tuple[int, ...]
+    logits: Tensor
+
+
 @torch.no_grad()
 def kept_answer(
-    model: Any, prompt: Sequence[int], tokens: int, steps: int
-) -> tuple[tuple[int, ...], Tensor]:
-    """What PEFT's model answers where it keeps the scalings after so many tokens: greedy tokens,
-    and the logits that each was chosen of, `[steps, vocabulary]`."""
+    model: Any, case: str, prompt: Sequence[int], tokens: int, steps: int
+) -> KeptAnswer:
     ids, logits = list(prompt), []
     with keeping(model, len(prompt), tokens):
         for _ in range(steps):
             logits.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
             ids.append(int(logits[-1].argmax()))
-    return tuple(ids[len(prompt) :]), torch.stack(logits)
+    greedy = tuple(ids[len(prompt) :])
+    return KeptAnswer(case, tuple(prompt), tokens, greedy, torch.stack(logits))
+
+
+def assert_kept(
+    replies: Sequence[Reply],
+    answers: Sequence[KeptAnswer],
+    exact: Mapping[tuple[int, ...], tuple[int, ...]],
+) -> None:
+    """exact: answers by prompt where every token has scalings of its own. Of an answer of so many
+    steps the last token is not read, so that keeping after the one before it changes nothing."""
+    others = set()
+    for reply, kept in zip(replies, answers, strict=True):
+        steps = len(kept.greedy)
+        assert reply.tokens[:steps] == kept.greedy, kept.case
+        for step in {min(each, steps - 1) for each in (kept.tokens, kept.tokens + 1, steps)}:
+            logits = reply.logits_at(step)
+            assert greatest_difference(logits, kept.logits[step]) <= LOGIT_TOLERANCE, kept.case
+        same = kept.tokens + 1
+        assert kept.greedy[:same] == exact[kept.ids][:same], kept.case
+        if kept.greedy != exact[kept.ids]:
+            others.add(kept.case)
+    assert len(others) > 1
 
 
 @contextmanager

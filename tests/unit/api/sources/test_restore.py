@@ -320,8 +320,7 @@ def test_what_a_client_said_of_the_files_is_remembered(tmp_path: Path) -> None:
     async def scenario() -> None:
         first = Server(tmp_path)
         native.write(adapter(1), first.root / "1")
-        asked = {"base_is_residual": True, "non_granular_after": 0}
-        fetch = first.sources.fetch("1", "grouped_by_expert", **asked)
+        fetch = first.sources.fetch("1", "grouped_by_expert", True, 0)
         await first.world.registry.load("a", "1", fetch)
         assert first.world.layouts == ["grouped_by_expert"]
         assert first.remembers()["a"].lora_b_layout == "grouped_by_expert"
@@ -331,18 +330,14 @@ def test_what_a_client_said_of_the_files_is_remembered(tmp_path: Path) -> None:
         await second.restore.run()
         # The store's copy has the experts in order; the source, looked at again, has not.
         assert second.world.layouts == [None, "grouped_by_expert"]
-        assert second.world.residuals == [False, True]
-        assert second.world.non_granular == [None, 0]
+        assert (second.world.residuals, second.world.non_granular) == ([False, True], [None, 0])
         third = second.restarted()
         shutil.rmtree(third.world.store.path(digest))
         await third.restore.run()
         assert third.serves() == {"a": digest}
         assert third.world.layouts[0] == "grouped_by_expert"
-        assert third.world.residuals[0]
-        assert third.world.non_granular[0] == 0
-        assert third.remembers()["a"].lora_b_layout == "grouped_by_expert"
-        assert third.remembers()["a"].base_is_residual
-        assert third.remembers()["a"].non_granular_after == 0
+        assert (third.world.residuals[0], third.world.non_granular[0]) == (True, 0)
+        assert third.remembers()["a"].asked == ("grouped_by_expert", True, 0)
 
     play(scenario())
 

@@ -149,20 +149,20 @@ def test_the_definition_of_kept_scalings(model):
     prompt, ids = 4, TOKENS
     with torch.no_grad():
         hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
-    own = adapter.classifier.gate_weights(hidden)
+    weights_of_all = adapter.classifier.gate_weights(hidden)
     for k in (0, 1, 3, 5, 6, 50):
-        cached, steps = None, [own[:prompt]]
-        for index, weights in enumerate(own[prompt:], 1):
+        cached, steps = None, [weights_of_all[:prompt]]
+        for index, weights in enumerate(weights_of_all[prompt:], 1):
             steps.append(weights[None] if cached is None else cached)
             if index == k:
                 cached = steps[-1]
             if k == 0:
                 # mistral.rs keeps a prompt's as they are, which fit no later token.
-                cached = own[prompt - 1 : prompt]
+                cached = weights_of_all[prompt - 1 : prompt]
                 steps[-1] = cached
         expected = torch.cat(steps)
         classifier = replace(adapter.classifier, non_granular_after=k)
-        assert torch.equal(classifier.as_answered(own, prompt), expected)
+        assert torch.equal(classifier.as_answered(weights_of_all, prompt), expected)
         with attach(model, replace(adapter, classifier=classifier), prompt=prompt):
             kept = logits_of(model, ids)
         with attach(model, adapter, prompt=prompt):
@@ -171,7 +171,7 @@ def test_the_definition_of_kept_scalings(model):
         assert torch.equal(kept[:same], exact[:same])
         if same < len(ids):
             assert greatest_difference(kept[same:], exact[same:]) > 1e-3
-    assert torch.equal(adapter.classifier.as_answered(own, prompt), own)
+    assert torch.equal(adapter.classifier.as_answered(weights_of_all, prompt), weights_of_all)
 
 
 @pytest.mark.parametrize(

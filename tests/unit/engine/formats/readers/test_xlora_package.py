@@ -36,8 +36,8 @@ def written(tmp_path):
         target.mkdir()
         source = Case("xlora").path
         fields = json.loads((source / "adapter_config.json").read_text())
-        own = ("hidden_size", "layerwise_scalings", "softmax_temperature", "xlora_depth")
-        fields = {name: fields[name] for name in (*own, "xlora_size", "xlora_dropout_p")} | {
+        same = ("hidden_size", "layerwise_scalings", "softmax_temperature", "xlora_depth")
+        fields = {name: fields[name] for name in (*same, "xlora_size", "xlora_dropout_p")} | {
             "adapters": {f"adapter_{i + 1}": f"/somewhere/adapter_{i + 1}/" for i in range(3)},
             "base_model_id": "tiny-llama",
             "enable_relu_and_dropout": True,
