@@ -36,18 +36,28 @@ LATER, LARGE, ONE_STAGE, NOWHERE, WORDS = 60, 61, 62, 63, 80
 @pytest.fixture(
     scope="module",
     params=[
-        1,
+        (1, "auto"),
         pytest.param(
-            2,
+            (2, "auto"),
             marks=pytest.mark.skipif(
                 not LONG, reason="four workers, a minute; MOLEHILL_LONG_TESTS=1 runs it"
             ),
         ),
+        pytest.param(
+            (1, "torch"),
+            marks=pytest.mark.skipif(
+                not LONG, reason="the same once more, a minute; MOLEHILL_LONG_TESTS=1 runs it"
+            ),
+        ),
     ],
-    ids=["two stages", "two stages of two tensor-parallel ranks"],
+    ids=[
+        "two stages",
+        "two stages of two tensor-parallel ranks",
+        "two stages, torch backend",
+    ],
 )
 def llm(request: Any) -> Iterator[Any]:
-    ranks = request.param
+    ranks, backend = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(["0", "1"] * ranks))
         with engine(
@@ -56,7 +66,7 @@ def llm(request: Any) -> Iterator[Any]:
             distributed_executor_backend="mp",
             max_loras=40,
             hf_overrides={"vocab_size": VOCABULARY + EXTRA_VOCAB},
-            additional_config=Settings(memory=MEMORY, extra_vocab=EXTRA_VOCAB).to_config(),
+            additional_config=Settings(backend, MEMORY, extra_vocab=EXTRA_VOCAB).to_config(),
         ) as result:
             yield result
 
