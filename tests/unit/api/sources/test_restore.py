@@ -17,7 +17,6 @@ from molehill.api.adapters.errors import NotLoadedError
 from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.adapters.traffic_limits import NO_LIMITS, TrafficLimits
 from molehill.api.sources.manifest import Entry, Manifest
-from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
 
@@ -291,7 +290,7 @@ def test_a_fault_while_sources_are_looked_at_ends_nothing(
         second = first.restarted()
         reading = []
 
-        def read(path: Path, _: Layout | None, residual: bool) -> Adapter:
+        def read(path: Path, *_: Any) -> Adapter:
             reading.append(is_reading(second.world.registry.intake.read_budget))
             if path.name == "1":
                 raise RuntimeError("a fault")
