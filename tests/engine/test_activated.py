@@ -289,7 +289,7 @@ def test_an_answer_with_kept_scalings_is_no_prefix_of_another_request(
 ) -> None:
     """Asked on, its tokens have scalings of their own; those before them are found."""
     assert llm.reset_prefix_cache()
-    asked = [*BOTH, *TEXT[100:119]]
+    asked = [*BOTH, *TEXT[100:120]]
     assert len(asked) == 4 * BLOCK - 3
     (reply,) = ask_each(llm, [asked], [adapters["keeping"]], tokens=40)
     assert_as(reply, expected(model, adapters["keeping"], asked, steps=40))
