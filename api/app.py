@@ -122,10 +122,12 @@ class MolehillRoutes:
             engine_client, models, options, state.online_renderer, state.serving_tokenization
         )
         state.molehill = services
-        layouts = dict(options.layouts)
+        layouts, non_granular = dict(options.layouts), dict(options.non_granular)
         for name, path in options.adapters:
             startup.enter(f"loading adapter {name}")
-            source = operator_source(path, layouts.get(name), name in options.residuals)
+            source = operator_source(
+                path, layouts.get(name), name in options.residuals, non_granular.get(name)
+            )
             await services.registry.load(name, str(path), local(source))
         # Held by the state, or it would be collected while it runs.
         state.molehill_task = start(run_background(services, watch=options.watch))

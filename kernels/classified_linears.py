@@ -101,6 +101,10 @@ class ClassifiedLinears:
         """Whether the slot's gate weights come from one."""
         return slot in self._slots
 
+    def classifier(self, slot: int) -> Classifier | None:
+        """The slot's, if it has one."""
+        return self._slots[slot].classifier if slot in self._slots else None
+
     def begin_pass(self, runs: Sequence[Run]) -> None:
         """Announces a pass that makes hidden states, whose rows with a classifier are these."""
         self._runs = [run for run in runs if run.slot in self._slots]
@@ -118,6 +122,36 @@ class ClassifiedLinears:
             slot: self._slots[slot].classifier.gate_weights(hidden[self._rows(slot, hidden)])
             for slot in dict.fromkeys(run.slot for run in self._runs)
         }
+
+    def begin_without_pass(self, runs: Sequence[Run]) -> None:
+        """Announces a forward of which every row with a classifier gets its gate weights by
+        `give`."""
+        self._runs = [run for run in runs if run.slot in self._slots]
+        self._gate_weights = {}
+        for slot in dict.fromkeys(run.slot for run in self._runs):
+            classifier = self._slots[slot].classifier
+            rows = sum(run.stop - run.start for run in self._runs if run.slot == slot)
+            places = classifier.places if classifier.layerwise else 1
+            like = classifier.layers[0][0]
+            self._gate_weights[slot] = like.new_zeros(rows, places, classifier.experts)
+
+    def gate_weights(self, slot: int, row: int) -> Tensor:
+        """Of one row of the step, which is the slot's: a copy, `[places or 1, E]`."""
+        return self._gate_weights[slot][self._place(slot, row)].clone()
+
+    def give(self, slot: int, start: int, stop: int, gate_weights: Tensor) -> None:
+        """Rows of the step, all in one run of the slot's, get these `[places or 1, E]`."""
+        first = self._place(slot, start)
+        self._gate_weights[slot][first : first + stop - start] = gate_weights
+
+    def _place(self, slot: int, row: int) -> int:
+        """Of a row of the step among the slot's."""
+        before = 0
+        for run in self._runs:
+            if run.slot == slot and run.start <= row < run.stop:
+                return before + row - run.start
+            before += (run.stop - run.start) * (run.slot == slot)
+        raise IndexError(f"row {row} is none of slot {slot}")
 
     def end_step(self) -> None:
         """No row has gate weights any more."""

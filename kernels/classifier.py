@@ -24,7 +24,8 @@ class Classifier:
     softmax: over the experts of a place, of the numbers divided by `temperature`. top_k: only so
     many experts of a place keep their weight. softmax_top_k: the weights that are not 0 go through
     one more softmax, token by token. first_pass: the weight of every expert while the base's hidden
-    state is made; 0 leaves the base as it is.
+    state is made; 0 leaves the base as it is. non_granular_after: how many tokens of an answer have
+    gate weights of their own, see `last_granular`; None: all.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -36,6 +37,7 @@ class Classifier:
     top_k: int | None = None
     softmax_top_k: bool = False
     first_pass: float = 0.0
+    non_granular_after: int | None = None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """By name, from the first layer on."""
@@ -45,6 +47,11 @@ class Classifier:
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors."""
+        later = (
+            {}
+            if self.non_granular_after is None
+            else {"non_granular_after": self.non_granular_after}
+        )
         return {
             "layers": len(self.layers),
             "experts": self.experts,
@@ -55,6 +62,7 @@ class Classifier:
             "top_k": self.top_k,
             "softmax_top_k": self.softmax_top_k,
             "first_pass": self.first_pass,
+            **later,
         }
 
     def to(self, device: torch.device) -> "Classifier":
@@ -85,6 +93,20 @@ class Classifier:
     def gate_weights(self, hidden: Tensor) -> Tensor:
         """Of hidden states `[T, hidden]`: float32 `[T, places or 1, E]`."""
         return self.selected(self.scalings(hidden))
+
+    def last_granular(self, prompt: int) -> int | None:
+        """The last position of a sequence with gate weights of its own, which all positions after
+        it get too; None if every position has its own. prompt: tokens of it that were asked."""
+        return None if self.non_granular_after is None else prompt + self.non_granular_after - 1
+
+    def as_answered(self, gate_weights: Tensor, prompt: int) -> Tensor:
+        """Of gate weights `[T, places or 1, E]` of all positions of one sequence, those that it is
+        computed with. prompt: tokens of it that were asked, at least one."""
+        last = self.last_granular(prompt)
+        if last is None or last + 1 >= len(gate_weights):
+            return gate_weights
+        kept = gate_weights[last : last + 1].expand(len(gate_weights) - last - 1, -1, -1)
+        return torch.cat([gate_weights[: last + 1], kept])
 
     def first_gate_weights(self, tokens: int) -> Tensor | None:
         """Those of the pass that makes the hidden states, `[tokens, 1, E]`; None for the base."""

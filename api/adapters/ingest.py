@@ -29,7 +29,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-ReadAdapter = Callable[[Path, Layout | None, bool], Adapter]
+ReadAdapter = Callable[[Path, Layout | None, bool, int | None], Adapter]
 Combine = Callable[[Sequence[Part]], Adapter]
 
 # A source on its way here: entered in a thread, it is there; left, whatever was fetched is gone.
@@ -163,7 +163,8 @@ class Intake:
     def _read_untouched(self, source: Source) -> tuple[Adapter, AdapterChat | None]:
         """Raises AdapterError, SourceChangedError, OSError where there is no room to read it."""
         try:
-            adapter = self._read(source.directory, source.asked_layout, source.asked_residual)
+            asked = (source.asked_layout, source.asked_residual, source.asked_non_granular)
+            adapter = self._read(source.directory, *asked)
             chat = self.chat_of(source)
         except AdapterError as error:
             # Half of one file and half of another are not the client's fault.

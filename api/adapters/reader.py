@@ -10,6 +10,7 @@ from molehill.engine.adapter import validation
 from molehill.engine.adapter.base_model import BaseModel, Limits
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
+from molehill.engine.formats.readers import non_granular
 from molehill.engine.transform.weighted_sum import Part, mix
 
 logger = logging.getLogger("vllm.molehill")
@@ -28,9 +29,11 @@ class AdapterReader:
         directory: Path,
         lora_b_layout: Layout | None = None,
         base_is_residual: bool = False,
+        non_granular_after: int | None = None,
     ) -> Adapter:
         """Parses and validates. Raises AdapterError."""
         adapter = formats.read(directory, self.limits, lora_b_layout, self.base, base_is_residual)
+        adapter = non_granular.with_given(adapter, non_granular_after)
         validation.validate(adapter, self.base, self.limits)
         warning = doubt(adapter.base_model, self.names)
         if warning is None or warning in adapter.warnings:

@@ -23,9 +23,11 @@ class Source:
     wants it, and takes it away again when it does not. shared: others may write to the
     directory while it is read. lora_b_layout: how whoever loads it wants it read, see
     `formats.readers.expert_layout`. base_is_residual: what they say of the base, see
-    `formats.readers.changed_base`. canonical: the directory is a copy of what was read. mix: the
-    served adapters that it is the sum of; the directory is then a copy of one of them, unless it is
-    canonical. chat: digest of what the store keeps beside a copy; empty for none.
+    `formats.readers.changed_base`. non_granular_after: how many tokens of an X-LoRA's answers they
+    want with scalings of their own, see `formats.readers.non_granular`. canonical: the directory is
+    a copy of what was read. mix: the served adapters that it is the sum of; the directory is then a
+    copy of one of them, unless it is canonical. chat: digest of what the store keeps beside a copy;
+    empty for none.
     """
 
     directory: Path
@@ -36,6 +38,7 @@ class Source:
     shared: bool = False
     lora_b_layout: Layout | None = None
     base_is_residual: bool = False
+    non_granular_after: int | None = None
     canonical: bool = False
     mix: Mix | None = None
     chat: str = ""
@@ -49,6 +52,11 @@ class Source:
     def asked_residual(self) -> bool:
         """What the directory's reader is told; a copy no longer says how training began."""
         return self.base_is_residual and not self.canonical
+
+    @property
+    def asked_non_granular(self) -> int | None:
+        """What the directory's reader is told; a copy says it itself."""
+        return None if self.canonical else self.non_granular_after
 
     @property
     def public(self) -> str:

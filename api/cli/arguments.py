@@ -51,6 +51,14 @@ def named_layout(text: str) -> tuple[str, Layout]:
     raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")
 
 
+def named_amount(text: str) -> tuple[str, int]:
+    """`NAME=K`; raises argparse.ArgumentTypeError."""
+    name, _, given = text.rpartition("=")
+    if not name or not given.isdecimal():
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected NAME= and a whole number")
+    return name, int(given)
+
+
 def existing_directory(text: str) -> Path:
     """Raises argparse.ArgumentTypeError where there is none."""
     path = Path(text).expanduser()

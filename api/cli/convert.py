@@ -18,7 +18,7 @@ from molehill.engine.adapter.validation import check
 from molehill.engine.formats import native
 from molehill.engine.formats.convert import goat_base, isolation, original_base
 from molehill.engine.formats.io import files
-from molehill.engine.formats.readers import changed_base, goat, invocation
+from molehill.engine.formats.readers import changed_base, goat, invocation, non_granular
 from molehill.engine.hf.checkpoint import linear_weights
 from molehill.engine.hf.shapes import base_model
 from molehill.engine.system.atomic_directory import check_free
@@ -59,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=amount,
         help="of an adapter whose experts are mixed by task (MOELoRA): the task to make a copy for",
     )
+    parser.add_argument(
+        non_granular.OPTION,
+        metavar="K",
+        type=amount,
+        help="of an X-LoRA: only the first K tokens of an answer get scalings of their own, later "
+        "ones keep the last; faster, and another answer than PEFT's",
+    )
     JSON.add_to(parser, False)
 
 
@@ -66,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     """0 once it is written, 1 if SRC cannot be read, 2 if DST cannot be written or a base read."""
     try:
         check_free(args.destination)
-        adapter = converted(args)
+        adapter = non_granular.with_given(converted(args), args.non_granular_after)
         native.write(adapter, args.destination.absolute())
     except AdapterError as error:
         return unreadable(error, as_json=args.json)

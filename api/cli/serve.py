@@ -53,6 +53,13 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             {"metavar": "NAME", "action": "append"},
         ),
         Option(
+            "non_granular",
+            "--adapter-non-granular-after",
+            "of an X-LoRA of --adapter NAME: only the first K tokens of an answer get scalings of "
+            "their own, later ones keep the last, in one pass; may be repeated (default: all)",
+            {"metavar": "NAME=K", "action": "append", "type": values.named_amount},
+        ),
+        Option(
             "adapters_file",
             "--adapters-file",
             "serve what this JSON or YAML file says, a list of adapters or the LoRA syncer's "

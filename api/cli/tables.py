@@ -92,6 +92,7 @@ def _by_classifier(adapter: Adapter) -> str:
     classifier = adapter.classifier
     if classifier is None:
         return ""
+    later = classifier.non_granular_after
     top_k = [] if classifier.top_k is None else [f"the {classifier.top_k} greatest kept"]
     parts = [
         f"a classifier of {len(classifier.layers)} layers on the base's last hidden state",
@@ -102,6 +103,7 @@ def _by_classifier(adapter: Adapter) -> str:
         *([f"softmax at temperature {classifier.temperature:g}"] if classifier.softmax else []),
         *top_k,
         *(["normalised by softmax for each token"] if classifier.softmax_top_k else []),
+        *([] if later is None else [f"for the first {later} tokens of an answer, then kept"]),
     ]
     return ", ".join(parts)
 

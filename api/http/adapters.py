@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import PlainValidator, ValidationError, field_validator
+from pydantic import Field, PlainValidator, ValidationError, field_validator
 
 from molehill.api.adapters.chat import ChatTemplate
 from molehill.api.adapters.errors import (
@@ -80,11 +80,12 @@ class LoadFields(StrictBody):
     it is. expected_generation: load only if the name serves this generation now, null: only if it
     serves none. allow_noop: serve it even if it does not change the base model's answers.
     lora_b_layout: of LoRA on fused experts whose files do not say it. base_is_residual: the served
-    base is the one that PiSSA, LoftQ and the like trained the adapter beside. when_not_invoked:
-    what becomes of a prompt without an activated adapter's tokens; left out, it stays as it is,
-    which is "refuse" at first. chat_template: whose template and special tokens its chats get; the
-    adapter's only where it has files with others. limits: of its traffic, null for none; left out,
-    they stay as they are.
+    base is the one that PiSSA, LoftQ and the like trained the adapter beside. non_granular_after:
+    of an X-LoRA, how many tokens of an answer get scalings of their own; null: all.
+    when_not_invoked: what becomes of a prompt without an activated adapter's tokens; left out, it
+    stays as it is, which is "refuse" at first. chat_template: whose template and special tokens its
+    chats get; the adapter's only where it has files with others. limits: of its traffic, null for
+    none; left out, they stay as they are.
     """
 
     name: str
@@ -93,6 +94,7 @@ class LoadFields(StrictBody):
     allow_noop: bool = False
     lora_b_layout: Layout | None = None
     base_is_residual: bool = False
+    non_granular_after: Annotated[int, Field(ge=0)] | None = None
     when_not_invoked: WhenNotInvoked | None = None
     chat_template: ChatTemplate = "adapter"
     limits: Limits = None
@@ -179,6 +181,7 @@ async def load_uploaded(request: Request) -> Response:
             f"{UPLOAD}{form.name}",
             lora_b_layout=form.lora_b_layout,
             base_is_residual=form.base_is_residual,
+            non_granular_after=form.non_granular_after,
         )
         loaded = await services.registry.load(
             form.name, source.label, local(source), form.options()
@@ -200,7 +203,9 @@ def parsed(fields: Mapping[str, str]) -> UploadFields:
 async def load_source(body: LoadBody, services: Services) -> Loaded:
     if body.source is None:
         raise BadPathError("source: found nothing, expected a source or a mix")
-    fetch = services.sources.fetch(body.source, body.lora_b_layout, body.base_is_residual)
+    fetch = services.sources.fetch(
+        body.source, body.lora_b_layout, body.base_is_residual, body.non_granular_after
+    )
     return await services.registry.load(body.name, body.source, fetch, body.options())
 
 
@@ -209,6 +214,7 @@ async def load_mix(body: LoadBody, services: Services) -> Loaded:
         "source": body.source,
         "lora_b_layout": body.lora_b_layout,
         "base_is_residual": body.base_is_residual or None,
+        "non_granular_after": body.non_granular_after,
     }
     given = [name for name, value in fields.items() if value is not None]
     if given:

@@ -55,9 +55,10 @@ class AdaptersFileError(RequestError):
 
 
 class DesiredAdapter(BaseModel):
-    """One adapter of the set. name, source, lora_b_layout, base_is_residual, when_not_invoked,
-    allow_noop: as in the body of a load. revision: of a repository. digest: sha256 of the content
-    (the `generation` of GET /v1/adapters) that the source must have, in lower-case hex. pinned:
+    """One adapter of the set. name, source, lora_b_layout, base_is_residual, non_granular_after,
+    when_not_invoked, allow_noop: as in the body of a load. revision: of a repository. digest:
+    sha256 of the content (the `generation` of GET /v1/adapters) that the source must have, in
+    lower-case hex. pinned:
     whether it is kept in the workers; None leaves that to others. weight: those of a greater one
     are loaded first. limits: of its traffic; None leaves them to others. vllm_source: whether
     `source` is written as vLLM's clients write it.
@@ -73,6 +74,7 @@ class DesiredAdapter(BaseModel):
     weight: float = Field(default=1.0, allow_inf_nan=False, strict=False)
     lora_b_layout: Layout | None = None
     base_is_residual: bool = False
+    non_granular_after: Annotated[int, Field(ge=0)] | None = None
     when_not_invoked: WhenNotInvoked | None = None
     allow_noop: bool = False
     limits: Annotated[TrafficLimits | None, PlainValidator(check_limits)] = NO_LIMITS

@@ -330,7 +330,10 @@ class DesiredStateReconciler:
         if adapter.vllm_source:
             return self._sources.fetch_for_vllm(adapter.location)
         return self._sources.fetch(
-            adapter.location, adapter.lora_b_layout, adapter.base_is_residual
+            adapter.location,
+            adapter.lora_b_layout,
+            adapter.base_is_residual,
+            adapter.non_granular_after,
         )
 
     def _wants(self, adapter: DesiredAdapter) -> bool:

@@ -2,7 +2,8 @@
 
 Only what the operator allowed is fetched, only the files of an adapter, no pickles, and never more
 bytes than an adapter may have. An index names files beside it, so many and no more
-(`molehill.engine.formats.io.shards`). A server that sends nothing for SILENCE_SECONDS is given up.
+(`molehill.engine.formats.io.shards`); an adapter made of others (X-LoRA) names directories below. A
+server that sends nothing for SILENCE_SECONDS is given up.
 """
 
 import re
@@ -32,13 +33,14 @@ from molehill.api.adapters.source import Source
 from molehill.api.sources.roots import AdapterRoots
 from molehill.api.sources.uploads import UPLOAD
 from molehill.api.sources.urls import allowed
+from molehill.engine.adapter.base_model import Limits
 from molehill.engine.adapter.errors import AdapterError, AdapterNotFoundError, LimitError
 from molehill.engine.adapter.layout import Layout
 from molehill.engine.formats.io.files import read_config
 from molehill.engine.formats.io.shards import INDEX, parse
 from molehill.engine.formats.io.tokenizer_files import SMALL_FILES
 from molehill.engine.formats.readers.expert_layout import README, README_BYTES, needs_readme
-from molehill.engine.formats.registry import safetensors_files, sharded_files
+from molehill.engine.formats.registry import members, safetensors_files, sharded_files
 from molehill.engine.system.out_of_memory import is_out_of_memory
 
 HUB = "hf://"
@@ -52,6 +54,9 @@ CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 30.0
 
 SCRATCH = "molehill-fetch-"
+
+# Directories below that one adapter may name.
+MOST_MEMBERS = Limits().experts
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,17 @@ class Sources:
     limit: int = 8 << 30
 
     def fetch(
-        self, text: str, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+        self,
+        text: str,
+        lora_b_layout: Layout | None = None,
+        base_is_residual: bool = False,
+        non_granular_after: int | None = None,
     ) -> Fetch:
         """Entering it checks, fetches and names the directory; leaving it deletes what was fetched.
 
-        lora_b_layout, base_is_residual: how it is to be read. Raises BadPathError,
-        ForbiddenPathError, ForbiddenSourceError, FetchError, AdapterNotFoundError, LimitError,
-        ConfigError.
+        lora_b_layout, base_is_residual, non_granular_after: how it is to be read, see Source.
+        Raises BadPathError, ForbiddenPathError, ForbiddenSourceError, FetchError,
+        AdapterNotFoundError, LimitError, ConfigError.
         """
         if text.startswith(UPLOAD):
             raise BadPathError(
@@ -84,9 +93,9 @@ class Sources:
             fetch = self._from_hub(text)
         else:
             fetch = self._from_url(text) if "://" in text else self._from_root(text)
-        if lora_b_layout is None and not base_is_residual:
+        if (lora_b_layout, base_is_residual, non_granular_after) == (None, False, None):
             return fetch
-        return read_as(fetch, lora_b_layout, base_is_residual)
+        return read_as(fetch, lora_b_layout, base_is_residual, non_granular_after)
 
     def fetch_for_vllm(self, text: str) -> Fetch:
         """As `fetch`, of a text as vLLM's clients write it: what reads as OWNER/NAME and is no
@@ -133,10 +142,20 @@ class Sources:
 
 
 @contextmanager
-def read_as(fetch: Fetch, lora_b_layout: Layout | None, base_is_residual: bool) -> Iterator[Source]:
+def read_as(
+    fetch: Fetch,
+    lora_b_layout: Layout | None,
+    base_is_residual: bool,
+    non_granular_after: int | None,
+) -> Iterator[Source]:
     """What `fetch` brings, to be read as somebody says."""
     with fetch as source:
-        yield replace(source, lora_b_layout=lora_b_layout, base_is_residual=base_is_residual)
+        yield replace(
+            source,
+            lora_b_layout=lora_b_layout,
+            base_is_residual=base_is_residual,
+            non_granular_after=non_granular_after,
+        )
 
 
 @contextmanager
@@ -179,8 +198,6 @@ def download_from_hub(repository: str, revision: str | None, target: Path, limit
         found = type(error).__name__.removesuffix("Error")
         raise AdapterNotFoundError(repository, found, "a repository and revision") from error
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
-    chosen = layout(repository, sizes.__contains__)
-    left = limit - size_of(repository, chosen, sizes, limit)
 
     def download(name: str) -> None:
         huggingface_hub.hf_hub_download(
@@ -191,15 +208,26 @@ def download_from_hub(repository: str, revision: str | None, target: Path, limit
             etag_timeout=SILENCE_SECONDS,
         )
 
-    for name in chosen:
-        download(name)
-    shards = named_by_index(target, chosen[1])
-    for name in shards:
-        if name not in sizes:
-            raise no_shard(repository, name)
-    size_of(repository, shards, sizes, left)
-    for name in shards:
-        download(name)
+    def download_adapter(folder: str, limit: int) -> int:
+        """In `folder`, empty or with a slash; the bytes that are left."""
+        chosen = layout(f"{repository}/{folder}".rstrip("/"), lambda name: folder + name in sizes)
+        left = limit - size_of(repository, [folder + name for name in chosen], sizes, limit)
+        for name in chosen:
+            download(folder + name)
+        shards = [folder + name for name in named_by_index(target / folder, chosen[1])]
+        for name in shards:
+            if name not in sizes:
+                raise no_shard(repository, name)
+        left -= size_of(repository, shards, sizes, left)
+        for name in shards:
+            download(name)
+        return left
+
+    left = download_adapter("", limit)
+    for places in members_of(target):
+        there = [place for place in places if any(name.startswith(f"{place}/") for name in sizes)]
+        if there:
+            left = download_adapter(f"{there[0]}/", left)
     for name, bound in SMALL_FILES.items():
         if name in sizes:
             check_size(f"{repository}: {name}", sizes[name] or 0, bound)
@@ -227,6 +255,15 @@ def named_by_index(directory: Path, weights: str) -> list[str]:
     return parse(read_config(directory, weights)).files if weights == INDEX else []
 
 
+def members_of(directory: Path) -> list[Sequence[str]]:
+    """Of an adapter whose config has been fetched, the places of those below. Raises ConfigError,
+    LimitError."""
+    found = members(directory)
+    if len(found) > MOST_MEMBERS:
+        raise LimitError("adapters", f"{len(found)} adapters", f"at most {MOST_MEMBERS}")
+    return found
+
+
 def no_shard(where: str, name: str) -> AdapterNotFoundError:
     return AdapterNotFoundError(f"{where}: {name}", "no such file", f"one, as {INDEX} names it")
 
@@ -236,24 +273,37 @@ def download_from_url(url: str, target: Path, limit: int) -> None:
     base = url.rstrip("/")
     scheme = urlsplit(base).scheme
     filesystem = fsspec.filesystem(scheme, skip_instance_cache=True, **filesystem_options(scheme))
+    left = copy_adapter(filesystem, base, target, limit)
+    for places in members_of(target):
+        for place in places:
+            try:
+                left = copy_adapter(filesystem, f"{base}/{place}", target / place, left)
+            except (AdapterNotFoundError, PermissionError):
+                continue
+            break
+    for name, bound in SMALL_FILES.items():
+        copy_if_there(filesystem, f"{base}/{name}", target / name, bound)
+    if needs_readme(target):
+        copy_readme(filesystem, base, target)
+
+
+def copy_adapter(filesystem: Any, base: str, target: Path, limit: int) -> int:
+    """The files of one adapter from right below `base`; the bytes that are left. Raises
+    AdapterNotFoundError, LimitError."""
     for names in (*safetensors_files(), *sharded_files()):
         left = limit
         try:
             for name in names:
                 left -= copy(filesystem, f"{base}/{name}", target / name, left)
-            copy_shards(filesystem, base, target, names[1], left)
-            for name, bound in SMALL_FILES.items():
-                copy_if_there(filesystem, f"{base}/{name}", target / name, bound)
-            if needs_readme(target):
-                copy_readme(filesystem, base, target)
-            return
+            return copy_shards(filesystem, base, target, names[1], left)
         except FileNotFoundError as error:
             check_missing(error)
     raise no_files(base)
 
 
-def copy_shards(filesystem: Any, base: str, target: Path, weights: str, limit: int) -> None:
-    """The files that an index names, if `weights` is one. Raises AdapterNotFoundError."""
+def copy_shards(filesystem: Any, base: str, target: Path, weights: str, limit: int) -> int:
+    """The files that an index names, if `weights` is one; the bytes that are left. Raises
+    AdapterNotFoundError."""
     for name in named_by_index(target, weights):
         try:
             limit -= copy(filesystem, f"{base}/{name}", target / name, limit)
@@ -261,6 +311,7 @@ def copy_shards(filesystem: Any, base: str, target: Path, weights: str, limit: i
             if getattr(error.__cause__, "status", HTTPStatus.NOT_FOUND) != HTTPStatus.NOT_FOUND:
                 raise
             raise no_shard(base, name) from None
+    return limit
 
 
 def check_missing(error: FileNotFoundError) -> None:
@@ -310,7 +361,7 @@ def copy(filesystem: Any, url: str, target: Path, limit: int) -> int:
     """Bytes copied. What a server says of a file's size is not relied on."""
     copied = 0
     with filesystem.open(url, "rb", block_size=0) as read:
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as written:
             while chunk := read.read(CHUNK):
                 copied += len(chunk)

@@ -25,9 +25,10 @@ class ManifestError(ValueError):
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One name. generation: digest of what it serves. source, fingerprint, lora_b_layout,
-    base_is_residual, desired, mix: see Source; the layout empty for none. when_not_invoked: see
-    GenerationStatus; empty for None. probed: that it has an effect was seen, or is not asked for.
-    chat: digest of what the store keeps beside its copy; empty for none. limits: of its traffic.
+    base_is_residual, non_granular_after, desired, mix: see Source; the layout empty for none.
+    when_not_invoked: see GenerationStatus; empty for None. probed: that it has an effect was seen,
+    or is not asked for. chat: digest of what the store keeps beside its copy; empty for none.
+    limits: of its traffic.
     """
 
     name: str
@@ -43,10 +44,16 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     desired: bool = False
     chat: str = ""
     limits: TrafficLimits = NO_LIMITS
+    non_granular_after: int | None = None
 
     @property
     def layout(self) -> Layout | None:
         return self.lora_b_layout or None
+
+    @property
+    def asked(self) -> tuple[Layout | None, bool, int | None]:
+        """How the source is to be read."""
+        return self.layout, self.base_is_residual, self.non_granular_after
 
     @property
     def not_invoked(self) -> WhenNotInvoked | None:

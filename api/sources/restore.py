@@ -117,6 +117,7 @@ class Restore:
             entry.fingerprint,
             lora_b_layout=entry.layout,
             base_is_residual=entry.base_is_residual,
+            non_granular_after=entry.non_granular_after,
             canonical=True,
             mix=entry.mix,
             chat=entry.chat,
@@ -142,7 +143,7 @@ class Restore:
             raise StoreError(
                 f"{entry.name}: the store lost the copy of what was sent; send its files again"
             )
-        fetch = self._sources.fetch(entry.source, entry.layout, entry.base_is_residual)
+        fetch = self._sources.fetch(entry.source, *entry.asked)
         return await self._load(entry, fetch, options)
 
     async def _load(self, entry: Entry, fetch: Fetch, options: LoadOptions) -> Loaded:
@@ -183,7 +184,7 @@ class Restore:
             with self._sources.fetch(entry.source) as source:
                 if source.fingerprint == entry.fingerprint:
                     return None
-                digest = self._read(source.directory, entry.layout, entry.base_is_residual).digest
+                digest = self._read(source.directory, *entry.asked).digest
                 same = digest == entry.generation and self._has_chat(source, entry.chat)
                 return None if same else CHANGED
         except (AdapterError, RequestError, OSError):
@@ -232,6 +233,7 @@ class Restore:
                 probed=generation.status.check is None,
                 lora_b_layout=generation.status.source.lora_b_layout or "",
                 base_is_residual=generation.status.source.base_is_residual,
+                non_granular_after=generation.status.source.non_granular_after,
                 when_not_invoked=generation.status.when_not_invoked or "",
                 mix=generation.status.source.mix,
                 desired=generation.status.source.desired,

@@ -12,7 +12,10 @@ from molehill.engine.adapter.layout import Layout
 
 
 def operator_source(
-    path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+    path: Path,
+    lora_b_layout: Layout | None = None,
+    base_is_residual: bool = False,
+    non_granular_after: int | None = None,
 ) -> Source:
     """Any directory that the operator names, at every start."""
     directory = path.resolve()
@@ -24,6 +27,7 @@ def operator_source(
         shared=True,
         lora_b_layout=lora_b_layout,
         base_is_residual=base_is_residual,
+        non_granular_after=non_granular_after,
     )
 
 

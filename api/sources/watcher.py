@@ -140,7 +140,11 @@ class Watcher:
         )
         # As it was asked for, where a client loaded it: its files do not say.
         source = None if served is None else served.status.source
-        asked = (None, False) if source is None else (source.lora_b_layout, source.base_is_residual)
+        asked = (
+            (None, False, None)
+            if source is None
+            else (source.lora_b_layout, source.base_is_residual, source.non_granular_after)
+        )
         try:
             await self._registry.load(name, name, self._sources.fetch(name, *asked), options)
             seen.done = True

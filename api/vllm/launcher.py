@@ -198,6 +198,10 @@ def start_adapters(args: argparse.Namespace, options: Options) -> tuple[tuple[st
     for option, named in (
         ("--adapter-lora-b-layout", {name: f"{name}={layout}" for name, layout in options.layouts}),
         ("--adapter-base-is-residual", {name: name for name in options.residuals}),
+        (
+            "--adapter-non-granular-after",
+            {name: f"{name}={tokens}" for name, tokens in options.non_granular},
+        ),
     ):
         for name, given in named.items():
             if name not in names:

@@ -25,6 +25,7 @@ class Options:
     adapters: (name, directory) of the adapters to load at start, wherever they lie.
     layouts: of lora_B on the fused experts of those whose files do not say it, by name.
     residuals: those that were trained beside the base that is served, by name.
+    non_granular: how many tokens of their answers get scalings of their own, of X-LoRAs by name.
     roots: directories that clients may load adapters from; without any, they may load none.
     store: where canonical copies go, readable on every node; None is a temporary directory.
     backend, memory, host_memory, limits: for the workers, see `molehill.engine.vllm.settings`.
@@ -50,6 +51,7 @@ class Options:
     adapters: tuple[tuple[str, Path], ...] = ()
     layouts: tuple[tuple[str, Layout], ...] = ()
     residuals: tuple[str, ...] = ()
+    non_granular: tuple[tuple[str, int], ...] = ()
     roots: tuple[Path, ...] = ()
     store: Path | None = None
     backend: str = "auto"

@@ -16,6 +16,7 @@ from molehill.engine.formats.readers import (
     changed_base,
     expert_layout,
     invocation,
+    non_granular,
     peft_parameters,
     unserved,
 )
@@ -115,7 +116,17 @@ def _without_ignored(adapter: Adapter, base: BaseModel) -> Adapter:
 def invocation_tokens(path: Path) -> tuple[int, ...]:
     """Those of the adapter in a directory, of whose files the config alone is read; empty of one
     that acts on every token. Raises an AdapterError."""
-    return invocation.read(files.read_config(path, registry.of_directory(path)[0].files.config))
+    return invocation.read(_config(path))
+
+
+def non_granular_after(path: Path) -> int | None:
+    """That of the X-LoRA in a directory, of whose files the config alone is read; None of one that
+    says none, and of other adapters. Raises an AdapterError."""
+    return non_granular.of_config(_config(path))
+
+
+def _config(path: Path) -> Fields:
+    return files.read_config(path, registry.of_directory(path)[0].files.config)
 
 
 def peft_type(config: Fields) -> str:

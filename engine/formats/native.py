@@ -29,7 +29,7 @@ from molehill.engine.adapter.model import (
 from molehill.engine.formats.io import files
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
-from molehill.engine.formats.readers import invocation
+from molehill.engine.formats.readers import invocation, non_granular
 from molehill.engine.formats.readers.policies import parse_policy
 from molehill.engine.formats.readers.reader import FileNames, Reader
 from molehill.engine.system.atomic_directory import appearing
@@ -254,6 +254,7 @@ def _classifier(config: Fields, weights: Weights) -> Classifier | None:
         fields.integer("top_k") if fields.has("top_k") else None,
         fields.flag("softmax_top_k"),
         fields.number("first_pass", 0.0),
+        non_granular.read(fields),
     )
 
 

@@ -30,6 +30,7 @@ from molehill.engine.formats.readers import (
     peft,
     vera,
     xlora,
+    xlora_package,
 )
 from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
 
@@ -56,6 +57,7 @@ READERS: tuple[Reader, ...] = (
     miss.READER,
     ia3.READER,
     xlora.READER,
+    xlora_package.READER,
 )
 
 
@@ -90,6 +92,16 @@ def expands(directory: Path) -> bool:
     except AdapterError:
         return False
     return any(reader.expands and kind in reader.peft_types for reader in readers)
+
+
+def members(directory: Path) -> list[Sequence[str]]:
+    """The adapters that lie below the one in a directory, whose config alone is read: of each the
+    directories where it may be, the best first. Raises an AdapterError."""
+    readers = of_directory(directory)
+    config = files.read_config(directory, readers[0].files.config)
+    kind = config.text("peft_type")
+    found = (reader.members(config) for reader in readers if kind in (reader.peft_types or (kind,)))
+    return [places for by_name in found for places in by_name.values()]
 
 
 def peft_types() -> tuple[str, ...]:

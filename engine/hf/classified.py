@@ -30,12 +30,15 @@ class _Pass:
 
 @contextmanager
 def with_classifier(
-    model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Module]
+    model: nn.Module,
+    adapter: Adapter,
+    modules: Mapping[str, nn.Module],
+    prompt: int | None = None,
 ) -> Iterator[None]:
     """The model with all ClassifierMixtures of the adapter on it, inside the `with` block.
 
-    modules: by canonical name, one for every site. A forward with a KV cache raises
-    UnsupportedError: each of the two would need its own.
+    modules: by canonical name, one for every site. prompt: see `reference.attach`. A forward with a
+    KV cache raises UnsupportedError: each of the two would need its own.
     """
     classifier = adapter.classifier
     assert classifier is not None
@@ -48,7 +51,10 @@ def with_classifier(
         current.gate_weights = None
         # `forward`, for a call would come back here.
         made = module.forward(*args, **{**more, "output_hidden_states": True, "return_dict": True})
-        current.gate_weights = classifier.gate_weights(made.hidden_states[-1].flatten(0, -2))
+        weights = [classifier.gate_weights(hidden) for hidden in made.hidden_states[-1]]
+        if prompt is not None:
+            weights = [classifier.as_answered(each, prompt) for each in weights]
+        current.gate_weights = torch.cat(weights)
         return args, more
 
     with ExitStack() as stack:

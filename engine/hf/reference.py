@@ -56,6 +56,7 @@ def attach(
     adapter: Adapter,
     trace: dict[str, list[Trace]] | None = None,
     start: int = 0,
+    prompt: int | None = None,
 ) -> Iterator[nn.Module]:
     """The model with the adapter on it, inside the `with` block; as it was afterwards.
 
@@ -63,8 +64,9 @@ def attach(
     `[tokens, E]`, entropy `[tokens]`, tokens of all sequences of the batch in a row, with an axis
     of heads after the tokens where a router reads heads. start: the position of each sequence, all
     of them from 0 on in one forward, from which on the adapter acts: an activated one's offset.
-    The classifier of an X-LoRA is none of them. Raises UnknownTargetError for a site that the model
-    lacks.
+    The classifier of an X-LoRA is none of them. prompt: how many tokens of each sequence are the
+    prompt; the rest is an answer, of which an X-LoRA may have some with another token's scalings.
+    None: all are. Raises UnknownTargetError for a site that the model lacks.
     """
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     if adapter.by_token is not None:
@@ -73,7 +75,7 @@ def attach(
         return
     if adapter.classifier is not None:
         _check_modules(model, adapter.sites, modules)
-        with with_classifier(model, adapter, modules):
+        with with_classifier(model, adapter, modules, prompt):
             yield model
         return
     on_experts = _on_fused_experts(adapter, modules)

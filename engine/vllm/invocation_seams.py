@@ -105,6 +105,7 @@ STEPS = (
         attributes=(
             "lora_request",
             "num_computed_tokens",
+            "prompt_len",
             "prompt_token_ids",
             "req_id",
             "sampling_params",
@@ -122,7 +123,7 @@ STEPS = (
         "Request",
         KEYS_FILE,
         "where its adapter is activated",
-        attributes=("lora_request", "prompt_token_ids", "request_id"),
+        attributes=("lora_request", "num_prompt_tokens", "prompt_token_ids", "request_id"),
     ),
     Seam(
         "vllm.v1.worker.lora_model_runner_mixin",

@@ -5,11 +5,16 @@ and path are one. Blocks that end at or before the invocation's first token get 
 the base, and every other activated adapter, finds them, and they find the base's. Blocks from there
 on carry the name and path as ever, and the offset: a block that holds two occurrences, or is
 followed by the end of another, has the same tokens under different offsets.
+
+Blocks that hold tokens which an X-LoRA computes with another token's scalings (`non_granular_rows`)
+are their request's alone: in the prompt of another the same tokens have scalings of their own, and
+the second cache lacks them. The request itself finds them, after it was preempted.
 """
 
 import functools
 import multiprocessing
 import sys
+import uuid
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +26,7 @@ from molehill.engine import formats
 from molehill.engine.adapter.errors import UnsupportedError
 from molehill.engine.adapter.invocation import invocation_offset
 from molehill.engine.adapter.model import Adapter
-from molehill.engine.formats.readers import invocation
+from molehill.engine.formats.readers import invocation, non_granular
 from molehill.engine.vllm import block_events, compat
 from molehill.engine.vllm.invocation_seams import PREFIX_KEYS
 
@@ -39,6 +44,13 @@ class Invocation(NamedTuple):
 
     offset: int
     mark: int | str
+
+
+class UnsharedBlocks(NamedTuple):
+    """Of one request: blocks that hold tokens from `start` on, which carry `mark`."""
+
+    start: int
+    mark: str
 
 
 def install() -> None:
@@ -75,11 +87,16 @@ def are_installed() -> bool:
 
 
 def check(adapter: Adapter) -> None:
-    """Raises UnsupportedError for an activated adapter where blocks are not keyed so: they would be
-    taken for those of other offsets."""
-    if adapter.invocation_tokens and not are_installed():
+    """Raises UnsupportedError for an activated adapter, and one with non-granular scalings, where
+    blocks are not keyed so: they would be taken for others."""
+    if are_installed():
+        return
+    if adapter.invocation_tokens:
         found = "an activated adapter in an engine without molehill's plugin"
         raise UnsupportedError(invocation.FIELD, found, "molehill among VLLM_PLUGINS")
+    if adapter.classifier is not None and adapter.classifier.non_granular_after is not None:
+        found = "an X-LoRA with it in an engine without molehill's plugin"
+        raise UnsupportedError(non_granular.FIELD, found, "molehill among VLLM_PLUGINS")
 
 
 def with_invocation(original: Callable[..., ExtraKeys]) -> Callable[..., ExtraKeys]:
@@ -90,8 +107,13 @@ def with_invocation(original: Callable[..., ExtraKeys]) -> Callable[..., ExtraKe
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> ExtraKeys:
         keys, mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        invoked = invocation_in(request) if request.lora_request else None
-        if invoked is None or keys is None:
+        if request.lora_request is None or keys is None:
+            return keys, mm_idx
+        unshared = unshared_blocks_in(request)
+        if unshared is not None and end_token_idx > unshared.start:
+            return tuple((*key, unshared.mark) if key[0] == "lora" else key for key in keys), mm_idx
+        invoked = invocation_in(request)
+        if invoked is None:
             return keys, mm_idx
         mark = () if end_token_idx <= invoked.offset else (invoked.mark,)
         changed = (
@@ -123,6 +145,33 @@ def _invocation_in(request: Any) -> Invocation | None:
         return None
     offset = invocation_offset(request.prompt_token_ids or (), tokens)
     return Invocation(-1, -1) if offset is None else Invocation(offset, offset)
+
+
+def unshared_blocks_in(request: Any) -> UnsharedBlocks | None:
+    """Of vLLM's Request, which keeps it; None if it shares all its blocks. Never raises."""
+    try:
+        unshared: UnsharedBlocks | None = request.molehill_unshared
+    except AttributeError:
+        unshared = request.molehill_unshared = _unshared_blocks_in(request)
+    return unshared
+
+
+def _unshared_blocks_in(request: Any) -> UnsharedBlocks | None:
+    try:
+        tokens = non_granular_after(request.lora_request.lora_path)
+    except Exception:
+        logger.exception("The config of adapter %s is unreadable", request.lora_request.lora_name)
+        tokens = 0
+    if tokens is None:
+        return None
+    # Ids of requests may come again.
+    return UnsharedBlocks(request.num_prompt_tokens + tokens, uuid.uuid4().hex)
+
+
+@lru_cache(MOST)
+def non_granular_after(path: str) -> int | None:
+    """Of the adapter in a directory. Raises AdapterError, OSError."""
+    return formats.non_granular_after(Path(path))
 
 
 @lru_cache(MOST)

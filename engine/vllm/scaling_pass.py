@@ -9,7 +9,9 @@ block in both, and what is cached, computed in chunks, preempted or freed is so 
 A step that has rows of such adapters runs the model twice: as the base, on the second caches, and
 after the classifier has given these rows their gate weights once more. Steps without them run it
 once and leave the second caches as they are: only rows of an adapter itself read what its own rows
-wrote, and those were written in steps that ran both passes.
+wrote, and those were written in steps that ran both passes. So do steps whose every such row gets
+the gate weights of an earlier token (`non_granular_rows`): no row after it reads the second caches
+any more, and blocks that hold such rows are the request's alone (`prefix_keys`).
 """
 
 import copy
@@ -26,6 +28,7 @@ from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
+from molehill.engine.vllm.non_granular_rows import NonGranularRows
 from molehill.kernels.classified_linears import ClassifiedLinears
 from molehill.kernels.interface import UNSERVED, Run
 
@@ -110,11 +113,13 @@ class ScalingPass:
         model: nn.Module,
         caches: Mapping[str, str],
         classified: ClassifiedLinears,
+        non_granular: NonGranularRows,
         announce: Announce,
         announce_base: Callable[[], None],
     ) -> None:
         """model: the runner's, whose calls are followed from now on. caches: of `add_caches`."""
         self._caches, self._classified = caches, classified
+        self._non_granular = non_granular
         self._announce, self._announce_base = announce, announce_base
         # Of a step that waits for the model's call.
         self._waiting: list[Run] | None = None
@@ -133,21 +138,32 @@ class ScalingPass:
         """Announces runs, with the model's call where a step has rows with a classifier. Never
         raises."""
         self._classified.end_step()
-        if any(self._classified.has_classifier(run.slot) for run in runs):
-            self._waiting = list(runs)
-        else:
-            self._waiting = None
+        self._waiting = None
+        if not any(self._classified.has_classifier(run.slot) for run in runs):
             self._announce(runs)
+            return
+        runs = self._non_granular.begin_step(runs)
+        if self._non_granular.needs_pass(runs):
+            self._waiting = runs
+        else:
+            self._weigh(runs, lambda: self._classified.begin_without_pass(runs))
 
     def _run_first(self, runs: Sequence[Run], forward: Callable[[], Any]) -> None:
-        """Never raises: what has no gate weights is zeroed."""
-        try:
+        def make_gate_weights() -> None:
             self._announce_base()
             self._classified.begin_pass(runs)
             with override_forward_context(self._on_second_caches(get_forward_context())):
                 made = forward()
             hidden = made[0] if isinstance(made, tuple) else made
             self._classified.classify(hidden)
+
+        self._weigh(runs, make_gate_weights)
+
+    def _weigh(self, runs: Sequence[Run], make_gate_weights: Callable[[], None]) -> None:
+        """Announces the forward that uses gate weights. Never raises: what has none is zeroed."""
+        try:
+            make_gate_weights()
+            self._non_granular.give()
         except Exception:
             logger.exception("molehill: rows of X-LoRA adapters are zeroed")
             self._classified.end_step()

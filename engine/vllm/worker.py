@@ -28,6 +28,7 @@ from molehill.engine.vllm.invocation_rows import InvocationRows
 from molehill.engine.vllm.logits_rows import LogitsRows
 from molehill.engine.vllm.lora_manager import LoRAManager
 from molehill.engine.vllm.model import moe_blocks
+from molehill.engine.vllm.non_granular_rows import NonGranularRows
 from molehill.engine.vllm.pipeline import make_stage_inputs
 from molehill.engine.vllm.routing_capture import RoutingCapture
 from molehill.engine.vllm.scaling_pass import ScalingPass
@@ -150,8 +151,10 @@ class Worker(PlatformWorker):  # type: ignore[misc]
         if adapters.classified is not None:
             caches = scaling_pass.add_caches(vllm_config)
             announce_base = partial(adapters.model.begin_step, ())
+            classified = adapters.classified
+            later = NonGranularRows(self.model_runner, adapters.slots.slot, classified)
             announce = ScalingPass(
-                model, caches, adapters.classified, begin_step, announce_base
+                model, caches, classified, later, begin_step, announce_base
             ).begin_step
         tokens = TokenRows(model, adapters.slots, announce)
         manager = LoRAManager(adapters, activated, routing, logits, tokens)

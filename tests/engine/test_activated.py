@@ -83,6 +83,7 @@ def adapters(llm: Any, tmp_path_factory: Any) -> dict[str, Any]:
         "mixlora": activate("mixlora", folder / "mixlora", OTHER),
         "head": activate_head(folder / "head", INVOCATION),
         "xlora": Case("xlora").path,
+        "keeping": xlora.non_granular(folder / "keeping", 3),
     }
     result = {
         name: LoRARequest(name, i, str(path)) for i, (name, path) in enumerate(paths.items(), 1)
@@ -105,7 +106,7 @@ def expected(model: Any, request: Any, prompt: Sequence[int], steps: int = 8) ->
     tokens = adapter.invocation_tokens
     start = invocation_offset(prompt, tokens) if tokens else 0
     assert start is not None
-    with attach(model, adapter, start=start):
+    with attach(model, adapter, start=start, prompt=len(prompt)):
         return answer(model, request.lora_name, prompt, steps)
 
 
@@ -168,27 +169,34 @@ def test_x_loras_answers_to_the_golden_prompts(llm: Any, adapters: dict[str, Any
 def test_what_peft_makes_of_other_settings(
     llm: Any, adapters: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Of PEFT's own models, in one batch with the base and LoRAs; then out of it again."""
+    """Of PEFT's own models, scalings exact and kept, in one batch with the base and LoRAs; then out
+    of it again."""
     pytest.importorskip("peft", reason="the dev extra is not installed")
     from vllm.lora.request import LoRARequest
 
     xlora.save_experts(tmp_path / "experts")
-    answers, requests = [], {}
+    answers, kept, requests = [], [], {}
     for i, (name, config) in enumerate(xlora.VARIANTS.items()):
         peft_model = xlora.make(tmp_path / "experts", tmp_path / str(i), **config)
         requests[name] = LoRARequest(name, 60 + i, str(tmp_path / str(i)))
-        assert llm.llm_engine.add_lora(requests[name])
         answers.append(answer(peft_model, name, TEXT[i : i + 50], 8))
-    requests |= {"base": None, "lora": adapters["plain"]}
+        for tokens in xlora.KEPT.get(name, ()):
+            path = xlora.keep_after(tmp_path / str(i), tmp_path / f"{i}-{tokens}", tokens)
+            kept.append(xlora.kept_answer(peft_model, path.name, answers[-1].ids, tokens, 8))
+            requests[path.name] = LoRARequest(path.name, 70 + len(kept), str(path))
+    for request in requests.values():
+        assert llm.llm_engine.add_lora(request)
     golden = [Case(name).prompts[1] for name in ("base", "lora")]
     prompts = [prompt for each in answers for prompt in (each, *golden)]
-    ids, asked = [list(p.ids) for p in prompts], [requests[p.case] for p in prompts]
-    replies = ask_each(llm, ids, asked, tokens=12)
-    for reply, prompt in zip(replies, prompts, strict=True):
+    asked = [(list(prompt.ids), prompt.case) for prompt in [*prompts, *kept]]
+    by_case = {**requests, "base": None, "lora": adapters["plain"]}
+    replies = ask_each(llm, [ids for ids, _ in asked], [by_case[case] for _, case in asked])
+    for reply, prompt in zip(replies, prompts, strict=False):
         assert reply.tokens[: len(prompt.greedy)] == prompt.greedy, prompt.case
         assert greatest_difference(reply.logits, prompt.logits) <= LOGIT_TOLERANCE, prompt.case
-    for name in xlora.VARIANTS:
-        assert llm.llm_engine.remove_lora(requests[name].lora_int_id)
+    xlora.assert_kept(replies[len(prompts) :], kept, {each.ids: each.greedy for each in answers})
+    for request in requests.values():
+        assert llm.llm_engine.remove_lora(request.lora_int_id)
 
 
 SHAPES = {
@@ -274,6 +282,23 @@ def test_an_x_loras_blocks_are_its_own(llm: Any, adapters: dict[str, Any], model
         cached.append(reply.cached)
         assert_as(reply, expected(model, adapters[name], BOTH))
     assert cached == [0, 0, 0, 96, 96]
+
+
+def test_an_answer_with_kept_scalings_is_no_prefix_of_another_request(
+    llm: Any, adapters: dict[str, Any], model: Any
+) -> None:
+    """Asked on, its tokens have scalings of their own; those before them are found."""
+    assert llm.reset_prefix_cache()
+    asked = [*BOTH, *TEXT[100:120]]
+    assert len(asked) == 4 * BLOCK - 3
+    (reply,) = ask_each(llm, [asked], [adapters["keeping"]], tokens=40)
+    assert_as(reply, expected(model, adapters["keeping"], asked, steps=40))
+    # Three tokens of the answer fill a block, and have their own.
+    for length, cached in ((40, 128), (40, 160), (3, 96), (4, 128)):
+        prompt = [*asked, *reply.tokens[:length]]
+        (again,) = ask(llm, [prompt], [adapters["keeping"]])
+        assert (length, again.cached) == (length, cached)
+        assert_as(again, expected(model, adapters["keeping"], prompt))
 
 
 def test_a_salt_separates_what_is_the_bases_too(llm: Any, adapters: dict[str, Any]) -> None:
@@ -370,13 +395,14 @@ def counter(llm: Any, name: str) -> int:
 
 
 def test_preempted_requests_and_drafts(llm: Any, adapters: dict[str, Any], model: Any) -> None:
-    """Blocks for 416 tokens, of which seven requests want 130 each. What routers chose for two of
+    """Blocks for 416 tokens, of which eight requests want 130 each. What routers chose for two of
     them is what the reference's choose for the tokens that were accepted."""
     assert llm.reset_prefix_cache()
     preempted = counter(llm, "vllm:num_preemptions")
     accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
-    names = ["alora", "base", "dynmole", "head", "mixlora", "plain", "xlora"]
-    prompts = [[*TEXT[i:50], *INVOCATION, *TEXT[i:20], *OTHER, *TEXT[:9]] for i in range(7)]
+    # Four come first, of which the last is preempted first, as its answer is past its 3 tokens.
+    names = ["alora", "base", "dynmole", "keeping", "head", "mixlora", "plain", "xlora"]
+    prompts = [[*TEXT[i:50], *INVOCATION, *TEXT[i:20], *OTHER, *TEXT[:9]] for i in range(8)]
     requests = [adapters[name] for name in names]
     asked = [names.index(name) for name in ("dynmole", "mixlora")]
     extra = {i: asking(names[i], 200) for i in asked}

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import big_adapter
+from support import big_adapter, vocabulary
+from support.architectures import EXTRA_VOCAB, ids_of_prompts
 from support.asking import IDS, LOGIT_TOLERANCE, ask, ask_each, assert_golden, every_prompt, request
 from support.engines import engine
-from support.golden import SERVED, TINY_LLAMA, Case, greatest_difference
+from support.golden import SERVED, TINY_LLAMA, VOCABULARY, Case, greatest_difference
+from support.oracle import answer
 from support.routed import assert_routing_of_golden_cases
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +22,7 @@ from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
 from molehill.engine.hf.reference import attach
 from molehill.engine.vllm import protocol
+from molehill.engine.vllm.settings import Settings
 
 LONG = os.environ.get("MOLEHILL_LONG_TESTS") == "1"
 # Bytes on one rank: room for all golden adapters, and not for half of the large one.
@@ -27,24 +30,34 @@ MEMORY = 20 << 20
 # The layers of each stage.
 FIRST, SECOND = ("layers.0.", "layers.1."), ("layers.2.", "layers.3.")
 # Of adapters beside the golden ones.
-LATER, LARGE, ONE_STAGE, NOWHERE = 60, 61, 62, 63
+LATER, LARGE, ONE_STAGE, NOWHERE, WORDS = 60, 61, 62, 63, 80
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        1,
+        (1, "auto"),
         pytest.param(
-            2,
+            (2, "auto"),
             marks=pytest.mark.skipif(
                 not LONG, reason="four workers, a minute; MOLEHILL_LONG_TESTS=1 runs it"
             ),
         ),
+        pytest.param(
+            (1, "torch"),
+            marks=pytest.mark.skipif(
+                not LONG, reason="the same once more, a minute; MOLEHILL_LONG_TESTS=1 runs it"
+            ),
+        ),
     ],
-    ids=["two stages", "two stages of two tensor-parallel ranks"],
+    ids=[
+        "two stages",
+        "two stages of two tensor-parallel ranks",
+        "two stages, torch backend",
+    ],
 )
 def llm(request: Any) -> Iterator[Any]:
-    ranks = request.param
+    ranks, backend = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(["0", "1"] * ranks))
         with engine(
@@ -52,7 +65,8 @@ def llm(request: Any) -> Iterator[Any]:
             tensor_parallel_size=ranks,
             distributed_executor_backend="mp",
             max_loras=40,
-            additional_config={"molehill": {"memory": MEMORY}},
+            hf_overrides={"vocab_size": VOCABULARY + EXTRA_VOCAB},
+            additional_config=Settings(backend, MEMORY, extra_vocab=EXTRA_VOCAB).to_config(),
         ) as result:
             yield result
 
@@ -138,6 +152,26 @@ def test_an_adapter_with_nothing_on_one_stage_serves(llm: Any, tmp_path: Path) -
             reply.stage: reply.adapters[served.lora_int_id].resident_bytes for reply in stages(llm)
         }
         assert taken[1 - number] == 0 < (taken[number] or 0)
+
+
+def test_words_are_looked_up_on_the_first_stage_and_answered_on_the_last(
+    llm: Any, tmp_path: Path
+) -> None:
+    """Of adapters that add tokens, by PEFT's answers, in one batch with the base."""
+    pytest.importorskip("peft", reason="the dev extra is not installed")
+    prompts, requests = [Case("base").prompts[0]], {"base": None}
+    for number, name in enumerate(("grown-saved", "grown-both", "on-both")):
+        oracle = vocabulary.author(TINY_LLAMA, tmp_path / name, name)
+        requests[name] = lora(name, WORDS + number, tmp_path / name)
+        assert llm.llm_engine.add_lora(requests[name])
+        added = [VOCABULARY, VOCABULARY + 1] if name in vocabulary.GROWN else []
+        prompts += [answer(oracle, name, [*added, *ids], 12) for ids in ids_of_prompts(5)[:2]]
+        prompts.append(Case("base").prompts[number])
+    assert any(max(prompt.greedy) >= VOCABULARY for prompt in prompts)
+    ids = [list(prompt.ids) for prompt in prompts]
+    assert_golden(ask_each(llm, ids, [requests[prompt.case] for prompt in prompts]), prompts)
+    for name in requests.keys() - {"base"}:
+        assert llm.llm_engine.remove_lora(requests[name].lora_int_id)
 
 
 def test_an_adapter_with_nothing_on_any_stage_is_refused(llm: Any, tmp_path: Path) -> None:

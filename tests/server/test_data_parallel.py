@@ -22,10 +22,11 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 from support import big_adapter, share
-from support.api_client import BASE, KEY, Api, copy_adapter, eventually, oracle
+from support.api_client import BASE, EXTRA_VOCAB, KEY, Api, copy_adapter, eventually, oracle
 from support.golden import Case
 from support.limits import limited
 from support.server import TINY, Server, serve
+from support.trained_tokens import ADDED, STEPS, train
 
 from molehill.engine.adapter.model import layer_of
 
@@ -50,6 +51,7 @@ def server(model: Path, folder: Path) -> Iterator[Server]:
         *("--data-parallel-size", str(len(ENGINES)), "--max-loras", "8"),
         *("--straggler-timeout", str(STRAGGLER_SECONDS)),
         *("--enable-return-routed-experts", "--enable-scale-out"),
+        *("--extra-vocab", str(EXTRA_VOCAB)),
     ]
     # vLLM binds the engines of a machine to its memory's nodes, of which there may be one.
     cores = share.cores()
@@ -158,6 +160,30 @@ def test_adapters_are_loaded_into_both_engines_under_traffic_and_answer_there(ap
         assert sum(held) == samples[f"molehill_adapter_resident_bytes{label}"]
     tokens = api.http.get("/v1/adapters/mola/routing").json()["tokens"]
     assert tokens == api.of_adapter("mola", "adapter_tokens_total")
+
+
+def test_both_engines_answer_with_added_tokens(api: Api, folder: Path) -> None:
+    """As PEFT does with the adapter; the base's answers of the same engine have none of them."""
+    pytest.importorskip("peft", reason="the dev extra is not installed")
+    adapter = train(folder / "root", "thinks", "grown-saved", ("<think>", "<|end|>"))
+    loaded = api.http.post("/v1/adapters", json={"name": "thinks", "source": "thinks"})
+    assert loaded.json()["vocabulary"]["added_tokens"] == ADDED
+    asked = {"max_tokens": STEPS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    for rank in ENGINES:
+        headers = {"X-data-parallel-rank": str(rank)}
+
+        def ask(model: str, headers: Any = headers, **more: Any) -> Any:
+            body = {**asked, "model": model, "prompt": adapter.prompt, **more}
+            answer = api.http.post("/v1/completions", json=body, headers=headers)
+            return answer.json()["choices"][0]
+
+        with ThreadPoolExecutor(2) as pool:
+            of_it, of_base = pool.map(ask, ("thinks", BASE))
+        assert tuple(of_it["token_ids"]) == adapter.greedy
+        assert set(of_it["prompt_token_ids"]) > set(ADDED)
+        assert max(of_base["prompt_token_ids"] + of_base["token_ids"]) < min(ADDED)
+        forced = ask("thinks", logit_bias={str(ADDED[0]): 100.0}, skip_special_tokens=False)
+        assert forced["text"] == adapter.tokenizer.decode([ADDED[0]] * STEPS)
 
 
 def test_the_engine_that_answers_tells_its_routing(api: Api) -> None:

@@ -260,7 +260,7 @@ def test_what_contradicts_itself_is_refused(mixing: Api) -> None:
         assert answer.status_code == status, (body, answer.text)
         assert answer.json()["error"]["code"] == status
     assert mixing.http.post("/v1/completions", json={**plain, "molehill": None}).status_code == 200
-    for more in ({"source": "lora"}, {"base_is_residual": True}):
+    for more in ({"source": "lora"}, {"base_is_residual": True}, {"non_granular_after": 0}):
         answer = post(mixing, "x", mix=mix, **more)
         assert mixing.error(answer)[:2] == (400, "invalid_mix")
     assert mixing.error(post(mixing, "x"))[:2] == (400, "invalid_path")

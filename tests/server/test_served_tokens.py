@@ -3,7 +3,6 @@ tokenizers that their trainers saved."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import openai
@@ -11,45 +10,16 @@ import pytest
 from support import vocabulary
 from support.api_client import BASE, EXTRA_VOCAB, Api
 from support.golden import TINY_LLAMA, VOCABULARY
-from support.oracle import answer
+from support.trained_tokens import ADDED, STEPS, Trained, train
 from transformers import AutoTokenizer
-
-STEPS = 6
-TEXT = "the{0}lamp{1} and the map"
-ADDED = [VOCABULARY, VOCABULARY + 1]
-
-
-@dataclass
-class Trained:
-    """words: of the added tokens. prompt: TEXT with them. greedy: what PEFT answers to it."""
-
-    name: str
-    words: tuple[str, str]
-    tokenizer: Any
-    prompt: str
-    greedy: tuple[int, ...]
-
-
-def train(api: Api, name: str, settings: str, words: tuple[str, str]) -> Trained:
-    """What a trainer saves that adds a token, and one that ends answers."""
-    folder = api.root / name
-    model = vocabulary.author(TINY_LLAMA, folder, settings)
-    tokenizer: Any = AutoTokenizer.from_pretrained(TINY_LLAMA)
-    tokenizer.add_tokens([words[0]])
-    tokenizer.add_special_tokens({"eos_token": words[1]})
-    tokenizer.save_pretrained(folder)
-    prompt = TEXT.format(*words)
-    ids = tokenizer(prompt)["input_ids"]
-    assert sorted({*ids} & {*ADDED}) == ADDED
-    return Trained(name, words, tokenizer, prompt, answer(model, name, ids, STEPS).greedy)
 
 
 @pytest.fixture(scope="module")
 def trained(api: Api) -> Iterator[list[Trained]]:
     """Two of the same ids and of other words."""
     adapters = [
-        train(api, "thinks", "grown-saved", ("<think>", "<|end|>")),
-        train(api, "shouts", "grown-both", ("<shout>", "<|stop|>")),
+        train(api.root, "thinks", "grown-saved", ("<think>", "<|end|>")),
+        train(api.root, "shouts", "grown-both", ("<shout>", "<|stop|>")),
     ]
     for adapter in adapters:
         body = {"name": adapter.name, "source": adapter.name}

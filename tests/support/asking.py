@@ -25,12 +25,17 @@ def ask_worker(llm: Any, rpc: Rpc[RequestT, ReplyT], request: RequestT) -> Reply
 class Reply:
     """tokens: greedy ones. logits: after the prompt, `[vocabulary]`. prompt_logits: by position
     from the second, `[tokens - 1, vocabulary]`, if they were asked for. cached: prompt tokens that
-    came from the prefix cache."""
+    came from the prefix cache. by_step: vLLM's log-probabilities of every token of the answer."""
 
     tokens: tuple[int, ...]
     logits: Tensor
     prompt_logits: Tensor | None
     cached: int
+    by_step: Any
+
+    def logits_at(self, step: int) -> Tensor:
+        """Of which the answer's token number `step`, from 0 on, was chosen: `[vocabulary]`."""
+        return _row(self.by_step[step])
 
 
 def request(case: str, others: Mapping[str, Path] | None = None) -> Any:
@@ -100,6 +105,7 @@ def _reply(output: Any) -> Reply:
         _row(output.outputs[0].logprobs[0]),
         torch.stack(rows) if rows else None,
         output.num_cached_tokens or 0,
+        output.outputs[0].logprobs,
     )
 
 

@@ -1,4 +1,4 @@
-"""A server of adapters' files on this machine: plain HTTP, and the hub's API for one repository."""
+"""A server of adapters' files on this machine: plain HTTP, and the hub's API."""
 
 import http.server
 import json
@@ -17,12 +17,16 @@ from support.http_servers import running
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+X_LORA = "x-lora"
+LISTED = ("adapter", "sizeless", X_LORA)
+
 # Set by nobody.
 SILENCE = threading.Event()
 
 
 class Files(http.server.BaseHTTPRequestHandler):
-    """One repository as the hub's API shows it, and its files below `/files/`."""
+    """A repository as the hub's API shows it, and its files below `/files/`; and one of an X-LoRA
+    in a directory beside."""
 
     folder: Path
     asked: list[str]
@@ -35,7 +39,7 @@ class Files(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         self.asked.append(self.path)
-        path, name = self.path.split("?")[0], self.path.split("?")[0].rpartition("/")[2]
+        path = self.path.split("?")[0]
         if path.startswith("/api/models/org/nobody"):
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")
@@ -52,21 +56,37 @@ class Files(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", path.replace("/moved", "/adapter"))
             self.send_header("Content-Length", "0")
             self.end_headers()
-        elif path.startswith(("/api/models/org/adapter", "/api/models/org/sizeless")):
+        elif path.startswith(tuple(f"/api/models/org/{name}" for name in LISTED)):
             sized = "sizeless" not in path
             listed_files = [
-                {"rfilename": file.name, **({"size": file.stat().st_size} if sized else {})}
-                for file in self.folder.iterdir()
+                {
+                    "rfilename": str(file.relative_to(self.folder_of(path))),
+                    **({"size": file.stat().st_size} if sized else {}),
+                }
+                for file in self.folder_of(path).rglob("*")
+                if file.is_file()
             ]
             listed = {"id": "org/adapter", "sha": COMMIT, "siblings": listed_files}
             self.send(json.dumps(listed).encode(), body)
-        elif path.startswith(("/files/", f"/org/adapter/resolve/{COMMIT}/")):
-            if (self.folder / name).exists():
-                self.send((self.folder / name).read_bytes(), body)
+        elif path.startswith(
+            ("/files/", *(f"/org/{name}/resolve/{COMMIT}/" for name in ("adapter", X_LORA)))
+        ):
+            file = self.file_of(path)
+            if file is not None:
+                self.send(file.read_bytes(), body)
             else:
                 self.send_error(404)
         else:
             self.send_error(404)
+
+    def folder_of(self, path: str) -> Path:
+        return self.folder.parent / X_LORA if f"/org/{X_LORA}" in path else self.folder
+
+    def file_of(self, path: str) -> Path | None:
+        """What comes after `/files/NAME/` or the commit."""
+        below = path.split("/", 3 if path.startswith("/files/") else 5)[-1]
+        file = self.folder_of(path) / below
+        return file if file.is_file() else None
 
     def send(self, content: bytes, body: bool) -> None:
         self.send_response(200)

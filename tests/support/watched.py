@@ -26,7 +26,11 @@ class Watched(World):
         self.read_count = 0
 
     def read(
-        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+        self,
+        path: Path,
+        lora_b_layout: Layout | None = None,
+        base_is_residual: bool = False,
+        non_granular_after: int | None = None,
     ) -> Adapter:
         self.read_count += 1
         return super().read(path, lora_b_layout)

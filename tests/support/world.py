@@ -163,6 +163,7 @@ class World:
         self.limits = Limits()
         self.layouts: list[Layout | None] = []
         self.residuals: list[bool] = []
+        self.non_granular: list[int | None] = []
         self.engine = FakeEngine()
         self.store = AdapterStore(folder / "store")
         self.served: dict[str, LoRARequest] = {}
@@ -183,10 +184,15 @@ class World:
         wrap_engine_client(self.engine, self.registry, spans=spans)
 
     def read(
-        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+        self,
+        path: Path,
+        lora_b_layout: Layout | None = None,
+        base_is_residual: bool = False,
+        non_granular_after: int | None = None,
     ) -> Adapter:
         self.layouts.append(lora_b_layout)
         self.residuals.append(base_is_residual)
+        self.non_granular.append(non_granular_after)
         if not path.exists():
             raise AdapterNotFoundError(path, "nothing", "a file")
         if (path / native.CONFIG).exists():

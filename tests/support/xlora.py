@@ -1,15 +1,24 @@
 """X-LoRAs that PEFT makes, on the tiny model, and PEFT's model that answers with them."""
 
+import json
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from support.golden import TINY_LLAMA
+from molehill.engine import formats
+from molehill.engine.formats.readers.non_granular import with_given
+from molehill.engine.hf.reference import attach
+from support.asking import LOGIT_TOLERANCE, Reply
+from support.golden import TINY_LLAMA, Case, greatest_difference
+from support.oracle import answer
 
 # Of each expert; the last leaves out what others have.
 EXPERTS: tuple[dict[str, Any], ...] = (
@@ -38,6 +47,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "layerwise_scalings": True,
         "scaling_pass_value": 0.5,
     },
+}
+# Of these, after how many tokens of an answer scalings are kept.
+KEPT = {
+    "layerwise, deep": (0, 1, 4, 7, 10**9),
+    "top 2, not normalised": (2,),
+    "shared scalings": (0,),
+    "a first pass with experts": (1,),
 }
 
 
@@ -82,3 +98,88 @@ def make(experts: Path, directory: Path, seed: int = 5, **config: Any) -> nn.Mod
     save_file(tensors, directory / "adapter_model.safetensors")
     whole.save_pretrained(directory)
     return model
+
+
+def non_granular(directory: Path, tokens: int | None) -> Path:
+    """The golden X-LoRA in `directory`, with as many tokens of an answer with scalings of their
+    own; None: all."""
+    return keep_after(Case("xlora").path, directory, tokens)
+
+
+def keep_after(source: Path, directory: Path, tokens: int | None) -> Path:
+    """A copy of an X-LoRA of PEFT's with that number in its config."""
+    shutil.copytree(source, directory)
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"non_granular_after": tokens}))
+    return directory
+
+
+@torch.no_grad()
+def golden_answer(prompt: Sequence[int], tokens: int, steps: int) -> list[int]:
+    """Greedy tokens of the golden X-LoRA by the definition, with so many tokens' own scalings."""
+    adapter, model = formats.read(Case("xlora").path), base()
+    with attach(model, with_given(adapter, tokens), prompt=len(prompt)):
+        return list(answer(model, f"xlora after {tokens}", prompt, steps).greedy)
+
+
+@dataclass(frozen=True)
+class KeptAnswer:
+    """What PEFT's model answers where it keeps the scalings after `tokens` tokens of the answer:
+    greedy tokens, and the logits that each was chosen of, `[steps, vocabulary]`."""
+
+    case: str
+    ids: tuple[int, ...]
+    tokens: int
+    greedy: tuple[int, ...]
+    logits: Tensor
+
+
+@torch.no_grad()
+def kept_answer(
+    model: Any, case: str, prompt: Sequence[int], tokens: int, steps: int
+) -> KeptAnswer:
+    ids, logits = list(prompt), []
+    with keeping(model, len(prompt), tokens):
+        for _ in range(steps):
+            logits.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
+            ids.append(int(logits[-1].argmax()))
+    greedy = tuple(ids[len(prompt) :])
+    return KeptAnswer(case, tuple(prompt), tokens, greedy, torch.stack(logits))
+
+
+def assert_kept(
+    replies: Sequence[Reply],
+    answers: Sequence[KeptAnswer],
+    exact: Mapping[tuple[int, ...], tuple[int, ...]],
+) -> None:
+    """exact: answers by prompt where every token has scalings of its own. Of an answer of so many
+    steps the last token is not read, so that keeping after the one before it changes nothing."""
+    others = set()
+    for reply, kept in zip(replies, answers, strict=True):
+        steps = len(kept.greedy)
+        assert reply.tokens[:steps] == kept.greedy, kept.case
+        for step in {min(each, steps - 1) for each in (kept.tokens, kept.tokens + 1, steps)}:
+            logits = reply.logits_at(step)
+            assert greatest_difference(logits, kept.logits[step]) <= LOGIT_TOLERANCE, kept.case
+        same = kept.tokens + 1
+        assert kept.greedy[:same] == exact[kept.ids][:same], kept.case
+        if kept.greedy != exact[kept.ids]:
+            others.add(kept.case)
+    assert len(others) > 1
+
+
+@contextmanager
+def keeping(model: nn.Module, prompt: int, tokens: int) -> Iterator[None]:
+    """PEFT's model, whose classifier gives every token after the first `tokens` of an answer to
+    `prompt` tokens the scalings of the last of these."""
+    last = prompt + tokens - 1
+
+    def keep(module: nn.Module, args: Any, scalings: Tensor) -> Tensor:
+        positions = torch.arange(scalings.shape[1]).clamp(max=last)
+        return scalings[:, positions]
+
+    hook = model.base_model.internal_xlora_classifier.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        hook.remove()

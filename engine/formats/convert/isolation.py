@@ -27,8 +27,8 @@ _NO_MEMORY = "out_of_memory"
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether reading this directory may mean reading a pickle, here or one level below."""
-    places = (where for name in pickle_files() for where in (name, f"*/{name}"))
+    """Whether reading this directory may mean reading a pickle, here or up to two levels below."""
+    places = (where for name in pickle_files() for where in (name, f"*/{name}", f"*/*/{name}"))
     return any(next(path.glob(place), None) for place in places)
 
 

@@ -1,4 +1,4 @@
-"""Adapters in directories right below that of the adapter that they are parts of."""
+"""Adapters in directories below that of the adapter that they are parts of."""
 
 import re
 from collections.abc import Iterator
@@ -11,14 +11,26 @@ from molehill.engine.adapter.errors import AdapterError, ConfigError, Unsupporte
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-def check_directory(parent: Path, name: Any, where: str) -> None:
-    """Raises ConfigError, UnsupportedError unless `name` is that of a directory right below."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (".", ".."):
+def is_below(name: Any, levels: int = 1) -> bool:
+    """Whether it can be the path of a directory at most so many levels below."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    return len(parts) <= levels and all(
+        _NAME.fullmatch(part) and part not in (".", "..") for part in parts
+    )
+
+
+def check_directory(parent: Path, name: Any, where: str, levels: int = 1) -> None:
+    """Raises ConfigError, UnsupportedError unless `name` is the path of a directory at most so many
+    levels below."""
+    if not is_below(name, levels):
         expected = "a directory beside this file, by letters, digits, `.`, `_` and `-`"
         raise UnsupportedError(where, ascii(name)[:80], expected)
-    if (parent / name).is_symlink():
-        raise UnsupportedError(where, f"{name}, a link", "a directory")
-    if not (parent / name).is_dir():
+    path = parent
+    for part in name.split("/"):
+        path /= part
+        if path.is_symlink():
+            raise UnsupportedError(where, f"{name}, a link", "a directory")
+    if not path.is_dir():
         expected = "a directory beside this file"
         raise ConfigError(where, f"{name}, no directory", expected)
 

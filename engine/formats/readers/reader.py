@@ -1,6 +1,6 @@
 """What a reader of one on-disk format is; `molehill.engine.formats.registry` lists them all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,10 @@ def with_notes(adapter: Adapter, weights: Weights) -> Adapter:
     return replace(adapter, warnings=(*adapter.warnings, *weights.notes))
 
 
+def _none(config: Fields) -> Mapping[str, Sequence[str]]:
+    return {}
+
+
 def _always(config: Fields, weights: Weights) -> bool:
     return True
 
@@ -74,7 +78,8 @@ class Reader:
     no_layout: why a `lora_b_layout` means nothing to it; None if it reads LoRA on fused experts.
     by_task: whether it takes a task. expands: whether few bytes of its files may stand for many of
     A and B, which it makes as it reads them. changes_base: whether a config of its own says that
-    training took something out of the base weights.
+    training took something out of the base weights. members: by name, the adapters that lie in
+    directories below and in which, the best first; raises ConfigError.
     """
 
     files: FileNames
@@ -85,3 +90,4 @@ class Reader:
     by_task: bool = False
     expands: bool = False
     changes_base: Callable[[Fields], bool] = changed_base.changes_base
+    members: Callable[[Fields], Mapping[str, Sequence[str]]] = _none

@@ -7,7 +7,7 @@ own, which PEFT does not save again: they must lie below, by their names in the 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,7 +24,7 @@ from molehill.engine.adapter.model import Adapter, natural_key
 from molehill.engine.adapter.module_names import split_layer
 from molehill.engine.formats.io.fields import Fields
 from molehill.engine.formats.io.files import Weights
-from molehill.engine.formats.readers import known, members
+from molehill.engine.formats.readers import known, members, non_granular
 from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, Reader
 from molehill.engine.transform.merge import is_plain
 from molehill.engine.transform.weighted_sum import check_alike, stack_up
@@ -60,20 +60,63 @@ _LOST = (
     "over the experts: save the parameters of internal_xlora_classifier by their names)"
 )
 
+# How far below an expert's directory may be.
+LEVELS = 2
+
 Pairs = Mapping[str, Experts]
+# Weight and bias by what precedes their names, in order.
+Layers = Mapping[str, tuple[Tensor, Tensor]]
+# By an expert's name and its path in the config, where it may lie below, the best first.
+Candidates = Callable[[str, str], Sequence[str]]
 
 
 def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError that names the file, or the expert's directory, and the field or
     tensor."""
     config = files.config
-    directories = _directories(files)
+    directories = expert_directories(files, _candidates)
+    layers = _layers(files.weights)
+    base_model = config.text("base_model_name_or_path")
+    return assembled(files, directories, layers, _warnings(config), base_model, lost=_LOST)
+
+
+def assembled(
+    files: AdapterFiles,
+    directories: Mapping[str, str],
+    layers: Layers,
+    warnings: Sequence[str],
+    base_model: str | None,
+    has_relu: bool = True,
+    lost: str = "",
+) -> Adapter:
+    """The X-LoRA of experts in directories, by name in the classifier's order, and of the
+    classifier's layers.
+
+    has_relu: whether there is one between two layers. lost: what to say where layers are missing.
+    Raises as `read`.
+    """
+    config = files.config
     experts, notes = _read_experts(files, directories)
     sites = sorted({site for pairs in experts.values() for site in pairs}, key=natural_key)
     layerwise = config.flag("layerwise_scalings")
     if layerwise:
         sites = _as_peft_counts(sites)
-    classifier = _classifier(config, files.weights, len(experts), len(sites), layerwise)
+    outputs = len(experts) * (len(sites) if layerwise else 1)
+    what = f"{len(experts)} experts" + (f" at each of {len(sites)} linears" if layerwise else "")
+    _check_layers(config, files.weights, layers, outputs, what, lost)
+    stack = tuple(layers.values())
+    classifier = Classifier(
+        stack if has_relu else (_product(stack),),
+        len(experts),
+        len(sites),
+        layerwise,
+        softmax=config.flag("enable_softmax", True),
+        temperature=config.number("softmax_temperature", 1.0, above=0),
+        top_k=_top_k(config, len(experts)),
+        softmax_top_k=config.flag("enable_softmax_topk"),
+        first_pass=config.number("scaling_pass_value", 0.0),
+        non_granular_after=non_granular.read(config),
+    )
     weight = config.number("global_scaling_weight", 1.0)
     mixtures = {
         site: ClassifierMixture(_stacked(site, experts, weight), place)
@@ -82,30 +125,54 @@ def read(files: AdapterFiles) -> Adapter:
     return Adapter(
         "xlora",
         {site: mixtures[site] for site in sorted(mixtures, key=natural_key)},
-        config.text("base_model_name_or_path"),
-        (*_warnings(config), *notes),
+        base_model,
+        (*warnings, *notes),
         classifier=classifier,
     )
 
 
-READER = Reader(PEFT_FILES, read, peft_types=("XLORA",))
+READER = Reader(
+    PEFT_FILES,
+    read,
+    peft_types=("XLORA",),
+    members=lambda config: named_places(config, _candidates),
+)
 
 
-def _directories(files: AdapterFiles) -> dict[str, str]:
-    """By an expert's name, in the order of the classifier's outputs."""
+def _candidates(name: str, path: str) -> list[str]:
+    """Where the expert may lie, the best first."""
+    return [name, PurePosixPath(path).name]
+
+
+def named_places(config: Fields, candidates: Candidates) -> dict[str, list[str]]:
+    """By an expert's name, the directories below that may be its, the best first. Raises
+    ConfigError."""
+    adapters = config.object("adapters")
+    return {
+        name: [
+            each
+            for each in candidates(name, adapters.text(name) or "")
+            if members.is_below(each, LEVELS)
+        ]
+        for name in adapters.values
+    }
+
+
+def expert_directories(files: AdapterFiles, candidates: Candidates) -> dict[str, str]:
+    """By an expert's name, in the order of the classifier's outputs. Raises ConfigError,
+    LimitError, UnsupportedError."""
     adapters = files.config.object("adapters")
     if not adapters.values:
         raise files.config.error("adapters", "at least one adapter")
     if len(adapters.values) > files.limits.experts:
         expected = f"at most {files.limits.experts}"
         raise LimitError(adapters.where, f"{len(adapters.values)} adapters", expected)
+
     directories = {}
-    for name in adapters.values:
-        path = adapters.text(name) or ""
-        last = PurePosixPath(path).name
-        beside = [each for each in (name, last) if each and (files.directory / each).is_dir()]
-        directories[name] = beside[0] if beside else name
-        members.check_directory(files.directory, directories[name], adapters.where)
+    for name, places in named_places(files.config, candidates).items():
+        there = (each for each in places if (files.directory / each).is_dir())
+        directories[name] = next(there, name)
+        members.check_directory(files.directory, directories[name], adapters.where, LEVELS)
     if len(set(directories.values())) < len(directories):
         raise files.config.error("adapters", "a directory for every adapter")
     return directories
@@ -173,42 +240,44 @@ def _stacked(site: str, experts: Mapping[str, Pairs], weight: float) -> Experts:
     return Experts(whole.a, whole.b * weight, whole.ranks)
 
 
-def _classifier(
-    config: Fields, weights: Weights, experts: int, places: int, layerwise: bool
-) -> Classifier:
-    """Raises ConfigError, MissingTensorError, ShapeError, UnsupportedError."""
-    layers = _layers(weights)
+def _check_layers(
+    config: Fields, weights: Weights, layers: Layers, outputs: int, what: str, lost: str
+) -> None:
+    """what: the outputs are for. Raises ConfigError, ShapeError."""
     depth = config.integer("xlora_depth", 1)
     if len(layers) != depth:
         where, found = f"{weights.file}: the classifier", f"{len(layers)} layers"
-        raise ShapeError(where, found, f"the config's xlora_depth {depth}{_LOST}")
+        raise ShapeError(where, found, f"the config's xlora_depth {depth}{lost}")
     widths = [config.integer("hidden_size", 4096)]
     widths += [config.integer("xlora_size", 2048)] * (depth - 1)
     fields = ["hidden_size", *["xlora_size"] * (depth - 1)]
-    for (name, (weight, _)), field, width in zip(layers.items(), fields, widths, strict=True):
+    for (name, (weight, bias)), field, width in zip(layers.items(), fields, widths, strict=True):
         if weight.shape[1] != width:
             where, found = weights.where(f"{name}.weight"), f"{weight.shape[1]} inputs"
             raise ShapeError(where, found, f"the config's {field} {width}")
-    outputs = experts * (places if layerwise else 1)
-    name, (weight, _) = list(layers.items())[-1]
-    if weight.shape[0] != outputs:
-        what = f"{experts} experts" + (f" at each of {places} linears" if layerwise else "")
-        where, found = weights.where(f"{name}.weight"), f"{weight.shape[0]} outputs"
-        raise ShapeError(where, found, f"{outputs}, for {what}")
-    return Classifier(
-        tuple(layers.values()),
-        experts,
-        places,
-        layerwise,
-        softmax=config.flag("enable_softmax", True),
-        temperature=config.number("softmax_temperature", 1.0, above=0),
-        top_k=_top_k(config, experts),
-        softmax_top_k=config.flag("enable_softmax_topk"),
-        first_pass=config.number("scaling_pass_value", 0.0),
-    )
+        if len(bias) != len(weight):
+            raise ShapeError(weights.where(f"{name}.bias"), list(bias.shape), [len(weight)])
+    expected = [
+        *(f"the config's xlora_size {width}" for width in widths[1:]),
+        f"{outputs}, for {what}",
+    ]
+    for (name, (weight, _)), number, text in zip(
+        layers.items(), [*widths[1:], outputs], expected, strict=True
+    ):
+        if len(weight) != number:
+            raise ShapeError(weights.where(f"{name}.weight"), f"{len(weight)} outputs", text)
 
 
-def _layers(weights: Weights) -> dict[str, tuple[Tensor, Tensor]]:
+def _product(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one layer that does what these do, one after the other."""
+    weight, bias = layers[0][0].double(), layers[0][1].double()
+    for next_weight, next_bias in layers[1:]:
+        weight = next_weight.double() @ weight
+        bias = next_weight.double() @ bias + next_bias.double()
+    return weight.float(), bias.float()
+
+
+def _layers(weights: Weights) -> Layers:
     """Weight and bias by what precedes their names, in order."""
     stems: dict[int, str] = {}
     for name in weights.tensors:
@@ -236,6 +305,16 @@ def _top_k(config: Fields, experts: int) -> int | None:
     return top_k
 
 
+def general_warnings(config: Fields) -> tuple[str, ...]:
+    """Whoever wrote it. Raises ConfigError."""
+    tokens = non_granular.read(config)
+    return (
+        _WARNING,
+        *([_NORMALISED] if config.flag("enable_softmax_topk") else []),
+        *([] if tokens is None else [non_granular.warning(tokens)]),
+    )
+
+
 def _warnings(config: Fields) -> tuple[str, ...]:
     names: list[Any] = list(config.object("adapters").values)
     numbered = names == [str(i) for i in range(len(names))]
@@ -244,8 +323,7 @@ def _warnings(config: Fields) -> tuple[str, ...]:
         "served in the order of the config, whatever they are called"
     )
     return (
-        _WARNING,
-        *([_NORMALISED] if config.flag("enable_softmax_topk") else []),
+        *general_warnings(config),
         *([] if numbered else [unnumbered]),
         *known.warnings(config, known.FIELDS["xlora"]),
     )

@@ -20,7 +20,11 @@ class SlowDisk(World):
     proceed: threading.Event
 
     def read(
-        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+        self,
+        path: Path,
+        lora_b_layout: Layout | None = None,
+        base_is_residual: bool = False,
+        non_granular_after: int | None = None,
     ) -> Adapter:
         result = super().read(path, lora_b_layout)
         if path.name.startswith("adapter-5"):

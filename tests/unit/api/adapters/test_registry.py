@@ -163,7 +163,11 @@ class Unlucky(World):
     """Something happens while an adapter is read."""
 
     def read(
-        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+        self,
+        path: Path,
+        lora_b_layout: Layout | None = None,
+        base_is_residual: bool = False,
+        non_granular_after: int | None = None,
     ) -> Adapter:
         if path.name == "exhausting":
             torch.empty(1 << 60)
@@ -177,7 +181,11 @@ class Unlinked(World):
     """A file goes between two reads of it."""
 
     def read(
-        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+        self,
+        path: Path,
+        lora_b_layout: Layout | None = None,
+        base_is_residual: bool = False,
+        non_granular_after: int | None = None,
     ) -> Adapter:
         (path / native.WEIGHTS).unlink()
         (path / native.WEIGHTS).stat()
@@ -223,7 +231,11 @@ class Exhausted(World):
     """There is no memory where an adapter is read, as the system says it."""
 
     def read(
-        self, path: Path, lora_b_layout: Layout | None = None, base_is_residual: bool = False
+        self,
+        path: Path,
+        lora_b_layout: Layout | None = None,
+        base_is_residual: bool = False,
+        non_granular_after: int | None = None,
     ) -> Adapter:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 

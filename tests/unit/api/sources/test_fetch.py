@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 from support.api_client import copy_adapter
-from support.file_server import COMMIT, fetch_from_hub, serving, sources
+from support.file_server import COMMIT, X_LORA, fetch_from_hub, serving, sources
+from support.golden import Case
+from support.uploads import split
 from support.world import World, let_tasks_run
 
 from molehill.api.adapters.admission import AdmissionLimits
@@ -20,11 +23,16 @@ from molehill.api.adapters.errors import (
     ForbiddenSourceError,
 )
 from molehill.api.adapters.source import Source
-from molehill.api.sources.fetch import Sources, reason
+from molehill.api.sources.fetch import MOST_MEMBERS, Sources, reason
 from molehill.api.sources.roots import AdapterRoots
 from molehill.api.sources.urls import allowed
 from molehill.engine import formats
-from molehill.engine.adapter.errors import AdapterNotFoundError, LimitError
+from molehill.engine.adapter.errors import (
+    AdapterNotFoundError,
+    ConfigError,
+    LimitError,
+    UnsupportedError,
+)
 from molehill.engine.formats import native
 from molehill.engine.formats.io import files, tokenizer_files
 from molehill.engine.formats.readers.expert_layout import README
@@ -93,8 +101,9 @@ def test_a_url_brings_the_templates_that_are_there(
     remote: tuple[str, list[str]], folder: Path
 ) -> None:
     url, _ = remote
-    # The server knows files by their last name.
-    for name in ("chat_template.jinja", "tool_use.jinja", "tokenizer_config.json"):
+    (folder / "additional_chat_templates").mkdir()
+    tool_use = "additional_chat_templates/tool_use.jinja"
+    for name in ("chat_template.jinja", tool_use, "tokenizer_config.json"):
         (folder / name).write_text("{}")
     with sources(url).fetch(f"{url}/files/adapter") as source:
         assert tokenizer_files.read(source.directory).templates == {
@@ -105,6 +114,81 @@ def test_a_url_brings_the_templates_that_are_there(
     (folder / "chat_template.jinja").write_text("x" * (tokenizer_files.TEMPLATE_BYTES + 1))
     with (
         pytest.raises(LimitError, match=r"chat_template.jinja: found .* at most 262144 bytes"),
+        sources(url).fetch(f"{url}/files/adapter"),
+    ):
+        pass
+
+
+def publish_x_lora(folder: Path) -> Path:
+    """Its experts below, one of them in shards, beside directories that nobody should fetch."""
+    shutil.copytree(Case("xlora").path, folder, dirs_exist_ok=True)
+    split(folder / "1")
+    shutil.copytree(folder / "0", folder / "checkpoint-1")
+    (folder / "2" / "adapter_model.bin").write_bytes(b"a pickle")
+    return folder
+
+
+@pytest.fixture
+def x_lora(folder: Path) -> Path:
+    """An X-LoRA in the native adapter's place."""
+    for path in folder.iterdir():
+        path.unlink()
+    return publish_x_lora(folder)
+
+
+FETCHED = {
+    *("adapter_config.json", "adapter_model.safetensors"),
+    *(f"{i}/adapter_config.json" for i in range(3)),
+    *(f"{i}/adapter_model.safetensors" for i in (0, 2)),
+    "1/adapter_model.safetensors.index.json",
+}
+
+
+def test_an_x_lora_comes_with_the_experts_below_it(
+    remote: tuple[str, list[str]], x_lora: Path
+) -> None:
+    url, asked = remote
+    with sources(url).fetch(f"{url}/files/adapter") as source:
+        fetched = {
+            str(path.relative_to(source.directory))
+            for path in source.directory.rglob("*")
+            if path.is_file()
+        }
+        assert {name for name in fetched if "-of-" not in name} == FETCHED
+        assert len(fetched) == len(FETCHED) + 2
+        assert formats.read(source.directory).digest == formats.read(Case("xlora").path).digest
+    assert not [path for path in asked if "checkpoint" in path or path.endswith(".bin")]
+    size = sum((x_lora / name).stat().st_size for name in fetched)
+    for limit, enough in ((size, True), (size - 1, False)):
+        with (
+            nullcontext() if enough else pytest.raises(LimitError, match="at most"),
+            sources(url, limit=limit).fetch(f"{url}/files/adapter"),
+        ):
+            assert enough
+
+
+def test_an_x_lora_whose_experts_lie_elsewhere_is_refused(
+    remote: tuple[str, list[str]], x_lora: Path
+) -> None:
+    url, _ = remote
+    config = json.loads((x_lora / files.CONFIG).read_text())
+    config["adapters"]["1"] = "someone/another-repository"
+    (x_lora / files.CONFIG).write_text(json.dumps(config))
+    shutil.rmtree(x_lora / "1")
+    with (
+        sources(url).fetch(f"{url}/files/adapter") as source,
+        pytest.raises(ConfigError, match="1, no directory"),
+    ):
+        formats.read(source.directory)
+    for name, error in (("..", UnsupportedError), ("/etc", UnsupportedError)):
+        config["adapters"] = {name: name}
+        (x_lora / files.CONFIG).write_text(json.dumps(config))
+        with sources(url).fetch(f"{url}/files/adapter") as source, pytest.raises(error):
+            formats.read(source.directory)
+    config["adapters"] = {str(i): str(i) for i in range(MOST_MEMBERS + 1)}
+    (x_lora / files.CONFIG).write_text(json.dumps(config))
+    with (
+        pytest.raises(LimitError, match="129 adapters"),
         sources(url).fetch(f"{url}/files/adapter"),
     ):
         pass
@@ -279,6 +363,7 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
     the whole process."""
     url, asked = remote
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    publish_x_lora(tmp_path / X_LORA)
     much, little = "10000000", "1000"
     wanted = [
         ("hf://org/adapter@main", much, much),
@@ -290,6 +375,8 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
         (f"{url}/files/adapter", much, little),
         ("org/adapter", much, much),
         ("org/nobody", much, much),
+        (f"hf://org/{X_LORA}", much, much),
+        (f"hf://org/{X_LORA}", "20000", much),
     ]
     result = fetch_from_hub(url, tmp_path, wanted)
     assert result[0] == f"hf://org/adapter@{COMMIT} {formats.read(folder).digest}"
@@ -302,8 +389,12 @@ def test_what_a_hub_gives_is_pinned_and_bounded(
     assert result[6] == f"StoreError {url}/files/adapter: no room to download it: File too large"
     # As vLLM's clients name a repository.
     assert (result[7], result[8]) == (result[0], result[2])
+    x_lora = formats.read(Case("xlora").path).digest
+    assert result[9] == f"hf://org/{X_LORA}@{COMMIT} {x_lora}"
+    assert result[10].startswith("LimitError org/x-lora")
     assert not [line for line in result if "molehill-fetch" in line]
     fetched = {path for path in asked if "/resolve/" in path}
     assert any(path.endswith("/chat_template.jinja") for path in fetched)
     assert all(f"/resolve/{COMMIT}/" in path for path in fetched)
-    assert not [path for path in fetched if path.endswith(".bin")]
+    assert not [path for path in fetched if path.endswith((".bin", "oracle.json"))]
+    assert not [path for path in fetched if "/checkpoint-1/" in path]

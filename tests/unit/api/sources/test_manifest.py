@@ -15,6 +15,7 @@ ENTRIES = [
     Entry("b", "1" * 64, "hf://org/b@main", "", False, lora_b_layout="grouped_by_expert"),
     Entry("c", "2" * 64, "c", "e" * 64, False, base_is_residual=True),
     Entry("d", "3" * 64, "a=0.7", "", False, mix=Mix((MixPart("a", 0.7, "0" * 64),))),
+    Entry("x", "5" * 64, "x", "", False, non_granular_after=0),
     Entry("e", "4" * 64, "e", "", False, limits=TrafficLimits(3, 2.5, "t", 2)),
 ]
 

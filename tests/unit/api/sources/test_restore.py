@@ -17,7 +17,6 @@ from molehill.api.adapters.errors import NotLoadedError
 from molehill.api.adapters.load_options import LoadOptions
 from molehill.api.adapters.traffic_limits import NO_LIMITS, TrafficLimits
 from molehill.api.sources.manifest import Entry, Manifest
-from molehill.engine.adapter.layout import Layout
 from molehill.engine.adapter.model import Adapter
 from molehill.engine.formats import native
 
@@ -291,7 +290,7 @@ def test_a_fault_while_sources_are_looked_at_ends_nothing(
         second = first.restarted()
         reading = []
 
-        def read(path: Path, _: Layout | None, residual: bool) -> Adapter:
+        def read(path: Path, *_: Any) -> Adapter:
             reading.append(is_reading(second.world.registry.intake.read_budget))
             if path.name == "1":
                 raise RuntimeError("a fault")
@@ -320,7 +319,7 @@ def test_what_a_client_said_of_the_files_is_remembered(tmp_path: Path) -> None:
     async def scenario() -> None:
         first = Server(tmp_path)
         native.write(adapter(1), first.root / "1")
-        fetch = first.sources.fetch("1", "grouped_by_expert", base_is_residual=True)
+        fetch = first.sources.fetch("1", "grouped_by_expert", True, 0)
         await first.world.registry.load("a", "1", fetch)
         assert first.world.layouts == ["grouped_by_expert"]
         assert first.remembers()["a"].lora_b_layout == "grouped_by_expert"
@@ -330,15 +329,14 @@ def test_what_a_client_said_of_the_files_is_remembered(tmp_path: Path) -> None:
         await second.restore.run()
         # The store's copy has the experts in order; the source, looked at again, has not.
         assert second.world.layouts == [None, "grouped_by_expert"]
-        assert second.world.residuals == [False, True]
+        assert (second.world.residuals, second.world.non_granular) == ([False, True], [None, 0])
         third = second.restarted()
         shutil.rmtree(third.world.store.path(digest))
         await third.restore.run()
         assert third.serves() == {"a": digest}
         assert third.world.layouts[0] == "grouped_by_expert"
-        assert third.world.residuals[0]
-        assert third.remembers()["a"].lora_b_layout == "grouped_by_expert"
-        assert third.remembers()["a"].base_is_residual
+        assert (third.world.residuals[0], third.world.non_granular[0]) == (True, 0)
+        assert third.remembers()["a"].asked == ("grouped_by_expert", True, 0)
 
     play(scenario())
 

@@ -82,7 +82,8 @@ def test_the_files_of_a_format_of_the_list_are_fetched(toy, tmp_path):
         fetch.layout("hub", lambda name: name == "toy.pt")
     assert caught.value.expected == (
         "molehill.json with molehill.safetensors or adapter_config.json with "
-        "adapter_model.safetensors or toy.json with toy.safetensors or adapter_config.json with "
+        "adapter_model.safetensors or xlora_config.json with xlora_classifier.safetensors or "
+        "toy.json with toy.safetensors or adapter_config.json with "
         "adapter_model.safetensors.index.json"
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from support.golden import Case
+from support.xlora import non_granular
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256_cbor
@@ -14,6 +15,7 @@ from vllm.v1.request import Request
 
 from molehill.engine import formats
 from molehill.engine.adapter.errors import UnsupportedError
+from molehill.engine.formats import native
 from molehill.engine.vllm import prefix_keys
 
 BLOCK = 16
@@ -264,3 +266,41 @@ def test_other_keys_of_vllms_leave_it_alone(monkeypatch: Any, caplog: Any) -> No
     with pytest.raises(UnsupportedError, match="VLLM_PLUGINS"):
         prefix_keys.check(formats.read(Case("alora").path))
     prefix_keys.check(formats.read(Case("lora").path))
+
+
+def answering(adapter: LoRARequest, prompt: list[int], answer: list[int]) -> Request:
+    result = request(prompt, adapter)
+    result.append_output_token_ids(answer)
+    return result
+
+
+@pytest.mark.parametrize(
+    # k, and how many of the blocks of 40 asked and 40 answered tokens hold no later one.
+    ("tokens", "shared"),
+    [(0, 2), (7, 2), (8, 3), (24, 4), (39, 4), (40, 5), (4000, 5), (None, 5)],
+)
+def test_blocks_with_tokens_after_the_last_granular_one_are_their_requests(
+    tmp_path: Path, tokens: int | None, shared: int
+) -> None:
+    """In PEFT's files and in a copy of the store."""
+    directory = non_granular(tmp_path / "xlora", tokens)
+    native.write(formats.read(directory), tmp_path / "copy")
+    for path in (directory, tmp_path / "copy"):
+        adapter = LoRARequest("x", 7, str(path))
+        one, other = (answering(adapter, TEXT[:40], TEXT[40:80]) for _ in range(2))
+        assert len(one.block_hashes) == 5
+        assert common(one, other) == shared
+        assert common(one, request(TEXT, adapter)) == shared
+        assert common(one, one) == 5
+        assert common(request(TEXT, adapter), request(TEXT, adapter)) == 5
+
+
+def test_an_engine_without_the_plugin_refuses_non_granular_scalings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = formats.read(non_granular(tmp_path / "xlora", 0))
+    prefix_keys.check(adapter)
+    monkeypatch.setattr(prefix_keys, "are_installed", lambda: False)
+    prefix_keys.check(formats.read(Case("xlora").path))
+    with pytest.raises(UnsupportedError, match="non_granular_after"):
+        prefix_keys.check(adapter)

@@ -109,6 +109,71 @@ def test_molehills_own_format_keeps_it(changed, tmp_path):
     assert formats.read(changed(softmax_temperature=0.8)).digest != adapter.digest
 
 
+def test_the_tokens_with_scalings_of_their_own_are_the_adapters(changed, tmp_path, capsys):
+    exact = formats.read(changed())
+    assert "non_granular_after" not in exact.classifier.to_json()
+    adapter = formats.read(changed(non_granular_after=3))
+    assert adapter.classifier.non_granular_after == 3
+    assert (
+        len({exact.digest, adapter.digest, formats.read(changed(non_granular_after=0)).digest}) == 3
+    )
+    assert any("The first 4 tokens are PEFT's" in text for text in adapter.warnings)
+    command = ["convert", "--non-granular-after", "3"]
+    directory = changed(non_granular_after=None)
+    assert main.main([*command, str(directory), str(tmp_path / "native")]) == 0
+    assert formats.read(tmp_path / "native").digest == adapter.digest
+    assert formats.read(tmp_path / "native").warnings == adapter.warnings
+    capsys.readouterr()
+    assert main.main(["inspect", str(tmp_path / "native")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "for the first 3 tokens of an answer, then kept" in shown
+    assert "non_granular_after is 3" in shown
+    for source, said in (
+        (changed(non_granular_after=2), "2, as the"),
+        (Case("lora").path, "is lora"),
+    ):
+        assert main.main([*command, str(source), str(tmp_path / "refused")]) == 1
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "3", [3], 1e400, 1 << 31])
+def test_a_number_of_tokens_that_is_none_is_refused(changed, value):
+    error = refusal(ConfigError, changed(non_granular_after=value))
+    assert error.where.endswith("non_granular_after")
+
+
+def test_the_definition_of_kept_scalings(model):
+    """One sequence with each token's gate weights taken as mistral.rs does: from a forward of the
+    prompt, and then from one forward a token, of which the k-th's stay."""
+    adapter = formats.read(Case("xlora").path)
+    prompt, ids = 4, TOKENS
+    with torch.no_grad():
+        hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+    weights_of_all = adapter.classifier.gate_weights(hidden)
+    for k in (0, 1, 3, 5, 6, 50):
+        cached, steps = None, [weights_of_all[:prompt]]
+        for index, weights in enumerate(weights_of_all[prompt:], 1):
+            steps.append(weights[None] if cached is None else cached)
+            if index == k:
+                cached = steps[-1]
+            if k == 0:
+                # mistral.rs keeps a prompt's as they are, which fit no later token.
+                cached = weights_of_all[prompt - 1 : prompt]
+                steps[-1] = cached
+        expected = torch.cat(steps)
+        classifier = replace(adapter.classifier, non_granular_after=k)
+        assert torch.equal(classifier.as_answered(weights_of_all, prompt), expected)
+        with attach(model, replace(adapter, classifier=classifier), prompt=prompt):
+            kept = logits_of(model, ids)
+        with attach(model, adapter, prompt=prompt):
+            exact = logits_of(model, ids)
+        same = prompt + k
+        assert torch.equal(kept[:same], exact[:same])
+        if same < len(ids):
+            assert greatest_difference(kept[same:], exact[same:]) > 1e-3
+    assert torch.equal(adapter.classifier.as_answered(weights_of_all, prompt), weights_of_all)
+
+
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
