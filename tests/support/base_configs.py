@@ -87,6 +87,13 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "n_groups": 1,
         "chunk_size": 16,
     },
+    "lfm2": {
+        **TWO_HEADS,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+        "block_dim": 64,
+        "conv_dim": 64,
+    },
     "deepseek_v3": {
         "num_key_value_heads": 4,
         "q_lora_rank": 24,
