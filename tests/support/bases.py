@@ -80,9 +80,7 @@ BASES: Mapping[str, Base] = {
         options={"block_size": 16},
     ),
     "falcon": Base(
-        linears=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-        dynmole=("query_key_value", "dense_h_to_4h"),
-        prompts=4,
+        linears=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), prompts=4
     ),
 }
 
