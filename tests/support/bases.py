@@ -38,6 +38,16 @@ OF_GEMMA: Mapping[str, Any] = {**OF_LLAMA, "act_fn": "gelu_pytorch_tanh"}
 # Without a gated FFN, which MixLoRA needs.
 WITHOUT_GATE = ("q_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "o_proj")
+OF_DEEPSEEK: Mapping[str, Any] = {
+    "linears": (
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    ),
+    "dynmole": ("q_b_proj", "kv_a_proj_with_mqa", "o_proj"),
+    "prompts": 4,
+    "refused": r"self_attn\.kv_b_proj: found a linear that vLLM multiplies into the queries",
+    "options": {"block_size": 16},
+}
 BASES: Mapping[str, Base] = {
     "gemma3_text": Base(**OF_GEMMA),
     "gemma4_text": Base(**OF_GEMMA),
@@ -69,16 +79,8 @@ BASES: Mapping[str, Base] = {
         linears=("in_proj", "q_proj", "k_proj", "v_proj", "o_proj"), dynmole=("in_proj", "q_proj")
     ),
     "lfm2": Base(dynmole=("in_proj", "q_proj", "out_proj", "w1", "w2")),
-    "deepseek_v3": Base(
-        linears=(
-            *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"),
-            *("gate_proj", "up_proj", "down_proj"),
-        ),
-        dynmole=("q_b_proj", "kv_a_proj_with_mqa", "o_proj"),
-        refused=r"self_attn\.kv_b_proj: found a linear that vLLM multiplies into the queries",
-        prompts=4,
-        options={"block_size": 16},
-    ),
+    "deepseek_v3": Base(**OF_DEEPSEEK),
+    "deepseek_v3_yarn": Base(**OF_DEEPSEEK),
     "falcon": Base(
         linears=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), prompts=4
     ),

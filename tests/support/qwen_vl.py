@@ -85,9 +85,14 @@ def patch_size(name: str) -> int:
 
 
 def _reading(name: str) -> dict[str, Any]:
-    """Of images, as processors take it."""
+    """Of images, as processors take it. vLLM reads how pixels are normalised from the file."""
     side = MERGE * patch_size(name)
     return {
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.4, 0.6],
+        "image_std": [0.3, 0.2, 0.25],
         "patch_size": patch_size(name),
         "merge_size": MERGE,
         "temporal_patch_size": 2,
