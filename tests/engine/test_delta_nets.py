@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import mixtures, tiny_models, warm
 from support.asking import ask_each
-from support.engines import engine
+from support.engines import KV_CACHE_BYTES, engine
 from support.oracle import peft_lora
 from torch import nn
 
@@ -63,6 +63,8 @@ def test_a_worker_refuses_another_dtype_before_the_model_loads(
         "enable_lora": True,
         "enforce_eager": True,
         "max_model_len": 64,
+        # Or vLLM asks for most of the machine's memory first.
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
         "worker_cls": "molehill.engine.vllm.worker.Worker",
     }
     with warm.start(), pytest.raises(RuntimeError):
