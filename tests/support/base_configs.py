@@ -112,6 +112,12 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "block_dim": 64,
         "conv_dim": 64,
     },
+    "lfm2_moe": {
+        **TWO_HEADS,
+        **ROUTED,
+        "layer_types": ["conv", "full_attention"],
+        "num_dense_layers": 1,
+    },
     "deepseek_v3": DEEPSEEK,
     # As it was published: vLLM has another rotary embedding for it.
     "deepseek_v3_yarn": {

@@ -79,6 +79,7 @@ BASES: Mapping[str, Base] = {
         linears=("in_proj", "q_proj", "k_proj", "v_proj", "o_proj"), dynmole=("in_proj", "q_proj")
     ),
     "lfm2": Base(dynmole=("in_proj", "q_proj", "out_proj", "w1", "w2")),
+    "lfm2_moe": Base(dynmole=("in_proj", "q_proj", "out_proj")),
     "deepseek_v3": Base(**OF_DEEPSEEK),
     "deepseek_v3_yarn": Base(**OF_DEEPSEEK),
     "falcon": Base(
