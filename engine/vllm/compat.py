@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from molehill.engine.vllm import cpu_seams as cpu
 from molehill.engine.vllm import invocation_seams as invocation
 from molehill.engine.vllm import model_seams as model
 from molehill.engine.vllm import seams
@@ -136,13 +137,6 @@ WORKERS = (
         "what the manager is asked",
         calls=("lora_manager", MANAGER),
         platform="gpu",
-    ),
-    Seam(
-        "vllm.v1.sample.sampler",
-        "batched_count_greater_than",
-        "engine/vllm/token_ranks.py",
-        "the ranks of tokens are counted otherwise, on CPU",
-        platform="cpu",
     ),
     Seam("vllm.platforms", "current_platform", WORKER, "CPU or GPU"),
     Seam("vllm.platforms.interface", "Platform", WORKER, "CPU or GPU", attributes=("is_cpu",)),
@@ -376,6 +370,7 @@ SEAMS: tuple[Seam, ...] = (
     *CONFIG,
     *PARALLEL,
     *COMPILING,
+    *cpu.SEAMS,
     *model.SEAMS,
     *MEMORY,
     *PLUGINS,

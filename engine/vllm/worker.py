@@ -21,6 +21,7 @@ from molehill.engine.vllm import (
     precision,
     protocol,
     quantisation,
+    rotary_embedding,
     scaling_pass,
     token_ranks,
 )
@@ -69,6 +70,7 @@ class Worker(PlatformWorker):  # type: ignore[misc]
             quantisation.check(model.hf_config)
             if inexact := quantisation.warning(model.hf_config):
                 logger.warning("molehill: %s", inexact)
+            rotary_embedding.install()
             token_ranks.install()
         else:
             compilation.warn_of_one_graph(self.vllm_config)

@@ -54,13 +54,13 @@ def parameters(wanted: Callable[[Base], bool] = lambda _: True) -> list[Any]:
     return [pytest.param(name, marks=marks[name]) for name in names]
 
 
-@pytest.mark.parametrize("name", parameters(lambda base: bool(base.linears)))
+@pytest.mark.parametrize("name", parameters())
 def test_base_and_adapters_in_one_batch_match_the_oracle(asked: Asked, name: str) -> None:
     job, answers = asked[name]
     assert_golden(in_process.replies_of(answers, job.prompts), job.prompts)
 
 
-@pytest.mark.parametrize("name", parameters(lambda base: bool(base.linears)))
+@pytest.mark.parametrize("name", parameters())
 def test_adapters_fit_the_shapes_of_the_config(asked: Asked, name: str) -> None:
     """As `molehill inspect --model` holds them against it."""
     job, _ = asked[name]

@@ -28,6 +28,24 @@ MAMBA = {
     "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    # The only latent width of vLLM's CPU kernel: 576.
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {**WIDE_HEADS, "query_pre_attn_scalar": 24, **SLIDING_AND_FULL},
     "gemma4_text": GEMMA4,
@@ -87,23 +105,34 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "n_groups": 1,
         "chunk_size": 16,
     },
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 24,
-        # The only latent width of vLLM's CPU kernel: 576.
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 32,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
+    "lfm2": {
+        **TWO_HEADS,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+        "block_dim": 64,
+        "conv_dim": 64,
+    },
+    "lfm2_moe": {
+        **TWO_HEADS,
+        **ROUTED,
+        "layer_types": ["conv", "full_attention"],
+        "num_dense_layers": 1,
+    },
+    "deepseek_v3": DEEPSEEK,
+    # As it was published: vLLM has another rotary embedding for it.
+    "deepseek_v3_yarn": {
+        "model_type": "deepseek_v3",
+        **DEEPSEEK,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
     },
     "falcon": {
         "num_attention_heads": 2,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from support import warm
+from support import torchvision, warm
 from support.asking import Reply, ask_each
 from support.golden import Prompt
 
@@ -46,13 +46,19 @@ class Answers:
     counters: dict[str, int] = field(default_factory=dict)
 
 
-def answer(jobs: dict[str, Job], directory: Path) -> dict[str, Answers]:
-    """By the jobs' names. directory: for what goes between the processes."""
+def answer(
+    jobs: dict[str, Job], directory: Path, with_torchvision: bool = False
+) -> dict[str, Answers]:
+    """By the jobs' names. directory: for what goes between the processes. with_torchvision: in a
+    process that imports vLLM anew."""
     torch.save(jobs, directory / "jobs.pt")
     log = directory / "log"
-    process = warm.run(partial(_answer_all, directory), log)
-    process.wait(SECONDS)
-    assert process.returncode == 0, log.read_text()[-4000:]
+    if with_torchvision:
+        torchvision.run(_answer_all, directory, log)
+    else:
+        process = warm.run(partial(_answer_all, directory), log)
+        process.wait(SECONDS)
+        assert process.returncode == 0, log.read_text()[-4000:]
     answers: dict[str, Answers] = torch.load(directory / "answers.pt", weights_only=False)
     return answers
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ Pair = tuple[Tensor, Tensor]
 Select = Callable[[Tensor], Tensor]
 
 
-def dynmole_weights(p: Tensor) -> Tensor:
-    """`[..., E]` probabilities to weights; Tsallis 1.1, threshold 0.9, top-p 0.75, two kept."""
+def dynmole_weights(p: Tensor, threshold: float = 0.9) -> Tensor:
+    """`[..., E]` probabilities to weights; Tsallis 1.1, top-p 0.75, two kept."""
     ordered, order = p.sort(descending=True)
     rank = torch.arange(1, p.shape[-1] + 1)
     kept = (ordered.cumsum(-1) <= 0.75) | (rank <= 2)
@@ -31,7 +32,7 @@ def dynmole_weights(p: Tensor) -> Tensor:
     q = 1.1
     entropy = (1 - (p + 1e-5).pow(q).sum(-1)) / (q - 1)
     greatest = (1 - p.shape[-1] ** (1 - q)) / (q - 1)
-    return p * (keep | (entropy / greatest > 0.9).unsqueeze(-1))
+    return p * (keep | (entropy / greatest > threshold).unsqueeze(-1))
 
 
 def mixlora_weights(p: Tensor) -> Tensor:
@@ -176,15 +177,20 @@ def _expert_tensors(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     return {f"experts.{e}.lora_{half}": tensor for e, half, tensor in halves}
 
 
-def dynmole(model: nn.Module, projections: Sequence[str], seed: int) -> Recipe:
-    """DynMoLE on every linear inside the layers with one of these names."""
-    random, recipe = Random(seed), Recipe("dynmole", DYNMOLE)
+def dynmole(
+    model: nn.Module, projections: Sequence[str], seed: int, threshold: float = 0.9
+) -> Recipe:
+    """DynMoLE on every linear inside the layers with one of these names; with a threshold of 0 all
+    experts act by their probability."""
+    random = Random(seed)
+    recipe = Recipe("dynmole", {**DYNMOLE, "entropy_threshold": threshold})
+    select = partial(dynmole_weights, threshold=threshold)
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
         if leaf in projections and isinstance(module, nn.Linear):
             pairs = [random.pair(module) for _ in range(EXPERTS)]
             gate = random.gate(module.in_features)
-            recipe.modules[name] = MixedLinear(module, pairs, gate, dynmole_weights)
+            recipe.modules[name] = MixedLinear(module, pairs, gate, select)
             recipe.targets.add(leaf)
             _add(recipe, name, {"moe_gate": gate, **_expert_tensors(pairs)})
     return recipe

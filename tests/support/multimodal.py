@@ -1,10 +1,10 @@
 """A tiny random Gemma 3 that reads images, and what Transformers and PEFT answer about one.
 
-Its processor is the only one of those in question that needs no torchvision: Qwen2.5-VL's and
-Qwen3-VL's have a part for videos that does.
+Its processor needs no torchvision; those of Qwen2.5-VL and Qwen3-VL (support.qwen_vl) have a part
+for videos that does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
@@ -84,8 +84,10 @@ def load(path: Path) -> Any:
     return model.eval()
 
 
-def image(seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+def image(seed: int, size: tuple[int, int] = (60, 40)) -> Image.Image:
+    """size: width and height."""
+    width, height = size
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
@@ -99,20 +101,31 @@ def inputs() -> list[dict[str, Any]]:
     ]
 
 
-@torch.no_grad()
 def answer(model: nn.Module, name: str, given: dict[str, Any], steps: int, margin: float) -> Prompt:
     """Greedy tokens by full forwards. Each token sees those before it, tokens of images too, as
     vLLM has it on CPU; where a backend can, it lets those of an image see each other."""
     images = [given["multi_modal_data"]["image"]] if "multi_modal_data" in given else None
     both = processor()(images=images, text=given["prompt"], return_tensors="pt")
     pixels = {"pixel_values": both["pixel_values"]} if images else {}
-    ids, tokens, logits = both["input_ids"], [], []
+
+    def ask(ids: Tensor) -> Tensor:
+        after: Tensor = model(input_ids=ids, **pixels, use_cache=False).logits[0, -1]
+        return after
+
+    return greedy(ask, name, both["input_ids"], steps, margin)
+
+
+@torch.no_grad()
+def greedy(
+    ask: Callable[[Tensor], Tensor], name: str, ids: Tensor, steps: int, margin: float
+) -> Prompt:
+    """ask: the logits after all ids `[1, tokens]`. ids: the prompt's, with those of its image."""
+    prompt: Sequence[int] = ids[0].tolist()
+    tokens, logits = [], []
     for _ in range(steps):
-        result = model(input_ids=ids, **pixels, use_cache=False)
-        logits.append(result.logits[0, -1])
+        logits.append(ask(ids))
         tokens.append(int(logits[-1].argmax()))
         ids = torch.cat([ids, torch.tensor([tokens[-1:]])], dim=1)
     first, second = torch.stack(logits).topk(2).values.unbind(1)
     assert (first - second).min() > margin, f"{name}: choose another seed"
-    prompt: Sequence[int] = both["input_ids"][0].tolist()
     return Prompt(name, tuple(prompt), tuple(tokens), logits[0])

@@ -47,7 +47,7 @@ def read(files: AdapterFiles) -> Adapter:
     notes = saved_modules.check(config, weights)
     expected = "lora_gating, lora_threshold, lora_A or lora_B of a layer's linear"
     stems = linears.find_stems(weights, _KEY, expected)
-    warnings = linears.check_targets(config, weights, stems)
+    warnings = linears.check_targets(config, weights, stems, files.base)
     sites = {
         module: _mixture(config, weights, layout, stem, scaling, policy)
         for module, stem in stems.items()

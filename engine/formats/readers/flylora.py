@@ -15,7 +15,7 @@ from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
 from molehill.engine.formats.readers.linears import STEM, PartNames
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_scaling
-from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
+from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, Reader
 from molehill.kernels.mixture import Experts, LinearMixture
 from molehill.kernels.policy import FlyLoRA
 
@@ -42,15 +42,16 @@ def recognises(config: Fields, weights: Weights) -> bool:
     return declared or any(_BIASES in name for name in weights.tensors)
 
 
-def read(config: Fields, weights: Weights) -> Adapter:
+def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
+    config, weights = files.config, files.weights
     config.refuse(_UNSERVED)
     if config.values.get("init_lora_weights") != _SPARSE:
         peft.check_initialisation(config)
     notes = saved_modules.check(config, weights)
     expected = "lora_A, lora_B or lora_topk_bias of a layer's linear"
     stems = linears.find_stems(weights, _KEY, expected)
-    warnings = linears.check_targets(config, weights, stems)
+    warnings = linears.check_targets(config, weights, stems, files.base)
     scaling = read_scaling(config)
     sites = {module: _mixture(config, weights, stem, scaling) for module, stem in stems.items()}
     notes += known.warnings(config, known.FIELDS["flylora"])
@@ -59,7 +60,7 @@ def read(config: Fields, weights: Weights) -> Adapter:
 
 READER = Reader(
     PEFT_FILES,
-    lambda files: read(files.config, files.weights),
+    read,
     peft_types=("LORA",),
     recognises=recognises,
     no_layout=None,

@@ -19,7 +19,7 @@ from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
 from molehill.engine.formats.readers.linears import EXPERT, STEM, PartNames
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_router
-from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
+from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, Reader
 from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Policy, Soft, TopK
 
@@ -49,14 +49,15 @@ def recognises(config: Fields, weights: Weights) -> bool:
     return any(_SIGN.search(name) for name in weights.tensors)
 
 
-def read(config: Fields, weights: Weights) -> Adapter:
+def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
+    config, weights = files.config, files.weights
     config.refuse({**peft.FORKS_UNSERVED, **_UNKNOWN})
     beside = peft.check_initialisation(config)
     notes = saved_modules.check(config, weights)
     stems = linears.find_stems(weights, _KEY, "a router, lora_A or lora_B of a layer's linear")
     fork = _fork(weights)
-    warnings = linears.check_targets(config, weights, stems)
+    warnings = linears.check_targets(config, weights, stems, files.base)
     sites = {
         module: _mixture(config, weights, fork, module, stem) for module, stem in stems.items()
     }
@@ -69,7 +70,7 @@ def read(config: Fields, weights: Weights) -> Adapter:
 
 READER = Reader(
     PEFT_FILES,
-    lambda files: read(files.config, files.weights),
+    read,
     peft_types=("LORA",),
     recognises=recognises,
     no_layout=None,

@@ -81,7 +81,7 @@ def read(files: AdapterFiles) -> Adapter:
     weights = adamole.without_copies(files.weights)
     notes = saved_modules.check(config, weights)
     stems = linears.find_stems(weights, _KEY, "lora_gating, lora_A or lora_B of a layer's linear")
-    warnings = linears.check_targets(config, weights, stems)
+    warnings = linears.check_targets(config, weights, stems, files.base)
     sites = {module: _mixture(config, weights, kind, stem) for module, stem in stems.items()}
     experts = {stems[module]: mixture.num_experts for module, mixture in sites.items()}
     linears.check_all_used(weights, _LAYOUT, experts)

@@ -25,7 +25,7 @@ from molehill.engine.formats.io.files import Weights
 from molehill.engine.formats.readers import known, linears, peft, saved_modules
 from molehill.engine.formats.readers.linears import EXPERT, STEM, PartNames
 from molehill.engine.formats.readers.lowrank import Scaling, build_experts, read_router
-from molehill.engine.formats.readers.reader import PEFT_FILES, Reader
+from molehill.engine.formats.readers.reader import PEFT_FILES, AdapterFiles, Reader
 from molehill.kernels.mixture import LinearMixture
 from molehill.kernels.policy import Constant, Sparsegen
 
@@ -64,8 +64,9 @@ def recognises(config: Fields, weights: Weights) -> bool:
     return declared or any("sparsegen" in name for name in weights.tensors)
 
 
-def read(config: Fields, weights: Weights) -> Adapter:
+def read(files: AdapterFiles) -> Adapter:
     """Raises an AdapterError for whatever cannot be served exactly."""
+    config, weights = files.config, files.weights
     config.refuse(_UNSERVED)
     beside = peft.check_initialisation(config)
     if config.object("ReLUMoE_cfg").flag("enabled"):
@@ -79,7 +80,7 @@ def read(config: Fields, weights: Weights) -> Adapter:
     notes = saved_modules.check(config, weights)
     expected = "lora_route, lora_A or lora_B of a layer's linear, or its sparsegen"
     stems = linears.find_stems(weights, _KEY, expected)
-    warnings = linears.check_targets(config, weights, stems)
+    warnings = linears.check_targets(config, weights, stems, files.base)
     sites = {module: _mixture(config, weights, mlps, stem) for module, stem in stems.items()}
     experts = {stems[module]: mixture.num_experts for module, mixture in sites.items()}
     linears.check_all_used(weights, _LAYOUT, experts)
@@ -90,7 +91,7 @@ def read(config: Fields, weights: Weights) -> Adapter:
 
 READER = Reader(
     PEFT_FILES,
-    lambda files: read(files.config, files.weights),
+    read,
     peft_types=("LORA",),
     recognises=recognises,
     no_layout=None,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from molehill.engine.adapter.base_model import BaseModel
 from molehill.engine.adapter.errors import CorruptFileError, ShapeError, UnsupportedError
 from molehill.engine.adapter.module_names import AROUND_LAYERS, LAYER
 from molehill.engine.formats.io.fields import Fields
@@ -60,14 +61,17 @@ def find_stems(weights: Weights, key: re.Pattern[str], expected: str) -> dict[st
     return stems
 
 
-def check_targets(config: Fields, weights: Weights, stems: Mapping[str, str]) -> tuple[str, ...]:
-    """Every target is there in every layer, and nothing else. stems: as `find_stems` gives them.
-    Warnings, or MissingTensorError, UnsupportedError."""
+def check_targets(
+    config: Fields, weights: Weights, stems: Mapping[str, str], base: BaseModel | None
+) -> tuple[str, ...]:
+    """Every target is there in every layer that has it, and nothing else. stems: as `find_stems`
+    gives them. base: None where nobody named one. Warnings, or MissingTensorError,
+    UnsupportedError."""
     target_modules, targeting = targets.read_targets(config), Targeting(config)
     targeting.check(weights.file, [stem.removeprefix(_MODEL) for stem in stems.values()])
     chosen = any(config.values.get(field) for field in ("layers_to_transform", "exclude_modules"))
     if not chosen and target_modules and not any("." in target for target in target_modules):
-        targets.check_every_layer(weights.file, stems)
+        targets.check_every_layer(weights.file, stems, base)
     return targets.unused(target_modules, stems) + targeting.warnings()
 
 

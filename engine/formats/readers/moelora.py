@@ -67,7 +67,7 @@ def read(files: AdapterFiles) -> Adapter:
     notes = saved_modules.check(config, weights)
     expected = "loraA, loraB, a task embedding or a gate of a layer's linear"
     stems = linears.find_stems(weights, _KEY, expected)
-    warnings = linears.check_targets(config, weights, stems)
+    warnings = linears.check_targets(config, weights, stems, files.base)
     shared = config.values["peft_type"] == _SHARED
     sites = {
         module: _mixture(config, whole, stem, "" if shared else f"{stem}.", task)

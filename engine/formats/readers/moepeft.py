@@ -96,7 +96,7 @@ def read(files: AdapterFiles) -> Adapter:
     )
     adapted = [name for name, module in modules.items() if module.halves]
     targets.check_targeted(weights.file, adapted, target_modules)
-    targets.check_every_layer(weights.file, adapted)
+    targets.check_every_layer(weights.file, adapted, files.base)
     warnings = targets.unused(target_modules, adapted) + _dora_warnings(source, modules)
     warnings += saved_modules.check(config, weights)
     warnings += known.warnings(config, known.FIELDS[strategy])

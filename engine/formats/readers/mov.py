@@ -38,7 +38,7 @@ def read(files: AdapterFiles) -> Adapter:
     weights = files.weights
     modules = _modules(weights)
     targets.check_targeted(weights.file, modules, target_modules)
-    targets.check_every_layer(weights.file, modules)
+    targets.check_every_layer(weights.file, modules, files.base)
     sites = {module: _mixture(config, weights, names) for module, names in modules.items()}
     base_model = config.text("base_model_name_or_path")
     warnings = targets.unused(target_modules, modules) + saved_modules.check(config, weights)

@@ -66,18 +66,33 @@ def check_siblings(
                 _raise_missing(file, without_surroundings(name))
 
 
-def check_every_layer(file: str, modules: Iterable[str]) -> None:
-    """MoE-PEFT adapts each target in every layer, from 0 to the last. Raises MissingTensorError."""
+def check_every_layer(file: str, modules: Iterable[str], base: BaseModel | None) -> None:
+    """MoE-PEFT adapts each target in every layer that has it, from 0 to the last: in every layer
+    of a base that nobody named. Raises MissingTensorError."""
     present = set(modules)
     split = [part for part in map(split_layer, present) if part is not None]
     last = max((layer for layer, _ in split), default=-1)
+    paths = {path for _, path in split}
+    if base is not None:
+        _check_layers_of(base, file, {canonical(module) for module in present}, paths, last)
+        return
     if last + 1 > len(present):
         missing = next(i for i in range(last) if not any(layer == i for layer, _ in split))
         _raise_missing(file, f"layers.{missing}")
-    for path in sorted({path for _, path in split}):
+    for path in sorted(paths):
         for layer in range(last + 1):
             if f"layers.{layer}.{path}" not in present:
                 _raise_missing(file, f"layers.{layer}.{path}")
+
+
+def _check_layers_of(
+    base: BaseModel, file: str, present: Collection[str], paths: Collection[str], last: int
+) -> None:
+    """Layers of hybrids are of several kinds, with other linears."""
+    for site in base.linears:
+        part = split_layer(site)
+        if part is not None and part[0] <= last and part[1] in paths and site not in present:
+            _raise_missing(file, site)
 
 
 def _raise_missing(file: str, module: str) -> None:
