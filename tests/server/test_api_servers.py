@@ -3,7 +3,6 @@
 What cannot be survived, the death of a process, comes last.
 """
 
-import io
 import itertools
 import json
 import re
@@ -21,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.api_client import BASE, KEY, Api, copy_adapter, edit_config, eventually, oracle
 from support.golden import TINY_LLAMA
 from support.server import TINY, Server, serve
+from support.uploads import files_of, safetensors_of
 from transformers import AutoTokenizer
 
 CASES = ("lora", "mola", "mixlora", "dynmole-soft")
@@ -137,15 +137,14 @@ def test_adapters_are_loaded_under_traffic_of_both_and_are_the_same_in_both(
     served = [(BASE, "base"), ("started", "lora")]
     done = threading.Event()
 
-    def ask(client: httpx.Client) -> set[str]:
-        asked = set()
+    def ask(client: httpx.Client) -> None:
+        asked: set[str] = set()
         for turn in itertools.count():
-            if done.is_set():
-                return asked
+            if done.is_set() and asked >= {BASE, "started", *CASES}:
+                return
             name, case = served[turn % len(served)]
             check_right(client, name, case)
             asked.add(name)
-        raise AssertionError
 
     with ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(ask, client) for client in clients]
@@ -157,7 +156,8 @@ def test_adapters_are_loaded_under_traffic_of_both_and_are_the_same_in_both(
                 list(others.map(lambda case: api.greedy(case, [5, 6, 7]), CASES * 3))
         finally:
             done.set()
-        assert [asked.result() for asked in asking] == [{BASE, "started", *CASES}] * 2
+        for asked in asking:
+            asked.result()
     listed = [client.get("/v1/adapters").json()["data"] for client in clients]
     assert [info["name"] for info in listed[OWNER]] == [info["name"] for info in listed[FOLLOWER]]
     generations = {info["name"]: info["generation"] for info in listed[OWNER]}
@@ -186,8 +186,8 @@ def test_a_request_ends_on_the_generation_that_it_began_on(
 ) -> None:
     prompt = oracle("mixlora")["prompts"][0]["prompt_token_ids"]
     assert api.load("swapped", "mixlora").status_code == 200
-    long = complete(clients[FOLLOWER], "swapped", prompt, 200).json()["choices"][0]["token_ids"]
-    body = {"model": "swapped", "prompt": prompt, "max_tokens": 200, "temperature": 0}
+    long = complete(clients[FOLLOWER], "swapped", prompt, 100).json()["choices"][0]["token_ids"]
+    body = {"model": "swapped", "prompt": prompt, "max_tokens": 100, "temperature": 0}
     body |= {"ignore_eos": True, "return_token_ids": True, "stream": True}
     with clients[FOLLOWER].stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
@@ -262,14 +262,16 @@ def test_metrics_add_up_once_whoever_answers_and_whoever_is_asked_for_them(
 
 
 def test_the_follower_has_the_owner_answer_what_only_the_owner_can(
-    api: Api, clients: list[httpx.Client]
+    api: Api, clients: list[httpx.Client], folder: Path
 ) -> None:
     api.load("soft", "dynmole-soft")
     api.load("mola", "mola")
     for path in ("/v1/models", "/v1/models/soft", "/v1/adapters/soft", "/dashboard", "/version"):
         answers = [client.get(path) for client in clients]
         assert [answer.status_code for answer in answers] == [200, 200]
-        assert answers[OWNER].content == answers[FOLLOWER].content
+        # vLLM makes up an id for each answer's permissions.
+        texts = [re.sub(r"modelperm-\w+", "", answer.text) for answer in answers]
+        assert texts[OWNER] == texts[FOLLOWER]
         assert answers[OWNER].headers.keys() == answers[FOLLOWER].headers.keys()
     # Mixes are made by the owner, and it asks the workers for what routers chose.
     asked: list[dict[str, Any]] = [
@@ -286,8 +288,7 @@ def test_the_follower_has_the_owner_answer_what_only_the_owner_can(
             ids = r'"(id|created)":\s*("[^"]*"|\d+)'
             texts.append((answer.status_code, re.sub(ids, "", answer.text)))
         assert texts[OWNER] == texts[FOLLOWER]
-    contents = {path.name: path.read_bytes() for path in (api.root / "lora").iterdir()}
-    files = [("file", (name, io.BytesIO(data))) for name, data in contents.items()]
+    files = files_of(safetensors_of("lora", folder / "sent"))
     sent = clients[FOLLOWER].post("/v1/adapters", data={"name": "sent"}, files=files)
     assert sent.status_code == 200, sent.text
     for client in clients:
@@ -311,21 +312,34 @@ def test_limits_are_of_all_processes_together(api: Api, clients: list[httpx.Clie
     limits = {"requests_in_flight": 1}
     body = {"name": "limited", "source": "lora", "limits": limits}
     assert api.http.post("/v1/adapters", json=body).status_code == 200
-    running = {"model": "limited", "prompt": [5], "max_tokens": 400, "stream": True}
-    with clients[FOLLOWER].stream("POST", "/v1/completions", json=running) as answer:
-        next(answer.iter_lines())
-        refused = complete(clients[OWNER], "limited", [5])
-        again = complete(api.http, "limited", [5])
-        assert {answer.status_code for answer in (refused, again)} == {429}
-        assert refused.headers["Retry-After"] == "1"
-    with clients[OWNER].stream("POST", "/v1/completions", json=running) as answer:
-        next(answer.iter_lines())
-        other = complete(clients[FOLLOWER], "limited", [5])
-        assert (error_of(other), other.headers["Retry-After"]) == (error_of(refused), "1")
-    assert samples(clients[OWNER])["molehill_adapter_limit_refusals_total", "limited"] == 3
-    # Both clients have gone, and nothing is held for them.
-    for client in clients:
-        assert eventually(lambda client=client: complete(client, "limited", [5]).status_code == 200)
+    refusals = []
+    for running, asking in (clients, clients[::-1]):
+        body = {"model": "limited", "prompt": [5], "max_tokens": 60, "stream": True}
+        with running.stream("POST", "/v1/completions", json={**body, "ignore_eos": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            refusals.append(complete(asking, "limited", [5]))
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        assert eventually(lambda asking=asking: complete(asking, "limited", [5]).status_code == 200)
+    assert error_of(refusals[0]) == error_of(refusals[1])
+    assert [(r.status_code, r.headers["Retry-After"]) for r in refusals] == [(429, "1")] * 2
+
+
+def test_nothing_is_held_for_clients_that_have_gone(api: Api, server: Server) -> None:
+    body = {"name": "limited", "source": "lora", "limits": {"requests_in_flight": 1}}
+    assert api.http.post("/v1/adapters", json=body).status_code == 200
+    long = {"model": "limited", "prompt": [5], "max_tokens": 400, "stream": True}
+    requests = {"json": {**long, "ignore_eos": True}, "headers": HEADERS}
+
+    def begins_and_goes() -> bool:
+        with httpx.stream("POST", f"{server.url}/v1/completions", **requests) as answer:
+            return answer.status_code == 200 and next(answer.iter_lines()) is not None
+
+    # Of one process or the other, as connections come.
+    for _ in range(6):
+        assert eventually(begins_and_goes)
+    assert api.unload("limited").status_code == 200
+    assert eventually(lambda: "limited" not in api.http.get("/metrics").text)
 
 
 def test_an_adapters_invocation_and_template_hold_in_both(
