@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import signal
 from argparse import Namespace
@@ -209,8 +210,10 @@ def end_with(task: asyncio.Task[None]) -> None:
     error = failure(task)
     if error is not None:
         logger.critical("What goes on beside requests failed; the server ends", exc_info=error)
-        # As from outside: what runs is finished, as far as the server's time for that goes.
-        os.kill(os.getpid(), signal.SIGTERM)
+        # As from outside: what runs is finished, as far as the server's time for that goes. Of
+        # several processes the one that started them ends them together.
+        starter = multiprocessing.parent_process()
+        os.kill(os.getpid() if starter is None else starter.pid or os.getpid(), signal.SIGTERM)
 
 
 async def run_background(services: Services, *, watch: bool) -> None:
@@ -307,7 +310,9 @@ def experts_of_mixtures(config: Any, memory: RoutingMemory) -> RoutedExperts:
 
 def open_store(options: Options) -> AdapterStore:
     """Raises LockedError."""
-    store = AdapterStore(options.store)
+    # One of several processes may be killed as the server stops.
+    process = options.process
+    store = AdapterStore(options.store, None if process is None else process.directory)
     if options.merged_base is not None:
         store.hold(options.merged_base.directory)
     return store

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from prometheus_client import values
 
-from molehill.api.adapters.errors import RequestError
+from molehill.api.adapters.errors import RequestError, encodable
 from molehill.api.adapters.store_lock import LockedError
 from molehill.api.vllm import starting
 from molehill.api.vllm.options import ApiProcess
@@ -29,14 +29,20 @@ from molehill.engine.system import startup
 from molehill.engine.vllm import compilation
 
 # Of a process that ends before the server does, so that the others are ended.
-ENDED, USER_ERROR = 1, 2
+ENDED = 1
+# Where a process writes what the user can put right, in the directory of the sockets.
+REFUSAL = "refusal"
 # Of metrics that one process counts alone, and may end.
 PREFIX = "molehill_"
 
 
+class RefusedStartError(ValueError):
+    """What a process found that the user can put right."""
+
+
 def run_processes(args: Namespace) -> None:
-    """Serves until stopped. args: with molehill's Options. Raises RuntimeError where one of them
-    ends."""
+    """Serves until stopped. args: with molehill's Options. Raises RefusedStartError, and
+    RuntimeError where a process ends for another reason."""
     from vllm.entrypoints.cli import serve
 
     with tempfile.TemporaryDirectory(prefix="molehill-") as folder:
@@ -46,7 +52,13 @@ def run_processes(args: Namespace) -> None:
         serve.APIServerProcessManager = partial(
             serve.APIServerProcessManager, target_server_fn=serve_process
         )
-        serve.run_multi_api_server(args)
+        try:
+            serve.run_multi_api_server(args)
+        except RuntimeError:
+            refusal = process.directory / REFUSAL
+            if refusal.exists():
+                raise RefusedStartError(refusal.read_text()) from None
+            raise
 
 
 def serve_process(
@@ -67,8 +79,7 @@ def serve_process(
         run_api_server_worker_proc(address, sock, args, client_config)
     except (AdapterError, RequestError, LockedError) as error:
         # Of a start adapter, and of the store.
-        print(f"molehill serve: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
+        (args.molehill.process.directory / REFUSAL).write_text(encodable(str(error)))
     except KeyboardInterrupt:
         pass
     sys.exit(ENDED)

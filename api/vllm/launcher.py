@@ -334,7 +334,10 @@ def run(args: argparse.Namespace) -> None:
     elif has_processes(args):
         from molehill.api.vllm import api_processes
 
-        api_processes.run_processes(args)
+        try:
+            api_processes.run_processes(args)
+        except api_processes.RefusedStartError as error:
+            raise LaunchError(str(error)) from error
     else:
         # vLLM's app, which is heavy to import, has no part in what these do before it.
         from molehill.api.vllm import starting

@@ -37,6 +37,12 @@ def test_the_last_holder_deletes_it(tmp_path: Path, adapter: Adapter) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_store_of_nobodys_choice_is_where_somebody_removes_it(tmp_path: Path) -> None:
+    store = AdapterStore(scratch=tmp_path)
+    assert store.root.parent == tmp_path
+    assert AdapterStore().root.parent != tmp_path
+
+
 def test_a_sweep_leaves_what_is_held_and_what_is_not_the_stores(
     tmp_path: Path, adapter: Adapter
 ) -> None:
