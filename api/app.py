@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import signal
 from argparse import Namespace
@@ -19,15 +20,23 @@ from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.read_budget import MOST_AT_ONCE
 from molehill.api.adapters.reader import AdapterReader
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.request_admission import RequestAdmission
 from molehill.api.adapters.residency import Residency
 from molehill.api.adapters.source import local
 from molehill.api.adapters.store import AdapterStore
 from molehill.api.adapters.tasks import failure
+from molehill.api.followers.followed_adapters import FollowedAdapters
+from molehill.api.followers.lease_server import LeaseServer
+from molehill.api.followers.messages import Welcome
+from molehill.api.followers.owner import Owner
 from molehill.api.http import adapters, dashboard, router_stats, unknown_model, vllm_routes
 from molehill.api.http.auth import Guard
 from molehill.api.http.dependencies import Services, answer_http_error
+from molehill.api.http.following import FollowerServices, Following
+from molehill.api.http.forwarding import Forwarder
 from molehill.api.http.limit_refusals import LimitRefusals
 from molehill.api.http.request_fields import RequestFields
+from molehill.api.http.unix_server import UnixServer
 from molehill.api.metrics.worker_stats import WorkerStats
 from molehill.api.sources.adapters_file import LABEL
 from molehill.api.sources.desired_state import DesiredStateReconciler
@@ -45,18 +54,19 @@ from molehill.api.vllm.adapter_chats import (
     render_as_adapters_do,
 )
 from molehill.api.vllm.adapter_tokenizers import AdapterTokenizers
+from molehill.api.vllm.api_processes import keeps_answers
 from molehill.api.vllm.engine_metrics import drop_adapter_sets
 from molehill.api.vllm.engine_watch import EngineWatch
 from molehill.api.vllm.generation_header import GenerationHeader
 from molehill.api.vllm.leased_calls import wrap_engine_client
 from molehill.api.vllm.log_records import name_requests
-from molehill.api.vllm.lora_requests import ServedRequests, make_request
-from molehill.api.vllm.options import Options, api_keys
+from molehill.api.vllm.lora_requests import FollowedRequests, ServedRequests, make_request
+from molehill.api.vllm.options import ApiProcess, Options, api_keys
 from molehill.api.vllm.probe import Prober
 from molehill.api.vllm.request_engines import Placements
 from molehill.api.vllm.routed_calls import RoutingMemory, routing_memory
 from molehill.api.vllm.routed_experts import RoutedExperts
-from molehill.api.vllm.served_models import ServedModels
+from molehill.api.vllm.served_models import ServedModels, ServedPaths
 from molehill.api.vllm.spans import Spans, spans_of
 from molehill.api.vllm.token_bounds import TokenBounds
 from molehill.api.vllm.worker_client import WorkerClient
@@ -78,23 +88,21 @@ class MolehillRoutes:
     def attach_router(self, app: FastAPI) -> None:
         """Replaces vLLM's routes of the same path and method, and guards all of them."""
         name_requests()
-        core = list(app.router.routes)
-        # First: an adapter's name may have slashes, so that its own route would match too.
-        app.include_router(router_stats.router)
-        app.include_router(dashboard.router)
-        app.include_router(vllm_routes.router)
-        app.include_router(vllm_routes.loading)
-        app.include_router(adapters.loading)
-        app.include_router(adapters.router)
-        compat.replace_routes(app, core)
+        self._app = app
         args = app.state.args
+        options = options_of(args)
         app.add_exception_handler(HTTPException, answer_http_error)
         for kind in unknown_model.RAISED:
             app.add_exception_handler(kind, unknown_model.answer_unknown_model)
-        options = options_of(args)
+        if options.follows:
+            # All other routes are the owner's.
+            app.add_middleware(LimitRefusals)
+            app.add_middleware(Following)
+        else:
+            attach_routes(app)
+            app.add_middleware(LimitRefusals)
+            app.add_middleware(RequestFields)
         # The last one added is the outermost.
-        app.add_middleware(LimitRefusals)
-        app.add_middleware(RequestFields)
         app.add_middleware(GenerationHeader)
         app.add_middleware(
             Guard,
@@ -117,10 +125,11 @@ class MolehillRoutes:
         models = state.openai_serving_models
         if models.lora_requests:
             raise RuntimeError("adapters were loaded past molehill; use molehill serve --adapter")
+        if options.follows:
+            await follow(engine_client, state, options)
+            return
         models.lora_requests = ServedRequests()
-        services = await make_services(
-            engine_client, models, options, state.online_renderer, state.serving_tokenization
-        )
+        services = await make_services(engine_client, state, options)
         state.molehill = services
         layouts, non_granular = dict(options.layouts), dict(options.non_granular)
         for name, path in options.adapters:
@@ -132,6 +141,63 @@ class MolehillRoutes:
         # Held by the state, or it would be collected while it runs.
         state.molehill_task = start(run_background(services, watch=options.watch))
         await starting.hand_over()
+        if options.process is not None:
+            state.molehill_followed = await be_followed(self._app, services, options.process)
+
+
+def attach_routes(app: FastAPI) -> None:
+    """Of the process that owns the registry."""
+    core = list(app.router.routes)
+    # First: an adapter's name may have slashes, so that its own route would match too.
+    app.include_router(router_stats.router)
+    app.include_router(dashboard.router)
+    app.include_router(vllm_routes.router)
+    app.include_router(vllm_routes.loading)
+    app.include_router(adapters.loading)
+    app.include_router(adapters.router)
+    compat.replace_routes(app, core)
+
+
+async def be_followed(app: FastAPI, services: Services, process: ApiProcess) -> Any:
+    """From here on other processes answer clients too. What has to be held as long as they do."""
+    serving = await UnixServer(app, process.app).start()
+    leases = LeaseServer(services.registry, services.welcome)
+    await leases.listen(process.leases)
+    return serving, leases
+
+
+async def follow(engine_client: Any, state: Any, options: Options) -> None:
+    """Sets up a process without a registry, once the owner's is ready. Raises RuntimeError for a
+    model that is asked over websockets, which are not forwarded."""
+    assert options.process is not None, "it follows another"
+    if "realtime" in await engine_client.get_supported_tasks():
+        raise RuntimeError("--api-server-count: found a model of /v1/realtime, expected another")
+    models = state.openai_serving_models
+    owner = await Owner.connect(options.process.leases)
+    bounds = TokenBounds(owner.welcome.num_tokens, owner.welcome.extra_tokens)
+    followed = FollowedAdapters(owner, make_request, engine_client.is_paused)
+    wrap_engine_client(engine_client, followed, spans=await spans_of(engine_client), bounds=bounds)
+    tokenizers = AdapterTokenizers(state.online_renderer.renderer.tokenizer)
+    read_and_write_as_adapters_do(engine_client, state, followed, tokenizers)
+    drop_adapter_sets(engine_client)
+    names = {path.name for path in models.base_model_paths}
+    models.lora_requests = FollowedRequests(followed)
+    models.base_model_paths = shown = ServedPaths(models.base_model_paths, ())
+    owners = ("/invocations", *(["/v1/responses"] if keeps_answers() else []))
+    forward = Forwarder(options.process.app)
+    state.molehill = FollowerServices(followed, forward, names, shown, owners)
+    state.molehill_task = asyncio.create_task(end_after(owner, forward))
+
+
+async def end_after(owner: Owner, forward: Forwarder) -> None:
+    """Without the owner there is no server, and vLLM ends one only for a process that failed."""
+    try:
+        await owner.gone.wait()
+        logger.warning("molehill: the process that owns the registry has gone; this one ends")
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        # Before the event loop's end.
+        await forward.close()
 
 
 def start(background: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -146,8 +212,10 @@ def end_with(task: asyncio.Task[None]) -> None:
     error = failure(task)
     if error is not None:
         logger.critical("What goes on beside requests failed; the server ends", exc_info=error)
-        # As from outside: what runs is finished, as far as the server's time for that goes.
-        os.kill(os.getpid(), signal.SIGTERM)
+        # As from outside: what runs is finished, as far as the server's time for that goes. Of
+        # several processes the one that started them ends them together.
+        starter = multiprocessing.parent_process()
+        os.kill(os.getpid() if starter is None else starter.pid or os.getpid(), signal.SIGTERM)
 
 
 async def run_background(services: Services, *, watch: bool) -> None:
@@ -167,11 +235,9 @@ def options_of(args: Namespace) -> Options:
     return options
 
 
-async def make_services(
-    engine_client: Any, models: Any, options: Options, online_renderer: Any, tokenization: Any
-) -> Services:
+async def make_services(engine_client: Any, state: Any, options: Options) -> Services:
     """All that the routes need, on this engine. Raises RuntimeError, ManifestError, LockedError."""
-    config = engine_client.vllm_config
+    config, models = engine_client.vllm_config, state.openai_serving_models
     engines = config.parallel_config.data_parallel_size
     workers = EngineWatch(engine_client, engines, options.straggler_seconds)
     # The workers check against these too; here a bad adapter gets its own error.
@@ -183,8 +249,8 @@ async def make_services(
     store = open_store(options)
     spans = await spans_of(engine_client)
     cores = await workers_cores(workers)
-    tokenizers = AdapterTokenizers(online_renderer.renderer.tokenizer)
-    read_chat = chat_reader(online_renderer, tokenizers)
+    tokenizers = AdapterTokenizers(state.online_renderer.renderer.tokenizer)
+    read_chat = chat_reader(state.online_renderer, tokenizers)
     registry = AdapterRegistry(
         residency=Residency(
             WorkerClient(workers), config.lora_config.max_loras, LifecycleMetrics()
@@ -210,8 +276,7 @@ async def make_services(
     placements = Placements(engine_client, workers)
     bounds = TokenBounds(base.num_tokens, base.extra_tokens)
     wrap_engine_client(engine_client, registry, placements, memory, routed_experts, spans, bounds)
-    render_as_adapters_do(online_renderer, models, registry, tokenizers, tokenization)
-    answer_as_adapters_do(engine_client.output_processor, registry, tokenizers)
+    read_and_write_as_adapters_do(engine_client, state, registry, tokenizers)
     drop_adapter_sets(engine_client)
     roots = AdapterRoots(options.roots)
     sources = Sources(roots, options.hub, options.url_prefixes, limits.adapter_bytes)
@@ -226,7 +291,17 @@ async def make_services(
         scraping=Background(cores, "molehill-metrics"),
         adapters_file=reconciler(options, sources, registry),
         routed_experts=routed_experts,
+        welcome=Welcome(base.num_tokens, base.extra_tokens),
     )
+
+
+def read_and_write_as_adapters_do(
+    engine_client: Any, state: Any, registry: RequestAdmission, tokenizers: AdapterTokenizers
+) -> None:
+    """Prompts and answers have their adapters' templates and tokens."""
+    models, tokenization = state.openai_serving_models, state.serving_tokenization
+    render_as_adapters_do(state.online_renderer, models, registry, tokenizers, tokenization)
+    answer_as_adapters_do(engine_client.output_processor, registry, tokenizers)
 
 
 def experts_of_mixtures(config: Any, memory: RoutingMemory) -> RoutedExperts:
@@ -237,7 +312,9 @@ def experts_of_mixtures(config: Any, memory: RoutingMemory) -> RoutedExperts:
 
 def open_store(options: Options) -> AdapterStore:
     """Raises LockedError."""
-    store = AdapterStore(options.store)
+    # One of several processes may be killed as the server stops.
+    process = options.process
+    store = AdapterStore(options.store, None if process is None else process.directory)
     if options.merged_base is not None:
         store.hold(options.merged_base.directory)
     return store

@@ -39,6 +39,11 @@ class Lease(Hold):
     def over(self) -> bool:
         return self not in self.generation.status.holds
 
+    @property
+    def unprobed(self) -> bool:
+        """Whether something must still be made sure of before it gets its slot."""
+        return self.generation.status.check is not None
+
     def share(self) -> "Lease":
         """One more of the same generation and request."""
         return Lease(self._residency, self.generation, self._ended, self.request, self._traffics)
@@ -64,3 +69,8 @@ class Lease(Hold):
             for traffic in self._traffics:
                 traffic.end(self.request)
             self._ended(self.generation)
+
+    def abandon(self) -> None:
+        """`release`, of one whose request the engine has been told to end and may not have yet. It
+        does so before anything that it is asked later, and so before the adapter leaves."""
+        self.release()

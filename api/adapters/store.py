@@ -39,13 +39,14 @@ class AdapterStore:
     of what goes with some of them: weights are the same whatever is said to them. Thread-safe.
 
     Without a root of its own choice it uses a temporary directory that goes with the process.
+    scratch: where that is, in a directory that somebody else removes; None for the system's own.
     claim: keeps other servers out of the root.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, scratch: Path | None = None) -> None:
         """Raises LockedError if another server has the root."""
         if root is None:
-            self.root = Path(tempfile.mkdtemp(prefix="molehill-"))
+            self.root = Path(tempfile.mkdtemp(prefix="molehill-", dir=scratch))
             weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
         else:
             self.root = root.resolve()

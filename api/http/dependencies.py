@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from molehill.api.adapters.background import Background
 from molehill.api.adapters.errors import RequestError, UnknownParameterError
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.followers.messages import Welcome
 from molehill.api.http import errors
 from molehill.api.metrics.worker_stats import WorkerStats
 from molehill.api.sources.desired_state import DesiredStateReconciler
@@ -22,7 +23,7 @@ from molehill.api.sources.fetch import Sources
 from molehill.api.sources.restore import Restore
 from molehill.api.sources.uploads import Uploads
 from molehill.api.vllm.routed_experts import RoutedExperts
-from molehill.api.vllm.served_models import ServedModels
+from molehill.api.vllm.served_models import ServedModels, ServedPaths
 from molehill.engine.adapter.errors import AdapterError
 
 # Below vLLM's logger, whose handlers are the only ones that a server has.
@@ -36,7 +37,8 @@ LOGGED_FIELDS, LOGGED_LETTERS = 5, 40
 class Services:
     """scraping: where metrics are put into text: of a thousand adapters that takes as long as some
     steps do, and the event loop streams meanwhile. adapters_file: None for a server that follows
-    none. routed_experts: None for one that gives no mixture's choices as vLLM's field."""
+    none. routed_experts: None for one that gives no mixture's choices as vLLM's field. welcome: of
+    processes that follow this one."""
 
     registry: AdapterRegistry
     sources: Sources
@@ -45,8 +47,14 @@ class Services:
     restore: Restore
     models: ServedModels
     scraping: Background
+    welcome: Welcome
     adapters_file: DesiredStateReconciler | None = None
     routed_experts: RoutedExperts | None = None
+
+    @property
+    def names(self) -> ServedPaths:
+        """That are shown to who asks for another model."""
+        return self.models.names
 
 
 def services(request: Request) -> Services:

@@ -83,12 +83,16 @@ class Body:
         self._receive = receive
         self._messages: list[Message] = []
 
+    async def text(self) -> bytes:
+        """All of it; what there is where the client has gone."""
+        while not self._messages or self._messages[-1].get("more_body", False):
+            self._messages.append(await self._receive())
+        return b"".join(message.get("body", b"") for message in self._messages)
+
     async def fields(self) -> Mapping[str, Any]:
         """Of its field for molehill, empty where there is none. Raises BadMixError for others than
         FIELDS; a body that is no JSON is its route's to refuse."""
-        while not self._messages or self._messages[-1].get("more_body", False):
-            self._messages.append(await self._receive())
-        text = b"".join(message.get("body", b"") for message in self._messages)
+        text = await self.text()
         if MARK.search(text) is None:
             return {}
         try:

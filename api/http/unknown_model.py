@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse, Response
 
 from molehill.api.adapters.errors import UnknownModelError
 from molehill.api.http import errors
-from molehill.api.http.dependencies import services
 from molehill.api.vllm.served_models import NOT_FOUND
 
 # Ours, and what vLLM's routes understand and raise.
@@ -21,7 +20,7 @@ RAISED = (UnknownModelError, NOT_FOUND)
 
 async def answer_unknown_model(request: Request, error: Exception) -> Response:
     """error: one of RAISED."""
-    served = ", ".join(services(request).models.names.shown())
+    served = ", ".join(request.app.state.molehill.names.shown())
     message = f"{error} Valid aliases: {served}."
     status = HTTPStatus.NOT_FOUND
     return JSONResponse(

@@ -9,14 +9,14 @@ from vllm.renderers.hf import HfRenderer, resolve_chat_template
 
 from molehill.api.adapters.chat import AdapterChat, BaseChat
 from molehill.api.adapters.generation import Content
-from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.request_admission import RequestAdmission
 from molehill.api.vllm.adapter_tokenizers import (
     AdapterTokenizers,
     Texts,
     with_adapter_texts,
     with_adapter_tokenizers,
 )
-from molehill.api.vllm.model_lookup import admit, mix_for
+from molehill.api.vllm.model_lookup import admit
 from molehill.engine.formats.io.tokenizer_files import DEFAULT, TOOL_USE
 
 
@@ -50,7 +50,7 @@ def base_chat(online_renderer: Any, tokenizers: AdapterTokenizers | None = None)
 def render_as_adapters_do(
     online_renderer: Any,
     models: Any,
-    registry: AdapterRegistry,
+    registry: RequestAdmission,
     tokenizers: AdapterTokenizers | None = None,
     tokenization: Any = None,
 ) -> None:
@@ -58,8 +58,7 @@ def render_as_adapters_do(
     in the place of the base's. models, tokenization: vLLM's."""
 
     def content_of(name: str | None) -> Content | None:
-        # A mix has none of what its parts have, whichever of them the request names.
-        request = mix_for(name) or (dict.get(models.lora_requests, name) if name else None)
+        request = models.lora_requests.peek(name) if name else None
         if request is None:
             return None
         # From here on the answer is this generation's, whatever becomes of the name.
@@ -86,7 +85,7 @@ def render_as_adapters_do(
 
 
 def answer_as_adapters_do(
-    output_processor: Any, registry: AdapterRegistry, tokenizers: AdapterTokenizers
+    output_processor: Any, registry: RequestAdmission, tokenizers: AdapterTokenizers
 ) -> None:
     """Has the texts of answers written by the tokenizers of their adapters. output_processor:
     vLLM's."""

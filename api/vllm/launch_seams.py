@@ -1,6 +1,7 @@
 """What `molehill serve` uses of vLLM before the engine starts, seam by seam."""
 
 from molehill.api.vllm.engine_seams import OPTIONS
+from molehill.api.vllm.process_seams import API_PROCESSES
 from molehill.api.vllm.routed_seams import ROUTED_OPTION
 from molehill.engine.vllm.seams import Seam
 
@@ -49,6 +50,7 @@ LAUNCHER = (
         before=OLD_ARGUMENTS,
         attributes=(
             "api_key",
+            "enable_server_load_tracking",
             "lora_modules",
             "ssl_ca_certs",
             "ssl_cert_reqs",
@@ -169,4 +171,5 @@ LAUNCHER = (
     ),
     *OPTIONS,
     *ROUTED_OPTION,
+    *API_PROCESSES,
 )

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +37,9 @@ CPU_KV_CACHE = 4 << 30
 # means while the model is compiled is that the engine core waits for a worker, which says itself
 # what it does.
 ENVIRONMENT = {"VLLM_MAX_N_SEQUENCES": "128", "VLLM_RINGBUFFER_WARNING_INTERVAL": "600"}
+
+# Bytes of a path, below which there are sockets: Linux takes 107.
+MOST_TEMPORARY = 80
 
 # The settings under which vLLM would serve something else than the model that a client names, or
 # load adapters past the registry.
@@ -142,7 +146,8 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
         raise LaunchError("--watch-adapter-roots: found no --adapter-root, expected one to watch")
     options = replace(options, adapters=start_adapters(args, options))
     args.lora_modules = None
-    args.api_server_count = None
+    if not has_processes(args):
+        args.api_server_count = None
     hide_directory(args)
     if not args.headless:
         # Again when the store is opened; but this is before anything is written there.
@@ -150,6 +155,9 @@ def prepare(args: argparse.Namespace, options: Options) -> argparse.Namespace:
     if options.merge_into_base is not None:
         options = replace(options, merged_base=_merged_base(options.merge_into_base, args, options))
     if take_over(args):
+        if has_processes(args):
+            why = "the process that is asked would have to ask the workers, and one of them does"
+            raise LaunchError(f"--enable-return-routed-experts with --api-server-count: {why}")
         if options.merge_tolerance:
             why = "found --merge-tolerance, which merges routers away, expected none"
             raise LaunchError(f"--enable-return-routed-experts: {why}")
@@ -170,11 +178,7 @@ def check_served(args: argparse.Namespace, options: Options) -> None:
     for refused, why in (
         (args.worker_cls != WORKER, "--worker-cls: molehill brings its own worker"),
         (not args.enable_lora, "--no-enable-lora: adapters need it"),
-        (
-            args.api_server_count not in (None, 1),
-            f"--api-server-count {args.api_server_count}: each process would have a registry of "
-            "its own, and an unload would reach one; one process serves all engines",
-        ),
+        *process_refusals(args),
         (args.grpc, "--grpc: molehill serves over HTTP"),
         *parallel_refusals(args),
         *(xlora_refusals(args, options) if options.xlora else []),
@@ -182,6 +186,31 @@ def check_served(args: argparse.Namespace, options: Options) -> None:
     ):
         if refused:
             raise LaunchError(f"cannot be used with molehill serve: {why}")
+
+
+def has_processes(args: argparse.Namespace) -> bool:
+    """Whether several answer clients."""
+    return (args.api_server_count or 1) > 1
+
+
+def process_refusals(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Of several processes that answer clients."""
+    count = args.api_server_count
+    several = has_processes(args)
+    return [
+        (count is not None and count < 1, f"--api-server-count {count}: expected at least 1"),
+        (several and args.headless, "--api-server-count with --headless: it answers no clients"),
+        (
+            several and args.enable_server_load_tracking,
+            "--enable-server-load-tracking with --api-server-count: /load would tell the requests "
+            "of one process",
+        ),
+        (
+            several and len(os.fsencode(tempfile.gettempdir())) > MOST_TEMPORARY,
+            f"--api-server-count with a TMPDIR of more than {MOST_TEMPORARY} bytes, for a socket's "
+            "path takes few more",
+        ),
+    ]
 
 
 def start_adapters(args: argparse.Namespace, options: Options) -> tuple[tuple[str, Path], ...]:
@@ -307,6 +336,13 @@ def run(args: argparse.Namespace) -> None:
     if args.headless:
         args.api_server_count = 0
         run_headless(args)
+    elif has_processes(args):
+        from molehill.api.vllm import api_processes
+
+        try:
+            api_processes.run_processes(args)
+        except api_processes.RefusedStartError as error:
+            raise LaunchError(str(error)) from error
     else:
         # vLLM's app, which is heavy to import, has no part in what these do before it.
         from molehill.api.vllm import starting

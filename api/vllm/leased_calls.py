@@ -20,10 +20,12 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
 from molehill.api.adapters.errors import NotInvokedError, RoutingBusyError
-from molehill.api.adapters.events import LifecycleMetrics
 from molehill.api.adapters.generation import Generation
-from molehill.api.adapters.lease import Lease
-from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.request_admission import (
+    RequestAdmission,
+    RequestEvents,
+    RequestLease,
+)
 from molehill.api.vllm.adapter_tokenizers import check_written
 from molehill.api.vllm.invocation import Decode, check_invoked, decoder
 from molehill.api.vllm.leased_outputs import LeasedOutputs, Outputs
@@ -51,7 +53,7 @@ Arguments = Mapping[str, Any]
 CheckTokens = Callable[[Arguments, AddedTokens | None], None]
 
 # Takes the slot; what the engine is to be asked besides.
-Enter = Callable[[Lease], Awaitable[Arguments]]
+Enter = Callable[[RequestLease], Awaitable[Arguments]]
 
 # Raises what vLLM's routes understand; None where a request asks nothing of its routing.
 Route = Callable[[RequestScope, Generation, Arguments], RoutedCall | None]
@@ -59,7 +61,7 @@ Route = Callable[[RequestScope, Generation, Arguments], RoutedCall | None]
 
 def wrap_engine_client(
     engine_client: Any,
-    registry: AdapterRegistry,
+    registry: RequestAdmission,
     placements: Placements | None = None,
     routing: RoutingMemory | None = None,
     routed_experts: RoutedExperts | None = None,
@@ -95,7 +97,7 @@ def wrap_engine_client(
 
 def with_lease(
     call: Callable[..., Any],
-    registry: AdapterRegistry,
+    registry: RequestAdmission,
     decode: Decode,
     route: Route,
     spans: Spans | None,
@@ -149,7 +151,7 @@ def with_lease(
 
 
 def note_call(
-    request: RequestScope, lease: Lease, given: Arguments, routed: RoutedCall | None
+    request: RequestScope, lease: RequestLease, given: Arguments, routed: RoutedCall | None
 ) -> bool:
     """Charges the prompt, and keeps what the request's answer will be asked for.
 
@@ -165,19 +167,19 @@ def note_call(
 
 
 def entering(
-    request: RequestScope, events: LifecycleMetrics, given: Arguments, spans: Spans | None
+    request: RequestScope, events: RequestEvents, given: Arguments, spans: Spans | None
 ) -> Enter:
     """Counts the tier where the request found the adapter, before a stream had it brought in, and
     traces the wait."""
 
-    async def wait(slot: Lease) -> SlotWait:
+    async def wait(slot: RequestLease) -> SlotWait:
         name = slot.generation.name
         waited = await bring_in(slot)
         waited = request.waits.pop(name, waited)
         events.hit(name, waited.tier, waited.seconds)
         return waited
 
-    async def enter(slot: Lease) -> Arguments:
+    async def enter(slot: RequestLease) -> Arguments:
         if spans is None:
             await wait(slot)
             return {}
@@ -188,7 +190,7 @@ def entering(
 
 
 def is_invoked(
-    generation: Generation, events: LifecycleMetrics, given: Arguments, decode: Decode
+    generation: Generation, events: RequestEvents, given: Arguments, decode: Decode
 ) -> bool:
     """Whether the adapter acts on any token; False if the base is to answer for it.
 
@@ -217,7 +219,7 @@ def gives_deltas(_: Any = None, sampling_params: Any = None, *__: Any, **___: An
 
 
 async def run(
-    lease: Lease,
+    lease: RequestLease,
     enter: Enter,
     call: Callable[..., Any],
     args: tuple[Any, ...],
@@ -245,7 +247,7 @@ async def run(
                     slot.release()
                 yield output
     finally:
-        slot.release()
+        slot.abandon()
 
 
 async def run_base(

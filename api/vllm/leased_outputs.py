@@ -5,7 +5,7 @@ import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from molehill.api.adapters.lease import Lease
+from molehill.api.adapters.request_admission import RequestLease
 from molehill.api.vllm.read_ahead import ReadAhead
 
 # A client that has not come back for the next output by then is not waited for.
@@ -21,7 +21,7 @@ class LeasedOutputs:
     reading: the engine does not, so its outputs are then read ahead.
     """
 
-    def __init__(self, lease: Lease, outputs: Outputs, deltas: bool) -> None:
+    def __init__(self, lease: RequestLease, outputs: Outputs, deltas: bool) -> None:
         self._lease = lease
         self._outputs = outputs
         self._deltas = deltas

@@ -5,7 +5,9 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 
 from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.followers.followed_adapters import FollowedAdapters
 from molehill.api.vllm import model_lookup
+from molehill.api.vllm.request_scope import request_scope
 
 
 def make_request(name: str, number: int, path: str) -> LoRARequest:
@@ -23,6 +25,11 @@ class ServedRequests(dict[str, Any]):
 
     registry: AdapterRegistry | None = None
 
+    def peek(self, name: str) -> Any:
+        """What a request that names this model runs on, without admitting it; None where that is
+        the base. A mix has none of what its parts have, whichever of them the request names."""
+        return model_lookup.mix_for(name) or super().get(name)
+
     def __contains__(self, name: object) -> bool:
         return model_lookup.mix_for(name) is not None or super().__contains__(name)
 
@@ -35,3 +42,30 @@ class ServedRequests(dict[str, Any]):
 
     def values(self) -> Any:
         return {}.values()
+
+
+class FollowedRequests(dict[str, Any]):
+    """ServedRequests of a process that has no registry: each request finds what the owner has
+    admitted it to, and nothing else."""
+
+    def __init__(self, followed: FollowedAdapters) -> None:
+        super().__init__()
+        self._followed = followed
+
+    def peek(self, name: str) -> Any:
+        """See ServedRequests."""
+        return self._asked(name)
+
+    def __contains__(self, name: object) -> bool:
+        return self._asked(name) is not None
+
+    def __getitem__(self, name: str) -> Any:
+        request = self._asked(name)
+        if request is None:
+            raise KeyError(name)
+        model_lookup.admit(self._followed, request)
+        return request
+
+    def _asked(self, name: object) -> Any:
+        request = request_scope.get()
+        return None if request is None else self._followed.request_of(name, request.request)

@@ -6,7 +6,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from molehill.api.adapters.generation import Generation
-from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.request_admission import RequestAdmission
 from molehill.api.vllm.request_scope import request_scope
 
 
@@ -31,7 +31,7 @@ def check_model(model: str) -> None:
         )
 
 
-def admit(registry: AdapterRegistry, lora_request: Any) -> Generation | None:
+def admit(registry: RequestAdmission, lora_request: Any) -> Generation | None:
     """A route has looked its request's model up. The generation that the answer runs on; outside of
     a request the name's, if there is one."""
     request = request_scope.get()

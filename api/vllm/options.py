@@ -19,6 +19,30 @@ ADMIN_KEY_VARIABLE = "MOLEHILL_ADMIN_API_KEY"
 
 
 @dataclass(frozen=True)
+class ApiProcess:
+    """One of several that answer clients (`--api-server-count`). index: 0 of the one that owns the
+    registry, whom the others follow. directory: of sockets at which it listens to them, and
+    nobody else's."""
+
+    index: int
+    directory: Path
+
+    @property
+    def follows(self) -> bool:
+        return self.index > 0
+
+    @property
+    def leases(self) -> Path:
+        """Where requests are admitted."""
+        return self.directory / "leases"
+
+    @property
+    def app(self) -> Path:
+        """Where requests are forwarded to."""
+        return self.directory / "app"
+
+
+@dataclass(frozen=True)
 class Options:
     """What the API side needs to know. The defaults hold where no launcher of ours ran.
 
@@ -45,7 +69,7 @@ class Options:
     xlora: whether X-LoRA adapters can be served.
     routed_experts: whether vLLM's `routed_experts` are mixtures' choices.
     admin_keys: for all that changes the server. trainer_control: whether who may load adapters may
-    stop and resume the engine, too.
+    stop and resume the engine, too. process: which of several; None where one answers all.
     """
 
     adapters: tuple[tuple[str, Path], ...] = ()
@@ -77,6 +101,12 @@ class Options:
     routed_experts: bool = False
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
     trainer_control: bool = False
+    process: ApiProcess | None = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether another process owns the registry."""
+        return self.process is not None and self.process.follows
 
 
 def admin_keys_of_environment() -> tuple[str, ...]:

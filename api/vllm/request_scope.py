@@ -17,8 +17,7 @@ from molehill.api.adapters.errors import (
     UnknownModelError,
 )
 from molehill.api.adapters.events import Tier
-from molehill.api.adapters.lease import Lease
-from molehill.api.adapters.registry import AdapterRegistry
+from molehill.api.adapters.request_admission import RequestAdmission, RequestLease
 from molehill.api.vllm.routed_calls import RoutedCall, RoutedTokens, RoutingAsked
 from molehill.engine.vllm.protocol import RoutingUsage
 
@@ -62,7 +61,7 @@ class RequestScope:
     """
 
     path: str | None = None
-    leases: dict[str, Lease] = field(default_factory=dict)
+    leases: dict[str, RequestLease] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
     waits: dict[str, SlotWait] = field(default_factory=dict)
     mixed: Mixed | None = None
@@ -77,7 +76,7 @@ class RequestScope:
     # What its leases have in common; not itself, which holds them.
     request: object = field(default_factory=object)
 
-    def lease(self, registry: AdapterRegistry, lora_request: Any) -> Lease:
+    def lease(self, registry: RequestAdmission, lora_request: Any) -> RequestLease:
         """One more on the generation that the answer runs on. What goes on after the response is
         counted while it lasts. Raises, as vLLM's routes understand them, VLLMNotFoundError, and
         GracefulHTTPError where a limit is reached."""
@@ -95,7 +94,7 @@ class RequestScope:
             self.leases[name] = lease.share()
         return lease
 
-    def run_on(self, mix: Lease, models: Collection[str | None]) -> None:
+    def run_on(self, mix: RequestLease, models: Collection[str | None]) -> None:
         """In the place of the model that the request names, one of `models`."""
         self.leases[mix.generation.name] = mix
         self.mixed = Mixed(models, mix.generation.request)
@@ -144,10 +143,10 @@ class RequestScope:
 request_scope: ContextVar[RequestScope | None] = ContextVar("request_scope", default=None)
 
 
-async def bring_in(lease: Lease) -> SlotWait:
+async def bring_in(lease: RequestLease) -> SlotWait:
     """Takes the generation's slot. Raises GracefulHTTPError, as vLLM's routes understand it."""
     generation, start = lease.generation, perf_counter()
-    unprobed = generation.status.check is not None
+    unprobed = lease.unprobed
     try:
         tier = await lease.acquire_slot()
         return SlotWait(tier, perf_counter() - start, unprobed)

@@ -27,10 +27,12 @@ class ServedPaths(list[BaseModelPath]):
     """vLLM's names of the base model, of which it takes the first as the model's.
 
     It goes through all of them for one thing: to tell who asks for another model which there are.
-    There it finds the adapters too, and no directory.
+    There it finds the adapters too, and no directory. registry: or nothing, where there is none.
     """
 
-    def __init__(self, paths: Sequence[BaseModelPath], registry: AdapterRegistry) -> None:
+    def __init__(
+        self, paths: Sequence[BaseModelPath], registry: AdapterRegistry | Sequence[Generation]
+    ) -> None:
         super().__init__(paths)
         first, *others = paths
         self._public = [first.name, *(path.name for path in others if path.name != path.model_path)]

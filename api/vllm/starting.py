@@ -87,6 +87,11 @@ class StartingServer:
 _running: list[StartingServer] = []
 
 
+def begin(sock: socket.socket, args: Namespace) -> None:
+    """A StartingServer on the socket, until `hand_over` or the process's end."""
+    _running.append(StartingServer(sock, args))
+
+
 async def hand_over() -> None:
     """The real server listens next. Without a starting one, nothing happens."""
     while _running:
@@ -106,7 +111,7 @@ async def run_server(args: Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="molehill-") as folder:
         os.environ[startup.FILE] = str(Path(folder) / "stage")
         startup.follow()
-        _running.append(StartingServer(sock, args))
+        begin(sock, args)
         try:
             await run_server_worker(address, sock, args)
         finally:

@@ -253,6 +253,11 @@ def test_several_engines_have_one_api_process() -> None:
     assert (args.data_parallel_size, args.api_server_count) == (2, None)
 
 
+def test_several_processes_answer_where_they_are_asked_for() -> None:
+    assert prepared("--api-server-count", "1").api_server_count is None
+    assert prepared("--api-server-count", "4").api_server_count == 4
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -365,7 +370,16 @@ def test_a_name_given_twice_is_refused() -> None:
     [
         (["--worker-cls", "mine"], "--worker-cls"),
         (["--no-enable-lora"], "--no-enable-lora"),
-        (["--api-server-count", "2"], "--api-server-count 2: .* registry of its own"),
+        (["--api-server-count", "0"], "--api-server-count 0: expected at least 1"),
+        (["--api-server-count", "2", "--headless"], "--api-server-count with --headless"),
+        (
+            ["--api-server-count", "2", "--enable-server-load-tracking"],
+            "--enable-server-load-tracking with --api-server-count",
+        ),
+        (
+            ["--api-server-count", "2", "--enable-return-routed-experts"],
+            "--enable-return-routed-experts with --api-server-count",
+        ),
         (["--grpc"], "--grpc"),
         (["--lora-modules", "a=/no/such"], "found no directory"),
     ],

@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "api.cli": ("api.*", "engine.*", "kernels.*"),
     "api.http": (
         "api.adapters",
+        "api.followers",
         "api.metrics",
         "api.sources",
         "api.vllm",
@@ -34,11 +35,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "engine.system",
     ),
     "api.adapters": ("engine.adapter", "engine.formats", "engine.system", "engine.transform"),
+    "api.followers": ("api.adapters", "engine.adapter", "engine.formats"),
     "api.sources": ("api.adapters", "engine.adapter", "engine.formats", "engine.system"),
     "api.metrics": ("api.adapters", "api.sources", "engine.routing_stats", "engine.vllm"),
     "api.ray": ("api.cli",),
     "api.vllm": (
         "api.adapters",
+        "api.followers",
         "engine.adapter",
         "engine.formats",
         "engine.hf",

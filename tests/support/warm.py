@@ -52,6 +52,7 @@ PRELOADED = [
     "molehill.api.app",
     "molehill.api.vllm.launcher",
     "molehill.api.vllm.starting",
+    "molehill.api.vllm.api_processes",
     "support.kernel_overrides",
 ]
 # For the processes of a server: the group that they join, so that they can be ended with it, and
@@ -195,9 +196,18 @@ def _instead_of_spawning(other: context.BaseContext) -> Callable[..., context.Ba
 class _Warm(context.ForkServerContext):
     @staticmethod
     def Process(  # type: ignore[override]
-        *, target: Callable[..., Any], kwargs: dict[str, Any], **options: Any
+        *,
+        target: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> context.ForkServerProcess:
-        arguments = {"environment": dict(os.environ), "target": target, "kwargs": kwargs}
+        arguments = {
+            "environment": dict(os.environ),
+            "target": target,
+            "args": args,
+            "kwargs": kwargs or {},
+        }
         return context.ForkServerProcess(target=_run, kwargs=arguments, **options)
 
 
@@ -207,7 +217,12 @@ def _end_with(sentinel: int) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _run(environment: dict[str, str], target: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+def _run(
+    environment: dict[str, str],
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
     """In the new process."""
     _take(environment)
     if GROUP in environment:
@@ -215,7 +230,7 @@ def _run(environment: dict[str, str], target: Callable[..., Any], kwargs: dict[s
     multiprocessing.get_context = _instead_of_spawning(  # type: ignore[assignment]
         context.ForkContext()
     )
-    target(**kwargs)
+    target(*args, **kwargs)
 
 
 def _take(environment: dict[str, str]) -> None:

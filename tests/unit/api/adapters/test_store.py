@@ -49,6 +49,12 @@ def test_a_copy_that_was_deleted_after_it_was_read_is_written_again(
     assert native.read(path, Limits()).digest == adapter.digest
 
 
+def test_a_store_of_nobodys_choice_is_where_somebody_removes_it(tmp_path: Path) -> None:
+    store = AdapterStore(scratch=tmp_path)
+    assert store.root.parent == tmp_path
+    assert AdapterStore().root.parent != tmp_path
+
+
 def test_a_sweep_leaves_what_is_held_and_what_is_not_the_stores(
     tmp_path: Path, adapter: Adapter
 ) -> None:
