@@ -203,7 +203,7 @@ def _source(value: Any) -> str:
         lines = linecache.getlines(path or "")
         for node in ast.walk(ast.parse("".join(lines))):
             if isinstance(node, ast.ClassDef) and node.name == value.__name__:
-                first = min(item.lineno for item in (node, *node.decorator_list))
+                first = min([node.lineno, *(item.lineno for item in node.decorator_list)])
                 return "".join(lines[first - 1 : node.end_lineno])
     if not isinstance(value, FunctionType):
         return inspect.getsource(value)

@@ -188,7 +188,8 @@ def test_what_peft_makes_of_other_settings(
         assert llm.llm_engine.add_lora(request)
     golden = [Case(name).prompts[1] for name in ("base", "lora")]
     prompts = [prompt for each in answers for prompt in (each, *golden)]
-    asked = [(list(prompt.ids), prompt.case) for prompt in [*prompts, *kept]]
+    everything: list[Any] = [*prompts, *kept]
+    asked = [(list(prompt.ids), prompt.case) for prompt in everything]
     by_case = {**requests, "base": None, "lora": adapters["plain"]}
     replies = ask_each(llm, [ids for ids, _ in asked], [by_case[case] for _, case in asked])
     for reply, prompt in zip(replies, prompts, strict=False):

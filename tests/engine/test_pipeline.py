@@ -159,7 +159,8 @@ def test_words_are_looked_up_on_the_first_stage_and_answered_on_the_last(
 ) -> None:
     """Of adapters that add tokens, by PEFT's answers, in one batch with the base."""
     pytest.importorskip("peft", reason="the dev extra is not installed")
-    prompts, requests = [Case("base").prompts[0]], {"base": None}
+    prompts = [Case("base").prompts[0]]
+    requests: dict[str, Any] = {"base": None}
     for number, name in enumerate(("grown-saved", "grown-both", "on-both")):
         oracle = vocabulary.author(TINY_LLAMA, tmp_path / name, name)
         requests[name] = lora(name, WORDS + number, tmp_path / name)

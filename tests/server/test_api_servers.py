@@ -314,8 +314,9 @@ def test_limits_are_of_all_processes_together(api: Api, clients: list[httpx.Clie
     assert api.http.post("/v1/adapters", json=body).status_code == 200
     refusals = []
     for running, asking in (clients, clients[::-1]):
-        body = {"model": "limited", "prompt": [5], "max_tokens": 60, "stream": True}
-        with running.stream("POST", "/v1/completions", json={**body, "ignore_eos": True}) as answer:
+        long = {"model": "limited", "prompt": [5], "max_tokens": 60, "ignore_eos": True}
+        streamed = {**long, "stream": True}
+        with running.stream("POST", "/v1/completions", json=streamed) as answer:
             lines = answer.iter_lines()
             next(lines)
             refusals.append(complete(asking, "limited", [5]))
@@ -374,7 +375,7 @@ def test_an_adapters_invocation_and_template_hold_in_both(
         client.post("/tokenize", json={**body, "model": BASE}).json().get("tokens")
         for client in clients
     ]
-    expected = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    expected: Any = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)
     assert tokens == [list(expected["input_ids"] if hasattr(expected, "keys") else expected)] * 2
     assert base[OWNER] == base[FOLLOWER] != tokens[OWNER]
 
