@@ -139,7 +139,8 @@ class MolehillRoutes:
             )
             await services.registry.load(name, str(path), local(source))
         # Held by the state, or it would be collected while it runs.
-        state.molehill_task = start(run_background(services, watch=options.watch))
+        background = run_background(services, watch=options.watch)
+        state.molehill_task = start(background, several=options.process is not None)
         await starting.hand_over()
         if options.process is not None:
             state.molehill_followed = await be_followed(self._app, services, options.process)
@@ -200,22 +201,23 @@ async def end_after(owner: Owner, forward: Forwarder) -> None:
         await forward.close()
 
 
-def start(background: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    """Ends the process if it fails: a server that will never be ready, or serves nothing new, is
-    better started again by whoever watches it."""
+def start(background: Coroutine[Any, Any, None], *, several: bool = False) -> asyncio.Task[None]:
+    """Ends the server if it fails: one that will never be ready, or serves nothing new, is better
+    started again by whoever watches it. several: of its processes, which the one that started them
+    ends together."""
     task = asyncio.create_task(background)
-    task.add_done_callback(end_with)
+    starter = multiprocessing.parent_process() if several else None
+    ended = os.getpid() if starter is None or starter.pid is None else starter.pid
+    task.add_done_callback(partial(end_with, ended))
     return task
 
 
-def end_with(task: asyncio.Task[None]) -> None:
+def end_with(process: int, task: asyncio.Task[None]) -> None:
     error = failure(task)
     if error is not None:
         logger.critical("What goes on beside requests failed; the server ends", exc_info=error)
-        # As from outside: what runs is finished, as far as the server's time for that goes. Of
-        # several processes the one that started them ends them together.
-        starter = multiprocessing.parent_process()
-        os.kill(os.getpid() if starter is None else starter.pid or os.getpid(), signal.SIGTERM)
+        # As from outside: what runs is finished, as far as the server's time for that goes.
+        os.kill(process, signal.SIGTERM)
 
 
 async def run_background(services: Services, *, watch: bool) -> None:

@@ -58,7 +58,7 @@ def render_as_adapters_do(
     in the place of the base's. models, tokenization: vLLM's."""
 
     def content_of(name: str | None) -> Content | None:
-        request = models.lora_requests.peek(name) if name else None
+        request = models.lora_requests.peek(name)
         if request is None:
             return None
         # From here on the answer is this generation's, whatever becomes of the name.

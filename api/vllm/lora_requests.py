@@ -25,10 +25,10 @@ class ServedRequests(dict[str, Any]):
 
     registry: AdapterRegistry | None = None
 
-    def peek(self, name: str) -> Any:
+    def peek(self, name: str | None) -> Any:
         """What a request that names this model runs on, without admitting it; None where that is
         the base. A mix has none of what its parts have, whichever of them the request names."""
-        return model_lookup.mix_for(name) or super().get(name)
+        return model_lookup.mix_for(name) or super().get(name or "")
 
     def __contains__(self, name: object) -> bool:
         return model_lookup.mix_for(name) is not None or super().__contains__(name)
@@ -52,7 +52,7 @@ class FollowedRequests(dict[str, Any]):
         super().__init__()
         self._followed = followed
 
-    def peek(self, name: str) -> Any:
+    def peek(self, name: str | None) -> Any:
         """See ServedRequests."""
         return self._asked(name)
 

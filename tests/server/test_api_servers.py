@@ -128,7 +128,8 @@ def error_of(answer: httpx.Response) -> tuple[int, str, str]:
 
 def test_a_start_is_answered_until_both_processes_serve(server: Server) -> None:
     assert server.refusals == 0
-    assert "loading the base model" in server.stages
+    # Each may be over between two looks.
+    assert {"loading the base model", "setting up the KV cache"} & set(server.stages)
 
 
 def test_adapters_are_loaded_under_traffic_of_both_and_are_the_same_in_both(

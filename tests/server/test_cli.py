@@ -187,7 +187,7 @@ def test_every_option_has_one_flag_and_what_nobody_says_is_the_default(
     assert parsed() == options.Options()
     set_by_flags = vars(make_parser().parse_args([])).keys()
     # The launcher makes them.
-    made = {"merged_base", "routed_experts"}
+    made = {"merged_base", "process", "routed_experts"}
     expected = {field.name for field in fields(options.Options)} - made
     assert {name.partition(".")[0] for name in set_by_flags} == expected
     assert {f"limits.{field.name}" for field in fields(Limits)} < set_by_flags

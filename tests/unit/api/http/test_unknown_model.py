@@ -47,7 +47,7 @@ def test_an_unknown_model_is_answered_alike(tmp_path: Path, finder: str) -> None
         raise VLLMNotFoundError("The model `nobody` does not exist.")
 
     served = ServedModels(VllmModels(), World(tmp_path).registry)
-    app.state.molehill = SimpleNamespace(models=served)
+    app.state.molehill = SimpleNamespace(models=served, names=served.names)
     client = TestClient(app)
     paths = {"our route": "/v1/models/nobody", "ours": "/ours", "vLLM's": "/vllm"}
     answer = client.get(paths[finder])

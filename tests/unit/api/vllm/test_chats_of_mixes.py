@@ -10,6 +10,7 @@ from support.world import World
 
 from molehill.api.adapters.chat import AdapterChat
 from molehill.api.vllm.adapter_chats import render_as_adapters_do
+from molehill.api.vllm.lora_requests import ServedRequests
 from molehill.api.vllm.request_scope import RequestScope, request_scope
 from molehill.engine.formats.io.tokenizer_files import DEFAULT
 
@@ -41,9 +42,11 @@ def test_a_mix_has_one_template_whatever_its_request_names(
         names = iter("ab")
         w = World(tmp_path, read_chat=lambda _: AdapterChat({DEFAULT: f"{next(names)}'s"}))
         renderer: Any = Renderer()
-        render_as_adapters_do(renderer, SimpleNamespace(lora_requests=w.served), w.registry)
+        served = ServedRequests()
+        render_as_adapters_do(renderer, SimpleNamespace(lora_requests=served), w.registry)
         for seed, name in enumerate("ab"):
             await w.load(name, seed + 1)
+        served.update(w.served)
         request = RequestScope()
         lease = await w.registry.mixes.lease(weights, request.request)
         request.run_on(lease, {*weights, "base", None})
