@@ -17,6 +17,9 @@ SOURCES := pyproject.toml $(shell find engine kernels api benchmarks -name '*.py
 export PYTHONSAFEPATH = 1
 export HF_HUB_OFFLINE = 1
 
+# Tests as pytest compiles them are kept for its next run: a third of the time before the first one.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A group of tests is a file, or all that share a server: see tests/support/starts.py.
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 

@@ -22,18 +22,22 @@ STARTERS = {
 }
 # The fixture of tests that run in Triton's interpreter, or natively where there is a GPU.
 NATIVE = "interpreted"
+# Fixtures that take seconds of their own.
+SLOW = {"authored"}
 LAST = 3
 
 
 def marks(item: pytest.Item) -> set[str]:
     """What a test and the fixtures that it gets start, of STARTERS' values; and `gpu` for what a
-    GPU runs natively."""
+    GPU runs natively, `slow` for what waits for a fixture of SLOW."""
     if not isinstance(item, pytest.Function):
         return set()
-    on_gpu = NATIVE in item.fixturenames or TESTS / "gpu" in item.path.parents
-    return ({"gpu"} if on_gpu else set()) | {
-        mark for function in _functions(item) for mark in reached(function)
-    }
+    result = {mark for function in _functions(item) for mark in reached(function)}
+    if NATIVE in item.fixturenames or TESTS / "gpu" in item.path.parents:
+        result.add("gpu")
+    if SLOW & set(item.fixturenames):
+        result.add("slow")
+    return result
 
 
 def group(item: pytest.Item) -> str:

@@ -236,6 +236,7 @@ def test_an_admin_key_alone_guards_what_changes_the_server(
     assert client.delete("/v1/adapters/a").status_code == 401
 
 
+@pytest.mark.slow
 def test_both_keys_pass_where_asking_is_enough(app: Any) -> None:
     """The guard lets them through; without an engine, the routes behind it then fail."""
     client = TestClient(app, raise_server_exceptions=False)
@@ -271,6 +272,7 @@ def test_a_key_in_the_environment_guards_the_same(monkeypatch: pytest.MonkeyPatc
         assert answer.status_code == 200
 
 
+@pytest.mark.slow
 def test_the_routes_are_documented(app: Any) -> None:
     schema = app.openapi()
     for method, path, model in (
@@ -286,6 +288,7 @@ def test_the_routes_are_documented(app: Any) -> None:
         assert content["$ref"].endswith(model)
 
 
+@pytest.mark.slow
 def test_what_our_routes_refuse_is_documented(app: Any) -> None:
     paths = app.openapi()["paths"]
     of_change = {"400", "401", "403", "404", "409", "422"}

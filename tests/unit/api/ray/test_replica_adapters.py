@@ -143,6 +143,7 @@ def test_what_the_server_has_lost_is_loaded_again(play: Play) -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_what_the_adapters_file_wants_is_the_servers_to_load(play: Play) -> None:
     """Another replica is asked meanwhile: it is no 404, and nothing else is loaded for it."""
 
@@ -165,6 +166,7 @@ def test_what_the_adapters_file_wants_is_the_servers_to_load(play: Play) -> None
     play(scenario)
 
 
+@pytest.mark.slow
 def test_a_name_that_was_just_put_into_the_file_is_waited_for(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def test_a_base_with_experts_has_its_own(with_experts: Path) -> None:
     assert args.enable_return_routed_experts
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_vllms_to_explain(tmp_path: Path) -> None:
     args = arguments(tmp_path / "nowhere")
     assert not take_over(args)

@@ -49,6 +49,7 @@ def test_the_reference_gives_the_oracles_logits(made: Made) -> None:
                     assert greatest_difference(logits, prompt.logits) < LOGITS
 
 
+@pytest.mark.slow
 def test_every_adapter_changes_the_answer(made: Made) -> None:
     """Otherwise comparisons of adapters would compare the base with itself."""
     *_, prompts = made

@@ -61,6 +61,7 @@ def faults(folder: Path, table: Iterable[Seam] = ALL) -> list[str]:
     return [text for _, text in SourceTree(folder).faults(table) if text is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", ["0.31.2", "0.33.0", "1.0.0+cpu"])
 def test_a_version_that_was_not_tested_warns_where_all_is_there(
     monkeypatch: Any, caplog: Any, installed: str
@@ -227,6 +228,7 @@ def imports() -> Iterator[tuple[Path, str, str]]:
                     yield from ((file, node.module, alias.name) for alias in node.names)
 
 
+@pytest.mark.slow
 def test_all_that_is_imported_from_vllm_is_a_seam() -> None:
     known = {(module, seam.name.split(".")[0]) for seam in ALL for module in seam.modules}
     result = [entry for entry in imports() if entry[1].split(".")[0] == "vllm"]

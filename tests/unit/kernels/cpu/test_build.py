@@ -35,6 +35,7 @@ def places(tmp_path, monkeypatch):
     return empty_installation(monkeypatch, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_compilation_is_told_at_once_and_while_it_goes_on(
     build_records, places, tmp_path, monkeypatch
 ):

@@ -109,6 +109,7 @@ def test_molehills_own_format_keeps_it(changed, tmp_path):
     assert formats.read(changed(softmax_temperature=0.8)).digest != adapter.digest
 
 
+@pytest.mark.slow
 def test_the_tokens_with_scalings_of_their_own_are_the_adapters(changed, tmp_path, capsys):
     exact = formats.read(changed())
     assert "non_granular_after" not in exact.classifier.to_json()

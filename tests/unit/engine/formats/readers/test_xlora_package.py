@@ -74,6 +74,7 @@ def test_the_golden_case_is_what_pefts_files_are(written, folder, trained):
     assert adapter.warnings == golden.warnings
 
 
+@pytest.mark.slow
 def test_a_pickle_is_read_apart(written):
     path = written("adapters", use_trainable_adapters=True)
     torch.save(load_file(path / TENSORS), path / "xlora_classifier.pt")
